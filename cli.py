@@ -1,0 +1,6 @@
+"""`python cli.py ...` from a checkout: the same command as `retrofit`."""
+
+from retrofit.cli import main
+
+if __name__ == "__main__":
+    main()

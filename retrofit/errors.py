@@ -1,0 +1,34 @@
+"""Errors made for people: what is wrong, where, and how to fix it.
+
+Everything a user can cause is a `UserError`; the command line prints it in up to three lines and exits with code 2.
+Broken invariants of our own are assertions and keep their traceback.
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can correct.
+
+    what: one sentence. where: a file:line, a folder, a tensor, a layer. fix: the exact next thing to do or type.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.fix = fix
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.fix:
+            lines.append(f"  fix:   {self.fix}")
+        return "\n".join(lines)
+
+
+class GateError(UserError):
+    """A measured result does not meet what the recipe requires; nothing is published."""

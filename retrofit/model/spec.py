@@ -1,0 +1,106 @@
+"""What a model's attention is, as frozen data without torch.
+
+Everything that converts, extends, prices or checks a model asks these records, never a model class. A `Family`
+(`retrofit.model.families`) fills them from a configuration; tensor names and layouts are literal, never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Pairing = Literal["half", "interleaved"]
+QKNorm = Literal["head", "full"]
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary position encoding of one layer.
+
+    pairing: "half" rotates (x_i, x_{i + rotary_dim/2}) together (Llama), "interleaved" (x_{2i}, x_{2i+1}) (Cohere).
+    parameters: the `rope_parameters` of the configuration for this layer, as stored.
+    """
+
+    rope_type: str
+    theta: float
+    rotary_dim: int
+    pairing: Pairing = "half"
+    parameters: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TensorSlot:
+    """Where one projection lives: rows [start, stop) of a stored tensor (all rows when both are None).
+
+    Rows are output features. `transposed` marks a Conv1D layout, where output features are the columns.
+    """
+
+    name: str
+    start: int | None = None
+    stop: int | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """The attention of one decoder layer. Weights are [out, in]; a bias slot is None where there is none.
+
+    scaling: what scores are multiplied with (usually head_dim ** -0.5). window: sliding-window size in tokens.
+    qk_norm: RMS norm on queries and keys before RoPE, per "head" or over the "full" projection.
+    """
+
+    index: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    scaling: float
+    q: TensorSlot
+    k: TensorSlot
+    v: TensorSlot
+    o: TensorSlot
+    q_bias: TensorSlot | None = None
+    k_bias: TensorSlot | None = None
+    v_bias: TensorSlot | None = None
+    o_bias: TensorSlot | None = None
+    rope: RopeSpec | None = None
+    window: int | None = None
+    qk_norm: QKNorm | None = None
+    q_norm: str | None = None
+    k_norm: str | None = None
+    softcap: float | None = None
+    sinks: bool = False
+
+    @property
+    def group(self) -> int:
+        """Query heads that read one KV head."""
+        return self.query_heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """The attention of a whole model.
+
+    module paths (`layers_path`, `attention_path`) are those of the transformers class, for hooks and layer-wise work:
+    `model.layers` + `.{i}.` + `self_attn`.
+    """
+
+    family: str
+    layers: tuple[LayerAttention, ...]
+    hidden_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    layers_path: str = "model.layers"
+    attention_path: str = "self_attn"
+    tied_embeddings: bool = False
+
+    def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
+        """Bytes the KV cache grows by for each token, windows ignored."""
+        return sum(2 * layer.kv_heads * layer.head_dim * bytes_per_value for layer in self.layers)
+
+    def kv_cache_bytes(self, tokens: int, bytes_per_value: int = 2) -> int:
+        """Bytes of the KV cache at `tokens` tokens; a sliding layer keeps its window only."""
+        return sum(
+            2 * layer.kv_heads * layer.head_dim * bytes_per_value * min(tokens, layer.window or tokens)
+            for layer in self.layers
+        )
