@@ -10,9 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Kernel = Literal[
-    "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "blockwise"
-]
+Kernel = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "blockwise"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Method = Literal["first", "mean", "calibrated"]
 RopeMethod = Literal["linear", "ntk", "yarn", "llama3"]
