@@ -1,0 +1,291 @@
+"""What people and machines see: progress on stderr, results on stdout.
+
+Three modes from one place: `rich` on a terminal, `plain` lines otherwise, `json` for machines (one JSON document on
+stdout, nothing else there). Long functions take a `Progress`, or None to be silent, and never know which one it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, TextIO, runtime_checkable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichBar
+    from rich.progress import TaskID
+
+Mode = Literal["rich", "plain", "json"]
+PLAIN_SECONDS = 10.0  # a plain log gets at most one line in this time
+
+
+@runtime_checkable
+class Progress(Protocol):
+    """How a long function tells where it is. One task at a time; `start` ends the task before."""
+
+    def start(self, task: str, total: int | None, unit: str) -> None:
+        """Begin `task` of `total` units (None when unknown)."""
+
+    def advance(self, n: int, **fields: float | str) -> None:
+        """`n` units more are done; fields are shown beside the bar, for example loss=1.2."""
+
+    def finish(self) -> None:
+        """The task is done."""
+
+    def note(self, text: str) -> None:
+        """One line worth keeping: a choice, a fallback."""
+
+
+class Silent:
+    """A Progress that keeps its notes and shows nothing."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def start(self, task: str, total: int | None, unit: str) -> None: ...
+
+    def advance(self, n: int, **fields: float | str) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class PlainProgress:
+    """Lines: one at the start, one every `PLAIN_SECONDS`, one at the end."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream, self._clock = stream, clock
+        self._task, self._unit, self._done = "", "", 0
+        self._total: int | None = None
+        self._began = self._last = 0.0
+        self._fields: Mapping[str, float | str] = {}
+        self._open = False
+
+    def start(self, task: str, total: int | None, unit: str) -> None:
+        self.finish()
+        self._task, self._total, self._unit, self._done, self._fields = task, total, unit, 0, {}
+        self._began = self._last = self._clock()
+        self._open = True
+
+    def advance(self, n: int, **fields: float | str) -> None:
+        self._done += n
+        self._fields = {**self._fields, **fields}
+        if self._clock() - self._last >= PLAIN_SECONDS:
+            self._last = self._clock()
+            self._write(self._line())
+
+    def finish(self) -> None:
+        if self._open:
+            self._open = False
+            self._write(f"{self._line()} in {seconds(self._clock() - self._began)}")
+
+    def note(self, text: str) -> None:
+        self._write(f"  {text}")
+
+    def _line(self) -> str:
+        elapsed = self._clock() - self._began
+        parts = [f"  {self._task}: {count(self._done)}"]
+        if self._total:
+            parts.append(f"of {count(self._total)}")
+        parts.append(self._unit)
+        extra = _shown(self._fields)
+        if elapsed > 0.5 and self._done:
+            extra.append(f"{count(self._done / elapsed)} {self._unit}/s")
+            if self._open and self._total and self._total > self._done:
+                extra.append(f"{seconds(elapsed / self._done * (self._total - self._done))} left")
+        line = " ".join(part for part in parts if part)
+        return f"{line}, {', '.join(extra)}" if extra else line
+
+    def _write(self, line: str) -> None:
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+class RichProgress:
+    """A bar with rate, fields and time left."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console as RichConsole
+
+        self._console = RichConsole(file=stream)
+        self._bar: RichBar | None = None
+        self._task: TaskID | None = None
+        self._fields: dict[str, float | str] = {}
+        self._unit, self._done, self._began = "", 0, 0.0
+
+    def start(self, task: str, total: int | None, unit: str) -> None:
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichBar
+
+        self.finish()
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.percentage:>3.0f}%" if total else "{task.completed}"),
+            TextColumn("{task.fields[info]}"),
+            TimeRemainingColumn(),
+        )
+        self._unit, self._done, self._began, self._fields = unit, 0, time.monotonic(), {}
+        self._bar = RichBar(*columns, console=self._console, transient=True)
+        self._task = self._bar.add_task(task, total=total, info="")
+        self._bar.start()
+
+    def advance(self, n: int, **fields: float | str) -> None:
+        if self._bar is None or self._task is None:
+            return
+        self._done += n
+        self._fields.update(fields)
+        rate = self._done / max(time.monotonic() - self._began, 1e-6)
+        shown = [f"{count(rate)} {self._unit}/s"] if self._unit else []
+        shown += _shown(self._fields)
+        self._bar.update(self._task, advance=n, info="  ".join(shown))
+
+    def finish(self) -> None:
+        if self._bar is not None and self._task is not None:
+            description = self._bar.tasks[0].description
+            self._bar.stop()
+            self._bar = None
+            elapsed = seconds(time.monotonic() - self._began)
+            done = f"{count(self._done)} {self._unit}" if self._done else ""
+            self._console.print(
+                "  " + ", ".join([description, *filter(None, [done]), *_shown(self._fields), elapsed]),
+                style="dim",
+                markup=False,
+            )
+
+    def note(self, text: str) -> None:
+        self._console.print(f"  {text}", style="dim", markup=False, highlight=False)
+
+
+def _shown(fields: Mapping[str, float | str]) -> list[str]:
+    return [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in fields.items()]
+
+
+class Console:
+    """Where a command writes. stdout carries the result, stderr everything on the way."""
+
+    def __init__(self, mode: Mode | None = None, *, out: TextIO | None = None, err: TextIO | None = None) -> None:
+        self.out, self.err = out or sys.stdout, err or sys.stderr
+        self.mode: Mode = mode or ("rich" if self.out.isatty() else "plain")
+        self.progress: Progress = RichProgress(self.err) if self.err.isatty() else PlainProgress(self.err)
+
+    def heading(self, text: str) -> None:
+        """A line on stderr that opens a part of the work."""
+        self.err.write(f"{text}\n")
+        self.err.flush()
+
+    def say(self, text: str) -> None:
+        """A line of the result for people; machines get `result` alone."""
+        if self.mode != "json":
+            self.out.write(f"{text}\n")
+
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """A table of the result for people. Columns that hold numbers are aligned right."""
+        cells = [[cell(value) for value in row] for row in rows]
+        if self.mode == "rich":
+            self._rich_table(title, columns, cells)
+        elif self.mode == "plain":
+            self.say(plain_table(title, columns, cells))
+
+    def result(self, value: object) -> None:
+        """The whole result for machines: one JSON document."""
+        if self.mode == "json":
+            self.out.write(to_json(value) + "\n")
+
+    def _rich_table(self, title: str, columns: Sequence[str], cells: list[list[str]]) -> None:
+        from rich import box
+        from rich.console import Console as RichConsole
+        from rich.table import Table
+
+        table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
+        for index, column in enumerate(columns):
+            numeric = bool(cells) and all(_is_number(row[index]) for row in cells)
+            table.add_column(column, justify="right" if numeric else "left")
+        for row in cells:
+            table.add_row(*(value.replace("[", r"\[") for value in row))
+        RichConsole(file=self.out).print(table)
+
+
+def plain_table(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """The table as aligned text without colours."""
+    widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
+    right = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [v.rjust(w) if r else v.ljust(w) for v, w, r in zip(row, widths, right, strict=True)]
+        return "  ".join(padded).rstrip()
+
+    lines = [title] if title else []
+    return "\n".join([*lines, line(columns), line(["-" * w for w in widths]), *(line(row) for row in cells)])
+
+
+def cell(value: object) -> str:
+    """One value of a table as people read it."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return str(value)
+
+
+def _is_number(text: str) -> bool:
+    return text == "-" or text.replace(",", "").replace(".", "").replace("-", "").replace("e+", "").isdigit()
+
+
+def count(value: float) -> str:
+    """A count with thousands separators; below 100 with one decimal if it has a fraction."""
+    return f"{value:,.1f}" if value < 100 and value != int(value) else f"{value:,.0f}"
+
+
+def seconds(value: float) -> str:
+    """A duration: 3.2 s, 4 min 10 s, 2 h 5 min."""
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"
+
+
+def nbytes(value: float) -> str:
+    """Bytes in binary units: 512 B, 11.2 KiB, 257.0 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1024 or unit == "TiB":
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")
+
+
+def jsonable(value: object) -> object:
+    """Dataclasses, pydantic models, arrays, paths and tuples as JSON values; NaN and infinities become strings."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, bool) or value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "model_dump"):
+        return jsonable(value.model_dump(mode="json"))
+    if hasattr(value, "tolist"):
+        return jsonable(value.tolist())
+    if isinstance(value, Iterable):
+        return [jsonable(item) for item in value]
+    return str(value)
+
+
+def to_json(value: object) -> str:
+    """One indented JSON document."""
+    return json.dumps(jsonable(value), indent=2, ensure_ascii=False)
