@@ -1,0 +1,49 @@
+"""Where recipes and evaluation suites live: inside an installed wheel, or at the top level of a checkout."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Literal
+
+from retrofit.errors import UserError
+
+Kind = Literal["recipes", "suites"]
+_PACKAGE = Path(__file__).parent
+_CHECKOUT: dict[Kind, str] = {"recipes": "recipes", "suites": "evals/suites"}
+
+
+def folder(kind: Kind) -> Path:
+    """The folder that holds the bundled files of one kind."""
+    inside = _PACKAGE / "_bundled" / kind
+    return inside if inside.is_dir() else _PACKAGE.parent / _CHECKOUT[kind]
+
+
+def names(kind: Kind) -> tuple[str, ...]:
+    """Names of the bundled files, without suffix, sorted."""
+    return tuple(sorted(path.stem for path in folder(kind).glob("*.yaml")))
+
+
+def find(kind: Kind, name_or_path: str | Path) -> Path:
+    """The YAML file meant by a path or a bundled name; a run folder means the recipe it was made with.
+
+    Raises UserError with the nearest name when there is no such file.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    word = kind.removesuffix("s")
+    given = str(name_or_path)
+    if given in names(kind):
+        return folder(kind) / f"{given}.yaml"
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        raise UserError(f"there is no {word} file `{given}`", fix=f"name an existing file or one of {_listed(kind)}")
+    near = difflib.get_close_matches(given, names(kind), n=1, cutoff=0.5)
+    hint = f"did you mean `{near[0]}`? " if near else ""
+    raise UserError(f"there is no {word} `{given}`", fix=f"{hint}bundled: {_listed(kind)}; or give a .yaml file")
+
+
+def _listed(kind: Kind) -> str:
+    return ", ".join(names(kind))

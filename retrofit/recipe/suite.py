@@ -1,0 +1,18 @@
+"""An evaluation suite: lengths and texts with a name, for `evaluate --suite`."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from retrofit.recipe.schema import Evaluate
+
+
+class Suite(Evaluate):
+    """The `evaluate` section of a recipe, kept in a file of its own so that models are measured alike."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
+    description: str = ""
+
+    def evaluation(self) -> Evaluate:
+        """The section without its name."""
+        return Evaluate.model_validate(self.model_dump(exclude={"name", "description"}))

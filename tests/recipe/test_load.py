@@ -1,0 +1,129 @@
+"""Recipes: every problem at once with its line, overrides before validation, and a round trip through YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from retrofit import bundled
+from retrofit.errors import UserError
+from retrofit.recipe.load import RecipeError, dump_recipe, load_recipe, load_suite, parse
+from retrofit.recipe.schema import Recipe
+
+BAD = """\
+name: x
+modle: foo
+convert:
+  kv_head: 1
+  method: calibratd
+  kv_heads: two
+recover:
+  adapter: {rnk: 3}
+  kv_heads: 3
+evaluate:
+  lengths: [1, 2048]
+  lengths: [4]
+"""
+
+
+def problems(text: str, *overrides: str) -> dict[str, tuple[str, str]]:
+    with pytest.raises(RecipeError) as caught:
+        parse(text, "r.yaml", Recipe, overrides)
+    return {problem.key: (problem.where, problem.what) for problem in caught.value.problems}
+
+
+def test_all_problems_are_reported_at_once_each_with_its_line() -> None:
+    found = problems(BAD)
+    assert found["modle"] == ("r.yaml:2", "unknown key; did you mean `model`?")
+    assert found["convert.kv_head"] == ("r.yaml:4", "unknown key; did you mean `kv_heads`?")
+    assert found["convert.method"][0] == "r.yaml:5" and "did you mean `calibrated`?" in found["convert.method"][1]
+    assert found["convert.kv_heads"] == ("r.yaml:6", "must be a whole number, not `two`")
+    assert found["recover.adapter.rnk"] == ("r.yaml:8", "unknown key; did you mean `rank`?")
+    assert found["evaluate.lengths[0]"] == ("r.yaml:11", "must be at least 16, not `1`")
+    assert found["evaluate.lengths"] == ("r.yaml:12", "given twice, first in line 11")
+
+
+def test_a_key_of_another_section_is_named_with_its_path() -> None:
+    assert problems(BAD)["recover.kv_heads"][1] == "unknown key; did you mean `convert.kv_heads`?"
+
+
+def test_a_missing_key_points_at_its_section() -> None:
+    assert problems("name: x\nconvert:\n  method: mean\n")["convert.kv_heads"] == ("r.yaml:2", "is required")
+
+
+def test_values_that_contradict_each_other_are_refused() -> None:
+    assert "exactly one" in problems("name: x\ncontext: {length: 64, factor: 2}\n")["context"][1]
+    assert "needs `evaluate`" in problems("name: x\nevaluate: null\nrequire: {'ppl@64': '<= 2'}\n")[""][1]
+    assert "not a metric" in problems("name: x\nrequire: {perplexity: '<= 2'}\n")["require"][1]
+
+
+@pytest.mark.parametrize("text", ["name: [x", "- a\n- b\n", "just words", "name: x\n\tmodel: y\n"])
+def test_what_is_no_mapping_is_refused_with_a_line(text: str) -> None:
+    with pytest.raises(RecipeError, match=r"r\.yaml:\d"):
+        parse(text, "r.yaml", Recipe)
+
+
+def test_overrides_are_laid_over_the_file_before_it_is_validated() -> None:
+    text = "name: x\nconvert: {kv_heads: two}\nrecover: null\n"
+    overrides = ["convert.kv_heads=2", "recover.tokens=64", "evaluate.lengths=[64, 32]", "require.ppl@64=<= 3"]
+    recipe = parse(text, "r.yaml", Recipe, overrides)
+    assert recipe.convert is not None and recipe.convert.kv_heads == 2
+    assert recipe.recover is not None and recipe.recover.tokens == 64
+    assert recipe.evaluate is not None and recipe.evaluate.lengths == (32, 64)
+    assert recipe.require == {"ppl@64": "<= 3"}
+
+
+def test_an_override_reaches_an_item_of_a_list_and_removes_a_section() -> None:
+    text = "name: x\nevaluate: {text: [a.txt, b.txt]}\nconvert: {kv_heads: 1}\n"
+    recipe = parse(text, "r.yaml", Recipe, ["evaluate.text.1=c.txt", "convert=null"])
+    assert recipe.evaluate is not None and [source.source for source in recipe.evaluate.text] == ["a.txt", "c.txt"]
+    assert recipe.convert is None
+
+
+def test_errors_in_overrides_name_the_option() -> None:
+    found = problems("name: x\n", "recover.tokens=many", "evaluate.chunck=3")
+    assert found["recover.tokens"] == ("--set recover.tokens=many", "must be a whole number, not `many`")
+    assert found["evaluate.chunck"][1] == "unknown key; did you mean `chunk`?"
+    with pytest.raises(RecipeError, match="write --set a.b=value"):
+        parse("name: x\n", "r.yaml", Recipe, ["recover"])
+    with pytest.raises(RecipeError, match="is no index"):
+        parse("name: x\nevaluate: {text: [a]}\n", "r.yaml", Recipe, ["evaluate.text.7=b"])
+
+
+def test_the_model_option_wins_over_the_file() -> None:
+    assert load_recipe("quickstart", model="some/model").model == "some/model"
+
+
+@pytest.mark.parametrize("name", ["extend-4x", "gqa", "gqa-long", "kernel-only", "mqa", "quickstart"])
+def test_every_bundled_recipe_is_valid_and_survives_a_round_trip(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name and recipe.description
+    text = dump_recipe(recipe)
+    assert parse(text, "again.yaml", Recipe) == recipe
+    assert "warmup_ratio: 0.05" in text or recipe.recover is None
+
+
+def test_the_catalogue_is_the_folder() -> None:
+    assert {"extend-4x", "gqa", "gqa-long", "kernel-only", "mqa", "quickstart"} <= set(bundled.names("recipes"))
+    catalogue = (bundled.folder("recipes") / "README.md").read_text()
+    assert all(f"`{name}`" in catalogue for name in bundled.names("recipes"))
+
+
+@pytest.mark.parametrize("name", bundled.names("suites"))
+def test_every_bundled_suite_is_an_evaluation(name: str) -> None:
+    suite = load_suite(name)
+    assert suite.name == name and suite.evaluation().lengths == suite.lengths
+
+
+def test_an_unknown_name_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe("quikstart")
+    assert caught.value.fix is not None and "did you mean `quickstart`?" in caught.value.fix
+    with pytest.raises(UserError, match="no recipe file"):
+        load_recipe(tmp_path / "missing.yaml")
+
+
+def test_a_run_folder_means_the_recipe_it_was_made_with(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: kept\n")
+    assert load_recipe(tmp_path).name == "kept"
