@@ -1,0 +1,183 @@
+"""Text that every Python installation carries, split into train and held-out by whole document.
+
+`python-docs` is the interpreter's own reference (`pydoc_data.topics`); `python-stdlib` the source of the standard
+library. Near-duplicates (a topic that is an excerpt of another, two copies of one class) fall on the same side of
+the split, and the split depends on names alone, so it is the same in every process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Literal
+
+from retrofit.errors import UserError
+
+Split = Literal["train", "held_out", "all"]
+
+BUILT_IN = ("python-docs", "python-stdlib")
+DOCS_HELD_OUT = 0.36  # of the characters: one joined document of more than 16k tokens
+STDLIB_HELD_OUT = 0.10
+LONG_CHARS = 80_000  # a source file of 16k tokens or more
+OVERLAP = 0.2  # share of the shorter text's lines that makes two texts one group
+EXCERPT = 0.8  # share of a text's lines found in one longer text that makes it an excerpt of it
+COMMON_LINE = 40  # a line that more documents than this share (a licence header) says nothing
+SKIPPED_PARTS = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "encodings", "__pycache__"}
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """One document. name: unique within its source. kind: the source's name as it stands in metrics."""
+
+    name: str
+    kind: str
+    text: str
+
+
+def built_in_texts(source: str, split: Split) -> Iterator[Text]:
+    """Documents of a built-in corpus, in a fixed order.
+
+    The held-out part of `python-docs` is one joined document, so that long contexts can be measured on it.
+    """
+    if source == "python-stdlib":
+        texts = stdlib_texts()
+        held_out = stdlib_held_out(texts)
+        yield from (Text(name, source, text) for name, text in select(texts, held_out, split).items())
+        return
+    texts = docs_texts()
+    held_out = docs_held_out(texts)
+    if split in ("train", "all"):
+        yield from (Text(name, source, text) for name, text in select(texts, held_out, "train").items())
+    if split in ("held_out", "all"):
+        joined = select(texts, held_out, "held_out")
+        yield Text(f"held-out topics, {len(joined)} joined", source, "\n\n".join(joined.values()))
+
+
+def select(texts: Mapping[str, str], held_out: frozenset[str], split: Split) -> dict[str, str]:
+    """The documents of one side of a split, by name."""
+    if split == "all":
+        return dict(texts)
+    return {name: text for name, text in texts.items() if (name in held_out) == (split == "held_out")}
+
+
+def docs_texts() -> dict[str, str]:
+    """Topics of the Python reference by name, without those that are excerpts of a longer one."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise UserError(
+            "this Python carries no documentation topics (module pydoc_data is missing)",
+            where="text source `python-docs`",
+            fix="install the full standard library of this Python, or use `python-stdlib` or a file of your own",
+        ) from error
+    return without_excerpts({name: str(topics[name]) for name in sorted(topics)})
+
+
+def stdlib_texts() -> dict[str, str]:
+    """Source files of the standard library by path; tests, character tables and build data are left out."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    texts: dict[str, str] = {}
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if SKIPPED_PARTS.intersection(relative.parts) or relative.name.startswith("_sysconfigdata"):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:  # a few files declare another encoding; they are not worth a decoder
+            continue
+        if len(text) >= 200:
+            texts[relative.as_posix()] = text
+    if not texts:
+        raise UserError(
+            "this Python carries no source of its standard library",
+            where=str(root),
+            fix="use `python-docs` or a file of your own as text",
+        )
+    return texts
+
+
+def docs_held_out(texts: Mapping[str, str]) -> frozenset[str]:
+    """Names of the held-out topics: groups in hash order for as long as they fit into the held-out share."""
+    room = DOCS_HELD_OUT * sum(map(len, texts.values()))
+    held_out: set[str] = set()
+    for group in sorted(groups(texts), key=_group_hash):
+        size = sum(len(texts[name]) for name in group)
+        if size <= room:
+            held_out.update(group)
+            room -= size
+    return frozenset(held_out)
+
+
+def stdlib_held_out(texts: Mapping[str, str]) -> frozenset[str]:
+    """Names of the held-out files: a tenth of the groups, and a third of those that hold a long file."""
+    every = sorted(groups(texts), key=_group_hash)
+    long = [group for group in every if any(len(texts[name]) > LONG_CHARS for name in group)]
+    short = [group for group in every if group not in long]
+    chosen = long[: max(1, len(long) // 3)]
+    chosen += [group for group in short if _group_hash(group) < STDLIB_HELD_OUT]
+    return frozenset(name for group in chosen for name in group)
+
+
+def without_excerpts(texts: Mapping[str, str]) -> dict[str, str]:
+    """The texts without those whose lines nearly all stand in one longer text."""
+    lines = {name: _lines(text) for name, text in texts.items()}
+    dropped: set[str] = set()
+    for (first, second), shared in _shared_lines(lines).items():
+        shorter, longer = sorted((first, second), key=lambda name: (len(texts[name]), name))
+        if longer not in dropped and shared >= EXCERPT * len(lines[shorter]):
+            dropped.add(shorter)
+    return {name: text for name, text in texts.items() if name not in dropped}
+
+
+def groups(texts: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """Texts joined into groups by shared lines (single linkage), so that a split never parts near-duplicates."""
+    lines = {name: _lines(text) for name, text in texts.items()}
+    parent = {name: name for name in texts}
+
+    def root(name: str) -> str:
+        while parent[name] != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    for (first, second), shared in _shared_lines(lines).items():
+        if shared >= OVERLAP * min(len(lines[first]), len(lines[second])):
+            parent[root(first)] = root(second)
+    members: dict[str, list[str]] = {}
+    for name in sorted(texts):
+        members.setdefault(root(name), []).append(name)
+    return [tuple(group) for group in members.values()]
+
+
+def stable_fraction(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+def _group_hash(group: Sequence[str]) -> float:
+    return stable_fraction(group[0])
+
+
+def _lines(text: str) -> frozenset[str]:
+    """Distinct lines long enough to identify a text, without their indentation."""
+    return frozenset(line for line in map(str.strip, text.splitlines()) if len(line) >= 24)
+
+
+def _shared_lines(lines: Mapping[str, frozenset[str]]) -> dict[tuple[str, str], int]:
+    """Number of shared lines of every pair of texts that shares any, in a fixed order."""
+    holders: dict[str, list[str]] = {}
+    for name in sorted(lines):
+        for line in lines[name]:
+            holders.setdefault(line, []).append(name)
+    counts: Counter[tuple[str, str]] = Counter()
+    for names in holders.values():
+        if 1 < len(names) <= COMMON_LINE:
+            counts.update(combinations(names, 2))
+    return dict(sorted(counts.items()))

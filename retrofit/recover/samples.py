@@ -1,0 +1,96 @@
+"""The original model's own samples as text: temperature 1 from BOS, cached on disk.
+
+Sampling needs no corpus that resembles the training data of the model. A sample file is keyed by what it depends on
+(weights, tokens, seed), so that a second run, or a resumed one, reads the same text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from retrofit.console import Progress
+    from retrofit.recover.data import Teacher
+
+BATCH = 32
+SAMPLE_TOKENS = 512
+
+
+def own_samples(teacher: Teacher, progress: Progress | None = None) -> Callable[[], Iterator[tuple[str, str]]]:
+    """Documents (name, text) that the model wrote itself; sampled on first use, then read from the cache."""
+    path = sample_path(teacher)
+    if not path.exists():
+        texts = _sample_texts(teacher, progress)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(texts, file, ensure_ascii=False)
+        Path(partial).replace(path)
+    documents: list[str] = json.loads(path.read_text(encoding="utf-8"))
+    return lambda: ((f"sample {index}", text) for index, text in enumerate(documents, 1))
+
+
+def sample_path(teacher: Teacher) -> Path:
+    """Where the samples of this model, token count and seed are cached."""
+    from retrofit.checkpoint.provenance import digest
+
+    key = json.dumps([digest(teacher.folder), teacher.tokens, teacher.seed, BATCH, SAMPLE_TOKENS], sort_keys=True)
+    return cache_folder() / "samples" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+
+def cache_folder() -> Path:
+    """RETROFIT_CACHE, or the platform's usual cache folder."""
+    root = os.environ.get("RETROFIT_CACHE")
+    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "retrofit"
+
+
+def _sample_texts(teacher: Teacher, progress: Progress | None) -> list[str]:
+    from retrofit.model.load import load_model, load_tokenizer
+
+    model = load_model(teacher.folder, dtype="auto", device=teacher.device)
+    tokenizer = load_tokenizer(teacher.folder)
+    if progress is not None:
+        progress.start("sampling the original model", teacher.tokens, "tokens")
+    samples: list[str] = []
+    done = 0
+    while done < teacher.tokens:
+        batch_BT = sample(model, tokenizer, BATCH, SAMPLE_TOKENS, seed=teacher.seed + len(samples))
+        samples += tokenizer.batch_decode(batch_BT, skip_special_tokens=True)
+        done += batch_BT.numel()
+        if progress is not None:
+            progress.advance(batch_BT.numel())
+    if progress is not None:
+        progress.finish()
+    return samples
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, tokens: int, *, seed: int
+) -> torch.Tensor:
+    """Token ids [batch, tokens] at temperature 1 from BOS (EOS without one), the start left out.
+
+    A sample that ends goes on after its EOS with whatever the model writes next. Draws come from a generator of
+    their own.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    ids_B1 = torch.full((batch, 1), 0 if start is None else start, device=model.device)
+    drawn: list[torch.Tensor] = []
+    cache = None
+    for _ in range(tokens):
+        out = model(input_ids=ids_B1, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+        ids_B1 = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=generator)
+        drawn.append(ids_B1)
+    return torch.cat(drawn, dim=1).cpu()
