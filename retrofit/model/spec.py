@@ -12,6 +12,8 @@ from typing import Literal
 
 Pairing = Literal["half", "interleaved"]
 QKNorm = Literal["head", "full"]
+QKNormKind = Literal["rms", "layer"]
+QKNormWeights = Literal["shared", "stacked", "separate"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,10 @@ class LayerAttention:
     """The attention of one decoder layer. Weights are [out, in]; a bias slot is None where there is none.
 
     scaling: what scores are multiplied with (usually head_dim ** -0.5). window: sliding-window size in tokens.
-    qk_norm: RMS norm on queries and keys before RoPE, per "head" or over the "full" projection.
+    qk_norm: a norm on queries and keys before RoPE, over each "head" or the "full" projection; qk_norm_kind: RMS or
+    (mean-subtracting) layer norm. qk_norm_weights: one weight [D] "shared" by all heads ([heads * D] for "full"), one
+    tensor [heads, D] "stacked" (Cohere), or one tensor [D] per head, "separate" (StableLM), whose names are q_norm and
+    k_norm with `{head}` filled in. clip_qkv: projections are clamped to [-clip_qkv, clip_qkv] (OLMo).
     """
 
     index: int
@@ -68,6 +73,9 @@ class LayerAttention:
     qk_norm: QKNorm | None = None
     q_norm: str | None = None
     k_norm: str | None = None
+    qk_norm_kind: QKNormKind = "rms"
+    qk_norm_weights: QKNormWeights = "shared"
+    clip_qkv: float | None = None
     softcap: float | None = None
     sinks: bool = False
 

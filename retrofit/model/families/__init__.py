@@ -1,0 +1,43 @@
+"""What is known about each architecture: literal tables, one file per way of storing attention; no name guessing.
+
+    spec = describe(config)                          # AttentionSpec
+    smaller = family_of(config).with_kv_heads(config, 1)
+
+`config` is a transformers configuration of one of `KNOWN` model types. Works without torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from retrofit.errors import UserError
+from retrofit.model.families import fused, separate
+from retrofit.model.families.base import Conversion, Family
+from retrofit.model.families.refused import REASONS
+from retrofit.model.spec import AttentionSpec
+
+_FAMILIES: dict[str, Family] = {family.name: family for family in (*separate.TABLE, *fused.TABLE)}
+
+KNOWN: tuple[str, ...] = tuple(sorted(_FAMILIES))
+"""The supported `model_type`s."""
+
+
+def family_of(config: Any) -> Family:
+    """The family of a configuration; raises UserError with the reason and the list of known ones when there is none."""
+    name = str(getattr(config, "model_type", None) or "(no model_type)")
+    if name in _FAMILIES:
+        return _FAMILIES[name]
+    reason = REASONS.get(name)
+    raise UserError(
+        f"the architecture `{name}` is not supported" + (f": {reason}" if reason else ""),
+        where="model_type of config.json",
+        fix=f"choose a model of a known architecture: {', '.join(KNOWN)}",
+    )
+
+
+def describe(config: Any) -> AttentionSpec:
+    """The attention of the model that `config` configures; raises as `family_of` does."""
+    return family_of(config).describe(config)
+
+
+__all__ = ["KNOWN", "Conversion", "Family", "describe", "family_of"]

@@ -1,0 +1,214 @@
+"""What all families share: the description of a layer from literal choices, and which KV-head counts are possible.
+
+Nothing here imports torch or transformers; a configuration is any object with the fields of the transformers class.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from retrofit.errors import UserError
+from retrofit.model.spec import (
+    AttentionSpec,
+    LayerAttention,
+    Pairing,
+    QKNorm,
+    QKNormKind,
+    QKNormWeights,
+    RopeSpec,
+)
+
+Switch = bool | str
+"""A fixed yes or no, or the name of the configuration field that says so."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Whether a model can be converted to `kv_heads` KV heads per layer; `reason` says why not."""
+
+    kv_heads: int
+    possible: bool
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class QKNormTable:
+    """How a family stores its norm on queries and keys; names are relative to the attention module."""
+
+    over: QKNorm
+    q: str
+    k: str
+    kind: QKNormKind = "rms"
+    weights: QKNormWeights = "shared"
+    when: Switch = True
+
+
+@dataclass(frozen=True)
+class Family(ABC):
+    """One architecture: literal choices, each as the transformers class of that `model_type` makes it.
+
+    scaling: "head_dim" (head_dim ** -0.5), "query_pre_attn_scalar" (that field ** -0.5) or "attention_multiplier" (that
+    field itself). window: on "none", on "all" layers that the field sliding_window names, or on the layers whose entry
+    in layer_types is "sliding_attention". window_when: a field that switches windows off altogether.
+    partial_rotary: rope_parameters.partial_rotary_factor is read. own_head_dim: a head_dim field is read (else it is
+    always hidden_size / query heads). rope_by_layer_type: rope_parameters hold one entry per layer type.
+    no_rope_layers: the field of that name holds 0 for layers without RoPE.
+    """
+
+    name: str
+    qkv_bias: Switch = False
+    o_bias: Switch = False
+    scaling: Literal["head_dim", "query_pre_attn_scalar", "attention_multiplier"] = "head_dim"
+    window: Literal["none", "all", "layer_types"] = "none"
+    window_when: Switch = True
+    pairing: Pairing = "half"
+    partial_rotary: bool = False
+    own_head_dim: bool = True
+    rope_by_layer_type: bool = False
+    no_rope_layers: bool = False
+    qk_norm: QKNormTable | None = None
+    softcap: bool = False
+    clip_qkv: bool = False
+
+    @abstractmethod
+    def tensors(self, config: Any, index: int, head_dim: int) -> dict[str, Any]:
+        """The q, k, v, o and bias slots of layer `index`, as keyword arguments of `LayerAttention`."""
+
+    def describe(self, config: Any) -> AttentionSpec:
+        """The attention of a whole model.
+
+        Raises UserError when the query heads cannot be shared out evenly over the KV heads.
+        """
+        query_heads, kv_heads = config.num_attention_heads, _kv_heads(config)
+        if query_heads % kv_heads:
+            raise UserError(
+                f"{query_heads} query heads cannot be shared evenly by {kv_heads} KV heads",
+                where="num_attention_heads and num_key_value_heads of config.json",
+                fix="check the configuration: num_key_value_heads must divide num_attention_heads",
+            )
+        return AttentionSpec(
+            family=self.name,
+            layers=tuple(self._layer(config, index) for index in range(config.num_hidden_layers)),
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            max_position_embeddings=config.max_position_embeddings,
+            tied_embeddings=bool(config.tie_word_embeddings),
+        )
+
+    def conversions(self, spec: AttentionSpec) -> tuple[Conversion, ...]:
+        """Every number of KV heads from 1 to the model's own, possible or with the reason why it is not."""
+        current = spec.layers[0].kv_heads
+        own = self._own_reason(spec)
+        found = []
+        for kv_heads in range(1, current + 1):
+            reason = None
+            if current % kv_heads:
+                reason = f"{kv_heads} does not divide {current} KV heads, so the groups would be unequal"
+            elif kv_heads < current:
+                reason = own
+            found.append(Conversion(kv_heads, reason is None, reason))
+        return tuple(found)
+
+    def with_kv_heads(self, config: Any, kv_heads: int) -> Any:
+        """A copy of the configuration with `kv_heads` KV heads in every layer.
+
+        Raises UserError naming the possible numbers when this one is not.
+        """
+        spec = self.describe(config)
+        conversions = self.conversions(spec)
+        chosen = next((c for c in conversions if c.kv_heads == kv_heads), None)
+        if chosen is None or not chosen.possible:
+            possible = ", ".join(str(c.kv_heads) for c in conversions if c.possible)
+            current = spec.layers[0].kv_heads
+            reason = chosen.reason if chosen else f"the model has {current} KV heads; conversion only makes them fewer"
+            raise UserError(
+                f"this {self.name} model cannot be converted to {kv_heads} KV heads: {reason}",
+                where=f"kv_heads: {kv_heads}",
+                fix=f"choose one of: {possible}",
+            )
+        changed = copy.deepcopy(config)
+        changed.num_key_value_heads = kv_heads
+        return changed
+
+    def head_dim(self, config: Any) -> int:
+        """Features per head."""
+        own = getattr(config, "head_dim", None) if self.own_head_dim else None
+        return own or config.hidden_size // config.num_attention_heads
+
+    def _layer(self, config: Any, index: int) -> LayerAttention:
+        head_dim = self.head_dim(config)
+        norm = self.qk_norm if self.qk_norm is not None and switched(config, self.qk_norm.when) else None
+        prefix = attention_prefix(index)
+        return LayerAttention(
+            index=index,
+            query_heads=config.num_attention_heads,
+            kv_heads=_kv_heads(config),
+            head_dim=head_dim,
+            scaling=self._scaling(config, head_dim),
+            rope=self._rope(config, index, head_dim),
+            window=self._window(config, index),
+            qk_norm=norm.over if norm else None,
+            q_norm=prefix + norm.q if norm else None,
+            k_norm=prefix + norm.k if norm else None,
+            qk_norm_kind=norm.kind if norm else "rms",
+            qk_norm_weights=norm.weights if norm else "shared",
+            clip_qkv=config.clip_qkv if self.clip_qkv else None,
+            softcap=config.attn_logit_softcapping if self.softcap else None,
+            **self.tensors(config, index, head_dim),
+        )
+
+    def _scaling(self, config: Any, head_dim: int) -> float:
+        if self.scaling == "attention_multiplier":
+            return float(config.attention_multiplier)
+        return (head_dim if self.scaling == "head_dim" else config.query_pre_attn_scalar) ** -0.5
+
+    def _window(self, config: Any, index: int) -> int | None:
+        if self.window == "none" or not switched(config, self.window_when):
+            return None
+        if self.window == "layer_types" and layer_type(config, index) != "sliding_attention":
+            return None
+        return config.sliding_window
+
+    def _rope(self, config: Any, index: int, head_dim: int) -> RopeSpec | None:
+        if self.no_rope_layers and not config.no_rope_layers[index]:
+            return None
+        parameters: Mapping[str, Any] = config.rope_parameters or {}
+        if self.rope_by_layer_type:
+            parameters = parameters[layer_type(config, index)] or {}
+        factor = parameters.get("partial_rotary_factor", 1.0) if self.partial_rotary else 1.0
+        return RopeSpec(
+            rope_type=str(parameters.get("rope_type", "default")),
+            theta=float(parameters.get("rope_theta", 10_000.0)),
+            rotary_dim=int(head_dim * factor),
+            pairing=self.pairing,
+            parameters=dict(parameters),
+        )
+
+    def _own_reason(self, spec: AttentionSpec) -> str | None:
+        layer = spec.layers[0]
+        if layer.qk_norm is not None and layer.qk_norm_weights != "shared":
+            return "every KV head has key-norm weights of its own, which a shared head cannot reproduce"
+        return None
+
+
+def switched(config: Any, switch: Switch) -> bool:
+    """The value of a switch: fixed, or read from the configuration."""
+    return switch if isinstance(switch, bool) else bool(getattr(config, switch))
+
+
+def layer_type(config: Any, index: int) -> str:
+    """ "full_attention" or "sliding_attention"."""
+    return config.layer_types[index]
+
+
+def attention_prefix(index: int) -> str:
+    """Where the attention tensors of a layer live in the checkpoint."""
+    return f"model.layers.{index}.self_attn."
+
+
+def _kv_heads(config: Any) -> int:
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -1,0 +1,31 @@
+"""Architectures that are refused by name, each with its reason."""
+
+from __future__ import annotations
+
+_ONE_KV_PER_QUERY = "every query head has its own KV head and the class has no setting for fewer"
+_FUSED_EQUAL = "q, k and v are one matrix with as many KV heads as query heads and the class has no setting for fewer"
+_LATENT = "its cache holds one latent vector per token instead of KV heads"
+_NO_ATTENTION = "it has no KV cache: its layers are recurrent"
+_VISION = "it is a multimodal model; only text models are converted"
+
+REASONS: dict[str, str] = {
+    "bloom": f"{_FUSED_EQUAL}; positions are ALiBi",
+    "codegen": _FUSED_EQUAL,
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "falcon": "its fused matrix interleaves q, k and v by group, and the class has no attention interface",
+    "gemma3": f"{_VISION} (its text-only sibling is gemma3_text)",
+    "gpt2": f"{_FUSED_EQUAL} (stored transposed, as Conv1D)",
+    "gpt_bigcode": "it already has a single KV head (multi-query attention)",
+    "gpt_neo": _ONE_KV_PER_QUERY,
+    "gpt_neox": f"{_FUSED_EQUAL} (interleaved by head)",
+    "gpt_oss": "its attention sinks are not carried through a conversion yet",
+    "gptj": _ONE_KV_PER_QUERY,
+    "llama4": _VISION,
+    "mamba": _NO_ATTENTION,
+    "mamba2": _NO_ATTENTION,
+    "mpt": f"{_FUSED_EQUAL}; positions are ALiBi",
+    "opt": f"{_ONE_KV_PER_QUERY}; positions are learned",
+    "rwkv": _NO_ATTENTION,
+    "xglm": _ONE_KV_PER_QUERY,
+}

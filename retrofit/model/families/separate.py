@@ -1,0 +1,90 @@
+"""Families that store q, k, v and the output projection as separate matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from retrofit.model.families.base import Family, QKNormTable, attention_prefix, switched
+from retrofit.model.spec import TensorSlot
+
+
+@dataclass(frozen=True)
+class Separate(Family):
+    """Four matrices; `o` is what the family calls the output projection."""
+
+    o: str = "o_proj"
+
+    def tensors(self, config: Any, index: int, head_dim: int) -> dict[str, Any]:
+        """One whole tensor per projection."""
+        prefix = attention_prefix(index)
+        names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": self.o}
+        slots = {slot: TensorSlot(f"{prefix}{name}.weight") for slot, name in names.items()}
+        if switched(config, self.qkv_bias):
+            slots |= {f"{slot}_bias": TensorSlot(f"{prefix}{names[slot]}.bias") for slot in "qkv"}
+        if switched(config, self.o_bias):
+            slots["o_bias"] = TensorSlot(f"{prefix}{self.o}.bias")
+        return slots
+
+
+_ATTENTION_BIAS: dict[str, Any] = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
+_HEAD_NORM = QKNormTable("head", "q_norm.weight", "k_norm.weight")
+
+TABLE: tuple[Separate, ...] = (
+    Separate("llama", **_ATTENTION_BIAS),
+    Separate("mistral", window="all"),
+    Separate("qwen2", qkv_bias=True, window="layer_types"),
+    Separate("qwen3", **_ATTENTION_BIAS, window="layer_types", qk_norm=_HEAD_NORM),
+    Separate("gemma", **_ATTENTION_BIAS),
+    Separate("gemma2", **_ATTENTION_BIAS, scaling="query_pre_attn_scalar", window="layer_types", softcap=True),
+    Separate(
+        "gemma3_text",
+        **_ATTENTION_BIAS,
+        scaling="query_pre_attn_scalar",
+        window="layer_types",
+        softcap=True,
+        rope_by_layer_type=True,
+        qk_norm=_HEAD_NORM,
+    ),
+    Separate("olmo", **_ATTENTION_BIAS, clip_qkv=True),
+    Separate("olmo2", **_ATTENTION_BIAS, qk_norm=QKNormTable("full", "q_norm.weight", "k_norm.weight")),
+    Separate(
+        "phi",
+        qkv_bias=True,
+        o_bias=True,
+        o="dense",
+        partial_rotary=True,
+        qk_norm=QKNormTable("head", "q_layernorm.weight", "k_layernorm.weight", kind="layer", when="qk_layernorm"),
+    ),
+    Separate(
+        "stablelm",
+        qkv_bias="use_qkv_bias",
+        partial_rotary=True,
+        own_head_dim=False,
+        qk_norm=QKNormTable(
+            "head",
+            "q_layernorm.norms.{head}.weight",
+            "k_layernorm.norms.{head}.weight",
+            kind="layer",
+            weights="separate",
+            when="qk_layernorm",
+        ),
+    ),
+    Separate("starcoder2", qkv_bias="use_bias", o_bias="use_bias", window="all"),
+    Separate(
+        "cohere",
+        **_ATTENTION_BIAS,
+        pairing="interleaved",
+        qk_norm=QKNormTable(
+            "head", "q_norm.weight", "k_norm.weight", kind="layer", weights="stacked", when="use_qk_norm"
+        ),
+    ),
+    Separate("granite", **_ATTENTION_BIAS, scaling="attention_multiplier"),
+    Separate(
+        "smollm3",
+        **_ATTENTION_BIAS,
+        window="layer_types",
+        window_when="use_sliding_window",
+        no_rope_layers=True,
+    ),
+)

@@ -1,0 +1,262 @@
+"""The literal tables against the real transformers classes, on tiny models of every family and variant."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from retrofit.errors import UserError
+from retrofit.model.families import KNOWN, describe, family_of
+from retrofit.model.families.refused import REASONS
+from tests.tiny import FAMILIES, VARIANTS, tiny_config, tiny_model
+
+CASES = [(family, {}) for family in FAMILIES] + list(VARIANTS)
+cases = pytest.mark.parametrize(("family", "over"), CASES, ids=[f"{f}-{'-'.join(o)}" for f, o in CASES])
+
+
+def attention_of(model, spec, index):
+    return model.get_submodule(f"{spec.layers_path}.{index}.{spec.attention_path}")
+
+
+def slots_of(layer):
+    weights = {"q": layer.q, "k": layer.k, "v": layer.v, "o": layer.o}
+    biases = {"q": layer.q_bias, "k": layer.k_bias, "v": layer.v_bias, "o": layer.o_bias}
+    return weights, biases
+
+
+def rows(slot, parameters):
+    return parameters[slot.name][slot.start : slot.stop]
+
+
+def test_tiny_has_every_known_family():
+    assert set(FAMILIES) == set(KNOWN)
+
+
+@cases
+def test_slots_name_parameters_of_the_right_shape(family, over):
+    model = tiny_model(family, **over)
+    parameters, spec = dict(model.named_parameters()), describe(model.config)
+    for layer in spec.layers:
+        q_rows, kv_rows = layer.query_heads * layer.head_dim, layer.kv_heads * layer.head_dim
+        weights, biases = slots_of(layer)
+        expected = {
+            "q": (q_rows, spec.hidden_size),
+            "k": (kv_rows, spec.hidden_size),
+            "v": (kv_rows, spec.hidden_size),
+            "o": (spec.hidden_size, q_rows),
+        }
+        for name, slot in weights.items():
+            assert tuple(rows(slot, parameters).shape) == expected[name], name
+        for name, slot in biases.items():
+            if slot is not None:
+                assert tuple(rows(slot, parameters).shape) == expected[name][:1], name
+
+
+@cases
+def test_slots_and_norms_cover_every_attention_parameter_once(family, over):
+    model = tiny_model(family, **over)
+    parameters, spec = dict(model.named_parameters()), describe(model.config)
+    covered: dict[str, torch.Tensor] = {name: torch.zeros(p.shape[0]) for name, p in parameters.items()}
+    for layer in spec.layers:
+        weights, biases = slots_of(layer)
+        for slot in (*weights.values(), *(b for b in biases.values() if b is not None)):
+            covered[slot.name][slot.start : slot.stop] += 1
+        for name, heads in ((layer.q_norm, layer.query_heads), (layer.k_norm, layer.kv_heads)):
+            if name is None:
+                continue
+            stored = [name.format(head=h) for h in range(heads)] if layer.qk_norm_weights == "separate" else [name]
+            size = (heads if layer.qk_norm == "full" else 1) * layer.head_dim
+            shape = (heads, layer.head_dim) if layer.qk_norm_weights == "stacked" else (size,)
+            for each in stored:
+                assert tuple(parameters[each].shape) == shape
+                covered[each] += 1
+    for name in parameters:
+        if f".{spec.attention_path}." in name and not name.endswith("layernorm.bias"):
+            assert torch.all(covered[name] == 1), name
+
+
+@cases
+def test_values_equal_what_the_module_holds(family, over):
+    model = tiny_model(family, **over)
+    spec = describe(model.config)
+    assert spec.family == family
+    assert spec.hidden_size == model.config.hidden_size
+    assert spec.vocab_size == model.get_input_embeddings().weight.shape[0]
+    assert spec.tied_embeddings == (model.lm_head.weight is model.get_input_embeddings().weight)
+    rotary = model.model.rotary_emb
+    for layer in spec.layers:
+        module = attention_of(model, spec, layer.index)
+        assert layer.head_dim == module.head_dim
+        assert layer.scaling == module.scaling
+        assert layer.group == module.num_key_value_groups
+        if hasattr(module, "sliding_window"):
+            assert layer.window == module.sliding_window
+        assert layer.softcap == getattr(module, "attn_logit_softcapping", None)
+        has_norm = any("norm" in name for name, _ in module.named_parameters())
+        assert (layer.qk_norm is not None) == has_norm
+        if layer.rope is None:
+            assert not module.use_rope
+            continue
+        layer_types = getattr(model.config, "layer_types", None)
+        buffer = f"{layer_types[layer.index]}_inv_freq" if family == "gemma3_text" else "inv_freq"
+        inv_freq = getattr(rotary, buffer)
+        assert layer.rope.rotary_dim == 2 * inv_freq.shape[0]
+        reference = layer.rope.theta ** -(torch.arange(0, layer.rope.rotary_dim, 2) / layer.rope.rotary_dim)
+        torch.testing.assert_close(inv_freq, reference)
+
+
+@cases
+def test_window_is_what_the_logits_depend_on(family, over):
+    """Changing the first token must not move later logits beyond the window's reach, and must move those within it."""
+    spec = describe(tiny_config(family, **over))
+    windows = [layer.window for layer in spec.layers]
+    model = tiny_model(family, **over).to(torch.float64)
+    ids_1T = torch.randint(0, 256, (1, 80), generator=torch.Generator().manual_seed(1))
+    other_1T = ids_1T.clone()
+    other_1T[0, 0] = (ids_1T[0, 0] + 1) % 256
+    with torch.no_grad():
+        moved_T = (model(ids_1T).logits - model(other_1T).logits).abs().amax(-1)[0]
+    # A token reaches window - 1 positions further per layer; without a window, everywhere.
+    reach = 80 if None in windows else 1 + sum(window - 1 for window in windows)
+    assert torch.all(moved_T[reach:] == 0)
+    assert moved_T[reach - 1] > 0
+
+
+@cases
+def test_description_reproduces_the_attention_of_the_module(family, over):
+    """Attention written from the spec alone (no q/k norm) equals the module's output."""
+    model = tiny_model(family, **over).to(torch.float64)
+    spec, parameters = describe(model.config), dict(model.named_parameters())
+    if any(layer.qk_norm for layer in spec.layers):
+        pytest.skip("norms are tested by name and shape")
+    seen = {}
+    for layer in spec.layers:
+        module = attention_of(model, spec, layer.index)
+        module.register_forward_hook(
+            lambda _m, args, kwargs, out, index=layer.index: seen.update(
+                {index: ((args or (kwargs["hidden_states"],))[0], out[0])}
+            ),
+            with_kwargs=True,
+        )
+    ids_1T = torch.randint(0, 256, (1, 48), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        model(ids_1T)
+        for layer in spec.layers:
+            x_1TC, expected_1TC = seen[layer.index]
+            torch.testing.assert_close(
+                reference_attention(x_1TC, layer, parameters), expected_1TC, atol=1e-6, rtol=1e-6
+            )
+
+
+def reference_attention(x_1TC, layer, parameters):
+    """softmax(mask(cap(scaling q k^T))) v from the formulas, head by head."""
+    weights, biases = slots_of(layer)
+
+    def project(name, heads):
+        y = x_1TC @ rows(weights[name], parameters).T
+        y = y + (rows(biases[name], parameters) if biases[name] else 0)
+        if layer.clip_qkv:
+            y = y.clamp(-layer.clip_qkv, layer.clip_qkv)
+        return y[0].unflatten(-1, (heads, layer.head_dim)).transpose(0, 1)
+
+    q_HTD, k_KTD, v_KTD = (
+        project(n, h) for n, h in (("q", layer.query_heads), ("k", layer.kv_heads), ("v", layer.kv_heads))
+    )
+    if layer.rope is not None:
+        q_HTD, k_KTD = rotate(q_HTD, layer.rope), rotate(k_KTD, layer.rope)
+    distance_TT = torch.arange(x_1TC.shape[1])[:, None] - torch.arange(x_1TC.shape[1])[None, :]
+    visible_TT = (distance_TT >= 0) & (distance_TT < (layer.window or x_1TC.shape[1]))
+    outputs = []
+    for head in range(layer.query_heads):
+        scores_TT = q_HTD[head] @ k_KTD[head // layer.group].T * layer.scaling
+        if layer.softcap:
+            scores_TT = layer.softcap * torch.tanh(scores_TT / layer.softcap)
+        scores_TT = scores_TT.masked_fill(~visible_TT, float("-inf"))
+        # The eager reference of transformers takes its softmax in float32.
+        outputs.append(torch.softmax(scores_TT.float(), -1).double() @ v_KTD[head // layer.group])
+    y_1TC = torch.cat(outputs, -1)[None] @ rows(weights["o"], parameters).T
+    return y_1TC + (rows(biases["o"], parameters) if biases["o"] else 0)
+
+
+def rotate(x_HTD, rope):
+    pairs = rope.rotary_dim // 2
+    angle_TP = torch.arange(x_HTD.shape[1])[:, None].float() * rope.theta ** -(torch.arange(pairs).float() / pairs)
+    cos, sin = angle_TP.cos().double(), angle_TP.sin().double()
+    first, second = (
+        (slice(0, pairs), slice(pairs, 2 * pairs))
+        if rope.pairing == "half"
+        else (
+            slice(0, 2 * pairs, 2),
+            slice(1, 2 * pairs, 2),
+        )
+    )
+    out = x_HTD.clone()
+    out[..., first] = x_HTD[..., first] * cos - x_HTD[..., second] * sin
+    out[..., second] = x_HTD[..., second] * cos + x_HTD[..., first] * sin
+    return out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_kv_heads_gives_a_stock_class_with_fewer_heads(family):
+    config = tiny_config(family)
+    for kv_heads in (1, 2, 4):
+        changed = family_of(config).with_kv_heads(config, kv_heads)
+        spec = describe(changed)
+        parameters = dict(AutoModelForCausalLM.from_config(changed).named_parameters())
+        for layer in spec.layers:
+            assert layer.kv_heads == kv_heads
+            assert rows(layer.k, parameters).shape[0] == kv_heads * layer.head_dim
+            assert rows(layer.v, parameters).shape[0] == kv_heads * layer.head_dim
+    assert describe(config).layers[0].kv_heads == 4, "the given configuration stays as it was"
+
+
+def test_conversions_list_divisors_and_reasons():
+    config = tiny_config("llama", hidden_size=96, num_attention_heads=12, num_key_value_heads=6)
+    conversions = family_of(config).conversions(describe(config))
+    assert [c.kv_heads for c in conversions] == [1, 2, 3, 4, 5, 6]
+    assert [c.kv_heads for c in conversions if c.possible] == [1, 2, 3, 6]
+    assert "4 does not divide 6" in conversions[3].reason
+    for kv_heads in (4, 7, 0, -1):
+        with pytest.raises(UserError, match="cannot be converted") as caught:
+            family_of(config).with_kv_heads(config, kv_heads)
+        assert "1, 2, 3, 6" in caught.value.fix
+
+
+@pytest.mark.parametrize(("family", "over"), [("cohere", {"use_qk_norm": True}), ("stablelm", {"qk_layernorm": True})])
+def test_key_norms_per_head_are_refused_with_the_reason(family, over):
+    config = tiny_config(family, **over)
+    with pytest.raises(UserError, match="key-norm weights of its own"):
+        family_of(config).with_kv_heads(config, 2)
+    assert family_of(config).with_kv_heads(config, 4).num_key_value_heads == 4
+
+
+def test_unknown_architecture_is_refused_with_the_list():
+    with pytest.raises(UserError, match="`mixtral` is not supported") as caught:
+        describe(SimpleNamespace(model_type="mixtral"))
+    assert all(name in caught.value.fix for name in KNOWN)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "gptj", "opt", "bloom", "falcon", "mpt"])
+def test_known_refusals_give_their_reason(name):
+    with pytest.raises(UserError) as caught:
+        describe(SimpleNamespace(model_type=name))
+    assert REASONS[name] in caught.value.what
+    assert name not in KNOWN
+
+
+def test_heads_that_do_not_divide_are_refused():
+    config = tiny_config("qwen2")
+    config.num_key_value_heads = 3
+    with pytest.raises(UserError, match="4 query heads cannot be shared evenly by 3 KV heads"):
+        describe(config)
+
+
+def test_families_import_without_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, retrofit.model.families; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
