@@ -85,7 +85,7 @@ def test_errors_in_overrides_name_the_option() -> None:
     found = problems("name: x\n", "recover.tokens=many", "evaluate.chunck=3")
     assert found["recover.tokens"] == ("--set recover.tokens=many", "must be a whole number, not `many`")
     assert found["evaluate.chunck"][1] == "unknown key; did you mean `chunk`?"
-    with pytest.raises(RecipeError, match="write --set a.b=value"):
+    with pytest.raises(RecipeError, match=r"write --set a\.b=value"):
         parse("name: x\n", "r.yaml", Recipe, ["recover"])
     with pytest.raises(RecipeError, match="is no index"):
         parse("name: x\nevaluate: {text: [a]}\n", "r.yaml", Recipe, ["evaluate.text.7=b"])

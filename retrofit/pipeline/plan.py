@@ -1,0 +1,235 @@
+"""What a run would do and cost, from the recipe and the attention spec alone. Torch-free.
+
+Times are floating-point operations over a stated throughput; memory is what has to exist at one time. Both are
+estimates: the journal puts what was measured beside them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from retrofit.console import nbytes
+from retrofit.model.spec import AttentionSpec
+from retrofit.recipe.schema import Convert, Evaluate, Recipe, Recover
+
+STEPS = ("convert", "extend", "recover", "evaluate", "publish")
+FOLDERS = {name: f"{number}-{name}" for number, name in enumerate(STEPS, start=1)}
+BASE_BYTES = 700 << 20  # a Python process with torch and transformers imported
+EFFICIENCY = 0.5  # share of matrix-multiplication speed that a whole forward pass reaches
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Floating-point operations per second of large matrix products, and how the number was made."""
+
+    flops: float
+    how: str
+    bytes_per_second: float = 10e9
+
+
+ASSUMED = Throughput(50e9, "assumed 50 GFLOP/s, not measured on this machine")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a plan needs to know of a model. parameters: of the whole model; dtype: of the stored weights."""
+
+    model: str
+    spec: AttentionSpec
+    parameters: int
+    dtype: str
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as stored."""
+        return self.parameters * DTYPE_BYTES.get(self.dtype, 2)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One step: what it does, the most memory and disk it needs (bytes), and its seconds."""
+
+    step: str
+    does: str
+    peak_bytes: int
+    disk_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole run before it happens. KV bytes are per token in the source's dtype, sliding windows ignored."""
+
+    recipe: str
+    model: str
+    steps: tuple[Cost, ...]
+    kv_heads: tuple[int, int]
+    kv_bytes_per_token: tuple[int, int]
+    kv_cache_bytes: tuple[int, int]
+    positions: tuple[int, int]
+    throughput: Throughput
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all steps."""
+        return sum(step.seconds for step in self.steps)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that the run folder will hold when done."""
+        return sum(step.disk_bytes for step in self.steps)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of the hungriest step."""
+        return max((step.peak_bytes for step in self.steps), default=0)
+
+    def of(self, step: str) -> Cost | None:
+        """The cost of one step, None when the recipe has no such step."""
+        return next((cost for cost in self.steps if cost.step == step), None)
+
+
+def steps_of(recipe: Recipe) -> tuple[str, ...]:
+    """Names of the steps that a recipe has, in order."""
+    sections = (recipe.convert, recipe.context, recipe.recover, recipe.evaluate, recipe.publish)
+    return tuple(name for name, section in zip(STEPS, sections, strict=True) if section is not None)
+
+
+def claimed_length(recipe: Recipe, native: int) -> int:
+    """Positions the result will claim: the recipe's length or factor x native, else the native ones."""
+    if recipe.context is None:
+        return native
+    return recipe.context.length or round(native * (recipe.context.factor or 1))
+
+
+def converted_spec(spec: AttentionSpec, kv_heads: int | None) -> AttentionSpec:
+    """The spec with `kv_heads` KV heads in every layer (unchanged for None)."""
+    if kv_heads is None:
+        return spec
+    return replace(spec, layers=tuple(replace(layer, kv_heads=kv_heads) for layer in spec.layers))
+
+
+def make_plan(recipe: Recipe, facts: ModelFacts, throughput: Throughput = ASSUMED) -> Plan:
+    """The plan of `recipe` on a model. Nothing is read, written or loaded."""
+    before = facts.spec
+    after = converted_spec(before, recipe.convert.kv_heads if recipe.convert else None)
+    native = before.max_position_embeddings
+    claimed = claimed_length(recipe, native)
+    bytes_per_value = DTYPE_BYTES.get(facts.dtype, 2)
+    shape = _Shape(facts, after, throughput)
+    costs = []
+    for step in steps_of(recipe):
+        if step == "convert" and recipe.convert:
+            costs.append(_convert(shape, recipe.convert))
+        elif step == "extend" and recipe.context:
+            does = f"{recipe.context.method}: {native:,} to {claimed:,} positions; only config.json changes"
+            costs.append(Cost(step, does, BASE_BYTES, 1 << 20, 1.0))
+        elif step == "recover" and recipe.recover:
+            costs.append(_recover(shape, recipe.recover))
+        elif step == "evaluate" and recipe.evaluate:
+            costs.append(_evaluate(shape, recipe, recipe.evaluate))
+        elif step == "publish" and recipe.publish:
+            tokens = recipe.publish.reload_tokens * len(recipe.evaluate.text if recipe.evaluate else ())
+            seconds = 15 + shape.seconds(tokens, recipe.publish.reload_tokens)
+            does = "check the gate, write the card, load the folder in a fresh process and compare its losses"
+            peak = BASE_BYTES + 2 * facts.weight_bytes
+            costs.append(Cost(step, does, peak, facts.weight_bytes, seconds))
+    return Plan(
+        recipe=recipe.name,
+        model=facts.model,
+        steps=tuple(costs),
+        kv_heads=(before.layers[0].kv_heads, after.layers[0].kv_heads),
+        kv_bytes_per_token=(before.kv_bytes_per_token(bytes_per_value), after.kv_bytes_per_token(bytes_per_value)),
+        kv_cache_bytes=(
+            before.kv_cache_bytes(claimed, bytes_per_value),
+            after.kv_cache_bytes(claimed, bytes_per_value),
+        ),
+        positions=(native, claimed),
+        throughput=throughput,
+    )
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Prices of passes over one model."""
+
+    facts: ModelFacts
+    after: AttentionSpec
+    throughput: Throughput
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Parameters that a token is multiplied with: all but an untied embedding table."""
+        spec = self.facts.spec
+        return self.facts.parameters - (0 if spec.tied_embeddings else spec.vocab_size * spec.hidden_size)
+
+    def flops(self, tokens: int, context: int) -> float:
+        """Of one forward pass over `tokens` tokens in sequences of `context`: matrices, and causal attention."""
+        scores = sum(4 * layer.query_heads * layer.head_dim for layer in self.after.layers)
+        return tokens * (2 * self.matmul_parameters + scores * context / 2)
+
+    def seconds(self, tokens: int, context: int, passes: float = 1) -> float:
+        """Of `passes` forward passes."""
+        return passes * self.flops(tokens, context) / (self.throughput.flops * EFFICIENCY)
+
+
+def _convert(shape: _Shape, convert: Convert) -> Cost:
+    spec, facts = shape.facts.spec, shape.facts
+    heads = f"{spec.layers[0].kv_heads} to {convert.kv_heads} KV heads in {len(spec.layers)} layers, {convert.method}"
+    if convert.method != "calibrated":
+        seconds = 4 * facts.weight_bytes / shape.throughput.bytes_per_second + 1
+        return Cost("convert", heads, BASE_BYTES + facts.weight_bytes // len(spec.layers), facts.weight_bytes, seconds)
+    tokens, length = convert.calibration.tokens, convert.calibration.sequence_length
+    repair = f" and {convert.repair} repair" if convert.repair != "none" else ""
+    # The original and the converted stream, layer by layer, both kept whole in float32.
+    streams = 2 * tokens * spec.hidden_size * 4
+    peak = BASE_BYTES + streams + 2 * facts.weight_bytes
+    does = f"{heads}{repair} on {tokens:,} tokens"
+    return Cost("convert", does, peak, facts.weight_bytes, shape.seconds(tokens, length, passes=2))
+
+
+def _recover(shape: _Shape, recover: Recover) -> Cost:
+    spec, facts, adapter = shape.after, shape.facts, recover.adapter
+    rows = recover.batch_size * recover.sequence_length
+    # Forward, recomputation, backward through the frozen weights; the teacher's forward for distillation.
+    passes = 3 + (recover.loss == "distill")
+    activations = rows * spec.hidden_size * 4 * (len(spec.layers) + 16)
+    logits = 4 * min(rows, recover.row_chunk) * spec.vocab_size * 4
+    trained = int(facts.parameters * 0.002 * adapter.rank)
+    teacher = facts.weight_bytes // 4 if recover.loss == "distill" else 0
+    peak = BASE_BYTES + facts.weight_bytes + teacher + activations + logits + 16 * trained
+    held_out = (recover.evals + 1) * recover.eval_tokens
+    seconds = shape.seconds(recover.tokens, recover.sequence_length, passes) + shape.seconds(
+        held_out, recover.sequence_length, passes=2
+    )
+    steps = max(1, recover.tokens // rows)
+    does = f"{recover.loss}, LoRA rank {adapter.rank}, {recover.tokens:,} tokens in {steps:,} steps of {rows:,}"
+    return Cost("recover", does, peak, facts.weight_bytes + 12 * trained, seconds)
+
+
+def _evaluate(shape: _Shape, recipe: Recipe, evaluate: Evaluate) -> Cost:
+    spec, facts = shape.facts.spec, shape.facts
+    longest = max(evaluate.lengths)
+    documents = evaluate.documents * len(evaluate.text)
+    models = 1 + (recipe.convert is not None or recipe.context is not None) + (recipe.recover is not None)
+    bytes_per_value = DTYPE_BYTES.get(facts.dtype, 2)
+    cache = spec.kv_cache_bytes(longest, bytes_per_value)
+    peak = BASE_BYTES + 2 * facts.weight_bytes + cache + 3 * evaluate.chunk * spec.vocab_size * 4
+    decode = evaluate.decode_tokens * facts.weight_bytes / shape.throughput.bytes_per_second
+    seconds = models * (shape.seconds(documents * longest, longest) + decode) + 5
+    lengths = ", ".join(f"{length:,}" for length in evaluate.lengths)
+    does = f"{models} models on {documents} documents at {lengths} tokens, one pass each"
+    return Cost("evaluate", does, peak, models * documents * longest * 8, seconds)
+
+
+def describe_plan(plan: Plan) -> list[str]:
+    """Lines below the table of a plan."""
+    before, after = plan.kv_bytes_per_token
+    lines = [
+        f"KV heads {plan.kv_heads[0]} -> {plan.kv_heads[1]}, positions {plan.positions[0]:,} -> {plan.positions[1]:,}",
+        f"KV cache {nbytes(before)} -> {nbytes(after)} per token; "
+        f"{nbytes(plan.kv_cache_bytes[0])} -> {nbytes(plan.kv_cache_bytes[1])} at {plan.positions[1]:,} tokens",
+        f"time: operations counted from the model's shape, at {EFFICIENCY:.0%} of {plan.throughput.how}",
+    ]
+    return lines
