@@ -1,0 +1,157 @@
+"""Where a result goes: permission, room, one owner, and a rename when everything is on disk.
+
+`staged` gives a `<name>.partial` folder and renames it when its block has ended well, so that a folder with its final
+name is always whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from retrofit.errors import UserError
+
+
+def existing_ancestor(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    path = path.absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def require_writable(path: str | Path) -> None:
+    """UserError unless `path` can be created or written to."""
+    path = Path(path)
+    place = existing_ancestor(path)
+    if not place.is_dir():
+        raise UserError(
+            f"cannot write there: {place} is a file, not a folder", where=str(path), fix="choose another folder"
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(
+            f"no permission to write into {place}",
+            where=str(path),
+            fix=f"choose another folder, or make it writable: chmod u+w {place}",
+        )
+
+
+def require_free_space(path: str | Path, nbytes: int) -> None:
+    """UserError when the disk that holds `path` has less than `nbytes` free."""
+    free = shutil.disk_usage(existing_ancestor(Path(path))).free
+    if free < nbytes:
+        raise UserError(
+            f"not enough disk space: {_size(nbytes)} needed, {_size(free)} free",
+            where=str(path),
+            fix=f"free {_size(nbytes - free)} there, or write to another disk",
+        )
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+@contextmanager
+def folder_lock(path: str | Path) -> Iterator[None]:
+    """Hold `path` for this process, whether it exists yet or not; UserError when another one holds it.
+
+    The lock is an advisory lock on `.<name>.lock` beside the folder; the kernel drops it when the process dies.
+    """
+    path = Path(path).absolute()
+    require_writable(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.parent / f".{path.name}.lock"
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            raise UserError(
+                f"the folder is in use by process {owner}",
+                where=str(path),
+                fix="wait until it has finished, or give another --out folder",
+            ) from error
+        if _is_file(descriptor, lock):
+            break
+        os.close(descriptor)
+    try:
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    """False when the former owner removed the file between our open and our lock."""
+    try:
+        return os.fstat(descriptor).st_ino == path.stat().st_ino
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def staged(final: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty `<final>.partial` folder and rename it to `final` when the block ends without an exception.
+
+    Everything is flushed to disk before the rename. On an exception the partial folder is removed; after a kill it
+    stays and the next call empties it. Raises UserError when `final` holds something and `overwrite` is False, when
+    the place cannot be written, and when the disk fills up inside the block.
+    """
+    final = Path(final).absolute()
+    partial = final.with_name(final.name + ".partial")
+    replaced = final.with_name(final.name + ".replaced")
+    require_writable(final)
+    if replaced.exists() and not final.exists():  # killed between the two renames below
+        replaced.rename(final)
+    if final.exists() and not overwrite and (not final.is_dir() or any(final.iterdir())):
+        raise UserError(
+            "the output folder exists and is not empty", where=str(final), fix="remove it, or give another folder"
+        )
+    for leftover in (partial, replaced):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _sync(partial)
+        if final.exists():
+            final.rename(replaced)
+        partial.replace(final)
+        _sync_folder(final.parent)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            "the disk is full", where=str(final.parent), fix="free space there, or write to another disk"
+        ) from error
+    finally:
+        for leftover in (partial, replaced):
+            if leftover.exists() and (leftover == partial or final.exists()):
+                shutil.rmtree(leftover)
+
+
+def _sync(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            _sync_folder(path)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

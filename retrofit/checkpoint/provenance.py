@@ -1,0 +1,94 @@
+"""retrofit.json: where a checkpoint comes from and what was done to it.
+
+The keys have one order and the file holds no clock of its own, so the same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from retrofit.checkpoint.read import read_json
+from retrofit.errors import UserError
+
+FILE = "retrofit.json"
+SCHEMA_VERSION = 1
+# First what a reader wants to know; the rest of the record follows by name.
+KEY_ORDER = ("schema_version", "name", "source", "recipe", "steps", "metrics", "gate", "reload", "versions", "files")
+PACKAGES = (
+    "attention-retrofit",
+    "accelerate",
+    "huggingface_hub",
+    "numpy",
+    "peft",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
+
+
+def sha256(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in small pieces."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(folder: str | Path, *, everything: bool = False) -> dict[str, str]:
+    """{file name: sha256} of config.json and the weights; with `everything` of all files but README.md and
+    retrofit.json (a card may be edited by hand and is checked for itself)."""
+    folder = Path(folder)
+    if everything:
+        files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+        names = sorted(path.relative_to(folder).as_posix() for path in files)
+        names = [name for name in names if name not in (FILE, "README.md")]
+    else:
+        names = sorted(
+            path.name
+            for path in folder.iterdir()
+            if path.name == "config.json" or path.name.endswith((".safetensors", ".safetensors.index.json", ".gguf"))
+        )
+    return {name: sha256(folder / name) for name in names}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide about numbers or bytes, those that are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_provenance(folder: str | Path, record: Mapping[str, Any]) -> Path:
+    """Write retrofit.json (with the schema version) and return its path.
+
+    Raises ValueError when the record holds NaN, infinity or something that JSON cannot hold.
+    """
+    content = {**record, "schema_version": SCHEMA_VERSION}
+    ordered = {key: content[key] for key in KEY_ORDER if key in content}
+    ordered.update({key: content[key] for key in sorted(content.keys() - ordered.keys())})
+    canonical = {key: json.loads(json.dumps(value, sort_keys=True, allow_nan=False)) for key, value in ordered.items()}
+    path = Path(folder) / FILE
+    path.write_text(json.dumps(canonical, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def read_provenance(folder: str | Path) -> dict[str, Any]:
+    """The record of a folder. Raises UserError when there is none or it was written by a newer version."""
+    path = Path(folder) / FILE
+    record = read_json(path, missing="the folder holds no retrofit.json, so it was not written by `retrofit run`")
+    if record.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(
+            f"retrofit.json has schema version {record.get('schema_version')}, and this program reads {SCHEMA_VERSION}",
+            where=str(path),
+            fix="update: pip install -U attention-retrofit",
+        )
+    return record

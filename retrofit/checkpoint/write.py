@@ -1,0 +1,296 @@
+"""Checkpoint folders, written in one pass.
+
+`ShardWriter` keeps room for the header at the start of each safetensors file and fills it in (padded with spaces, as
+the format allows) when the file is complete, so no tensor is held back and no byte is written twice.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from retrofit.checkpoint.place import existing_ancestor, folder_lock, require_free_space, require_writable, staged
+from retrofit.checkpoint.read import DTYPES, INDEX, SINGLE
+from retrofit.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = [
+    "ShardWriter",
+    "copy_side_files",
+    "existing_ancestor",
+    "folder_lock",
+    "parse_size",
+    "require_free_space",
+    "require_writable",
+    "staged",
+    "write_config",
+]
+
+CHUNK_BYTES = 8 << 20
+HEADER_RESERVE = 16 << 10
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)?\s*$", re.IGNORECASE)
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+# What travels with the weights besides the configuration. A literal list: code, pickles and cards never do.
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+    "NOTICE.txt",
+    "USE_POLICY.md",
+)
+SIDE_FOLDERS = ("additional_chat_templates",)
+# Fields that other engines read and that must not depend on a class default of one transformers version.
+EXPLICIT_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "vocab_size",
+)
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of "5GB" (powers of ten, as on the hub)."""
+    if isinstance(size, int):
+        return size
+    match = _SIZE.match(size)
+    if not match or float(match[1]) <= 0:
+        raise UserError(f"{size!r} is not a size", fix="write for example 5GB or 500MB")
+    return int(float(match[1]) * _UNITS[(match[2] or "B").upper()])
+
+
+class ShardWriter:
+    """Writes tensors as they come into `model.safetensors`, or shards with an index when they exceed `max_shard_size`.
+
+    Use as a context manager, or call `close`; the index is written last. The order of the tensors is the order of
+    `add`. A matrix that is the same view of the same memory as one written before (tied embeddings) is not written
+    again; `aliases` says which. `header_reserve`: bytes kept for each header; a longer one moves the data once.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        max_shard_size: str | int = "5GB",
+        metadata: Mapping[str, str] | None = None,
+        *,
+        header_reserve: int = HEADER_RESERVE,
+    ) -> None:
+        self.folder = Path(folder)
+        self.limit = parse_size(max_shard_size)
+        self.metadata = {"format": "pt", **(metadata or {})}
+        self.reserve = -(-max(header_reserve, 64) // 8) * 8
+        self.aliases: dict[str, str] = {}
+        self.nbytes = 0
+        self.shards: tuple[str, ...] = ()
+        self._seen: dict[tuple[StorageWeakRef, int, tuple[int, ...], tuple[int, ...]], str] = {}
+        self._headers: list[dict[str, dict[str, Any]]] = []
+        self._names: set[str] = set()
+        self._file: FileIO | None = None
+        self._offset = 0
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        elif self._file:
+            self._file.close()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor; it is not kept."""
+        if tensor.ndim >= 2:
+            # A weak reference keeps the identity of the memory from being reused, not the memory itself.
+            storage = StorageWeakRef(tensor.untyped_storage())
+            key = (storage, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
+            if key in self._seen:
+                self._claim(name)
+                self.aliases[name] = self._seen[key]
+                return
+            self._seen[key] = name
+        dense = tensor.detach().to("cpu").contiguous()
+        file = self._begin(name, _DTYPE_NAMES[dense.dtype], tuple(dense.shape), dense.nbytes)
+        if dense.nbytes:
+            _write_all(file, dense.reshape(-1).view(torch.uint8).numpy().data)
+
+    def copy(self, name: str, dtype: str, shape: tuple[int, ...], source: FileIO, offset: int, nbytes: int) -> None:
+        """Copy the bytes of a stored tensor without decoding them. `dtype` is the safetensors name ("BF16")."""
+        file = self._begin(name, dtype, shape, nbytes)
+        _copy_bytes(source, offset, file, nbytes)
+
+    def close(self) -> tuple[str, ...]:
+        """Complete the headers, name the shards and write the index. Returns the file names; twice does no harm."""
+        if self.shards:
+            return self.shards
+        if not self._headers:
+            raise ValueError("no tensor was added")
+        self._finish_shard()
+        total = len(self._headers)
+        if total == 1:
+            self._part(0).rename(self.folder / SINGLE)
+            self.shards = (SINGLE,)
+            return self.shards
+        names = tuple(f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total))
+        weight_map = {}
+        for i, shard in enumerate(names):
+            self._part(i).rename(self.folder / shard)
+            weight_map.update(dict.fromkeys(self._headers[i], shard))
+        index = {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        self.shards = names
+        return names
+
+    def _part(self, index: int) -> Path:
+        return self.folder / f".shard-{index:05d}"
+
+    def _claim(self, name: str) -> None:
+        if name in self._names:
+            raise ValueError(f"{name} was already written")
+        self._names.add(name)
+
+    def _begin(self, name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> FileIO:
+        """Record a tensor, in a new shard when the present one is full or would misalign it."""
+        self._claim(name)
+        full = self._offset and self._offset + nbytes > self.limit
+        if self._file is None or full or self._offset % DTYPES[dtype].itemsize:
+            self._finish_shard()
+            self._file = FileIO(self._part(len(self._headers)), "w+")
+            self._file.seek(8 + self.reserve)
+            self._headers.append({})
+            self._offset = 0
+        end = self._offset + nbytes
+        self._headers[-1][name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [self._offset, end]}
+        self._offset = end
+        self.nbytes += nbytes
+        return self._file
+
+    def _finish_shard(self) -> None:
+        if self._file is None:
+            return
+        raw = json.dumps({"__metadata__": self.metadata, **self._headers[-1]}, separators=(",", ":")).encode()
+        length = max(self.reserve, -(-len(raw) // 8) * 8)
+        if length > self.reserve:
+            _shift(self._file, 8 + self.reserve, self._offset, length - self.reserve)
+        self._file.seek(0)
+        _write_all(self._file, memoryview(length.to_bytes(8, "little") + raw.ljust(length)))
+        self._file.close()
+        self._file = None
+
+
+def _write_all(file: FileIO, view: memoryview) -> None:
+    """A raw write stops at 2 GiB and at signals; go on until all is written."""
+    while view:
+        view = view[file.write(view) :]
+
+
+def _copy_bytes(source: FileIO, offset: int, target: FileIO, nbytes: int) -> None:
+    """Copy to the target's position inside the kernel where that is possible, else through a small buffer."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            while nbytes:
+                copied = os.copy_file_range(source.fileno(), target.fileno(), nbytes, offset_src=offset)
+                if not copied:
+                    break
+                offset, nbytes = offset + copied, nbytes - copied
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, nbytes)))
+    source.seek(offset)
+    while nbytes:
+        count = source.readinto(buffer[: min(CHUNK_BYTES, nbytes)])
+        if not count:
+            raise UserError("the file became shorter while it was read", where=str(source.name))
+        _write_all(target, buffer[:count])
+        nbytes -= count
+
+
+def _shift(file: FileIO, start: int, nbytes: int, by: int) -> None:
+    """Move `nbytes` at `start` towards the end by `by` bytes, last chunk first."""
+    done = nbytes
+    while done:
+        count = min(CHUNK_BYTES, done)
+        done -= count
+        file.seek(start + done)
+        chunk = b""
+        while len(chunk) < count:
+            chunk += file.read(count - len(chunk)) or b""
+        file.seek(start + done + by)
+        _write_all(file, memoryview(chunk))
+
+
+def copy_side_files(source: str | Path, out: str | Path) -> tuple[str, ...]:
+    """Copy tokenizer, chat template, generation settings and licence texts; never weights, config.json, card or code.
+
+    Returns the names copied, sorted.
+    """
+    source, out = Path(source), Path(out)
+    copied = [name for name in SIDE_FILES if (source / name).is_file()]
+    for name in copied:
+        shutil.copyfile(source / name, out / name)
+    for folder in SIDE_FOLDERS:
+        for path in sorted((source / folder).glob("*.jinja")):
+            (out / folder).mkdir(exist_ok=True)
+            shutil.copyfile(path, out / folder / path.name)
+            copied.append(f"{folder}/{path.name}")
+    return tuple(sorted(copied))
+
+
+def write_config(
+    out: str | Path, config: Mapping[str, Any] | PretrainedConfig, dtype: str | torch.dtype | None = None
+) -> dict[str, Any]:
+    """Write config.json and return what was written.
+
+    A mapping is written as it is; of a PretrainedConfig what differs from its class defaults, and always the fields
+    that decide about the attention. dtype: recorded as the dtype of the weights when given.
+    """
+    if isinstance(config, Mapping):
+        fields = dict(config)
+    else:
+        full = config.to_dict()
+        fields = {**{key: full[key] for key in EXPLICIT_FIELDS if key in full}, **config.to_diff_dict()}
+        fields["model_type"] = config.model_type
+    for key in ("_name_or_path", "auto_map"):
+        fields.pop(key, None)
+    if dtype is not None:
+        fields.pop("torch_dtype", None)
+        fields["dtype"] = str(dtype).removeprefix("torch.")
+    text = json.dumps(fields, indent=2, sort_keys=True, allow_nan=False, default=str)
+    (Path(out) / "config.json").write_text(text + "\n", encoding="utf-8")
+    return fields
