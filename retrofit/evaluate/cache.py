@@ -1,0 +1,94 @@
+"""A KV cache for prefill in chunks: allocated once, never concatenated.
+
+`DynamicCache` copies everything it holds at every update, so a prefill of n chunks copies n^2 / 2 of them. These layers
+write each chunk into a buffer of the final size and hand back views of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from retrofit.errors import UserError
+
+
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values of one full-attention layer in buffers [B, K, length, D]."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+        self.seen = 0
+        self.buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.buffers is None:
+            self.buffers = _allocate(key_states, self.length), _allocate(value_states, self.length)
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        stop = self.seen + key_states.shape[2]
+        assert stop <= self.length, f"{stop} tokens in a cache of {self.length}"
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self.seen : stop] = states
+        self.seen = stop
+        self.keys, self.values = (buffer[:, :, :stop] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+
+class PreallocatedSlidingLayer(DynamicSlidingWindowLayer):
+    """The same for a sliding-window layer: buffers hold the last window - 1 tokens and one chunk."""
+
+    def __init__(self, window: int, chunk: int) -> None:
+        super().__init__(window)
+        self.length = window - 1 + chunk
+        self.held = 0
+        self.buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.buffers is None:
+            self.buffers = _allocate(key_states, self.length), _allocate(value_states, self.length)
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        new = key_states.shape[2]
+        kept = min(self.held, self.sliding_window - 1)
+        assert kept + new <= self.length, (
+            f"a chunk of {new} tokens in a buffer for {self.length - self.sliding_window + 1}"
+        )
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            if kept < self.held:
+                buffer[:, :, :kept] = buffer[:, :, self.held - kept : self.held].clone()
+            buffer[:, :, kept : kept + new] = states
+        self.held = kept + new
+        self.cumulative_length += new
+        self.keys, self.values = (buffer[:, :, : self.held] for buffer in self.buffers)
+        return self.keys, self.values
+
+
+def preallocated_cache(config: PreTrainedConfig, length: int, chunk: int) -> Cache:
+    """A cache for `length` tokens given in chunks of at most `chunk`, with the layer kinds of `config`.
+
+    Raises: UserError for layers that keep something else than keys and values.
+    """
+    layers: list[Any] = []
+    for index, stock in enumerate(DynamicCache(config=config).layers):
+        if type(stock) is DynamicSlidingWindowLayer:
+            layers.append(PreallocatedSlidingLayer(stock.sliding_window, chunk))
+        elif type(stock) is DynamicLayer:
+            layers.append(PreallocatedLayer(length))
+        else:
+            raise UserError(
+                f"a {type(stock).__name__} cache cannot be filled in chunks",
+                where=f"layer {index} of {config.model_type}",
+                fix="use a model whose layers are full or sliding-window attention",
+            )
+    return Cache(layers=layers)
+
+
+def _allocate(states: Tensor, length: int) -> Tensor:
+    batch, heads, _, dim = states.shape
+    return torch.empty((batch, heads, length, dim), dtype=states.dtype, device=states.device)

@@ -1,0 +1,302 @@
+"""Blockwise attention: exact, with native grouped-query attention, in memory linear in the tokens.
+
+Legend: B batch, H query heads, K KV heads (H = s K), T queries, S keys, D head dim. The T queries are the last T of the
+S positions, so query i stands at position S - T + i.
+
+Attention is cut into tiles (a run of queries against a run of keys) that a flash kernel can do without any mask:
+
+    full    every query of the tile sees every key of it
+    causal  as many keys as queries, query i sees keys j <= i
+    edge    the far end of a sliding window: query i sees keys j >= i (a causal tile with both runs reversed)
+
+Each tile gives (out, lse); tiles over the same queries are merged by their log-sum-exp (Milakov & Gimelshein 2018; Dao
+et al. 2022, FlashAttention, section 3.1). For the backward pass every tile is run with the merged out and lse, which is
+exact: P = exp(S - lse) and dS = P * (dP - rowsum(dO * O)) both need the whole row only through these two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from retrofit.errors import UserError
+
+NAME = "blockwise"
+
+_aten = torch.ops.aten
+
+
+# ---------------------------------------------------------------------------------------------- the primitive
+
+
+def block(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v of one tile -> (out [B, H, T, D], lse [B, H, T], natural logarithm, at least fp32).
+
+    causal: query i sees keys j <= i; needs T = S. Not differentiable by itself; `attention` is.
+
+    Raises: UserError on CUDA for a dtype its flash kernel does not have.
+    """
+    assert not causal or q_BHTD.shape[2] == k_BKSD.shape[2], "a causal tile has as many keys as queries"
+    if q_BHTD.device.type == "cpu":
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q_BHTD, k_BKSD, v_BKSD, 0.0, causal, scale=scale)
+        return out, lse
+    _require_half(q_BHTD)
+    out, lse, *_ = _aten._scaled_dot_product_flash_attention(q_BHTD, k_BKSD, v_BKSD, 0.0, causal, False, scale=scale)
+    return out, lse
+
+
+def block_backward(
+    grad_BHTD: Tensor,
+    q_BHTD: Tensor,
+    k_BKSD: Tensor,
+    v_BKSD: Tensor,
+    out_BHTD: Tensor,
+    lse_BHT: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (dq, dk, dv) that one tile adds, given the out and lse of the whole row."""
+    if q_BHTD.device.type == "cpu":
+        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_BHTD, q_BHTD, k_BKSD, v_BKSD, out_BHTD, lse_BHT, 0.0, causal, scale=scale
+        )
+    _require_half(q_BHTD)
+    unused = torch.zeros(2, dtype=torch.int64, device=q_BHTD.device)  # dropout's random state; there is no dropout
+    return _aten._scaled_dot_product_flash_attention_backward(
+        grad_BHTD, q_BHTD, k_BKSD, v_BKSD, out_BHTD, lse_BHT,
+        None, None, q_BHTD.shape[2], k_BKSD.shape[2], 0.0, causal, unused[0], unused[1], scale=scale,
+    )  # fmt: skip
+
+
+def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) over the keys of both tiles. out [..., T, D] fp32 or fp64, lse [..., T]."""
+    total = torch.logaddexp(lse, other_lse)
+    own, other = torch.exp(lse - total)[..., None], torch.exp(other_lse - total)[..., None]
+    return out * own + other_out.to(out.dtype) * other, total
+
+
+def _require_half(q: Tensor) -> None:
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise UserError(
+            f"the flash kernel on {q.device.type} has no {str(q.dtype).removeprefix('torch.')}",
+            fix="load the model in bfloat16 or use kernel: sdpa",
+        )
+
+
+# ---------------------------------------------------------------------------------------------- the tiles
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries [q0, q1) against keys [k0, k1), indices into the given tensors."""
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    kind: Literal["full", "causal", "edge"]
+
+
+def tiles(queries: int, keys: int, window: int | None) -> list[Tile]:
+    """Tiles that cover exactly the visible (query, key) pairs, each once.
+
+    A key j is visible to the query at position p when p - window < j <= p (no window: j <= p).
+    """
+    assert 0 < queries <= keys
+    offset = keys - queries
+    # Positions below `window` see everything before them.
+    free = queries if window is None else min(max(window - offset, 0), queries)
+    plan: list[Tile] = []
+    if free == 1:
+        plan.append(Tile(0, 1, 0, offset + 1, "full"))
+    elif free:
+        plan += [Tile(0, free, 0, offset, "full")] if offset else []
+        plan.append(Tile(0, free, offset, offset + free, "causal"))
+    for start in range(free, queries, window or queries):
+        assert window is not None
+        stop = min(start + window, queries)
+        first, last = offset + start, offset + stop  # positions [first, last) of these queries
+        plan.append(Tile(start, stop, first, last, "causal"))
+        if last - window < first:
+            plan.append(Tile(start, stop, last - window, first, "full"))
+        if stop - start > 1:
+            plan.append(Tile(start, stop - 1, first - window + 1, last - window, "edge"))
+    return plan
+
+
+# ---------------------------------------------------------------------------------------------- attention
+
+
+def attention(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, window: int | None = None) -> Tensor:
+    """Causal attention of the last T of S positions -> out [B, H, T, D]; differentiable in q, k and v.
+
+    window: tokens a query sees, itself included. Memory beyond the result: O(T D), never T x S.
+
+    Raises: UserError for head dims of q, k and v that differ, or query heads that are no multiple of the KV heads.
+    """
+    if not q_BHTD.shape[-1] == k_BKSD.shape[-1] == v_BKSD.shape[-1] or q_BHTD.shape[1] % k_BKSD.shape[1]:
+        raise UserError(
+            f"blockwise attention cannot express q {tuple(q_BHTD.shape)}, k {tuple(k_BKSD.shape)}, "
+            f"v {tuple(v_BKSD.shape)}: one head dim, query heads a multiple of KV heads",
+            fix="use kernel: sdpa",
+        )
+    return _Attention.apply(q_BHTD, k_BKSD, v_BKSD, scale, window)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        plan = tiles(q.shape[2], k.shape[2], window)
+        out, lse = _forward(q, k, v, plan, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.plan, ctx.scale = plan, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, out, lse = ctx.saved_tensors
+        plan: list[Tile] = ctx.plan
+        if len(plan) == 1 and plan[0].k0 == 0:
+            return *_tile_backward(plan[0], grad, q, k, v, out, lse, ctx.scale), None, None
+        wide = torch.promote_types(q.dtype, torch.float32)
+        dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+        for tile in plan:
+            add_q, add_k, add_v = _tile_backward(tile, grad, q, k, v, out, lse, ctx.scale)
+            dq[:, :, tile.q0 : tile.q1] += add_q
+            dk[:, :, tile.k0 : tile.k1] += add_k
+            dv[:, :, tile.k0 : tile.k1] += add_v
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, plan: list[Tile], scale: float) -> tuple[Tensor, Tensor]:
+    """(out [B, H, T, D] in the dtype of q, lse [B, H, T]) over all tiles."""
+    if len(plan) == 1:
+        return _tile_forward(plan[0], q, k, v, scale)
+    out, lse = torch.empty_like(q), None
+    start = 0
+    while start < q.shape[2]:
+        # Tiles of one group share their first query; an edge tile ends one query earlier than its group.
+        group = [tile for tile in plan if tile.q0 == start]
+        stop = max(tile.q1 for tile in group)
+        first, *rest = sorted(group, key=lambda tile: tile.kind == "edge")
+        part, part_lse = _tile_forward(first, q, k, v, scale)
+        for tile in rest:
+            if part.dtype.itemsize < 4:
+                part = part.float()
+            n = tile.q1 - tile.q0
+            add, add_lse = _tile_forward(tile, q, k, v, scale)
+            if n == part.shape[2]:
+                part, part_lse = merge(part, part_lse, add, add_lse)
+            else:
+                part, part_lse = part.clone(), part_lse.clone()
+                part[:, :, :n], part_lse[:, :, :n] = merge(part[:, :, :n], part_lse[:, :, :n], add, add_lse)
+        if lse is None:
+            lse = torch.empty(q.shape[:3], dtype=part_lse.dtype, device=q.device)
+        out[:, :, start:stop], lse[:, :, start:stop] = part, part_lse
+        start = stop
+    assert lse is not None
+    return out, lse
+
+
+def _tile_forward(tile: Tile, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = q[:, :, tile.q0 : tile.q1], k[:, :, tile.k0 : tile.k1], v[:, :, tile.k0 : tile.k1]
+    if tile.kind != "edge":
+        return block(q, k, v, tile.kind == "causal", scale)
+    out, lse = block(q.flip(2), k.flip(2), v.flip(2), True, scale)
+    return out.flip(2), lse.flip(2)
+
+
+def _tile_backward(
+    tile: Tile, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    rows = [x[:, :, tile.q0 : tile.q1] for x in (grad, q, out, lse)]
+    columns = [x[:, :, tile.k0 : tile.k1] for x in (k, v)]
+    if tile.kind == "edge":
+        rows, columns = [x.flip(2) for x in rows], [x.flip(2) for x in columns]
+    grad, q, out, lse = (x.contiguous() for x in rows)
+    k, v = (x.contiguous() for x in columns)
+    grads = block_backward(grad, q, k, v, out, lse, tile.kind != "full", scale)
+    return tuple(x.flip(2) for x in grads) if tile.kind == "edge" else grads
+
+
+# ---------------------------------------------------------------------------------------------- transformers
+
+
+def blockwise_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of transformers' AttentionInterface -> (out [B, T, H, D], None).
+
+    Raises: UserError for what this kernel cannot express: a mask, dropout, softcap, sinks, a position bias,
+    bidirectional attention.
+    """
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    refused = {
+        "an explicit attention mask": attention_mask is not None,
+        "attention dropout": dropout != 0.0,
+        "softcapped scores": softcap is not None,
+        "attention sinks": kwargs.get("s_aux") is not None,
+        "a position bias": kwargs.get("position_bias") is not None,
+        "a paged cache": kwargs.get("cache") is not None,
+        "bidirectional attention": not causal,
+        "attention weights as output": bool(kwargs.get("output_attentions")),
+    }
+    _refuse([what for what, present in refused.items() if present], type(module).__name__)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attention(query, key, value, scale, sliding_window).transpose(1, 2), None
+
+
+def blockwise_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> None:
+    """The mask function of transformers' AttentionMaskInterface: no mask is ever made.
+
+    Causality and windows follow from the shapes and `sliding_window`. Whatever else a mask would say is refused.
+
+    Raises: UserError for padding, packed documents or another overlay, and caches with unused slots (StaticCache).
+    """
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    refused = {
+        "padding in the attention mask": padded,
+        "packed documents (position ids that jump) or another mask overlay": not allow_is_causal_skip,
+        "a cache with unused slots": int(q_offset) + q_length != int(kv_offset) + kv_length,
+    }
+    _refuse([what for what, present in refused.items() if present], "the attention mask")
+
+
+def _refuse(what: list[str], where: str) -> None:
+    if what:
+        raise UserError(
+            f"the blockwise kernel cannot express {' or '.join(what)}",
+            where=where,
+            fix="use kernel: sdpa (or eager); for padding, batch texts of equal length; for position ids that jump "
+            "inside one text, pass an all-ones attention mask",
+        )
+
+
+def register() -> None:
+    """Make `blockwise` known to transformers; doing it again changes nothing."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, blockwise_attention_forward)
+    AttentionMaskInterface.register(NAME, blockwise_mask)

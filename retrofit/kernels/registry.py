@@ -1,0 +1,260 @@
+"""The one door to attention kernels: which there are, which one a model gets and why, and proof that it is right."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from retrofit.errors import UserError
+from retrofit.model.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+KERNELS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "blockwise")
+
+_HALF = ("float16", "bfloat16")
+
+# Largest |logit difference| to eager that rounding explains. Half precision rounds every activation to 8 (11) bits.
+TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "float16": 0.1, "bfloat16": 0.75}
+
+
+@dataclass(frozen=True)
+class KernelStatus:
+    """Whether this machine can run a kernel; `install` is what to type when something is missing."""
+
+    name: str
+    available: bool
+    reason: str
+    install: str | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel that `requested` became, and why."""
+
+    requested: str
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Largest |logit difference| between kernel and `reference`, over one forward pass and a cached continuation."""
+
+    kernel: str
+    reference: str
+    max_difference: float
+    tolerance: float
+    tokens: int
+    passed: bool
+
+
+def available() -> list[KernelStatus]:
+    """Every kernel on this machine, for `retrofit doctor`."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return [
+        KernelStatus("eager", True, "plain PyTorch, tokens x tokens memory"),
+        KernelStatus("sdpa", True, "PyTorch's scaled_dot_product_attention"),
+        _flash_status("flash_attention_2", "flash_attn", "pip install flash-attn --no-build-isolation", cuda),
+        _flash_status(
+            "flash_attention_3", "flash_attn_interface", "build `hopper/` of Dao-AILab/flash-attention", cuda
+        ),
+        _flex_status(cuda),
+        KernelStatus("blockwise", True, "ours over the flash op of PyTorch, CPU and CUDA (CUDA: half precision only)"),
+    ]
+
+
+def choose(
+    kernel: str, spec: AttentionSpec, device: str, *, training: bool = False, dtype: str | None = None
+) -> Choice:
+    """The kernel for a model. device: "cpu" or "cuda[:n]". dtype: of the weights, where known ("bfloat16", ...).
+
+    Raises: UserError for an unknown name, a kernel this machine lacks, or one that cannot express this attention.
+    """
+    if kernel == "auto":
+        return _automatic(spec, device, training, dtype)
+    if kernel not in KERNELS:
+        raise UserError(f"`{kernel}` is not a kernel", where="kernel", fix=f"choose one of auto, {', '.join(KERNELS)}")
+    objection = _objection(kernel, spec, device, training, dtype)
+    if objection:
+        raise UserError(
+            f"kernel `{kernel}` cannot run this model: {objection}",
+            where=f"kernel, for {spec.family} on {device}",
+            fix=f"use kernel: {_automatic(spec, device, training, dtype).name}, or auto",
+        )
+    return Choice(kernel, kernel, "asked for")
+
+
+def apply(model: PreTrainedModel, choice: Choice) -> None:
+    """Set the model's attention implementation.
+
+    Raises: UserError when the class does not go through transformers' AttentionInterface (it would only warn).
+    """
+    from retrofit.kernels import blockwise
+
+    if choice.name == blockwise.NAME:
+        blockwise.register()
+    if not model._can_set_attn_implementation():
+        raise UserError(
+            f"{type(model).__name__} does not let its attention kernel be chosen",
+            where=f"kernel: {choice.requested}",
+            fix="use kernel: eager with this architecture",
+        )
+    model.set_attn_implementation(choice.name)
+    assert model.config._attn_implementation == choice.name
+
+
+@contextmanager
+def using(model: PreTrainedModel, choice: Choice) -> Iterator[None]:
+    """The model with another kernel inside the block, its own afterwards."""
+    before = model.config._attn_implementation
+    if before == choice.name:
+        yield
+        return
+    apply(model, choice)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def scoring_kernel(model: PreTrainedModel) -> Choice:
+    """The kernel of a chunked prefill: blockwise where it can express the model, else an exact one with masks."""
+    from retrofit.model.families import describe
+
+    dtype = str(model.dtype).removeprefix("torch.")
+    try:
+        spec = describe(model.config)
+    except UserError:
+        own = model.config._attn_implementation
+        return Choice("auto", own, f"{model.config.model_type} is not described here; it keeps its own kernel, {own}")
+    objection = _objection("blockwise", spec, model.device.type, False, dtype)
+    if objection is None:
+        return Choice("auto", "blockwise", "exact, without a mask, memory linear in the tokens")
+    name = "sdpa" if _objection("sdpa", spec, model.device.type, False, dtype) is None else "eager"
+    return Choice("auto", name, f"scored with {name} and explicit masks: blockwise cannot, {objection}")
+
+
+def prove(model: PreTrainedModel, choice: Choice, input_ids_1T: Tensor) -> Proof:
+    """Compare the logits of `choice` with eager's: one forward pass, then the same tokens in three cached pieces.
+
+    The model keeps the kernel it had.
+    """
+    import torch
+
+    dtype = str(model.dtype).removeprefix("torch.")
+    reference = Choice("eager", "eager", "reference")
+    with torch.inference_mode():
+        with using(model, reference):
+            expected = _whole(model, input_ids_1T)
+        with using(model, choice):
+            whole, pieces = _whole(model, input_ids_1T), _pieces(model, input_ids_1T)
+    difference = max(float((logits - expected).abs().max()) for logits in (whole, pieces))
+    tolerance = TOLERANCE[dtype]
+    # A NaN compares false, so it does not pass.
+    return Proof(choice.name, "eager", difference, tolerance, input_ids_1T.shape[1], difference <= tolerance)
+
+
+def _whole(model: PreTrainedModel, ids: Tensor) -> torch.Tensor:
+    return model(input_ids=ids, use_cache=False).logits.float()
+
+
+def _pieces(model: PreTrainedModel, ids: Tensor) -> torch.Tensor:
+    """Logits of a prefill, a continuation of several tokens, and of a single last token."""
+    import torch
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    total = ids.shape[1]
+    bounds = sorted({0, (total + 1) // 2, max(total - 1, 1), total})
+    parts = [
+        model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True).logits.float()
+        for start, stop in itertools.pairwise(bounds)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def _automatic(spec: AttentionSpec, device: str, training: bool, dtype: str | None) -> Choice:
+    for name, reason in _preferences(device, training, any(layer.window for layer in spec.layers)):
+        objection = _objection(name, spec, device, training, dtype)
+        if objection is None:
+            return Choice("auto", name, reason)
+    return Choice("auto", "eager", "the only kernel that expresses this model's attention on this machine")
+
+
+def _preferences(device: str, training: bool, windows: bool) -> list[tuple[str, str]]:
+    if device.startswith("cuda"):
+        return [
+            ("flash_attention_3", "flash-attn 3 is installed and this is CUDA with half precision"),
+            ("flash_attention_2", "flash-attn 2 is installed and this is CUDA with half precision"),
+            (
+                "sdpa",
+                "flash-attn is not usable here (not installed, or not half precision); PyTorch's own flash kernel",
+            ),
+        ]
+    blockwise = (
+        "blockwise",
+        "exact, native grouped-query attention, memory linear in the tokens for cached chunks too",
+    )
+    if training and not windows:
+        return [("sdpa", "whole sequences without padding: PyTorch's CPU flash op, forward and backward"), blockwise]
+    return [blockwise, ("sdpa", "blockwise cannot express this model's attention; PyTorch's own, with explicit masks")]
+
+
+def _objection(kernel: str, spec: AttentionSpec, device: str, training: bool, dtype: str | None) -> str | None:
+    """Why `kernel` cannot run this model here; None when it can."""
+    cuda = device.startswith("cuda")
+    softcap = any(layer.softcap is not None for layer in spec.layers)
+    sinks = any(layer.sinks for layer in spec.layers)
+    if kernel == "eager":
+        return None
+    if softcap and kernel in ("sdpa", "blockwise"):
+        return "its scores are soft-capped"
+    if sinks and kernel in ("sdpa", "blockwise", "flash_attention_2"):
+        return "it has attention sinks"
+    if kernel == "blockwise" and cuda and dtype not in (None, *_HALF):
+        return f"PyTorch's CUDA flash op has no {dtype}; load the model in bfloat16"
+    if kernel == "blockwise" and cuda and any(layer.head_dim > 256 for layer in spec.layers):
+        return "its head dim is above 256"
+    if kernel in ("flash_attention_2", "flash_attention_3"):
+        status = next(status for status in available() if status.name == kernel)
+        if not cuda or not status.available:
+            return status.reason if not status.available else "it needs the model on CUDA"
+        if dtype not in (None, *_HALF):
+            return f"flash-attn has no {dtype}; load the model in bfloat16"
+    if kernel == "flex_attention":
+        status = next(status for status in available() if status.name == kernel)
+        if not status.available:
+            return status.reason
+        if training and not cuda:
+            return "on a CPU it has no backward pass"
+    return None
+
+
+def _flash_status(name: str, package: str, install: str, cuda: bool) -> KernelStatus:
+    if importlib.util.find_spec(package) is None:
+        missing = f"the package {package} is not installed" + ("" if cuda else ", and there is no CUDA device")
+        return KernelStatus(name, False, missing, install if cuda else f"on a machine with CUDA: {install}")
+    if not cuda:
+        return KernelStatus(name, False, "there is no CUDA device")
+    return KernelStatus(name, True, f"{package} is installed")
+
+
+def _flex_status(cuda: bool) -> KernelStatus:
+    if cuda:
+        return KernelStatus("flex_attention", True, "compiled by PyTorch for this GPU")
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler:
+        return KernelStatus("flex_attention", True, "compiled by PyTorch; forward only on a CPU")
+    return KernelStatus("flex_attention", False, "on a CPU it needs a C++ compiler", "apt-get install g++")
