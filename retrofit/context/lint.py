@@ -1,0 +1,316 @@
+"""The linter of position encodings: what loads without a word and computes something else.
+
+Works on a `config.json` dict, where gaps still show, and on a transformers configuration, where class defaults have
+already filled them in. Each rule is one function from the facts of a configuration to findings.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeGuard
+
+from retrofit.context.fields import RopeView, as_dict, is_nested, original_length, rotary_dim, text_part, views
+from retrofit.context.frequencies import longrope_attention_factor, yarn_attention_factor
+from retrofit.errors import UserError
+
+_COMMON = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"})
+_LISTS = ("short_factor", "long_factor")
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": _LISTS,
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "proportional": (),
+}
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "dynamic": ("alpha",),
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "longrope": ("factor", "attention_factor", "short_mscale", "long_mscale"),
+    "proportional": ("factor",),
+}
+# Older names that transformers maps itself.
+_ALIASES = {"su": "longrope", "mrope": "default"}
+_NEEDS_ORIGINAL = ("yarn", "longrope", "llama3")
+_LONGROPE_ARCHITECTURES = ("phi3", "phimoe", "minicpm", "minicpm3")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """severity: an error computes something else than meant; a warning does so in some engine or situation.
+
+    where: the field. rule: a stable name for machines.
+    """
+
+    severity: Literal["error", "warning"]
+    where: str
+    what: str
+    fix: str
+    rule: str = ""
+
+
+@dataclass(frozen=True)
+class _Facts:
+    raw: Mapping[str, Any]
+    views: tuple[RopeView, ...]
+    window: object
+    prefix: str = ""
+
+
+def lint(config: object) -> list[Finding]:
+    """Findings about the position encoding of a `config.json` dict or a transformers configuration, errors first."""
+    prefix, raw = text_part(as_dict(config))
+    facts = _Facts(raw, views(raw), raw.get("max_position_embeddings"), prefix)
+    found = [
+        Finding(one.severity, prefix + one.where, one.what, one.fix, one.rule) for rule in _RULES for one in rule(facts)
+    ]
+    return sorted(found, key=lambda one: one.severity != "error")
+
+
+def lint_folder(path: str | Path) -> list[Finding]:
+    """`lint` on the folder's config.json as stored, and the tokenizer's limit against the window it claims."""
+    folder = Path(path)
+    raw = _read(folder / "config.json", required=True)
+    return [*lint(raw), *_tokenizer(raw, _read(folder / "tokenizer_config.json", required=False))]
+
+
+def require_clean(findings: Sequence[Finding], where: str) -> None:
+    """UserError that lists every finding of severity error; warnings pass."""
+    errors = [one for one in findings if one.severity == "error"]
+    if errors:
+        listed = "\n".join(f"    {one.where}: {one.what}" for one in errors)
+        raise UserError(
+            f"The position encoding would compute something else than written:\n{listed}",
+            where=where,
+            fix="; ".join(dict.fromkeys(one.fix for one in errors)),
+        )
+
+
+def _read(path: Path, *, required: bool) -> dict[str, Any]:
+    if not path.is_file():
+        if required:
+            raise UserError("No config.json", where=str(path.parent), fix="name a checkpoint folder")
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"Not valid JSON: {error}", where=str(path), fix="download the file again") from error
+    if not isinstance(content, dict):
+        raise UserError("Not a JSON object", where=str(path), fix="download the file again")
+    return content
+
+
+def _theta(facts: _Facts) -> Iterator[Finding]:
+    """transformers fills a class default in for a missing theta: perplexity explodes, nothing is said."""
+    for view in facts.views:
+        if view.parameters.get("rope_theta") is None:
+            what = "rope_theta is missing: the class default is used, whatever the model was trained with"
+            yield Finding("error", view.where, what, "write rope_theta into rope_parameters", "theta-lost")
+    outside, inside = facts.raw.get("rope_theta"), facts.raw.get("rope_parameters")
+    if outside is None or not isinstance(inside, Mapping):
+        return
+    main = (inside.get("full_attention") or {}) if is_nested(inside) else inside
+    if main.get("rope_theta") not in (None, outside):
+        what = (
+            f"rope_theta is {outside:g} here and {main['rope_theta']:g} in rope_parameters: transformers 5 reads the "
+            "latter, older readers this one"
+        )
+        yield Finding("error", "rope_theta", what, "keep one value in both places", "theta-conflict")
+
+
+def _absent(facts: _Facts) -> Iterator[Finding]:
+    raw = facts.raw
+    if not facts.views and "hidden_size" in raw and raw.get("max_position_embeddings") is not None:
+        what = "the file says nothing about RoPE: theta is the class default of whatever reads it"
+        fix = 'write "rope_parameters": {"rope_type": "default", "rope_theta": ...}'
+        yield Finding("warning", "rope_parameters", what, fix, "theta-implicit")
+
+
+def _names_agree(facts: _Facts) -> Iterator[Finding]:
+    """Two sets of parameters in one file: transformers 5 takes rope_scaling, other engines rope_parameters."""
+    old, new = facts.raw.get("rope_scaling"), facts.raw.get("rope_parameters")
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        return
+    main = (new.get("full_attention") or {}) if is_nested(new) and not is_nested(old) else new
+
+    def value(source: Mapping[str, Any], key: str) -> Any:
+        if key == "rope_type":
+            return source.get("rope_type") or source.get("type") or "default"
+        found = source.get(key)
+        return facts.raw.get(key) if found is None else found
+
+    keys = (set(old) | set(main)) - {"type"} | {"rope_type"}
+    differ = sorted(key for key in keys if value(old, key) != value(main, key))
+    if differ:
+        what = f"rope_scaling and rope_parameters disagree about {', '.join(differ)}; readers differ in which they take"
+        yield Finding("error", "rope_scaling", what, "remove one, or give both the same values", "names-conflict")
+
+
+def _types(facts: _Facts) -> Iterator[Finding]:
+    for view in facts.views:
+        kind = view.rope_type
+        if "type" in view.parameters and view.parameters.get("rope_type") in (None, view.parameters["type"]):
+            what = f"the rope type stands under the old key `type` ({kind}): some readers look for `rope_type` only"
+            yield Finding("warning", view.where, what, f'write "rope_type": "{kind}"', "legacy-type")
+        if facts.raw.get("model_type") == "phi3" and kind not in ("default", "longrope", "su"):
+            what = f"phi3 knows only default and longrope; `{kind}` is refused or read as longrope"
+            yield Finding("error", view.where, what, "use longrope or a larger rope_theta (ntk)", "phi3-type")
+        if _ALIASES.get(kind, kind) not in REQUIRED:
+            what = f"unknown rope_type `{kind}`: transformers fails or ignores it"
+            yield Finding("error", view.where, what, f"use one of {', '.join(REQUIRED)}", "unknown-type")
+
+
+def _keys(facts: _Facts) -> Iterator[Finding]:
+    for view in facts.views:
+        kind = _ALIASES.get(view.rope_type, view.rope_type)
+        if kind not in REQUIRED:
+            continue
+        for key in REQUIRED[kind]:
+            if view.parameters.get(key) is None:
+                yield Finding("error", view.where, f"`{kind}` needs `{key}`", f"write `{key}`", "missing-key")
+        allowed = _COMMON | set(REQUIRED[kind]) | set(OPTIONAL.get(kind, ())) | {"mrope_section", "mrope_interleaved"}
+        for key in sorted(set(view.parameters) - allowed):
+            what = f"`{key}` means nothing to rope_type `{kind}` and is ignored"
+            yield Finding("warning", view.where, what, "remove it, or correct its name or the rope_type", "unknown-key")
+        factor = view.parameters.get("factor")
+        if factor is not None and not (_is_number(factor) and factor >= 1):
+            what = f"factor is {factor!r}, not a number of at least 1"
+            yield Finding("error", view.where, what, "write how many times longer the window is", "bad-factor")
+        low, high = view.parameters.get("low_freq_factor"), view.parameters.get("high_freq_factor")
+        if kind == "llama3" and _is_number(low) and _is_number(high) and high <= low:
+            what = f"high_freq_factor {high:g} is not above low_freq_factor {low:g}: the ramp runs backwards"
+            yield Finding("error", view.where, what, "Llama 3.1 uses 1 and 4", "bad-ramp")
+
+
+def _original(facts: _Facts) -> Iterator[Finding]:
+    """Without the original length transformers takes max_position_embeddings, which is the enlarged one already."""
+    for view in facts.views:
+        kind, original = _ALIASES.get(view.rope_type, view.rope_type), original_length(facts.raw, view.parameters)
+        where = f"{view.where}.original_max_position_embeddings"
+        if original is None and kind in _NEEDS_ORIGINAL:
+            what = f"`{kind}` without the original length: max_position_embeddings is taken for it, wrong frequencies"
+            yield Finding("error", where, what, "write the window before the extension", "original-missing")
+        elif original is None and kind in ("linear", "dynamic"):
+            what = f"`{kind}` without the original length: nobody can tell whether the window is enlarged already"
+            yield Finding("warning", where, what, "write it at the top level of config.json", "original-unknown")
+
+
+def _window(facts: _Facts) -> Iterator[Finding]:
+    window, where = facts.window, "max_position_embeddings"
+    if window is None and not facts.views:
+        return
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        what = f"{window!r} is not a whole number of tokens: engines refuse it or round it differently"
+        yield Finding("error", where, what, "write an integer", "window-not-int")
+        return
+    for view in facts.views:
+        kind, factor = _ALIASES.get(view.rope_type, view.rope_type), view.parameters.get("factor")
+        original = original_length(facts.raw, view.parameters)
+        if original is None or not _is_number(factor) or kind not in ("yarn", "longrope", "llama3", "linear"):
+            continue
+        if view.layer_type == "sliding_attention" or abs(factor * original - window) < 1:
+            continue
+        # vLLM derives yarn's window as original x factor; a claim above that was never scaled for.
+        severity: Literal["error", "warning"] = "error" if window > factor * original and kind == "yarn" else "warning"
+        what = f"the window {window} is not factor x original = {factor:g} x {original} = {factor * original:g}"
+        if original == window and factor > 1:
+            what += "; if the window is the enlarged one, the original length is lost and the frequencies are wrong"
+        yield Finding(severity, where, what, "make the three agree", "window-mismatch")
+
+
+def _engines(facts: _Facts) -> Iterator[Finding]:
+    for view in facts.views:
+        kind, got = _ALIASES.get(view.rope_type, view.rope_type), view.parameters
+        original = original_length(facts.raw, got)
+        enlarged = isinstance(facts.window, int) and original is not None and facts.window > original
+        if kind in ("linear", "dynamic") and enlarged and _is_number(got.get("factor")):
+            what = (
+                f"vLLM multiplies the enlarged window {facts.window} by factor {got['factor']:g} once more and accepts "
+                "positions the model was never extended to"
+            )
+            fix = f"start it with --max-model-len {facts.window}, or use ntk, yarn or llama3"
+            yield Finding("warning", view.where, what, fix, "counts-twice")
+        dependent = kind == "dynamic" or (kind == "longrope" and got.get(_LISTS[0]) != got.get(_LISTS[1]))
+        if dependent:
+            what = f"`{kind}` changes the encoding of a prefix with the total length: cached keys go stale"
+            fix = "measure each length by itself; for a fixed encoding use yarn, llama3 or ntk"
+            yield Finding("warning", view.where, what, fix, "length-dependent")
+        if kind == "longrope" and facts.raw.get("model_type") not in _LONGROPE_ARCHITECTURES:
+            what = f"llama.cpp reads longrope wrongly on the {facts.raw.get('model_type')} architecture"
+            yield Finding("warning", view.where, what, "use yarn, llama3 or ntk for llama.cpp", "longrope-llama-cpp")
+        yield from _attention_factor(facts, view, kind)
+
+
+def _attention_factor(facts: _Facts, view: RopeView, kind: str) -> Iterator[Finding]:
+    given, original = view.parameters.get("attention_factor"), original_length(facts.raw, view.parameters)
+    if kind not in ("yarn", "longrope") or not _is_number(given) or original is None:
+        return
+    factor = view.parameters.get("factor") or (facts.window / original if isinstance(facts.window, int) else 1.0)
+    usual = yarn_attention_factor(factor) if kind == "yarn" else longrope_attention_factor(factor, original)
+    if not math.isclose(given, usual, rel_tol=1e-3):
+        what = f"attention_factor {given:g} is not the usual {usual:.4g}: vLLM and llama.cpp compute the usual one"
+        yield Finding("warning", view.where, what, "leave it out where the usual value will do", "attention-factor")
+
+
+def _layers(facts: _Facts) -> Iterator[Finding]:
+    nested = [view for view in facts.views if view.layer_type is not None]
+    if not nested:
+        return
+    for view in nested:
+        if "truncate" in view.parameters:
+            severity: Literal["error", "warning"] = "warning" if view.parameters["truncate"] else "error"
+            what = "`truncate` inside a layer type is ignored: transformers looks for it beside the layer types"
+            yield Finding(severity, f"{view.where}.truncate", what, "remove it", "truncate-ignored")
+    stored = facts.raw.get("rope_parameters")
+    if is_nested(stored):
+        for missing in sorted(set(facts.raw.get("layer_types") or ()) - set(stored)):  # type: ignore[arg-type]
+            what = f"no rotary parameters for layers of type {missing}: a class default is used, or loading fails"
+            yield Finding("error", f"rope_parameters.{missing}", what, "write them", "layer-type-missing")
+
+
+def _lists(facts: _Facts) -> Iterator[Finding]:
+    for view in facts.views:
+        if _ALIASES.get(view.rope_type, view.rope_type) != "longrope" or "hidden_size" not in facts.raw:
+            continue
+        pairs = rotary_dim(facts.raw, view.parameters) // 2
+        for key in _LISTS:
+            values, where = view.parameters.get(key), f"{view.where}.{key}"
+            if values is None:
+                continue
+            if not isinstance(values, list) or not all(_is_number(value) and value > 0 for value in values):
+                yield Finding("error", where, "not a list of positive numbers", f"write {pairs} numbers", "bad-list")
+            elif len(values) != pairs:
+                what = f"{len(values)} values for {pairs} rotary pairs"
+                yield Finding("error", where, what, f"write {pairs} numbers", "list-length")
+
+
+def _tokenizer(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[Finding]:
+    _, text = text_part(raw)
+    window, limit = text.get("max_position_embeddings"), settings.get("model_max_length")
+    if isinstance(window, int) and _is_number(limit) and limit < window:
+        what = f"the tokenizer cuts or warns at {limit} tokens; the model claims {window}"
+        fix = f'write "model_max_length": {window}'
+        yield Finding("warning", "tokenizer_config.json: model_max_length", what, fix, "tokenizer-limit")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_RULES: tuple[Callable[[_Facts], Iterable[Finding]], ...] = (
+    _theta,
+    _absent,
+    _names_agree,
+    _types,
+    _keys,
+    _original,
+    _window,
+    _engines,
+    _layers,
+    _lists,
+)

@@ -1,0 +1,79 @@
+"""The rotary fields of `config.json` under the names of transformers 5 and the older ones, in agreement.
+
+transformers 5 saves `rope_parameters` only. vLLM, llama.cpp's converter and older releases look for `rope_theta` and
+`rope_scaling` and fall back to a default theta without a word when they are missing, so both are written.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from retrofit.context.fields import RopeView, as_dict, original_length, text_part, views
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def portable(config: PretrainedConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """`config.json` of a configuration with its rotary fields under the new and the old names, max length explicit.
+
+    transformers itself saves `rope_parameters` only; readers of the older names would fall back to a default theta.
+    """
+    raw = dict(config) if isinstance(config, Mapping) else json.loads(config.to_json_string())
+    prefix, text = text_part(raw if isinstance(config, Mapping) else as_dict(config))
+    found = views(text)
+    if not found:
+        return raw
+    return replaced(raw, prefix, rotary_fields(text, found, text["max_position_embeddings"]))
+
+
+def length_dependent(config: object) -> bool:
+    """True when the encoding of a prefix changes with the total length, so that losses at one length say nothing
+    about another: `dynamic`, and `longrope` whose two factor lists differ."""
+    _, text = text_part(as_dict(config))
+    return any(
+        view.rope_type == "dynamic"
+        or (view.rope_type == "longrope" and view.parameters.get("short_factor") != view.parameters.get("long_factor"))
+        for view in views(text)
+    )
+
+
+def rotary_fields(
+    text: Mapping[str, Any], found: tuple[RopeView, ...], length: int, original: int | None = None
+) -> dict[str, Any]:
+    """All rotary fields of `config.json`, under the names of transformers 5 and the older ones, in agreement."""
+    full = next((view for view in found if view.layer_type in (None, "full_attention")), found[0])
+    parameters = {key: value for key, value in full.parameters.items() if key != "type"} | {"rope_type": full.rope_type}
+    fields: dict[str, Any] = {"max_position_embeddings": length, "rope_theta": parameters.get("rope_theta")}
+    if full.layer_type is None:
+        fields["rope_parameters"] = parameters
+    else:
+        fields["rope_parameters"] = {str(view.layer_type): dict(view.parameters) for view in found}
+        fields["rope_parameters"][full.layer_type] = parameters
+    local = next((view for view in found if view.layer_type == "sliding_attention"), None)
+    if local is not None and str(text.get("model_type")).startswith("gemma3"):
+        fields["rope_local_base_freq"] = local.parameters.get("rope_theta")
+    if parameters.get("partial_rotary_factor") is not None:
+        fields["partial_rotary_factor"] = parameters["partial_rotary_factor"]
+    # The older longrope of phi3 has no attention factor and allows no other key: it cannot say the same.
+    if full.rope_type != "default" and not (full.rope_type == "longrope" and "attention_factor" in parameters):
+        inside = ("rope_theta", "partial_rotary_factor")
+        fields["rope_scaling"] = {key: value for key, value in parameters.items() if key not in inside}
+    known = original if original is not None else original_length(text, full.parameters)
+    at_top = "original_max_position_embeddings" in text or full.rope_type in ("default", "linear")
+    if known is not None and known < length and at_top:
+        fields["original_max_position_embeddings"] = known
+    return fields
+
+
+def replaced(raw: Mapping[str, Any], prefix: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq")
+    result = copy.deepcopy(dict(raw))
+    target = result["text_config"] if prefix else result
+    for name in names:
+        target.pop(name, None)
+    target.update(copy.deepcopy(dict(fields)))
+    return result

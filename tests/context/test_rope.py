@@ -1,0 +1,288 @@
+"""Written configurations against the papers' formulas and against what transformers really computes."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from retrofit.context import rope
+from retrofit.context.fields import as_dict, views
+from retrofit.errors import UserError
+from tests.tiny import FAMILIES, save_tiny, tiny_config, tiny_model
+
+FACTOR = 4.0
+WINDOW = 512
+
+
+def rotary(model):
+    return model.get_decoder().rotary_emb
+
+
+def computed(model, layer_type):
+    """(inverse frequencies, attention factor) that the model computes."""
+    module = rotary(model)
+    prefix = f"{layer_type}_" if layer_type else ""
+    return getattr(module, f"{prefix}inv_freq").double().numpy(), float(getattr(module, f"{prefix}attention_scaling"))
+
+
+def plain(theta: float, dim: int) -> np.ndarray:
+    return np.array([theta ** (-2 * i / dim) for i in range(dim // 2)])
+
+
+def by_hand(method: str, theta: float, dim: int, s: float, length: int) -> tuple[np.ndarray, float]:
+    """The papers' formulas, pair by pair."""
+    base = plain(theta, dim)
+    if method == "linear":
+        return base / s, 1.0
+    if method == "ntk":
+        return plain(theta * s ** (dim / (dim - 2)), dim), 1.0
+    out = []
+    if method == "llama3":
+        for f in base:
+            wavelength = 2 * math.pi / f
+            if wavelength < length / 4:
+                out.append(f)
+            elif wavelength > length:
+                out.append(f / s)
+            else:
+                smooth = (length / wavelength - 1) / (4 - 1)
+                out.append((1 - smooth) * f / s + smooth * f)
+        return np.array(out), 1.0
+    low = max(math.floor(dim * math.log(length / (32 * 2 * math.pi)) / (2 * math.log(theta))), 0)
+    high = min(math.ceil(dim * math.log(length / (2 * math.pi)) / (2 * math.log(theta))), dim - 1)
+    for i, f in enumerate(base):
+        ramp = min(max((i - low) / (high - low), 0), 1)
+        out.append((1 - ramp) * f + ramp * f / s)
+    return np.array(out), 0.1 * math.log(s) + 1
+
+
+@pytest.mark.parametrize("method", rope.METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_computes_the_formula(family: str, method: str) -> None:
+    before = tiny_config(family)
+    after = rope.extend(before, factor=FACTOR, method=method)
+    assert after.max_position_embeddings == 4 * WINDOW and type(after.max_position_embeddings) is int
+    assert before.max_position_embeddings == WINDOW
+    layer_type = "full_attention" if family == "gemma3_text" else None
+    old = next(view for view in views(as_dict(before)) if view.layer_type == layer_type).parameters
+    dim = int(before.head_dim if getattr(before, "head_dim", None) else 16)
+    dim = int(dim * (old.get("partial_rotary_factor") or 1.0))
+    wanted, scale = by_hand(method, old["rope_theta"], dim, FACTOR, WINDOW)
+    reference, reference_scale = rope.frequencies(after, layer_type)
+    np.testing.assert_allclose(reference, wanted, rtol=1e-9)
+    assert reference_scale == pytest.approx(scale)
+    model = tiny_model_from(after)
+    got, got_scale = computed(model, layer_type)
+    np.testing.assert_allclose(got, wanted, rtol=2e-6)
+    assert got_scale == pytest.approx(scale)
+    assert not np.allclose(wanted, plain(old["rope_theta"], dim), rtol=1e-3)
+    assert not [one for one in rope.lint(after) if one.severity == "error"]
+    assert not rope.length_dependent(after)
+
+
+def tiny_model_from(config):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        shell = AutoModelForCausalLM.from_config(config)
+    return _with_rotary(shell, config)
+
+
+def _with_rotary(shell, config):
+    """Only the rotary module is built for real: its buffers are all that is looked at."""
+    decoder = shell.get_decoder()
+    decoder.rotary_emb = type(decoder.rotary_emb)(config=config)
+    return shell
+
+
+@pytest.mark.parametrize("method", rope.METHODS)
+def test_factor_one_is_plain_rope(method: str) -> None:
+    base = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 512, "model_type": "llama"}
+    extra = {
+        "linear": {"rope_type": "linear", "factor": 1.0},
+        "ntk": {"rope_type": "default"},
+        "yarn": {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 512},
+        "llama3": {
+            "rope_type": "llama3",
+            "factor": 1.0,
+            "original_max_position_embeddings": 512,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        },
+    }[method]
+    got, scale = rope.frequencies({**base, "rope_parameters": {"rope_theta": 1e4, **extra}})
+    np.testing.assert_allclose(got, plain(1e4, 16), rtol=1e-12)
+    assert scale == 1.0
+
+
+@pytest.mark.parametrize("over", [{"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "longrope"}])
+def test_length_dependent_types_match_transformers(over) -> None:
+    lists = {"short_factor": [1.0] * 8, "long_factor": [float(2 + i) for i in range(8)], "factor": 2.0}
+    parameters = {"rope_theta": 1e4, **(lists if over["rope_type"] == "longrope" else {}), **over}
+    if over["rope_type"] == "longrope":
+        parameters["original_max_position_embeddings"] = 256
+    config = tiny_config("llama", rope_parameters=parameters)
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for tokens in (100, 700):
+        wanted, scale = ROPE_INIT_FUNCTIONS[over["rope_type"]](config, seq_len=tokens)
+        got, got_scale = rope.frequencies(config, tokens=tokens)
+        np.testing.assert_allclose(got, wanted.numpy(), rtol=2e-6)
+        assert got_scale == pytest.approx(scale)
+    assert rope.length_dependent(config)
+
+
+def test_gemma3_sliding_layers_stay() -> None:
+    before = tiny_config("gemma3_text")
+    after = rope.extend(before, length=1024, method="yarn")
+    assert after.rope_parameters["sliding_attention"] == before.rope_parameters["sliding_attention"]
+    assert after.rope_parameters["full_attention"]["rope_type"] == "yarn"
+    got, _ = computed(tiny_model_from(after), "sliding_attention")
+    np.testing.assert_allclose(got, plain(1e4, 16), rtol=2e-6)
+
+
+def test_smollm3_nope_layers_stay() -> None:
+    before = tiny_config("smollm3")
+    after = rope.extend(before, length=1024, method="yarn")
+    assert after.no_rope_layers == before.no_rope_layers and 0 in after.no_rope_layers
+
+
+def test_composition_equals_one_extension() -> None:
+    native = tiny_config("llama")
+    for method in rope.METHODS:
+        once = rope.extend(native, length=4096, method=method)
+        twice = rope.extend(rope.extend(native, length=1024, method=method), length=4096, method=method)
+        np.testing.assert_allclose(rope.frequencies(twice)[0], rope.frequencies(once)[0], rtol=1e-12)
+        assert rope.frequencies(twice)[1] == rope.frequencies(once)[1]
+        assert twice.max_position_embeddings == 4096
+        done = rope.plan(rope.extend(native, length=1024, method=method), length=4096, method=method)
+        assert (done.original, done.before, done.factor, done.step) == (512, 1024, 8.0, 4.0)
+        assert "already extended" in done.notes[0]
+
+
+@pytest.mark.parametrize(("first", "second"), [("ntk", "yarn"), ("yarn", "llama3"), ("linear", "ntk")])
+def test_another_method_on_top_is_refused(first: str, second: str) -> None:
+    extended = rope.extend(tiny_config("llama"), factor=2, method=first)
+    with pytest.raises(UserError, match=f"already extended by `{first}`") as error:
+        rope.extend(extended, factor=2, method=second)
+    assert error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("asked", "what"),
+    [
+        ({"length": 512}, "not longer"),
+        ({"length": 100}, "not longer"),
+        ({"factor": 1}, "not longer"),
+        ({"factor": 1.0013}, "not a whole number"),
+        ({}, "exactly one"),
+        ({"length": 1024, "factor": 2}, "exactly one"),
+    ],
+)
+def test_bad_requests(asked, what: str) -> None:
+    with pytest.raises(UserError, match=what):
+        rope.extend(tiny_config("llama"), method="yarn", **asked)
+    with pytest.raises(UserError, match=what):
+        rope.plan(tiny_config("llama"), method="yarn", **asked)
+
+
+def test_unknown_method_and_unextendable() -> None:
+    with pytest.raises(UserError, match="Unknown context method"):
+        rope.extend(tiny_config("llama"), factor=2, method="nope")
+    dynamic = tiny_config("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    with pytest.raises(UserError, match="already extended by `dynamic`"):
+        rope.extend(dynamic, factor=2, method="yarn")
+    with pytest.raises(UserError, match="no rotary"):
+        rope.plan({"model_type": "gpt2", "max_position_embeddings": 512}, factor=2, method="yarn")
+    with pytest.raises(UserError, match="not a whole number"):
+        rope.plan({"model_type": "llama", "max_position_embeddings": "512"}, factor=2, method="yarn")
+
+
+@pytest.mark.parametrize("method", rope.METHODS)
+@pytest.mark.parametrize("family", ["llama", "phi", "gemma3_text", "phi3"])
+def test_saved_folder_loads_the_same_frequencies(tmp_path, family: str, method: str, monkeypatch) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, modeling_rope_utils
+
+    said: list[str] = []
+    monkeypatch.setattr(modeling_rope_utils.logger, "warning", said.append)
+    source = save_tiny(tmp_path / "source", family)
+    out = tmp_path / "out"
+    done = rope.write_extended(source, out, length=1536, method=method)
+    assert (done.original, done.length, done.factor) == (512, 1536, 3.0)
+    layer_type = "full_attention" if family == "gemma3_text" else None
+    raw = json.loads((out / "config.json").read_text())
+    fresh = AutoConfig.from_pretrained(out)
+    wanted, scale = rope.frequencies(rope.extend(tiny_config(family), length=1536, method=method), layer_type)
+    for source_of_truth in (raw, fresh, old_names_only(raw) if family != "phi3" or method == "ntk" else raw):
+        got, got_scale = rope.frequencies(source_of_truth, layer_type)
+        np.testing.assert_allclose(got, wanted, rtol=1e-12)
+        assert got_scale == pytest.approx(scale)
+    assert fresh.max_position_embeddings == 1536
+    assert said == []
+    model = AutoModelForCausalLM.from_pretrained(out)
+    got, got_scale = computed(model, layer_type)
+    np.testing.assert_allclose(got, wanted, rtol=2e-6)
+    assert got_scale == pytest.approx(scale)
+    assert not [one for one in rope.lint_folder(out) if one.severity == "error"]
+    assert json.loads((out / "tokenizer_config.json").read_text())["model_max_length"] == 1536
+    weights = out / "model.safetensors"
+    assert weights.read_bytes() == (source / "model.safetensors").read_bytes()
+    assert weights.stat().st_ino == (source / "model.safetensors").stat().st_ino
+
+
+def old_names_only(raw):
+    """config.json as an engine reads it that knows nothing of rope_parameters."""
+    return {key: value for key, value in raw.items() if key != "rope_parameters"}
+
+
+@pytest.mark.parametrize("method", rope.METHODS)
+@pytest.mark.parametrize("family", ["llama", "stablelm", "gemma3_text"])
+def test_old_names_load_in_stock_transformers(tmp_path, family: str, method: str) -> None:
+    from transformers import AutoConfig
+
+    config = rope.extend(tiny_config(family), length=2048, method=method)
+    layer_type = "full_attention" if family == "gemma3_text" else None
+    (tmp_path / "config.json").write_text(json.dumps(old_names_only(rope.portable(config))))
+    fresh = AutoConfig.from_pretrained(tmp_path)
+    got, scale = rope.frequencies(fresh, layer_type)
+    wanted, wanted_scale = rope.frequencies(config, layer_type)
+    np.testing.assert_allclose(got, wanted, rtol=1e-12)
+    assert scale == wanted_scale
+    computed_now, _ = computed(tiny_model_from(fresh), layer_type)
+    np.testing.assert_allclose(computed_now, wanted, rtol=2e-6)
+
+
+def test_extension_changes_logits_only_through_positions(tmp_path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = save_tiny(tmp_path / "source", "llama")
+    rope.write_extended(source, tmp_path / "out", factor=2, method="yarn")
+    first = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        before = tiny_model("llama")(first).logits
+        after = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()(first).logits
+    assert torch.allclose(before[:, 0], after[:, 0], atol=1e-5)  # the first token attends to itself alone
+    assert not torch.allclose(before[:, 3], after[:, 3], atol=1e-5)
+
+
+def test_nothing_written_when_the_linter_objects(tmp_path) -> None:
+    source = save_tiny(tmp_path / "source", "llama")
+    raw = json.loads((source / "config.json").read_text())
+    raw["rope_parameters"].pop("rope_theta")
+    (source / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="rope_theta"):
+        rope.write_extended(source, tmp_path / "out", factor=2, method="yarn")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_needs_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, retrofit.context.rope; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
