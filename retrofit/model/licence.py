@@ -1,0 +1,67 @@
+"""Under which licence a checkpoint folder stands and what it was made from, read from its card and licence file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
+_LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
+
+# The words a licence text starts with (after white space is squeezed) -> its id on the hub. First match wins.
+_TEXTS: tuple[tuple[str, str], ...] = (
+    (r"apache license,? version 2\.0", "apache-2.0"),
+    (r"llama 3\.3 community license", "llama3.3"),
+    (r"llama 3\.2 community license", "llama3.2"),
+    (r"llama 3\.1 community license", "llama3.1"),
+    (r"meta llama 3 community license", "llama3"),
+    (r"llama 2 community license", "llama2"),
+    (r"gemma terms of use", "gemma"),
+    (r"gnu affero general public license version 3", "agpl-3.0"),
+    (r"gnu general public license version 3", "gpl-3.0"),
+    (r"attribution-noncommercial 4\.0", "cc-by-nc-4.0"),
+    (r"attribution 4\.0 international", "cc-by-4.0"),
+    (r"redistributions? of source code must retain.*neither the name", "bsd-3-clause"),
+    (r"permission is hereby granted, free of charge, to any person obtaining a copy", "mit"),
+)
+
+
+def card_data(folder: str | Path) -> dict[str, Any]:
+    """The YAML front matter of the folder's README.md, {} when there is none or it is broken."""
+    import yaml
+
+    card = Path(folder) / "README.md"
+    if not card.is_file():
+        return {}
+    match = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace"))
+    if not match:
+        return {}
+    try:
+        data = yaml.safe_load(match[1])
+    except yaml.YAMLError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def licence_of(folder: str | Path) -> str | None:
+    """The licence id from the card, else recognised from the licence file, else None."""
+    stated = _first(card_data(folder).get("license"))
+    if stated:
+        return stated
+    for name in _LICENCE_FILES:
+        path = Path(folder) / name
+        if path.is_file():
+            start = " ".join(path.read_text(encoding="utf-8", errors="replace").lower().split())[:4000]
+            return next((licence for pattern, licence in _TEXTS if re.search(pattern, start)), None)
+    return None
+
+
+def base_model_of(folder: str | Path) -> str | None:
+    """The hub id that the card names as `base_model`, else None."""
+    return _first(card_data(folder).get("base_model"))
+
+
+def _first(value: object) -> str | None:
+    value = value[0] if isinstance(value, list) and value else value
+    return value if isinstance(value, str) and value else None

@@ -1,0 +1,237 @@
+"""From a local checkpoint folder to stock transformers objects. Remote code is never run; only safetensors are read."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("float32", "bfloat16", "float16")
+_HEADER_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json as stored, after the checks that need no transformers.
+
+    Raises UserError: no folder, no config.json, not JSON, no model_type, a lone adapter, quantised weights.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise UserError("there is no such folder", where=str(folder), fix="check the path")
+    if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                "the folder holds an adapter, not a model",
+                where=str(folder),
+                fix="merge it first with peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()",
+            )
+        raise UserError(
+            "the folder holds no config.json", where=str(folder), fix="give the folder of a whole checkpoint"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"config.json is not JSON: {error}", where=str(path), fix="download it again") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UserError("config.json names no model_type", where=str(path), fix="give a transformers checkpoint")
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = (
+            quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else "unknown method"
+        )
+        raise UserError(
+            f"the weights are quantised ({method}) and cannot be changed",
+            where=f"{path}: quantization_config",
+            fix="give the unquantised checkpoint that they were made from",
+        )
+    return config
+
+
+def load_config(folder: str | Path) -> PretrainedConfig:
+    """The configuration of a checkpoint folder, as the stock transformers class.
+
+    A leftover `auto_map` is accepted (and dropped) only when it names the very class that transformers itself has for
+    this model_type. Raises UserError as `read_config` does, and for remote code, a model_type unknown to transformers
+    and values its class refuses.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    stored = read_config(folder)
+    model_type, where = stored["model_type"], str(Path(folder) / "config.json")
+    auto_map = stored.get("auto_map") or {}
+    if model_type not in CONFIG_MAPPING:
+        if auto_map:
+            raise _remote_code(model_type, where)
+        raise UserError(
+            f"transformers does not know the model type `{model_type}`",
+            where=where,
+            fix="update transformers if it is new: pip install -U transformers; otherwise choose another model",
+        )
+    custom = auto_map.get("AutoModelForCausalLM")
+    native = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if custom and str(custom).split(".")[-1] != native:
+        raise _remote_code(model_type, where)
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise UserError(
+            f"config.json is no valid `{model_type}` configuration: {_last_line(error)}", where=where, fix="correct it"
+        ) from error
+    if hasattr(config, "auto_map"):
+        del config.auto_map
+    return config
+
+
+def load_model(
+    folder: str | Path, *, dtype: str = "auto", device: str = "cpu", kernel: str = "sdpa"
+) -> PreTrainedModel:
+    """The stock model of a checkpoint folder in eval mode.
+
+    dtype: "auto" (as stored), "float32", "bfloat16" or "float16". kernel: a name transformers knows; others are
+    applied afterwards by `retrofit.kernels`. Raises UserError when the weights are not whole: every parameter must come
+    from the checkpoint, with the shape the configuration asks for.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from retrofit.checkpoint.read import Checkpoint
+
+    config = load_config(folder)
+    Checkpoint.open(folder)
+    loader: Any = AutoModelForCausalLM  # its annotations do not know output_loading_info
+    with quiet():
+        model, info = loader.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=resolve_dtype(dtype, folder),
+            attn_implementation=kernel,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    require_whole(info, str(folder))
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The stock tokenizer of a checkpoint folder. Raises UserError when there is none, or none without remote code."""
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise UserError(
+            f"no tokenizer could be loaded: {_last_line(error)}",
+            where=str(folder),
+            fix="put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into the folder",
+        ) from error
+
+
+def resolve_device(device: str) -> str:
+    """ "auto" is CUDA when torch sees it, else the CPU. Raises UserError for CUDA that is not there."""
+    import torch
+
+    available = torch.cuda.is_available()
+    if device == "auto":
+        return "cuda" if available else "cpu"
+    if device.startswith("cuda") and not available:
+        raise UserError("torch sees no CUDA device", where=f"device: {device}", fix="set device: auto or cpu")
+    return device
+
+
+def resolve_dtype(dtype: str, folder: str | Path) -> torch.dtype:
+    """A torch dtype; "auto" is the one that most of the checkpoint's values are stored in."""
+    import torch
+
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"`{dtype}` is not a dtype", where="dtype", fix=f"choose one of: auto, {', '.join(DTYPES)}")
+    return getattr(torch, stored_dtype(folder) if dtype == "auto" else dtype)
+
+
+def stored_dtype(folder: str | Path) -> str:
+    """The dtype most values of a checkpoint are stored in; without weights, what config.json says (else float32)."""
+    from retrofit.checkpoint.read import INDEX, SINGLE, Checkpoint
+
+    folder = Path(folder)
+    if (folder / SINGLE).is_file() or ((folder / INDEX).is_file() and any(folder.glob("*.safetensors"))):
+        sizes: Counter[str] = Counter()
+        for entry in Checkpoint.open(folder).entries.values():
+            sizes[_HEADER_DTYPES.get(entry.dtype, entry.dtype)] += entry.nbytes
+        stored = sizes.most_common(1)[0][0]
+        if stored in DTYPES:
+            return stored
+        if stored == "float64":
+            return "float32"
+        raise UserError(
+            f"the weights are stored as {stored}, which is not a floating-point type that models compute in",
+            where=str(folder),
+            fix="give a checkpoint in float32, bfloat16 or float16",
+        )
+    config = read_config(folder)
+    named = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return named if named in DTYPES else "float32"
+
+
+def require_whole(info: dict[str, Any], where: str) -> None:
+    """Raises UserError when transformers' loading info says that a parameter did not come from the checkpoint."""
+    if info["missing_keys"]:
+        first = sorted(info["missing_keys"])[0]
+        raise UserError(
+            f"the checkpoint lacks {len(info['missing_keys'])} tensors of its architecture, first `{first}`",
+            where=where,
+            fix="download it again, or check that config.json belongs to these weights",
+        )
+    if info["mismatched_keys"]:
+        name, *shapes = sorted(info["mismatched_keys"], key=lambda entry: entry[0])[0]
+        stored, expected = (tuple(shape) for shape in shapes)
+        raise UserError(
+            f"`{name}` is stored as {stored} but config.json asks for {expected}",
+            where=where,
+            fix="check that config.json belongs to these weights",
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers' own progress bars and load reports off inside the block; ours say what is going on."""
+    from transformers.utils import logging
+
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _remote_code(model_type: str, where: str) -> UserError:
+    return UserError(
+        f"the model needs code of its own (`{model_type}`, auto_map), and remote code is never run",
+        where=where,
+        fix="choose a model whose architecture is part of transformers",
+    )
+
+
+def _last_line(error: Exception) -> str:
+    cause = error.__cause__ or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[-1] if lines else type(cause).__name__
