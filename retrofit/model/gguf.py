@@ -7,8 +7,11 @@ difference is refused.
 
 from __future__ import annotations
 
+import io
+import json
 import os
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +77,15 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "retrofit"
 
 
+def require_gguf(path: Path) -> None:
+    """Raises UserError when there is no such file or it does not start as a GGUF file does."""
+    if not path.is_file():
+        raise UserError("there is no such file", where=str(path), fix="check the path")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError("the file is not a GGUF file", where=str(path), fix="check the download")
+
+
 def read_header(path: str | Path) -> GgufFile:
     """Read and check a file's header.
 
@@ -81,11 +93,7 @@ def read_header(path: str | Path) -> GgufFile:
     (which transformers does not take over), the `gguf` package missing.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError("there is no such file", where=str(path), fix="check the path")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UserError("the file is not a GGUF file", where=str(path), fix="check the download")
+    require_gguf(path)
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -116,19 +124,20 @@ def read_header(path: str | Path) -> GgufFile:
     return found
 
 
-def convert(path: str | Path, *, weights: bool = True, progress: Progress | None = None) -> tuple[Path, GgufFile]:
+def convert(path: str | Path, *, weights: bool = True, progress: Progress | None = None) -> Path:
     """The folder in the cache for a GGUF file, made if needed; without `weights` only configuration and tokenizer.
 
-    The folder's name holds the file's SHA-256. Raises UserError as `read_header` does, and for a cache folder that
-    cannot be written or has no room.
+    The folder's name holds the file's SHA-256; its README.md names licence and base model, where the file does.
+    Raises UserError as `read_header` does, and for a cache folder that cannot be written or has no room.
     """
     path = Path(path)
-    header = read_header(path)
+    require_gguf(path)
     name = f"gguf-{sha256(path)[:24]}-{FORMAT}"
     whole, light = cache_dir() / name, cache_dir() / f"{name}-config"
     for folder in (whole,) if weights else (whole, light):
         if folder.is_dir():
-            return folder, header
+            return folder
+    header = read_header(path)
     final = whole if weights else light
     require_writable(final)
     if weights:
@@ -140,7 +149,7 @@ def convert(path: str | Path, *, weights: bool = True, progress: Progress | None
     if progress:
         progress.finish()
         progress.note(f"{path.name} is kept as {header.dtype} safetensors in {final}")
-    return final, header
+    return final
 
 
 def _write(header: GgufFile, out: Path, weights: bool) -> None:
@@ -155,6 +164,7 @@ def _write(header: GgufFile, out: Path, weights: bool) -> None:
     _split_text_as_stated(header, tokenizer)
     tokenizer.save_pretrained(out)
     _tidy_tokenizer_config(out)
+    _write_card(header, out)
     if weights:
         _write_weights(header, config, out)
     else:
@@ -169,7 +179,7 @@ def _write_weights(header: GgufFile, config: PretrainedConfig, out: Path) -> Non
     from transformers import AutoModelForCausalLM
 
     loader: Any = AutoModelForCausalLM  # its annotations do not know output_loading_info
-    with quiet():
+    with quiet(), redirect_stderr(io.StringIO()):  # its bar for de-quantising has no other switch
         loaded, info = loader.from_pretrained(
             str(header.path.parent),
             gguf_file=header.path.name,
@@ -200,7 +210,9 @@ def _tidy_config(header: GgufFile, config: Any, tokenizer: PreTrainedTokenizerBa
     config.vocab_size = header.metadata.get(f"{header.architecture}.vocab_size", len(tokenizer))
     config.dtype = header.dtype
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
-    config.name_or_path = ""
+    for field in ("_model_name_or_path", "unk_token_id"):
+        if hasattr(config, field):
+            delattr(config, field)
 
 
 def require_same(header: GgufFile, config: Any) -> None:
@@ -253,13 +265,26 @@ def _split_text_as_stated(header: GgufFile, tokenizer: Any) -> None:
 
 
 def _tidy_tokenizer_config(folder: Path) -> None:
-    """Drop what only says how it was loaded."""
-    import json
-
+    """Drop what only says how it was loaded, and name the class that every version of transformers knows."""
     path = folder / "tokenizer_config.json"
     stored = json.loads(path.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in stored.items() if key not in ("is_local", "local_files_only")}
+    kept = {key: value for key, value in stored.items() if key not in ("backend", "is_local", "local_files_only")}
+    if kept.get("tokenizer_class") == "TokenizersBackend":
+        kept["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_card(header: GgufFile, folder: Path) -> None:
+    """README.md whose front matter carries the licence and base model that the file states."""
+    url = str(header.metadata.get("general.base_model.0.repo_url") or "")
+    stated = {
+        "license": header.metadata.get("general.license"),
+        "base_model": url.removeprefix("https://huggingface.co/")
+        if url.startswith("https://huggingface.co/")
+        else None,
+    }
+    lines = [f"{key}: {json.dumps(value)}" for key, value in stated.items() if value]
+    (folder / "README.md").write_text("\n".join(["---", *lines, "---", f"Made from {header.path.name}.", ""]), "utf-8")
 
 
 def _lost(header: GgufFile, value: str) -> UserError:

