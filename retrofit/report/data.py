@@ -1,0 +1,118 @@
+"""What a report is made of: plain frozen data. Everything a run may lack is None or empty."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from retrofit.evaluate.perplexity import ALL, Row
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One model of the run: `original`, `converted`, `extended`, `recovered`, in the order they were made.
+
+    rows: perplexities by kind and length. position_losses: (position in tokens, mean loss in nats). kv_cache_bytes:
+    bytes of the KV cache by number of tokens.
+    """
+
+    label: str
+    rows: tuple[Row, ...] = ()
+    position_losses: tuple[tuple[float, float], ...] = ()
+    kv_bytes_per_token: int | None = None
+    kv_cache_bytes: Mapping[int, int] = field(default_factory=dict)
+    decode_tokens_per_s: float | None = None
+    kv_heads: int | None = None
+
+    def row(self, kind: str, length: int) -> Row | None:
+        """The row of one kind at one length."""
+        return next((row for row in self.rows if (row.kind, row.length) == (kind, length)), None)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step of the run: seconds and peak memory as they were, and as the plan predicted them."""
+
+    name: str
+    seconds: float | None = None
+    peak_bytes: int | None = None
+    predicted_seconds: float | None = None
+    predicted_peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything the report shows.
+
+    training: (step, training loss or None, held-out loss or None). kernel_proof: the fields of
+    `kernels.registry.Proof`; conversion: of `kv_heads.convert.ConvertReport`; context: of `context.rope.Extension`;
+    reload: of `publish.reload.ReloadReport`. gate: one dict per requirement (metric, bound, value, passed, reason).
+    """
+
+    name: str
+    recipe_yaml: str = ""
+    model: str = ""
+    created: str = ""
+    description: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    models: tuple[ModelResult, ...] = ()
+    native_length: int | None = None
+    claimed_length: int | None = None
+    training: tuple[tuple[int, float | None, float | None], ...] = ()
+    steps: tuple[StepRecord, ...] = ()
+    kernel: str | None = None
+    kernel_proof: Mapping[str, Any] | None = None
+    conversion: Mapping[str, Any] | None = None
+    context: Mapping[str, Any] | None = None
+    gate: tuple[Mapping[str, Any], ...] = ()
+    reload: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
+
+    @property
+    def original(self) -> ModelResult | None:
+        """The model before the run."""
+        return next((model for model in self.models if model.label == "original"), None)
+
+    @property
+    def final(self) -> ModelResult | None:
+        """The last model that is not the original."""
+        return next((model for model in reversed(self.models) if model.label != "original"), None)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of text in the order measured, `all` last and only when there are several."""
+        kinds = list(dict.fromkeys(row.kind for model in self.models for row in model.rows if row.kind != ALL))
+        return tuple([*kinds, ALL] if len(kinds) != 1 and self._has_all else kinds)
+
+    @property
+    def _has_all(self) -> bool:
+        return any(row.kind == ALL for model in self.models for row in model.rows)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Every context length measured."""
+        return tuple(sorted({row.length for model in self.models for row in model.rows}))
+
+    @property
+    def head_length(self) -> int | None:
+        """The length the headline compares at: the longest measured one that the original was made for."""
+        inside = [length for length in self.lengths if self.native_length is None or length <= self.native_length]
+        return max(inside, default=None)
+
+
+def loss_by_position(losses: Sequence[np.ndarray], buckets: int = 24) -> tuple[tuple[float, float], ...]:
+    """(middle position, mean loss) of `buckets` equal stretches; losses is one array [T - 1] per document, cut to the
+    shortest document so that every stretch is a mean over all of them."""
+    shortest = min((len(array) for array in losses), default=0)
+    if shortest == 0:
+        return ()
+    mean = np.mean([np.asarray(array[:shortest], dtype=np.float64) for array in losses], axis=0)
+    edges = np.linspace(0, shortest, min(buckets, shortest) + 1).astype(int)
+    return tuple(
+        (float((start + stop) / 2 + 1), float(mean[start:stop].mean())) for start, stop in itertools.pairwise(edges)
+    )

@@ -1,0 +1,140 @@
+"""Writes `report.html` (one file, nothing fetched), `report.md` and the chart of the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from retrofit.evaluate.perplexity import ALL
+from retrofit.report import summary, words
+from retrofit.report.data import ModelResult, RunData, StepRecord, loss_by_position
+from retrofit.report.figures import card_picture, figures
+from retrofit.report.glossary import definitions
+
+__all__ = ["ModelResult", "RunData", "StepRecord", "html", "loss_by_position", "markdown", "render"]
+
+TEMPLATES = Path(__file__).parent / "templates"
+CARD_CHART = "perplexity"
+SECTIONS = {
+    "quality": "How well it predicts text",
+    "training": "Recovery training",
+    "cost": "What it costs to run",
+    "conversion": "Inside the conversion",
+}
+
+
+def render(run: RunData, folder: str | Path) -> tuple[Path, ...]:
+    """Write the report of a run into `folder` and return the files: report.html, report.md and, where perplexities were
+    measured, perplexity.svg and perplexity.png (for the card). Each file is whole or not there."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, bytes] = {}
+    picture = card_picture(run)
+    if picture is not None:
+        files[f"{CARD_CHART}.svg"] = picture.svg.encode()
+        files[f"{CARD_CHART}.png"] = picture.png
+    files["report.md"] = markdown(run).encode()
+    files["report.html"] = html(run).encode()
+    for name, content in files.items():
+        part = folder / f".{name}.partial"
+        part.write_bytes(content)
+        part.replace(folder / name)
+    return tuple(folder / name for name in reversed(files))
+
+
+def html(run: RunData) -> str:
+    """The report as one HTML page."""
+    return _template("report.html.j2", autoescape=True).render(**_content(run))
+
+
+def markdown(run: RunData) -> str:
+    """The report as Markdown, with tables where the page has charts."""
+    return _template("report.md.j2", autoescape=False).render(**_content(run))
+
+
+def _content(run: RunData) -> dict[str, Any]:
+    shown = figures(run)
+    return {
+        "run": run,
+        "title": f"{summary.title_of(run)}: {run.name}",
+        "verdict": summary.verdict(run),
+        "numbers": summary.key_numbers(run),
+        "checks": summary.checks(run),
+        "cautions": summary.cautions(run),
+        "comparisons": [summary.comparison(run, kind) for kind in run.kinds],
+        "details": [summary.details(run, kind) for kind in run.kinds if kind != ALL or len(run.kinds) == 1],
+        "sections": [(name, [one for one in shown if one.section == key]) for key, name in SECTIONS.items()],
+        "has_chart": card_picture(run) is not None,
+        "gate": summary.requirements(run),
+        "steps": summary.steps(run),
+        "proof": _proof(run.kernel_proof),
+        "reload": _reload(run.reload),
+        "definitions": definitions(run),
+        "changes": _changes(run),
+    }
+
+
+def _changes(run: RunData) -> tuple[tuple[str, str], ...]:
+    """(what, how) of every step that changed the model."""
+    said = []
+    got: Mapping[str, Any] = run.conversion or {}
+    if got:
+        calibration = f", calibrated on {words.count(got.get('tokens'))} tokens" if got.get("tokens") else ""
+        kinds = f" of {', '.join(map(str, got['kinds']))}" if got.get("tokens") and got.get("kinds") else ""
+        how = f"{got.get('kv_heads_before')} → {got.get('kv_heads_after')} KV heads in every layer"
+        said.append(("KV heads", f"{how} by method `{got.get('method')}`{calibration}{kinds}"))
+    got = run.context or {}
+    if got:
+        how = f"{words.count(got.get('before'))} → {words.count(got.get('length'))} tokens by `{got.get('method')}`"
+        said.append(("Window", f"{how}, factor {words.number(got.get('factor'))}"))
+    if run.training:
+        said.append(("Recovery", f"{words.count(run.training[-1][0])} optimizer steps"))
+    if run.kernel:
+        said.append(("Attention kernel", run.kernel))
+    return tuple(said)
+
+
+def _proof(proof: Mapping[str, Any] | None) -> str:
+    if not proof:
+        return ""
+    result = "within" if proof.get("passed") else "MORE THAN"
+    return (
+        f"Kernel `{proof.get('kernel')}` against `{proof.get('reference', 'eager')}` on "
+        f"{words.count(proof.get('tokens'))} tokens: the logits differ by at most {words.number(proof.get('max_difference'))}, {result} the tolerance of "
+        f"{words.number(proof.get('tolerance'))}."
+    )
+
+
+def _reload(report: Mapping[str, Any] | None) -> str:
+    if not report:
+        return ""
+    result = "within" if report.get("passed") else "MORE THAN"
+    mean = report.get("mean_difference")
+    return (
+        "A fresh process with stock transformers, without this package, loaded the written checkpoint and scored the "
+        f"same tokens again: losses differ by at most {words.number(report.get('max_difference'))}"
+        f"{'' if mean is None else f' (mean {words.number(mean)})'}, {result} the tolerance of "
+        f"{words.number(report.get('tolerance'))}."
+    )
+
+
+def _template(name: str, *, autoescape: bool) -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["cell"] = _cell
+    return environment.get_template(name)
+
+
+def _cell(text: object) -> str:
+    """Text that cannot break a Markdown table or start HTML."""
+    safe = str(text).replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\").replace("|", "\\|")
+    return " ".join(safe.split())

@@ -1,0 +1,295 @@
+"""From a run's data to what is said about it: the verdict, the key numbers, what to watch out for, the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from retrofit.evaluate.perplexity import ALL, Row
+from retrofit.report import words
+from retrofit.report.data import ModelResult, RunData
+
+FEW_DOCUMENTS = 5
+OVERFIT = 1.02
+"""A last held-out loss this much above the best one is said to have risen."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """One key number: its label, the value large, the detail small."""
+
+    label: str
+    value: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text. The first column is a label, the others are numbers."""
+
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    title: str = ""
+
+
+def title_of(run: RunData) -> str:
+    """The model's own name, without folders."""
+    return run.model.rstrip("/").rsplit("/", 1)[-1] or "the model"
+
+
+def kind_name(kind: str) -> str:
+    """A kind of text as a reader sees it."""
+    return "all texts together" if kind == ALL else kind
+
+
+def ratio(run: RunData, kind: str, length: int) -> float | None:
+    """Perplexity of the final model over the original's, same kind and length."""
+    if run.original is None or run.final is None:
+        return None
+    before, after = run.original.row(kind, length), run.final.row(kind, length)
+    return after.ppl / before.ppl if before and after else None
+
+
+def kv_ratio(run: RunData) -> float | None:
+    """How many times smaller the KV cache of a token has become."""
+    before, after = run.original, run.final
+    if before is None or after is None or not before.kv_bytes_per_token or not after.kv_bytes_per_token:
+        return None
+    return before.kv_bytes_per_token / after.kv_bytes_per_token
+
+
+def grew(run: RunData) -> bool:
+    """Whether the window became longer."""
+    return bool(run.native_length and run.claimed_length and run.claimed_length > run.native_length)
+
+
+def verdict(run: RunData) -> str:
+    """One sentence: what changed and what it cost."""
+    changes = []
+    shrunk = kv_ratio(run)
+    if shrunk and shrunk > 1.001:
+        changes.append(f"needs {words.times(shrunk)} less memory for its KV cache")
+    if grew(run):
+        changes.append(f"reads {words.count(run.claimed_length)} tokens instead of {words.count(run.native_length)}")
+    changed = " and ".join(changes) if changes else "keeps its KV cache and its window"
+    name, costs = title_of(run), _costs(run)
+    if run.final is None and run.original is not None:
+        return f"{name} was measured as it is; nothing was changed."
+    if not costs:
+        return f"{name} {'now ' if changes else ''}{changed}; how well it predicts text was not compared."
+    return f"{name} {'now ' if changes else ''}{changed}; {costs}."
+
+
+def _costs(run: RunData) -> str:
+    length = run.head_length
+    if length is None:
+        return ""
+    kinds = [kind for kind in run.kinds if kind != ALL]
+    found = [(kind, ratio(run, kind, length)) for kind in kinds]
+    parts = [f"{words.times(value)} the original's on {kind}" for kind, value in found if value is not None]
+    return f"at {words.count(length)} tokens its perplexity is {_and(parts)}" if parts else ""
+
+
+def key_numbers(run: RunData) -> tuple[Number, ...]:
+    """The numbers at the top of the page; those that the run does not have are left out."""
+    before, after, numbers = run.original, run.final, []
+    shrunk = kv_ratio(run)
+    if shrunk and before and after:
+        heads = f"{before.kv_heads} → {after.kv_heads} KV heads, " if before.kv_heads and after.kv_heads else ""
+        detail = f"{heads}{words.size(before.kv_bytes_per_token)} → {words.size(after.kv_bytes_per_token)} a token"
+        value = f"{words.times(shrunk)} smaller" if shrunk > 1.001 else "unchanged"
+        numbers.append(Number("KV cache", value, detail))
+    if run.claimed_length:
+        detail = f"was {words.count(run.native_length)} tokens" if grew(run) else "tokens, unchanged"
+        numbers.append(Number("Window", words.count(run.claimed_length), detail))
+    if run.head_length and before and after:
+        for kind in run.kinds:
+            old, new = before.row(kind, run.head_length), after.row(kind, run.head_length)
+            if kind != ALL and old and new:
+                detail = f"{words.number(old.ppl)} → {words.number(new.ppl)} at {words.count(run.head_length)} tokens"
+                numbers.append(Number(f"Perplexity, {kind}", words.times(new.ppl / old.ppl), detail))
+    if before and after and before.decode_tokens_per_s and after.decode_tokens_per_s:
+        gain = after.decode_tokens_per_s / before.decode_tokens_per_s
+        detail = f"{words.number(before.decode_tokens_per_s)} → {words.number(after.decode_tokens_per_s)} tokens/s"
+        numbers.append(Number("Decoding speed", words.times(gain), detail))
+    return tuple(numbers)
+
+
+def checks(run: RunData) -> tuple[tuple[str, bool | None], ...]:
+    """(what was checked, passed; None when it was not checked) for the line under the verdict."""
+    unmet = [one for one in run.gate if not one.get("passed")]
+    gate = f"{len(run.gate) - len(unmet)} of {len(run.gate)} requirements met" if run.gate else "no requirements set"
+    proof, reload = run.kernel_proof, run.reload
+    return (
+        (gate, not unmet if run.gate else None),
+        ("kernel proven against eager" if proof else "kernel not proven", bool(proof["passed"]) if proof else None),
+        (
+            "reloaded in a fresh process with stock transformers" if reload else "not reloaded",
+            bool(reload["passed"]) if reload else None,
+        ),
+    )
+
+
+def cautions(run: RunData) -> tuple[str, ...]:
+    """What to watch out for, from the data alone, then the notes of the steps."""
+    said = [
+        f"Requirement not met: {one.get('metric')} {one.get('bound')}." for one in run.gate if not one.get("passed")
+    ]
+    for what, proof in (("The kernel", run.kernel_proof), ("The reloaded checkpoint", run.reload)):
+        if proof and not proof.get("passed"):
+            said.append(f"{what} differs by {words.number(proof.get('max_difference'))}, more than the tolerance.")
+    said += _about_texts(run)
+    if grew(run) and run.claimed_length not in run.lengths:
+        said.append(f"The new window of {words.count(run.claimed_length)} tokens was not measured to its end.")
+    held = [loss for _, _, loss in run.training if loss is not None]
+    if len(held) > 1 and held[-1] > OVERFIT * min(held):
+        said.append("The held-out loss rose again before training ended; the best state was kept, not the last.")
+    for part in (run.conversion, run.context):
+        said += [str(note) for note in (part or {}).get("notes") or ()]
+    return tuple(dict.fromkeys([*said, *run.notes]))
+
+
+def _about_texts(run: RunData) -> list[str]:
+    said = []
+    kinds = [kind for kind in run.kinds if kind != ALL]
+    if run.lengths and len(kinds) == 1:
+        said.append(f"Measured on one kind of text only ({kinds[0]}); other kinds can come out differently.")
+    few = sorted({row.documents for model in run.models for row in model.rows if row.kind != ALL})
+    if few and few[0] < FEW_DOCUMENTS:
+        said.append(
+            f"As few as {few[0]} document{'s' if few[0] > 1 else ''} per kind of text: the intervals show the spread "
+            "within these documents, not over all text of the kind."
+        )
+    if run.head_length and len(kinds) > 1:
+        found = {kind: value for kind in kinds if (value := ratio(run, kind, run.head_length)) is not None}
+        if found and max(found.values()) > 1.25 * min(found.values()):
+            worst = max(found, key=lambda kind: found[kind])
+            said.append(f"Quality differs by kind of text: {worst} lost most ({words.times(found[worst])}).")
+    return said
+
+
+def comparison(run: RunData, kind: str) -> Table:
+    """Perplexity with its 95% interval for each length (rows) and model (columns) on one kind of text."""
+    models = [model for model in run.models if any(row.kind == kind for row in model.rows)]
+    compare = run.original in models and run.final in models
+    headers = ["context length", *(model.label for model in models), *(["final ÷ original"] if compare else [])]
+    rows = []
+    for length in run.lengths:
+        past = " (past native)" if run.native_length and length > run.native_length else ""
+        cells = [interval_of(model.row(kind, length)) for model in models]
+        rows.append(
+            (f"{words.count(length)}{past}", *cells, *([words.times(ratio(run, kind, length))] if compare else []))
+        )
+    return Table(tuple(headers), tuple(rows), kind_name(kind))
+
+
+def interval_of(row: Row | None) -> str:
+    """PrefixPPL [low, high]."""
+    return words.NONE if row is None else words.interval(row.ppl, row.low, row.high)
+
+
+def details(run: RunData, kind: str) -> Table:
+    """Everything else that was measured at each length."""
+    headers = ("context length", "model", "tokens", "documents", "tail perplexity", "bits per byte", "intervals over")
+    rows = [
+        (
+            words.count(row.length),
+            model.label,
+            words.count(row.tokens),
+            words.count(row.documents),
+            f"{words.interval(row.tail_ppl, row.tail_low, row.tail_high)} (last {words.count(row.tail)})",
+            words.number(row.bpb),
+            row.unit,
+        )
+        for length in run.lengths
+        for model in run.models
+        if (row := model.row(kind, length)) is not None
+    ]
+    return Table(headers, tuple(rows), kind_name(kind))
+
+
+def memory(run: RunData) -> Table:
+    """KV-cache bytes at each number of tokens."""
+    models = _with_cache(run)
+    lengths = sorted({tokens for model in models for tokens in model.kv_cache_bytes})
+    rows = [
+        (words.count(length), *(words.size(model.kv_cache_bytes.get(length)) for model in models)) for length in lengths
+    ]
+    return Table(("tokens in the cache", *(model.label for model in models)), tuple(rows))
+
+
+def _with_cache(run: RunData) -> list[ModelResult]:
+    return [model for model in (run.original, run.final) if model is not None and model.kv_cache_bytes]
+
+
+def speed(run: RunData) -> Table:
+    """Decoded tokens a second."""
+    rows = [(model.label, words.number(model.decode_tokens_per_s)) for model in run.models if model.decode_tokens_per_s]
+    return Table(("model", "decoded tokens/s"), tuple(rows))
+
+
+def steps(run: RunData) -> Table:
+    """Seconds and memory of each step beside what the plan predicted."""
+    rows: list[tuple[str, ...]] = [
+        (
+            step.name,
+            words.duration(step.seconds),
+            words.duration(step.predicted_seconds),
+            words.size(step.peak_bytes),
+            words.size(step.predicted_peak_bytes),
+        )
+        for step in run.steps
+    ]
+    known = [step.seconds for step in run.steps if step.seconds is not None]
+    planned = [step.predicted_seconds for step in run.steps if step.predicted_seconds is not None]
+    if len(rows) > 1:
+        peak = max((step.peak_bytes for step in run.steps if step.peak_bytes), default=None)
+        expected = max((step.predicted_peak_bytes for step in run.steps if step.predicted_peak_bytes), default=None)
+        total = sum(known) if known else None
+        plan = sum(planned) if planned else None
+        rows.append(
+            ("all (time: sum, memory: most)", *map(words.duration, (total, plan)), *map(words.size, (peak, expected)))
+        )
+    return Table(("step", "time", "time predicted", "peak memory", "peak predicted"), tuple(rows))
+
+
+def layers(run: RunData) -> Table:
+    """What the conversion cost in each layer, the costliest first."""
+    found = list((run.conversion or {}).get("layers") or ())
+    found.sort(key=lambda one: -((one.get("keys") or 0) + (one.get("values") or 0)))
+    rows = [
+        (
+            str(one.get("index")),
+            percent(one.get("keys")),
+            percent(one.get("values")),
+            {True: "kept", False: "not kept", None: words.NONE}[one.get("repair")],
+            percent(one.get("held_out_before")),
+            percent(one.get("held_out_after")),
+        )
+        for one in found
+    ]
+    headers = ("layer", "keys lost", "values lost", "repair", "held-out error before repair", "after")
+    return Table(headers, tuple(rows))
+
+
+def percent(value: float | None) -> str:
+    """A share: 12.3%."""
+    return words.NONE if value is None else f"{value:.1%}"
+
+
+def requirements(run: RunData) -> Table:
+    """What the recipe requires, what was measured, and whether it is met."""
+    rows = [
+        (
+            str(one.get("metric")),
+            str(one.get("bound")),
+            words.number(one.get("value")),
+            "met" if one.get("passed") else f"NOT MET {one.get('reason') or ''}".strip(),
+        )
+        for one in run.gate
+    ]
+    return Table(("measure", "required", "measured", "result"), tuple(rows))
+
+
+def _and(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

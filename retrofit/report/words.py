@@ -1,0 +1,67 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import math
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+NONE = "–"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits and thousands separators: 1.52, 43.5, 17,521, 2.1e-06."""
+    if value is None:
+        return NONE
+    if not math.isfinite(value):
+        return str(value)
+    size = abs(value)
+    if size != 0 and size < 1e-3:
+        return f"{value:.{digits - 1}e}"
+    whole = 1 if size < 1 else math.floor(math.log10(size)) + 1
+    return f"{value:,.{max(digits - whole, 0)}f}"
+
+
+def times(value: float | None) -> str:
+    """A ratio: 3x as "3.00×"."""
+    return NONE if value is None else f"{number(value)}×"
+
+
+def count(value: int | None) -> str:
+    """A whole number with thousands separators."""
+    return NONE if value is None else f"{value:,}"
+
+
+def size(value: float | None) -> str:
+    """Bytes: 22.5 KiB, 1.41 GiB."""
+    if value is None:
+        return NONE
+    power = 0
+    while abs(value) >= 1024 and power < len(_UNITS) - 1:
+        value, power = value / 1024, power + 1
+    return f"{value:.0f} {_UNITS[power]}" if power == 0 else f"{number(value)} {_UNITS[power]}"
+
+
+def duration(seconds: float | None) -> str:
+    """0.4 s, 12 s, 3 min 20 s, 1 h 5 min."""
+    if seconds is None:
+        return NONE
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def tokens(value: int) -> str:
+    """Axis label of a length: 512, 8k, 128k (powers of two in units of 1024)."""
+    return f"{value // 1024}k" if value >= 1024 and value % 1024 == 0 else f"{value:,}"
+
+
+def interval(value: float | None, low: float | None, high: float | None) -> str:
+    """A value with its interval in brackets."""
+    if value is None or low is None or high is None:
+        return number(value)
+    return f"{number(value)} [{number(low)}, {number(high)}]"
