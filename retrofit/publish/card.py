@@ -1,0 +1,321 @@
+"""The model card: README.md of a published checkpoint, from measured values only.
+
+Every value comes from `CardInput`; one that is not known is refused by name, never written as a placeholder.
+Front matter: https://huggingface.co/docs/hub/model-cards (a converted checkpoint is a `finetune` of its base model).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+import jinja2
+
+from retrofit.errors import UserError
+from retrofit.publish.snippet import placeholders
+
+if TYPE_CHECKING:
+    from retrofit.evaluate.perplexity import Row
+
+LICENCE_ID = re.compile(r"^[a-z0-9][a-z0-9.+-]*$")
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+ALL = "all"
+_METHODS = {
+    "first": "the first head of each group was kept",
+    "mean": "the heads of each group were averaged",
+    "calibrated": "the heads of each group were merged along the directions that calibration text uses most",
+}
+_ROPE = {"linear": "linear interpolation", "ntk": "a larger RoPE base", "yarn": "YaRN", "llama3": "Llama 3 scaling"}
+_LOSSES = {"distill": "distilled from the original model", "lm": "trained on plain text"}
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The training behind the card: loss (`distill` | `lm`), tokens in all, LoRA rank, names of the text sources."""
+
+    loss: str
+    tokens: int
+    rank: int
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CardModel:
+    """Perplexities of one model; label is `original`, `converted` or `recovered`."""
+
+    label: str
+    rows: Sequence[Row]
+
+
+@dataclass(frozen=True)
+class CardInput:
+    """What a card says.
+
+    base_model: hub id of the source. revision: its commit, if it came from the hub. licence: hub licence id.
+    kv_heads, kv_bytes_per_token: (before, after). kv_cache_bytes: {tokens: (before, after)}. conversion: method, None
+    when the heads were left. context_method: None when the window was left. models: the original first, the published
+    one last. chart: path inside the folder. snippet: what `reload` executes. notes: fallbacks and other limits.
+    """
+
+    title: str
+    base_model: str | None
+    licence: str | None
+    architecture: str
+    dtype: str
+    layers: int
+    kv_heads: tuple[int, int]
+    native_length: int
+    claimed_length: int
+    models: tuple[CardModel, ...]
+    kv_bytes_per_token: tuple[int, int]
+    kv_cache_bytes: Mapping[int, tuple[int, int]]
+    recipe_yaml: str
+    commands: tuple[str, ...]
+    versions: Mapping[str, str]
+    snippet: str
+    conversion: str | None = None
+    context_method: str | None = None
+    recovery: Recovery | None = None
+    revision: str | None = None
+    chart: str | None = None
+    kernel: str | None = None
+    licence_name: str | None = None
+    licence_link: str | None = None
+    languages: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+
+def require_licence_and_base(licence: str | None, base_model: str | None) -> None:
+    """UserError unless both are known; cheap, so that a run asks before hours of work and not at its end."""
+    problems = _identity_problems(licence, base_model)
+    if problems:
+        raise _unknown(problems)
+
+
+def render_card(card: CardInput) -> str:
+    """README.md of the checkpoint. Raises UserError that lists every value which is not known."""
+    problems = _problems(card)
+    if problems:
+        raise _unknown(problems)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("retrofit.publish"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["thousands"] = lambda value: f"{value:,}"
+    text = environment.get_template("card.md.j2").render(
+        card=card,
+        front_matter=_front_matter(card),
+        summary=_summary(card),
+        tables=[(ALL if kind == ALL else _name(kind), _table(card, kind)) for kind in _kinds(card)],
+        documents=_documents(card),
+        kv_table=_kv_table(card),
+        limits=_limits(card),
+        chart_alt=f"Perplexity by context length: {', '.join(model.label for model in card.models)}",
+    )
+    left = placeholders(text)
+    if left:
+        raise _unknown([f"the text holds a placeholder ({place})" for place in left])
+    return text
+
+
+def _unknown(problems: Sequence[str]) -> UserError:
+    listed = "".join(f"\n  - {problem}" for problem in problems)
+    return UserError(f"the model card cannot be written:{listed}", where="README.md", fix="give the values named above")
+
+
+def _identity_problems(licence: str | None, base_model: str | None) -> list[str]:
+    problems = []
+    if not licence:
+        problems.append("the licence is not known; give it with --set publish.licence=ID (for example apache-2.0)")
+    elif not LICENCE_ID.match(licence) or licence in ("unknown", "none"):
+        problems.append(
+            f"`{licence}` is not a licence id of the hub; give one with --set publish.licence=ID, from "
+            "https://huggingface.co/docs/hub/repositories-licenses"
+        )
+    if not base_model:
+        problems.append("the base model is not known; give its hub id with --set publish.base_model=ORG/NAME")
+    elif not HUB_ID.match(base_model):
+        problems.append(f"`{base_model}` is not a hub id; give --set publish.base_model=ORG/NAME")
+    return problems
+
+
+def _problems(card: CardInput) -> list[str]:
+    problems = _identity_problems(card.licence, card.base_model)
+    for name in ("title", "architecture", "dtype", "recipe_yaml", "commands", "versions", "snippet", "kv_cache_bytes"):
+        if not getattr(card, name):
+            problems.append(f"{name} is empty")
+    if not card.models or not all(model.rows for model in card.models):
+        return [*problems, "no perplexity was measured; keep `evaluate` in the recipe"]
+    places = {(row.kind, row.length) for row in card.models[-1].rows}
+    for model in card.models:
+        missing = sorted(places - {(row.kind, row.length) for row in model.rows})
+        problems += [f"perplexity of the {model.label} model at {n} tokens on {k} is missing" for k, n in missing]
+        problems += [
+            f"perplexity of the {model.label} model at {row.length} tokens on {row.kind} is not finite"
+            for row in model.rows
+            if not all(math.isfinite(value) for value in (row.ppl, row.low, row.high))
+        ]
+    return problems
+
+
+def _front_matter(card: CardInput) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=_name(row.kind),
+            dataset_name="all held-out documents" if row.kind == ALL else _name(row.kind),
+            metric_type="perplexity",
+            metric_name=f"Perplexity at {row.length} tokens",
+            metric_value=float(f"{row.ppl:.6g}"),
+        )
+        for row in card.models[-1].rows
+    ]
+    data = ModelCardData(
+        language=list(card.languages) or None,
+        license=card.licence,
+        license_name=card.licence_name,
+        license_link=card.licence_link,
+        base_model=card.base_model,
+        base_model_relation="finetune",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=list(dict.fromkeys([*_tags(card), *card.tags])),
+        model_name=card.title,
+        eval_results=results,
+    )
+    return data.to_yaml().strip()
+
+
+def _tags(card: CardInput) -> list[str]:
+    before, after = card.kv_heads
+    tags = ["attention-retrofit", "text-generation"]
+    if after < before:
+        tags.append("multi-query-attention" if after == 1 else "grouped-query-attention")
+    if card.claimed_length > card.native_length:
+        tags.append("long-context")
+    return tags
+
+
+def _summary(card: CardInput) -> str:
+    """One paragraph: what was done, in the order it was done."""
+    at = f" (revision `{card.revision[:12]}`)" if card.revision else ""
+    base = f"[{card.base_model}](https://huggingface.co/{card.base_model}){at}"
+    parts = []
+    before, after = card.kv_heads
+    if card.conversion and after < before:
+        heads = "1 KV head" if after == 1 else f"{after} KV heads"
+        parts.append(
+            f"Each of its {card.layers} layers has {heads} instead of {before}; {_METHODS[card.conversion]}, "
+            f"so the KV cache is {card.kv_bytes_per_token[0] / card.kv_bytes_per_token[1]:.3g} times smaller."
+        )
+    if card.context_method:
+        parts.append(
+            f"Its context window went from {card.native_length:,} to {card.claimed_length:,} tokens by "
+            f"{_ROPE[card.context_method]}."
+        )
+    if card.recovery:
+        named = [_name(source) for source in card.recovery.sources]
+        parts.append(
+            f"To win quality back it was {_LOSSES[card.recovery.loss]} for {card.recovery.tokens:,} tokens of "
+            f"{' and '.join(named)}, through LoRA adapters of rank {card.recovery.rank}, merged into the weights."
+        )
+    if not parts:
+        parts.append("Its weights and its context window are unchanged.")
+    return f"This is {base} after attention surgery. {' '.join(parts)} It is a plain `{card.architecture}` checkpoint."
+
+
+def _name(kind: str) -> str:
+    """A kind of text as a reader knows it: a path of somebody's machine becomes its last part."""
+    return kind if kind.startswith("hub:") else PurePath(kind).name or kind
+
+
+def _kinds(card: CardInput) -> list[str]:
+    """`all` first; alone when it is all there is."""
+    kinds = list(dict.fromkeys(row.kind for row in card.models[-1].rows))
+    own = [kind for kind in kinds if kind != ALL]
+    return [ALL, *own] if ALL in kinds and len(own) > 1 else own or kinds
+
+
+def _table(card: CardInput, kind: str) -> list[str]:
+    """A Markdown table, one row a length: value (low to high) for each model, and last against first."""
+    labels = [model.label for model in card.models]
+    compared = len(labels) > 1
+    header = ["context (tokens)", *labels, *([f"{labels[-1]} / {labels[0]}"] if compared else [])]
+    lines = [f"| {' | '.join(header)} |", "|---:" * len(header) + "|"]
+    lengths = sorted({row.length for row in card.models[-1].rows if row.kind == kind})
+    for length in lengths:
+        rows = [next(r for r in m.rows if r.kind == kind and r.length == length) for m in card.models]
+        beyond = " (beyond native)" if length > card.native_length else ""
+        cells = [f"{length:,}{beyond}"]
+        cells += [f"{_ppl(row.ppl)} ({_ppl(row.low)} to {_ppl(row.high)})" for row in rows]
+        if compared:
+            cells.append(f"{rows[-1].ppl / rows[0].ppl:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _ppl(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _documents(card: CardInput) -> str:
+    """How much was measured, per kind of text."""
+    rows = card.models[-1].rows
+    longest = max(row.length for row in rows)
+    own = [row for row in rows if row.length == longest and row.kind != ALL]
+    own = own or [row for row in rows if row.length == longest]
+    counted = [f"{r.documents} of {_name(r.kind)} ({r.tokens:,} tokens at the longest context)" for r in own]
+    unit = own[0].unit
+    return f"Documents: {'; '.join(counted)}. Intervals: percentile bootstrap over each {unit}."
+
+
+def _kv_table(card: CardInput) -> list[str]:
+    lines = ["| context (tokens) | before | after |", "|---:|---:|---:|"]
+    for tokens, (before, after) in sorted(card.kv_cache_bytes.items()):
+        lines.append(f"| {tokens:,} | {_bytes(before)} | {_bytes(after)} |")
+    return lines
+
+
+def _bytes(count: int) -> str:
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.4g} {unit}"
+
+
+def _limits(card: CardInput) -> list[str]:
+    """What a reader must not conclude, from the numbers themselves."""
+    first, last = card.models[0], card.models[-1]
+    lengths = sorted({row.length for row in last.rows})
+    kinds = [_name(kind) for kind in _kinds(card) if kind != ALL]
+    limits = [
+        f"Quality was measured as perplexity on {' and '.join(kinds) or 'held-out text'} only: no task benchmark, "
+        "no other language and no safety evaluation was run.",
+    ]
+    if len(card.models) > 1:
+        pairs = {(r.kind, r.length): r.ppl for r in first.rows}
+        worst = max(last.rows, key=lambda row: row.ppl / pairs[row.kind, row.length])
+        ratio = worst.ppl / pairs[worst.kind, worst.length]
+        if ratio > 1:
+            on = "all text" if worst.kind == ALL else _name(worst.kind)
+            limits.append(
+                f"It is weaker than the original where the table says so; at worst its perplexity is {ratio:.2f} "
+                f"times the original's ({on}, {worst.length:,} tokens)."
+            )
+    if lengths[-1] < card.claimed_length:
+        limits.append(f"Contexts between {lengths[-1]:,} and {card.claimed_length:,} tokens were not measured.")
+    limits.append("Perplexity at a long context does not show that the model finds a fact far back in its context.")
+    limits.append("Whatever the base model gets wrong, and the terms of its licence, stay.")
+    return [*limits, *card.notes]

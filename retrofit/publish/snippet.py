@@ -1,0 +1,99 @@
+"""A card as text: its front matter, the load snippet in it, and what nobody has filled in. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from retrofit.errors import UserError
+
+MODEL_ID_LINE = re.compile(r'^model_id = (["\']).*?\1.*$', re.MULTILINE)
+_FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+_SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_PLACEHOLDERS = (
+    re.compile(r"\[More Information Needed\]", re.IGNORECASE),
+    re.compile(r"\b(?:TODO|TBD|FIXME|XXX)\b"),
+    re.compile(r"<\s*(?:your|my|insert|fill)[ _-][^>\n]*>", re.IGNORECASE),
+    re.compile(r"\{\{.*?\}\}"),
+    re.compile(r"\blorem ipsum\b", re.IGNORECASE),
+    re.compile(r"(?<=\| )(?:nan|inf|None|unknown|\?+)(?= )"),
+)
+
+_PLAIN = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model_id = "."  # this folder, or the name of this repository
+tokenizer = AutoTokenizer.from_pretrained(model_id)
+model = AutoModelForCausalLM.from_pretrained(model_id, dtype="auto")
+
+inputs = tokenizer("The most useful thing about a list in Python is", return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+"""
+_CHAT = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model_id = "."  # this folder, or the name of this repository
+tokenizer = AutoTokenizer.from_pretrained(model_id)
+model = AutoModelForCausalLM.from_pretrained(model_id, dtype="auto")
+
+messages = [{"role": "user", "content": "What is a list in Python?"}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+"""
+
+
+def load_snippet(*, chat: bool) -> str:
+    """The lines that load and run the model with stock transformers. chat: the tokenizer has a chat template."""
+    return _CHAT if chat else _PLAIN
+
+
+def snippet_of(card: str) -> str:
+    """The first Python block of a card. Raises UserError when there is none or it names no `model_id`."""
+    match = _SNIPPET.search(card)
+    if not match or not MODEL_ID_LINE.search(match[1]):
+        raise UserError(
+            "the card has no load snippet (a ```python block with a line `model_id = ...`)",
+            where="README.md",
+            fix="write the card again: retrofit run RECIPE --from publish",
+        )
+    return match[1]
+
+
+def with_model_id(text: str, model_id: str) -> str:
+    """The same card or snippet with `model_id` naming another folder or repository."""
+    return MODEL_ID_LINE.sub(lambda _: f"model_id = {quoted(model_id)}", text, count=1)
+
+
+def quoted(text: str) -> str:
+    """A Python string literal in double quotes."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    """The YAML block at the top of a card. Raises UserError when it is missing or no mapping."""
+    match = _FRONT_MATTER.match(card)
+    if not match:
+        raise UserError("the card has no YAML block at its top", where="README.md:1", fix="write the card again")
+    try:
+        values = yaml.safe_load(match[1])
+    except yaml.YAMLError as error:
+        raise UserError(f"the card's YAML cannot be read: {error}", where="README.md:1", fix="correct it") from error
+    if not isinstance(values, dict):
+        raise UserError("the card's YAML block is not a mapping", where="README.md:1", fix="write the card again")
+    return values
+
+
+def placeholders(card: str) -> list[str]:
+    """What stands in a card where a value should be, each with its line number. The recipe's own block is left out."""
+    text = re.sub(r"^```yaml\n.*?^```$", lambda m: "\n" * m[0].count("\n"), card, flags=re.DOTALL | re.MULTILINE)
+    found = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        found += [f"line {number}: {match[0]}" for pattern in _PLACEHOLDERS for match in pattern.finditer(line)]
+    return found

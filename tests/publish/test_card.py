@@ -1,0 +1,141 @@
+"""The card: parses as the hub parses it, says the measured numbers, and refuses what is not known."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import replace
+
+import pytest
+from huggingface_hub import ModelCard
+
+from retrofit.errors import UserError
+from retrofit.publish.card import CardModel, render_card, require_licence_and_base
+from retrofit.publish.snippet import front_matter, load_snippet, placeholders, snippet_of, with_model_id
+from tests.publish.cards import card_input, row, rows
+
+
+def test_front_matter_as_the_hub_reads_it() -> None:
+    data = ModelCard(render_card(card_input())).data
+    assert data.license == "apache-2.0"
+    assert data.base_model == "acme/Tiny"
+    assert data.to_dict()["base_model_relation"] == "finetune"
+    assert data.library_name == "transformers" and data.pipeline_tag == "text-generation"
+    assert {"multi-query-attention", "long-context", "attention-retrofit"} <= set(data.tags)
+    assert data.model_name == "Tiny-mqa-16k"
+    found = {(e.dataset_type, e.metric_name): e.metric_value for e in data.eval_results}
+    assert found["python-docs", "Perplexity at 16384 tokens"] == pytest.approx(11 * 1.4)
+    assert found["all", "Perplexity at 1024 tokens"] == pytest.approx(14.0)
+    assert len(found) == 6
+    assert all(e.metric_type == "perplexity" for e in data.eval_results)
+
+
+def test_other_licence_carries_name_and_link() -> None:
+    text = render_card(card_input(licence="other", licence_name="acme-1", licence_link="https://acme.org/l"))
+    assert ModelCard(text).data.to_dict()["license_link"] == "https://acme.org/l"
+
+
+def test_a_person_finds_what_was_done() -> None:
+    text = render_card(card_input())
+    assert "1 KV head instead of 3" in text and "3 times smaller" in text
+    assert "from 8,192 to 16,384 tokens by YaRN" in text
+    assert "distilled from the original model for 300,000 tokens" in text
+    assert "| 1,024 | 10.00 (9.00 to 11.00) | 4,000 (3,600 to 4,400) | 14.00 (12.60 to 15.40) | 1.40 |" in text
+    assert "| 16,384 (beyond native) |" in text
+    assert "![Perplexity by context length: original, converted, recovered](assets/perplexity.svg)" in text
+    assert "| 16,384 | 360 MiB | 120 MiB |" in text
+    assert "name: quickstart" in text and "retrofit run quickstart --out runs/quickstart" in text
+    assert "1.40 times the original's" in text
+    assert "/home/someone" not in text and "notes.txt" in text
+
+
+def test_markdown_is_well_formed() -> None:
+    text = render_card(card_input())
+    lines = text.splitlines()
+    assert "\n\n\n\n" not in text
+    assert sum(line.startswith("```") for line in lines) % 2 == 0
+    for i, line in enumerate(lines):  # a table needs an empty line before it and as many cells in every row
+        if line.startswith("|--"):
+            assert lines[i - 2] == ""
+            width = line.count("|")
+            j = i + 1
+            while lines[j].startswith("|"):
+                assert lines[j].count("|") == width
+                j += 1
+    assert placeholders(text) == []
+
+
+def test_snippet_is_python_and_can_be_pointed_elsewhere() -> None:
+    for chat in (False, True):
+        text = render_card(card_input(snippet=load_snippet(chat=chat)))
+        assert snippet_of(text) == load_snippet(chat=chat)
+        moved = with_model_id(text, 'a "b"\\c')
+        ast.parse(snippet_of(moved))
+        assert 'model_id = "a \\"b\\"\\\\c"' in moved
+        assert with_model_id(moved, "x/y") == with_model_id(text, "x/y")
+    with pytest.raises(UserError, match="no load snippet"):
+        snippet_of("# Nothing")
+
+
+def test_only_what_was_done_is_told() -> None:
+    plain = card_input(
+        kv_heads=(3, 3),
+        conversion=None,
+        context_method=None,
+        recovery=None,
+        claimed_length=8192,
+        chart=None,
+        kernel=None,
+        models=(CardModel("original", (row("all", 1024, 10.0),)),),
+    )
+    text = render_card(plain)
+    assert "unchanged" in text and "KV heads" not in text and "LoRA" not in text and "![" not in text
+    assert "| context (tokens) | original |" in text
+    assert "between 1,024 and 8,192 tokens were not measured" in text
+    assert "long-context" not in front_matter(text)["tags"]
+
+
+@pytest.mark.parametrize(
+    ("over", "said"),
+    [
+        ({"licence": None}, "--set publish.licence=ID"),
+        ({"licence": "unknown"}, "not a licence id"),
+        ({"licence": "My Own Licence"}, "not a licence id"),
+        ({"base_model": None}, "--set publish.base_model=ORG/NAME"),
+        ({"base_model": "/home/me/model"}, "not a hub id"),
+        ({"models": ()}, "no perplexity was measured"),
+        ({"commands": ()}, "commands is empty"),
+        ({"versions": {}}, "versions is empty"),
+        ({"title": "TODO"}, "placeholder"),
+        ({"notes": ("[More Information Needed]",)}, "placeholder"),
+        ({"models": (CardModel("original", rows(1.0)), CardModel("converted", rows(float("nan"))))}, "not finite"),
+        ({"models": (CardModel("original", rows(1.0)[1:]), CardModel("converted", rows(2.0)))}, "is missing"),
+    ],
+)
+def test_unknown_values_are_refused_by_name(over: dict, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        render_card(card_input(**over))
+    assert said in str(caught.value)
+
+
+def test_all_unknown_values_are_named_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        render_card(replace(card_input(), licence=None, base_model=None, commands=()))
+    assert str(caught.value).count("\n  - ") == 3
+
+
+def test_early_check() -> None:
+    require_licence_and_base("mit", "a/b")
+    with pytest.raises(UserError, match=r"publish\.licence"):
+        require_licence_and_base(None, "a/b")
+
+
+def test_placeholders_are_found_with_their_lines() -> None:
+    text = "fine\nTODO: x\n| a | nan | 3 |\n<your name>\n{{ x }}\n```yaml\nTODO: in a recipe\n```\n"
+    text += "[more information needed]\n"
+    assert [place.split(":")[0] for place in placeholders(text)] == ["line 2", "line 3", "line 4", "line 5", "line 9"]
+
+
+def test_broken_front_matter() -> None:
+    for text in ("# no", "---\na: [\n---\n", "---\n- a\n---\n"):
+        with pytest.raises(UserError):
+            front_matter(text)

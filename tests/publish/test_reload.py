@@ -1,0 +1,133 @@
+"""A fresh process without this package reproduces what was recorded, and notices when it does not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from retrofit.errors import UserError
+from retrofit.evaluate.losses import Document, TokenLosses
+from retrofit.publish.card import render_card
+from retrofit.publish.reload import CHILD, TOLERANCES, _compare, reload_and_score
+from retrofit.publish.snippet import load_snippet
+from tests.publish.cards import card_input
+from tests.tiny import save_tiny, tiny_model
+
+TOKENS = 40
+
+
+def reference_losses(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
+    """-log softmax(logits)[next], the formula over one whole forward pass."""
+    with torch.no_grad():
+        logits = model(torch.from_numpy(ids)[None]).logits[0, :-1].double()
+    return -torch.log_softmax(logits, -1)[torch.arange(len(ids) - 1), torch.from_numpy(ids[1:])].float().numpy()
+
+
+def prepare(tmp_path: Path, family: str, *, chat: bool = False) -> tuple[Path, list[Document], TokenLosses]:
+    folder = save_tiny(tmp_path / "final", family, chat_template=chat)
+    (folder / "README.md").write_text(render_card(card_input(snippet=load_snippet(chat=chat))))
+    rng = np.random.default_rng(0)
+    documents = [Document(name=f"text {i}", kind="k", input_ids=rng.integers(0, 256, 60), nbytes=60) for i in range(2)]
+    losses = tuple(reference_losses(tiny_model(family), document.input_ids) for document in documents)
+    recorded = TokenLosses(
+        documents=tuple(d.name for d in documents),
+        kinds=("k", "k"),
+        losses=losses,
+        nbytes=(60, 60),
+        token_bytes=tuple(np.zeros(59, np.int32) for _ in documents),
+        meta={"dtype": "float32"},
+    )
+    return folder, documents, recorded
+
+
+def test_a_fresh_process_matches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sliding layers, a chat template and chunks that cut the window: against the formula over one whole pass."""
+    monkeypatch.setattr("retrofit.publish.reload.CHUNK", 16)
+    folder, documents, recorded = prepare(tmp_path, "gemma3_text", chat=True)
+    report = reload_and_score(folder, documents, recorded, tokens=TOKENS)
+    assert report.passed and report.problems == ()
+    assert report.max_difference < 1e-4 and report.documents == 2 and report.tokens == 2 * TOKENS
+    assert report.new_tokens >= 1 and report.dtype == "float32"
+    assert report.versions.keys() == {"python", "torch", "transformers"}
+
+
+def test_missing_and_unexpected_tensors(tmp_path: Path) -> None:
+    folder, documents, recorded = prepare(tmp_path, "llama")
+    weights = load_file(folder / "model.safetensors")
+    lost = {name: t for name, t in weights.items() if name != "model.layers.1.self_attn.k_proj.weight"}
+    save_file({**lost, "model.extra": torch.ones(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="does not reproduce") as caught:
+        reload_and_score(folder, documents, recorded, tokens=TOKENS)
+    assert "missing keys: model.layers.1.self_attn.k_proj.weight" in str(caught.value)
+    assert "unexpected keys: model.extra" in str(caught.value)
+
+
+def test_the_snippet_of_the_card_is_what_runs_without_this_package(tmp_path: Path) -> None:
+    folder, documents, recorded = prepare(tmp_path, "llama")
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(card.replace("output = model", "import retrofit\noutput = model"))
+    with pytest.raises(UserError, match="cannot load and run") as caught:
+        reload_and_score(folder, documents, recorded, tokens=TOKENS)
+    assert "retrofit is blocked in this process" in str(caught.value)
+    (folder / "README.md").unlink()
+    with pytest.raises(UserError, match="no card"):
+        reload_and_score(folder, documents, recorded, tokens=TOKENS)
+
+
+FOUND = {
+    "loading": {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []},
+    "architecture": "LlamaForCausalLM",
+    "stock": True,
+    "generated": "x",
+    "new_tokens": 3,
+    "seconds": 1.0,
+    "versions": {},
+}
+
+
+def recorded_losses() -> TokenLosses:
+    losses = tuple(np.random.default_rng(i).random(50).astype(np.float32) + 1 for i in range(2))
+    return TokenLosses(("a", "b"), ("k", "k"), losses, (1, 1), tuple(np.zeros(50, np.int32) for _ in losses))
+
+
+@pytest.mark.parametrize("dtype", sorted(TOLERANCES))
+def test_differences_beyond_the_tolerance_of_the_dtype(dtype: str) -> None:
+    recorded = recorded_losses()
+    same = [losses[:20].copy() for losses in recorded.losses]
+    assert _compare(same, recorded, dtype, FOUND).passed
+
+    shifted = [same[0], same[1] + 2 * TOLERANCES[dtype].mean]  # every token a little: only the mean tells
+    report = _compare(shifted, recorded, dtype, FOUND)
+    assert not report.passed and report.worst == "b"
+    assert len(report.problems) == 1 and report.problems[0].startswith("b: mean loss")
+
+    spiked = [same[0].copy(), same[1]]
+    spiked[0][7] += 2 * TOLERANCES[dtype].token
+    report = _compare(spiked, recorded, dtype, FOUND)
+    assert not report.passed and "token 8" in report.problems[0]
+    assert report.max_difference == pytest.approx(2 * TOLERANCES[dtype].token, rel=1e-3)
+
+
+def test_other_findings_fail() -> None:
+    recorded = recorded_losses()
+    same = [losses[:20] for losses in recorded.losses]
+    assert not _compare([same[0], same[1] * np.nan], recorded, "bfloat16", FOUND).passed
+    for change in ({"stock": False}, {"new_tokens": 0}, {"loading": {"mismatched_keys": ["x"]}}):
+        assert not _compare(same, recorded, "float32", {**FOUND, **change}).passed
+
+
+def test_unknown_dtype_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no tolerance"):
+        reload_and_score(tmp_path, [], TokenLosses((), (), (), (), ()), dtype="int4")
+
+
+def test_the_child_refuses_a_process_that_holds_retrofit() -> None:
+    code = f"import runpy, sys, retrofit\nsys.argv = ['x', 'job']\nrunpy.run_path({str(CHILD)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "retrofit can be imported here" in done.stderr
