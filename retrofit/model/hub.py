@@ -49,15 +49,16 @@ def download(repo_id: str, *, revision: str | None, weights: bool, progress: Pro
     from huggingface_hub.constants import is_offline_mode
 
     if is_offline_mode():
-        return _cached(repo_id, revision, weights, "HF_HUB_OFFLINE is set")
+        return _cached(repo_id, revision, weights, "HF_HUB_OFFLINE is set", progress)
     try:
         with hub_errors(repo_id, revision):
             info = HfApi().model_info(repo_id, revision=revision)
             files = {sibling.rfilename for sibling in info.siblings or ()}
             require_files(repo_id, files)
-            commit = str(info.sha)
-            config_file = hf_hub_download(repo_id, "config.json", revision=commit)
-            family_of(load_config(Path(config_file).parent))
+            # By its name, not its commit: the cache then remembers which commit the name stood for.
+            config_file = Path(hf_hub_download(repo_id, "config.json", revision=revision))
+            family_of(load_config(config_file.parent))
+            commit = config_file.parent.name
             if progress:
                 progress.start(f"Downloading {repo_id}", None, "files")
             folder = snapshot_download(
@@ -69,7 +70,7 @@ def download(repo_id: str, *, revision: str | None, weights: bool, progress: Pro
             if progress:
                 progress.finish()
     except _UnreachableError as error:
-        return _cached(repo_id, revision, weights, str(error))
+        return _cached(repo_id, revision, weights, str(error), progress)
     return Snapshot(Path(folder), repo_id, commit, _licence(info.card_data))
 
 
@@ -145,7 +146,7 @@ def hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
         raise _UnreachableError(f"the hub could not be reached ({type(error.__cause__ or error).__name__})") from error
 
 
-def _cached(repo_id: str, revision: str | None, weights: bool, reason: str) -> Snapshot:
+def _cached(repo_id: str, revision: str | None, weights: bool, reason: str, progress: Progress | None) -> Snapshot:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -171,6 +172,8 @@ def _cached(repo_id: str, revision: str | None, weights: bool, reason: str) -> S
     if not (folder / "config.json").is_file() or (weights and not any(folder.glob("model*.safetensors"))):
         raise missing
     family_of(load_config(folder))
+    if progress:
+        progress.note(f"{reason}: using revision {folder.name} of {repo_id} from the local cache")
     return Snapshot(folder, repo_id, folder.name, None)
 
 

