@@ -50,11 +50,14 @@ def sha256(path: Path) -> str:
 
 
 def digests_of(run: Path, paths: Iterable[Path]) -> dict[str, str]:
-    """sha256 of every file under `paths` (files or folders), by path relative to the run folder."""
+    """sha256 of every file under `paths` (files or folders), by path relative to the run folder.
+
+    Model cards (README.md) are left out: people edit them.
+    """
     files = [
         file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*"))) if file.is_file()
     ]
-    return {str(file.relative_to(run)): sha256(file) for file in files}
+    return {str(file.relative_to(run)): sha256(file) for file in files if file.name != "README.md"}
 
 
 class Journal:

@@ -109,6 +109,18 @@ def parse(
     return result
 
 
+def validate(values: dict[str, Any], kind: type[Model], where: str) -> Model:
+    """Validate plain values as `kind`. where: what people call their origin, for example "options".
+
+    Raises RecipeError that lists every problem.
+    """
+    document = _Document(where, values, {(): where})
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(where, [_problem(document, kind, details) for details in error.errors()]) from None
+
+
 def _read(text: str, filename: str) -> _Document:
     document = _Document(filename)
     try:

@@ -1,0 +1,397 @@
+"""The `retrofit` command. Every command calls the function of the same name and shows what it returns; no logic here.
+
+torch and transformers are imported by the functions, not by this module: `retrofit --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import retrofit
+from retrofit.console import Console
+from retrofit.errors import UserError
+
+# Failures of the machine rather than of this program; they too end without a traceback.
+_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class Commands(TyperGroup):
+    """Commands in the order they are written; errors of people in at most three lines, exit code 2."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            _stop(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _stop("\nstopped. A run goes on where it was: type the same `retrofit run` command again.", 130)
+        except OSError as error:
+            if error.errno not in _MACHINE_ERRORS:
+                raise
+            _stop(str(UserError(str(error.strerror), where=str(error.filename or ""))), 2)
+
+
+def _stop(message: str, code: int) -> None:
+    sys.stderr.write(message + "\n")
+    raise typer.Exit(code)
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="retrofit",
+    help="Give a causal language model cheaper attention and a longer context, and prove what it cost.\n\n"
+    "Start with `retrofit inspect MODEL` and `retrofit recipes list`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+recipes_app = typer.Typer(help="List, show and copy the bundled recipes.", no_args_is_help=True, rich_markup_mode=None)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, progress on stderr.")]
+Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or `embedded`.")]
+ModelOption = Annotated[str | None, typer.Option("--model", help="Hub id, folder, .gguf file, or `embedded`.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")]
+Recipe = Annotated[str, typer.Argument(help="A bundled recipe's name, or a .yaml file.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one value of the recipe.")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; it must not exist.")]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option("--text", metavar="TEXT", help="python-docs, python-stdlib, self, a file, a folder, hub:DATASET."),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto (the source's own), float32, bfloat16 or float16.")]
+Kernel = Annotated[str, typer.Option("--kernel", help="auto, or a kernel that `retrofit doctor` lists.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+
+
+def _examples(*lines: str) -> str:
+    return "Examples:\n\n\b\n" + "\n".join(f"  {line}" for line in lines)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    if version:
+        sys.stdout.write(f"retrofit {retrofit.__version__}\n")
+        raise typer.Exit
+
+
+@app.command(
+    epilog=_examples(
+        "retrofit run quickstart --out runs/quickstart",
+        "retrofit run gqa --model meta-llama/Llama-2-7b-hf --set convert.kv_heads=4",
+        "retrofit run quickstart --from recover",
+        "retrofit run my.yaml --dry-run",
+    )
+)
+def run(
+    recipe: Recipe,
+    model: ModelOption = None,
+    revision: Revision = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder; default runs/NAME.")] = None,
+    set_: Set = None,
+    from_step: Annotated[
+        str | None, typer.Option("--from", metavar="STEP", help="Do this step and those after it again.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan, write nothing.")] = False,
+    json: Json = False,
+) -> None:
+    """Run a recipe: convert, extend, recover, evaluate, publish. Run it again to go on after an interruption."""
+    from retrofit.pipeline import show
+
+    console = _console(json)
+    result = retrofit.run(
+        recipe,
+        model=model,
+        revision=revision,
+        out=out,
+        overrides=set_ or (),
+        from_step=from_step,
+        dry_run=dry_run,
+        progress=console.progress,
+    )
+    show.run(console, result)
+
+
+@app.command(epilog=_examples("retrofit plan gqa --model meta-llama/Llama-2-7b-hf", "retrofit plan my.yaml --json"))
+def plan(
+    recipe: Recipe, model: ModelOption = None, revision: Revision = None, set_: Set = None, json: Json = False
+) -> None:
+    """What each step of a recipe would do, and its memory, disk and time."""
+    from retrofit.pipeline import show
+
+    console = _console(json)
+    show.plan(console, retrofit.plan(recipe, model=model, revision=revision, overrides=set_ or ()))
+
+
+@app.command(epilog=_examples("retrofit inspect Qwen/Qwen3-0.6B", "retrofit inspect ./my-model --json"))
+def inspect(model: Model, revision: Revision = None, json: Json = False) -> None:
+    """What a model's attention is, what its KV cache costs, and which conversions are possible. Loads no weights."""
+    from retrofit.pipeline import show
+
+    console = _console(json)
+    show.inspection(console, retrofit.inspect(model, revision=revision))
+
+
+@app.command(
+    epilog=_examples(
+        "retrofit convert embedded --kv-heads 1 --out out/mqa",
+        "retrofit convert ./my-model --kv-heads 4 --method mean --out out/gqa",
+        "retrofit convert ./my-model --kv-heads 4 --calibrate notes.txt --calibrate python-docs --out out/gqa",
+    )
+)
+def convert(
+    model: Model,
+    kv_heads: Annotated[int, typer.Option("--kv-heads", metavar="G", min=1, help="KV heads per layer afterwards.")],
+    out: Out,
+    method: Annotated[str, typer.Option("--method", help="calibrated, mean or first.")] = "calibrated",
+    repair: Annotated[str, typer.Option("--repair", help="o_proj or none.")] = "o_proj",
+    calibrate: Annotated[
+        list[str] | None, typer.Option("--calibrate", metavar="TEXT", help="Text to calibrate on; may be repeated.")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="Calibration tokens.")] = 49_152,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Write the model with fewer KV heads, as the same architecture."""
+    from retrofit.pipeline import show
+
+    console = _console(json)
+    result = retrofit.convert(
+        model,
+        kv_heads=kv_heads,
+        out=out,
+        method=method,
+        repair=repair,
+        calibrate=calibrate or (),
+        tokens=tokens,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        progress=console.progress,
+    )
+    show.written(console, result)
+
+
+@app.command(
+    epilog=_examples(
+        "retrofit extend embedded --length 32768 --out out/long",
+        "retrofit extend ./my-model --factor 2 --method ntk --out out/long",
+    )
+)
+def extend(
+    model: Model,
+    out: Out,
+    length: Annotated[int | None, typer.Option("--length", metavar="N", help="Positions afterwards.")] = None,
+    factor: Annotated[float | None, typer.Option("--factor", metavar="F", help="Or: this many times as many.")] = None,
+    method: Annotated[str, typer.Option("--method", help="yarn, ntk, llama3 or linear.")] = "yarn",
+    revision: Revision = None,
+    json: Json = False,
+) -> None:
+    """Write the model with a longer context window; only its position encoding changes."""
+    from retrofit.pipeline import show
+
+    console = _console(json)
+    result = retrofit.extend(model, out=out, length=length, factor=factor, method=method, revision=revision)
+    show.written(console, result)
+
+
+@app.command(
+    epilog=_examples(
+        "retrofit recover out/mqa --teacher embedded --tokens 200000 --out out/recovered",
+        "retrofit recover out/long --teacher embedded --loss lm --text book.txt --tokens 1000000 --out out/recovered",
+    )
+)
+def recover(
+    model: Model,
+    teacher: Annotated[str, typer.Option("--teacher", metavar="ORIGINAL", help="The model before the surgery.")],
+    tokens: Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Training tokens.")],
+    out: Out,
+    text: Texts = None,
+    loss: Annotated[str, typer.Option("--loss", help="distill or lm.")] = "distill",
+    sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens per sequence.")] = 1024,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences per optimizer step.")] = 1,
+    learning_rate: Annotated[float, typer.Option("--learning-rate")] = 3e-4,
+    rank: Annotated[int, typer.Option("--rank", help="LoRA rank; alpha is twice the rank.")] = 16,
+    kernel: Kernel = "auto",
+    device: Device = "auto",
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Win quality back by a short adapter training, merged into the written checkpoint."""
+    from retrofit.pipeline import show
+
+    console = _console(json)
+    result = retrofit.recover(
+        model,
+        teacher=teacher,
+        tokens=tokens,
+        out=out,
+        text=text or (),
+        loss=loss,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        rank=rank,
+        kernel=kernel,
+        device=device,
+        seed=seed,
+        progress=console.progress,
+    )
+    show.written(console, result)
+
+
+@app.command(
+    epilog=_examples(
+        "retrofit evaluate embedded --lengths 1024,4096",
+        "retrofit evaluate out/mqa --text book.txt --lengths 2048 --out mqa.npz --json",
+        "retrofit evaluate out/mqa --suite long",
+    )
+)
+def evaluate(
+    model: Model,
+    text: Texts = None,
+    lengths: Annotated[str | None, typer.Option("--lengths", metavar="N,N", help="Context lengths.")] = None,
+    suite: Annotated[str | None, typer.Option("--suite", help="A bundled suite (quick, long) or a .yaml file.")] = None,
+    documents: Annotated[int | None, typer.Option("--documents", help="Documents per text source.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE.npz", help="Keep the token losses.")] = None,
+    revision: Revision = None,
+    kernel: Kernel = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Perplexity at several context lengths with 95% intervals, bits per byte, KV-cache bytes and decoding speed."""
+    from retrofit.pipeline import show
+
+    console = _console(json)
+    result = retrofit.evaluate(
+        model,
+        text=text or (),
+        lengths=_numbers(lengths),
+        suite=suite,
+        documents=documents,
+        out=out,
+        revision=revision,
+        kernel=kernel,
+        dtype=dtype,
+        device=device,
+        progress=console.progress,
+    )
+    show.evaluation(console, result)
+
+
+@app.command(
+    epilog=_examples(
+        "retrofit publish runs/quickstart/final --repo me/SmolLM2-135M-mqa-16k",
+        "retrofit publish runs/quickstart/final --repo me/SmolLM2-135M-mqa-16k --public",
+    )
+)
+def publish(
+    folder: Annotated[Path, typer.Argument(help="The `final` folder of a run.")],
+    repo: Annotated[str, typer.Option("--repo", metavar="ID", help="OWNER/NAME on the hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public; private otherwise.")] = False,
+    licence: Annotated[str | None, typer.Option("--licence", help="Licence id, when the card has none.")] = None,
+    json: Json = False,
+) -> None:
+    """Push a finished checkpoint to the hub. The token is that of `hf auth login` or HF_TOKEN."""
+    from retrofit.pipeline import show
+
+    console = _console(json)
+    result = retrofit.publish(folder, repo=repo, private=not public, licence=licence, progress=console.progress)
+    show.published(console, result)
+
+
+@app.command(
+    epilog=_examples(
+        "retrofit compare runs/a runs/b",
+        "retrofit compare original.npz converted.npz --lengths 1024,4096 --json",
+    )
+)
+def compare(
+    a: Annotated[Path, typer.Argument(help="A run folder, or token losses (.npz).")],
+    b: Annotated[Path, typer.Argument(help="A run folder, or token losses (.npz).")],
+    lengths: Annotated[str | None, typer.Option("--lengths", metavar="N,N", help="Context lengths.")] = None,
+    json: Json = False,
+) -> None:
+    """Two models side by side from their stored token losses: perplexities, and the ratio with its 95% interval."""
+    from retrofit.pipeline import show
+
+    console = _console(json)
+    show.comparison(console, retrofit.compare(a, b, lengths=_numbers(lengths)))
+
+
+@recipes_app.command("list", epilog=_examples("retrofit recipes list"))
+def recipes_list(json: Json = False) -> None:
+    """The bundled recipes."""
+    from retrofit.pipeline import show
+
+    show.recipes(_console(json), retrofit.recipes())
+
+
+@recipes_app.command("show", epilog=_examples("retrofit recipes show gqa"))
+def recipes_show(name: Recipe, set_: Set = None, json: Json = False) -> None:
+    """A recipe with every default written out."""
+    from retrofit.pipeline import commands, show
+
+    show.recipe(_console(json), commands.show_recipe(name, overrides=set_ or ()))
+
+
+@recipes_app.command("copy", epilog=_examples("retrofit recipes copy gqa my-gqa.yaml"))
+def recipes_copy(
+    name: Recipe,
+    to: Annotated[Path | None, typer.Argument(metavar="FILE", help="Default NAME.yaml here.")] = None,
+    json: Json = False,
+) -> None:
+    """Copy a recipe, comments included, to change it."""
+    from retrofit.pipeline import commands, show
+
+    show.copied(_console(json), commands.copy_recipe(name, to))
+
+
+app.add_typer(recipes_app, name="recipes")
+
+
+@app.command(epilog=_examples("retrofit schema > recipe.schema.json"))
+def schema() -> None:
+    """The recipe language as JSON Schema, for editors and checkers."""
+    Console("json").result(retrofit.schema())
+
+
+@app.command(epilog=_examples("retrofit doctor", "retrofit doctor --json"))
+def doctor(json: Json = False) -> None:
+    """What this machine can run: packages, devices, attention kernels, and what to install for the others."""
+    from retrofit.pipeline import show
+
+    show.health(_console(json), retrofit.doctor())
+
+
+def _console(json: bool) -> Console:
+    return Console("json" if json else None)
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = [part.strip().replace("_", "") for part in text.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"`{text}` is not a list of lengths", where="--lengths", fix="write for example 2048,4096")
+    return tuple(int(part) for part in parts)
+
+
+def main() -> None:
+    """Entry point of the `retrofit` command."""
+    app()

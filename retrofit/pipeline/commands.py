@@ -1,0 +1,319 @@
+"""The public functions: one for each command, with the same words. Everything is checked before any long work.
+
+Options are those of the recipe language, and are validated by it: `convert(..., kv_heads=2)` is a recipe whose one step
+is `convert: {kv_heads: 2}`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit import bundled
+from retrofit.errors import UserError
+from retrofit.pipeline.plan import Plan, Throughput, make_plan
+from retrofit.recipe.load import dump_recipe, load_recipe
+from retrofit.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from retrofit.console import Progress
+    from retrofit.model.inspect import Inspection
+    from retrofit.pipeline.compare import Comparison
+    from retrofit.pipeline.doctor import Health
+    from retrofit.pipeline.run import RunResult
+    from retrofit.pipeline.single import Evaluation, Written
+    from retrofit.publish.hub import Published
+
+__all__ = [
+    "RecipeEntry",
+    "compare",
+    "convert",
+    "copy_recipe",
+    "doctor",
+    "evaluate",
+    "extend",
+    "inspect",
+    "plan",
+    "publish",
+    "recipes",
+    "recover",
+    "run",
+    "schema",
+    "show_recipe",
+]
+
+
+def run(
+    recipe: str | Path | Recipe,
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    from_step: str | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> RunResult | Plan:
+    """Run a recipe (a bundled name, a .yaml file, or a `Recipe`) in the folder `out` (default `runs/<name>`).
+
+    The same call goes on after an interruption. from_step: do this step and all after it again. dry_run: check
+    everything that needs no weights and return the plan. Raises UserError for bad input, GateError when a requirement
+    of the recipe is not met.
+    """
+    from retrofit.pipeline import run as runs
+    from retrofit.pipeline.prepare import prepare
+
+    loaded = _recipe(recipe, overrides, model)
+    folder = Path(out) if out is not None else Path("runs") / loaded.name
+    with _quiet():
+        runs.check_from_step(from_step, loaded)
+        prepared = prepare(
+            loaded,
+            revision=revision,
+            out=folder,
+            weights=not dry_run,
+            throughput=_measured(loaded),
+            progress=progress,
+        )
+        if dry_run:
+            return prepared.plan
+        return runs.run(prepared, folder, from_step=from_step, progress=progress)
+
+
+def plan(
+    recipe: str | Path | Recipe,
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    overrides: Sequence[str] = (),
+    measure: bool = True,
+) -> Plan:
+    """What each step of a recipe would do, its memory, disk and time. Reads the model's configuration, no weights.
+
+    measure: time a small matrix product for the estimate; otherwise a throughput is assumed, and the plan says so.
+    """
+    from retrofit.model.families import describe
+    from retrofit.model.load import load_config
+    from retrofit.model.source import resolve
+    from retrofit.pipeline.prepare import facts_of, require_model
+
+    loaded = _recipe(recipe, overrides, model)
+    with _quiet():
+        source = resolve(require_model(loaded), revision=revision or loaded.revision, weights=False)
+        config = load_config(source.folder)
+        facts = facts_of(source, config, describe(config))
+        throughput = _measured(loaded) if measure else None
+        return make_plan(loaded, facts, *([throughput] if throughput else []))
+
+
+def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
+    """What a model's attention is, what its KV cache costs, and which conversions are possible. Loads no weights."""
+    from retrofit.context.rope import lint_folder
+    from retrofit.model.inspect import inspect as inspect_source
+    from retrofit.model.source import resolve
+
+    with _quiet():
+        source = resolve(model, revision=revision, weights=False)
+        return inspect_source(source, findings=lint_folder(source.folder))
+
+
+def convert(
+    model: str | Path,
+    *,
+    kv_heads: int,
+    out: str | Path,
+    method: str = "calibrated",
+    repair: str = "o_proj",
+    calibrate: Sequence[str] = (),
+    tokens: int = 49_152,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Written:
+    """Write `model` with `kv_heads` KV heads per layer to the new folder `out`."""
+    from retrofit.pipeline import single
+
+    calibration = {"tokens": tokens, **({"text": list(calibrate)} if calibrate else {})}
+    section = {"kv_heads": kv_heads, "method": method, "repair": repair, "calibration": calibration}
+    recipe = single.recipe("convert", section, model=str(model), dtype=dtype, device=device, seed=seed)
+    with _quiet():
+        return single.convert(recipe, Path(out), revision=revision, progress=progress)
+
+
+def extend(
+    model: str | Path,
+    *,
+    out: str | Path,
+    length: int | None = None,
+    factor: float | None = None,
+    method: str = "yarn",
+    revision: str | None = None,
+) -> Written:
+    """Write `model` with a window of `length` tokens, or `factor` times its own, to the new folder `out`."""
+    from retrofit.pipeline import single
+
+    section = {"length": length, "factor": factor, "method": method}
+    with _quiet():
+        return single.extend(single.recipe("context", section, model=str(model)), Path(out), revision=revision)
+
+
+def recover(
+    model: str | Path,
+    *,
+    teacher: str | Path,
+    tokens: int,
+    out: str | Path,
+    text: Sequence[str] = (),
+    loss: str = "distill",
+    sequence_length: int = 1024,
+    batch_size: int = 1,
+    learning_rate: float = 3e-4,
+    rank: int = 16,
+    kernel: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Written:
+    """Train `model` to follow `teacher` (the model before the surgery) and write the merged checkpoint to `out`."""
+    from retrofit.pipeline import single
+
+    section = {
+        "loss": loss,
+        "tokens": tokens,
+        "sequence_length": sequence_length,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "adapter": {"rank": rank, "alpha": 2 * rank},
+        **({"text": list(text)} if text else {}),
+    }
+    recipe = single.recipe("recover", section, model=str(model), kernel=kernel, device=device, seed=seed)
+    with _quiet():
+        return single.recover(recipe, str(teacher), Path(out), progress=progress)
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    text: Sequence[str] = (),
+    lengths: Sequence[int] | None = None,
+    suite: str | Path | None = None,
+    documents: int | None = None,
+    out: str | Path | None = None,
+    revision: str | None = None,
+    kernel: str = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Perplexity of `model` at several context lengths, its KV cache and its decoding speed.
+
+    suite: lengths and texts from a file; the other arguments win over it. out: where to keep the token losses (.npz).
+    """
+    from retrofit.pipeline import single
+
+    section = single.evaluate_section(suite, text=text, lengths=lengths, documents=documents, dtype=dtype)
+    recipe = single.recipe("evaluate", section, model=str(model), kernel=kernel, device=device)
+    with _quiet():
+        return single.evaluate(recipe, Path(out) if out else None, revision=revision, progress=progress)
+
+
+def publish(
+    folder: str | Path,
+    *,
+    repo: str,
+    private: bool = True,
+    licence: str | None = None,
+    token: str | None = None,
+    progress: Progress | None = None,
+) -> Published:
+    """Push a finished checkpoint folder to the hub repository `repo`; token, name and licence are checked first."""
+    from retrofit.publish.hub import publish as push
+
+    with _quiet():
+        return push(Path(folder), repo, private=private, token=token, licence=licence, progress=progress)
+
+
+def compare(a: str | Path, b: str | Path, *, lengths: Sequence[int] | None = None) -> Comparison:
+    """Two stored results (run folders or .npz) side by side; no model is loaded."""
+    from retrofit.pipeline.compare import compare as compare_stored
+
+    return compare_stored(Path(a), Path(b), lengths=lengths)
+
+
+def doctor() -> Health:
+    """What this machine can run, and what to install for the rest."""
+    from retrofit.pipeline.doctor import doctor as examine
+
+    return examine()
+
+
+@dataclass(frozen=True)
+class RecipeEntry:
+    """A bundled recipe."""
+
+    name: str
+    description: str
+    path: Path
+
+
+def recipes() -> tuple[RecipeEntry, ...]:
+    """The bundled recipes."""
+    paths = [bundled.find("recipes", name) for name in bundled.names("recipes")]
+    return tuple(RecipeEntry(path.stem, load_recipe(path).description, path) for path in paths)
+
+
+def show_recipe(name: str | Path, *, overrides: Sequence[str] = ()) -> str:
+    """A recipe as YAML with every default written out."""
+    return dump_recipe(load_recipe(name, overrides))
+
+
+def copy_recipe(name: str | Path, to: str | Path | None = None) -> Path:
+    """Copy a recipe as it is written, comments included; returns the new file, which must not exist."""
+    source = bundled.find("recipes", name)
+    target = Path(to) if to is not None else Path(f"{source.stem}.yaml")
+    if target.is_dir():
+        target = target / source.name
+    if target.exists():
+        raise UserError("the file exists already", where=str(target), fix="give another name")
+    shutil.copyfile(source, target)
+    return target
+
+
+def schema() -> dict[str, Any]:
+    """The recipe language as JSON Schema."""
+    return Recipe.model_json_schema()
+
+
+def _recipe(recipe: str | Path | Recipe, overrides: Sequence[str], model: str | None) -> Recipe:
+    if not isinstance(recipe, Recipe):
+        return load_recipe(recipe, overrides, model)
+    if overrides:
+        raise UserError("overrides apply to a recipe file", where="overrides", fix="change the Recipe itself")
+    return recipe.model_copy(update={"model": model}) if model else recipe
+
+
+def _measured(recipe: Recipe) -> Throughput:
+    import torch
+
+    from retrofit.model.load import resolve_device
+    from retrofit.pipeline.throughput import measure
+
+    return measure(torch.bfloat16, resolve_device(recipe.device))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Other libraries' progress bars and warnings stay out of our output."""
+    from retrofit.model.load import quiet
+
+    with quiet(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=UserWarning)
+        yield

@@ -1,0 +1,129 @@
+"""The evaluate step: token losses of every model of the run on the same documents, and the numbers made from them.
+
+The losses of each model are a piece of their own in the journal: a changed recovery does not score the original again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from retrofit.checkpoint.write import staged
+from retrofit.console import jsonable
+from retrofit.evaluate.losses import Document, TokenLosses, documents_digest
+from retrofit.evaluate.perplexity import table
+from retrofit.pipeline import operations
+from retrofit.pipeline.metrics import metrics
+from retrofit.pipeline.plan import FOLDERS
+from retrofit.pipeline.runner import Runner, State
+from retrofit.recipe.schema import Evaluate
+
+LOSSES = "losses"
+METRICS = "metrics.json"
+
+
+def evaluate(runner: Runner, states: Mapping[str, State], section: Evaluate) -> Mapping[str, Any]:
+    """Score every model of the run. states: by label, the original first. Returns the result of the step:
+
+    {"models": {label: {"rows", "kernel", "decode", "kv_bytes_per_token", ...}}, "proof": ..., "metrics": {...}}
+    """
+    documents = runner.prepared.documents
+    scored = {label: _score(runner, label, state, section, documents) for label, state in states.items()}
+    *_, last = states.values()
+
+    def work(path: Path) -> Mapping[str, Any]:
+        result = _summary(runner, states, section, scored)
+        with staged(path, overwrite=True) as folder:
+            (folder / METRICS).write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return result
+
+    config = {
+        **section.model_dump(mode="json"),
+        "kernel": runner.prepared.kernel.name,
+        "seed": runner.prepared.recipe.seed,
+    }
+    inputs = {
+        "losses": {label: runner.entries[f"evaluate:{label}"].digests for label in states},
+        "checkpoint": last.identity,
+        "documents": documents_digest(documents),
+    }
+    return runner.step("evaluate", FOLDERS["evaluate"], config, inputs, work).result
+
+
+def losses_file(folder: Path, label: str) -> Path:
+    """Where a run keeps the token losses of one of its models."""
+    return folder / LOSSES / f"{label}.npz"
+
+
+def _score(
+    runner: Runner, label: str, state: State, section: Evaluate, documents: Sequence[Document]
+) -> Mapping[str, Any]:
+    prepared = runner.prepared
+
+    def work(path: Path) -> Mapping[str, Any]:
+        losses, cost = operations.score_folder(
+            state.path,
+            documents,
+            section,
+            label=label,
+            kernel=prepared.recipe.kernel,
+            device=prepared.device,
+            progress=runner.progress,
+        )
+        save_losses(losses, path)
+        return cost
+
+    config = {
+        "chunk": section.chunk,
+        "dtype": section.dtype,
+        "decode_tokens": section.decode_tokens,
+        "kernel": prepared.kernel.name,
+        "device": prepared.device,
+    }
+    inputs = {"checkpoint": state.identity, "documents": documents_digest(documents)}
+    return runner.step(f"evaluate:{label}", f"{LOSSES}/{label}.npz", config, inputs, work).result
+
+
+def save_losses(losses: TokenLosses, path: Path) -> None:
+    """Write token losses so that a kill leaves the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    losses.save(partial)
+    partial.replace(path)
+
+
+def _summary(
+    runner: Runner, states: Mapping[str, State], section: Evaluate, scored: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    prepared = runner.prepared
+    losses = {label: TokenLosses.load(losses_file(runner.folder, label)) for label in states}
+    seed = prepared.recipe.seed
+    models: dict[str, Any] = {}
+    for label, state in states.items():
+        rows = table(losses[label], section.lengths, tail=section.tail, resamples=section.resamples, seed=seed)
+        per_token, by_length, heads = operations.kv_bytes(state.path, section.lengths)
+        models[label] = {
+            "rows": [asdict(row) for row in rows],
+            "kv_heads": heads,
+            "kv_bytes_per_token": per_token,
+            "kv_cache_bytes": by_length,
+            **scored[label],
+        }
+    *_, last = states.values()
+    proof = operations.prove_kernel(
+        last.path, prepared.documents[0], kernel=prepared.recipe.kernel, device=prepared.device
+    )
+    first, *_, final = (*models.values(), *models.values())
+    numbers = metrics(
+        losses,
+        section.lengths,
+        section.tail,
+        kv_bytes=(first["kv_bytes_per_token"], final["kv_bytes_per_token"]),
+        kernel_max_diff=proof.max_difference,
+    )
+    result = jsonable({"models": models, "proof": proof, "metrics": numbers})
+    assert isinstance(result, dict)
+    return result

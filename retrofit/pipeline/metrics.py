@@ -1,0 +1,42 @@
+"""Numbers that a recipe can require, from stored token losses and specs. numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from retrofit.evaluate.losses import TokenLosses
+from retrofit.evaluate.perplexity import prefix_ppl, tail_ppl
+
+
+def metrics(
+    losses: Mapping[str, TokenLosses],
+    lengths: Sequence[int],
+    tail: int,
+    *,
+    kv_bytes: tuple[int, int],
+    kernel_max_diff: float,
+) -> dict[str, float]:
+    """{"ppl@2048": ..., "ppl_ratio@2048/python-docs": ..., "kv_ratio": ..., ...} of the last model against the first.
+
+    losses: by model, the original first, the result last. tail: tokens of a TailPPL. kv_bytes: per token, before and
+    after.
+    """
+    first, *_, last = (*losses.values(), *losses.values())
+    found = {"kv_ratio": kv_bytes[1] / kv_bytes[0], "kernel_max_diff": kernel_max_diff}
+    for kind in (None, *dict.fromkeys(last.kinds)):
+        before = _arrays(first, kind)
+        after = _arrays(last, kind)
+        suffix = f"/{kind}" if kind else ""
+        for length in lengths:
+            at = f"@{length}{suffix}"
+            found[f"ppl{at}"] = prefix_ppl(after, length)
+            found[f"ppl_ratio{at}"] = found[f"ppl{at}"] / prefix_ppl(before, length)
+            found[f"tail_ppl{at}"] = tail_ppl(after, length, tail)
+            found[f"tail_ppl_ratio{at}"] = found[f"tail_ppl{at}"] / tail_ppl(before, length, tail)
+    return found
+
+
+def _arrays(losses: TokenLosses, kind: str | None) -> tuple[np.ndarray, ...]:
+    return losses.losses if kind is None else losses.of_kind(kind).losses

@@ -1,0 +1,155 @@
+"""The work of each step, from checkpoint folder to checkpoint folder, shared by a recipe's steps and single commands.
+
+Every folder is written staged, holds a `retrofit.json` that says where it comes from, and loads in stock transformers.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit.checkpoint.provenance import versions, write_provenance
+from retrofit.checkpoint.write import staged
+from retrofit.console import jsonable
+from retrofit.context.rope import Extension, write_extended
+from retrofit.evaluate.score import Document, TokenLosses, score, tokenizer_digest
+from retrofit.kernels.registry import Choice, Proof, apply, choose, prove
+from retrofit.kv_heads.convert import ConvertReport
+from retrofit.kv_heads.convert import convert as convert_heads
+from retrofit.model.families import describe
+from retrofit.model.load import load_config, load_model, load_tokenizer, resolve_dtype
+from retrofit.pipeline.texts import calibration_text
+from retrofit.recipe.schema import Context, Convert, Evaluate, Recover
+from retrofit.recover.data import Teacher, training_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from retrofit.console import Progress
+
+PROOF_TOKENS = 256
+DECODE_PROMPT = 512
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a written folder records about itself. source: of the original model; steps: those before this one."""
+
+    source: Mapping[str, object]
+    steps: tuple[Mapping[str, object], ...] = ()
+
+    def after(self, step: str, config: object, result: Mapping[str, object]) -> Origin:
+        """The same with one more step."""
+        record = {"step": step, "config": config, **{key: value for key, value in result.items() if key != "seconds"}}
+        return Origin(self.source, (*self.steps, record))
+
+    def write(self, folder: Path) -> None:
+        """Write retrofit.json."""
+        write_provenance(folder, {"source": self.source, "steps": self.steps, "versions": versions()})
+
+
+def convert(
+    source: Path,
+    out: Path,
+    convert: Convert,
+    origin: Origin,
+    *,
+    teacher: Teacher,
+    dtype: str = "auto",
+    device: str = "cpu",
+    seed: int = 0,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ConvertReport:
+    """Write `source` with fewer KV heads to `out`."""
+    text = None
+    if convert.method == "calibrated":
+        tokenizer = load_tokenizer(source)
+        text = calibration_text(convert.calibration, tokenizer, seed=seed, teacher=teacher, progress=progress)
+    with staged(out, overwrite=overwrite) as folder:
+        report = convert_heads(
+            source,
+            folder,
+            kv_heads=convert.kv_heads,
+            method=convert.method,
+            repair=convert.repair,
+            text=text,
+            device=device,
+            dtype=None if dtype == "auto" else resolve_dtype(dtype, source),
+            max_shard_size=max_shard_size,
+            progress=progress,
+        )
+        origin.after("convert", convert.model_dump(mode="json"), facts(report)).write(folder)
+    for note in report.notes if progress else ():
+        progress.note(note)  # type: ignore[union-attr]
+    return report
+
+
+def extend(source: Path, out: Path, context: Context, origin: Origin, *, overwrite: bool = False) -> Extension:
+    """Write `source` with a longer window to `out`; the weights are hard links."""
+    with staged(out, overwrite=overwrite) as folder:
+        extension = write_extended(source, folder, length=context.length, factor=context.factor, method=context.method)
+        origin.after("extend", context.model_dump(mode="json"), facts(extension)).write(folder)
+    return extension
+
+
+def score_folder(
+    folder: Path,
+    documents: Sequence[Document],
+    evaluate: Evaluate,
+    *,
+    label: str,
+    kernel: str,
+    device: str,
+    progress: Progress | None = None,
+) -> tuple[TokenLosses, dict[str, object]]:
+    """Token losses of a checkpoint folder, and what it costs: {"kernel", "kv_bytes_per_token", "decode": ...}."""
+    from retrofit.evaluate.cost import decode_speed
+
+    model = load_model(folder, dtype=evaluate.dtype, device=device)
+    choice = kernel_for(model, kernel, device)
+    apply(model, choice)
+    if progress:
+        progress.note(f"{label}: kernel {choice.name}, {choice.reason}")
+    meta = {"model": label, "tokenizer_sha256": tokenizer_digest(load_tokenizer(folder))}
+    losses = score(model, documents, chunk=evaluate.chunk, meta=meta, progress=progress)
+    cost: dict[str, object] = {"kernel": choice.name, "reason": choice.reason, "decode": None}
+    if evaluate.decode_tokens:
+        prompt = min(DECODE_PROMPT, min(len(document.input_ids) for document in documents))
+        cost["decode"] = jsonable(decode_speed(model, prompt, evaluate.decode_tokens))
+    del model
+    gc.collect()
+    return losses, cost
+
+
+def prove_kernel(folder: Path, document: Document, *, kernel: str, device: str) -> Proof:
+    """Compare the kernel's logits with eager's on a short text: in float32 on a CPU, where rounding hides nothing."""
+    import torch
+
+    model = load_model(folder, dtype="float32" if device == "cpu" else "auto", device=device)
+    ids = torch.from_numpy(document.input_ids[:PROOF_TOKENS])[None].to(device)
+    return prove(model, kernel_for(model, kernel, device), ids)
+
+
+def kernel_for(model: PreTrainedModel, kernel: str, device: str) -> Choice:
+    """The kernel that `kernel` becomes for a loaded model."""
+    return choose(kernel, describe(model.config), device, dtype=str(model.dtype).removeprefix("torch."))
+
+
+def kv_bytes(folder: Path, lengths: Sequence[int]) -> tuple[int, dict[str, int], int]:
+    """(bytes per token, bytes by number of tokens, KV heads) of the cache of a checkpoint folder, in its own dtype."""
+    spec = describe(load_config(folder))
+    size = resolve_dtype("auto", folder).itemsize
+    by_length = {str(length): spec.kv_cache_bytes(length, size) for length in lengths}
+    return spec.kv_bytes_per_token(size), by_length, spec.layers[0].kv_heads
+
+
+def facts(report: object) -> dict[str, Any]:
+    """A report as JSON values."""
+    found = jsonable(report)
+    assert isinstance(found, dict)
+    return found

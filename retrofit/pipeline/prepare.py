@@ -1,0 +1,224 @@
+"""Everything that can be wrong with a run is found here, before anything is written: cheap checks first.
+
+What comes back holds all that the steps need to know of the recipe, the source model and this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit.checkpoint.read import Checkpoint
+from retrofit.checkpoint.write import parse_size, require_free_space, require_writable
+from retrofit.context import rope
+from retrofit.errors import UserError
+from retrofit.evaluate.score import Document
+from retrofit.kernels.registry import Choice, choose
+from retrofit.model import source as sources
+from retrofit.model.families import describe, family_of
+from retrofit.model.inspect import count_parameters
+from retrofit.model.load import load_config, load_tokenizer, resolve_device
+from retrofit.model.source import Source
+from retrofit.model.spec import AttentionSpec
+from retrofit.pipeline.journal import NAME as JOURNAL
+from retrofit.pipeline.plan import FOLDERS, ModelFacts, Plan, Throughput, claimed_length, make_plan, steps_of
+from retrofit.pipeline.texts import scored_documents
+from retrofit.publish.card import require_licence_and_base
+from retrofit.recipe.schema import Recipe, TextSource
+from retrofit.recover.data import Teacher, check_sources
+from retrofit.recover.files import kind_of
+
+if TYPE_CHECKING:
+    from retrofit.console import Progress
+
+_SPARE = 1.1  # room asked for, over the room planned
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that passed every check. kernel: of the evaluated models; documents: empty until weights are there."""
+
+    recipe: Recipe
+    source: Source
+    spec: AttentionSpec
+    plan: Plan
+    device: str
+    kernel: Choice
+    documents: tuple[Document, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def teacher(self) -> Teacher:
+        """The original model, for text that it samples itself."""
+        return Teacher(self.source.folder, seed=self.recipe.seed, device=self.device)
+
+
+def prepare(
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    out: Path | None = None,
+    weights: bool = True,
+    beyond: bool = False,
+    throughput: Throughput | None = None,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Check a run and gather what it needs. weights=False stops before weights are fetched or read. beyond: lengths
+    may be longer than the window.
+
+    Raises UserError for whatever would fail later.
+    """
+    model = require_model(recipe)
+    if not steps_of(recipe):
+        raise UserError("the recipe has no step", where=recipe.name, fix="add convert, context, recover or evaluate")
+    if out is not None:
+        require_run_folder(out)
+    check_sources(_all_texts(recipe))
+    _check_require(recipe)
+    device = resolve_device(recipe.device)
+    source = sources.resolve(model, revision=revision or recipe.revision, weights=False, progress=progress)
+    config = load_config(source.folder)
+    spec = describe(config)
+    notes = _check_model(recipe, source, config, spec, beyond)
+    kernel = choose(recipe.kernel, spec, device)
+    plan = make_plan(recipe, facts_of(source, config, spec), *([throughput] if throughput else []))
+    if out is not None:
+        missing = sum(cost.disk_bytes for cost in plan.steps if not (out / FOLDERS[cost.step]).exists())
+        require_free_space(out, int(missing * _SPARE))
+    documents: tuple[Document, ...] = ()
+    if weights:
+        source = sources.resolve(model, revision=revision or recipe.revision, progress=progress)
+        Checkpoint.open(source.folder).require_finite()
+        documents = _documents(recipe, source, device)
+    return Prepared(recipe, source, spec, plan, device, kernel, documents, notes)
+
+
+def require_model(recipe: Recipe) -> str:
+    """The model a recipe names; UserError when it names none."""
+    if recipe.model is None:
+        raise UserError("the recipe names no model", where="model", fix="add --model MODEL, or `model:` to the recipe")
+    return recipe.model
+
+
+def require_run_folder(out: Path) -> None:
+    """UserError unless `out` can be made, is empty, or is the folder of a run."""
+    require_writable(out)
+    if out.is_file():
+        raise UserError("the run folder is a file", where=str(out), fix="give another --out")
+    known = out.is_dir() and ((out / "recipe.yaml").exists() or (out / JOURNAL).exists())
+    if out.is_dir() and not known and any(out.iterdir()):
+        raise UserError("the folder holds something that is not a run", where=str(out), fix="give another --out")
+
+
+def facts_of(source: Source, config: Any, spec: AttentionSpec) -> ModelFacts:
+    """What the plan needs; no weights are read."""
+    return ModelFacts(source.requested, spec, count_parameters(source.folder, config), source.dtype)
+
+
+def _all_texts(recipe: Recipe) -> tuple[TextSource, ...]:
+    convert, recover, evaluate = recipe.convert, recipe.recover, recipe.evaluate
+    calibration = convert.calibration.text if convert and convert.method == "calibrated" else ()
+    return (*calibration, *(recover.text if recover else ()), *(evaluate.text if evaluate else ()))
+
+
+def _check_require(recipe: Recipe) -> None:
+    """Every requirement is about something that this recipe measures."""
+    if recipe.evaluate is None:
+        return
+    kinds = {kind_of(source.source) for source in recipe.evaluate.text}
+    for key in recipe.require:
+        metric, _, kind = key.partition("/")
+        name, _, length = metric.partition("@")
+        lengths = ", ".join(str(value) for value in recipe.evaluate.lengths)
+        if name in ("kv_ratio", "kernel_max_diff"):
+            if length or kind:
+                raise UserError(
+                    f"`{name}` has no length and no kind of text", where=f"require.{key}", fix=f"write {name}"
+                )
+        elif not length:
+            raise UserError(
+                f"`{name}` needs a length", where=f"require.{key}", fix=f"write {name}@L, L one of {lengths}"
+            )
+        elif int(length) not in recipe.evaluate.lengths:
+            raise UserError(
+                f"nothing is measured at {length} tokens", where=f"require.{key}", fix=f"use one of {lengths}"
+            )
+        if kind and kind not in kinds:
+            raise UserError(
+                f"no text `{kind}` is evaluated", where=f"require.{key}", fix=f"use one of {', '.join(sorted(kinds))}"
+            )
+
+
+def _check_model(recipe: Recipe, source: Source, config: Any, spec: AttentionSpec, beyond: bool) -> tuple[str, ...]:
+    """The recipe fits the model. Returns notes for people."""
+    if recipe.convert:
+        family_of(config).with_kv_heads(config, recipe.convert.kv_heads)
+    notes: list[str] = []
+    for finding in rope.lint(config):
+        if finding.severity == "error":
+            raise UserError(finding.what, where=f"{source.folder / 'config.json'}: {finding.where}", fix=finding.fix)
+        notes.append(f"{finding.where}: {finding.what}")
+    if recipe.context:
+        context = recipe.context
+        notes += rope.plan(config, length=context.length, factor=context.factor, method=context.method).notes
+    claimed = claimed_length(recipe, spec.max_position_embeddings)
+    if recipe.evaluate and not beyond:
+        _require_within(max(recipe.evaluate.lengths), claimed, "evaluate.lengths")
+    if recipe.recover:
+        _require_within(recipe.recover.sequence_length, claimed, "recover.sequence_length")
+    if recipe.convert and recipe.convert.method == "calibrated":
+        length = recipe.convert.calibration.sequence_length
+        _require_within(length, spec.max_position_embeddings, "convert.calibration.sequence_length")
+    if recipe.publish:
+        if recipe.evaluate is None:
+            raise UserError(
+                "nothing is published without measurements",
+                where="publish",
+                fix="keep `evaluate`, or add publish: null",
+            )
+        parse_size(recipe.publish.max_shard_size)
+        require_licence_and_base(
+            recipe.publish.licence or source.licence, recipe.publish.base_model or source.base_model
+        )
+    return tuple(notes)
+
+
+def _require_within(length: int, claimed: int, where: str) -> None:
+    if length > claimed:
+        raise UserError(
+            f"{length} tokens are more than the {claimed} positions of the model",
+            where=where,
+            fix=f"ask for at most {claimed}, or extend the model with `context: {{length: {length}}}`",
+        )
+
+
+def _documents(recipe: Recipe, source: Source, device: str) -> tuple[Document, ...]:
+    evaluate = recipe.evaluate
+    if evaluate is None:
+        return ()
+    trained_on = _all_texts(recipe.model_copy(update={"evaluate": None}))
+    return tuple(
+        scored_documents(
+            evaluate.text,
+            load_tokenizer(source.folder),
+            length=max(evaluate.lengths),
+            count=evaluate.documents,
+            trained_on=trained_on,
+            teacher=Teacher(source.folder, seed=recipe.seed, device=device),
+        )
+    )
+
+
+def source_record(source: Source) -> Mapping[str, object]:
+    """Where a model comes from, as retrofit.json keeps it."""
+    return {
+        "model": source.repo_id or source.base_model or Path(source.requested).name,
+        "kind": source.kind,
+        "revision": source.revision,
+        "base_model": source.base_model,
+        "licence": source.licence,
+        "dtype": source.dtype,
+        "digests": dict(source.digests),
+    }

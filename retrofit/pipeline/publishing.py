@@ -1,0 +1,173 @@
+"""The publish step: the gate, then `final/` with its card, proven in a fresh process before it gets its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from retrofit.checkpoint.provenance import digest, versions, write_provenance
+from retrofit.checkpoint.read import Checkpoint
+from retrofit.checkpoint.rewrite import rewrite
+from retrofit.checkpoint.write import copy_side_files, parse_size, staged
+from retrofit.console import jsonable
+from retrofit.evaluate.losses import TokenLosses, documents_digest
+from retrofit.model.load import load_config, load_tokenizer
+from retrofit.pipeline import reporting
+from retrofit.pipeline.evaluation import losses_file
+from retrofit.pipeline.plan import FOLDERS
+from retrofit.pipeline.runner import FINAL, Runner, State
+from retrofit.publish.card import CardInput, CardModel, Recovery, render_card
+from retrofit.publish.gate import GateResult, check, enforce
+from retrofit.publish.reload import reload_and_score
+from retrofit.publish.snippet import load_snippet
+from retrofit.recipe.load import dump_recipe
+from retrofit.recipe.schema import Publish, Recipe
+from retrofit.report.figures import card_picture
+
+CHART = "perplexity.png"
+
+
+def gate(runner: Runner) -> tuple[GateResult, ...]:
+    """What the recipe requires against what was measured. Raises nothing."""
+    entry = runner.entries.get("evaluate")
+    measured: Any = entry.result["metrics"] if entry else {}
+    return tuple(check(runner.prepared.recipe.require, measured))
+
+
+def publish(runner: Runner, states: Mapping[str, State], results: tuple[GateResult, ...]) -> None:
+    """Write `final/`, if the recipe publishes and its requirements are met.
+
+    Raises GateError when they are not, UserError when a fresh process does not reproduce the recorded losses; `final/`
+    does not exist then.
+    """
+    recipe, section = runner.prepared.recipe, runner.prepared.recipe.publish
+    final = runner.folder / FINAL
+    if not all(result.passed for result in results):
+        shutil.rmtree(final, ignore_errors=True)
+        enforce(results, where=f"require, in {runner.folder / 'recipe.yaml'}")
+    if section is None:
+        shutil.rmtree(final, ignore_errors=True)
+        return
+    label, state = list(states.items())[-1]
+
+    def work(path: Path) -> Mapping[str, Any]:
+        with staged(final, overwrite=True) as folder:
+            reload = _write_final(runner, label, state, folder, section, results)
+        found = {"gate": jsonable(results), "reload": reload}
+        with staged(path, overwrite=True) as folder:
+            for name, value in found.items():
+                (folder / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        return found
+
+    config = {**section.model_dump(mode="json"), "recipe": recipe.model_dump(mode="json")}
+    inputs = {
+        "checkpoint": state.identity,
+        "evaluate": runner.entries["evaluate"].digests,
+        "documents": documents_digest(runner.prepared.documents),
+    }
+    runner.step("publish", FOLDERS["publish"], config, inputs, work, also=(FINAL,))
+
+
+def _write_final(
+    runner: Runner, label: str, state: State, folder: Path, section: Publish, results: tuple[GateResult, ...]
+) -> dict[str, Any]:
+    prepared = runner.prepared
+    link_checkpoint(state.path, folder, section.max_shard_size)
+    picture = card_picture(reporting.run_data(runner, results))
+    if picture is not None:
+        (folder / CHART).write_bytes(picture.png)
+    card = _card(runner, state, folder, section, chart=CHART if picture else None)
+    (folder / "README.md").write_text(render_card(card), encoding="utf-8")
+    losses = TokenLosses.load(losses_file(runner.folder, label))
+    report = reload_and_score(
+        folder, prepared.documents, losses, tokens=section.reload_tokens, progress=runner.progress
+    )
+    reload = {key: value for key, value in asdict(report).items() if key != "seconds"}
+    record = {
+        "name": card.title,
+        "source": state.origin.source,
+        "recipe": prepared.recipe.model_dump(mode="json"),
+        "steps": state.origin.steps,
+        "metrics": runner.entries["evaluate"].result["metrics"],
+        "gate": jsonable(results),
+        "reload": jsonable(reload),
+        "versions": versions(),
+        "files": digest(folder, everything=True),
+    }
+    write_provenance(folder, record)
+    return asdict(report)
+
+
+def link_checkpoint(source: Path, folder: Path, max_shard_size: str) -> None:
+    """The checkpoint in another folder: hard links where the disk allows it, copies otherwise; larger files are cut."""
+    checkpoint = Checkpoint.open(source)
+    shutil.copyfile(source / "config.json", folder / "config.json")
+    copy_side_files(source, folder)
+    limit = parse_size(max_shard_size)
+    if (
+        any((source / shard).stat().st_size > limit + (1 << 20) for shard in checkpoint.shards)
+        and len(checkpoint.names) > 1
+    ):
+        rewrite(checkpoint, folder, {}, config=checkpoint.config, max_shard_size=max_shard_size)
+        return
+    for path in sorted(source.glob("model*.safetensors*")):
+        try:
+            os.link(path.resolve(), folder / path.name)
+        except OSError:  # another disk, or a file system without hard links
+            shutil.copyfile(path, folder / path.name)
+
+
+def _card(runner: Runner, state: State, folder: Path, section: Publish, *, chart: str | None) -> CardInput:
+    prepared, recipe = runner.prepared, runner.prepared.recipe
+    source = prepared.source
+    data = reporting.run_data(runner, ())
+    first, *_, last = (*data.models, *data.models)
+    assert data.native_length and data.claimed_length
+    base = section.base_model or source.base_model
+    return CardInput(
+        title=title(recipe, base, data.claimed_length),
+        base_model=base,
+        licence=section.licence or source.licence,
+        architecture=(load_config(state.path).architectures or [prepared.spec.family])[0],
+        dtype=str(load_config(state.path).dtype).removeprefix("torch."),
+        layers=len(prepared.spec.layers),
+        kv_heads=(first.kv_heads or 0, last.kv_heads or 0),
+        native_length=data.native_length,
+        claimed_length=data.claimed_length,
+        models=tuple(CardModel(model.label, model.rows) for model in data.models),
+        kv_bytes_per_token=(first.kv_bytes_per_token or 0, last.kv_bytes_per_token or 0),
+        kv_cache_bytes={n: (first.kv_cache_bytes[n], last.kv_cache_bytes[n]) for n in first.kv_cache_bytes},
+        recipe_yaml=dump_recipe(recipe.model_copy(update={"model": base})),
+        commands=data.commands,
+        versions=versions(),
+        snippet=load_snippet(chat=bool(getattr(load_tokenizer(folder), "chat_template", None))),
+        conversion=recipe.convert.method if recipe.convert else None,
+        context_method=recipe.context.method if recipe.context else None,
+        recovery=_recovery(recipe),
+        revision=source.revision,
+        chart=chart,
+        kernel=data.kernel,
+        notes=data.notes,
+    )
+
+
+def _recovery(recipe: Recipe) -> Recovery | None:
+    if recipe.recover is None:
+        return None
+    sources = tuple(source.source for source in recipe.recover.text)
+    return Recovery(recipe.recover.loss, recipe.recover.tokens, recipe.recover.adapter.rank, sources)
+
+
+def title(recipe: Recipe, base_model: str | None, claimed: int) -> str:
+    """A name that says what was done: SmolLM2-135M-Instruct-kv1-16k."""
+    parts = [(base_model or recipe.name).rpartition("/")[2]]
+    if recipe.convert:
+        parts.append(f"kv{recipe.convert.kv_heads}")
+    if recipe.context:
+        parts.append(f"{claimed // 1024}k" if claimed >= 1024 else str(claimed))
+    return "-".join(parts)

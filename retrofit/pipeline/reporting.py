@@ -1,0 +1,103 @@
+"""From the entries of a run to the data of its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit.checkpoint.provenance import versions
+from retrofit.console import jsonable
+from retrofit.evaluate.losses import TokenLosses
+from retrofit.evaluate.perplexity import Row
+from retrofit.pipeline.evaluation import losses_file
+from retrofit.pipeline.plan import STEPS
+from retrofit.pipeline.runner import Runner
+from retrofit.recipe.load import dump_recipe
+from retrofit.report.data import ModelResult, RunData, StepRecord, loss_by_position
+from retrofit.report.render import render
+
+if TYPE_CHECKING:
+    from retrofit.publish.gate import GateResult
+
+
+def write(runner: Runner, results: tuple[GateResult, ...]) -> Path:
+    """Write report.html and report.md (and the chart) into the run folder; returns report.html."""
+    render(run_data(runner, results), runner.folder)
+    return runner.folder / "report.html"
+
+
+def run_data(runner: Runner, results: tuple[GateResult, ...]) -> RunData:
+    """Everything the run has found so far."""
+    prepared, recipe, entries = runner.prepared, runner.prepared.recipe, runner.entries
+    found: dict[str, Any] = {name: dict(entry.result) for name, entry in entries.items()}
+    evaluated = found.get("evaluate", {})
+    conversion, context = found.get("convert"), found.get("extend")
+    proof = evaluated.get("proof")
+    return RunData(
+        name=recipe.name,
+        recipe_yaml=dump_recipe(recipe),
+        model=prepared.source.base_model or Path(recipe.model or "").name,
+        created=max((entry.finished for entry in entries.values()), default=""),
+        description=recipe.description,
+        versions=versions(),
+        models=tuple(_model(runner, label, value) for label, value in evaluated.get("models", {}).items()),
+        native_length=prepared.plan.positions[0],
+        claimed_length=prepared.plan.positions[1],
+        training=_training(found.get("recover", {})),
+        steps=tuple(_steps(runner)),
+        kernel=proof["kernel"] if proof else prepared.kernel.name,
+        kernel_proof=proof,
+        conversion=conversion,
+        context=context,
+        gate=tuple(_dicts(results)),
+        reload=found.get("publish", {}).get("reload"),
+        notes=(
+            *prepared.notes,
+            *(note for one in (conversion, found.get("recover")) if one for note in one.get("notes", ())),
+        ),
+        commands=(f"retrofit run {recipe.name} --model {prepared.source.base_model or recipe.model}",),
+    )
+
+
+def _dicts(results: tuple[GateResult, ...]) -> list[dict[str, Any]]:
+    listed = jsonable(results)
+    assert isinstance(listed, list)
+    return listed
+
+
+def _model(runner: Runner, label: str, value: dict[str, Any]) -> ModelResult:
+    losses = TokenLosses.load(losses_file(runner.folder, label))
+    decode = value.get("decode") or {}
+    return ModelResult(
+        label=label,
+        rows=tuple(Row(**row) for row in value["rows"]),
+        position_losses=loss_by_position(losses.losses),
+        kv_bytes_per_token=value["kv_bytes_per_token"],
+        kv_cache_bytes={int(tokens): size for tokens, size in value["kv_cache_bytes"].items()},
+        decode_tokens_per_s=decode.get("tokens_per_second"),
+        kv_heads=value["kv_heads"],
+    )
+
+
+def _training(result: dict[str, Any]) -> tuple[tuple[int, float | None, float | None], ...]:
+    return tuple((point["step"], point.get("loss"), point.get("held_out_loss")) for point in result.get("history", ()))
+
+
+def _steps(runner: Runner) -> list[StepRecord]:
+    """One record a step; the pieces of a step (`evaluate:original`) count towards it."""
+    records = []
+    for step in STEPS:
+        parts = [entry for name, entry in runner.entries.items() if name.partition(":")[0] == step]
+        if not parts:
+            continue
+        planned = runner.prepared.plan.of(step)
+        records.append(
+            StepRecord(
+                name=step,
+                seconds=sum(entry.seconds for entry in parts),
+                peak_bytes=max(entry.peak_bytes for entry in parts),
+                predicted_seconds=planned.seconds if planned else None,
+                predicted_peak_bytes=planned.peak_bytes if planned else None,
+            )
+        )
+    return records

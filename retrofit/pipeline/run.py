@@ -1,0 +1,110 @@
+"""A run: every step of a recipe in one folder, then the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit.checkpoint.write import folder_lock
+from retrofit.errors import UserError
+from retrofit.pipeline import evaluation, publishing, reporting, surgery
+from retrofit.pipeline.journal import Journal
+from retrofit.pipeline.operations import Origin
+from retrofit.pipeline.plan import STEPS, steps_of
+from retrofit.pipeline.prepare import Prepared, source_record
+from retrofit.pipeline.runner import FINAL, Runner, State
+from retrofit.publish.gate import GateResult
+from retrofit.recipe.load import dump_recipe
+from retrofit.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from retrofit.console import Progress
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run. models: by label, what was measured. metrics: by name, as `require` knows them.
+
+    final: what can be published, None without. seconds: by step. reused: steps that were done before.
+    """
+
+    folder: Path
+    models: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    gate: tuple[GateResult, ...]
+    reload: Mapping[str, Any] | None
+    seconds: Mapping[str, float]
+    report: Path
+    final: Path | None
+    reused: tuple[str, ...]
+
+
+def check_from_step(from_step: str | None, recipe: Recipe) -> None:
+    """UserError unless `from_step` is a step of the recipe."""
+    steps = steps_of(recipe)
+    if from_step is not None and from_step not in steps:
+        raise UserError(f"the recipe has no step `{from_step}`", where="--from", fix=f"use one of {', '.join(steps)}")
+
+
+def run(prepared: Prepared, out: Path, *, from_step: str | None = None, progress: Progress | None = None) -> RunResult:
+    """Do every step of a prepared recipe in the folder `out`, or find it done. from_step: do it and all after it again.
+
+    Raises UserError when the folder is in use, and GateError when a requirement is not met: the report is written then,
+    `final` is not.
+    """
+    again = STEPS[STEPS.index(from_step) :] if from_step else ()
+    with folder_lock(out):
+        out.mkdir(parents=True, exist_ok=True)
+        _write_recipe(prepared.recipe, out)
+        runner = Runner(out, prepared, Journal(out), again, progress)
+        states = _checkpoints(runner)
+        if prepared.recipe.evaluate:
+            evaluation.evaluate(runner, states, prepared.recipe.evaluate)
+        gate = publishing.gate(runner)
+        try:
+            publishing.publish(runner, states, gate)
+        finally:
+            # Also when a requirement is not met: the report says which.
+            report = reporting.write(runner, gate)
+        return _result(runner, gate, report)
+
+
+def _checkpoints(runner: Runner) -> dict[str, State]:
+    """The models of the run by label: the original, what surgery made of it, and what recovery made of that."""
+    recipe, source = runner.prepared.recipe, runner.prepared.source
+    state = State(source.folder, dict(source.digests), Origin(source_record(source)))
+    states = {"original": state}
+    if recipe.convert:
+        state = surgery.convert(runner, state, recipe.convert)
+    if recipe.context:
+        state = surgery.extend(runner, state, recipe.context)
+    if recipe.convert or recipe.context:
+        states["converted" if recipe.convert else "extended"] = state
+    if recipe.recover:
+        states["recovered"] = surgery.recover(runner, state, recipe.recover)
+    return states
+
+
+def _write_recipe(recipe: Recipe, out: Path) -> None:
+    partial = out / "recipe.yaml.partial"
+    partial.write_text(dump_recipe(recipe), encoding="utf-8")
+    partial.replace(out / "recipe.yaml")
+
+
+def _result(runner: Runner, gate: tuple[GateResult, ...], report: Path) -> RunResult:
+    evaluated: Any = runner.entries["evaluate"].result if "evaluate" in runner.entries else {}
+    published: Any = runner.entries["publish"].result if "publish" in runner.entries else {}
+    final = runner.folder / FINAL
+    return RunResult(
+        folder=runner.folder,
+        models=evaluated.get("models", {}),
+        metrics=evaluated.get("metrics", {}),
+        gate=gate,
+        reload=published.get("reload"),
+        seconds={name: entry.seconds for name, entry in runner.entries.items()},
+        report=report,
+        final=final if final.exists() else None,
+        reused=tuple(runner.reused),
+    )

@@ -1,0 +1,223 @@
+"""Results as people and machines read them: one function per command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit.console import Console, nbytes, seconds
+from retrofit.pipeline.plan import Plan, describe_plan
+
+if TYPE_CHECKING:
+    from retrofit.model.inspect import Inspection
+    from retrofit.pipeline.commands import RecipeEntry
+    from retrofit.pipeline.compare import Comparison
+    from retrofit.pipeline.doctor import Health
+    from retrofit.pipeline.run import RunResult
+    from retrofit.pipeline.single import Evaluation, Written
+
+
+def run(console: Console, result: RunResult | Plan) -> None:
+    """`retrofit run`."""
+    if isinstance(result, Plan):
+        plan(console, result)
+        return
+    console.result(result)
+    labels = list(result.models)
+    rows = _by_length(result.models)
+    if rows:
+        console.table("Perplexity (95% interval)", ["text", "tokens", *labels], rows)
+    for requirement in result.gate:
+        console.say(f"required {requirement.metric} {requirement.bound}: {requirement.reason}")
+    console.say(f"\nreport: {result.report}")
+    if result.final:
+        console.say(f"checkpoint: {result.final} (loaded again in a fresh process: same losses)")
+
+
+def plan(console: Console, result: Plan) -> None:
+    """`retrofit plan`, and `run --dry-run`."""
+    totals = {"seconds": result.seconds, "disk_bytes": result.disk_bytes, "peak_bytes": result.peak_bytes}
+    console.result({**vars(result), "totals": totals})
+    rows = [
+        (cost.step, cost.does, nbytes(cost.peak_bytes), nbytes(cost.disk_bytes), seconds(cost.seconds))
+        for cost in result.steps
+    ]
+    total = ("all", "", nbytes(result.peak_bytes), nbytes(result.disk_bytes), seconds(result.seconds))
+    title = f"{result.recipe} on {result.model} (estimated)"
+    console.table(title, ["step", "what", "memory", "disk", "time"], [*rows, total])
+    for line in describe_plan(result):
+        console.say(line)
+
+
+def inspection(console: Console, result: Inspection) -> None:
+    """`retrofit inspect`."""
+    console.result(result)
+    facts = [
+        ("architecture", f"{result.architecture} ({result.family})"),
+        ("parameters", f"{result.parameters:,} in {result.dtype}"),
+        ("layers", result.layers),
+        ("query heads / KV heads", f"{result.query_heads} / {result.kv_heads}, head dim {result.head_dim}"),
+        ("positions", f"{result.max_position_embeddings:,}"),
+        ("licence", result.licence),
+        ("KV cache per token", nbytes(result.kv_bytes_per_token)),
+    ]
+    facts += [(f"KV cache at {tokens // 1024}k", nbytes(size)) for tokens, size in result.kv_cache_bytes.items()]
+    console.table(result.model, ["", ""], facts)
+    console.say("")
+    console.table("Layers", ["layers", "heads", "window", "RoPE", "q/k norm", "biases", "softcap"], _groups(result))
+    console.say("")
+    console.table("KV heads it can be converted to", ["KV heads", "possible", "KV cache at 32k", "why not"], [
+        (c.kv_heads, c.possible, nbytes(c.kv_cache_bytes[32768]) if c.possible else "", c.reason or "")
+        for c in result.conversions
+    ])  # fmt: skip
+    if not result.findings:
+        console.say("\nRoPE linter: nothing to complain about")
+    for finding in result.findings:
+        console.say(
+            f"\nRoPE linter, {finding.severity}: {finding.what}\n  where: {finding.where}\n  fix:   {finding.fix}"
+        )
+
+
+def _groups(result: Inspection) -> list[tuple[object, ...]]:
+    rows: list[tuple[object, ...]] = []
+    for group in result.groups:
+        rope = group.rope
+        encoding = "none"
+        if rope:
+            encoding = f"{rope.rope_type}, theta {rope.theta:g}, {rope.rotary_dim} dims, {rope.pairing}"
+        rows.append(
+            (
+                group.indices,
+                f"{group.query_heads} / {group.kv_heads} x {group.head_dim}",
+                group.window or "all",
+                encoding,
+                group.qk_norm or "none",
+                ", ".join(group.biases) or "none",
+                group.softcap,
+            )
+        )
+    return rows
+
+
+def written(console: Console, result: Written) -> None:
+    """`retrofit convert`, `extend`, `recover`."""
+    console.result(result)
+    for note in result.report.get("notes", ()):
+        console.say(f"note: {note}")
+    console.say(f"written: {result.folder}")
+    console.say(f'load it with AutoModelForCausalLM.from_pretrained("{result.folder}")')
+
+
+def evaluation(console: Console, result: Evaluation) -> None:
+    """`retrofit evaluate`."""
+    console.result(result)
+    console.table(
+        f"{result.model}: perplexity with 95% interval, {result.dtype}, kernel {result.kernel}",
+        ["text", "length", "ppl", "interval", "tail ppl", "bits/byte", "tokens", "documents"],
+        [
+            (
+                row.kind,
+                row.length,
+                f"{row.ppl:.3f}",
+                f"{row.low:.3f} to {row.high:.3f}",
+                f"{row.tail_ppl:.3f}",
+                f"{row.bpb:.4f}" if row.bpb is not None else "-",
+                row.tokens,
+                row.documents,
+            )
+            for row in result.rows
+        ],
+    )
+    if result.rows:
+        unit, tail = result.rows[0].unit, max(row.tail for row in result.rows)
+        console.say(f"intervals: bootstrap over each {unit}; tail ppl: the last {tail:,} tokens before the length")
+    console.say(f"KV cache: {nbytes(result.kv_bytes_per_token)} per token, {result.kv_heads} KV heads")
+    if result.decode:
+        console.say(f"decoding: {result.decode['tokens_per_second']:.1f} tokens/s for one sequence")
+    if result.losses:
+        console.say(f"token losses: {result.losses}")
+
+
+def comparison(console: Console, result: Comparison) -> None:
+    """`retrofit compare`."""
+    console.result(result)
+    console.say(f"a: {result.a}\nb: {result.b}")
+    console.table(
+        "Perplexity, and b / a with its paired 95% interval",
+        ["text", "length", "a", "b", "b / a", "interval"],
+        [
+            (
+                row.kind,
+                row.length,
+                f"{row.ppl_a:.3f}",
+                f"{row.ppl_b:.3f}",
+                f"{row.ratio:.4f}",
+                f"{row.low:.4f} to {row.high:.4f}",
+            )
+            for row in result.rows
+        ],
+    )
+
+
+def published(console: Console, result: Any) -> None:
+    """`retrofit publish`."""
+    console.result(result)
+    console.say(f"published: {result.url}")
+
+
+def recipes(console: Console, result: tuple[RecipeEntry, ...]) -> None:
+    """`retrofit recipes list`."""
+    console.result(result)
+    console.table("", ["recipe", "what it does"], [(entry.name, entry.description) for entry in result])
+
+
+def recipe(console: Console, text: str) -> None:
+    """`retrofit recipes show`."""
+    import yaml
+
+    console.result(yaml.safe_load(text))
+    console.say(text.rstrip())
+
+
+def copied(console: Console, path: Path) -> None:
+    """`retrofit recipes copy`."""
+    console.result({"file": path})
+    console.say(f"written: {path}")
+
+
+def health(console: Console, result: Health) -> None:
+    """`retrofit doctor`."""
+    console.result(result)
+    speed = ", ".join(f"{value:,.0f} GFLOP/s {dtype}" for dtype, value in result.gflops.items())
+    machine = [
+        ("devices", ", ".join(result.devices)),
+        ("cores", result.cores),
+        ("memory", nbytes(result.memory_bytes)),
+        ("free disk here", nbytes(result.free_disk_bytes)),
+        ("matrix products", f"{speed} (measured)"),
+    ]
+    console.table("Machine", ["", ""], machine)
+    console.say("")
+    console.table("Packages", ["package", "version"], list(result.versions.items()))
+    console.say("")
+    console.table(
+        "Attention kernels",
+        ["kernel", "runs here", "why", "install"],
+        [(kernel.name, kernel.available, kernel.reason, kernel.install or "") for kernel in result.kernels],
+    )
+    console.say("")
+    console.table(
+        "Optional parts",
+        ["part", "there", "for", "install"],
+        [(check.name, check.ok, check.what, check.install or "") for check in result.optional],
+    )
+
+
+def _by_length(models: Any) -> list[tuple[object, ...]]:
+    """A row per kind of text and length, one cell per model."""
+    cells: dict[tuple[str, int], list[str]] = {}
+    for model in models.values():
+        for row in model["rows"]:
+            key = (row["kind"], row["length"])
+            cells.setdefault(key, []).append(f"{row['ppl']:.2f} ({row['low']:.2f} to {row['high']:.2f})")
+    return [(*key, *values) for key, values in cells.items()]

@@ -1,0 +1,199 @@
+"""The steps as commands of their own: one checkpoint in, one new checkpoint folder (or result) out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit.checkpoint.provenance import FILE, read_provenance
+from retrofit.checkpoint.read import Checkpoint
+from retrofit.checkpoint.write import folder_lock, require_writable
+from retrofit.errors import UserError
+from retrofit.evaluate.perplexity import Row, table
+from retrofit.model.source import Source, resolve
+from retrofit.pipeline import operations
+from retrofit.pipeline.evaluation import save_losses
+from retrofit.pipeline.operations import Origin
+from retrofit.pipeline.prepare import prepare, source_record
+from retrofit.recipe.load import load_suite, validate
+from retrofit.recipe.schema import Recipe
+from retrofit.recover.data import Teacher
+
+if TYPE_CHECKING:
+    from retrofit.console import Progress
+
+SECTIONS = ("convert", "context", "recover", "evaluate", "publish")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A new checkpoint folder and what was done. report: the fields of the step's own report."""
+
+    step: str
+    folder: Path
+    report: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured. rows: by kind of text and length. kv_cache_bytes: by tokens, for one sequence.
+
+    decode: speed of decoding one sequence; None when it was not timed. losses: the file they were kept in.
+    """
+
+    model: str
+    rows: tuple[Row, ...]
+    kernel: str
+    dtype: str
+    kv_heads: int
+    kv_bytes_per_token: int
+    kv_cache_bytes: Mapping[str, int]
+    decode: Mapping[str, Any] | None
+    claimed_length: int
+    losses: Path | None
+
+
+def recipe(section: str, values: Mapping[str, Any], **top: Any) -> Recipe:
+    """A recipe with one step, from options. Raises RecipeError in the words of the recipe language."""
+    others = {name: None for name in SECTIONS if name != section}
+    return validate({"name": section, section: dict(values), **others, **top}, Recipe, "options")
+
+
+def convert(recipe: Recipe, out: Path, *, revision: str | None, progress: Progress | None) -> Written:
+    """`retrofit convert`."""
+    assert recipe.convert
+    _require_new(out)
+    prepared = prepare(recipe, revision=revision, out=out, progress=progress)
+    with folder_lock(out):
+        report = operations.convert(
+            prepared.source.folder,
+            out,
+            recipe.convert,
+            _origin(prepared.source),
+            teacher=prepared.teacher,
+            dtype=recipe.dtype,
+            device=prepared.device,
+            seed=recipe.seed,
+            progress=progress,
+        )
+    return Written("convert", out, operations.facts(report))
+
+
+def extend(recipe: Recipe, out: Path, *, revision: str | None) -> Written:
+    """`retrofit extend`."""
+    assert recipe.context
+    _require_new(out)
+    prepared = prepare(recipe, revision=revision, out=out)
+    with folder_lock(out):
+        extension = operations.extend(prepared.source.folder, out, recipe.context, _origin(prepared.source))
+    return Written("extend", out, operations.facts(extension))
+
+
+def recover(recipe: Recipe, teacher: str, out: Path, *, progress: Progress | None) -> Written:
+    """`retrofit recover`."""
+    assert recipe.recover
+    _require_new(out)
+    prepared = prepare(recipe, out=out, progress=progress)
+    original = resolve(teacher, progress=progress)
+    Checkpoint.open(original.folder).require_finite()
+    work = out.with_name(f"{out.name}.work")
+    with folder_lock(out):
+        report = operations.recover(
+            prepared.source.folder,
+            original.folder,
+            out,
+            recipe.recover,
+            _origin(prepared.source),
+            samples=Teacher(original.folder, seed=recipe.seed, device=prepared.device),
+            kernel=recipe.kernel,
+            dtype=recipe.dtype,
+            device=prepared.device,
+            seed=recipe.seed,
+            work=work,
+            progress=progress,
+        )
+        shutil.rmtree(work, ignore_errors=True)
+    return Written("recover", out, operations.facts(report))
+
+
+def evaluate_section(
+    suite: str | Path | None,
+    *,
+    text: Sequence[str],
+    lengths: Sequence[int] | None,
+    documents: int | None,
+    dtype: str,
+) -> dict[str, Any]:
+    """The `evaluate` section of a recipe from a suite and options; options win."""
+    values: dict[str, Any] = load_suite(suite).evaluation().model_dump(mode="json") if suite else {"documents": 1}
+    if text:
+        values["text"] = list(text)
+    if lengths:
+        values["lengths"] = list(lengths)
+    if documents is not None:
+        values["documents"] = documents
+    return {**values, "dtype": dtype}
+
+
+def evaluate(recipe: Recipe, out: Path | None, *, revision: str | None, progress: Progress | None) -> Evaluation:
+    """`retrofit evaluate`. Unlike in a run, lengths may lie beyond the window: how it breaks there is worth seeing."""
+    section = recipe.evaluate
+    assert section and recipe.model
+    if out is not None:
+        _require_file(out)
+    window = max(section.lengths)
+    prepared = prepare(recipe, revision=revision, beyond=True, progress=progress)
+    folder, spec = prepared.source.folder, prepared.spec
+    if window > spec.max_position_embeddings and progress:
+        progress.note(f"{window:,} tokens lie beyond the model's {spec.max_position_embeddings:,} positions")
+    label = prepared.source.base_model or Path(recipe.model).name
+    losses, cost = operations.score_folder(
+        folder,
+        prepared.documents,
+        section,
+        label=label,
+        kernel=recipe.kernel,
+        device=prepared.device,
+        progress=progress,
+    )
+    if out is not None:
+        save_losses(losses, out)
+    per_token, by_length, heads = operations.kv_bytes(folder, section.lengths)
+    decode: Any = cost["decode"]
+    return Evaluation(
+        model=label,
+        rows=tuple(table(losses, section.lengths, tail=section.tail, resamples=section.resamples, seed=recipe.seed)),
+        kernel=str(losses.meta["kernel"]),
+        dtype=str(losses.meta["dtype"]),
+        kv_heads=heads,
+        kv_bytes_per_token=per_token,
+        kv_cache_bytes=by_length,
+        decode=decode,
+        claimed_length=spec.max_position_embeddings,
+        losses=out,
+    )
+
+
+def _origin(source: Source) -> Origin:
+    """Where a checkpoint comes from: its own record goes on when it was written by us."""
+    if (source.folder / FILE).is_file():
+        record = read_provenance(source.folder)
+        return Origin(record["source"], tuple(record["steps"]))
+    return Origin(source_record(source))
+
+
+def _require_new(out: Path) -> None:
+    require_writable(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(
+            "the output folder exists and is not empty", where=str(out), fix="remove it, or give another --out"
+        )
+
+
+def _require_file(out: Path) -> None:
+    require_writable(out.parent)
+    if out.suffix != ".npz":
+        raise UserError("token losses are kept in a .npz file", where=f"--out {out}", fix=f"write --out {out}.npz")

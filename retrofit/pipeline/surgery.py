@@ -1,0 +1,96 @@
+"""The steps that make checkpoints: each takes the newest checkpoint of a run and gives the next."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from retrofit.pipeline import operations
+from retrofit.pipeline.journal import fingerprint
+from retrofit.pipeline.plan import FOLDERS
+from retrofit.pipeline.runner import VERSIONS, Runner, State
+from retrofit.pipeline.texts import identity
+from retrofit.recipe.schema import Context, Convert, Recipe, Recover
+
+
+def convert(runner: Runner, state: State, section: Convert) -> State:
+    """Fewer KV heads."""
+    prepared, recipe = runner.prepared, runner.prepared.recipe
+
+    def work(path: Path) -> Mapping[str, Any]:
+        report = operations.convert(
+            state.path,
+            path,
+            section,
+            state.origin,
+            teacher=prepared.teacher,
+            dtype=recipe.dtype,
+            device=prepared.device,
+            seed=recipe.seed,
+            max_shard_size=shard_size(recipe),
+            overwrite=True,
+            progress=runner.progress,
+        )
+        return operations.facts(report)
+
+    config = {**_dump(section), **_common(recipe)}
+    text = identity(section.calibration.text) if section.method == "calibrated" else None
+    entry = runner.step("convert", FOLDERS["convert"], config, {"checkpoint": state.identity, "text": text}, work)
+    return runner.made(entry, state.origin.after("convert", _dump(section), entry.result))
+
+
+def extend(runner: Runner, state: State, section: Context) -> State:
+    """A longer window."""
+
+    def work(path: Path) -> Mapping[str, Any]:
+        return operations.facts(operations.extend(state.path, path, section, state.origin, overwrite=True))
+
+    entry = runner.step("extend", FOLDERS["extend"], _dump(section), {"checkpoint": state.identity}, work)
+    return runner.made(entry, state.origin.after("extend", _dump(section), entry.result))
+
+
+def recover(runner: Runner, state: State, section: Recover) -> State:
+    """Quality won back by a short training; it goes on from its last own checkpoint after a kill."""
+    prepared, recipe = runner.prepared, runner.prepared.recipe
+    work_folder = runner.folder / f"{FOLDERS['recover']}.work"
+    config = {**_dump(section), **_common(recipe), "kernel": recipe.kernel}
+    teacher = dict(prepared.source.digests)
+    inputs = {"checkpoint": state.identity, "teacher": teacher, "text": identity(section.text)}
+
+    def work(path: Path) -> Mapping[str, Any]:
+        report = operations.recover(
+            state.path,
+            prepared.source.folder,
+            path,
+            section,
+            state.origin,
+            samples=prepared.teacher,
+            kernel=recipe.kernel,
+            dtype=recipe.dtype,
+            device=prepared.device,
+            seed=recipe.seed,
+            max_shard_size=shard_size(recipe),
+            work=work_folder / fingerprint("recover", VERSIONS["recover"], config, inputs)[:16],
+            overwrite=True,
+            progress=runner.progress,
+        )
+        return operations.facts(report)
+
+    entry = runner.step("recover", FOLDERS["recover"], config, inputs, work)
+    shutil.rmtree(work_folder, ignore_errors=True)
+    return runner.made(entry, state.origin.after("recover", _dump(section), entry.result))
+
+
+def shard_size(recipe: Recipe) -> str:
+    """The largest weight file that the steps write: that of the published folder, so it can be linked there."""
+    return recipe.publish.max_shard_size if recipe.publish else "5GB"
+
+
+def _common(recipe: Recipe) -> dict[str, Any]:
+    return {"dtype": recipe.dtype, "seed": recipe.seed, "max_shard_size": shard_size(recipe)}
+
+
+def _dump(section: Convert | Context | Recover) -> dict[str, Any]:
+    return section.model_dump(mode="json")
