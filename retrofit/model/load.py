@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -220,7 +221,9 @@ def quiet() -> Iterator[None]:
     finally:
         logging.set_verbosity(verbosity)
         if shown:
-            logging.enable_progress_bar()
+            with warnings.catch_warnings():  # it also wants the hub's bars back, which the environment may forbid
+                warnings.simplefilter("ignore")
+                logging.enable_progress_bar()
 
 
 def _remote_code(model_type: str, where: str) -> UserError:
