@@ -102,14 +102,10 @@ class Family(ABC):
     def conversions(self, spec: AttentionSpec) -> tuple[Conversion, ...]:
         """Every number of KV heads from 1 to the model's own, possible or with the reason why it is not."""
         current = spec.layers[0].kv_heads
-        own = self._own_reason(spec)
         found = []
         for kv_heads in range(1, current + 1):
-            reason = None
-            if current % kv_heads:
-                reason = f"{kv_heads} does not divide {current} KV heads, so the groups would be unequal"
-            elif kv_heads < current:
-                reason = own
+            divides = current % kv_heads == 0
+            reason = None if divides else f"{kv_heads} does not divide {current} KV heads: groups would be unequal"
             found.append(Conversion(kv_heads, reason is None, reason))
         return tuple(found)
 
@@ -187,12 +183,6 @@ class Family(ABC):
             pairing=self.pairing,
             parameters=dict(parameters),
         )
-
-    def _own_reason(self, spec: AttentionSpec) -> str | None:
-        layer = spec.layers[0]
-        if layer.qk_norm is not None and layer.qk_norm_weights != "shared":
-            return "every KV head has key-norm weights of its own, which a shared head cannot reproduce"
-        return None
 
 
 def switched(config: Any, switch: Switch) -> bool:
