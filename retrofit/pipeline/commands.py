@@ -94,19 +94,22 @@ def plan(
     measure: bool = True,
 ) -> Plan:
     """What each step of a recipe would do, its memory, disk and time. Reads the model's configuration, no weights.
+    Raises UserError when a step is not possible on this model.
 
     measure: time a small matrix product for the estimate; otherwise a throughput is assumed, and the plan says so.
     """
     from retrofit.model.families import describe
     from retrofit.model.load import load_config
     from retrofit.model.source import resolve
-    from retrofit.pipeline.prepare import facts_of, require_model
+    from retrofit.pipeline.prepare import check_surgery, facts_of, require_model
 
     loaded = _recipe(recipe, overrides, model)
     with _quiet():
         source = resolve(require_model(loaded), revision=revision or loaded.revision, weights=False)
         config = load_config(source.folder)
-        facts = facts_of(source, config, describe(config))
+        spec = describe(config)
+        check_surgery(loaded, config, spec)
+        facts = facts_of(source, config, spec)
         throughput = _measured(loaded) if measure else None
         return make_plan(loaded, facts, *([throughput] if throughput else []))
 

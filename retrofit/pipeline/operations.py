@@ -83,7 +83,7 @@ def convert(
             max_shard_size=max_shard_size,
             progress=progress,
         )
-        origin.after("convert", convert.model_dump(mode="json"), facts(report)).write(folder)
+        origin.after("convert", dump(convert), facts(report)).write(folder)
     for note in report.notes if progress else ():
         progress.note(note)  # type: ignore[union-attr]
     return report
@@ -93,7 +93,7 @@ def extend(source: Path, out: Path, context: Context, origin: Origin, *, overwri
     """Write `source` with a longer window to `out`; the weights are hard links."""
     with staged(out, overwrite=overwrite) as folder:
         extension = write_extended(source, folder, length=context.length, factor=context.factor, method=context.method)
-        origin.after("extend", context.model_dump(mode="json"), facts(extension)).write(folder)
+        origin.after("extend", dump(context), facts(extension)).write(folder)
     return extension
 
 
@@ -108,8 +108,6 @@ def score_folder(
     progress: Progress | None = None,
 ) -> tuple[TokenLosses, dict[str, object]]:
     """Token losses of a checkpoint folder, and what it costs: {"kernel", "kv_bytes_per_token", "decode": ...}."""
-    from retrofit.evaluate.cost import decode_speed
-
     model = load_model(folder, dtype=evaluate.dtype, device=device)
     choice = kernel_for(model, kernel, device)
     apply(model, choice)
@@ -119,6 +117,8 @@ def score_folder(
     losses = score(model, documents, chunk=evaluate.chunk, meta=meta, progress=progress)
     cost: dict[str, object] = {"kernel": choice.name, "reason": choice.reason, "decode": None}
     if evaluate.decode_tokens:
+        from retrofit.evaluate.cost import decode_speed
+
         prompt = min(DECODE_PROMPT, min(len(document.input_ids) for document in documents))
         cost["decode"] = jsonable(decode_speed(model, prompt, evaluate.decode_tokens))
     del model
@@ -153,3 +153,9 @@ def facts(report: object) -> dict[str, Any]:
     found = jsonable(report)
     assert isinstance(found, dict)
     return found
+
+
+def dump(section: Convert | Context | Recover) -> dict[str, Any]:
+    """A section of a recipe as JSON values, without what its method does not read."""
+    unused = {"calibration", "repair"} if isinstance(section, Convert) and section.method != "calibrated" else set()
+    return section.model_dump(mode="json", exclude=unused)

@@ -81,7 +81,8 @@ def prepare(
     source = sources.resolve(model, revision=revision or recipe.revision, weights=False, progress=progress)
     config = load_config(source.folder)
     spec = describe(config)
-    notes = _check_model(recipe, source, config, spec, beyond)
+    notes = check_surgery(recipe, config, spec, beyond=beyond)
+    _check_publish(recipe, source)
     kernel = choose(recipe.kernel, spec, device)
     plan = make_plan(recipe, facts_of(source, config, spec), *([throughput] if throughput else []))
     if out is not None:
@@ -151,14 +152,17 @@ def _check_require(recipe: Recipe) -> None:
             )
 
 
-def _check_model(recipe: Recipe, source: Source, config: Any, spec: AttentionSpec, beyond: bool) -> tuple[str, ...]:
-    """The recipe fits the model. Returns notes for people."""
+def check_surgery(recipe: Recipe, config: Any, spec: AttentionSpec, *, beyond: bool = False) -> tuple[str, ...]:
+    """The recipe's steps are possible on a model with this configuration. Returns notes for people.
+
+    beyond: lengths may be longer than the window. Raises UserError otherwise.
+    """
     if recipe.convert:
         family_of(config).with_kv_heads(config, recipe.convert.kv_heads)
     notes: list[str] = []
     for finding in rope.lint(config):
         if finding.severity == "error":
-            raise UserError(finding.what, where=f"{source.folder / 'config.json'}: {finding.where}", fix=finding.fix)
+            raise UserError(finding.what, where=f"config.json: {finding.where}", fix=finding.fix)
         notes.append(f"{finding.where}: {finding.what}")
     if recipe.context:
         context = recipe.context
@@ -171,18 +175,19 @@ def _check_model(recipe: Recipe, source: Source, config: Any, spec: AttentionSpe
     if recipe.convert and recipe.convert.method == "calibrated":
         length = recipe.convert.calibration.sequence_length
         _require_within(length, spec.max_position_embeddings, "convert.calibration.sequence_length")
-    if recipe.publish:
-        if recipe.evaluate is None:
-            raise UserError(
-                "nothing is published without measurements",
-                where="publish",
-                fix="keep `evaluate`, or add publish: null",
-            )
-        parse_size(recipe.publish.max_shard_size)
-        require_licence_and_base(
-            recipe.publish.licence or source.licence, recipe.publish.base_model or source.base_model
-        )
     return tuple(notes)
+
+
+def _check_publish(recipe: Recipe, source: Source) -> None:
+    section = recipe.publish
+    if section is None:
+        return
+    if recipe.evaluate is None:
+        raise UserError(
+            "nothing is published without measurements", where="publish", fix="keep `evaluate`, or add publish: null"
+        )
+    parse_size(section.max_shard_size)
+    require_licence_and_base(section.licence or source.licence, section.base_model or source.base_model)
 
 
 def _require_within(length: int, claimed: int, where: str) -> None:

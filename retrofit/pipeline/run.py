@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from retrofit.checkpoint.write import folder_lock
 from retrofit.errors import UserError
 from retrofit.pipeline import evaluation, publishing, reporting, surgery
+from retrofit.pipeline.journal import NAME as JOURNAL
 from retrofit.pipeline.journal import Journal
 from retrofit.pipeline.operations import Origin
 from retrofit.pipeline.plan import STEPS, steps_of
@@ -55,7 +58,7 @@ def run(prepared: Prepared, out: Path, *, from_step: str | None = None, progress
     `final` is not.
     """
     again = STEPS[STEPS.index(from_step) :] if from_step else ()
-    with folder_lock(out):
+    with folder_lock(out), _nothing_left_of_nothing(out):
         out.mkdir(parents=True, exist_ok=True)
         _write_recipe(prepared.recipe, out)
         runner = Runner(out, prepared, Journal(out), again, progress)
@@ -69,6 +72,18 @@ def run(prepared: Prepared, out: Path, *, from_step: str | None = None, progress
             # Also when a requirement is not met: the report says which.
             report = reporting.write(runner, gate)
         return _result(runner, gate, report)
+
+
+@contextmanager
+def _nothing_left_of_nothing(out: Path) -> Iterator[None]:
+    """A new run folder whose first step was refused is removed again."""
+    new = not out.exists()
+    try:
+        yield
+    except UserError:
+        if new and not (out / JOURNAL).exists():
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def _checkpoints(runner: Runner) -> dict[str, State]:

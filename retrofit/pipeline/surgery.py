@@ -93,4 +93,4 @@ def _common(recipe: Recipe) -> dict[str, Any]:
 
 
 def _dump(section: Convert | Context | Recover) -> dict[str, Any]:
-    return section.model_dump(mode="json")
+    return operations.dump(section)
