@@ -1,0 +1,126 @@
+"""Causal attention as plain matrix products: the fast way to train in bfloat16 on a CPU.
+
+A processor with bfloat16 arithmetic multiplies matrices several times faster than PyTorch's CPU flash op works, and
+that op gains nothing from bfloat16. Here the scores of a run of queries exist at a time, for all query heads of one KV
+head together; the backward pass makes them again. Memory beyond the result is O(ROWS S), never T x S.
+
+Scores are rounded to bfloat16, as in an eager bfloat16 model; for measuring, `blockwise` keeps them in float32.
+
+Legend: B batch, H query heads, K KV heads, G = H / K, T tokens, D head dim, R = G x queries of a run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retrofit.kernels.blockwise import blockwise_mask
+
+NAME = "products"
+ROWS = 512  # rows of scores that exist at a time, near the best on processors with 1 to 2 MiB of L2 cache
+
+
+def attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float, window: int | None = None) -> Tensor:
+    """softmax(scale q k^T) v over whole causal sequences -> [B, H, T, D]; differentiable in q, k and v.
+
+    window: tokens a query sees, itself included.
+    """
+    assert q_BHTD.shape[2] == k_BKTD.shape[2], "whole sequences only: as many queries as keys"
+    out: Tensor = _Attention.apply(q_BHTD, k_BKTD, v_BKTD, scale, window)
+    return out
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        k, v = k.contiguous(), v.contiguous()
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for b, head, heads, rows, keys, hidden in _runs(q, k, window):
+            p_RS = _probabilities(q[b, heads, rows], k[b, head, keys], scale, hidden)
+            out[b, heads, rows] = (p_RS @ v[b, head, keys]).view(-1, rows.stop - rows.start, q.shape[3])
+        ctx.save_for_backward(q, k, v, out)
+        ctx.scale, ctx.window = scale, window
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, out = ctx.saved_tensors
+        # Rows of dS sum to zero, up to rounding; without the keys' mean that rounding stays small in dS k.
+        centred = k - k.mean(2, keepdim=True, dtype=torch.float32).to(k.dtype)
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
+        delta = (grad.float() * out.float()).sum(-1, keepdim=True).to(q.dtype)
+        for b, head, heads, rows, keys, hidden in _runs(q, k, ctx.window):
+            p_RS = _probabilities(q[b, heads, rows], k[b, head, keys], ctx.scale, hidden)
+            d_RD = grad[b, heads, rows].reshape(-1, grad.shape[3])
+            dv[b, head, keys] += p_RS.T @ d_RD
+            ds_RS = d_RD @ v[b, head, keys].T
+            ds_RS.sub_(delta[b, heads, rows].reshape(-1, 1)).mul_(p_RS)
+            dq[b, heads, rows] = (
+                (ds_RS @ centred[b, head, keys]).mul_(ctx.scale).view(-1, rows.stop - rows.start, q.shape[3])
+            )
+            dk[b, head, keys] += ds_RS.T @ (q[b, heads, rows] * ctx.scale).reshape(-1, q.shape[3])
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def _probabilities(q_GTD: Tensor, k_SD: Tensor, scale: float, hidden_TS: Tensor) -> Tensor:
+    """softmax of one run [R, S]; `hidden_TS` is added to the scores of the last columns."""
+    s_RS = (q_GTD * scale).reshape(-1, q_GTD.shape[2]) @ k_SD.T
+    s_RS.view(q_GTD.shape[0], q_GTD.shape[1], -1)[:, :, -hidden_TS.shape[1] :] += hidden_TS
+    return torch.softmax(s_RS, -1)
+
+
+def _runs(q: Tensor, k: Tensor, window: int | None) -> list[tuple[int, int, slice, slice, slice, Tensor]]:
+    """(batch, KV head, its query heads, queries, keys, -inf where a key is hidden) of every run."""
+    (batch, heads, tokens, _), kv_heads = q.shape, k.shape[1]
+    group = heads // kv_heads
+    step = max(16, ROWS // group)
+    spans = []
+    for start in range(0, tokens, step):
+        stop = min(start + step, tokens)
+        first = 0 if window is None else max(0, start - window + 1)
+        query = torch.arange(start, stop, device=q.device)[:, None]
+        key = torch.arange(start if window is None else first, stop, device=q.device)
+        hidden = key > query
+        if window is not None:
+            hidden |= key <= query - window
+        bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, float("-inf"))
+        spans.append((slice(start, stop), slice(first, stop), bias))
+    return [
+        (b, head, slice(head * group, head * group + group), rows, keys, bias)
+        for b in range(batch)
+        for head in range(kv_heads)
+        for rows, keys, bias in spans
+    ]
+
+
+def products_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of transformers' AttentionInterface -> (out [B, T, H, D], None).
+
+    For training on whole sequences; what it cannot express is an error of ours, as `usable` is asked before.
+    """
+    assert attention_mask is None and dropout == 0.0, "no mask, no dropout"
+    assert kwargs.get("softcap") is None and kwargs.get("s_aux") is None, "no softcap, no sinks"
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    dtype = value.dtype
+    return attention(query.to(dtype), key.to(dtype), value, scale, sliding_window).transpose(1, 2), None
+
+
+def register() -> None:
+    """Make `products` known to transformers; doing it again changes nothing."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, products_attention_forward)
+    AttentionMaskInterface.register(NAME, blockwise_mask)

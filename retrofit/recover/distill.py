@@ -1,0 +1,162 @@
+"""Distillation and language-model losses from hidden states, without a tokens x vocabulary tensor.
+
+The output head is applied to `row_chunk` rows at a time and the gradient is formed in the same pass, so that neither
+logits nor their gradient exist for more rows than that. Inside a chunk the log-softmax runs in float32 on a few rows
+at a time, small enough to stay in the processor's cache.
+
+Legend: N rows (tokens), C model width, V vocabulary, R rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+CACHE_VALUES = 262_144  # float32 values of one tensor that are worked on at a time: 1 MiB, half of a common L2 cache
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output head: logits = softcap * tanh(scale * (h W^T + bias) / softcap), without the tanh if softcap is None.
+
+    weight: [V, C]. scale: `logit_scale` (Cohere) or 1 / `logits_scaling` (Granite).
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def distill_loss(
+    student_NC: torch.Tensor, student: Head, teacher_NC: torch.Tensor, teacher: Head, row_chunk: int = 512
+) -> torch.Tensor:
+    """Sum over tokens of KL(teacher || student) on the vocabulary, in nats (float32 scalar).
+
+    Divide by the global number of tokens. Hinton et al. 2015 (arXiv:1503.02531), eq. 2 at temperature 1. Gradients
+    flow to the student's hidden states and, where they require it, to its head's weight and bias.
+    """
+    assert student_NC.shape[0] == teacher_NC.shape[0]
+
+    def teacher_rows(start: int, stop: int) -> torch.Tensor:
+        return _raw_logits(teacher_NC[start:stop].detach(), teacher).detach()
+
+    return _apply(student_NC, student, row_chunk, _Distill(teacher_rows, teacher))
+
+
+def lm_loss(hidden_NC: torch.Tensor, head: Head, labels_N: torch.Tensor, row_chunk: int = 512) -> torch.Tensor:
+    """Sum over tokens of -log p(label), in nats (float32 scalar); labels are already shifted."""
+    assert hidden_NC.shape[0] == labels_N.shape[0]
+    return _apply(hidden_NC, head, row_chunk, _NextToken(labels_N))
+
+
+class _Distill:
+    """Loss and gradient of KL(teacher || student) for rows of student logits."""
+
+    def __init__(self, teacher_rows: Callable[[int, int], torch.Tensor], teacher: Head) -> None:
+        self.teacher_rows, self.teacher = teacher_rows, teacher
+        self.target_RV = torch.empty(0)
+
+    def begin(self, start: int, stop: int) -> None:
+        self.target_RV = self.teacher_rows(start, stop)
+
+    def __call__(self, rows: slice, logits_RV: torch.Tensor, grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        log_t = torch.log_softmax(_shape_logits(self.target_RV[rows], self.teacher), -1, dtype=torch.float32)
+        log_s = torch.log_softmax(logits_RV, -1, dtype=torch.float32)
+        p_t = log_t.exp()
+        loss = torch.dot(p_t.view(-1), log_t.sub_(log_s).view(-1))
+        return loss, log_s.exp_().sub_(p_t) if grad else None
+
+
+class _NextToken:
+    """Loss and gradient of the cross-entropy with the next token for rows of logits."""
+
+    def __init__(self, labels_N: torch.Tensor) -> None:
+        self.labels_N = labels_N
+        self.labels_R = labels_N
+
+    def begin(self, start: int, stop: int) -> None:
+        self.labels_R = self.labels_N[start:stop]
+
+    def __call__(self, rows: slice, logits_RV: torch.Tensor, grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        log_s = torch.log_softmax(logits_RV, -1, dtype=torch.float32)
+        index_R1 = self.labels_R[rows, None]
+        loss = -log_s.gather(1, index_R1).sum()
+        if not grad:
+            return loss, None
+        grad_RV = log_s.exp_()
+        return loss, grad_RV.scatter_add_(1, index_R1, torch.full_like(index_R1, -1, dtype=grad_RV.dtype))
+
+
+def _apply(hidden_NC: torch.Tensor, head: Head, row_chunk: int, rule: _Distill | _NextToken) -> torch.Tensor:
+    tensors = [hidden_NC, head.weight] + ([] if head.bias is None else [head.bias])
+    grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    loss: torch.Tensor = _ChunkedHead.apply(hidden_NC, head.weight, head.bias, head, row_chunk, rule, grad)
+    return loss
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """Head and loss in row chunks; the gradients are made in the forward and only scaled in the backward."""
+
+    @staticmethod
+    def forward(ctx, hidden_NC, weight_VC, bias_V, head, row_chunk, rule, grad):  # type: ignore[no-untyped-def]
+        dtype = hidden_NC.dtype
+        head = Head(weight_VC.to(dtype), None if bias_V is None else bias_V.to(dtype), head.scale, head.softcap)
+        wanted = [grad and need for need in ctx.needs_input_grad[:3]]
+        d_hidden = torch.empty_like(hidden_NC) if wanted[0] else None
+        d_weight = torch.zeros_like(weight_VC, dtype=torch.float32) if wanted[1] else None
+        d_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wanted[2] else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden_NC.device)
+        step = max(1, CACHE_VALUES // head.weight.shape[0])
+        for start in range(0, len(hidden_NC), row_chunk):
+            h_RC = hidden_NC[start : start + row_chunk]
+            logits_RV = _raw_logits(h_RC, head)
+            rule.begin(start, start + len(h_RC))
+            for row in range(0, len(h_RC), step):
+                rows = slice(row, min(row + step, len(h_RC)))
+                shaped = _shape_logits(logits_RV[rows], head)
+                value, gradient = rule(rows, shaped, grad)
+                loss += value
+                if gradient is not None:
+                    logits_RV[rows] = _unshape_gradient(gradient, shaped, head)
+            if d_hidden is not None:
+                torch.mm(logits_RV, head.weight, out=d_hidden[start : start + len(h_RC)])
+            if d_weight is not None:
+                d_weight += logits_RV.T @ h_RC
+            if d_bias is not None:
+                d_bias += logits_RV.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtypes = (dtype, weight_VC.dtype, None if bias_V is None else bias_V.dtype)
+        return loss
+
+    @staticmethod
+    def backward(ctx, *outputs):  # type: ignore[no-untyped-def]
+        scaled = [
+            None if gradient is None else (gradient * outputs[0]).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None, None, None)
+
+
+def _raw_logits(h_RC: torch.Tensor, head: Head) -> torch.Tensor:
+    """h W^T + bias, before scale and softcap, in the dtype of h."""
+    weight = head.weight.to(h_RC.dtype)
+    return torch.nn.functional.linear(h_RC, weight, None if head.bias is None else head.bias.to(h_RC.dtype))
+
+
+def _shape_logits(raw_RV: torch.Tensor, head: Head) -> torch.Tensor:
+    """Scale and softcap, in float32 where there is either."""
+    if head.scale != 1.0:
+        raw_RV = raw_RV.float() * head.scale
+    if head.softcap is not None:
+        raw_RV = torch.tanh(raw_RV.float() / head.softcap) * head.softcap
+    return raw_RV
+
+
+def _unshape_gradient(gradient_RV: torch.Tensor, shaped_RV: torch.Tensor, head: Head) -> torch.Tensor:
+    """Chain rule through softcap and scale; `shaped_RV` are the logits after both."""
+    if head.softcap is not None:
+        gradient_RV = gradient_RV * (1 - (shaped_RV / head.softcap) ** 2)
+    return gradient_RV * head.scale if head.scale != 1.0 else gradient_RV
