@@ -7,6 +7,7 @@ grid and colours to CSS variables of the page that holds them; plain ones stand 
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 INK, GRID = "#101112", "#d0d1d2"
 WIDTH, HEIGHT = 5.4, 3.5
-LOG_ABOVE = 20.0
+LOG_ABOVE = 8.0
 """A y axis spanning more than this factor is logarithmic."""
 
 
@@ -59,12 +60,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn chart: SVG for the page, SVG and PNG that stand alone."""
+    """A drawn chart: SVG for the page and, when asked for, SVG and PNG that stand alone on white."""
 
     name: str
     themed: str
-    svg: str
-    png: bytes
+    svg: str = ""
+    png: bytes = b""
 
 
 def style_of(label: str, index: int = 0) -> Style:
@@ -73,9 +74,17 @@ def style_of(label: str, index: int = 0) -> Style:
 
 
 def perplexity_by_length(
-    name: str, lines: Sequence[Line], *, native: int | None, title: str = "", claimed: int | None = None
+    name: str,
+    lines: Sequence[Line],
+    *,
+    native: int | None,
+    title: str = "",
+    claimed: int | None = None,
+    alone: bool = False,
 ) -> Picture:
-    """Perplexity (y) with 95% intervals against context length in tokens (x, base-2 logarithm)."""
+    """Perplexity (y) with 95% intervals against context length in tokens (x, base-2 logarithm).
+
+    alone: also draw the files that stand alone."""
 
     def draw(axes: Axes) -> None:
         axes.set_xscale("log", base=2)
@@ -84,14 +93,14 @@ def perplexity_by_length(
         axes.minorticks_off()
         _lines(axes, lines)
         _log_if_wide(axes, [y for line in lines for y in line.y])
-        _mark(axes, native, "native window")
+        _mark(axes, native, "native")
         if claimed and claimed != native:
-            _mark(axes, claimed, "new window")
+            _mark(axes, claimed, "new")
         axes.set_xlabel("context length (tokens)")
         axes.set_ylabel("perplexity, lower is better")
         _end_labels(axes, lines)
 
-    return _picture(name, title, draw)
+    return _picture(name, title, draw, alone=alone)
 
 
 def loss_by_position(name: str, lines: Sequence[Line], *, native: int | None, title: str = "") -> Picture:
@@ -99,10 +108,11 @@ def loss_by_position(name: str, lines: Sequence[Line], *, native: int | None, ti
 
     def draw(axes: Axes) -> None:
         _lines(axes, lines, every=4)
-        _mark(axes, native, "native window")
+        _mark(axes, native, "native")
         axes.set_xlabel("position in the document (tokens)")
         axes.set_ylabel("loss (nats), lower is better")
         axes.set_xlim(left=0)
+        axes.locator_params(axis="x", nbins=6)
         axes.xaxis.set_major_formatter(lambda x, _: words.count(int(x)))
         _end_labels(axes, lines)
 
@@ -157,10 +167,11 @@ def bars(
         axes.set_yticks(range(len(categories)), categories)
         axes.invert_yaxis()
         axes.set_xlabel(label)
-        axes.xaxis.set_major_formatter(lambda x, _: show(x) if x else "0")
-        axes.grid(False, axis="y")
-        axes.margins(x=0.34)
-        axes.locator_params(axis="x", nbins=4)
+        axes.tick_params(length=0)
+        axes.set_xticks([])
+        axes.spines["bottom"].set_visible(False)
+        axes.grid(False)
+        axes.margins(x=0.36)
 
     return _picture(name, title, draw, height=max(1.3, 0.9 + 0.25 * rows))
 
@@ -199,9 +210,16 @@ def _lines(axes: Axes, lines: Sequence[Line], every: int = 1) -> None:
 
 def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
     positive = [value for value in values if value > 0]
-    if positive and max(positive) > LOG_ABOVE * min(positive):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda y, _: words.number(y))
+    if not positive or max(positive) <= LOG_ABOVE * min(positive):
+        return
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    digits = (1, 2, 5) if len(decades) <= 4 else (1,)
+    ticks = [digit * 10.0**power for power in decades for digit in digits]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
+    axes.set_yticks([], minor=True)
 
 
 def _mark(axes: Axes, x: int | None, text: str) -> None:
@@ -210,7 +228,7 @@ def _mark(axes: Axes, x: int | None, text: str) -> None:
     low, high = axes.get_xlim()
     if not low <= x <= high:
         return
-    axes.axvline(x, color=INK, linestyle=(0, (1.0, 2.0)), linewidth=1.0)
+    axes.axvline(x, color=INK, linestyle=(0, (1.0, 2.0)), linewidth=1.0, zorder=1.5)
     axes.annotate(
         text,
         (x, 1.0),
@@ -255,7 +273,9 @@ def _place_labels(axes: Axes, labels: Sequence[tuple[str, float, float, str]], g
         )
 
 
-def _picture(name: str, title: str, draw: Callable[[Axes], None], height: float = HEIGHT) -> Picture:
+def _picture(
+    name: str, title: str, draw: Callable[[Axes], None], height: float = HEIGHT, alone: bool = False
+) -> Picture:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -284,12 +304,13 @@ def _picture(name: str, title: str, draw: Callable[[Axes], None], height: float 
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         draw(axes)
-        svg = _svg(figure)
+        page = themed(_svg(figure), name, title)
+        if not alone:
+            return Picture(name, page)
         figure.set_facecolor("white")
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
-        plain = _svg(figure)
-    return Picture(name, themed(svg, name, title), plain, png.getvalue())
+        return Picture(name, page, _svg(figure), png.getvalue())
 
 
 def _svg(figure: Figure) -> str:

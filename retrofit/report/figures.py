@@ -14,6 +14,12 @@ from retrofit.report.summary import Table
 CACHE_LENGTHS = (8192, 16384, 32768, 131072)
 
 
+_PERPLEXITY_CAPTION = (
+    "How well each model predicts text when it may read this many tokens from the start of a document. Lower is "
+    "better; upright bars are 95% intervals; a y axis that spans a wide range is logarithmic."
+)
+
+
 @dataclass(frozen=True)
 class Figure:
     """A chart, what it says, and its data. section: `quality`, `training`, `cost` or `conversion`."""
@@ -36,10 +42,10 @@ def card_picture(run: RunData) -> Picture | None:
     if not run.kinds:
         return None
     kind = ALL if ALL in run.kinds else run.kinds[0]
-    return _perplexity(run, kind, "perplexity")
+    return _perplexity(run, kind, "perplexity", alone=True)
 
 
-def _perplexity(run: RunData, kind: str, name: str) -> Picture | None:
+def _perplexity(run: RunData, kind: str, name: str, *, alone: bool = False) -> Picture | None:
     lines = []
     for model in run.models:
         rows = sorted((row for row in model.rows if row.kind == kind), key=lambda row: row.length)
@@ -49,7 +55,9 @@ def _perplexity(run: RunData, kind: str, name: str) -> Picture | None:
     if not lines:
         return None
     title = f"Perplexity against context length, {summary.kind_name(kind)}"
-    return charts.perplexity_by_length(name, lines, native=run.native_length, title=title, claimed=run.claimed_length)
+    return charts.perplexity_by_length(
+        name, lines, native=run.native_length, title=title, claimed=run.claimed_length, alone=alone
+    )
 
 
 def _perplexities(run: RunData) -> Iterator[Figure]:
@@ -57,12 +65,9 @@ def _perplexities(run: RunData) -> Iterator[Figure]:
         picture = _perplexity(run, kind, f"perplexity-{index}")
         if picture is None:
             continue
-        caption = (
-            "How well each model predicts text when it may read this many tokens from the start of a document. Lower "
-            "is better; upright bars are 95% intervals."
-        )
-        if run.native_length and any(length > run.native_length for length in run.lengths):
-            caption += " Right of the dotted line the original model is past the window it was made for."
+        caption = _PERPLEXITY_CAPTION if index == 0 else ""
+        if index == 0 and summary.grew(run):
+            caption += " Dotted lines: the original's window (native) and the new one."
         yield Figure(
             "quality",
             f"Perplexity by context length: {summary.kind_name(kind)}",
@@ -92,7 +97,7 @@ def _positions(run: RunData) -> Iterator[Figure]:
 def _training(run: RunData) -> Iterator[Figure]:
     if not any(loss is not None or held is not None for _, loss, held in run.training):
         return
-    title = "Training"
+    title = "Loss during training"
     rows = [(words.count(step), words.number(loss), words.number(held)) for step, loss, held in run.training]
     held = [(loss, step) for step, _, loss in run.training if loss is not None]
     caption = "The loss on the training text (thin line) and on documents kept out of it (squares)."
@@ -110,7 +115,8 @@ def _cache(run: RunData) -> Iterator[Figure]:
     models = [model for model in (run.original, run.final) if model is not None and model.kv_cache_bytes]
     lengths = sorted({tokens for model in models for tokens in model.kv_cache_bytes})
     groups = {
-        model.label: {words.tokens(length): model.kv_cache_bytes.get(length) for length in lengths} for model in models
+        model.label: {f"{words.tokens(length)} tokens": model.kv_cache_bytes.get(length) for length in lengths}
+        for model in models
     }
     title = "Memory of the KV cache"
     picture = charts.bars("cache", groups, label="bytes for one sequence", show=words.size, title=title)

@@ -7,40 +7,57 @@ from retrofit.report.data import RunData
 _TEXTS: tuple[tuple[str, str], ...] = (
     (
         "Loss",
-        "minus the natural logarithm of the probability that the model gave to the token that really came next, in nats.",
+        "minus the natural logarithm of the probability that the model gave to the token that really came "
+        "next, in nats.",
     ),
     (
         "Perplexity at L tokens",
-        "the exponential of the mean loss over the first L tokens of every document, each token predicted from all tokens "
-        "before it. The same documents are used at every L and for every model. A perplexity of 20 means: as unsure as a "
-        "choice among 20 equally likely tokens. Only models with the same tokenizer can be compared.",
+        "the exponential of the mean loss over the first L tokens of every document, each token predicted "
+        "from all tokens before it. The same documents are used at every L and for every model. A perplexity "
+        "of 20 means: as unsure as a choice among 20 equally likely tokens. Only models with the same "
+        "tokenizer can be compared.",
     ),
-    ("Tail perplexity", "the same over the last tokens before L only: the ones that have the longest context."),
-    ("Bits per byte", "the loss in bits over the UTF-8 bytes of the text; comparable between tokenizers."),
+    (
+        "Tail perplexity",
+        "the same over the last tokens before L only: the ones that have the longest context.",
+    ),
+    (
+        "Bits per byte",
+        "the loss in bits over the UTF-8 bytes of the text; comparable between tokenizers.",
+    ),
     (
         "95% interval",
-        "percentile bootstrap: the measured losses are drawn again with replacement, the perplexity is computed each time, "
-        "and 95% of the results lie within the interval. It says how much the number depends on the documents chosen, not "
-        "how other kinds of text would do.{units}",
+        "percentile bootstrap: the measured losses are drawn again with replacement, the perplexity is "
+        "computed each time, and 95% of the results lie within the interval. It says how much the number "
+        "depends on the documents chosen, not how other kinds of text would do.{units}",
     ),
     (
         "KV cache",
-        "the keys and values of all tokens read so far, kept in memory while text is generated; it grows with every token "
-        "and with the number of key/value (KV) heads.",
+        "the keys and values of all tokens read so far, kept in memory while text is generated; it grows with"
+        " every token and with the number of key/value (KV) heads.",
     ),
-    ("Window", "the number of tokens the model can read at once, prompt and answer together."),
-    ("Native window", "the window of the model before this run."),
+    (
+        "Window",
+        "the number of tokens the model can read at once, prompt and answer together.",
+    ),
+    (
+        "Native window",
+        "the window of the model before this run.",
+    ),
     (
         "Keys lost, values lost",
-        "the part of the attention scores' and of the attention output's energy, on the calibration text, that the shared "
-        "heads cannot represent.",
+        "the part of the attention scores' and of the attention output's energy, on the calibration text, "
+        "that the shared heads cannot represent.",
     ),
     (
         "Held-out error",
-        "how far a layer's attention output is from the original's on text the repair was not fitted on, as a share of "
-        "the original's energy.",
+        "how far a layer's attention output is from the original's on text the repair was not fitted on, as a"
+        " share of the original's energy.",
     ),
-    ("Peak memory", "the most memory the process held during the step, model included."),
+    (
+        "Peak memory",
+        "the most memory the process held during the step, model included.",
+    ),
 )
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retrofit.evaluate.perplexity import ALL
 from retrofit.report import summary, words
 from retrofit.report.data import ModelResult, RunData, StepRecord, loss_by_position
-from retrofit.report.figures import card_picture, figures
+from retrofit.report.figures import Figure, card_picture, figures
 from retrofit.report.glossary import definitions
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 __all__ = ["ModelResult", "RunData", "StepRecord", "html", "loss_by_position", "markdown", "render"]
 
@@ -34,8 +38,9 @@ def render(run: RunData, folder: str | Path) -> tuple[Path, ...]:
     if picture is not None:
         files[f"{CARD_CHART}.svg"] = picture.svg.encode()
         files[f"{CARD_CHART}.png"] = picture.png
-    files["report.md"] = markdown(run).encode()
-    files["report.html"] = html(run).encode()
+    shown = figures(run)
+    files["report.md"] = markdown(run, shown).encode()
+    files["report.html"] = html(run, shown).encode()
     for name, content in files.items():
         part = folder / f".{name}.partial"
         part.write_bytes(content)
@@ -43,18 +48,19 @@ def render(run: RunData, folder: str | Path) -> tuple[Path, ...]:
     return tuple(folder / name for name in reversed(files))
 
 
-def html(run: RunData) -> str:
-    """The report as one HTML page."""
-    return _template("report.html.j2", autoescape=True).render(**_content(run))
+def html(run: RunData, shown: tuple[Figure, ...] | None = None) -> str:
+    """The report as one HTML page. shown: its figures, when they are drawn already."""
+    return _template("report.html.j2", autoescape=True).render(
+        **_content(run, figures(run) if shown is None else shown)
+    )
 
 
-def markdown(run: RunData) -> str:
+def markdown(run: RunData, shown: tuple[Figure, ...] | None = None) -> str:
     """The report as Markdown, with tables where the page has charts."""
-    return _template("report.md.j2", autoescape=False).render(**_content(run))
+    return _template("report.md.j2", autoescape=False).render(**_content(run, figures(run) if shown is None else shown))
 
 
-def _content(run: RunData) -> dict[str, Any]:
-    shown = figures(run)
+def _content(run: RunData, shown: tuple[Figure, ...]) -> dict[str, Any]:
     return {
         "run": run,
         "title": f"{summary.title_of(run)}: {run.name}",
@@ -65,7 +71,8 @@ def _content(run: RunData) -> dict[str, Any]:
         "comparisons": [summary.comparison(run, kind) for kind in run.kinds],
         "details": [summary.details(run, kind) for kind in run.kinds if kind != ALL or len(run.kinds) == 1],
         "sections": [(name, [one for one in shown if one.section == key]) for key, name in SECTIONS.items()],
-        "has_chart": card_picture(run) is not None,
+        "past_native": summary.past_native(run),
+        "has_chart": bool(run.kinds),
         "gate": summary.requirements(run),
         "steps": summary.steps(run),
         "proof": _proof(run.kernel_proof),
@@ -101,7 +108,8 @@ def _proof(proof: Mapping[str, Any] | None) -> str:
     result = "within" if proof.get("passed") else "MORE THAN"
     return (
         f"Kernel `{proof.get('kernel')}` against `{proof.get('reference', 'eager')}` on "
-        f"{words.count(proof.get('tokens'))} tokens: the logits differ by at most {words.number(proof.get('max_difference'))}, {result} the tolerance of "
+        f"{words.count(proof.get('tokens'))} tokens: "
+        f"the logits differ by at most {words.number(proof.get('max_difference'))}, {result} the tolerance of "
         f"{words.number(proof.get('tolerance'))}."
     )
 
@@ -130,8 +138,21 @@ def _template(name: str, *, autoescape: bool) -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["cell"] = _cell
+    environment.filters |= {"cell": _cell, "prose": _prose, "split": _split}
     return environment.get_template(name)
+
+
+def _prose(text: str) -> Markup:
+    """Escaped text with `names` set as code."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _split(text: str) -> tuple[str, str]:
+    """A cell's value and what stands in brackets after it, which narrow screens set below."""
+    found = re.fullmatch(r"(\S+) ([\[(].*)", text)
+    return (found[1], found[2]) if found else (text, "")
 
 
 def _cell(text: object) -> str:

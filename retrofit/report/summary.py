@@ -68,7 +68,7 @@ def verdict(run: RunData) -> str:
     changes = []
     shrunk = kv_ratio(run)
     if shrunk and shrunk > 1.001:
-        changes.append(f"needs {words.times(shrunk)} less memory for its KV cache")
+        changes.append(f"has a {words.times(shrunk)} smaller KV cache")
     if grew(run):
         changes.append(f"reads {words.count(run.claimed_length)} tokens instead of {words.count(run.native_length)}")
     changed = " and ".join(changes) if changes else "keeps its KV cache and its window"
@@ -85,9 +85,12 @@ def _costs(run: RunData) -> str:
     if length is None:
         return ""
     kinds = [kind for kind in run.kinds if kind != ALL]
-    found = [(kind, ratio(run, kind, length)) for kind in kinds]
-    parts = [f"{words.times(value)} the original's on {kind}" for kind, value in found if value is not None]
-    return f"at {words.count(length)} tokens its perplexity is {_and(parts)}" if parts else ""
+    found = [(kind, value) for kind in kinds if (value := ratio(run, kind, length)) is not None]
+    if not found:
+        return ""
+    whose = [" the original's"] + [""] * len(found)
+    parts = [f"{words.times(value)}{of} on {kind}" for (kind, value), of in zip(found, whose, strict=False)]
+    return f"its perplexity at {words.count(length)} tokens is {_and(parts)}"
 
 
 def key_numbers(run: RunData) -> tuple[Number, ...]:
@@ -97,22 +100,43 @@ def key_numbers(run: RunData) -> tuple[Number, ...]:
     if shrunk and before and after:
         heads = f"{before.kv_heads} → {after.kv_heads} KV heads, " if before.kv_heads and after.kv_heads else ""
         detail = f"{heads}{words.size(before.kv_bytes_per_token)} → {words.size(after.kv_bytes_per_token)} a token"
-        value = f"{words.times(shrunk)} smaller" if shrunk > 1.001 else "unchanged"
+        value = f"÷ {words.times(shrunk).rstrip('×')}" if shrunk > 1.001 else "unchanged"
         numbers.append(Number("KV cache", value, detail))
     if run.claimed_length:
-        detail = f"was {words.count(run.native_length)} tokens" if grew(run) else "tokens, unchanged"
+        detail = f"tokens, was {words.count(run.native_length)}" if grew(run) else "tokens, unchanged"
         numbers.append(Number("Window", words.count(run.claimed_length), detail))
     if run.head_length and before and after:
         for kind in run.kinds:
             old, new = before.row(kind, run.head_length), after.row(kind, run.head_length)
             if kind != ALL and old and new:
                 detail = f"{words.number(old.ppl)} → {words.number(new.ppl)} at {words.count(run.head_length)} tokens"
-                numbers.append(Number(f"Perplexity, {kind}", words.times(new.ppl / old.ppl), detail))
+                numbers.append(
+                    Number(f"Perplexity against the original, {kind}", words.times(new.ppl / old.ppl), detail)
+                )
+    numbers += _beyond(run)
     if before and after and before.decode_tokens_per_s and after.decode_tokens_per_s:
         gain = after.decode_tokens_per_s / before.decode_tokens_per_s
         detail = f"{words.number(before.decode_tokens_per_s)} → {words.number(after.decode_tokens_per_s)} tokens/s"
         numbers.append(Number("Decoding speed", words.times(gain), detail))
     return tuple(numbers)
+
+
+def past_native(run: RunData) -> bool:
+    """Whether something was measured past the window the original was made for."""
+    return bool(run.native_length and run.lengths and run.lengths[-1] > run.native_length)
+
+
+def _beyond(run: RunData) -> list[Number]:
+    """The final model at the longest length, where that lies past the original's window."""
+    if run.final is None or not run.kinds or not past_native(run):
+        return []
+    kind, length = (ALL if ALL in run.kinds else run.kinds[0]), run.lengths[-1]
+    after = run.final.row(kind, length)
+    before = run.original.row(kind, length) if run.original else None
+    if after is None:
+        return []
+    detail = f"the original, past its window: {words.number(before.ppl)}" if before else kind_name(kind)
+    return [Number(f"Perplexity at {words.count(length)} tokens", words.number(after.ppl), detail)]
 
 
 def checks(run: RunData) -> tuple[tuple[str, bool | None], ...]:

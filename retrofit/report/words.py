@@ -17,13 +17,16 @@ def number(value: float | None, digits: int = 3) -> str:
     size = abs(value)
     if size != 0 and size < 1e-3:
         return f"{value:.{digits - 1}e}"
-    whole = 1 if size < 1 else math.floor(math.log10(size)) + 1
+    whole = math.floor(math.log10(size)) + 1 if size else digits
     return f"{value:,.{max(digits - whole, 0)}f}"
 
 
 def times(value: float | None) -> str:
-    """A ratio: 3x as "3.00×"."""
-    return NONE if value is None else f"{number(value)}×"
+    """A ratio: 3×, 1.5×, 1.71×."""
+    if value is None:
+        return NONE
+    text = number(value)
+    return f"{text.rstrip('0').rstrip('.') if '.' in text and 'e' not in text else text}×"
 
 
 def count(value: int | None) -> str:

@@ -1,0 +1,247 @@
+"""A report says what the data says, with or without any part of a run, and nothing in it can break the page."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from retrofit.report import charts, summary, words
+from retrofit.report.charts import Line
+from retrofit.report.data import ModelResult, RunData, StepRecord, loss_by_position
+from retrofit.report.figures import card_picture, figures
+from retrofit.report.render import html, markdown, render
+from tests.report.made_up import conversion, model, run
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return html(run())
+
+
+def visible(text: str) -> str:
+    """What a reader reads: no style, no markup."""
+    return re.sub(r"<[^>]+>", " ", re.sub(r"<(style|svg).*?</\1>", "", text, flags=re.DOTALL))
+
+
+def test_verdict_and_key_numbers() -> None:
+    data = run()
+    assert summary.verdict(data) == (
+        "SmolLM2-135M-Instruct now has a 3× smaller KV cache and reads 16,384 tokens instead of 8,192; its perplexity "
+        "at 8,192 tokens is 1.5× the original's on python-docs and 1.71× on python-stdlib."
+    )
+    shown = {number.label: (number.value, number.detail) for number in summary.key_numbers(data)}
+    assert shown["KV cache"] == ("÷ 3", "3 → 1 KV heads, 22.5 KiB → 7.50 KiB a token")
+    assert shown["Window"] == ("16,384", "tokens, was 8,192")
+    assert shown["Perplexity against the original, python-docs"] == ("1.5×", "10.4 → 15.6 at 8,192 tokens")
+    assert shown["Decoding speed"][0] == "1.17×"
+    assert "76.5" in shown["Perplexity at 16,384 tokens"][1]
+
+
+def test_comparison_table_holds_the_rows() -> None:
+    table = summary.comparison(run(), "python-docs")
+    assert table.headers == ("context length", "original", "converted", "recovered", "final ÷ original")
+    assert table.rows[0] == ("1,024", "14.2 [13.2, 15.3]", "61.0 [56.7, 65.9]", "20.3 [18.9, 21.9]", "1.43×")
+    assert table.rows[-1][0] == "16,384 (past native)"
+
+
+def test_page_has_every_part(page: str) -> None:
+    text = visible(page)
+    for part in (
+        "What was done",
+        "Before and after",
+        "What to watch out for",
+        "Loss by position",
+        "Loss during training",
+        "Memory of the KV cache",
+        "Decoding speed",
+        "What the conversion cost in each layer",
+        "ppl_ratio@8192",
+        "fresh process with stock transformers",
+        "Time and memory",
+        "3 min 21 s",
+        "retrofit run quickstart",
+        "percentile bootstrap",
+        "blocks of 512 tokens",
+    ):
+        assert part in text, part
+    assert page.count("<figure>") == 8
+    assert page.count("The data of this chart") == 8
+
+
+def test_page_is_self_contained_and_well_formed(page: str) -> None:
+    assert not re.search(r'(?:src|href)="(?!#)', page)
+    assert "@import" not in page and "url(http" not in page and "<script" not in page
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r"url\(#([^)]+)\)", page)) <= set(ids)
+    assert set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
+    for picture in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
+        root = ElementTree.fromstring(picture)
+        assert root.get("role") == "img" and root[0].tag == "title" and root[0].text
+    assert "#101112" not in page
+
+
+def test_same_data_same_bytes(page: str) -> None:
+    assert html(run()) == page
+    first, second = card_picture(run()), card_picture(run())
+    assert first == second and first is not None
+    assert first.png.startswith(b"\x89PNG") and "dc:date" not in first.svg
+
+
+EMPTY = RunData(name="empty")
+CASES = {
+    "empty": EMPTY,
+    "without convert": run(conversion=None, models=(model("original", 3), replace(model("recovered", 3)))),
+    "without recover": run(training=(), models=(model("original", 3), model("converted", 1))),
+    "without evaluate": run(
+        models=tuple(
+            replace(one, rows=(), position_losses=(), decode_tokens_per_s=None)
+            for one in (model("original", 3), model("converted", 1))
+        )
+    ),
+    "original only": run(
+        models=(model("original", 3),), conversion=None, context=None, training=(), claimed_length=8192
+    ),
+    "no native length": run(native_length=None, claimed_length=None),
+    "unmeasured memory": run(steps=(StepRecord("convert"),), gate=(), reload=None, kernel_proof=None, kernel=None),
+    "conversion without costs": run(conversion={**conversion(), "layers": [{"index": 0}]}),
+    "one kind": run(models=tuple(replace(one, rows=one.rows[:5]) for one in run().models)),
+    "unknown labels": run(models=(model("original", 3), replace(model("recovered", 1), label="searched"))),
+    "no held-out loss": run(training=((1, 2.0, None), (2, 1.0, None))),
+    "held-out loss only": run(training=((1, None, 2.0), (2, None, 2.5))),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_any_part_may_be_missing(name: str) -> None:
+    data = CASES[name]
+    shown = figures(data)
+    page, plain = html(data, shown), markdown(data, shown)
+    for text in (visible(page), plain):
+        assert "None" not in text and "nan" not in text.split()
+        assert summary.verdict(data).split(";")[0][:40] in text
+    assert "What the measures mean" in page
+
+
+def test_verdicts_without_parts() -> None:
+    assert summary.verdict(EMPTY) == (
+        "the model keeps its KV cache and its window; how well it predicts text was not compared."
+    )
+    assert "was measured as it is" in summary.verdict(CASES["original only"])
+    assert "not compared" in summary.verdict(CASES["without evaluate"])
+    assert "smaller KV cache" not in summary.verdict(CASES["without convert"])
+
+
+def test_cautions_follow_the_data() -> None:
+    assert not any("one kind" in text for text in summary.cautions(run()))
+    assert any("one kind of text only (python-docs)" in text for text in summary.cautions(CASES["one kind"]))
+    assert any("2 documents" in text for text in summary.cautions(run()))
+    assert any("rose again" in text for text in summary.cautions(CASES["held-out loss only"]))
+    assert not any("rose again" in text for text in summary.cautions(run()))
+    failed = run(gate=({"metric": "kv_ratio", "bound": ">= 4", "value": 3.0, "passed": False, "reason": "x"},))
+    assert "Requirement not met: kv_ratio >= 4." in summary.cautions(failed)
+    assert ("0 of 1 requirements met", False) in summary.checks(failed)
+    assert any("not measured to its end" in text for text in summary.cautions(run(claimed_length=65536)))
+    unproven = run(kernel_proof={**run().kernel_proof, "passed": False})  # type: ignore[dict-item]
+    assert any("kernel differs by 3.10e-05" in text for text in summary.cautions(unproven))
+    assert "MORE THAN the tolerance" in html(unproven, ())
+
+
+def test_text_cannot_break_the_page_or_the_table() -> None:
+    bad = "<script>alert(1)</script>|`x`$y_1^2$ {{ 7*7 }} \\"
+    rows = tuple(replace(row, kind=bad) for row in run().models[0].rows[:5])
+    data = run(
+        name=bad, model=bad, notes=(bad,), commands=(bad,), recipe_yaml=bad, description=bad,
+        models=(ModelResult("original", rows), ModelResult(bad, rows)),
+    )  # fmt: skip
+    page, plain = html(data), markdown(data)
+    assert "<script>" not in page and "{{ 7*7 }}" in visible(page)
+    assert "&lt;script&gt;" in page
+    table = next(line for line in plain.splitlines() if line.startswith("| 1,024"))
+    header = next(line for line in plain.splitlines() if line.startswith("| context length"))
+    assert len(re.findall(r"(?<!\\)\|", table)) == len(re.findall(r"(?<!\\)\|", header))
+
+
+def test_wide_values_get_a_logarithmic_axis() -> None:
+    lengths = [1024, 2048]
+    narrow = charts.perplexity_by_length("a", [Line("original", lengths, [10, 40])], native=1024)
+    wide = charts.perplexity_by_length("a", [Line("original", lengths, [10, 900_000])], native=1024)
+    assert ">20<" in narrow.themed and ">100,000<" not in narrow.themed
+    assert ">100,000<" in wide.themed and ">1,000<" in wide.themed
+
+
+def test_native_window_is_marked_only_inside_the_axis() -> None:
+    lines = [Line("original", [1024, 2048], [10, 40])]
+    assert ">native<" in charts.perplexity_by_length("a", lines, native=2048).themed
+    assert ">native<" not in charts.perplexity_by_length("a", lines, native=65536).themed
+
+
+def test_models_are_told_apart_without_colour() -> None:
+    styles = list(charts.STYLES.values())
+    assert len({style.marker for style in styles}) == len({str(style.dash) for style in styles}) == len(styles)
+    picture = card_picture(run())
+    assert picture is not None
+    assert all(f">{label}<" in picture.themed for label in ("original", "converted", "recovered"))
+
+
+def test_loss_by_position_is_the_mean_over_documents() -> None:
+    losses = [np.arange(8, dtype=np.float32), np.arange(12, dtype=np.float32) + 2]
+    assert loss_by_position(losses, buckets=4) == ((2.0, 1.5), (4.0, 3.5), (6.0, 5.5), (8.0, 7.5))
+    assert loss_by_position([], buckets=4) == ()
+    assert len(loss_by_position([np.zeros(3)], buckets=24)) == 3
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (words.number(0.001), "0.00100"),
+        (words.number(3.1e-5), "3.10e-05"),
+        (words.number(0), "0"),
+        (words.number(0.79), "0.790"),
+        (words.number(43.51), "43.5"),
+        (words.number(17521.2), "17,521"),
+        (words.number(None), "–"),
+        (words.number(float("inf")), "inf"),
+        (words.times(3.0), "3×"),
+        (words.times(100.0), "100×"),
+        (words.size(23040), "22.5 KiB"),
+        (words.size(12), "12 B"),
+        (words.duration(200), "3 min 20 s"),
+        (words.duration(3900), "1 h 5 min"),
+        (words.duration(0.42), "0.4 s"),
+        (words.tokens(131072), "128k"),
+        (words.tokens(1000), "1,000"),
+    ],
+)
+def test_numbers_as_people_read_them(said: str, expected: str) -> None:
+    assert said == expected
+
+
+def test_render_writes_the_files(tmp_path) -> None:
+    files = render(run(), tmp_path / "run")
+    assert {path.name for path in files} == {"report.html", "report.md", "perplexity.svg", "perplexity.png"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in files}
+    assert "![Perplexity against context length](perplexity.png)" in (tmp_path / "run" / "report.md").read_text()
+    assert {path.name for path in render(EMPTY, tmp_path / "empty")} == {"report.html", "report.md"}
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_a_browser_shows_it_without_asking_for_anything(tmp_path) -> None:
+    render(run(), tmp_path)
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    shot = tmp_path / "shot.png"
+    subprocess.run(
+        [*browser, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,900", f"--screenshot={shot}",
+         (tmp_path / "report.html").as_uri()],
+        check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    from matplotlib.image import imread
+
+    pixels = imread(shot)
+    assert pixels.std() > 0.05
