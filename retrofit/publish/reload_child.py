@@ -5,6 +5,7 @@ checkpoint, so it makes `retrofit` impossible to import before it does anything 
 """
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -26,7 +27,7 @@ class _Blocked(MetaPathFinder):
 def require_stock() -> None:
     """Fail unless `import retrofit` fails and none of its modules is loaded."""
     try:
-        import retrofit  # noqa: F401
+        importlib.import_module("retrofit")
     except ModuleNotFoundError:
         pass
     else:

@@ -96,11 +96,11 @@ def test_mistakes_of_the_caller(tmp_path: Path) -> None:
 
 
 def test_memory_is_one_tensor(tmp_path: Path) -> None:
-    """256 MB of weights in 8 MB tensors, every one through a rule: the peak grows by far less than the model."""
+    """160 MB of weights in 8 MB tensors, every one through a rule: the peak grows by far less than the model."""
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    save_file({f"t{i:02d}": torch.full((1024, 2048), float(i)) for i in range(32)}, folder / "model.safetensors")
+    save_file({f"t{i:02d}": torch.full((1024, 2048), float(i)) for i in range(20)}, folder / "model.safetensors")
     code = (
         "import resource, sys, torch\n"
         "from pathlib import Path\n"
@@ -117,5 +117,5 @@ def test_memory_is_one_tensor(tmp_path: Path) -> None:
     grown = subprocess.run(
         [sys.executable, "-c", code, str(folder), str(tmp_path / "out")], capture_output=True, text=True, check=True
     ).stdout
-    assert int(grown) * 1024 < 64e6
-    assert Checkpoint.open(tmp_path / "out").tensor("t31")[0, 0] == 62
+    assert int(grown) * 1024 < 48e6
+    assert Checkpoint.open(tmp_path / "out").tensor("t19")[0, 0] == 38
