@@ -23,7 +23,7 @@ from retrofit.model.families import describe
 from retrofit.model.load import load_config, load_model, load_tokenizer, resolve_dtype
 from retrofit.pipeline.texts import calibration_text
 from retrofit.recipe.schema import Context, Convert, Evaluate, Recover
-from retrofit.recover.data import Teacher, training_tokens
+from retrofit.recover.data import Teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +43,9 @@ class Origin:
 
     def after(self, step: str, config: object, result: Mapping[str, object]) -> Origin:
         """The same with one more step."""
-        record = {"step": step, "config": config, **{key: value for key, value in result.items() if key != "seconds"}}
+        # Without the clock, so that the same inputs give the same bytes.
+        found = {key: value for key, value in result.items() if key != "seconds"}
+        record = {"step": step, "config": config, "result": found}
         return Origin(self.source, (*self.steps, record))
 
     def write(self, folder: Path) -> None:
@@ -95,6 +97,55 @@ def extend(source: Path, out: Path, context: Context, origin: Origin, *, overwri
         extension = write_extended(source, folder, length=context.length, factor=context.factor, method=context.method)
         origin.after("extend", dump(context), facts(extension)).write(folder)
     return extension
+
+
+def recover(
+    student: Path,
+    original: Path,
+    out: Path,
+    section: Recover,
+    origin: Origin,
+    *,
+    samples: Teacher,
+    kernel: str,
+    dtype: str,
+    device: str,
+    seed: int,
+    work: Path,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> RecoverReport:
+    """Train `student` to follow `original` and write the merged checkpoint to `out`.
+
+    samples: the original model, for the text source `self`. work: where training keeps what it can go on from.
+    """
+    tokenizer = load_tokenizer(student)
+    length = section.sequence_length
+    tokens_NT = training_tokens(
+        section.text, tokenizer, section.tokens, length, seed, teacher=samples, progress=progress
+    )
+    held_out_NT = training_tokens(
+        section.text, tokenizer, section.eval_tokens, length, seed, "held_out", teacher=samples, progress=progress
+    )
+    with staged(out, overwrite=overwrite) as folder:
+        report = train(
+            student,
+            original,
+            folder,
+            section,
+            tokens_NT,
+            held_out_NT,
+            device=device,
+            dtype=dtype,
+            kernel=kernel,
+            seed=seed,
+            work_dir=work,
+            max_shard_size=max_shard_size,
+            progress=progress,
+        )
+        origin.after("recover", dump(section), facts(report)).write(folder)
+    return report
 
 
 def score_folder(

@@ -20,7 +20,7 @@ from retrofit.model import source as sources
 from retrofit.model.families import describe, family_of
 from retrofit.model.inspect import count_parameters
 from retrofit.model.load import load_config, load_tokenizer, resolve_device
-from retrofit.model.source import Source
+from retrofit.model.source import EMBEDDED, Source
 from retrofit.model.spec import AttentionSpec
 from retrofit.pipeline.journal import NAME as JOURNAL
 from retrofit.pipeline.plan import FOLDERS, ModelFacts, Plan, Throughput, claimed_length, make_plan, steps_of
@@ -28,7 +28,7 @@ from retrofit.pipeline.texts import scored_documents
 from retrofit.publish.card import require_licence_and_base
 from retrofit.recipe.schema import Recipe, TextSource
 from retrofit.recover.data import Teacher, check_sources
-from retrofit.recover.files import kind_of
+from retrofit.recover.files import HUB, kind_of
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -216,10 +216,27 @@ def _documents(recipe: Recipe, source: Source, device: str) -> tuple[Document, .
     )
 
 
+def public_model(source: Source) -> str:
+    """The source as others can name it: no path of this machine."""
+    if source.repo_id or source.requested == EMBEDDED:
+        return source.repo_id or source.requested
+    return source.base_model or Path(source.requested).name
+
+
+def public_recipe(recipe: Recipe, source: Source) -> Recipe:
+    """The recipe as others can read it: files by their names alone."""
+    values = recipe.model_dump(mode="json")
+    for part in (values["convert"] and values["convert"]["calibration"], values["recover"], values["evaluate"]):
+        for text in part["text"] if part else ():
+            if not text["source"].startswith(HUB):
+                text["source"] = Path(text["source"]).name
+    return Recipe.model_validate({**values, "model": public_model(source)})
+
+
 def source_record(source: Source) -> Mapping[str, object]:
     """Where a model comes from, as retrofit.json keeps it."""
     return {
-        "model": source.repo_id or source.base_model or Path(source.requested).name,
+        "model": public_model(source),
         "kind": source.kind,
         "revision": source.revision,
         "base_model": source.base_model,

@@ -16,10 +16,12 @@ from retrofit.checkpoint.rewrite import rewrite
 from retrofit.checkpoint.write import copy_side_files, parse_size, staged
 from retrofit.console import jsonable
 from retrofit.evaluate.losses import TokenLosses, documents_digest
+from retrofit.model.families import describe
 from retrofit.model.load import load_config, load_tokenizer
 from retrofit.pipeline import reporting
 from retrofit.pipeline.evaluation import losses_file
 from retrofit.pipeline.plan import FOLDERS
+from retrofit.pipeline.prepare import public_recipe
 from retrofit.pipeline.runner import FINAL, Runner, State
 from retrofit.publish.card import CardInput, CardModel, Recovery, render_card
 from retrofit.publish.gate import GateResult, check, enforce
@@ -91,7 +93,7 @@ def _write_final(
     record = {
         "name": card.title,
         "source": state.origin.source,
-        "recipe": prepared.recipe.model_dump(mode="json"),
+        "recipe": public_recipe(prepared.recipe, prepared.source).model_dump(mode="json"),
         "steps": state.origin.steps,
         "metrics": runner.entries["evaluate"].result["metrics"],
         "gate": jsonable(results),
@@ -126,23 +128,25 @@ def _card(runner: Runner, state: State, folder: Path, section: Publish, *, chart
     prepared, recipe = runner.prepared, runner.prepared.recipe
     source = prepared.source
     data = reporting.run_data(runner, ())
-    first, *_, last = (*data.models, *data.models)
+    config = load_config(state.path)
+    before, after = prepared.spec, describe(config)
+    first = data.models[0]
     assert data.native_length and data.claimed_length
     base = section.base_model or source.base_model
     return CardInput(
         title=title(recipe, base, data.claimed_length),
         base_model=base,
         licence=section.licence or source.licence,
-        architecture=(load_config(state.path).architectures or [prepared.spec.family])[0],
-        dtype=str(load_config(state.path).dtype).removeprefix("torch."),
+        architecture=(config.architectures or [prepared.spec.family])[0],
+        dtype=str(config.dtype).removeprefix("torch."),
         layers=len(prepared.spec.layers),
-        kv_heads=(first.kv_heads or 0, last.kv_heads or 0),
+        kv_heads=(before.layers[0].kv_heads, after.layers[0].kv_heads),
         native_length=data.native_length,
         claimed_length=data.claimed_length,
         models=tuple(CardModel(model.label, model.rows) for model in data.models),
-        kv_bytes_per_token=(first.kv_bytes_per_token or 0, last.kv_bytes_per_token or 0),
-        kv_cache_bytes={n: (first.kv_cache_bytes[n], last.kv_cache_bytes[n]) for n in first.kv_cache_bytes},
-        recipe_yaml=dump_recipe(recipe.model_copy(update={"model": base})),
+        kv_bytes_per_token=(before.kv_bytes_per_token(), after.kv_bytes_per_token()),
+        kv_cache_bytes={n: (before.kv_cache_bytes(n), after.kv_cache_bytes(n)) for n in first.kv_cache_bytes},
+        recipe_yaml=dump_recipe(public_recipe(recipe, source)),
         commands=data.commands,
         versions=versions(),
         snippet=load_snippet(chat=bool(getattr(load_tokenizer(folder), "chat_template", None))),

@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrofit import bundled
 from retrofit.checkpoint.provenance import versions
 from retrofit.console import jsonable
 from retrofit.evaluate.losses import TokenLosses
 from retrofit.evaluate.perplexity import Row
+from retrofit.model.source import Source
 from retrofit.pipeline.evaluation import losses_file
 from retrofit.pipeline.plan import STEPS
+from retrofit.pipeline.prepare import public_model
 from retrofit.pipeline.runner import Runner
-from retrofit.recipe.load import dump_recipe
+from retrofit.recipe.load import dump_recipe, load_recipe
+from retrofit.recipe.schema import Recipe
 from retrofit.report.data import ModelResult, RunData, StepRecord, loss_by_position
 from retrofit.report.render import render
 
@@ -55,8 +59,15 @@ def run_data(runner: Runner, results: tuple[GateResult, ...]) -> RunData:
             *prepared.notes,
             *(note for one in (conversion, found.get("recover")) if one for note in one.get("notes", ())),
         ),
-        commands=(f"retrofit run {recipe.name} --model {prepared.source.base_model or recipe.model}",),
+        commands=(command(recipe, prepared.source),),
     )
+
+
+def command(recipe: Recipe, source: Source) -> str:
+    """What to type to do the same run again; a recipe of one's own is the file that is shown beside it."""
+    bundled_recipe = recipe.name in bundled.names("recipes") and load_recipe(recipe.name, model=recipe.model) == recipe
+    name = recipe.name if bundled_recipe else "recipe.yaml"
+    return f"retrofit run {name} --model {public_model(source)}"
 
 
 def _dicts(results: tuple[GateResult, ...]) -> list[dict[str, Any]]:

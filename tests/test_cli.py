@@ -1,0 +1,167 @@
+"""The command line: instant help, errors in the words of people, and results for machines."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import retrofit
+from retrofit.cli import app
+from tests.tiny import save_tiny
+
+COMMANDS = [
+    ["run"],
+    ["plan"],
+    ["inspect"],
+    ["convert"],
+    ["extend"],
+    ["recover"],
+    ["evaluate"],
+    ["publish"],
+    ["compare"],
+    ["recipes", "list"],
+    ["recipes", "show"],
+    ["recipes", "copy"],
+    ["schema"],
+    ["doctor"],
+]
+HELP = """
+import sys
+from retrofit.cli import app
+try:
+    app(["--help"])
+except SystemExit:
+    pass
+heavy = {"torch", "transformers", "numpy", "pydantic", "matplotlib"} & set(sys.modules)
+sys.exit(f"imported {heavy}" if heavy else 0)
+"""
+
+
+def cli(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result.stdout if code == 0 else result.output
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model") / "tiny", "llama")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: retrofit" in done.stdout or "Usage:" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_an_example_in_its_help(command: list[str]) -> None:
+    assert f"retrofit {' '.join(command)}" in cli(*command, "--help").split("Examples:")[1]
+
+
+def test_version() -> None:
+    assert cli("--version") == f"retrofit {retrofit.__version__}\n"
+
+
+def test_every_command_is_a_function_even_when_a_subpackage_has_its_name() -> None:
+    import retrofit.evaluate.perplexity
+    import retrofit.publish.gate
+    import retrofit.recover.corpora
+
+    assert all(callable(getattr(retrofit, name)) for name in retrofit.COMMANDS)
+    with pytest.raises(retrofit.UserError, match="is no folder"):
+        retrofit.evaluate("./missing/folder/x", lengths=[16], text=["python-docs"])
+    with pytest.raises(AttributeError):
+        retrofit.nothing  # noqa: B018
+
+
+def test_schema_is_json_schema_of_every_key() -> None:
+    schema = json.loads(cli("schema"))
+    assert {"convert", "context", "recover", "evaluate", "publish", "require"} <= set(schema["properties"])
+    assert schema["additionalProperties"] is False
+
+
+def test_recipes_are_listed_shown_and_copied(tmp_path: Path) -> None:
+    assert "quickstart" in cli("recipes", "list")
+    assert {entry["name"] for entry in json.loads(cli("recipes", "list", "--json"))} >= {"gqa", "mqa"}
+    shown = yaml.safe_load(cli("recipes", "show", "gqa", "--set", "convert.kv_heads=2"))
+    assert shown["convert"]["kv_heads"] == 2 and shown["recover"]["warmup_ratio"] == 0.05
+    target = tmp_path / "mine.yaml"
+    cli("recipes", "copy", "gqa", target)
+    assert target.read_text().startswith("#")
+    assert "exists already" in cli("recipes", "copy", "gqa", target, code=2)
+
+
+def test_inspect_shows_conversions_and_cache(tiny: Path) -> None:
+    text = cli("inspect", tiny)
+    assert "3 does not divide 4 KV heads" in text and "RoPE linter: nothing" in text
+    found = json.loads(cli("inspect", tiny, "--json"))
+    assert found["kv_heads"] == 4 and found["kv_cache_bytes"]["8192"] == 8192 * 1024
+
+
+def test_doctor_names_every_kernel() -> None:
+    found = json.loads(cli("doctor", "--json"))
+    assert {"eager", "sdpa", "blockwise"} <= {kernel["name"] for kernel in found["kernels"] if kernel["available"]}
+    assert "flash_attention_2" in cli("doctor")
+
+
+def test_plan_reads_no_weights(tiny: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text((tiny / "config.json").read_text())
+    short = ["--set", "convert.calibration.sequence_length=64"]
+    found = json.loads(cli("plan", "quickstart", "--model", bare, *short, "--json"))
+    assert [step["step"] for step in found["steps"]] == ["convert", "extend", "recover", "evaluate", "publish"]
+    assert found["kv_heads"] == [4, 1] and found["positions"] == [512, 16384]
+    assert "measured here" in found["throughput"]["how"]
+
+
+def test_convert_and_extend_write_folders_that_stock_transformers_loads(tiny: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    cli("convert", tiny, "--kv-heads", 2, "--method", "mean", "--out", tmp_path / "two")
+    result = json.loads(
+        cli("extend", tmp_path / "two", "--factor", 2, "--method", "ntk", "--out", tmp_path / "long", "--json")
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "long")
+    assert model.config.num_key_value_heads == 2 and model.config.max_position_embeddings == 1024
+    assert result["report"]["length"] == 1024
+    record = json.loads((tmp_path / "long" / "retrofit.json").read_text())
+    assert [step["step"] for step in record["steps"]] == ["convert", "extend"]
+    assert "not empty" in cli("extend", tiny, "--factor", 2, "--out", tmp_path / "long", code=2)
+
+
+def test_evaluate_keeps_losses_that_compare_reads(tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 20)
+    other = save_tiny(tmp_path / "other", "llama", seed=1)
+    for model, name in ((tiny, "a.npz"), (other, "b.npz")):
+        out = cli(
+            "evaluate", model, "--text", text, "--lengths", "64,128", "--out", tmp_path / name, "--json"
+        )  # fmt: skip
+        rows = json.loads(out)["rows"]
+        assert {row["length"] for row in rows} == {64, 128}
+    found = json.loads(cli("compare", tmp_path / "a.npz", tmp_path / "b.npz", "--lengths", "64", "--json"))
+    row = found["rows"][0]
+    assert row["ratio"] == pytest.approx(row["ppl_b"] / row["ppl_a"], rel=1e-6)
+    assert row["low"] < row["ratio"] < row["high"]
+    assert "of different texts" in _compare_with_another_text(tiny, tmp_path)
+
+
+def _compare_with_another_text(tiny: Path, tmp_path: Path) -> str:
+    text = tmp_path / "another.txt"
+    text.write_text("Call me Ishmael. Some years ago, never mind how long precisely. " * 20)
+    cli("evaluate", tiny, "--text", text, "--lengths", "64", "--out", tmp_path / "c.npz")
+    return cli("compare", tmp_path / "a.npz", tmp_path / "c.npz", code=2)
+
+
+def test_errors_are_three_lines_and_exit_code_2(tmp_path: Path) -> None:
+    text = cli("inspect", tmp_path / "missing", code=2)
+    assert "Traceback" not in text and "fix:" in text and len(text.strip().splitlines()) <= 3
+    assert "not a list of lengths" in cli("compare", "a", "b", "--lengths", "1k", code=2)
