@@ -33,16 +33,15 @@ class Style:
     variable: str
     marker: str
     dash: str | tuple[int, tuple[float, ...]]
-    hatch: str
 
 
 STYLES: dict[str, Style] = {
-    "original": Style("#0072B2", "--blue", "o", "solid", ""),
-    "converted": Style("#D55E00", "--vermillion", "s", (0, (2.0, 1.5)), "///"),
-    "extended": Style("#CC79A7", "--purple", "D", (0, (6.0, 2.0)), "..."),
+    "original": Style("#0072B2", "--blue", "o", "solid"),
+    "converted": Style("#D55E00", "--vermillion", "s", (0, (2.0, 1.5))),
+    "extended": Style("#CC79A7", "--purple", "D", (0, (6.0, 2.0))),
     "recovered": Style("#009E73", "--green", "^", (0, (5.0, 1.2, 1.2, 1.2)), "\\\\\\"),
 }
-_OTHERS = (Style("#E69F00", "--orange", "v", "dashdot", "xx"), Style("#56B4E9", "--sky", "P", "dotted", "++"))
+_OTHERS = (Style("#E69F00", "--orange", "v", "dashdot"), Style("#56B4E9", "--sky", "P", "dotted"))
 _VARIABLES = {INK: "currentColor", GRID: "var(--grid, #d0d1d2)"} | {
     style.colour: f"var({style.variable}, {style.colour})" for style in (*STYLES.values(), *_OTHERS)
 }
@@ -163,7 +162,7 @@ def bars(
                 y = position + (index - (len(groups) - 1) / 2) * height
                 axes.barh(y, value, height * 0.92, color=style.colour, alpha=0.9, linewidth=0)
                 name_it = f"{model}  {show(value)}" if len(groups) > 1 else show(value)
-                axes.annotate(name_it, (value, y), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
+                axes.annotate(name_it, (value, y), (4, 0), textcoords="offset points", va="center", fontsize=9.5)
         axes.set_yticks(range(len(categories)), categories)
         axes.invert_yaxis()
         axes.set_xlabel(label)
@@ -236,7 +235,7 @@ def _mark(axes: Axes, x: int | None, text: str) -> None:
         xycoords=("data", "axes fraction"),
         textcoords="offset points",
         ha="center",
-        fontsize=8.5,
+        fontsize=9.5,
     )
 
 
@@ -251,7 +250,7 @@ def _end_labels(axes: Axes, lines: Sequence[Line]) -> None:
     )
 
 
-def _place_labels(axes: Axes, labels: Sequence[tuple[str, float, float, str]], gap: float = 12.0) -> None:
+def _place_labels(axes: Axes, labels: Sequence[tuple[str, float, float, str]], gap: float = 13.0) -> None:
     """Names at the right edge, level with the ends of their lines and pushed apart to at least `gap` points."""
     scale = 72.0 / axes.figure.dpi
     axes.figure.canvas.draw()
@@ -285,7 +284,7 @@ def _picture(
         "svg.hashsalt": name,
         "text.parse_math": False,
         "font.family": "sans-serif",
-        "font.size": 9.5,
+        "font.size": 10.5,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.edgecolor": INK,

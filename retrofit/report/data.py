@@ -11,6 +11,9 @@ import numpy as np
 
 from retrofit.evaluate.perplexity import ALL, Row
 
+CACHE_LENGTHS = (8192, 16384, 32768, 131072)
+"""Tokens at which the KV cache is shown: keys of `ModelResult.kv_cache_bytes`."""
+
 
 @dataclass(frozen=True)
 class ModelResult:

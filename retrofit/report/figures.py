@@ -11,9 +11,6 @@ from retrofit.report.charts import Line, Picture
 from retrofit.report.data import RunData
 from retrofit.report.summary import Table
 
-CACHE_LENGTHS = (8192, 16384, 32768, 131072)
-
-
 _PERPLEXITY_CAPTION = (
     "How well each model predicts text when it may read this many tokens from the start of a document. Lower is "
     "better; upright bars are 95% intervals; a y axis that spans a wide range is logarithmic."

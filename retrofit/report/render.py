@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit.evaluate.perplexity import ALL
 from retrofit.report import summary, words
-from retrofit.report.data import ModelResult, RunData, StepRecord, loss_by_position
+from retrofit.report.data import CACHE_LENGTHS, ModelResult, RunData, StepRecord, loss_by_position
 from retrofit.report.figures import Figure, card_picture, figures
 from retrofit.report.glossary import definitions
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-__all__ = ["ModelResult", "RunData", "StepRecord", "html", "loss_by_position", "markdown", "render"]
+__all__ = ["CACHE_LENGTHS", "ModelResult", "RunData", "StepRecord", "html", "loss_by_position", "markdown", "render"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 CARD_CHART = "perplexity"
@@ -94,7 +94,7 @@ def _changes(run: RunData) -> tuple[tuple[str, str], ...]:
     got = run.context or {}
     if got:
         how = f"{words.count(got.get('before'))} → {words.count(got.get('length'))} tokens by `{got.get('method')}`"
-        said.append(("Window", f"{how}, factor {words.number(got.get('factor'))}"))
+        said.append(("Window", f"{how}, factor {words.plain(got.get('factor'))}"))
     if run.training:
         said.append(("Recovery", f"{words.count(run.training[-1][0])} optimizer steps"))
     if run.kernel:
@@ -110,7 +110,7 @@ def _proof(proof: Mapping[str, Any] | None) -> str:
         f"Kernel `{proof.get('kernel')}` against `{proof.get('reference', 'eager')}` on "
         f"{words.count(proof.get('tokens'))} tokens: "
         f"the logits differ by at most {words.number(proof.get('max_difference'))}, {result} the tolerance of "
-        f"{words.number(proof.get('tolerance'))}."
+        f"{words.plain(proof.get('tolerance'))}."
     )
 
 
@@ -123,7 +123,7 @@ def _reload(report: Mapping[str, Any] | None) -> str:
         "A fresh process with stock transformers, without this package, loaded the written checkpoint and scored the "
         f"same tokens again: losses differ by at most {words.number(report.get('max_difference'))}"
         f"{'' if mean is None else f' (mean {words.number(mean)})'}, {result} the tolerance of "
-        f"{words.number(report.get('tolerance'))}."
+        f"{words.plain(report.get('tolerance'))}."
     )
 
 

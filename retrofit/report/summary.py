@@ -193,10 +193,10 @@ def _about_texts(run: RunData) -> list[str]:
 
 
 def comparison(run: RunData, kind: str) -> Table:
-    """Perplexity with its 95% interval for each length (rows) and model (columns) on one kind of text."""
+    """Perplexity with its 95% interval for each length (rows) and model (columns), and the ratio final / original."""
     models = [model for model in run.models if any(row.kind == kind for row in model.rows)]
     compare = run.original in models and run.final in models
-    headers = ["context length", *(model.label for model in models), *(["final ÷ original"] if compare else [])]
+    headers = ["context length", *(model.label for model in models), *(["ratio"] if compare else [])]
     rows = []
     for length in run.lengths:
         past = " (past native)" if run.native_length and length > run.native_length else ""

@@ -21,12 +21,15 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:,.{max(digits - whole, 0)}f}"
 
 
+def plain(value: float | None) -> str:
+    """A number as it stands in a sentence, without trailing zeros: 2, 1.5, 0.001."""
+    text = number(value)
+    return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
+
+
 def times(value: float | None) -> str:
     """A ratio: 3×, 1.5×, 1.71×."""
-    if value is None:
-        return NONE
-    text = number(value)
-    return f"{text.rstrip('0').rstrip('.') if '.' in text and 'e' not in text else text}×"
+    return NONE if value is None else f"{plain(value)}×"
 
 
 def count(value: int | None) -> str:

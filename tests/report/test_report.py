@@ -45,7 +45,7 @@ def test_verdict_and_key_numbers() -> None:
 
 def test_comparison_table_holds_the_rows() -> None:
     table = summary.comparison(run(), "python-docs")
-    assert table.headers == ("context length", "original", "converted", "recovered", "final ÷ original")
+    assert table.headers == ("context length", "original", "converted", "recovered", "ratio")
     assert table.rows[0] == ("1,024", "14.2 [13.2, 15.3]", "61.0 [56.7, 65.9]", "20.3 [18.9, 21.9]", "1.43×")
     assert table.rows[-1][0] == "16,384 (past native)"
 
@@ -210,6 +210,9 @@ def test_loss_by_position_is_the_mean_over_documents() -> None:
         (words.number(float("inf")), "inf"),
         (words.times(3.0), "3×"),
         (words.times(100.0), "100×"),
+        (words.plain(0.001), "0.001"),
+        (words.plain(2.0), "2"),
+        (words.plain(1e-4), "1.00e-04"),
         (words.size(23040), "22.5 KiB"),
         (words.size(12), "12 B"),
         (words.duration(200), "3 min 20 s"),
