@@ -39,7 +39,7 @@ STYLES: dict[str, Style] = {
     "original": Style("#0072B2", "--blue", "o", "solid"),
     "converted": Style("#D55E00", "--vermillion", "s", (0, (2.0, 1.5))),
     "extended": Style("#CC79A7", "--purple", "D", (0, (6.0, 2.0))),
-    "recovered": Style("#009E73", "--green", "^", (0, (5.0, 1.2, 1.2, 1.2)), "\\\\\\"),
+    "recovered": Style("#009E73", "--green", "^", (0, (5.0, 1.2, 1.2, 1.2))),
 }
 _OTHERS = (Style("#E69F00", "--orange", "v", "dashdot"), Style("#56B4E9", "--sky", "P", "dotted"))
 _VARIABLES = {INK: "currentColor", GRID: "var(--grid, #d0d1d2)"} | {
