@@ -1,0 +1,80 @@
+"""Plans: torch-free arithmetic from the recipe and the spec, checked against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from retrofit.model.families import describe
+from retrofit.pipeline.plan import EFFICIENCY, ModelFacts, Throughput, make_plan, steps_of
+from retrofit.recipe.load import load_recipe
+from tests.tiny import tiny_config
+
+SMOLLM2 = SimpleNamespace(
+    model_type="llama",
+    num_hidden_layers=30,
+    hidden_size=576,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    vocab_size=49152,
+    max_position_embeddings=8192,
+    tie_word_embeddings=True,
+    attention_bias=False,
+    rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+)
+FACTS = ModelFacts("smollm2", describe(SMOLLM2), 134_515_008, "bfloat16")
+SPEED = Throughput(100e9, "100 GFLOP/s for this test")
+
+
+def test_kv_cache_before_and_after_is_exact() -> None:
+    plan = make_plan(load_recipe("quickstart"), FACTS, SPEED)
+    per_head = 2 * 64 * 2 * 30  # K and V, head dim, bytes of bfloat16, layers
+    assert plan.kv_heads == (3, 1) and plan.kv_bytes_per_token == (3 * per_head, per_head)
+    assert plan.positions == (8192, 16384)
+    assert plan.kv_cache_bytes == (3 * per_head * 16384, per_head * 16384)
+
+
+def test_time_is_operations_over_throughput() -> None:
+    recipe = load_recipe("quickstart", ["evaluate.lengths=[1000]", "evaluate.decode_tokens=0"])
+    assert recipe.evaluate is not None
+    evaluate = make_plan(recipe, FACTS, SPEED).of("evaluate")
+    assert evaluate is not None
+    tokens = 3 * 2 * 1000  # three models, one document of each of two sources
+    flops = tokens * (2 * 134_515_008 + 30 * 4 * 9 * 64 * 1000 / 2)
+    assert evaluate.seconds == pytest.approx(flops / (100e9 * EFFICIENCY) + 5)
+
+
+@pytest.mark.parametrize("part", ["recover.tokens=400000", "convert.calibration.tokens=98304"])
+def test_twice_the_tokens_take_twice_the_time(part: str) -> None:
+    step = part.split(".")[0]
+    once = make_plan(load_recipe("quickstart", ["recover.eval_tokens=64", "recover.evals=1"]), FACTS, SPEED).of(step)
+    overrides = ["recover.eval_tokens=64", "recover.evals=1", part]
+    twice = make_plan(load_recipe("quickstart", overrides), FACTS, SPEED).of(step)
+    assert once and twice and twice.seconds == pytest.approx(2 * once.seconds, rel=0.01)
+
+
+def test_a_plan_has_the_steps_of_its_recipe() -> None:
+    assert steps_of(load_recipe("kernel-only")) == ("evaluate",)
+    plan = make_plan(load_recipe("extend-4x"), FACTS, SPEED)
+    assert [cost.step for cost in plan.steps] == ["extend", "recover", "evaluate", "publish"]
+    assert plan.positions == (8192, 32768) and plan.kv_bytes_per_token[0] == plan.kv_bytes_per_token[1]
+    assert plan.disk_bytes == sum(cost.disk_bytes for cost in plan.steps) > 2 * FACTS.weight_bytes
+
+
+def test_a_sliding_window_bounds_the_cache() -> None:
+    spec = describe(tiny_config("gemma3_text"))
+    plan = make_plan(load_recipe("mqa"), ModelFacts("tiny", spec, 100_000, "float32"), SPEED)
+    window, full = 32, 512
+    assert plan.kv_cache_bytes[0] == 2 * 4 * 16 * 4 * (window + full)
+
+
+def test_planning_needs_no_torch() -> None:
+    code = (
+        "import sys; import retrofit.pipeline.plan, retrofit.recipe.load, retrofit.pipeline.journal, retrofit.console; "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
