@@ -34,16 +34,21 @@ _DROPPED = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT", "PYTHONPATH", "
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Largest allowed |difference| of one token's loss, and of a document's mean loss, in nats."""
+    """Largest allowed |difference| of one token's loss, and of the mean loss of 1024 tokens or more, in nats."""
 
     token: float
     mean: float
 
+    def mean_of(self, tokens: int) -> float:
+        """The mean of fewer tokens averages fewer roundings: their spread grows with the root."""
+        return min(self.token, self.mean * max(1.0, 1024 / tokens) ** 0.5)
+
 
 # Float32 differs by the order of summation only. With 8 (bfloat16) or 11 (float16) bits of mantissa another kernel
-# rounds differently in every layer: single tokens move, their mean hardly.
+# rounds differently in every layer: single tokens move, their mean hardly. SmolLM2-135M, two documents of 1024 tokens:
+# float32 2e-5 for a token and 1e-7 in the mean, bfloat16 0.35 and 2e-3.
 TOLERANCES: Mapping[str, Tolerance] = {
-    "float32": Tolerance(token=5e-3, mean=2e-4),
+    "float32": Tolerance(token=2e-3, mean=1e-4),
     "float16": Tolerance(token=0.25, mean=5e-3),
     "bfloat16": Tolerance(token=1.0, mean=2e-2),
 }
@@ -167,11 +172,12 @@ def _compare(fresh: Sequence[np.ndarray], recorded: TokenLosses, dtype: str, res
         if np.abs(difference).max() >= token:
             token, worst = float(np.abs(difference).max()), name
         mean = max(mean, abs(float(difference.mean())))
-        if np.abs(difference).max() > tolerance.token or abs(difference.mean()) > tolerance.mean:
+        allowed = tolerance.mean_of(len(difference))
+        if np.abs(difference).max() > tolerance.token or abs(difference.mean()) > allowed:
             at = int(np.abs(difference).argmax())
             problems.append(
                 f"{name}: mean loss {new.mean():.4f} against {old.mean():.4f} recorded; token {at + 1}: {new[at]:.4f} "
-                f"against {old[at]:.4f} (allowed: {tolerance.mean:g} in the mean, {tolerance.token:g} for a token)"
+                f"against {old[at]:.4f} (allowed: {allowed:.2g} in the mean, {tolerance.token:g} for a token)"
             )
     return ReloadReport(
         passed=not problems,

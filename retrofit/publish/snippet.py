@@ -44,7 +44,7 @@ inputs = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
 )
 output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-print(tokenizer.decode(output[0], skip_special_tokens=True))
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
 
 

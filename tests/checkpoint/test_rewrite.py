@@ -43,6 +43,24 @@ def test_identity(tmp_path: Path, size: str) -> None:
     assert Checkpoint.open(tmp_path / "out").config == {"model_type": "llama", "dtype": "bfloat16"}
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_stock_transformers_reads_what_was_rewritten(tmp_path: Path, tied: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from tests.tiny import save_tiny
+
+    folder = save_tiny(tmp_path / "in", "llama", max_shard_size="50KB", tie_word_embeddings=tied)
+    checkpoint = Checkpoint.open(folder)
+    assert len(checkpoint.shards) > 1
+    (tmp_path / "out").mkdir()
+    rewrite(checkpoint, tmp_path / "out", {}, config=checkpoint.config, max_shard_size="70KB")
+    before = AutoModelForCausalLM.from_pretrained(folder)
+    after, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids = torch.arange(20)[None]
+    assert torch.equal(before(ids).logits, after(ids).logits)
+
+
 def test_rules_change_split_drop_and_add(tmp_path: Path) -> None:
     checkpoint = source(tmp_path / "in")
     (tmp_path / "out").mkdir()

@@ -102,7 +102,10 @@ def test_differences_beyond_the_tolerance_of_the_dtype(dtype: str) -> None:
     same = [losses[:20].copy() for losses in recorded.losses]
     assert _compare(same, recorded, dtype, FOUND).passed
 
-    shifted = [same[0], same[1] + 2 * TOLERANCES[dtype].mean]  # every token a little: only the mean tells
+    allowed = TOLERANCES[dtype].mean_of(20)
+    assert TOLERANCES[dtype].mean == TOLERANCES[dtype].mean_of(2048) < allowed < 0.5 * TOLERANCES[dtype].token
+    assert _compare([same[0], same[1] + 0.9 * allowed], recorded, dtype, FOUND).passed
+    shifted = [same[0], same[1] + 1.5 * allowed]  # every token a little: only the mean tells
     report = _compare(shifted, recorded, dtype, FOUND)
     assert not report.passed and report.worst == "b"
     assert len(report.problems) == 1 and report.problems[0].startswith("b: mean loss")
