@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -56,41 +57,43 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def sections(model: Path, texts: Path) -> dict[str, Any]:
+    """A recipe with every step."""
+    return {
+        "name": "tiny",
+        "model": str(model),
+        "convert": {"kv_heads": 1, "method": "mean"},
+        "context": {"length": 1024, "method": "yarn"},
+        "recover": {
+            "tokens": 512,
+            "sequence_length": 64,
+            "text": [str(texts / "train")],
+            "evals": 2,
+            "eval_tokens": 64,
+            "checkpoints": 4,
+            "adapter": {"rank": 2, "alpha": 4},
+        },
+        "evaluate": {
+            "lengths": [64, 128, 600],
+            "text": [str(texts / "held.txt")],
+            "documents": 1,
+            "tail": 32,
+            "chunk": 64,
+            "decode_tokens": 2,
+            "resamples": 100,
+        },
+        "publish": {"licence": "apache-2.0", "base_model": "someone/tiny"},
+        "require": {"ppl_ratio@64": "<= 100"},
+    }
+
+
 @pytest.fixture
 def recipe(tmp_path: Path, model: Path, texts: Path) -> Callable[..., Path]:
-    """Write a recipe; sections replace those of a whole run, None removes one."""
+    """Write a recipe; keywords replace its keys."""
 
-    def write(**sections: object) -> Path:
-        values: dict[str, object] = {
-            "name": "tiny",
-            "model": str(model),
-            "convert": {"kv_heads": 1, "method": "mean"},
-            "context": {"length": 1024, "method": "yarn"},
-            "recover": {
-                "tokens": 512,
-                "sequence_length": 64,
-                "text": [str(texts / "train")],
-                "evals": 2,
-                "eval_tokens": 64,
-                "checkpoints": 4,
-                "adapter": {"rank": 2, "alpha": 4},
-            },
-            "evaluate": {
-                "lengths": [64, 128, 600],
-                "text": [str(texts / "held.txt")],
-                "documents": 1,
-                "tail": 32,
-                "chunk": 64,
-                "decode_tokens": 2,
-                "resamples": 100,
-            },
-            "publish": {"licence": "apache-2.0", "base_model": "someone/tiny"},
-            "require": {"ppl_ratio@64": "<= 100"},
-        }
-        values.update(sections)
+    def write(**changed: object) -> Path:
         path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None or key in (
-            "convert", "context", "recover", "evaluate", "publish")}))  # fmt: skip
+        path.write_text(yaml.safe_dump({**sections(model, texts), **changed}))
         return path
 
     return write

@@ -1,0 +1,78 @@
+"""Runs one recipe again and again, each time killed with SIGKILL at another moment, until one attempt ends by itself.
+
+`python -m tests.pipeline.kill_child RECIPE OUT 3,8`: the first attempt dies at its third sign of life, the second at its
+eighth (everything a run tells its Progress is one). An attempt is a fork of this process, so imports are paid once.
+Prints the last sign of life of every attempt as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from retrofit.pipeline import commands, evaluation, operations, run  # noqa: F401
+
+
+class Mortal:
+    """A Progress that kills its process at the `lives`-th call and notes where that was."""
+
+    def __init__(self, lives: int, note: Path) -> None:
+        self.lives, self.place, self.file = lives, "start", note
+
+    def start(self, task: str, total: int | None, unit: str) -> None:
+        self._live(task)
+
+    def advance(self, n: int, **fields: float | str) -> None:
+        self._live(self.place)
+
+    def finish(self) -> None:
+        self._live(self.place)
+
+    def note(self, text: str) -> None:
+        self._live(text.split(",")[0])
+
+    def _live(self, place: str) -> None:
+        self.place = place
+        self.lives -= 1
+        if self.lives == 0:
+            self.file.write_text(place)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def attempt(recipe: str, out: str, lives: int) -> str:
+    """Fork, run, and say where the attempt died, or `done`."""
+    note = Path(f"{out}.place")
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            commands.run(recipe, out=out, progress=Mortal(lives, note))
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        place = note.read_text()
+        note.unlink()
+        return place
+    assert os.WEXITSTATUS(status) == 0, "an attempt failed by itself"
+    return "done"
+
+
+def main() -> None:
+    """See the module's docstring."""
+    recipe, out, lives = sys.argv[1:]
+    places = []
+    for number in [*map(int, lives.split(",")), 0]:
+        places.append(attempt(recipe, out, number))
+        if places[-1] == "done":
+            break
+    sys.stdout.write(json.dumps(places))
+
+
+if __name__ == "__main__":
+    main()
