@@ -1,6 +1,6 @@
 """Runs one recipe again and again, each time killed with SIGKILL at another moment, until one attempt ends by itself.
 
-`python -m tests.pipeline.kill_child RECIPE OUT 3,8`: the first attempt dies at its third sign of life, the second at its
+`python -m tests.pipeline.kill_child RECIPE OUT 3,8`: the first attempt dies at its third sign of life, the next at its
 eighth (everything a run tells its Progress is one). An attempt is a fork of this process, so imports are paid once.
 Prints the last sign of life of every attempt as JSON.
 """
