@@ -23,7 +23,9 @@ from retrofit.model.families import describe
 from retrofit.model.load import load_config, load_model, load_tokenizer, resolve_dtype
 from retrofit.pipeline.texts import calibration_text
 from retrofit.recipe.schema import Context, Convert, Evaluate, Recover
-from retrofit.recover.data import Teacher
+from retrofit.recover.data import Teacher, read_texts, training_tokens
+from retrofit.recover.train import RecoverReport
+from retrofit.recover.train import recover as train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 PROOF_TOKENS = 256
 DECODE_PROMPT = 512
+_OF_THE_MOMENT = ("seconds", "peak_bytes", "tokens_per_second", "resumed_from", "notes")
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,7 @@ class Origin:
 
     def after(self, step: str, config: object, result: Mapping[str, object]) -> Origin:
         """The same with one more step."""
-        # Without the clock, so that the same inputs give the same bytes.
-        found = {key: value for key, value in result.items() if key != "seconds"}
-        record = {"step": step, "config": config, "result": found}
+        record = {"step": step, "config": config, "result": _timeless(result)}
         return Origin(self.source, (*self.steps, record))
 
     def write(self, folder: Path) -> None:
@@ -108,7 +109,6 @@ def recover(
     *,
     samples: Teacher,
     kernel: str,
-    dtype: str,
     device: str,
     seed: int,
     work: Path,
@@ -125,9 +125,11 @@ def recover(
     tokens_NT = training_tokens(
         section.text, tokenizer, section.tokens, length, seed, teacher=samples, progress=progress
     )
-    held_out_NT = training_tokens(
-        section.text, tokenizer, section.eval_tokens, length, seed, "held_out", teacher=samples, progress=progress
-    )
+    held_out_NT = None  # one single document is trained on and not measured on; the report says so
+    if any(next(read_texts(source, split="held_out", teacher=samples), None) for source in section.text):
+        held_out_NT = training_tokens(
+            section.text, tokenizer, section.eval_tokens, length, seed, "held_out", teacher=samples, progress=progress
+        )
     with staged(out, overwrite=overwrite) as folder:
         report = train(
             student,
@@ -137,7 +139,6 @@ def recover(
             tokens_NT,
             held_out_NT,
             device=device,
-            dtype=dtype,
             kernel=kernel,
             seed=seed,
             work_dir=work,
@@ -204,6 +205,13 @@ def facts(report: object) -> dict[str, Any]:
     found = jsonable(report)
     assert isinstance(found, dict)
     return found
+
+
+def _timeless(value: Any) -> Any:
+    """Without clock, memory and interruptions, so that the same inputs give the same bytes."""
+    if isinstance(value, Mapping):
+        return {key: _timeless(item) for key, item in value.items() if key not in _OF_THE_MOMENT}
+    return [_timeless(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def dump(section: Convert | Context | Recover) -> dict[str, Any]:

@@ -82,6 +82,12 @@ def prepare(
     config = load_config(source.folder)
     spec = describe(config)
     notes = check_surgery(recipe, config, spec, beyond=beyond)
+    if recipe.dtype not in ("auto", source.dtype) and recipe.convert is None:
+        raise UserError(
+            f"only `convert` writes weights in another dtype, and these are {source.dtype}",
+            where="dtype",
+            fix="write dtype: auto",
+        )
     _check_publish(recipe, source)
     kernel = choose(recipe.kernel, spec, device)
     plan = make_plan(recipe, facts_of(source, config, spec), *([throughput] if throughput else []))

@@ -109,7 +109,6 @@ def recover(recipe: Recipe, teacher: str, out: Path, *, progress: Progress | Non
             _origin(prepared.source),
             samples=Teacher(original.folder, seed=recipe.seed, device=prepared.device),
             kernel=recipe.kernel,
-            dtype=recipe.dtype,
             device=prepared.device,
             seed=recipe.seed,
             work=work,

@@ -68,7 +68,6 @@ def recover(runner: Runner, state: State, section: Recover) -> State:
             state.origin,
             samples=prepared.teacher,
             kernel=recipe.kernel,
-            dtype=recipe.dtype,
             device=prepared.device,
             seed=recipe.seed,
             max_shard_size=shard_size(recipe),
