@@ -1,0 +1,1 @@
+"""Head conversion: fewer KV heads in the same native architecture."""

@@ -1,0 +1,165 @@
+"""Running a model layer by layer on stored activations: memory of one layer and the residual streams.
+
+The model is built without weights; one pass with stubbed layers gives the embedded tokens and the keyword arguments
+each layer is called with (masks, position embeddings), so no family needs code of its own here.
+
+Legend: B sequences, T tokens, C model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from retrofit.model.spec import AttentionSpec
+
+Reader = Callable[[str], Tensor]
+
+
+class _Captured(Exception):  # noqa: N818 - control flow, not an error
+    """Ends a forward pass at a hook."""
+
+
+class LayerStream:
+    """Embedding and decoder layers of one model, one layer in memory at a time, in fp32.
+
+    Matrix products run in `autocast` where that is not None; the residual stream stays in fp32.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        spec: AttentionSpec,
+        read: Reader,
+        *,
+        device: str = "cpu",
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self._spec, self._read = spec, read
+        self._device, self._autocast = device, autocast
+        exact = any(layer.softcap or layer.sinks for layer in spec.layers)  # sdpa would leave them out
+        with init_empty_weights(include_buffers=False):
+            self._model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="eager" if exact else "sdpa"
+            ).eval()
+        embedding = self._model.get_input_embeddings()
+        self._materialise(next(name for name, module in self._model.named_modules() if module is embedding))
+        self._layers: nn.ModuleList = self._model.get_submodule(spec.layers_path)  # type: ignore[assignment]
+        self._base = self._model.get_submodule(spec.layers_path.rpartition(".")[0])
+
+    def _materialise(self, prefix: str, values: dict[str, Tensor] | None = None) -> None:
+        """Give the parameters below `prefix` their stored tensors, or those of `values` by full name."""
+        module = self._model.get_submodule(prefix)
+        for name in [name for name, _ in module.named_parameters()]:
+            full = f"{prefix}.{name}"
+            tensor = values[full] if values and full in values else self._read(full)
+            set_module_tensor_to_device(module, name, self._device, value=tensor.float())
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        with (
+            torch.no_grad(),
+            torch.autocast(torch.device(self._device).type, self._autocast, enabled=self._autocast is not None),
+        ):
+            yield
+
+    def embed(self, input_ids_BT: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Residual stream that enters layer 0, [B, T, C], and each layer's keyword arguments for this batch shape."""
+        seen: list[tuple[Tensor, dict[str, Any]]] = []
+
+        def stub(hidden_BTC: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            assert not args, "a decoder layer is called with keywords only"
+            seen.append((hidden_BTC, kwargs))
+            return hidden_BTC
+
+        norms = [m for name, m in self._base.named_children() if "norm" in name]
+        patched = [*self._layers, *norms]
+        for module in self._layers:
+            module.forward = stub
+        for norm in norms:
+            norm.forward = lambda hidden, *a, **k: hidden
+        try:
+            with torch.no_grad():
+                self._base(input_ids=input_ids_BT.to(self._device), use_cache=False)
+        finally:
+            for module in patched:
+                del module.forward
+        assert len(seen) == len(self._layers)
+        return seen[0][0], [kwargs for _, kwargs in seen]
+
+    @contextmanager
+    def layer(self, index: int, values: dict[str, Tensor] | None = None) -> Iterator[LayerRun]:
+        """Materialise one layer; `values` replaces stored tensors by full name. Freed at the end."""
+        self._materialise(f"{self._spec.layers_path}.{index}", values)
+        module = self._layers[index]
+        try:
+            yield LayerRun(self, module, self._spec, index)
+        finally:
+            for name in [name for name, _ in module.named_parameters()]:
+                set_module_tensor_to_device(module, name, "meta")
+
+
+class LayerRun:
+    """One layer with its weights in memory."""
+
+    def __init__(self, stream: LayerStream, module: nn.Module, spec: AttentionSpec, index: int) -> None:
+        self._stream, self._module = stream, module
+        self._prefix = f"{spec.layers_path}.{index}."
+        self._attention = module.get_submodule(spec.attention_path)
+        self._output = self._attention.get_submodule(_leaf(spec, index))
+
+    def load(self, values: dict[str, Tensor]) -> None:
+        """Replace tensors of the layer by full name."""
+        for full, tensor in values.items():
+            set_module_tensor_to_device(
+                self._module, full.removeprefix(self._prefix), self._stream._device, value=tensor.float()
+            )
+
+    def forward(self, hidden_BTC: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Residual stream after the layer, and the output projection's result before any norm, [B, T, C] each."""
+        kept: list[Tensor] = []
+        hook = self._output.register_forward_hook(lambda _m, _args, out: kept.append(out))
+        try:
+            with self._stream._precision():
+                out = self._module(hidden_BTC, **kwargs)
+        finally:
+            hook.remove()
+        return out.float(), kept[0].float()
+
+    def attention_input(self, hidden_BTC: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """What the q, k and v projections read, [B, T, C]."""
+        return self._capture(self._attention, hidden_BTC, kwargs)
+
+    def head_outputs(self, hidden_BTC: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """What the output projection reads, [B, T, H D]."""
+        return self._capture(self._output, hidden_BTC, kwargs)
+
+    def _capture(self, module: nn.Module, hidden_BTC: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        kept: list[Tensor] = []
+
+        def hook(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            kept.append(args[0] if args else named["hidden_states"])
+            raise _Captured
+
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            with self._stream._precision():
+                self._module(hidden_BTC, **kwargs)
+        except _Captured:
+            pass
+        finally:
+            handle.remove()
+        return kept[0].float()
+
+
+def _leaf(spec: AttentionSpec, index: int) -> str:
+    """Path of the output projection below the attention module, from its slot's name."""
+    marker = f".{spec.attention_path}."
+    return spec.layers[index].o.name.rpartition(marker)[2].removesuffix(".weight")
