@@ -23,8 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from retrofit.errors import UserError
+from retrofit.kernels import gemm_tile
 
 NAME = "blockwise"
+_RUN = 256  # longest causal tile where full tiles are cheaper than causal ones
 
 _aten = torch.ops.aten
 
@@ -100,10 +102,11 @@ class Tile:
     kind: Literal["full", "causal", "edge"]
 
 
-def tiles(queries: int, keys: int, window: int | None) -> list[Tile]:
+def tiles(queries: int, keys: int, window: int | None, run: int | None = None) -> list[Tile]:
     """Tiles that cover exactly the visible (query, key) pairs, each once.
 
-    A key j is visible to the query at position p when p - window < j <= p (no window: j <= p).
+    A key j is visible to the query at position p when p - window < j <= p (no window: j <= p). run: causal tiles that
+    start a sequence are at most this long, the rest of the triangle is full tiles.
     """
     assert 0 < queries <= keys
     offset = keys - queries
@@ -113,8 +116,10 @@ def tiles(queries: int, keys: int, window: int | None) -> list[Tile]:
     if free == 1:
         plan.append(Tile(0, 1, 0, offset + 1, "full"))
     elif free:
-        plan += [Tile(0, free, 0, offset, "full")] if offset else []
-        plan.append(Tile(0, free, offset, offset + free, "causal"))
+        for start in range(0, free, run or free):
+            stop = min(start + (run or free), free)
+            plan += [Tile(start, stop, 0, offset + start, "full")] if offset + start else []
+            plan.append(Tile(start, stop, offset + start, offset + stop, "causal"))
     for start in range(free, queries, window or queries):
         assert window is not None
         stop = min(start + window, queries)
@@ -143,7 +148,11 @@ def attention(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, wind
             f"v {tuple(v_BKSD.shape)}: one head dim, query heads a multiple of KV heads",
             fix="use kernel: sdpa",
         )
-    return _Attention.apply(q_BHTD, k_BKSD, v_BKSD, scale, window)
+    if torch.is_grad_enabled() and (q_BHTD.requires_grad or k_BKSD.requires_grad or v_BKSD.requires_grad):
+        return _Attention.apply(q_BHTD, k_BKSD, v_BKSD, scale, window)
+    queries, keys = q_BHTD.shape[2], k_BKSD.shape[2]
+    plan = tiles(queries, keys, window, _RUN if gemm_tile.usable(q_BHTD) else None)
+    return _forward(q_BHTD, k_BKSD, v_BKSD, plan, scale, fast=True)[0]
 
 
 class _Attention(torch.autograd.Function):
@@ -171,8 +180,10 @@ class _Attention(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, plan: list[Tile], scale: float) -> tuple[Tensor, Tensor]:
-    """(out [B, H, T, D] in the dtype of q, lse [B, H, T]) over all tiles."""
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, plan: list[Tile], scale: float, *, fast: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(out [B, H, T, D] in the dtype of q, lse [B, H, T]) over all tiles. fast: `gemm_tile` may be used."""
     if len(plan) == 1:
         return _tile_forward(plan[0], q, k, v, scale)
     out, lse = torch.empty_like(q), None
@@ -181,13 +192,13 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: list[Tile], scale: float) ->
         # Tiles of one group share their first query; an edge tile ends one query earlier than its group.
         group = [tile for tile in plan if tile.q0 == start]
         stop = max(tile.q1 for tile in group)
-        first, *rest = sorted(group, key=lambda tile: tile.kind == "edge")
+        first, *rest = sorted(group, key=lambda tile: ("causal", "full", "edge").index(tile.kind))
         part, part_lse = _tile_forward(first, q, k, v, scale)
         for tile in rest:
             if part.dtype.itemsize < 4:
                 part = part.float()
             n = tile.q1 - tile.q0
-            add, add_lse = _tile_forward(tile, q, k, v, scale)
+            add, add_lse = _tile_forward(tile, q, k, v, scale, shift=part_lse if fast else None)
             if n == part.shape[2]:
                 part, part_lse = merge(part, part_lse, add, add_lse)
             else:
@@ -201,8 +212,15 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: list[Tile], scale: float) ->
     return out, lse
 
 
-def _tile_forward(tile: Tile, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _tile_forward(
+    tile: Tile, q: Tensor, k: Tensor, v: Tensor, scale: float, shift: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of one tile; with `shift`, the log-sum-exp of its queries so far, a full tile may take the fast way."""
     q, k, v = q[:, :, tile.q0 : tile.q1], k[:, :, tile.k0 : tile.k1], v[:, :, tile.k0 : tile.k1]
+    if shift is not None and tile.kind == "full" and gemm_tile.usable(q):
+        result = gemm_tile.full_tile(q, k, v, scale, shift)
+        if result is not None:
+            return result
     if tile.kind != "edge":
         return block(q, k, v, tile.kind == "causal", scale)
     out, lse = block(q.flip(2), k.flip(2), v.flip(2), True, scale)
