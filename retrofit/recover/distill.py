@@ -9,7 +9,6 @@ Legend: N rows (tokens), C model width, V vocabulary, R rows of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,10 +39,7 @@ def distill_loss(
     """
     assert student_NC.shape[0] == teacher_NC.shape[0]
 
-    def teacher_rows(start: int, stop: int) -> torch.Tensor:
-        return _raw_logits(teacher_NC[start:stop].detach(), teacher).detach()
-
-    return _apply(student_NC, student, row_chunk, _Distill(teacher_rows, teacher))
+    return _apply(student_NC, student, row_chunk, _Distill(teacher_NC.detach(), teacher, row_chunk))
 
 
 def lm_loss(hidden_NC: torch.Tensor, head: Head, labels_N: torch.Tensor, row_chunk: int = 512) -> torch.Tensor:
@@ -55,12 +51,13 @@ def lm_loss(hidden_NC: torch.Tensor, head: Head, labels_N: torch.Tensor, row_chu
 class _Distill:
     """Loss and gradient of KL(teacher || student) for rows of student logits."""
 
-    def __init__(self, teacher_rows: Callable[[int, int], torch.Tensor], teacher: Head) -> None:
-        self.teacher_rows, self.teacher = teacher_rows, teacher
-        self.target_RV = torch.empty(0)
+    def __init__(self, teacher_NC: torch.Tensor, teacher: Head, row_chunk: int) -> None:
+        self.teacher_NC, self.teacher = teacher_NC, _detached(teacher, teacher_NC.dtype)
+        self.buffer_RV = _buffer(teacher_NC, teacher, row_chunk)
+        self.target_RV = self.buffer_RV
 
     def begin(self, start: int, stop: int) -> None:
-        self.target_RV = self.teacher_rows(start, stop)
+        self.target_RV = _raw_logits(self.teacher_NC[start:stop], self.teacher, self.buffer_RV)
 
     def __call__(self, rows: slice, logits_RV: torch.Tensor, grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         log_t = torch.log_softmax(_shape_logits(self.target_RV[rows], self.teacher), -1, dtype=torch.float32)
@@ -103,7 +100,8 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NC, weight_VC, bias_V, head, row_chunk, rule, grad):  # type: ignore[no-untyped-def]
         dtype = hidden_NC.dtype
-        head = Head(weight_VC.to(dtype), None if bias_V is None else bias_V.to(dtype), head.scale, head.softcap)
+        head = _detached(head, dtype)
+        buffer_RV = _buffer(hidden_NC, head, row_chunk)
         wanted = [grad and need for need in ctx.needs_input_grad[:3]]
         d_hidden = torch.empty_like(hidden_NC) if wanted[0] else None
         d_weight = torch.zeros_like(weight_VC, dtype=torch.float32) if wanted[1] else None
@@ -112,7 +110,7 @@ class _ChunkedHead(torch.autograd.Function):
         step = max(1, CACHE_VALUES // head.weight.shape[0])
         for start in range(0, len(hidden_NC), row_chunk):
             h_RC = hidden_NC[start : start + row_chunk]
-            logits_RV = _raw_logits(h_RC, head)
+            logits_RV = _raw_logits(h_RC, head, buffer_RV)
             rule.begin(start, start + len(h_RC))
             for row in range(0, len(h_RC), step):
                 rows = slice(row, min(row + step, len(h_RC)))
@@ -140,10 +138,22 @@ class _ChunkedHead(torch.autograd.Function):
         return (*scaled, None, None, None, None)
 
 
-def _raw_logits(h_RC: torch.Tensor, head: Head) -> torch.Tensor:
-    """h W^T + bias, before scale and softcap, in the dtype of h."""
-    weight = head.weight.to(h_RC.dtype)
-    return torch.nn.functional.linear(h_RC, weight, None if head.bias is None else head.bias.to(h_RC.dtype))
+def _detached(head: Head, dtype: torch.dtype) -> Head:
+    bias = None if head.bias is None else head.bias.detach().to(dtype)
+    return Head(head.weight.detach().to(dtype), bias, head.scale, head.softcap)
+
+
+def _buffer(hidden_NC: torch.Tensor, head: Head, row_chunk: int) -> torch.Tensor:
+    """Room for the logits of one chunk, used again for every chunk: fresh memory costs as much as a pass over it."""
+    return hidden_NC.new_empty(min(row_chunk, len(hidden_NC)), head.weight.shape[0])
+
+
+def _raw_logits(h_RC: torch.Tensor, head: Head, buffer_RV: torch.Tensor) -> torch.Tensor:
+    """h W^T + bias, before scale and softcap, into the buffer."""
+    out_RV = buffer_RV[: len(h_RC)]
+    if head.bias is None:
+        return torch.mm(h_RC, head.weight.T, out=out_RV)
+    return torch.addmm(head.bias, h_RC, head.weight.T, out=out_RV)
 
 
 def _shape_logits(raw_RV: torch.Tensor, head: Head) -> torch.Tensor:

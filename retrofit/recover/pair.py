@@ -1,0 +1,153 @@
+"""The two models of a recovery: the original as teacher, the changed one as student, and one copy of what they share.
+
+Legend: B batch, T tokens, N = B T rows, C model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from retrofit.errors import UserError
+from retrofit.kernels import products, registry
+from retrofit.model.families import describe
+from retrofit.model.load import load_config, load_model
+from retrofit.model.spec import AttentionSpec
+from retrofit.recover.distill import Head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Student and teacher (None for the plain language-model loss), both frozen and in the compute dtype.
+
+    shared_bytes: bytes of the teacher that are the student's own storage. own_bytes: the teacher's rest.
+    """
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel | None
+    spec: AttentionSpec
+    kernel: str
+    kernel_reason: str
+    shared_bytes: int
+    own_bytes: int
+
+
+def load_pair(
+    student_folder: str | Path, teacher_folder: str | Path | None, *, device: str, dtype: torch.dtype, kernel: str
+) -> Pair:
+    """Load both models; tensors that are equal in both exist once.
+
+    Raises UserError if the two do not speak the same vocabulary, or the kernel cannot train this model.
+    """
+    spec = describe(load_config(student_folder))
+    if teacher_folder is not None:
+        teacher_spec = describe(load_config(teacher_folder))
+        if teacher_spec.vocab_size != spec.vocab_size:
+            raise UserError(
+                f"the original model's vocabulary has {teacher_spec.vocab_size} tokens, this one's {spec.vocab_size}",
+                where=str(teacher_folder),
+                fix="name the model that this one was converted from, or set recover.loss: lm",
+            )
+    name = str(dtype).removeprefix("torch.")
+    choice = training_kernel(kernel, spec, device, name)
+    student = load_model(student_folder, dtype=name, device=device)
+    teacher = None
+    shared = own = 0
+    if teacher_folder is not None:
+        teacher = load_model(teacher_folder, dtype=name, device=device).requires_grad_(False)
+        shared, own = share_weights(teacher, student)
+        _apply_kernel(teacher, choice)
+    _apply_kernel(student, choice)
+    return Pair(student.requires_grad_(False), teacher, spec, choice.name, choice.reason, shared, own)
+
+
+def share_weights(teacher: nn.Module, student: nn.Module) -> tuple[int, int]:
+    """Let every tensor of the teacher that equals the student's be the student's storage -> (bytes shared, own)."""
+    known = dict(student.named_parameters(remove_duplicate=False))
+    shared = own = 0
+    for name, parameter in teacher.named_parameters():
+        other = known.get(name)
+        if (
+            other is not None
+            and other.shape == parameter.shape
+            and other.dtype == parameter.dtype
+            and torch.equal(other, parameter)
+        ):
+            parameter.data = other.data
+            shared += parameter.nbytes
+        else:
+            own += parameter.nbytes
+    return shared, own
+
+
+def training_kernel(kernel: str, spec: AttentionSpec, device: str, dtype: str) -> registry.Choice:
+    """The attention kernel for training on whole sequences without padding; "auto" says why."""
+    plain = all(layer.softcap is None and not layer.sinks for layer in spec.layers)
+    if kernel == "auto" and device == "cpu" and dtype == "bfloat16" and plain:
+        return registry.Choice(
+            "auto", products.NAME, "bfloat16 matrix products, two to three times as fast here as PyTorch's CPU flash op"
+        )
+    return registry.choose(kernel, spec, device, training=True, dtype=dtype)
+
+
+def compute_dtype(device: str, requested: str = "auto") -> torch.dtype:
+    """What training computes in: bfloat16 where the processor multiplies in it, else float32.
+
+    Raises UserError for float16, whose gradients need a scaling that this training does not do.
+    """
+    if requested == "float16":
+        raise UserError("training in float16 is not supported", where="dtype", fix="use bfloat16, float32 or auto")
+    if requested != "auto":
+        return torch.bfloat16 if requested == "bfloat16" else torch.float32
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    capabilities = torch.cpu.get_capabilities()
+    native = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "sve_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def body(model: PreTrainedModel) -> nn.Module:
+    """The decoder without its head; its `last_hidden_state` is what the head reads."""
+    inner = getattr(model, model.base_model_prefix)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def hidden_states(model: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:
+    """What the head reads, [B, T, C]."""
+    hidden: Tensor = body(model)(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+    return hidden
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The output head with what the architecture does to its logits.
+
+    For a tied head that is trained with the input embedding (modules_to_save), the trained copy is the weight.
+    """
+    from peft.utils.other import ModulesToSaveWrapper
+
+    tied = bool(model.config.tie_word_embeddings)
+    module: Any = model.get_output_embeddings()
+    if tied:
+        embedding: Any = body(model).get_input_embeddings()  # type: ignore[operator]
+        if isinstance(embedding, ModulesToSaveWrapper):
+            module = embedding
+    if isinstance(module, ModulesToSaveWrapper):
+        module = module.modules_to_save[module.active_adapters[0]]
+    config = model.config
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(module.weight, getattr(module, "bias", None), scale, None if softcap is None else float(softcap))
+
+
+def _apply_kernel(model: PreTrainedModel, choice: registry.Choice) -> None:
+    if choice.name == products.NAME:
+        products.register()
+    registry.apply(model, choice)

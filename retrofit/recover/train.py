@@ -1,0 +1,228 @@
+"""Recovery: a short adapter training that brings a changed model back to the original, and the merge afterwards.
+
+The loop is transformers' Trainer (optimizer, schedule, clipping, checkpoints, launchers); the loss is ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, TrainingArguments
+
+from retrofit.checkpoint.read import Checkpoint
+from retrofit.errors import UserError
+from retrofit.recipe.schema import Recover
+from retrofit.recover.adapters import attach, merge_and_save
+from retrofit.recover.pair import Pair, body, compute_dtype, hidden_states, load_pair
+from retrofit.recover.trainer import HeldOut, Objective, RecoveryTrainer, Rows
+from retrofit.recover.watch import Course, TrainPoint, Watch, last_checkpoint, restore, trainable
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from retrofit.console import Progress
+
+
+@dataclass(frozen=True)
+class RecoverReport:
+    """What a recovery did. Losses are nats per token, of the objective trained on (KL for distill).
+
+    history: the start (step 0) and every step. best_step: whose weights were kept, 0 for the start. seconds and
+    peak_bytes: wall time over all sessions, and the largest memory of this process (of the GPU on CUDA).
+    """
+
+    history: tuple[TrainPoint, ...]
+    steps: int
+    tokens: int
+    best_step: int
+    start_loss: float | None
+    best_loss: float | None
+    seconds: float
+    peak_bytes: int
+    trained_parameters: int
+    kernel: str
+    compute_dtype: str
+    shared_bytes: int
+    resumed_from: int
+    notes: tuple[str, ...]
+
+
+def recover(
+    student_folder: str | Path,
+    teacher_folder: str | Path | None,
+    out: str | Path,
+    recipe: Recover,
+    tokens: Tensor,
+    held_out: Tensor | None,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    kernel: str = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+    work_dir: str | Path,
+    max_shard_size: str = "5GB",
+) -> RecoverReport:
+    """Train adapters on the student and write the merged checkpoint into the existing (staged) folder `out`.
+
+    tokens, held_out: packed ids [N, T] from `training_tokens`; without held_out the last weights are kept.
+    teacher_folder: the original model (needed for loss: distill). dtype: what is computed in; the checkpoint keeps the
+    student's. work_dir: trainer checkpoints; a run that was killed goes on from its last one and ends with the same
+    bytes (on the same machine).
+
+    Raises UserError when the loss is not finite, saying at which step, and what `load_pair` raises.
+    """
+    notes: list[str] = []
+    work_dir = Path(work_dir)
+    if recipe.loss == "distill" and teacher_folder is None:
+        raise UserError("distillation needs the original model", where="recover.loss", fix="name it, or use loss: lm")
+    compute = compute_dtype(device, dtype)
+    teacher_of = teacher_folder if recipe.loss == "distill" else None
+    pair = load_pair(student_folder, teacher_of, device=device, dtype=compute, kernel=kernel)
+    _note(
+        notes, progress, f"training in {str(compute).removeprefix('torch.')} with {pair.kernel}: {pair.kernel_reason}"
+    )
+    model = student_with_adapters(pair, recipe, seed)
+    objective = Objective(pair, recipe)
+    fingerprint = _fingerprint(student_folder, teacher_of, recipe, tokens, held_out, seed, compute, pair.kernel)
+    checkpoint = last_checkpoint(work_dir, fingerprint)
+    course = Course(fingerprint) if checkpoint is None else Course.load(checkpoint)
+    resumed_from = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
+    arguments = _arguments(recipe, work_dir, len(tokens), device, seed)
+    steps = arguments.max_steps
+    watch = Watch(
+        course,
+        weights=lambda: trainable(model),
+        held_out_loss=None if held_out is None else HeldOut(objective, model, held_out.to(device), compute),
+        evaluate_at=frozenset(round(steps * (i + 1) / recipe.evals) for i in range(recipe.evals)) | {steps},
+        tokens_per_step=recipe.batch_size * tokens.shape[1],
+        progress=progress,
+    )
+    if held_out is None:
+        _note(notes, progress, "nothing is held out, so the last weights are kept, not the best")
+    if resumed_from:
+        _note(notes, progress, f"going on from step {resumed_from} of {steps}")
+    if progress is not None:
+        progress.start("recover", steps * watch.tokens_per_step, "tokens")
+        progress.advance(resumed_from * watch.tokens_per_step)
+    if resumed_from < steps:
+        trainer = RecoveryTrainer(
+            objective=objective,
+            compute=compute,
+            watch=watch,
+            model=model,
+            args=arguments,
+            train_dataset=Rows(tokens),
+            data_collator=lambda rows: {"input_ids": torch.stack([row["input_ids"] for row in rows])},
+            callbacks=[watch],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if progress is not None:
+        progress.finish()
+    restore(model, course.best)
+    if course.best_step == 0 and held_out is not None:
+        _note(notes, progress, "no measurement was better than the start; the weights are kept as they were")
+    merge_and_save(model, student_folder, out, max_shard_size=max_shard_size, progress=progress)
+    return RecoverReport(
+        history=tuple(course.history),
+        steps=steps,
+        tokens=tokens.numel(),
+        best_step=course.best_step,
+        start_loss=course.start_loss,
+        best_loss=course.best_loss,
+        seconds=course.seconds,
+        peak_bytes=peak_bytes(device),
+        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        kernel=pair.kernel,
+        compute_dtype=str(compute).removeprefix("torch."),
+        shared_bytes=pair.shared_bytes,
+        resumed_from=resumed_from,
+        notes=tuple(notes),
+    )
+
+
+def student_with_adapters(pair: Pair, recipe: Recover, seed: int) -> PeftModel:
+    """The student with adapters; its forward gives hidden states, as the head is part of the loss."""
+    model = attach(pair.student, recipe.adapter, pair.spec, seed)
+    student = pair.student
+
+    def forward(input_ids: Tensor) -> Tensor:
+        return hidden_states(student, input_ids)
+
+    student.forward = forward  # type: ignore[method-assign, assignment]
+    body(student).train()
+    return model
+
+
+def peak_bytes(device: str) -> int:
+    """Largest memory so far: of the GPU on CUDA, else resident memory of this process."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _arguments(recipe: Recover, work_dir: Path, rows: int, device: str, seed: int) -> TrainingArguments:
+    steps = math.ceil(rows / recipe.batch_size)
+    return TrainingArguments(
+        output_dir=str(work_dir),
+        per_device_train_batch_size=recipe.batch_size,
+        max_steps=steps,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(recipe.warmup_ratio * steps),
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
+        save_strategy="steps",
+        save_steps=max(1, math.ceil(steps / recipe.checkpoints)),
+        save_total_limit=2,
+        eval_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        use_cpu=device == "cpu",
+        seed=seed,
+        data_seed=seed,
+    )
+
+
+def _fingerprint(
+    student: str | Path,
+    teacher: str | Path | None,
+    recipe: Recover,
+    tokens: Tensor,
+    held_out: Tensor | None,
+    seed: int,
+    compute: torch.dtype,
+    kernel: str,
+) -> str:
+    """Everything a checkpoint depends on, so that a run never goes on from another training's."""
+    state = hashlib.sha256(repr((recipe.model_dump_json(), seed, str(compute), kernel)).encode())
+    for folder in (student, teacher):
+        if folder is not None:
+            checkpoint = Checkpoint.open(folder)
+            state.update(repr((sorted(checkpoint.entries.items()), sorted(checkpoint.config.items()))).encode())
+            for shard in checkpoint.shards:
+                with (checkpoint.folder / shard).open("rb") as file:
+                    state.update(hashlib.file_digest(file, "sha256").digest())
+    for rows in (tokens, held_out):
+        if rows is not None:
+            state.update(rows.cpu().contiguous().numpy().tobytes())
+    return state.hexdigest()
+
+
+def _note(notes: list[str], progress: Progress | None, text: str) -> None:
+    notes.append(text)
+    if progress is not None:
+        progress.note(text)

@@ -1,0 +1,156 @@
+"""What a training run knows about itself: history, held-out losses, the best adapter, and how it is resumed.
+
+A checkpoint of the trainer counts only once its `recover.json` stands in it, which is written last; a kill at any
+moment leaves the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from retrofit.console import Progress
+
+STATE, BEST = "recover.json", "best.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainPoint:
+    """One optimizer step: mean training loss per token (nats), learning rate, and the held-out loss if measured."""
+
+    step: int
+    loss: float | None
+    held_out_loss: float | None
+    learning_rate: float
+    tokens_per_second: float
+
+
+@dataclass
+class Course:
+    """Where a run stands. best_loss is None while nothing is held out; seconds count every session."""
+
+    fingerprint: str
+    history: list[TrainPoint] = field(default_factory=list)
+    best_step: int = 0
+    best_loss: float | None = None
+    start_loss: float | None = None
+    seconds: float = 0.0
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Into a checkpoint folder; the state file, written last and renamed, makes the checkpoint count."""
+        save_file(self.best, folder / BEST)
+        record = {key: value for key, value in asdict_shallow(self).items() if key != "best"}
+        partial = folder / f"{STATE}.partial"
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(record, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(folder / STATE)
+
+    @classmethod
+    def load(cls, folder: Path) -> Course:
+        """The state that `save` left in a checkpoint folder."""
+        record = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        record["history"] = [TrainPoint(**point) for point in record["history"]]
+        return cls(**record, best=load_file(folder / BEST))
+
+
+def asdict_shallow(course: Course) -> dict[str, Any]:
+    """The fields of a course as JSON values, tensors left as they are."""
+    return {**vars(course), "history": [asdict(point) for point in course.history]}
+
+
+def last_checkpoint(work_dir: Path, fingerprint: str) -> Path | None:
+    """The newest whole checkpoint of this very training; remains of others and unfinished ones are removed."""
+    best: tuple[int, Path] | None = None
+    for folder in sorted(work_dir.glob("checkpoint-*")):
+        step = folder.name.removeprefix("checkpoint-")
+        state = folder / STATE
+        if step.isdigit() and state.is_file() and json.loads(state.read_text())["fingerprint"] == fingerprint:
+            best = max(best or (0, folder), (int(step), folder))
+        else:
+            shutil.rmtree(folder)
+    return best[1] if best else None
+
+
+class Watch(TrainerCallback):
+    """Records every step, measures the held-out loss when due, keeps the best adapter, completes checkpoints."""
+
+    def __init__(
+        self,
+        course: Course,
+        *,
+        weights: Callable[[], dict[str, Tensor]],
+        held_out_loss: Callable[[], float] | None,
+        evaluate_at: frozenset[int],
+        tokens_per_step: int,
+        progress: Progress | None,
+    ) -> None:
+        self.course, self.weights, self.held_out_loss = course, weights, held_out_loss
+        self.evaluate_at, self.tokens_per_step, self.progress = evaluate_at, tokens_per_step, progress
+        self.loss = float("nan")
+        self.rate = 0.0
+        self.began = self.stepped = time.monotonic()
+
+    def measure(self, step: int) -> float | None:
+        """The held-out loss now; keeps the weights if they are the best so far."""
+        if self.held_out_loss is None:
+            self.course.best_step, self.course.best = step, self.weights()
+            return None
+        loss = self.held_out_loss()
+        if step == 0:
+            self.course.start_loss = loss
+        if self.course.best_loss is None or loss < self.course.best_loss:
+            self.course.best_step, self.course.best_loss, self.course.best = step, loss, self.weights()
+        return loss
+
+    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.began = self.stepped = time.monotonic()
+        if state.global_step == 0:
+            self.course.history.append(TrainPoint(0, None, self.measure(0), 0.0, 0.0))
+
+    def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.rate = float(kwargs["lr_scheduler"].get_last_lr()[0])
+        self.stepped = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        speed = self.tokens_per_step / max(time.monotonic() - self.stepped, 1e-9)
+        step = state.global_step
+        held_out = self.measure(step) if step in self.evaluate_at else None
+        self.course.history.append(TrainPoint(step, self.loss, held_out, self.rate, speed))
+        if self.progress is not None:
+            fields = {"loss": self.loss} | ({} if held_out is None else {"held_out": held_out})
+            self.progress.advance(self.tokens_per_step, **fields)
+
+    def on_save(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if state.is_world_process_zero:
+            now = time.monotonic()
+            self.course.seconds += now - self.began
+            self.began = now
+            self.course.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def trainable(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of everything that is trained, by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def restore(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+    """Put weights that `trainable` gave back into the model."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(weights[name])
