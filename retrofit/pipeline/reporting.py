@@ -85,7 +85,7 @@ def _model(runner: Runner, label: str, value: dict[str, Any]) -> ModelResult:
         position_losses=loss_by_position(losses.losses),
         kv_bytes_per_token=value["kv_bytes_per_token"],
         kv_cache_bytes={int(tokens): size for tokens, size in value["kv_cache_bytes"].items()},
-        decode_tokens_per_s=decode.get("tokens_per_second"),
+        decode_tokens_per_s=decode.get("tokens_per_s"),
         kv_heads=value["kv_heads"],
     )
 

@@ -133,7 +133,7 @@ def evaluation(console: Console, result: Evaluation) -> None:
         console.say(f"intervals: bootstrap over each {unit}; tail ppl: the last {tail:,} tokens before the length")
     console.say(f"KV cache: {nbytes(result.kv_bytes_per_token)} per token, {result.kv_heads} KV heads")
     if result.decode:
-        console.say(f"decoding: {result.decode['tokens_per_second']:.1f} tokens/s for one sequence")
+        console.say(f"decoding: {result.decode['tokens_per_s']:.1f} tokens/s for one sequence")
     if result.losses:
         console.say(f"token losses: {result.losses}")
 

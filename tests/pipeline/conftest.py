@@ -79,7 +79,7 @@ def sections(model: Path, texts: Path) -> dict[str, Any]:
             "documents": 1,
             "tail": 32,
             "chunk": 64,
-            "decode_tokens": 0,
+            "decode_tokens": 2,
             "resamples": 100,
         },
         "publish": {"licence": "apache-2.0", "base_model": "someone/tiny"},

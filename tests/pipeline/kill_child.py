@@ -1,8 +1,8 @@
-"""Runs one recipe again and again, each time killed with SIGKILL at another moment, until one attempt ends by itself.
+"""Runs one recipe again and again, each time killed at another moment, until one attempt ends by itself.
 
-`python -m tests.pipeline.kill_child RECIPE OUT 3,8`: the first attempt dies at its third sign of life, the next at its
-eighth (everything a run tells its Progress is one). An attempt is a fork of this process, so imports are paid once.
-Prints the last sign of life of every attempt as JSON.
+`python -m tests.pipeline.kill_child RECIPE OUT 3 0.5s`: the first attempt gets SIGKILL at its third sign of life
+(everything a run tells its Progress is one), the next a deadly alarm after half a second. An attempt is a fork of this
+process, so imports are paid once. Prints where every attempt died as JSON.
 """
 
 from __future__ import annotations
@@ -42,19 +42,25 @@ class Mortal:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def attempt(recipe: str, out: str, lives: int) -> str:
+def attempt(recipe: str, out: str, limit: str) -> str:
     """Fork, run, and say where the attempt died, or `done`."""
+    lives = 0 if limit.endswith("s") else int(limit)
     note = Path(f"{out}.place")
     child = os.fork()
     if child == 0:
         code = 1
         try:
+            if limit.endswith("s"):
+                # Without a handler the alarm ends the process at once, as SIGKILL does.
+                signal.setitimer(signal.ITIMER_REAL, float(limit[:-1]))
             commands.run(recipe, out=out, progress=Mortal(lives, note))
             code = 0
         finally:
             os._exit(code)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
+        if os.WTERMSIG(status) == signal.SIGALRM:
+            return f"after {limit}"
         assert os.WTERMSIG(status) == signal.SIGKILL
         place = note.read_text()
         note.unlink()
@@ -65,10 +71,10 @@ def attempt(recipe: str, out: str, lives: int) -> str:
 
 def main() -> None:
     """See the module's docstring."""
-    recipe, out, lives = sys.argv[1:]
+    recipe, out, *limits = sys.argv[1:]
     places = []
-    for number in [*map(int, lives.split(",")), 0]:
-        places.append(attempt(recipe, out, number))
+    for limit in [*limits, "0"]:
+        places.append(attempt(recipe, out, limit))
         if places[-1] == "done":
             break
     sys.stdout.write(json.dumps(places))
