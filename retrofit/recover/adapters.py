@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -47,8 +48,11 @@ def attach(model: PreTrainedModel, adapter: Adapter, spec: AttentionSpec, seed: 
         modules_to_save=full or None,
         bias="none",
     )
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         torch.manual_seed(seed)
+        # `head_of` and the merge take care of a tied head, which peft warns about.
+        warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*")
         peft_model = cast("PeftModel", get_peft_model(cast(Any, model), config))
     for parameter in peft_model.parameters():
         if parameter.requires_grad:

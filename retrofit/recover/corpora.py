@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -19,14 +19,16 @@ from typing import Literal
 from retrofit.errors import UserError
 
 Split = Literal["train", "held_out", "all"]
+MarksOf = Callable[[str], frozenset[str]]
 
 BUILT_IN = ("python-docs", "python-stdlib")
 DOCS_HELD_OUT = 0.36  # of the characters: one joined document of more than 16k tokens
 STDLIB_HELD_OUT = 0.10
 LONG_CHARS = 80_000  # a source file of 16k tokens or more
-OVERLAP = 0.2  # share of the shorter text's lines that makes two texts one group
-EXCERPT = 0.8  # share of a text's lines found in one longer text that makes it an excerpt of it
-COMMON_LINE = 40  # a line that more documents than this share (a licence header) says nothing
+PHRASE = 8  # words
+OVERLAP = 0.15  # share of the shorter text's marks that makes two texts one group
+EXCERPT = 0.8  # share of a text's marks found in one longer text that makes it an excerpt of it
+COMMON = 40  # a mark that more documents than this share (a licence header) says nothing
 SKIPPED_PARTS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "encodings", "__pycache__"}
 )
@@ -77,7 +79,7 @@ def docs_texts() -> dict[str, str]:
             where="text source `python-docs`",
             fix="install the full standard library of this Python, or use `python-stdlib` or a file of your own",
         ) from error
-    return without_excerpts({name: str(topics[name]) for name in sorted(topics)})
+    return without_excerpts({name: str(topics[name]) for name in sorted(topics)}, phrases)
 
 
 def stdlib_texts() -> dict[str, str]:
@@ -107,7 +109,7 @@ def docs_held_out(texts: Mapping[str, str]) -> frozenset[str]:
     """Names of the held-out topics: groups in hash order for as long as they fit into the held-out share."""
     room = DOCS_HELD_OUT * sum(map(len, texts.values()))
     held_out: set[str] = set()
-    for group in sorted(groups(texts), key=_group_hash):
+    for group in sorted(groups(texts, phrases), key=_group_hash):
         size = sum(len(texts[name]) for name in group)
         if size <= room:
             held_out.update(group)
@@ -117,7 +119,7 @@ def docs_held_out(texts: Mapping[str, str]) -> frozenset[str]:
 
 def stdlib_held_out(texts: Mapping[str, str]) -> frozenset[str]:
     """Names of the held-out files: a tenth of the groups, and a third of those that hold a long file."""
-    every = sorted(groups(texts), key=_group_hash)
+    every = sorted(groups(texts, lines), key=_group_hash)
     long = [group for group in every if any(len(texts[name]) > LONG_CHARS for name in group)]
     short = [group for group in every if group not in long]
     chosen = long[: max(1, len(long) // 3)]
@@ -125,20 +127,20 @@ def stdlib_held_out(texts: Mapping[str, str]) -> frozenset[str]:
     return frozenset(name for group in chosen for name in group)
 
 
-def without_excerpts(texts: Mapping[str, str]) -> dict[str, str]:
-    """The texts without those whose lines nearly all stand in one longer text."""
-    lines = {name: _lines(text) for name, text in texts.items()}
+def without_excerpts(texts: Mapping[str, str], marks_of: MarksOf) -> dict[str, str]:
+    """The texts without those whose marks nearly all stand in one longer text."""
+    marks = {name: marks_of(text) for name, text in texts.items()}
     dropped: set[str] = set()
-    for (first, second), shared in _shared_lines(lines).items():
+    for (first, second), shared in _shared(marks).items():
         shorter, longer = sorted((first, second), key=lambda name: (len(texts[name]), name))
-        if longer not in dropped and shared >= EXCERPT * len(lines[shorter]):
+        if longer not in dropped and shared >= EXCERPT * len(marks[shorter]):
             dropped.add(shorter)
     return {name: text for name, text in texts.items() if name not in dropped}
 
 
-def groups(texts: Mapping[str, str]) -> list[tuple[str, ...]]:
-    """Texts joined into groups by shared lines (single linkage), so that a split never parts near-duplicates."""
-    lines = {name: _lines(text) for name, text in texts.items()}
+def groups(texts: Mapping[str, str], marks_of: MarksOf) -> list[tuple[str, ...]]:
+    """Texts joined into groups by shared marks (single linkage), so that a split never parts near-duplicates."""
+    marks = {name: marks_of(text) for name, text in texts.items()}
     parent = {name: name for name in texts}
 
     def root(name: str) -> str:
@@ -147,8 +149,8 @@ def groups(texts: Mapping[str, str]) -> list[tuple[str, ...]]:
             name = parent[name]
         return name
 
-    for (first, second), shared in _shared_lines(lines).items():
-        if shared >= OVERLAP * min(len(lines[first]), len(lines[second])):
+    for (first, second), shared in _shared(marks).items():
+        if shared >= OVERLAP * min(len(marks[first]), len(marks[second])):
             parent[root(first)] = root(second)
     members: dict[str, list[str]] = {}
     for name in sorted(texts):
@@ -165,19 +167,25 @@ def _group_hash(group: Sequence[str]) -> float:
     return stable_fraction(group[0])
 
 
-def _lines(text: str) -> frozenset[str]:
-    """Distinct lines long enough to identify a text, without their indentation."""
+def lines(text: str) -> frozenset[str]:
+    """Distinct lines long enough to identify a text, without their indentation: the marks of code."""
     return frozenset(line for line in map(str.strip, text.splitlines()) if len(line) >= 24)
 
 
-def _shared_lines(lines: Mapping[str, frozenset[str]]) -> dict[tuple[str, str], int]:
-    """Number of shared lines of every pair of texts that shares any, in a fixed order."""
+def phrases(text: str) -> frozenset[str]:
+    """Distinct runs of PHRASE words, however the lines are broken: the marks of prose."""
+    words = text.split()
+    return frozenset(" ".join(words[i : i + PHRASE]) for i in range(max(1, len(words) - PHRASE + 1)))
+
+
+def _shared(marks: Mapping[str, frozenset[str]]) -> dict[tuple[str, str], int]:
+    """Number of shared marks of every pair of texts that shares any, in a fixed order."""
     holders: dict[str, list[str]] = {}
-    for name in sorted(lines):
-        for line in lines[name]:
-            holders.setdefault(line, []).append(name)
+    for name in sorted(marks):
+        for mark in marks[name]:
+            holders.setdefault(mark, []).append(name)
     counts: Counter[tuple[str, str]] = Counter()
     for names in holders.values():
-        if 1 < len(names) <= COMMON_LINE:
+        if 1 < len(names) <= COMMON:
             counts.update(combinations(names, 2))
     return dict(sorted(counts.items()))

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from retrofit.checkpoint.read import Checkpoint
@@ -17,6 +16,7 @@ from retrofit.recipe.schema import Adapter, Recover, TextSource
 from retrofit.recover.data import training_tokens
 from retrofit.recover.train import RecoverReport, recover
 from retrofit.recover.watch import Watch
+from tests.tiny import save_tiny, tiny_tokenizer
 
 RECIPE = Recover(
     tokens=16 * 48,
@@ -55,7 +55,7 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
     return train, held_out
 
 
-def run(folders, rows, root: Path, recipe: Recover = RECIPE, **over) -> RecoverReport:  # noqa: ANN001
+def run(folders, rows, root: Path, recipe: Recover = RECIPE, **over) -> RecoverReport:
     out = root / "out"
     out.mkdir(parents=True, exist_ok=True)
     student, teacher = folders
@@ -102,7 +102,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(folders, rows, tmp_pa
 
     step_end = Watch.on_step_end
 
-    def die(self, args, state, control, **kwargs) -> None:  # noqa: ANN001
+    def die(self, args, state, control, **kwargs) -> None:
         step_end(self, args, state, control, **kwargs)
         if state.global_step == killed_at:
             (Path(args.output_dir) / f"checkpoint-{killed_at}").mkdir()  # half a checkpoint

@@ -1,0 +1,324 @@
+"""Text: both sides of every split, near-duplicates, mixes, packing, user files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from retrofit.console import Silent
+from retrofit.errors import UserError
+from retrofit.recipe.schema import TextSource
+from retrofit.recover import corpora, data, files, samples
+from retrofit.recover.corpora import (
+    docs_held_out,
+    docs_texts,
+    groups,
+    lines,
+    stdlib_held_out,
+    stdlib_texts,
+    without_excerpts,
+)
+from retrofit.recover.data import Teacher, check_sources, evaluation_texts, read_texts, training_tokens
+from tests.tiny import BOS_ID, EOS_ID, save_tiny, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+
+
+def source(name: object, **over: object) -> TextSource:
+    return TextSource.model_validate({"source": str(name), **over})
+
+
+def names(name: object, split: corpora.Split) -> list[str]:
+    return [text.name for text in read_texts(source(name), split=split)]
+
+
+@pytest.fixture(scope="module")
+def stdlib() -> dict[str, str]:
+    return stdlib_texts()
+
+
+# ------------------------------------------------------------------------------------------- built-in corpora
+
+
+def shingles(text: str, words: int = 10) -> set[tuple[str, ...]]:
+    """Runs of `words` words: another measure of overlap than the one that made the groups."""
+    split = text.split()
+    return {tuple(split[i : i + words]) for i in range(max(1, len(split) - words + 1))}
+
+
+def test_docs_are_split_without_near_duplicates_across_the_sides() -> None:
+    texts = docs_texts()
+    held_out = docs_held_out(texts)
+    total = sum(map(len, texts.values()))
+    assert 0.25 < sum(len(texts[name]) for name in held_out) / total < 0.4
+    sides = [[shingles(text) for name, text in texts.items() if (name in held_out) == side] for side in (True, False)]
+    worst = max(len(a & b) / min(len(a), len(b)) for a in sides[0] for b in sides[1])
+    assert worst < 0.2, worst
+
+
+def test_excerpts_of_a_longer_topic_are_left_out() -> None:
+    texts = docs_texts()
+    assert "specialnames" in texts and "customization" not in texts  # every line of it stands in specialnames
+    assert "compound" in texts and "while" not in texts
+    long = "\n".join(f"line number {i} of a long document, with some words" for i in range(50))
+    kept = without_excerpts(
+        {"long": long, "part": long[500:1500], "other": "a text of its own, on one long line"}, lines
+    )
+    assert set(kept) == {"long", "other"}
+
+
+def test_texts_that_share_lines_are_one_group() -> None:
+    rows = [f"this is line number {i}, long enough to count" for i in range(40)]
+    texts = {"a": "\n".join(rows[:20]), "b": "\n".join(rows[14:34]), "c": "\n".join(rows[34:])}
+    assert sorted(groups(texts, lines)) == [("a", "b"), ("c",)]
+
+
+def test_held_out_docs_are_one_long_document() -> None:
+    (document,) = read_texts(source("python-docs"), split="held_out")
+    assert len(document.text) > 100_000 and "joined" in document.name
+    train = list(read_texts(source("python-docs"), split="train"))
+    assert len(train) > 20 and all(text.text not in document.text for text in train)
+
+
+def test_stdlib_holds_out_whole_files_long_ones_among_them(stdlib: dict[str, str]) -> None:
+    held_out = stdlib_held_out(stdlib)
+    assert 0.05 < sum(len(stdlib[name]) for name in held_out) / sum(map(len, stdlib.values())) < 0.25
+    long = [name for name in stdlib if len(stdlib[name]) > 80_000]
+    assert 3 <= len(held_out.intersection(long)) <= len(long) / 2
+    assert not any("test" in Path(name).parts or name.startswith("_sysconfigdata") for name in stdlib)
+    for group in groups(stdlib, lines):
+        assert len({name in held_out for name in group}) == 1, group
+
+
+def test_the_split_does_not_depend_on_the_hash_seed() -> None:
+    code = (
+        "from retrofit.recover.corpora import *\n"
+        "print(sorted(stdlib_held_out(stdlib_texts())), groups(docs_texts(), phrases))"
+    )
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True, text=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(seen) == 1
+
+
+# ------------------------------------------------------------------------------------------- packing and mixes
+
+
+def test_packing_separates_documents_and_starts_every_row_with_bos(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": letter * 7}) + "\n" for letter in "abcdefghij"))
+    rows = training_tokens([source(file)], TOKENIZER, 40, 10, seed=0, split="all")
+    assert rows.shape == (4, 10) and rows.dtype == torch.int64
+    assert (rows[:, 0] == BOS_ID).all()
+    stream = "".join(TOKENIZER.decode(row[1:]) for row in training_tokens([source(file)], TOKENIZER, 89, 89, 0, "all"))
+    documents = stream.split("</s><s>")
+    assert sorted(documents[:9]) == sorted(letter * 7 for letter in "abcdefghij" if letter * 7 in documents[:9])
+    assert len(set(documents)) == len(documents) == 10
+    assert EOS_ID in rows
+
+
+def test_the_seed_decides_everything() -> None:
+    mix = [source("python-docs"), source("python-stdlib", weight=3.0)]
+    first, again, other = (training_tokens(mix, TOKENIZER, 4096, 256, seed) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_weights_are_shares_of_the_sequences(tmp_path: Path) -> None:
+    for letter in "ab":
+        (tmp_path / f"{letter}.txt").write_text(letter * 4000)
+    mix = [source(tmp_path / "a.txt", weight=3), source(tmp_path / "b.txt")]
+    rows = training_tokens(mix, TOKENIZER, 16 * 32, 32, seed=0)
+    letters = [TOKENIZER.decode(row[5:6]) for row in rows]
+    assert letters.count("a") == 12 and letters.count("b") == 4
+    assert letters != sorted(letters)
+
+
+def test_no_document_fills_a_share_alone(tmp_path: Path) -> None:
+    (tmp_path / "1.txt").write_text("a\n" * 10_000)
+    for index in range(2, 50):
+        (tmp_path / f"{index}.txt").write_text(f"{chr(96 + index % 26)}\n" * 500)
+    rows = training_tokens([source(tmp_path)], TOKENIZER, 4096, 64, seed=0)
+    assert len({TOKENIZER.decode(row[9:10]).strip() for row in rows}) > 3
+
+
+def test_too_little_text_is_read_again_aloud_or_refused(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("0123456789" * 10)
+    progress = Silent()
+    rows = training_tokens([source(tmp_path / "short.txt")], TOKENIZER, 320, 32, seed=0, progress=progress)
+    assert rows.shape == (10, 32)
+    assert any("101 tokens of text" in note and "3.1 times" in note for note in progress.notes), progress.notes
+    with pytest.raises(UserError, match="101 tokens, 310 needed"):
+        training_tokens([source(tmp_path / "short.txt")], TOKENIZER, 320, 32, seed=0, repeat=False)
+
+
+# ------------------------------------------------------------------------------------------- user text
+
+
+def test_the_last_tenth_of_user_text_is_held_out(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"body": f"text {i}"}) + "\n\n" for i in range(20)))
+    read = [
+        [text.text for text in read_texts(source(file, field="body"), split=split)]
+        for split in ("train", "held_out", "all")
+    ]
+    assert read[0] == [f"text {i}" for i in range(18)] and read[1] == ["text 18", "text 19"]
+    assert read[2] == read[0] + read[1]
+
+
+def test_a_single_document_is_never_on_both_sides(tmp_path: Path) -> None:
+    file = tmp_path / "one.txt"
+    file.write_text("only one document")
+    assert names(file, "train") == ["one.txt"] and names(file, "held_out") == []
+    with pytest.raises(UserError, match="used for training only"):
+        training_tokens([source(file)], TOKENIZER, 32, 16, seed=0, split="held_out")
+    progress = Silent()
+    mixed = training_tokens(
+        [source(file), source("python-docs")], TOKENIZER, 32, 16, seed=0, split="held_out", progress=progress
+    )
+    assert mixed.shape == (2, 16)
+    assert any("used for training only" in note for note in progress.notes)
+
+
+def test_folders_and_parquet(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    folder = tmp_path / "corpus"
+    (folder / "deep").mkdir(parents=True)
+    pq.write_table(pa.table({"text": ["p one", None, "p two"]}), folder / "b.parquet")
+    (folder / "a.txt").write_text("a text")
+    (folder / "deep/c.md").write_text("more")
+    (folder / "image.png").write_bytes(b"\x00")
+    texts = list(read_texts(source(folder), split="all"))
+    assert [text.text for text in texts] == ["a text", "p one", "p two", "more"]
+    assert {text.kind for text in texts} == {"corpus"}
+    with pytest.raises(UserError, match="no key `body`; there are: text"):
+        list(read_texts(source(folder / "b.parquet", field="body"), split="all"))
+    (folder / "broken.parquet").write_bytes(b"PAR1 not")
+    with pytest.raises(UserError, match="parquet"):
+        list(read_texts(source(folder / "broken.parquet"), split="all"))
+
+
+@pytest.mark.parametrize(
+    ("content", "what", "where"),
+    [
+        ('{"text": "a"}\n{"body": "b"}\n', "no key `text`; there are: body", "bad.jsonl:2"),
+        ('{"text": "a"}\nnot json\n', "not a JSON object", "bad.jsonl:2"),
+        ('{"text": 3}\n', "holds int, not text", "bad.jsonl:1"),
+        ("[1]\n", "must be a JSON object", "bad.jsonl:1"),
+        ("\n \n", "the text is empty", "bad.jsonl"),
+        ('{"text": "  "}\n', "the text is empty", "bad.jsonl"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, content: str, what: str, where: str) -> None:
+    (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(UserError, match=what) as caught:
+        list(read_texts(source(tmp_path / "bad.jsonl"), split="all"))
+    assert where in str(caught.value.where) and caught.value.fix
+
+
+def test_bad_files_are_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("\xe9t\xe9".encode("latin-1"))
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "rows.json").write_text("[]")
+    (tmp_path / "nothing").mkdir()
+    for name, what in {
+        "latin.txt": "not UTF-8",
+        "empty.txt": "the text is empty",
+        "rows.json": r"\.json file",
+        "nothing": "the folder holds no text",
+        "missing.txt": "no such text file",
+    }.items():
+        with pytest.raises(UserError, match=what):
+            check_sources([source("python-docs"), source(tmp_path / name)])
+    with pytest.raises(UserError) as caught:
+        check_sources([source("python-doc")])
+    assert caught.value.fix == "did you mean `python-docs`?"
+
+
+def test_optional_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    for name in ("hub:some/dataset", tmp_path / "a.parquet"):
+        with pytest.raises(UserError) as caught:
+            check_sources([source(name)])
+        assert str(caught.value.fix).startswith("pip install")
+
+
+def test_hub_datasets_are_streamed_and_every_tenth_row_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> object:
+        calls.append((name, config, split, streaming))
+        return ({"text": f"row {i}"} for i in range(1, 31))
+
+    monkeypatch.setattr(files, "_hub_loader", lambda: load_dataset)
+    read = list(read_texts(source("hub:owner/name:config", split="validation"), split="held_out"))
+    assert [text.text for text in read] == ["row 10", "row 20", "row 30"]
+    assert read[0].kind == "owner-name-config"
+    assert calls[0] == ("owner/name", "config", "validation", True)
+    limited = list(read_texts(source("hub:owner/name"), split="train", limit_chars=12))
+    assert len(limited) == 3
+
+
+# ------------------------------------------------------------------------------------------- evaluation and samples
+
+
+def test_evaluation_documents_are_long_enough_and_held_out(tmp_path: Path) -> None:
+    mix = [source("python-docs"), source("python-stdlib")]
+    chosen = evaluation_texts(mix, 2, 50_000, TOKENIZER)
+    assert [kind for _, kind, _ in chosen] == ["python-docs", "python-stdlib", "python-stdlib"]
+    assert all(len(TOKENIZER(text)["input_ids"]) >= 50_000 for _, _, text in chosen)
+    trained = {text.name for text in read_texts(mix[1], split="train")}
+    assert not trained.intersection(name for name, _, _ in chosen)
+    (tmp_path / "mine.txt").write_text("x" * 99)
+    assert evaluation_texts([source(tmp_path / "mine.txt")], 2, 100, TOKENIZER)[0][0] == "mine.txt"
+    with pytest.raises(UserError, match="no document is 101 tokens long; the longest has 100"):
+        evaluation_texts([source(tmp_path / "mine.txt")], 2, 101, TOKENIZER)
+    with pytest.raises(UserError, match="no held-out document"):
+        evaluation_texts([source(tmp_path / "mine.txt")], 2, 10, TOKENIZER, trained_on=[source(tmp_path / "mine.txt")])
+
+
+def test_own_samples_are_seeded_and_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(samples, "BATCH", 4)
+    monkeypatch.setattr(samples, "SAMPLE_TOKENS", 24)
+    folder = save_tiny(tmp_path / "model", "llama")
+    teacher = Teacher(folder, tokens=192)
+    read = list(read_texts(source("self"), split="all", teacher=teacher))
+    assert len(read) == 8 and len({text.text for text in read}) == 8
+    (cached,) = (tmp_path / "cache/samples").iterdir()
+    monkeypatch.setattr(samples, "_sample_texts", None)  # a second call would fail
+    assert list(read_texts(source("self"), split="all", teacher=teacher)) == read
+    assert samples.sample_path(Teacher(folder, tokens=192, seed=1)) != cached
+    with pytest.raises(UserError, match="original model"):
+        check_sources([source("self")], teacher=False)
+
+
+def test_samples_follow_the_models_distribution() -> None:
+    from tests.tiny import tiny_model
+
+    model = tiny_model("llama")
+    drawn = samples.sample(model, TOKENIZER, 4000, 1, seed=0)
+    with torch.no_grad():
+        expected = model(torch.tensor([[BOS_ID]])).logits[0, -1].softmax(-1)
+    frequency = torch.bincount(drawn.flatten(), minlength=len(expected)) / len(drawn)
+    assert (frequency - expected).abs().sum() < 0.25
+    assert (torch.ones_like(expected) / len(expected) - expected).abs().sum() > 0.5
+
+
+def test_pieces_are_the_document() -> None:
+    text = "".join(f"line {i}\n" for i in range(300)) + "x" * 500
+    pieces = list(data._pieces(text, 100))
+    assert "".join(piece for piece, _ in pieces) == text
+    assert [last for _, last in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert all(len(piece) <= 100 for piece, _ in pieces)
