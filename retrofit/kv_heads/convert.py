@@ -41,7 +41,7 @@ from retrofit.kv_heads.refit import Ridge, RidgeSums, refit
 from retrofit.kv_heads.stream import LayerRun, LayerStream
 from retrofit.kv_heads.weights import LayerWeights, Reader, read_layer, write_layer
 from retrofit.model.families import describe, family_of
-from retrofit.model.load import load_config
+from retrofit.model.load import load_config, multiplies_in_bfloat16
 from retrofit.model.spec import AttentionSpec, LayerAttention
 
 if TYPE_CHECKING:
@@ -116,11 +116,13 @@ def convert(
     text: CalibrationText | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
-    autocast: torch.dtype | None = None,
     max_shard_size: str = "5GB",
     progress: Progress | None = None,
 ) -> ConvertReport:
     """Write `source` with `kv_heads` KV heads per layer into the (existing, staged) folder `out`.
+
+    dtype: of the written weights, the source's own by default. The calibration streams are fp32, their matrix products
+    bfloat16 where the processor has them.
 
     Raises UserError where the architecture or the number of heads does not allow it, and where `calibrated` has no
     text.
@@ -144,7 +146,7 @@ def convert(
                 fix="name text (`--calibrate TEXT`), or choose `--method mean`",
             )
         notes += _fallbacks(spec)
-        run = _CalibratedRun(checkpoint, config, target, spec, kv_heads, repair, text, device, autocast)
+        run = _CalibratedRun(checkpoint, config, target, spec, kv_heads, repair, text, device)
         changed, reports = run.all_layers(progress)
         notes += run.notes
     else:
@@ -217,8 +219,8 @@ class _CalibratedRun:
         repair: str,
         text: CalibrationText,
         device: str,
-        autocast: torch.dtype | None,
     ) -> None:
+        autocast = torch.bfloat16 if multiplies_in_bfloat16(device) else None
         self._read: Reader = checkpoint.tensor
         self._spec, self._target_spec = spec, describe(target)
         self._kv_heads, self._repair = kv_heads, repair

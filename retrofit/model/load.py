@@ -156,6 +156,16 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def multiplies_in_bfloat16(device: str) -> bool:
+    """Whether the processor has bfloat16 matrix products of its own (else bfloat16 is slower than float32)."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported()
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "sve_bf16", "bf16"))
+
+
 def resolve_dtype(dtype: str, folder: str | Path) -> torch.dtype:
     """A torch dtype; "auto" is the one that most of the checkpoint's values are stored in."""
     import torch
