@@ -2,7 +2,7 @@
 
 Perplexity is exp(sum of losses / tokens), so a resample needs only the sum and the token count of each unit. The unit
 is the document from five documents on. With fewer it is a block of consecutive tokens within a document, the longest of
-512, 256, ... 16 tokens that gives at least eight blocks; such an interval speaks about these documents, not others.
+512, 256, ... 1 tokens that gives at least eight blocks; such an interval speaks about these documents, not others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 _MIN_DOCUMENTS = 5
 _MIN_BLOCKS = 8
-_BLOCKS = (512, 256, 128, 64, 32, 16)
+_BLOCKS = (512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +103,7 @@ class TokenLosses:
                 token_bytes = tuple(stored[f"token_bytes_{i}"] for i in range(count))
         except FileNotFoundError:
             raise UserError("there are no token losses here", where=str(path), fix="run `retrofit evaluate`") from None
-        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(
                 "this is not a whole file of token losses", where=str(path), fix="score the model again"
             ) from error

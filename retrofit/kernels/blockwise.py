@@ -66,10 +66,10 @@ def block_backward(
             grad_BHTD, q_BHTD, k_BKSD, v_BKSD, out_BHTD, lse_BHT, 0.0, causal, scale=scale
         )
     _require_half(q_BHTD)
-    unused = torch.zeros(2, dtype=torch.int64, device=q_BHTD.device)  # dropout's random state; there is no dropout
+    unused = torch.zeros((), dtype=torch.int64, device=q_BHTD.device)  # dropout's random state; there is no dropout
     return _aten._scaled_dot_product_flash_attention_backward(
         grad_BHTD, q_BHTD, k_BKSD, v_BKSD, out_BHTD, lse_BHT,
-        None, None, q_BHTD.shape[2], k_BKSD.shape[2], 0.0, causal, unused[0], unused[1], scale=scale,
+        None, None, q_BHTD.shape[2], k_BKSD.shape[2], 0.0, causal, unused, unused, scale=scale,
     )  # fmt: skip
 
 
@@ -215,7 +215,7 @@ def _forward(
 def _tile_forward(
     tile: Tile, q: Tensor, k: Tensor, v: Tensor, scale: float, shift: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of one tile; with `shift`, the log-sum-exp of its queries so far, a full tile may take the fast way."""
+    """(out, lse) of one tile; with `shift`, the log-sum-exp of its queries so far, a full tile may use `gemm_tile`."""
     q, k, v = q[:, :, tile.q0 : tile.q1], k[:, :, tile.k0 : tile.k1], v[:, :, tile.k0 : tile.k1]
     if shift is not None and tile.kind == "full" and gemm_tile.usable(q):
         result = gemm_tile.full_tile(q, k, v, scale, shift)

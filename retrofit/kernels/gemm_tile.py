@@ -1,14 +1,14 @@
 """A full attention tile in bfloat16 through matrix products, for inference on a CPU.
 
-PyTorch's CPU flash op multiplies bfloat16 tiles at a fraction of the rate of its own bfloat16 matrix product. When a
-bound on the scores is at hand, a tile without a mask needs no running maximum: with any shift m_i per query,
+PyTorch's CPU flash op multiplies bfloat16 tiles at a fraction of the rate of its own bfloat16 matrix product. When the
+scores are roughly known, a tile without a mask needs no running maximum: with any shift m_i per query,
 
     p_ij = exp(s_ij - m_i),   lse_i = m_i + log sum_j p_ij,   out_i = sum_j p_ij v_j / sum_j p_ij
 
-so one more column in q (-m_i) against ones in k makes the first product give s - m, and one more column of ones in v makes
-the second give the sum, accumulated in fp32. The log-sum-exp over the query's own chunk, which the causal tile has just
-computed, is a good m. Scores are rounded to bfloat16 after the shift: less than eager attention rounds them, which does it
-before. Queries and probabilities are rounded as in any bfloat16 attention.
+so one more column in q (-m_i) against ones in k makes the first product give s - m, and one more column of ones in v
+makes the second give the sum, accumulated in fp32. The log-sum-exp over the query's own chunk, which the causal tile
+has just computed, is a good m. Scores are rounded to bfloat16 after the shift, so the large ones, near the shift, lose
+less than in eager attention, which rounds before it. Probabilities are rounded as in any bfloat16 attention.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def usable(q: Tensor) -> bool:
 def full_tile(
     q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, shift_BHT: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """(out [B, H, T, D], lse [B, H, T]), both fp32, of queries that see all keys; None when the shift was no good bound.
+    """(out [B, H, T, D], lse [B, H, T]), both fp32, of queries that see all keys; None when the shift was no good.
 
     shift: near the largest score of each query; more than 88 too low overflows, which is what None says.
     """

@@ -1,0 +1,92 @@
+"""Which kernel a model gets, and that a proof can fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from retrofit.errors import UserError
+from retrofit.kernels import blockwise, registry
+from retrofit.kernels.registry import KERNELS, Choice, apply, available, choose, prove, scoring_kernel
+from retrofit.model.families import describe
+from tests.tiny import tiny_config, tiny_model
+
+
+def test_every_kernel_has_a_status() -> None:
+    statuses = {status.name: status for status in available()}
+    assert tuple(statuses) == KERNELS
+    assert statuses["sdpa"].available and statuses["blockwise"].available
+    if not torch.cuda.is_available():
+        assert not statuses["flash_attention_2"].available and statuses["flash_attention_2"].install
+
+
+def test_auto_on_a_cpu() -> None:
+    llama, gemma2 = describe(tiny_config("llama")), describe(tiny_config("gemma2"))
+    windows = describe(tiny_config("mistral", sliding_window=16))
+    assert choose("auto", llama, "cpu").name == "blockwise"
+    assert choose("auto", llama, "cpu", training=True).name == "sdpa"
+    assert choose("auto", windows, "cpu", training=True).name == "blockwise"
+    capped = choose("auto", gemma2, "cpu")
+    assert capped.name == "eager" and capped.requested == "auto" and capped.reason
+
+
+def test_auto_on_cuda_follows_what_is_installed_and_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = describe(tiny_config("llama"))
+    assert choose("auto", llama, "cuda", dtype="bfloat16").name == "sdpa"
+    monkeypatch.setattr(
+        registry, "_flash_status", lambda name, *_: registry.KernelStatus(name, name[-1] == "2", "test")
+    )
+    assert choose("auto", llama, "cuda", dtype="bfloat16").name == "flash_attention_2"
+    assert choose("auto", llama, "cuda", dtype="float32").name == "sdpa"
+    with pytest.raises(UserError, match="float32"):
+        choose("blockwise", llama, "cuda", dtype="float32")
+
+
+@pytest.mark.parametrize("kernel", ["blockwise", "sdpa"])
+def test_what_is_asked_for_and_impossible_is_refused(kernel: str) -> None:
+    with pytest.raises(UserError, match="soft-capped") as error:
+        choose(kernel, describe(tiny_config("gemma2")), "cpu")
+    assert "eager" in str(error.value.fix)
+
+
+def test_unknown_and_missing_kernels_are_refused() -> None:
+    llama = describe(tiny_config("llama"))
+    with pytest.raises(UserError, match="not a kernel"):
+        choose("flash", llama, "cpu")
+    with pytest.raises(UserError, match="flash_attention_2"):
+        choose("flash_attention_2", llama, "cpu")
+
+
+def test_scoring_kernel_falls_back_and_says_why() -> None:
+    assert scoring_kernel(tiny_model("gemma3_text")).name == "blockwise"
+    capped = scoring_kernel(tiny_model("gemma2"))
+    assert capped.name == "eager" and "soft-capped" in capped.reason
+
+
+@pytest.mark.parametrize(
+    ("family", "kernel"), [("llama", "blockwise"), ("gemma3_text", "blockwise"), ("qwen3", "sdpa")]
+)
+def test_a_right_kernel_is_proven(family: str, kernel: str) -> None:
+    model = tiny_model(family)
+    proof = prove(model, choose(kernel, describe(model.config), "cpu"), torch.arange(60)[None])
+    assert proof.passed and 0 < proof.max_difference < proof.tolerance and proof.tokens == 60
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_wrong_kernel_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Top-left causal alignment is right for a whole sequence and wrong for a cached chunk only."""
+
+    def top_left(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=True)
+
+    monkeypatch.setattr(blockwise, "attention", top_left)
+    model = tiny_model("llama")
+    assert not prove(model, Choice("blockwise", "blockwise", "test"), torch.arange(60)[None]).passed
+
+
+def test_apply_refuses_a_class_that_would_only_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+    with pytest.raises(UserError, match="does not let"):
+        apply(model, Choice("sdpa", "sdpa", "test"))
