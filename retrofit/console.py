@@ -76,7 +76,7 @@ class PlainProgress:
     def advance(self, n: int, **fields: float | str) -> None:
         self._done += n
         self._fields = {**self._fields, **fields}
-        if self._clock() - self._last >= PLAIN_SECONDS:
+        if self._clock() - self._last >= PLAIN_SECONDS and self._done != self._total:
             self._last = self._clock()
             self._write(self._line())
 
@@ -90,16 +90,17 @@ class PlainProgress:
 
     def _line(self) -> str:
         elapsed = self._clock() - self._began
-        parts = [f"  {self._task}: {count(self._done)}"]
+        line = f"  {self._task}"
         if self._total:
-            parts.append(f"of {count(self._total)}")
-        parts.append(self._unit)
+            done = nbytes(self._done) if self._unit == "B" else count(self._done)
+            line += f": {done} of {amount(self._total, self._unit)}"
+        elif self._done:
+            line += f": {amount(self._done, self._unit)}"
         extra = _shown(self._fields)
         if elapsed > 0.5 and self._done:
-            extra.append(f"{count(self._done / elapsed)} {self._unit}/s")
+            extra.append(f"{amount(self._done / elapsed, self._unit)}/s")
             if self._open and self._total and self._total > self._done:
                 extra.append(f"{seconds(elapsed / self._done * (self._total - self._done))} left")
-        line = " ".join(part for part in parts if part)
         return f"{line}, {', '.join(extra)}" if extra else line
 
     def _write(self, line: str) -> None:
@@ -142,7 +143,7 @@ class RichProgress:
         self._done += n
         self._fields.update(fields)
         rate = self._done / max(time.monotonic() - self._began, 1e-6)
-        shown = [f"{count(rate)} {self._unit}/s"] if self._unit else []
+        shown = [f"{amount(rate, self._unit)}/s"] if self._unit else []
         shown += _shown(self._fields)
         self._bar.update(self._task, advance=n, info="  ".join(shown))
 
@@ -152,7 +153,7 @@ class RichProgress:
             self._bar.stop()
             self._bar = None
             elapsed = seconds(time.monotonic() - self._began)
-            done = f"{count(self._done)} {self._unit}" if self._done else ""
+            done = amount(self._done, self._unit) if self._done else ""
             self._console.print(
                 "  " + ", ".join([description, *filter(None, [done]), *_shown(self._fields), elapsed]),
                 style="dim",
@@ -243,6 +244,11 @@ def _is_number(text: str) -> bool:
 def count(value: float) -> str:
     """A count with thousands separators; below 100 with one decimal if it has a fraction."""
     return f"{value:,.1f}" if value < 100 and value != int(value) else f"{value:,.0f}"
+
+
+def amount(value: float, unit: str) -> str:
+    """A count with its unit; bytes in binary units."""
+    return nbytes(value) if unit == "B" else f"{count(value)} {unit}".rstrip()
 
 
 def seconds(value: float) -> str:

@@ -303,12 +303,10 @@ def _recipe(recipe: str | Path | Recipe, overrides: Sequence[str], model: str | 
 
 
 def _measured(recipe: Recipe) -> Throughput:
-    import torch
-
     from retrofit.model.load import resolve_device
     from retrofit.pipeline.throughput import measure
 
-    return measure(torch.bfloat16, resolve_device(recipe.device))
+    return measure(resolve_device(recipe.device))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from retrofit.checkpoint.provenance import versions
 from retrofit.kernels.registry import KernelStatus, available
-from retrofit.pipeline.throughput import measure
+from retrofit.pipeline.throughput import flops
 
 OPTIONAL = {
     "gguf": ("reading .gguf files", "pip install 'attention-retrofit[gguf]'"),
@@ -52,7 +52,7 @@ def doctor() -> Health:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cuda = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     gflops = {
-        str(dtype).removeprefix("torch."): round(measure(dtype, device, seconds=0.2).flops / 1e9, 1)
+        str(dtype).removeprefix("torch."): round(flops(dtype, device) / 1e9, 1)
         for dtype in (torch.float32, torch.bfloat16)
     }
     return Health(

@@ -16,19 +16,26 @@ STEPS = ("convert", "extend", "recover", "evaluate", "publish")
 FOLDERS = {name: f"{number}-{name}" for number, name in enumerate(STEPS, start=1)}
 BASE_BYTES = 700 << 20  # a Python process with torch and transformers imported
 EFFICIENCY = 0.5  # share of matrix-multiplication speed that a whole forward pass reaches
+CALL_SECONDS = 0.001  # of the Python code of one layer
+PROOF_SECONDS = 5.0  # of loading a model once more and proving its kernel
+BATCH_TOKENS = 8192  # of a calibration batch
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Floating-point operations per second of large matrix products, and how the number was made."""
+    """Floating-point operations per second of large matrix products, and how the numbers were made.
+
+    float32: of the moments and refits of a conversion; flops: of training and scoring, in bfloat16 where it is faster.
+    """
 
     flops: float
+    float32: float
     how: str
     bytes_per_second: float = 10e9
 
 
-ASSUMED = Throughput(50e9, "assumed 50 GFLOP/s, not measured on this machine")
+ASSUMED = Throughput(50e9, 50e9, "assumed 50 GFLOP/s, not measured on this machine")
 
 
 @dataclass(frozen=True)
@@ -48,13 +55,18 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Cost:
-    """One step: what it does, the most memory and disk it needs (bytes), and its seconds."""
+    """One step: what it does, the most memory and disk it needs (bytes), and its seconds in all.
+
+    pieces: parts that the journal keeps for themselves (the models that are scored), piece_seconds: of each.
+    """
 
     step: str
     does: str
     peak_bytes: int
     disk_bytes: int
     seconds: float
+    pieces: int = 0
+    piece_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,14 @@ class Plan:
     def peak_bytes(self) -> int:
         """Memory of the hungriest step."""
         return max((step.peak_bytes for step in self.steps), default=0)
+
+    def seconds_of(self, name: str) -> float | None:
+        """Seconds of a line of the journal: a step without its pieces, or one piece (`evaluate:original`)."""
+        step, _, piece = name.partition(":")
+        cost = self.of(step)
+        if cost is None:
+            return None
+        return cost.piece_seconds if piece else cost.seconds - cost.pieces * cost.piece_seconds
 
     def of(self, step: str) -> Cost | None:
         """The cost of one step, None when the recipe has no such step."""
@@ -169,9 +189,10 @@ class _Shape:
         scores = sum(4 * layer.query_heads * layer.head_dim for layer in self.after.layers)
         return tokens * (2 * self.matmul_parameters + scores * context / 2)
 
-    def seconds(self, tokens: int, context: int, passes: float = 1) -> float:
+    def seconds(self, tokens: int, context: int, passes: float = 1, *, float32: bool = False) -> float:
         """Of `passes` forward passes."""
-        return passes * self.flops(tokens, context) / (self.throughput.flops * EFFICIENCY)
+        speed = self.throughput.float32 if float32 else self.throughput.flops
+        return passes * self.flops(tokens, context) / (speed * EFFICIENCY)
 
 
 def _convert(shape: _Shape, convert: Convert) -> Cost:
@@ -182,11 +203,12 @@ def _convert(shape: _Shape, convert: Convert) -> Cost:
         return Cost("convert", heads, BASE_BYTES + facts.weight_bytes // len(spec.layers), facts.weight_bytes, seconds)
     tokens, length = convert.calibration.tokens, convert.calibration.sequence_length
     repair = f" and {convert.repair} repair" if convert.repair != "none" else ""
-    # The original and the converted stream, layer by layer, both kept whole in float32.
-    streams = 2 * tokens * spec.hidden_size * 4
+    # The original and the converted stream are kept whole in float32; a batch is some 40 tensors of their width.
+    streams = (2 * tokens + 40 * min(tokens, BATCH_TOKENS)) * spec.hidden_size * 4
     peak = BASE_BYTES + streams + 2 * facts.weight_bytes
     does = f"{heads}{repair} on {tokens:,} tokens"
-    return Cost("convert", does, peak, facts.weight_bytes, shape.seconds(tokens, length, passes=2))
+    seconds = shape.seconds(tokens, length, passes=2, float32=True)
+    return Cost("convert", does, peak, facts.weight_bytes, seconds)
 
 
 def _recover(shape: _Shape, recover: Recover) -> Cost:
@@ -216,11 +238,13 @@ def _evaluate(shape: _Shape, recipe: Recipe, evaluate: Evaluate) -> Cost:
     bytes_per_value = DTYPE_BYTES.get(facts.dtype, 2)
     cache = spec.kv_cache_bytes(longest, bytes_per_value)
     peak = BASE_BYTES + 2 * facts.weight_bytes + cache + 3 * evaluate.chunk * spec.vocab_size * 4
-    decode = evaluate.decode_tokens * facts.weight_bytes / shape.throughput.bytes_per_second
-    seconds = models * (shape.seconds(documents * longest, longest) + decode) + 5
+    # Decoding is timed three times: all weights are read for each token, and each layer is called.
+    each = facts.weight_bytes / shape.throughput.bytes_per_second + CALL_SECONDS * len(spec.layers)
+    piece = shape.seconds(documents * longest, longest) + 3 * evaluate.decode_tokens * each
     lengths = ", ".join(f"{length:,}" for length in evaluate.lengths)
     does = f"{models} models on {documents} documents at {lengths} tokens, one pass each"
-    return Cost("evaluate", does, peak, models * documents * longest * 8, seconds)
+    disk = models * documents * longest * 8
+    return Cost("evaluate", does, peak, disk, models * piece + PROOF_SECONDS, pieces=models, piece_seconds=piece)
 
 
 def describe_plan(plan: Plan) -> list[str]:

@@ -88,8 +88,10 @@ class Runner:
             self.progress.note(text)
 
     def _do(self, name: str, artifact: str, identity: str, work: Work, also: tuple[str, ...]) -> Entry:
-        planned = self.prepared.plan.of(name)
-        self.say(f"{name}: {planned.does}; about {duration(planned.seconds)}" if planned else name)
+        plan = self.prepared.plan
+        planned, expected = plan.of(name.partition(":")[0]), plan.seconds_of(name)
+        assert planned is not None and expected is not None, f"{name} is not in the plan"
+        self.say(f"{name}: {planned.does}; about {duration(expected)}" if ":" not in name else name)
         # What was published belongs to the checkpoint as it was before this step.
         shutil.rmtree(self.folder / FINAL, ignore_errors=True)
         reset_peak()
@@ -102,8 +104,8 @@ class Runner:
             digests=digests_of(self.folder, [self.folder / path for path in (artifact, *also)]),
             seconds=round(time.monotonic() - began, 3),
             peak_bytes=peak_bytes(),
-            predicted_seconds=round(planned.seconds, 3) if planned else None,
-            predicted_peak_bytes=planned.peak_bytes if planned else None,
+            predicted_seconds=round(expected, 3),
+            predicted_peak_bytes=planned.peak_bytes,
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             result=result,
         )
