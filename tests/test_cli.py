@@ -161,6 +161,45 @@ def _compare_with_another_text(tiny: Path, tmp_path: Path) -> str:
     return cli("compare", tmp_path / "a.npz", tmp_path / "c.npz", code=2)
 
 
+def test_recover_trains_towards_the_original(tiny: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    (tmp_path / "text").mkdir()
+    for index in range(12):
+        (tmp_path / "text" / f"{index}.txt").write_text(f"{index} little sentences, again and again. " * 40)
+    cli("convert", tiny, "--kv-heads", 2, "--method", "mean", "--out", tmp_path / "two")
+    options = ["--tokens", 512, "--sequence-length", 64, "--learning-rate", "0.01", "--text", tmp_path / "text"]
+    found = cli("recover", tmp_path / "two", "--teacher", tiny, *options, "--out", tmp_path / "recovered", "--json")
+    report = json.loads(found)["report"]
+    assert report["best_loss"] < report["start_loss"] and report["tokens"] == 512
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "recovered").config.num_key_value_heads == 2
+    record = json.loads((tmp_path / "recovered" / "retrofit.json").read_text())
+    assert [step["step"] for step in record["steps"]] == ["convert", "recover"]
+    assert not list(tmp_path.glob("*.work")) and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_kernel_is_measured_without_touching_a_weight(tiny: Path, tmp_path: Path) -> None:
+    short = ["--set", "evaluate.lengths=[64,128]", "--set", "evaluate.decode_tokens=0", "--set", "evaluate.tail=16"]
+    found = cli("run", "kernel-only", "--model", tiny, *short, "--out", tmp_path / "run", "--json")
+    result = json.loads(found)
+    assert list(result["models"]) == ["original"] and result["models"]["original"]["kernel"] == "blockwise"
+    assert result["metrics"]["kernel_max_diff"] < 1e-3 and result["final"] is None
+    assert result["gate"][0]["passed"] and (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_suite_sets_lengths_and_options_win_over_it(tiny: Path) -> None:
+    found = json.loads(cli("evaluate", tiny, "--suite", "quick", "--lengths", "32", "--json"))
+    assert {(row["kind"], row["length"]) for row in found["rows"]} == {
+        ("python-docs", 32),
+        ("python-stdlib", 32),
+        ("all", 32),
+    }
+
+
+def test_only_the_folder_of_a_finished_run_is_published(tiny: Path) -> None:
+    assert "retrofit.json" in cli("publish", tiny, "--repo", "someone/tiny", code=2)
+
+
 def test_errors_are_three_lines_and_exit_code_2(tmp_path: Path) -> None:
     text = cli("inspect", tmp_path / "missing", code=2)
     assert "Traceback" not in text and "fix:" in text and len(text.strip().splitlines()) <= 3

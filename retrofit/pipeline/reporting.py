@@ -55,10 +55,7 @@ def run_data(runner: Runner, results: tuple[GateResult, ...]) -> RunData:
         context=context,
         gate=tuple(_dicts(results)),
         reload=found.get("publish", {}).get("reload"),
-        notes=(
-            *prepared.notes,
-            *(note for one in (conversion, found.get("recover")) if one for note in one.get("notes", ())),
-        ),
+        notes=(*prepared.notes, *_notes(conversion), *_notes(found.get("recover"))),
         commands=(command(recipe, prepared.source),),
     )
 
@@ -68,6 +65,11 @@ def command(recipe: Recipe, source: Source) -> str:
     bundled_recipe = recipe.name in bundled.names("recipes") and load_recipe(recipe.name, model=recipe.model) == recipe
     name = recipe.name if bundled_recipe else "recipe.yaml"
     return f"retrofit run {name} --model {public_model(source)}"
+
+
+def _notes(result: dict[str, Any] | None) -> list[str]:
+    """What a step did not do as asked; how training went about it is no such thing."""
+    return [note for note in (result or {}).get("notes", ()) if not note.startswith(("training in", "going on from"))]
 
 
 def _dicts(results: tuple[GateResult, ...]) -> list[dict[str, Any]]:
