@@ -23,8 +23,9 @@ KERNELS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_atte
 
 _HALF = ("float16", "bfloat16")
 
-# Largest |logit difference| to eager that rounding explains. Half precision rounds every activation to 8 (11) bits.
-TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "float16": 0.1, "bfloat16": 0.75}
+# Largest |logit difference| to eager that rounding explains, over some 10^7 logits. In bfloat16 PyTorch's own sdpa
+# differs by 1.3 (SmolLM2-135M, 768 tokens), so prove in float32 wherever the kernel has it.
+TOLERANCE = {"float64": 1e-5, "float32": 1e-3, "float16": 0.3, "bfloat16": 2.5}
 
 
 @dataclass(frozen=True)
