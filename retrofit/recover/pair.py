@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from retrofit.errors import UserError
 from retrofit.kernels import products, registry
 from retrofit.model.families import describe
-from retrofit.model.load import load_config, load_model
+from retrofit.model.load import load_config, load_model, multiplies_in_bfloat16
 from retrofit.model.spec import AttentionSpec
 from retrofit.recover.distill import Head
 
@@ -106,11 +106,7 @@ def compute_dtype(device: str, requested: str = "auto") -> torch.dtype:
         raise UserError("training in float16 is not supported", where="dtype", fix="use bfloat16, float32 or auto")
     if requested != "auto":
         return torch.bfloat16 if requested == "bfloat16" else torch.float32
-    if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    capabilities = torch.cpu.get_capabilities()
-    native = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "sve_bf16", "bf16"))
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if multiplies_in_bfloat16(device) else torch.float32
 
 
 def body(model: PreTrainedModel) -> nn.Module:

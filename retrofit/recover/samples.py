@@ -43,15 +43,10 @@ def own_samples(teacher: Teacher, progress: Progress | None = None) -> Callable[
 def sample_path(teacher: Teacher) -> Path:
     """Where the samples of this model, token count and seed are cached."""
     from retrofit.checkpoint.provenance import digest
+    from retrofit.model.gguf import cache_dir
 
     key = json.dumps([digest(teacher.folder), teacher.tokens, teacher.seed, BATCH, SAMPLE_TOKENS], sort_keys=True)
-    return cache_folder() / "samples" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-
-
-def cache_folder() -> Path:
-    """RETROFIT_CACHE, or the platform's usual cache folder."""
-    root = os.environ.get("RETROFIT_CACHE")
-    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "retrofit"
+    return cache_dir() / "samples" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
 def _sample_texts(teacher: Teacher, progress: Progress | None) -> list[str]:
