@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from retrofit.errors import UserError
 from retrofit.evaluate.cache import preallocated_cache
@@ -101,11 +100,23 @@ def _score_document(
     return losses_T.numpy()
 
 
+class _Outputs(tuple[Tensor]):
+    """(hidden states,); every other field an output may have (cache, router logits, ...) is None."""
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 class _GivenHidden(nn.Module):
     """Stands in for the base model and returns the hidden states it is given."""
 
-    def forward(self, inputs_embeds: Tensor | None = None, **_: object) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, *_: object, inputs_embeds: Tensor | None = None, **__: object) -> _Outputs:
+        assert inputs_embeds is not None
+        return _Outputs((inputs_embeds,))
 
 
 @contextmanager

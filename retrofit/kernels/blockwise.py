@@ -3,27 +3,23 @@
 Legend: B batch, H query heads, K KV heads (H = s K), T queries, S keys, D head dim. The T queries are the last T of the
 S positions, so query i stands at position S - T + i.
 
-Attention is cut into tiles (a run of queries against a run of keys) that a flash kernel can do without any mask:
-
-    full    every query of the tile sees every key of it
-    causal  as many keys as queries, query i sees keys j <= i
-    edge    the far end of a sliding window: query i sees keys j >= i (a causal tile with both runs reversed)
-
-Each tile gives (out, lse); tiles over the same queries are merged by their log-sum-exp (Milakov & Gimelshein 2018; Dao
-et al. 2022, FlashAttention, section 3.1). For the backward pass every tile is run with the merged out and lse, which is
-exact: P = exp(S - lse) and dS = P * (dP - rowsum(dO * O)) both need the whole row only through these two.
+Attention is cut into tiles (a run of queries against a run of keys, `tiles.py`) that a flash kernel can do without any
+mask. Each tile gives (out, lse); tiles over the same queries are merged by their log-sum-exp (Milakov & Gimelshein
+2018; Dao et al. 2022, FlashAttention, section 3.1). For the backward pass every tile is run with the merged out and
+lse, which is exact: P = exp(S - lse) and dS = P * (dP - rowsum(dO * O)) both need the whole row only through these two.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from retrofit.errors import UserError
 from retrofit.kernels import gemm_tile
+from retrofit.kernels.tiles import Tile, tiles
 
 NAME = "blockwise"
 _RUN = 256  # longest causal tile where full tiles are cheaper than causal ones
@@ -86,50 +82,6 @@ def _require_half(q: Tensor) -> None:
             f"the flash kernel on {q.device.type} has no {str(q.dtype).removeprefix('torch.')}",
             fix="load the model in bfloat16 or use kernel: sdpa",
         )
-
-
-# ---------------------------------------------------------------------------------------------- the tiles
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Queries [q0, q1) against keys [k0, k1), indices into the given tensors."""
-
-    q0: int
-    q1: int
-    k0: int
-    k1: int
-    kind: Literal["full", "causal", "edge"]
-
-
-def tiles(queries: int, keys: int, window: int | None, run: int | None = None) -> list[Tile]:
-    """Tiles that cover exactly the visible (query, key) pairs, each once.
-
-    A key j is visible to the query at position p when p - window < j <= p (no window: j <= p). run: causal tiles that
-    start a sequence are at most this long, the rest of the triangle is full tiles.
-    """
-    assert 0 < queries <= keys
-    offset = keys - queries
-    # Positions below `window` see everything before them.
-    free = queries if window is None else min(max(window - offset, 0), queries)
-    plan: list[Tile] = []
-    if free == 1:
-        plan.append(Tile(0, 1, 0, offset + 1, "full"))
-    elif free:
-        for start in range(0, free, run or free):
-            stop = min(start + (run or free), free)
-            plan += [Tile(start, stop, 0, offset + start, "full")] if offset + start else []
-            plan.append(Tile(start, stop, offset + start, offset + stop, "causal"))
-    for start in range(free, queries, window or queries):
-        assert window is not None
-        stop = min(start + window, queries)
-        first, last = offset + start, offset + stop  # positions [first, last) of these queries
-        plan.append(Tile(start, stop, first, last, "causal"))
-        if last - window < first:
-            plan.append(Tile(start, stop, last - window, first, "full"))
-        if stop - start > 1:
-            plan.append(Tile(start, stop - 1, first - window + 1, last - window, "edge"))
-    return plan
 
 
 # ---------------------------------------------------------------------------------------------- attention
@@ -257,13 +209,18 @@ def blockwise_attention_forward(
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' AttentionInterface -> (out [B, T, H, D], None).
 
+    attention_mask: None or what `window_mask` returned.
+
     Raises: UserError for what this kernel cannot express: a mask, dropout, softcap, sinks, a position bias,
     bidirectional attention.
     """
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     refused = {
-        "an explicit attention mask": attention_mask is not None,
+        "an explicit attention mask": attention_mask is not None and attention_mask.dim() > 0,
+        "a mask that is neither causal nor a sliding window": attention_mask is not None
+        and attention_mask.dim() == 0
+        and int(attention_mask) < 0,
         "attention dropout": dropout != 0.0,
         "softcapped scores": softcap is not None,
         "attention sinks": kwargs.get("s_aux") is not None,
@@ -274,7 +231,40 @@ def blockwise_attention_forward(
     }
     _refuse([what for what, present in refused.items() if present], type(module).__name__)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attention(query, key, value, scale, sliding_window).transpose(1, 2), None
+    window = sliding_window if attention_mask is None else int(attention_mask) or None
+    return attention(query, key, value, scale, window).transpose(1, 2), None
+
+
+def window_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] | None = None,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """The mask function of transformers' AttentionMaskInterface: the window as one number [] (0: none), never a mask.
+
+    The mask, not the layer, says what eager attention sees: some classes make a sliding mask and do not tell the layer.
+    A mask that is neither causal nor sliding is -1: a layer that reads it is refused, but some classes make one for
+    layers they do not have.
+
+    Raises: UserError as `blockwise_mask`.
+    """
+    blockwise_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **kwargs)
+    if mask_function is not None:
+        last = torch.arange(q_length) + int(q_offset)
+        first = (last - (local_size or kv_length + int(kv_offset)) + 1).clamp_min(0)
+        zero = torch.zeros((), dtype=torch.long)
+        sees = [bool(torch.all(mask_function(zero, zero, last, j))) for j in (first, last)]
+        hidden = [bool(torch.any(mask_function(zero, zero, last, last + 1)))]
+        if local_size is not None and bool((first > 0).any()):
+            hidden.append(bool(torch.any(mask_function(zero, zero, last[first > 0], first[first > 0] - 1))))
+        if not all(sees) or any(hidden):
+            return torch.tensor(-1)
+    return torch.tensor(local_size or 0)
 
 
 def blockwise_mask(
@@ -287,9 +277,7 @@ def blockwise_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> None:
-    """The mask function of transformers' AttentionMaskInterface: no mask is ever made.
-
-    Causality and windows follow from the shapes and `sliding_window`. Whatever else a mask would say is refused.
+    """Refuses what a mask would have to say beyond causality and a window.
 
     Raises: UserError for padding, packed documents or another overlay, and caches with unused slots (StaticCache).
     """
@@ -317,4 +305,4 @@ def register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, blockwise_attention_forward)
-    AttentionMaskInterface.register(NAME, blockwise_mask)
+    AttentionMaskInterface.register(NAME, window_mask)

@@ -221,6 +221,28 @@ def test_an_all_ones_mask_is_no_mask_and_keeps_attention_across_a_position_jump(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
+def test_the_mask_says_the_window_and_a_chunked_mask_is_refused() -> None:
+    from transformers.masking_utils import (
+        causal_mask_function,
+        chunked_causal_mask_function,
+        sliding_window_causal_mask_function,
+    )
+
+    def window(function: object, local_size: int | None, queries: int = 12, keys: int = 30) -> int:
+        return int(blockwise.window_mask(1, queries, keys, keys - queries, 0, function, local_size))
+
+    assert window(causal_mask_function, None) == 0
+    assert window(sliding_window_causal_mask_function(8), 8) == 8
+    assert window(sliding_window_causal_mask_function(8), 9) == -1
+    assert window(chunked_causal_mask_function(8, torch.zeros(1, dtype=torch.long)), 8) == -1
+    q, k, v = random_qkv(12, 30)
+    with pytest.raises(UserError, match="neither causal nor"):
+        blockwise.blockwise_attention_forward(torch.nn.Module(), q, k, v, torch.tensor(-1))
+    # The layer itself may not know its window.
+    out, _ = blockwise.blockwise_attention_forward(torch.nn.Module(), q, k, v, torch.tensor(8), scaling=0.3)
+    torch.testing.assert_close(out.transpose(1, 2), reference(q, k, v, 0.3, 8), rtol=0, atol=2e-6)
+
+
 def test_refuses_what_it_cannot_express() -> None:
     model, tokens = tiny_model("llama"), ids(12, batch=2)
     padded = torch.ones_like(tokens)
