@@ -56,6 +56,16 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {"attention_multiplier": 0.2, "residual_multiplier": 0.5, "embedding_multiplier": 2.0},
     "smollm3": {"no_rope_layer_interval": 2},
     "phi3": {"original_max_position_embeddings": 512},
+    "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+    },
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "gpt_bigcode": {"multi_query": False, "n_inner": 96},
 }
 
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
@@ -76,6 +86,13 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("cohere", {"use_qk_norm": True}),
     ("smollm3", {"use_sliding_window": True, "sliding_window": 16, "no_rope_layer_interval": 2}),
     ("phi3", {"sliding_window": 16, "partial_rotary_factor": 0.5}),
+    ("mixtral", {"sliding_window": 16}),
+    ("qwen2_moe", {"qkv_bias": False, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    ("qwen3_moe", {"attention_bias": True, "use_sliding_window": True, "sliding_window": 16}),
+    ("qwen3_moe", {"mlp_only_layers": [0]}),
+    ("olmoe", {"clip_qkv": 0.5}),
+    ("gpt_bigcode", {"multi_query": True, "num_key_value_heads": 1}),
+    ("gpt_bigcode", {"scale_attn_weights": False, "tie_word_embeddings": False}),
 )
 
 
@@ -106,7 +123,7 @@ def randomise(model: Any, seed: int = 0) -> None:
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name or parameter.dim() == 1:
                 parameter.add_(0.2 * noise)
-            elif "embed" in name:
+            elif "embed" in name or "wte" in name or "wpe" in name:
                 parameter.copy_(0.3 * noise)
             else:
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)

@@ -207,7 +207,8 @@ def _convert(shape: _Shape, convert: Convert) -> Cost:
     streams = (2 * tokens + 40 * min(tokens, BATCH_TOKENS)) * spec.hidden_size * 4
     peak = BASE_BYTES + streams + 2 * facts.weight_bytes
     does = f"{heads}{repair} on {tokens:,} tokens"
-    seconds = shape.seconds(tokens, length, passes=2, float32=True)
+    # Each stream passes every layer once; the moments and refits between are about half a pass in float32.
+    seconds = shape.seconds(tokens, length, passes=2) + shape.seconds(tokens, length, passes=0.5, float32=True)
     return Cost("convert", does, peak, facts.weight_bytes, seconds)
 
 

@@ -75,7 +75,7 @@ def prepare(
         raise UserError("the recipe has no step", where=recipe.name, fix="add convert, context, recover or evaluate")
     if out is not None:
         require_run_folder(out)
-    check_sources(_all_texts(recipe))
+    check_sources(dict.fromkeys(_all_texts(recipe)))
     _check_require(recipe)
     device = resolve_device(recipe.device)
     source = sources.resolve(model, revision=revision or recipe.revision, weights=False, progress=progress)
