@@ -180,7 +180,7 @@ def check_surgery(recipe: Recipe, config: Any, spec: AttentionSpec, *, beyond: b
         _require_within(recipe.recover.sequence_length, claimed, "recover.sequence_length")
     if recipe.convert and recipe.convert.method == "calibrated":
         length = recipe.convert.calibration.sequence_length
-        _require_within(length, spec.max_position_embeddings, "convert.calibration.sequence_length")
+        _require_within(length, spec.max_position_embeddings, "convert.calibration.sequence_length", extendable=False)
     return tuple(notes)
 
 
@@ -196,12 +196,13 @@ def _check_publish(recipe: Recipe, source: Source) -> None:
     require_licence_and_base(section.licence or source.licence, section.base_model or source.base_model)
 
 
-def _require_within(length: int, claimed: int, where: str) -> None:
+def _require_within(length: int, claimed: int, where: str, *, extendable: bool = True) -> None:
     if length > claimed:
+        longer = f", or extend the model with `context: {{length: {length}}}`" if extendable else ""
         raise UserError(
             f"{length} tokens are more than the {claimed} positions of the model",
             where=where,
-            fix=f"ask for at most {claimed}, or extend the model with `context: {{length: {length}}}`",
+            fix=f"ask for at most {claimed}{longer}",
         )
 
 

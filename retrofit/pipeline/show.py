@@ -112,14 +112,14 @@ def evaluation(console: Console, result: Evaluation) -> None:
     """`retrofit evaluate`."""
     console.result(result)
     console.table(
-        f"{result.model}: perplexity with 95% interval, {result.dtype}, kernel {result.kernel}",
-        ["text", "length", "ppl", "interval", "tail ppl", "bits/byte", "tokens", "documents"],
+        f"{result.model}: perplexity, {result.dtype}, kernel {result.kernel}",
+        ["text", "length", "ppl", "95% interval", "tail ppl", "bits/byte", "tokens", "texts"],
         [
             (
                 row.kind,
                 row.length,
                 f"{row.ppl:.3f}",
-                f"{row.low:.3f} to {row.high:.3f}",
+                f"{row.low:.2f}-{row.high:.2f}",
                 f"{row.tail_ppl:.3f}",
                 f"{row.bpb:.4f}" if row.bpb is not None else "-",
                 row.tokens,
