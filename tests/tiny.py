@@ -109,6 +109,8 @@ def tiny_model(family: str, *, seed: int = 0, **over: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(tiny_config(family, **over), attn_implementation="eager")
+    if hasattr(model.config, "num_experts_per_tok"):
+        model.set_experts_implementation("eager")  # the default one has no float64
     randomise(model, seed)
     return model.to(torch.float32).eval()
 

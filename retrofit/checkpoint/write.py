@@ -75,11 +75,17 @@ EXPLICIT_FIELDS = (
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
+    "multi_query",
     "head_dim",
     "max_position_embeddings",
     "rope_parameters",
     "tie_word_embeddings",
     "vocab_size",
+    "n_embd",
+    "n_head",
+    "n_inner",
+    "n_layer",
+    "n_positions",
 )
 
 

@@ -47,6 +47,8 @@ __all__ = [
 METHODS = ("linear", "ntk", "yarn", "llama3")
 LONGROPE_ONLY = ("phi3",)
 """Families whose configuration class knows no other rope_type than default and longrope."""
+HEAD_DIM_NEEDED = ("mixtral",)
+"""Families whose class leaves head_dim empty and whose scaled encodings fail on that."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def extend(
     result = copy.deepcopy(config)
     text = result.get_text_config()
     fields, _ = _extended(as_dict(text), length=length, factor=factor, method=method)
-    for name in ("max_position_embeddings", "original_max_position_embeddings", "rope_parameters"):
+    for name in ("max_position_embeddings", "original_max_position_embeddings", "rope_parameters", "head_dim"):
         if name in fields:
             setattr(text, name, fields[name])
     if hasattr(text, "rope_theta"):
@@ -158,7 +160,7 @@ def _extended(
         raise UserError(
             f"Unknown context method `{method}`", where="context.method", fix=f"use one of: {', '.join(METHODS)}"
         )
-    before = text.get("max_position_embeddings")
+    before = text.get("max_position_embeddings", text.get("n_positions"))
     if not isinstance(before, int) or isinstance(before, bool) or before < 1:
         raise UserError(
             f"The model's window is not a whole number of tokens: {before!r}",
@@ -180,7 +182,10 @@ def _extended(
     extension = Extension(method, original, before, length, used * step, step, _notes(text, found, method, used, step))
     new = RopeView(view.where, view.layer_type, _parameters(text, view, extension))
     merged = tuple(new if one is view else one for one in found)
-    return rotary_fields(text, merged, length, original), extension
+    fields = rotary_fields(text, merged, length, original)
+    if text.get("model_type") in HEAD_DIM_NEEDED and text.get("head_dim") is None:
+        fields["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
+    return fields, extension
 
 
 def _target(before: int, length: int | None, factor: float | None) -> int:

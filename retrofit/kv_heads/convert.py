@@ -132,7 +132,7 @@ def convert(
     config = load_config(source)
     spec = describe(config)
     target = family_of(config).with_kv_heads(config, kv_heads)
-    before = spec.layers[0].kv_heads
+    before, written = spec.layers[0].kv_heads, describe(target)
     notes: list[str] = []
     if kv_heads == before:
         notes.append(f"the model already has {before} KV heads: its weights are copied unchanged")
@@ -155,7 +155,7 @@ def convert(
             maps = (mean_maps if method == "mean" else first_maps)(before, kv_heads, layer.head_dim)
             groups = contiguous_groups(before, kv_heads)
             merged = apply_maps(read_layer(checkpoint.tensor, layer), maps, groups)
-            changed |= write_layer(merged, layer)
+            changed |= write_layer(merged, written.layers[layer.index])
             reports.append(LayerReport(layer.index, groups))
     rewrite(
         checkpoint,
@@ -297,7 +297,7 @@ class _CalibratedRun:
             held_out_before=None if ridge is None else ridge.held_out_before,
             held_out_after=None if ridge is None else ridge.held_out_after,
         )
-        return write_layer(merged, layer), report
+        return write_layer(merged, target_layer), report
 
     def _moments(
         self,

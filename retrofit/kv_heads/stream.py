@@ -18,6 +18,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from retrofit.model.families.experts import EXPERTS
 from retrofit.model.spec import AttentionSpec
 
 Reader = Callable[[str], Tensor]
@@ -49,18 +50,28 @@ class LayerStream:
             self._model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="eager" if exact else "sdpa"
             ).eval()
-        embedding = self._model.get_input_embeddings()
-        self._materialise(next(name for name, module in self._model.named_modules() if module is embedding))
         self._layers: nn.ModuleList = self._model.get_submodule(spec.layers_path)  # type: ignore[assignment]
-        self._base = self._model.get_submodule(spec.layers_path.rpartition(".")[0])
+        base = spec.layers_path.rpartition(".")[0]
+        self._base = self._model.get_submodule(base)
+        for name, module in self._base.named_children():
+            if isinstance(module, nn.Embedding):  # tokens, and positions where they are learned
+                self._materialise(f"{base}.{name}")
 
     def _materialise(self, prefix: str, values: dict[str, Tensor] | None = None) -> None:
         """Give the parameters below `prefix` their stored tensors, or those of `values` by full name."""
         module = self._model.get_submodule(prefix)
-        for name in [name for name, _ in module.named_parameters()]:
+        for name, parameter in list(module.named_parameters()):
             full = f"{prefix}.{name}"
-            tensor = values[full] if values and full in values else self._read(full)
+            tensor = values[full] if values and full in values else self._parameter(full, parameter.shape[0])
             set_module_tensor_to_device(module, name, self._device, value=tensor.float())
+
+    def _parameter(self, name: str, rows: int) -> Tensor:
+        """A parameter by its name in the module; stacked experts are put together from their matrices."""
+        experts = EXPERTS.get(self._spec.family)
+        groups = experts.stored(name, rows) if experts else ((name,),)
+        if len(groups) == len(groups[0]) == 1:
+            return self._read(groups[0][0])
+        return torch.stack([torch.cat([self._read(part) for part in parts]) for parts in groups])
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
@@ -75,11 +86,11 @@ class LayerStream:
         seen: list[tuple[Tensor, dict[str, Any]]] = []
 
         def stub(hidden_BTC: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            assert not args, "a decoder layer is called with keywords only"
+            assert all(arg is None for arg in args), "beside the residual stream, a layer is called with keywords"
             seen.append((hidden_BTC, kwargs))
             return hidden_BTC
 
-        norms = [m for name, m in self._base.named_children() if "norm" in name]
+        norms = [m for name, m in self._base.named_children() if "norm" in name or name == "ln_f"]
         patched = [*self._layers, *norms]
         for module in self._layers:
             module.forward = stub

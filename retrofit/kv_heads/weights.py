@@ -64,6 +64,8 @@ def _read_slot(read: Reader, slot: TensorSlot) -> Tensor:
     tensor = read(slot.name).float()
     if slot.transposed:
         tensor = tensor.T
+    if slot.every is not None:
+        return tensor.unflatten(0, (-1, slot.every))[:, slot.start : slot.stop].flatten(0, 1)
     return tensor if slot.start is None else tensor[slot.start : slot.stop]
 
 
@@ -104,11 +106,11 @@ def read_layer(read: Reader, layer: LayerAttention) -> LayerWeights:
 
 def write_layer(weights: LayerWeights, layer: LayerAttention) -> dict[str, Tensor]:
     """Stored tensors of a layer by name. Fused tensors are put together again in the order of their rows."""
-    parts: dict[str, list[tuple[int, Tensor, bool]]] = {}
+    parts: dict[str, list[tuple[TensorSlot, Tensor]]] = {}
 
     def put(slot: TensorSlot | None, tensor: Tensor | None) -> None:
         if slot is not None and tensor is not None:
-            parts.setdefault(slot.name, []).append((slot.start or 0, tensor, slot.transposed))
+            parts.setdefault(slot.name, []).append((slot, tensor))
 
     put(layer.q, weights.q_HDC.flatten(0, 1))
     put(layer.k, weights.k_KDC.flatten(0, 1))
@@ -123,9 +125,14 @@ def write_layer(weights: LayerWeights, layer: LayerAttention) -> dict[str, Tenso
         put(slot, None if bias is None else bias.flatten())
     out: dict[str, Tensor] = {}
     for name, rows in parts.items():
-        rows.sort(key=lambda part: part[0])
-        tensor = torch.cat([part[1] for part in rows])
-        out[name] = (tensor.T if rows[0][2] else tensor).contiguous()
+        rows.sort(key=lambda part: part[0].start or 0)
+        first = rows[0][0]
+        if first.every is None:
+            tensor = torch.cat([part for _, part in rows])
+        else:
+            blocks = [part.unflatten(0, (-1, (slot.stop or 0) - (slot.start or 0))) for slot, part in rows]
+            tensor = torch.cat(blocks, 1).flatten(0, 1)
+        out[name] = (tensor.T if first.transposed else tensor).contiguous()
     for norm_name, norm in ((layer.q_norm, weights.q_norm_HD), (layer.k_norm, weights.k_norm_KD)):
         if norm_name is None or norm is None:
             continue

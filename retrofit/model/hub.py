@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.errors import UserError
-from retrofit.model.families import family_of
+from retrofit.model.families import require_known
 from retrofit.model.load import load_config
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def download(repo_id: str, *, revision: str | None, weights: bool, progress: Pro
             require_files(repo_id, files)
             # By its name, not its commit: the cache then remembers which commit the name stood for.
             config_file = Path(hf_hub_download(repo_id, "config.json", revision=revision))
-            family_of(load_config(config_file.parent))
+            require_known(load_config(config_file.parent))
             commit = config_file.parent.name
             if progress:
                 progress.start(f"Downloading {repo_id}", None, "files")
@@ -171,7 +171,7 @@ def _cached(repo_id: str, revision: str | None, weights: bool, reason: str, prog
         raise missing from error
     if not (folder / "config.json").is_file() or (weights and not any(folder.glob("model*.safetensors"))):
         raise missing
-    family_of(load_config(folder))
+    require_known(load_config(folder))
     if progress:
         progress.note(f"{reason}: using revision {folder.name} of {repo_id} from the local cache")
     return Snapshot(folder, repo_id, folder.name, None)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -34,7 +34,7 @@ class Source:
 
     requested: as the user named it. folder: config.json, tokenizer and (unless only the configuration was asked for)
     safetensors. revision: the hub commit. dtype: what most values are stored in. base_model: the hub id that a card
-    should name.
+    should name. notes: what was done to it on the way.
     """
 
     requested: str
@@ -45,6 +45,7 @@ class Source:
     dtype: str
     licence: str | None
     base_model: str | None
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -60,13 +61,24 @@ class Source:
 
 
 def resolve(
-    model: str | Path, *, revision: str | None = None, weights: bool = True, progress: Progress | None = None
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    weights: bool = True,
+    reexpress: bool = True,
+    progress: Progress | None = None,
 ) -> Source:
     """The local folder of `model`: a hub id (with `revision`), a folder, a .gguf file, or "embedded".
 
-    weights=False fetches and checks configuration and tokenizer only. Raises UserError for everything that makes the
-    source unusable; see `hub.download`, `gguf.convert` and `load.load_config` for the list.
+    weights=False fetches and checks configuration and tokenizer only. A model whose class cannot hold fewer KV heads is
+    re-expressed as one that can, once, in the cache; reexpress=False gives it as it is. Raises UserError for everything
+    that makes the source unusable; see `hub.download`, `gguf.convert` and `load.load_config` for the list.
     """
+    source = _resolve(model, revision, weights, progress)
+    return _reexpressed(source, weights, progress) if reexpress else source
+
+
+def _resolve(model: str | Path, revision: str | None, weights: bool, progress: Progress | None) -> Source:
     name, path = str(model), Path(model).expanduser()
     if name == EMBEDDED and not path.exists():
         _no_revision(revision, name)
@@ -80,6 +92,30 @@ def resolve(
             raise _not_a_model(path)
         return _from_gguf(name, path, weights, progress, None, None)
     return _from_hub(name, revision, weights, progress)
+
+
+def _reexpressed(source: Source, weights: bool, progress: Progress | None) -> Source:
+    """The same model as another architecture, where its own cannot hold fewer KV heads."""
+    from retrofit.model.families.refused import REEXPRESSED
+    from retrofit.model.load import load_config, read_config
+
+    if read_config(source.folder)["model_type"] not in REEXPRESSED:
+        return source
+    from retrofit.model.reexpress import cached, reexpression_of
+    from retrofit.model.reexpress.write import notes_of
+
+    reexpression = reexpression_of(load_config(source.folder))
+    assert reexpression is not None
+    identity = partial(_identity, source, weights)
+    folder = cached(reexpression, source.folder, identity, weights=weights, progress=progress)
+    return replace(source, folder=folder, notes=notes_of(reexpression, source.dtype))
+
+
+def _identity(source: Source, weights: bool) -> dict[str, str]:
+    """Digests that name a cached re-expression; without weights, that of the configuration."""
+    from retrofit.checkpoint.provenance import sha256
+
+    return source.digests if weights else {"config.json": sha256(source.folder / "config.json")}
 
 
 def embedded_file() -> Path:
@@ -98,12 +134,11 @@ def embedded_file() -> Path:
 
 def _from_folder(name: str, folder: Path, weights: bool) -> Source:
     from retrofit.checkpoint.read import Checkpoint
-    from retrofit.model.families import family_of
+    from retrofit.model.families import require_known
     from retrofit.model.licence import base_model_of, licence_of
     from retrofit.model.load import load_config, stored_dtype
 
-    config = load_config(folder)
-    family_of(config)
+    require_known(load_config(folder))
     if weights:
         _require_safetensors(folder)
         Checkpoint.open(folder)

@@ -35,13 +35,15 @@ class RopeSpec:
 class TensorSlot:
     """Where one projection lives: rows [start, stop) of a stored tensor (all rows when both are None).
 
-    Rows are output features. `transposed` marks a Conv1D layout, where output features are the columns.
+    Rows are output features. `transposed` marks a Conv1D layout, where output features are the columns. every: the
+    tensor is interleaved by head: these are rows [start, stop) of each block of so many.
     """
 
     name: str
     start: int | None = None
     stop: int | None = None
     transposed: bool = False
+    every: int | None = None
 
 
 @dataclass(frozen=True)

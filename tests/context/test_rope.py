@@ -60,7 +60,7 @@ def by_hand(method: str, theta: float, dim: int, s: float, length: int) -> tuple
 
 
 @pytest.mark.parametrize("method", rope.METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt_bigcode"])
 def test_model_computes_the_formula(family: str, method: str) -> None:
     before = tiny_config(family)
     after = rope.extend(before, factor=FACTOR, method=method)
@@ -81,6 +81,12 @@ def test_model_computes_the_formula(family: str, method: str) -> None:
     assert not np.allclose(wanted, plain(old["rope_theta"], dim), rtol=1e-3)
     assert not [one for one in rope.lint(after) if one.severity == "error"]
     assert not rope.length_dependent(after)
+
+
+def test_learned_positions_are_refused() -> None:
+    with pytest.raises(UserError, match="no rotary position encoding"):
+        rope.extend(tiny_config("gpt_bigcode"), factor=2.0, method="yarn")
+    assert not rope.lint(tiny_config("gpt_bigcode"))
 
 
 def tiny_model_from(config):

@@ -8,10 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from retrofit.checkpoint.read import Checkpoint
 from retrofit.errors import UserError
 from retrofit.model.families import KNOWN, describe, family_of
+from retrofit.model.families.experts import EXPERTS
 from retrofit.model.families.refused import REASONS
-from tests.tiny import FAMILIES, VARIANTS, tiny_config, tiny_model
+from tests.tiny import FAMILIES, VARIANTS, save_tiny, tiny_config, tiny_model
 
 CASES = [(family, {}) for family in FAMILIES] + list(VARIANTS)
 cases = pytest.mark.parametrize(("family", "over"), CASES, ids=[f"{f}-{'-'.join(o)}" for f, o in CASES])
@@ -28,7 +30,18 @@ def slots_of(layer):
 
 
 def rows(slot, parameters):
-    return parameters[slot.name][slot.start : slot.stop]
+    stored = parameters[slot.name]
+    return stored[indices(slot, stored.shape[0])]
+
+
+def indices(slot, count):
+    """Row numbers that a slot means, one by one."""
+    start, stop = slot.start or 0, slot.stop or count
+    return [i for i in range(count) if start <= (i % slot.every if slot.every else i) < stop]
+
+
+def base_of(model, spec):
+    return model.get_submodule(spec.layers_path.rpartition(".")[0])
 
 
 def test_tiny_has_every_known_family():
@@ -63,7 +76,7 @@ def test_slots_and_norms_cover_every_attention_parameter_once(family, over):
     for layer in spec.layers:
         weights, biases = slots_of(layer)
         for slot in (*weights.values(), *(b for b in biases.values() if b is not None)):
-            covered[slot.name][slot.start : slot.stop] += 1
+            covered[slot.name][indices(slot, len(covered[slot.name]))] += 1
         for name, heads in ((layer.q_norm, layer.query_heads), (layer.k_norm, layer.kv_heads)):
             if name is None:
                 continue
@@ -86,19 +99,19 @@ def test_values_equal_what_the_module_holds(family, over):
     assert spec.hidden_size == model.config.hidden_size
     assert spec.vocab_size == model.get_input_embeddings().weight.shape[0]
     assert spec.tied_embeddings == (model.lm_head.weight is model.get_input_embeddings().weight)
-    rotary = model.model.rotary_emb
+    rotary = getattr(base_of(model, spec), "rotary_emb", None)
     for layer in spec.layers:
         module = attention_of(model, spec, layer.index)
         assert layer.head_dim == module.head_dim
         assert layer.scaling == module.scaling
         assert layer.group == module.num_key_value_groups
         if hasattr(module, "sliding_window"):
-            assert layer.window == module.sliding_window
+            assert layer.window == (module.sliding_window or None)
         assert layer.softcap == getattr(module, "attn_logit_softcapping", None)
         has_norm = any("norm" in name for name, _ in module.named_parameters())
         assert (layer.qk_norm is not None) == has_norm
         if layer.rope is None:
-            assert not module.use_rope
+            assert rotary is None or not module.use_rope
             continue
         layer_types = getattr(model.config, "layer_types", None)
         buffer = f"{layer_types[layer.index]}_inv_freq" if family == "gemma3_text" else "inv_freq"
@@ -203,7 +216,7 @@ def rotate(x_HTD, rope):
 def test_with_kv_heads_gives_a_stock_class_with_fewer_heads(family, over):
     config = tiny_config(family, **over)
     before = describe(config).layers[0].kv_heads
-    for kv_heads in (1, 2, before):
+    for kv_heads in (1, before) if family == "gpt_bigcode" else (1, 2, before):
         changed = family_of(config).with_kv_heads(config, kv_heads)
         spec = describe(changed)
         parameters = dict(AutoModelForCausalLM.from_config(changed).named_parameters())
@@ -226,9 +239,29 @@ def test_conversions_list_divisors_and_reasons():
         assert "1, 2, 3, 6" in caught.value.fix
 
 
+def test_gpt_bigcode_shares_one_head_or_none():
+    config = tiny_config("gpt_bigcode")
+    conversions = family_of(config).conversions(describe(config))
+    assert [c.kv_heads for c in conversions if c.possible] == [1, 4]
+    with pytest.raises(UserError, match="one KV head or one for each query head"):
+        family_of(config).with_kv_heads(config, 2)
+    shared = family_of(config).with_kv_heads(config, 1)
+    assert shared.multi_query and shared.num_key_value_heads == 1
+
+
+def test_experts_are_named_as_stock_transformers_stores_them(tmp_path):
+    for family, experts in EXPERTS.items():
+        save_tiny(tmp_path / family, family)
+        stored = set(Checkpoint.open(tmp_path / family).names)
+        named = set()
+        for name, parameter in tiny_model(family).named_parameters():
+            named |= {part for parts in experts.stored(name, parameter.shape[0]) for part in parts}
+        assert named == stored
+
+
 def test_unknown_architecture_is_refused_with_the_list():
-    with pytest.raises(UserError, match="`mixtral` is not supported") as caught:
-        describe(SimpleNamespace(model_type="mixtral"))
+    with pytest.raises(UserError, match="`dbrx` is not supported") as caught:
+        describe(SimpleNamespace(model_type="dbrx"))
     assert all(name in caught.value.fix for name in KNOWN)
 
 

@@ -67,9 +67,22 @@ def test_biases_pairing_and_partial_rotary(tmp_path):
 
 
 def test_unknown_architecture(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "gpt_neox"}')
-    with pytest.raises(UserError, match="`gpt_neox` is not supported"):
+    (tmp_path / "config.json").write_text('{"model_type": "bloom"}')
+    with pytest.raises(UserError, match="`bloom` is not supported"):
         inspect(tmp_path)
+
+
+def test_what_is_re_expressed_is_shown_as_what_it_becomes(tmp_path, monkeypatch):
+    monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(
+        '{"model_type": "gpt_neox", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, '
+        '"intermediate_size": 96, "vocab_size": 264, "rotary_pct": 0.5}'
+    )
+    found = inspect(tmp_path / "m")
+    assert (found.family, found.kv_heads, found.head_dim) == ("phi", 4, 16)
+    assert [c.kv_heads for c in found.conversions if c.possible] == [1, 2, 4]
+    assert found.groups[0].rope.rotary_dim == 8
 
 
 def test_weights_are_not_read(tmp_path, monkeypatch):

@@ -85,8 +85,8 @@ def test_folders_that_are_refused(folder, tmp_path):
     refused(empty, "no config.json")
     (empty / "adapter_config.json").write_text("{}")
     refused(empty, "an adapter, not a model")
-    refused(edited(folder, tmp_path / "a", model_type="gpt2"), "`gpt2` is not supported: q, k and v are one matrix")
-    refused(edited(folder, tmp_path / "b", model_type="mixtral"), "`mixtral` is not supported")
+    refused(edited(folder, tmp_path / "a", model_type="bloom"), "`bloom` is not supported: q, k and v are one matrix")
+    refused(edited(folder, tmp_path / "b", model_type="dbrx"), "`dbrx` is not supported")
     refused(edited(folder, tmp_path / "c", model_type="brandnew"), "does not know the model type `brandnew`")
     custom = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}
     refused(edited(folder, tmp_path / "d", model_type="brandnew", auto_map=custom), "remote code is never run")

@@ -13,7 +13,7 @@ from typing import Any
 from retrofit.errors import UserError
 from retrofit.model.families import fused, separate
 from retrofit.model.families.base import Conversion, Family
-from retrofit.model.families.refused import REASONS
+from retrofit.model.families.refused import REASONS, REEXPRESSED
 from retrofit.model.spec import AttentionSpec
 
 _FAMILIES: dict[str, Family] = {family.name: family for family in (*separate.TABLE, *fused.TABLE)}
@@ -27,12 +27,20 @@ def family_of(config: Any) -> Family:
     name = str(getattr(config, "model_type", None) or "(no model_type)")
     if name in _FAMILIES:
         return _FAMILIES[name]
-    reason = REASONS.get(name)
+    reason, target = REASONS.get(name), REEXPRESSED.get(name)
     raise UserError(
         f"the architecture `{name}` is not supported" + (f": {reason}" if reason else ""),
         where="model_type of config.json",
-        fix=f"choose a model of a known architecture: {', '.join(KNOWN)}",
+        fix=f"re-express it as {target} first: retrofit convert MODEL --reexpress-only --out DIR"
+        if target
+        else f"choose a model of a known architecture: {', '.join(KNOWN)}",
     )
+
+
+def require_known(config: Any) -> None:
+    """UserError unless the architecture is a known family or can be re-expressed as one."""
+    if str(getattr(config, "model_type", None)) not in REEXPRESSED:
+        family_of(config)
 
 
 def describe(config: Any) -> AttentionSpec:
@@ -40,4 +48,4 @@ def describe(config: Any) -> AttentionSpec:
     return family_of(config).describe(config)
 
 
-__all__ = ["KNOWN", "Conversion", "Family", "describe", "family_of"]
+__all__ = ["KNOWN", "Conversion", "Family", "describe", "family_of", "require_known"]

@@ -51,18 +51,20 @@ class QKNormTable:
 class Family(ABC):
     """One architecture: literal choices, each as the transformers class of that `model_type` makes it.
 
-    scaling: "head_dim" (head_dim ** -0.5), "query_pre_attn_scalar" (that field ** -0.5) or "attention_multiplier" (that
-    field itself). window: on "none", on "all" layers that the field sliding_window names, or on the layers whose entry
-    in layer_types is "sliding_attention". window_when: a field that switches windows off altogether.
+    scaling: "head_dim" (head_dim ** -0.5), "query_pre_attn_scalar" (that field ** -0.5), "attention_multiplier" (that
+    field itself) or "scale_attn_weights" (head_dim ** -0.5 where that field is true, else 1). window: on "none", on
+    "all" layers that the field sliding_window names, or on the layers whose entry in layer_types is
+    "sliding_attention". window_when: a field that switches windows off altogether.
     partial_rotary: rope_parameters.partial_rotary_factor is read. own_head_dim: a head_dim field is read (else it is
     always hidden_size / query heads). rope_by_layer_type: rope_parameters hold one entry per layer type.
-    no_rope_layers: the field of that name holds 0 for layers without RoPE.
+    no_rope_layers: the field of that name holds 0 for layers without RoPE. learned_positions: there is no RoPE at all.
+    layers_path, attention_path: where the transformers class has its layers, and a layer its attention.
     """
 
     name: str
     qkv_bias: Switch = False
     o_bias: Switch = False
-    scaling: Literal["head_dim", "query_pre_attn_scalar", "attention_multiplier"] = "head_dim"
+    scaling: Literal["head_dim", "query_pre_attn_scalar", "attention_multiplier", "scale_attn_weights"] = "head_dim"
     window: Literal["none", "all", "layer_types"] = "none"
     window_when: Switch = True
     pairing: Pairing = "half"
@@ -70,9 +72,12 @@ class Family(ABC):
     own_head_dim: bool = True
     rope_by_layer_type: bool = False
     no_rope_layers: bool = False
+    learned_positions: bool = False
     qk_norm: QKNormTable | None = None
     softcap: bool = False
     clip_qkv: bool = False
+    layers_path: str = "model.layers"
+    attention_path: str = "self_attn"
 
     @abstractmethod
     def tensors(self, config: Any, index: int, head_dim: int) -> dict[str, Any]:
@@ -83,7 +88,7 @@ class Family(ABC):
 
         Raises UserError when the query heads cannot be shared out evenly over the KV heads.
         """
-        query_heads, kv_heads = config.num_attention_heads, _kv_heads(config)
+        query_heads, kv_heads = config.num_attention_heads, self.kv_heads(config)
         if query_heads % kv_heads:
             raise UserError(
                 f"{query_heads} query heads cannot be shared evenly by {kv_heads} KV heads",
@@ -96,6 +101,8 @@ class Family(ABC):
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
             max_position_embeddings=config.max_position_embeddings,
+            layers_path=self.layers_path,
+            attention_path=self.attention_path,
             tied_embeddings=bool(config.tie_word_embeddings),
         )
 
@@ -127,8 +134,20 @@ class Family(ABC):
                 fix=f"choose one of: {possible}",
             )
         changed = copy.deepcopy(config)
-        changed.num_key_value_heads = kv_heads
+        self.set_kv_heads(changed, kv_heads)
         return changed
+
+    def kv_heads(self, config: Any) -> int:
+        """KV heads per layer."""
+        return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+    def set_kv_heads(self, config: Any, kv_heads: int) -> None:
+        """Write a possible number of KV heads into `config`."""
+        config.num_key_value_heads = kv_heads
+
+    def prefix(self, index: int) -> str:
+        """Where the attention tensors of a layer live in the checkpoint."""
+        return f"{self.layers_path}.{index}.{self.attention_path}."
 
     def head_dim(self, config: Any) -> int:
         """Features per head."""
@@ -138,11 +157,11 @@ class Family(ABC):
     def _layer(self, config: Any, index: int) -> LayerAttention:
         head_dim = self.head_dim(config)
         norm = self.qk_norm if self.qk_norm is not None and switched(config, self.qk_norm.when) else None
-        prefix = attention_prefix(index)
+        prefix = self.prefix(index)
         return LayerAttention(
             index=index,
             query_heads=config.num_attention_heads,
-            kv_heads=_kv_heads(config),
+            kv_heads=self.kv_heads(config),
             head_dim=head_dim,
             scaling=self._scaling(config, head_dim),
             rope=self._rope(config, index, head_dim),
@@ -160,6 +179,8 @@ class Family(ABC):
     def _scaling(self, config: Any, head_dim: int) -> float:
         if self.scaling == "attention_multiplier":
             return float(config.attention_multiplier)
+        if self.scaling == "scale_attn_weights":
+            return head_dim**-0.5 if config.scale_attn_weights else 1.0
         return (head_dim if self.scaling == "head_dim" else config.query_pre_attn_scalar) ** -0.5
 
     def _window(self, config: Any, index: int) -> int | None:
@@ -170,7 +191,7 @@ class Family(ABC):
         return config.sliding_window
 
     def _rope(self, config: Any, index: int, head_dim: int) -> RopeSpec | None:
-        if self.no_rope_layers and not config.no_rope_layers[index]:
+        if self.learned_positions or (self.no_rope_layers and not config.no_rope_layers[index]):
             return None
         parameters: Mapping[str, Any] = config.rope_parameters or {}
         if self.rope_by_layer_type:
@@ -193,12 +214,3 @@ def switched(config: Any, switch: Switch) -> bool:
 def layer_type(config: Any, index: int) -> str:
     """ "full_attention" or "sliding_attention"."""
     return config.layer_types[index]
-
-
-def attention_prefix(index: int) -> str:
-    """Where the attention tensors of a layer live in the checkpoint."""
-    return f"model.layers.{index}.self_attn."
-
-
-def _kv_heads(config: Any) -> int:
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -1,4 +1,4 @@
-"""Architectures that are refused by name, each with its reason."""
+"""Architectures that cannot hold fewer KV heads: refused with a reason, or re-expressed as one that can."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ REASONS: dict[str, str] = {
     "falcon": "its fused matrix interleaves q, k and v by group, and the class has no attention interface",
     "gemma3": f"{_VISION} (its text-only sibling is gemma3_text)",
     "gpt2": f"{_FUSED_EQUAL} (stored transposed, as Conv1D)",
-    "gpt_bigcode": "it already has a single KV head (multi-query attention)",
     "gpt_neo": _ONE_KV_PER_QUERY,
     "gpt_neox": f"{_FUSED_EQUAL} (interleaved by head)",
     "gpt_oss": "its attention sinks are not carried through a conversion yet",
@@ -29,3 +28,15 @@ REASONS: dict[str, str] = {
     "rwkv": _NO_ATTENTION,
     "xglm": _ONE_KV_PER_QUERY,
 }
+
+REEXPRESSED: dict[str, str] = {
+    "gpt2": "gpt_bigcode",
+    "gpt_neox": "phi",
+    "gptj": "phi",
+    "opt": "gpt_bigcode",
+}
+"""Those of them that are the same function as a known family (`retrofit.model.reexpress`). A gpt_neox without parallel
+residual becomes starcoder2."""
+
+OPTIONAL: dict[str, str] = {"qwen2": "llama"}
+"""Known families that can also be re-expressed, on demand."""

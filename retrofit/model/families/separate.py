@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from retrofit.model.families.base import Family, QKNormTable, attention_prefix, switched
+from retrofit.model.families.base import Family, QKNormTable, switched
 from retrofit.model.spec import TensorSlot
 
 
@@ -17,7 +17,7 @@ class Separate(Family):
 
     def tensors(self, config: Any, index: int, head_dim: int) -> dict[str, Any]:
         """One whole tensor per projection."""
-        prefix = attention_prefix(index)
+        prefix = self.prefix(index)
         names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": self.o}
         slots = {slot: TensorSlot(f"{prefix}{name}.weight") for slot, name in names.items()}
         if switched(config, self.qkv_bias):
@@ -79,6 +79,10 @@ TABLE: tuple[Separate, ...] = (
             "head", "q_norm.weight", "k_norm.weight", kind="layer", weights="stacked", when="use_qk_norm"
         ),
     ),
+    Separate("mixtral", window="all"),
+    Separate("qwen2_moe", qkv_bias="qkv_bias", window="layer_types"),
+    Separate("qwen3_moe", **_ATTENTION_BIAS, window="all", qk_norm=_HEAD_NORM),
+    Separate("olmoe", **_ATTENTION_BIAS, clip_qkv=True, qk_norm=QKNormTable("full", "q_norm.weight", "k_norm.weight")),
     Separate("granite", **_ATTENTION_BIAS, scaling="attention_multiplier"),
     Separate(
         "smollm3",

@@ -1,0 +1,95 @@
+"""The same function as another architecture, exactly: for models whose own class cannot hold fewer KV heads.
+
+    reexpression_of(config)              # what a GPT-NeoX, GPT-J, GPT-2 or OPT configuration becomes; None for others
+    reexpress(folder, out)               # the checkpoint, written anew, tensor by tensor
+
+Every target is a stock class of transformers and one of `retrofit.model.families`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit.checkpoint.write import staged
+from retrofit.errors import UserError
+from retrofit.model.families.refused import OPTIONAL, REEXPRESSED
+from retrofit.model.reexpress import gpt_bigcode, others, phi
+from retrofit.model.reexpress.base import Made, Reexpression
+from retrofit.model.reexpress.write import ReexpressReport, cached, write
+
+if TYPE_CHECKING:
+    from retrofit.console import Progress
+
+
+def _gpt_neox(config: Any) -> Reexpression:
+    return phi.from_gpt_neox(config) if config.use_parallel_residual else others.starcoder2_from_gpt_neox(config)
+
+
+_RULES: dict[str, Callable[[Any], Reexpression]] = {
+    "gpt_neox": _gpt_neox,
+    "gptj": phi.from_gptj,
+    "gpt2": gpt_bigcode.from_gpt2,
+    "opt": gpt_bigcode.from_opt,
+    "qwen2": others.llama_from_qwen2,
+}
+
+
+def reexpression_of(config: Any, target: str | None = None) -> Reexpression | None:
+    """How the model that `config` configures becomes another architecture; None where it has no need to.
+
+    target: the wanted `model_type`; needed for a model that can share KV heads as it is (Qwen2 into llama).
+    Raises UserError for a target that the architecture cannot become, and for a variant of it that none can hold.
+    """
+    name = str(config.model_type)
+    if name in OPTIONAL and target is None:
+        return None
+    found = _RULES[name](config) if name in _RULES else None
+    if target is not None and (found is None or found.target != target):
+        known = {**REEXPRESSED, **OPTIONAL}
+        raise UserError(
+            f"`{name}` cannot be re-expressed as `{target}`",
+            where=f"target: {target}",
+            fix=f"leave the target out: it becomes {found.target}"
+            if found
+            else f"what can be re-expressed: {', '.join(f'{a} as {b}' for a, b in sorted(known.items()))}",
+        )
+    return found
+
+
+def reexpress(
+    source_folder: str | Path,
+    out: str | Path,
+    *,
+    target: str | None = None,
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    progress: Progress | None = None,
+) -> ReexpressReport:
+    """Write the checkpoint `source_folder` as another architecture to the new folder `out`, staged.
+
+    target: the wanted `model_type` (the only one there is, by default). dtype: "auto" is the source's own.
+    Raises UserError as `reexpression_of` does, for a model that has no need of it, and for a broken checkpoint.
+    """
+    from retrofit.model.load import load_config, resolve_dtype
+
+    config = load_config(source_folder)
+    reexpression = reexpression_of(config, target)
+    if reexpression is None:
+        optional = OPTIONAL.get(config.model_type)
+        raise UserError(
+            f"`{config.model_type}` has nothing to be re-expressed for",
+            where=str(source_folder),
+            fix=f"convert it as it is, or name the target: {optional}"
+            if optional
+            else "convert it as it is (`retrofit inspect MODEL` says whether it can be)",
+        )
+    chosen = None if dtype == "auto" else resolve_dtype(dtype, source_folder)
+    with staged(Path(out)) as folder:
+        return write(
+            reexpression, source_folder, folder, dtype=chosen, max_shard_size=max_shard_size, progress=progress
+        )
+
+
+__all__ = ["Made", "ReexpressReport", "Reexpression", "cached", "reexpress", "reexpression_of"]

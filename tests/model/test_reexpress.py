@@ -1,0 +1,313 @@
+"""Re-expressions: the same logits in stock transformers, with and without a cache, then fewer KV heads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from retrofit.checkpoint.read import Checkpoint
+from retrofit.errors import UserError
+from retrofit.kv_heads.convert import CalibrationText, convert
+from retrofit.model.families import describe, family_of
+from retrofit.model.families.refused import OPTIONAL, REEXPRESSED
+from retrofit.model.load import load_config
+from retrofit.model.reexpress import reexpress, reexpression_of
+from retrofit.model.reexpress.base import partial_factor
+from retrofit.model.source import resolve
+from tests.tiny import VOCAB_SIZE, randomise, tiny_tokenizer
+
+_IDS = {"vocab_size": VOCAB_SIZE, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+_SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 128}
+_NEOX = {**_SIZES, "intermediate_size": 96}
+_GPT = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128, "n_inner": 96}
+_OPT = {**_SIZES, "ffn_dim": 96}
+
+
+def _rope(share: float, **more: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": share, **more}
+
+
+# (source, target, fields, KV heads it can be converted to)
+CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("gpt_neox", "phi", {**_NEOX, "rope_parameters": _rope(0.25)}),
+    ("gpt_neox", "phi", {**_NEOX, "attention_bias": False, "tie_word_embeddings": True}),
+    ("gpt_neox", "phi", {**_NEOX, "rope_parameters": _rope(1.0, rope_type="linear", factor=2.0)}),
+    ("gpt_neox", "starcoder2", {**_NEOX, "use_parallel_residual": False, "rope_parameters": _rope(1.0)}),
+    (
+        "gpt_neox",
+        "starcoder2",
+        {
+            **_NEOX,
+            "use_parallel_residual": False,
+            "rope_parameters": _rope(1.0),
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+        },
+    ),
+    ("gptj", "phi", {**_GPT, "rotary_dim": 8}),
+    ("gptj", "phi", {**_GPT, "rotary_dim": 16, "n_inner": None, "tie_word_embeddings": True}),
+    ("gpt2", "gpt_bigcode", _GPT),
+    ("gpt2", "gpt_bigcode", {**_GPT, "tie_word_embeddings": False, "scale_attn_by_inverse_layer_idx": True}),
+    ("gpt2", "gpt_bigcode", {**_GPT, "scale_attn_weights": False, "n_inner": None}),
+    ("opt", "gpt_bigcode", _OPT),
+    (
+        "opt",
+        "gpt_bigcode",
+        {
+            **_OPT,
+            "enable_bias": False,
+            "layer_norm_elementwise_affine": False,
+            "activation_function": "gelu",
+            "tie_word_embeddings": False,
+        },
+    ),
+    ("qwen2", "llama", {**_NEOX, "num_key_value_heads": 4}),
+    ("qwen2", "llama", {**_NEOX, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+)
+cases = pytest.mark.parametrize(
+    ("source", "target", "fields"), CASES, ids=[f"{a}-{b}-{i}" for i, (a, b, _) in enumerate(CASES)]
+)
+# One of each source, for what does not depend on the variant.
+FIRST = [next(case for case in CASES if case[:2] == pair) for pair in dict.fromkeys(case[:2] for case in CASES)]
+firsts = pytest.mark.parametrize(("source", "target", "fields"), FIRST, ids=[f"{a}-{b}" for a, b, _ in FIRST])
+
+
+def save(folder: Path, source: str, fields: dict[str, Any], *, dtype: str = "float32", shard: str = "5GB") -> Path:
+    """A tiny random model whose norms and biases are far from ones and zeros, with a tokenizer."""
+    config = AutoConfig.for_model(source, **{**_IDS, **fields})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    randomise(model)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    loader: Any = AutoModelForCausalLM
+    model, info = loader.from_pretrained(folder, dtype=dtype, attn_implementation="eager", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    return model.eval()
+
+
+def ids(length: int = 40) -> torch.Tensor:
+    return torch.randint(0, 256, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+def cached_logits(model: Any, ids_BT: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Logits of a prompt and of the tokens after it, one at a time."""
+    with torch.no_grad():
+        out = model(ids_BT[:, :prompt], use_cache=True)
+        found = [out.logits]
+        for i in range(prompt, ids_BT.shape[1]):
+            out = model(ids_BT[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+            found.append(out.logits)
+    return torch.cat(found, 1)
+
+
+@cases
+def test_the_logits_are_the_same_with_and_without_a_cache(
+    source: str, target: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = save(tmp_path / "source", source, fields)
+    report = reexpress(folder, tmp_path / "out", target=target)
+    assert (report.source, report.target, report.dtype) == (source, target, "float32")
+    before, after = load(folder), load(tmp_path / "out")
+    assert type(after).__module__.split(".")[-2] == target
+    assert after.config.tie_word_embeddings == before.config.tie_word_embeddings
+    with torch.no_grad():
+        want, got = before(ids()).logits, after(ids()).logits
+    assert float((got - want).abs().max()) < 1e-5 * max(1.0, float(want.abs().max()))
+    assert float((cached_logits(after, ids(), 30) - want).abs().max()) < 1e-5 * max(1.0, float(want.abs().max()))
+    generated = [m.generate(ids(8), max_new_tokens=6, min_new_tokens=6, do_sample=False) for m in (before, after)]
+    assert torch.equal(*generated)
+
+
+@firsts
+def test_nothing_but_rounding_separates_the_two(
+    source: str, target: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """In float64 the difference falls with the precision: what is left in float32 is no approximation."""
+    folder = save(tmp_path / "source", source, fields)
+    doubled = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(doubled, folder / "model.safetensors", metadata={"format": "pt"})
+    reexpress(folder, tmp_path / "out", target=target)
+    before, after = load(folder, torch.float64), load(tmp_path / "out", torch.float64)
+    with torch.no_grad():
+        # Softmax and GPT-J's scores stay in float32 in transformers' eager attention.
+        assert float((before(ids()).logits - after(ids()).logits).abs().max()) < 2e-6
+
+
+@firsts
+def test_every_norm_and_bias_counts(source: str, target: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    """A change of any stored tensor of the first layer reaches the re-expressed checkpoint."""
+    folder = save(tmp_path / "source", source, fields)
+    reexpress(folder, tmp_path / "plain", target=target)
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    stored = load_file(folder / "model.safetensors")
+    for i, name in enumerate(sorted(name for name in stored if ".0." in name)):
+        save_file({**stored, name: stored[name] * 1.5}, folder / "model.safetensors", metadata={"format": "pt"})
+        reexpress(folder, tmp_path / str(i), target=target)
+        other = load_file(tmp_path / str(i) / "model.safetensors")
+        assert any(not torch.equal(plain[one], other[one]) for one in plain), name
+
+
+@firsts
+def test_the_result_converts_to_every_possible_number_of_heads(
+    source: str, target: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = save(tmp_path / "source", source, fields)
+    reexpress(folder, tmp_path / "out", target=target)
+    config = load_config(tmp_path / "out")
+    possible = [c.kv_heads for c in family_of(config).conversions(describe(config)) if c.possible]
+    assert possible == ([1, 4] if target == "gpt_bigcode" else [1, 2, 4])
+    text = CalibrationText(torch.randint(0, 256, (8, 48), generator=torch.Generator().manual_seed(2)), tuple("ab" * 4))
+    with torch.no_grad():
+        want = load(folder)(ids()).logits
+    for kv_heads in possible:
+        converted = tmp_path / f"kv{kv_heads}"
+        converted.mkdir()
+        convert(tmp_path / "out", converted, kv_heads=kv_heads, text=text)
+        model = load(converted)
+        assert describe(model.config).layers[0].kv_heads == kv_heads
+        generated = model.generate(ids(8), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        with torch.no_grad():
+            whole, got = model(generated[:, :-1]).logits[:, 7:].argmax(-1), model(ids()).logits
+        assert torch.equal(generated[:, 8:], whole), "decoding with a cache agrees with one pass"
+        close = torch.allclose(got, want, atol=1e-4 * float(want.abs().max()))
+        assert close == (kv_heads == 4)
+
+
+def test_shards_and_narrow_dtypes(tmp_path: Path) -> None:
+    folder = save(tmp_path / "source", *_case("gpt_neox"), dtype="bfloat16", shard="40KB")
+    assert len(Checkpoint.open(folder).shards) > 1
+    report = reexpress(folder, tmp_path / "out", max_shard_size="60KB")
+    written = Checkpoint.open(tmp_path / "out")
+    assert len(written.shards) > 1 and {written.dtype(name) for name in written.names} == {torch.bfloat16}
+    assert any("rounded to bfloat16" in note for note in report.notes)
+    reexpress(folder, tmp_path / "wide", dtype="float32")
+    want = load(folder)(ids()).logits
+    narrow, wide = (float((load(tmp_path / name)(ids()).logits - want).abs().max()) for name in ("out", "wide"))
+    assert wide < 1e-5 * float(want.abs().max()) < narrow < 0.1 * float(want.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("source", "rename", "extra"),
+    [
+        ("gpt_neox", {"lm_head.": "embed_out."}, {"gpt_neox.layers.0.attention.rotary_emb.inv_freq": (2,)}),
+        ("gpt2", {"transformer.": ""}, {"h.0.attn.bias": (1, 1, 8, 8), "h.0.attn.masked_bias": ()}),
+        ("opt", {"model.decoder.": "decoder."}, {}),
+        ("gptj", {}, {"transformer.h.0.attn.bias": (1, 1, 8, 8)}),
+    ],
+)
+def test_names_and_buffers_of_older_checkpoints(
+    source: str, rename: dict[str, str], extra: dict[str, tuple[int, ...]], tmp_path: Path
+) -> None:
+    folder = save(tmp_path / "source", *_case(source))
+    reexpress(folder, tmp_path / "new")
+    stored = load_file(folder / "model.safetensors")
+    for old, new in rename.items():
+        stored = {(new + name[len(old) :] if name.startswith(old) else name): t for name, t in stored.items()}
+    stored |= {name: torch.ones(shape) for name, shape in extra.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    reexpress(folder, tmp_path / "old")
+    weights = "model.safetensors"
+    assert (tmp_path / "new" / weights).read_bytes() == (tmp_path / "old" / weights).read_bytes()
+
+
+def test_the_tokenizer_stays_the_same_class(tmp_path: Path) -> None:
+    folder = save(tmp_path / "source", *_case("gpt_neox"))
+    path = folder / "tokenizer_config.json"
+    fields = json.loads(path.read_text())
+    del fields["tokenizer_class"]
+    path.write_text(json.dumps(fields))
+    reexpress(folder, tmp_path / "out")
+    before, after = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert type(before) is type(after)
+    assert before("a few words\n").input_ids == after("a few words\n").input_ids
+
+
+def test_every_listed_architecture_has_a_rule_that_leads_to_a_known_family() -> None:
+    assert {case[:2] for case in CASES} == {*REEXPRESSED.items(), *OPTIONAL.items(), ("gpt_neox", "starcoder2")}
+    for source, target, fields in CASES:
+        found = reexpression_of(AutoConfig.for_model(source, **fields), target)
+        assert found is not None
+        assert describe(found.config()).layers[0].kv_heads == fields.get("num_key_value_heads", 4)
+
+
+def test_conversion_names_the_re_expression() -> None:
+    for source, target in REEXPRESSED.items():
+        with pytest.raises(UserError) as caught:
+            describe(SimpleNamespace(model_type=source))
+        assert f"re-express it as {target} first: retrofit convert MODEL --reexpress-only" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("source", "fields", "where"),
+    [
+        ("gpt_neox", {**_NEOX, "use_parallel_residual": False, "rope_parameters": _rope(0.25)}, "rotary_pct"),
+        ("opt", {**_OPT, "do_layer_norm_before": False}, "do_layer_norm_before"),
+        ("opt", {**_OPT, "word_embed_proj_dim": 32}, "word_embed_proj_dim"),
+        ("opt", {**_OPT, "_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
+        ("gpt2", {**_GPT, "add_cross_attention": True}, "add_cross_attention"),
+    ],
+)
+def test_variants_that_no_target_holds_are_refused(source: str, fields: dict[str, Any], where: str) -> None:
+    with pytest.raises(UserError) as caught:
+        reexpression_of(AutoConfig.for_model(source, **fields))
+    assert where in str(caught.value.where)
+
+
+def test_other_refusals_write_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    windows = {**_NEOX, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+    with pytest.raises(UserError, match="sliding windows"):
+        reexpression_of(AutoConfig.for_model("qwen2", **windows), "llama")
+    assert reexpression_of(AutoConfig.for_model("qwen2", **_NEOX)) is None
+    qwen = save(tmp_path / "qwen", "qwen2", {**_NEOX, "num_key_value_heads": 4})
+    with pytest.raises(UserError, match="nothing to be re-expressed") as caught:
+        reexpress(qwen, out)
+    assert "llama" in caught.value.fix
+    with pytest.raises(UserError, match="cannot be re-expressed as `phi`"):
+        reexpress(qwen, out, target="phi")
+    folder = save(tmp_path / "source", *_case("gpt2"))
+    stored = load_file(folder / "model.safetensors")
+    save_file({**stored, "v_head.weight": torch.ones(1)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"`v_head\.weight` has no place"):
+        reexpress(folder, out)
+    del stored["transformer.h.1.ln_2.bias"]
+    save_file(stored, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"first `transformer\.h\.1\.ln_2\.bias`"):
+        reexpress(folder, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["qwen", "source"]
+
+
+def test_a_source_is_re_expressed_once_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "cache"))
+    folder = save(tmp_path / "source", *_case("gptj"))
+    light = resolve(folder, weights=False)
+    assert load_config(light.folder).model_type == "phi" and not list(light.folder.glob("*.safetensors"))
+    source = resolve(folder)
+    assert source.folder.parent == tmp_path / "cache" and "gptj was re-expressed as phi" in source.notes[0]
+    written = (source.folder / "model.safetensors").stat().st_mtime_ns
+    again = resolve(folder)
+    assert again.folder == source.folder and (again.folder / "model.safetensors").stat().st_mtime_ns == written
+    assert resolve(folder, reexpress=False).folder == folder
+    want = load(folder)(ids()).logits
+    assert torch.allclose(load(source.folder)(ids()).logits, want, atol=1e-5 * float(want.abs().max()))
+
+
+def test_the_rotated_share_gives_back_every_number_of_features() -> None:
+    for head_dim in (48, 64, 80, 96, 128, 256):
+        for rotary in range(2, head_dim + 1, 2):
+            assert int(head_dim * partial_factor(rotary, head_dim)) == rotary
+
+
+def _case(source: str) -> tuple[str, dict[str, Any]]:
+    return next((name, fields) for name, _, fields in CASES if name == source)
