@@ -147,25 +147,38 @@ def inspect(model: Model, revision: Revision = None, json: Json = False) -> None
         "retrofit convert embedded --kv-heads 1 --out out/mqa",
         "retrofit convert ./my-model --kv-heads 4 --method mean --out out/gqa",
         "retrofit convert ./my-model --kv-heads 4 --calibrate notes.txt --calibrate python-docs --out out/gqa",
+        "retrofit convert EleutherAI/pythia-160m --reexpress-only --out out/phi",
     )
 )
 def convert(
     model: Model,
-    kv_heads: Annotated[int, typer.Option("--kv-heads", metavar="G", min=1, help="KV heads per layer afterwards.")],
     out: Out,
+    kv_heads: Annotated[
+        int | None, typer.Option("--kv-heads", metavar="G", min=1, help="KV heads per layer afterwards.")
+    ] = None,
     method: Annotated[str, typer.Option("--method", help="calibrated, mean or first.")] = "calibrated",
     repair: Annotated[str, typer.Option("--repair", help="o_proj or none.")] = "o_proj",
     calibrate: Annotated[
         list[str] | None, typer.Option("--calibrate", metavar="TEXT", help="Text to calibrate on; may be repeated.")
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", help="Calibration tokens.")] = 49_152,
+    reexpress_only: Annotated[
+        bool,
+        typer.Option("--reexpress-only", help="Write the same function as an architecture that can share KV heads."),
+    ] = False,
+    target: Annotated[
+        str | None, typer.Option("--target", metavar="TYPE", help="With --reexpress-only: the model type to become.")
+    ] = None,
     revision: Revision = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Write the model with fewer KV heads, as the same architecture."""
+    """Write the model with fewer KV heads, as the same architecture.
+
+    GPT-NeoX, GPT-J, GPT-2 and OPT cannot hold fewer KV heads and are first re-expressed, exactly, as one that can.
+    """
     from retrofit.pipeline import show
 
     console = _console(json)
@@ -177,6 +190,8 @@ def convert(
         repair=repair,
         calibrate=calibrate or (),
         tokens=tokens,
+        reexpress_only=reexpress_only,
+        target=target,
         revision=revision,
         dtype=dtype,
         device=device,

@@ -128,21 +128,38 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
 def convert(
     model: str | Path,
     *,
-    kv_heads: int,
     out: str | Path,
+    kv_heads: int | None = None,
     method: str = "calibrated",
     repair: str = "o_proj",
     calibrate: Sequence[str] = (),
     tokens: int = 49_152,
+    reexpress_only: bool = False,
+    target: str | None = None,
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Written:
-    """Write `model` with `kv_heads` KV heads per layer to the new folder `out`."""
+    """Write `model` with `kv_heads` KV heads per layer to the new folder `out`.
+
+    reexpress_only: write the same function as an architecture that can share KV heads (`target`, where there is a
+    choice), and leave the heads as they are.
+    """
     from retrofit.pipeline import single
 
+    if reexpress_only == (kv_heads is not None) or (target is not None and not reexpress_only):
+        raise UserError(
+            "a conversion needs a number of KV heads, or to be a re-expression only (with or without a target)",
+            where="convert",
+            fix="add either --kv-heads G or --reexpress-only",
+        )
+    if reexpress_only:
+        with _quiet():
+            return single.reexpress(
+                str(model), Path(out), target=target, dtype=dtype, revision=revision, progress=progress
+            )
     calibration = {"tokens": tokens, **({"text": list(calibrate)} if calibrate else {})}
     section = {"kv_heads": kv_heads, "method": method, "repair": repair, "calibration": calibration}
     recipe = single.recipe("convert", section, model=str(model), dtype=dtype, device=device, seed=seed)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from retrofit.console import Progress
+    from retrofit.model.reexpress import ReexpressReport
 
 PROOF_TOKENS = 256
 DECODE_PROMPT = 512
@@ -89,6 +90,19 @@ def convert(
         origin.after("convert", dump(convert), facts(report)).write(folder)
     for note in report.notes if progress else ():
         progress.note(note)  # type: ignore[union-attr]
+    return report
+
+
+def reexpress(
+    source: Path, out: Path, origin: Origin, *, target: str | None, dtype: str, progress: Progress | None = None
+) -> ReexpressReport:
+    """Write `source` as another architecture, the same function, to `out`."""
+    from retrofit.model.reexpress import reexpress as write_reexpressed
+
+    with staged(out) as folder:
+        report = write_reexpressed(source, folder, target=target, dtype=dtype, progress=progress)
+        config = {"target": report.target, "dtype": report.dtype}
+        origin.after("reexpress", config, facts(report)).write(folder)
     return report
 
 

@@ -81,7 +81,7 @@ def prepare(
     source = sources.resolve(model, revision=revision or recipe.revision, weights=False, progress=progress)
     config = load_config(source.folder)
     spec = describe(config)
-    notes = check_surgery(recipe, config, spec, beyond=beyond)
+    notes = (*source.notes, *check_surgery(recipe, config, spec, beyond=beyond))
     if recipe.dtype not in ("auto", source.dtype) and recipe.convert is None:
         raise UserError(
             f"only `convert` writes weights in another dtype, and these are {source.dtype}",
@@ -249,5 +249,6 @@ def source_record(source: Source) -> Mapping[str, object]:
         "base_model": source.base_model,
         "licence": source.licence,
         "dtype": source.dtype,
+        **({"notes": list(source.notes)} if source.notes else {}),
         "digests": dict(source.digests),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +79,22 @@ def convert(recipe: Recipe, out: Path, *, revision: str | None, progress: Progre
             seed=recipe.seed,
             progress=progress,
         )
-    return Written("convert", out, operations.facts(report))
+    notes = (*prepared.source.notes, *report.notes)
+    return Written("convert", out, operations.facts(replace(report, notes=notes)))
+
+
+def reexpress(
+    model: str, out: Path, *, target: str | None, dtype: str, revision: str | None, progress: Progress | None
+) -> Written:
+    """`retrofit convert --reexpress-only`."""
+    _require_new(out)
+    source = resolve(model, revision=revision, reexpress=False, progress=progress)
+    Checkpoint.open(source.folder).require_finite()
+    with folder_lock(out):
+        report = operations.reexpress(
+            source.folder, out, _origin(source), target=target, dtype=dtype, progress=progress
+        )
+    return Written("reexpress", out, operations.facts(report))
 
 
 def extend(recipe: Recipe, out: Path, *, revision: str | None) -> Written:
