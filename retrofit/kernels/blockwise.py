@@ -214,6 +214,26 @@ def blockwise_attention_forward(
     Raises: UserError for what this kernel cannot express: a mask, dropout, softcap, sinks, a position bias,
     bidirectional attention.
     """
+    window = visible_window(NAME, module, attention_mask, dropout, sliding_window, softcap, **kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attention(query, key, value, scale, window).transpose(1, 2), None
+
+
+def visible_window(
+    kernel: str,
+    module: nn.Module,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> int | None:
+    """Tokens a query of this layer sees (None: all before it), from what transformers gives an attention function.
+
+    attention_mask: None or what `window_mask` returned, which goes before the layer's own `sliding_window`.
+
+    Raises: UserError, naming `kernel`, for what is neither causal attention nor a sliding window.
+    """
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     refused = {
@@ -229,10 +249,8 @@ def blockwise_attention_forward(
         "bidirectional attention": not causal,
         "attention weights as output": bool(kwargs.get("output_attentions")),
     }
-    _refuse([what for what, present in refused.items() if present], type(module).__name__)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = sliding_window if attention_mask is None else int(attention_mask) or None
-    return attention(query, key, value, scale, window).transpose(1, 2), None
+    _refuse([what for what, present in refused.items() if present], type(module).__name__, f"the {kernel} kernel")
+    return sliding_window if attention_mask is None else int(attention_mask) or None
 
 
 def window_mask(
@@ -287,13 +305,13 @@ def blockwise_mask(
         "packed documents (position ids that jump) or another mask overlay": not allow_is_causal_skip,
         "a cache with unused slots": int(q_offset) + q_length != int(kv_offset) + kv_length,
     }
-    _refuse([what for what, present in refused.items() if present], "the attention mask")
+    _refuse([what for what, present in refused.items() if present], "the attention mask", "a kernel without masks")
 
 
-def _refuse(what: list[str], where: str) -> None:
+def _refuse(what: list[str], where: str, kernel: str) -> None:
     if what:
         raise UserError(
-            f"the blockwise kernel cannot express {' or '.join(what)}",
+            f"{kernel} cannot express {' or '.join(what)}",
             where=where,
             fix="use kernel: sdpa (or eager); for padding, batch texts of equal length; for position ids that jump "
             "inside one text, pass an all-ones attention mask",

@@ -4,7 +4,8 @@ A processor with bfloat16 arithmetic multiplies matrices several times faster th
 that op gains nothing from bfloat16. Here the scores of a run of queries exist at a time, for all query heads of one KV
 head together; the backward pass makes them again. Memory beyond the result is O(ROWS S), never T x S.
 
-Scores are rounded to bfloat16, as in an eager bfloat16 model; for measuring, `blockwise` keeps them in float32.
+Scores are rounded to bfloat16, as in an eager bfloat16 model. `blockwise`, for measuring, loses less, though it is not
+free of that rounding: in bfloat16 on a CPU its full tiles (`gemm_tile`) round too, but scores shifted to be near zero.
 
 Legend: B batch, H query heads, K KV heads, G = H / K, T tokens, D head dim, R = G x queries of a run.
 """
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retrofit.kernels.blockwise import blockwise_mask
+from retrofit.kernels.blockwise import visible_window, window_mask
 
 NAME = "products"
 ROWS = 512  # rows of scores that exist at a time, near the best on processors with 1 to 2 MiB of L2 cache
@@ -105,17 +106,19 @@ def products_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of transformers' AttentionInterface -> (out [B, T, H, D], None).
+    """The attention function of transformers' AttentionInterface -> (out [B, T, H, D], None); whole sequences only.
 
-    For training on whole sequences; what it cannot express is an error of ours, as `usable` is asked before.
+    attention_mask: None or what `window_mask` returned.
+
+    Raises: UserError as `blockwise_attention_forward`.
     """
-    assert attention_mask is None and dropout == 0.0, "no mask, no dropout"
-    assert kwargs.get("softcap") is None and kwargs.get("s_aux") is None, "no softcap, no sinks"
+    window = visible_window(NAME, module, attention_mask, dropout, sliding_window, softcap, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     dtype = value.dtype
-    return attention(query.to(dtype), key.to(dtype), value, scale, sliding_window).transpose(1, 2), None
+    return attention(query.to(dtype), key.to(dtype), value, scale, window).transpose(1, 2), None
 
 
 def register() -> None:
@@ -123,4 +126,4 @@ def register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, products_attention_forward)
-    AttentionMaskInterface.register(NAME, blockwise_mask)
+    AttentionMaskInterface.register(NAME, window_mask)

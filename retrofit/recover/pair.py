@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from retrofit.errors import UserError
-from retrofit.kernels import products, registry
+from retrofit.kernels import registry
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, load_model, multiplies_in_bfloat16
 from retrofit.model.spec import AttentionSpec
@@ -56,15 +56,15 @@ def load_pair(
                 fix="name the model that this one was converted from, or set recover.loss: lm",
             )
     name = str(dtype).removeprefix("torch.")
-    choice = training_kernel(kernel, spec, device, name)
+    choice = registry.choose(kernel, spec, device, training=True, dtype=name)
     student = load_model(student_folder, dtype=name, device=device)
     teacher = None
     shared = own = 0
     if teacher_folder is not None:
         teacher = load_model(teacher_folder, dtype=name, device=device).requires_grad_(False)
         shared, own = share_weights(teacher, student)
-        _apply_kernel(teacher, choice)
-    _apply_kernel(student, choice)
+        registry.apply(teacher, choice)
+    registry.apply(student, choice)
     return Pair(student.requires_grad_(False), teacher, spec, choice.name, choice.reason, shared, own)
 
 
@@ -85,16 +85,6 @@ def share_weights(teacher: nn.Module, student: nn.Module) -> tuple[int, int]:
         else:
             own += parameter.nbytes
     return shared, own
-
-
-def training_kernel(kernel: str, spec: AttentionSpec, device: str, dtype: str) -> registry.Choice:
-    """The attention kernel for training on whole sequences without padding; "auto" says why."""
-    plain = all(layer.softcap is None and not layer.sinks for layer in spec.layers)
-    if kernel == "auto" and device == "cpu" and dtype == "bfloat16" and plain:
-        return registry.Choice(
-            "auto", products.NAME, "bfloat16 matrix products, two to three times as fast here as PyTorch's CPU flash op"
-        )
-    return registry.choose(kernel, spec, device, training=True, dtype=dtype)
 
 
 def compute_dtype(device: str, requested: str = "auto") -> torch.dtype:
@@ -141,9 +131,3 @@ def head_of(model: PreTrainedModel) -> Head:
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
     return Head(module.weight, getattr(module, "bias", None), scale, None if softcap is None else float(softcap))
-
-
-def _apply_kernel(model: PreTrainedModel, choice: registry.Choice) -> None:
-    if choice.name == products.NAME:
-        products.register()
-    registry.apply(model, choice)

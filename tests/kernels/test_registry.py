@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -15,7 +17,8 @@ from tests.tiny import tiny_config, tiny_model
 
 def test_every_kernel_has_a_status() -> None:
     statuses = {status.name: status for status in available()}
-    assert tuple(statuses) == KERNELS
+    assert tuple(statuses) == (*KERNELS, "products")  # listed, not offered
+    assert "training on a CPU" in statuses["products"].reason
     assert statuses["sdpa"].available and statuses["blockwise"].available
     if not torch.cuda.is_available():
         assert not statuses["flash_attention_2"].available and statuses["flash_attention_2"].install
@@ -29,6 +32,48 @@ def test_auto_on_a_cpu() -> None:
     assert choose("auto", windows, "cpu", training=True).name == "blockwise"
     capped = choose("auto", gemma2, "cpu")
     assert capped.name == "eager" and capped.requested == "auto" and capped.reason
+
+
+def test_training_on_a_cpu_takes_products_where_it_helps_only() -> None:
+    llama, gemma2 = describe(tiny_config("llama")), describe(tiny_config("gemma2"))
+    windows = describe(tiny_config("mistral", sliding_window=16))
+    for spec in (llama, windows):
+        choice = choose("auto", spec, "cpu", training=True, dtype="bfloat16")
+        assert (choice.requested, choice.name) == ("auto", "products") and "matrix products" in choice.reason
+        assert choose("auto", spec, "cpu", training=True, dtype="float32").name != "products"
+        assert choose("auto", spec, "cpu", dtype="bfloat16").name == "blockwise"
+        assert choose("auto", spec, "cuda", training=True, dtype="bfloat16").name != "products"
+    assert choose("auto", gemma2, "cpu", training=True, dtype="bfloat16").name == "eager"
+    assert choose("sdpa", llama, "cpu", training=True, dtype="bfloat16").name == "sdpa"
+
+
+def test_products_is_not_to_be_asked_for_nor_named_as_a_way_out() -> None:
+    llama = describe(tiny_config("llama"))
+    with pytest.raises(UserError, match="not a kernel") as unknown:
+        choose("products", llama, "cpu", training=True, dtype="bfloat16")
+    with pytest.raises(UserError, match="flash_attention_2") as missing:
+        choose("flash_attention_2", llama, "cpu", training=True, dtype="bfloat16")
+    assert "products" not in f"{unknown.value.fix} {missing.value.fix}" and "auto" in str(missing.value.fix)
+
+
+@pytest.mark.parametrize(
+    ("family", "device", "training", "reason"),
+    [
+        ("llama", "cpu", True, None),
+        ("llama", "cpu", False, "for training"),
+        ("llama", "cuda:0", True, "for CPUs"),
+        ("gemma2", "cpu", True, "soft-capped"),
+    ],
+)
+def test_what_products_cannot_run(family: str, device: str, training: bool, reason: str | None) -> None:
+    objection = registry._objection("products", describe(tiny_config(family)), device, training, "bfloat16")
+    assert objection is None if reason is None else objection is not None and reason in objection
+
+
+def test_products_refuses_attention_sinks() -> None:
+    spec = describe(tiny_config("llama"))
+    sinks = replace(spec, layers=tuple(replace(layer, sinks=True) for layer in spec.layers))
+    assert choose("auto", sinks, "cpu", training=True, dtype="bfloat16").name == "eager"
 
 
 def test_auto_on_cuda_follows_what_is_installed_and_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

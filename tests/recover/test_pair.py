@@ -1,0 +1,31 @@
+"""What the two models of a recovery compute in, and with which kernel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from retrofit.errors import UserError
+from retrofit.recover.pair import compute_dtype, load_pair
+from tests.tiny import save_tiny
+
+
+@pytest.mark.parametrize(("dtype", "kernel"), [(torch.bfloat16, "products"), (torch.float32, "sdpa")])
+def test_both_models_get_the_kernel_of_the_registry(dtype: torch.dtype, kernel: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", "llama")
+    pair = load_pair(folder, folder, device="cpu", dtype=dtype, kernel="auto")
+    assert pair.teacher is not None and pair.kernel == kernel and pair.kernel_reason
+    assert {model.config._attn_implementation for model in (pair.student, pair.teacher)} == {kernel}
+    assert torch.isfinite(pair.student(torch.arange(20)[None], use_cache=False).logits).all()
+
+
+def test_the_compute_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert compute_dtype("cpu") == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "avx2": True})
+    assert compute_dtype("cpu") == torch.float32
+    assert compute_dtype("cpu", "bfloat16") == torch.bfloat16
+    with pytest.raises(UserError, match="float16"):
+        compute_dtype("cpu", "float16")
