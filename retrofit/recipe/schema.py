@@ -103,7 +103,12 @@ class Recover(Section):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     row_chunk: int = Field(512, ge=1, description="rows of logits that exist at one time in the loss")
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool = Field(
+        False,
+        description="compute activations again in the backward pass instead of keeping them: slower, less memory. "
+        "Turn on when they do not fit, for billions of parameters or many thousand tokens per step; "
+        "a small model at 1,024 tokens gains nothing",
+    )
     evals: int = Field(4, ge=1, description="how often the held-out loss is measured; the best adapter is kept")
     eval_tokens: int = Field(8192, ge=64)
     checkpoints: int = Field(4, ge=1, description="how often training can be resumed from")
