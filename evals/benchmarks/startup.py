@@ -1,6 +1,6 @@
-"""How long `retrofit --help` takes, beside an empty Python and beside importing torch. Writes results/startup.md.
+"""How long `retrofit --help` takes, in seconds and in times an empty Python. Writes results/startup.md.
 
-    python -m evals.benchmarks.startup
+python -m evals.benchmarks.startup
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from pathlib import Path
 RESULT = Path(__file__).resolve().parents[1] / "results" / "startup.md"
 REPEATS = 15
 LIMIT = 0.5
+EMPTY = "python -c pass"
 PROGRAMS = {
-    "python -c pass": [sys.executable, "-c", "pass"],
+    EMPTY: [sys.executable, "-c", "pass"],
     "retrofit --help": [sys.executable, "-m", "retrofit", "--help"],
     "retrofit run --help": [sys.executable, "-m", "retrofit", "run", "--help"],
     "retrofit recipes list": [sys.executable, "-m", "retrofit", "recipes", "list"],
@@ -41,14 +42,18 @@ def main() -> None:
         "# Start-up",
         "",
         f"`python -m evals.benchmarks.startup`, Python {platform.python_version()} on {platform.machine()}, "
-        f"{REPEATS} runs each, in turns.",
+        f"{REPEATS} runs each, in turns. The ratio is the median over the turns of a command's time by that of "
+        f"`{EMPTY}` in the same turn.",
         "",
-        "| command | median (s) | fastest (s) | slowest (s) |",
-        "|---|---:|---:|---:|",
+        "| command | median (s) | fastest (s) | slowest (s) | ratio |",
+        "|---|---:|---:|---:|---:|",
     ]
     for name in PROGRAMS:
         times = [one[name] for one in rounds]
-        lines.append(f"| `{name}` | {statistics.median(times):.3f} | {min(times):.3f} | {max(times):.3f} |")
+        ratio = statistics.median(one[name] / one[EMPTY] for one in rounds)
+        lines.append(
+            f"| `{name}` | {statistics.median(times):.3f} | {min(times):.3f} | {max(times):.3f} | {ratio:.1f} |"
+        )
     RESULT.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
     median = statistics.median(one["retrofit --help"] for one in rounds)
