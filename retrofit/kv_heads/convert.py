@@ -97,11 +97,11 @@ class CalibrationText:
         assert len(self.kinds) == self.input_ids_NT.shape[0]
 
     def batches(self) -> list[tuple[str, Tensor]]:
-        """(kind, ids [B, T]): sequences of one kind together, up to `_TOKENS_PER_BATCH` tokens in a batch."""
-        size = max(1, _TOKENS_PER_BATCH // self.input_ids_NT.shape[1])
+        """(kind, ids [B, T]) of one kind each, at most `_TOKENS_PER_BATCH` tokens and half of the kind's sequences."""
         out = []
         for kind in dict.fromkeys(self.kinds):
             rows = [i for i, k in enumerate(self.kinds) if k == kind]
+            size = max(1, min(_TOKENS_PER_BATCH // self.input_ids_NT.shape[1], len(rows) // 2))
             out += [(kind, self.input_ids_NT[rows[i : i + size]]) for i in range(0, len(rows), size)]
         return out
 
@@ -228,18 +228,18 @@ class _CalibratedRun:
         self._converted = LayerStream(target, self._target_spec, self._read, device=device, autocast=autocast)
         self._batches = text.batches()
         self.notes: list[str] = []
-        # A ridge is accepted on text it was not fitted on: other kinds, or for one kind other sequences of it.
-        self._folds = [kind for kind, _ in self._batches]
-        if len(set(self._folds)) == 1:
-            self._folds = [f"{kind}, part {i % 2 + 1}" for i, kind in enumerate(self._folds)]
-            self.notes.append(
-                "one kind of calibration text: the repair was checked on other sequences of the same kind only"
-            )
-        if repair != "none" and len(set(self._folds)) == 1:
+        # The ridge is checked on parts of each kind, and on kinds, that a trial fit does not see.
+        batches_of = {kind: [i for i, (k, _) in enumerate(self._batches) if k == kind] for kind, _ in self._batches}
+        self._folds = [(kind, batches_of[kind].index(i) % 2) for i, (kind, _) in enumerate(self._batches)]
+        if repair != "none" and min(map(len, batches_of.values())) < 2:
             raise UserError(
                 "too little calibration text to check a repair on sequences it was not fitted on",
                 where="convert.calibration",
-                fix=f"give at least {2 * _TOKENS_PER_BATCH} tokens, or a second kind of text, or set repair: none",
+                fix="give at least two sequences of each kind of text, or set repair: none",
+            )
+        if repair != "none" and len(batches_of) == 1:
+            self.notes.append(
+                "one kind of calibration text: the repair was checked on other sequences of the same kind only"
             )
 
     def all_layers(self, progress: Progress | None) -> tuple[dict[str, Tensor], list[LayerReport]]:
@@ -335,7 +335,7 @@ class _CalibratedRun:
         x_converted: list[Tensor],
         kwargs: list[dict[str, Any]],
     ) -> Ridge:
-        folds: dict[str, RidgeSums] = {}
+        folds: dict[tuple[str, int], RidgeSums] = {}
         bias = merged.o_bias_C is not None
         for i, fold in enumerate(self._folds):
             z_TN = run.head_outputs(x_converted[i], kwargs[i]).flatten(0, 1)
@@ -346,7 +346,7 @@ class _CalibratedRun:
         start = merged.o_CHD.flatten(1, 2)
         if merged.o_bias_C is not None:
             start = torch.cat([start, merged.o_bias_C[:, None]], 1)
-        return refit(list(folds.values()), start.double())
+        return refit(folds, start.double())
 
 
 def _project(a_TC: Tensor, w_HDC: Tensor, bias_HD: Tensor | None) -> Tensor:

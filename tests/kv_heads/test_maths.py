@@ -141,7 +141,8 @@ def test_ridge_sums_give_the_weighted_error_of_a_plain_loop() -> None:
 
 def test_a_refit_finds_the_projection_that_every_kind_shares() -> None:
     truth = torch.randn(3, 6, dtype=torch.float64)
-    result = refit([ridge_data(truth, 400, 0.05) for _ in range(2)], torch.zeros(3, 6, dtype=torch.float64))
+    sums = {(kind, part): ridge_data(truth, 400, 0.05) for kind in "ab" for part in (0, 1)}
+    result = refit(sums, torch.zeros(3, 6, dtype=torch.float64))
     assert result.accepted
     assert result.held_out_after < 0.02 < 0.9 < result.held_out_before
     assert torch.allclose(result.w_CN, truth, atol=0.05)
@@ -149,9 +150,23 @@ def test_a_refit_finds_the_projection_that_every_kind_shares() -> None:
 
 def test_a_refit_that_only_helps_its_own_kind_is_kept_out() -> None:
     start = torch.randn(3, 6, dtype=torch.float64)
-    kinds = [ridge_data(start + 5 * torch.randn(3, 6, dtype=torch.float64), 400, 0.0) for _ in range(2)]
-    kinds.append(ridge_data(start, 400, 0.0))  # here the start is already exact: nothing can improve it
-    result = refit(kinds, start)
+    sums = {}
+    for kind in "ab":  # each kind has a projection of its own: fitting one makes the other worse
+        own = start + 5 * torch.randn(3, 6, dtype=torch.float64)
+        sums |= {(kind, part): ridge_data(own, 400, 0.0) for part in (0, 1)}
+    sums |= {("c", part): ridge_data(start, 400, 0.0) for part in (0, 1)}  # here the start is already exact
+    result = refit(sums, start)
     assert not result.accepted
     assert result.w_CN is start
     assert result.held_out_after == result.held_out_before
+
+
+def test_a_refit_agrees_with_the_normal_equations() -> None:
+    start, truth = torch.randn(2, 3, 6, dtype=torch.float64)
+    sums = {(kind, part): ridge_data(truth, 300, 0.3) for kind in "ab" for part in (0, 1)}
+    result = refit(sums, start)
+    total = sum(list(sums.values())[1:], next(iter(sums.values())))
+    assert result.strength is not None
+    ridge = result.strength * float(torch.linalg.eigvalsh(total.gram_NN).mean()) * torch.eye(6, dtype=torch.float64)
+    want = start + (total.cross_CN - start @ total.gram_NN) @ torch.linalg.inv(total.gram_NN + ridge)
+    assert torch.allclose(result.w_CN, want, atol=1e-4)
