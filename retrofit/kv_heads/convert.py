@@ -282,12 +282,13 @@ class _CalibratedRun:
         merged = apply_maps(weights, maps, groups)
         ridge: Ridge | None = None
         with self._converted.layer(layer.index, write_layer(merged, target_layer)) as run:
+            heads = [run.head_outputs(hidden, named) for hidden, named in zip(x_converted, kwargs, strict=True)]
             if self._repair == "o_proj":
-                ridge = self._ridge(run, merged, targets, weight_T, x_converted, kwargs)
+                ridge = self._ridge(merged, targets, weight_T, heads)
                 merged = _with_output(merged, ridge.w_CN)
                 run.load(write_layer(merged, target_layer))
             for i, hidden in enumerate(x_converted):
-                x_converted[i], _ = run.forward(hidden, kwargs[i])
+                x_converted[i], _ = run.forward(hidden, kwargs[i], heads_BTN=heads[i])
         report = LayerReport(
             index=layer.index,
             groups=groups,
@@ -326,20 +327,11 @@ class _CalibratedRun:
         maps, lost = calibrated_maps(moments, weights, groups, layer.rope, keys=calibrate_keys)
         return maps, lost, groups
 
-    def _ridge(
-        self,
-        run: LayerRun,
-        merged: LayerWeights,
-        targets: list[Tensor],
-        weight_T: list[Tensor],
-        x_converted: list[Tensor],
-        kwargs: list[dict[str, Any]],
-    ) -> Ridge:
+    def _ridge(self, merged: LayerWeights, targets: list[Tensor], weight_T: list[Tensor], heads: list[Tensor]) -> Ridge:
         folds: dict[tuple[str, int], RidgeSums] = {}
-        bias = merged.o_bias_C is not None
         for i, fold in enumerate(self._folds):
-            z_TN = run.head_outputs(x_converted[i], kwargs[i]).flatten(0, 1)
-            if bias:
+            z_TN = heads[i].flatten(0, 1)
+            if merged.o_bias_C is not None:
                 z_TN = torch.cat([z_TN, torch.ones_like(z_TN[:, :1])], 1)
             sums = RidgeSums.of(z_TN, targets[i].flatten(0, 1), weight_T[i])
             folds[fold] = folds[fold] + sums if fold in folds else sums

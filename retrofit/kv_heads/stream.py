@@ -18,6 +18,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from retrofit.kernels import registry
 from retrofit.model.families.experts import EXPERTS
 from retrofit.model.spec import AttentionSpec
 
@@ -45,11 +46,12 @@ class LayerStream:
     ) -> None:
         self._spec, self._read = spec, read
         self._device, self._autocast = device, autocast
-        exact = any(layer.softcap or layer.sinks for layer in spec.layers)  # sdpa would leave them out
         with init_empty_weights(include_buffers=False):
             self._model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="eager" if exact else "sdpa"
+                config, dtype=torch.float32, attn_implementation="eager"
             ).eval()
+        compute = str(autocast or torch.float32).removeprefix("torch.")
+        registry.apply(self._model, registry.choose("auto", spec, device, training=True, dtype=compute))
         self._layers: nn.ModuleList = self._model.get_submodule(spec.layers_path)  # type: ignore[assignment]
         base = spec.layers_path.rpartition(".")[0]
         self._base = self._model.get_submodule(base)
@@ -74,7 +76,8 @@ class LayerStream:
         return torch.stack([torch.cat([self._read(part) for part in parts]) for parts in groups])
 
     @contextmanager
-    def _precision(self) -> Iterator[None]:
+    def precision(self) -> Iterator[None]:
+        """No gradients; matrix products in `autocast`."""
         with (
             torch.no_grad(),
             torch.autocast(torch.device(self._device).type, self._autocast, enabled=self._autocast is not None),
@@ -133,15 +136,24 @@ class LayerRun:
                 self._module, full.removeprefix(self._prefix), self._stream._device, value=tensor.float()
             )
 
-    def forward(self, hidden_BTC: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Residual stream after the layer, and the output projection's result before any norm, [B, T, C] each."""
+    def forward(
+        self, hidden_BTC: Tensor, kwargs: dict[str, Any], *, heads_BTN: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Residual stream after the layer, and the output projection's result before any norm, [B, T, C] each.
+
+        heads: what `head_outputs` gave for the same stream, so that attention is not computed again.
+        """
         kept: list[Tensor] = []
         hook = self._output.register_forward_hook(lambda _m, _args, out: kept.append(out))
+        if heads_BTN is not None:
+            self._attention.forward = lambda *args, **named: (self._output(heads_BTN), None)  # type: ignore[method-assign]
         try:
-            with self._stream._precision():
+            with self._stream.precision():
                 out = self._module(hidden_BTC, **kwargs)
         finally:
             hook.remove()
+            if heads_BTN is not None:
+                del self._attention.forward
         return out.float(), kept[0].float()
 
     def attention_input(self, hidden_BTC: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -161,7 +173,7 @@ class LayerRun:
 
         handle = module.register_forward_pre_hook(hook, with_kwargs=True)
         try:
-            with self._stream._precision():
+            with self._stream.precision():
                 self._module(hidden_BTC, **kwargs)
         except _Captured:
             pass
