@@ -19,6 +19,7 @@ EFFICIENCY = 0.5  # share of matrix-multiplication speed that a whole forward pa
 CALL_SECONDS = 0.001  # of the Python code of one layer
 PROOF_SECONDS = 5.0  # of loading a model once more and proving its kernel
 BATCH_TOKENS = 8192  # of a calibration batch
+RECOMPUTED = 7  # activations of one layer that exist while it is computed again and its gradients are formed
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -184,6 +185,26 @@ class _Shape:
         spec = self.facts.spec
         return self.facts.parameters - (0 if spec.tied_embeddings else spec.vocab_size * spec.hidden_size)
 
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one decoder layer."""
+        spec = self.facts.spec
+        tables = (1 if spec.tied_embeddings else 2) * spec.vocab_size * spec.hidden_size
+        return max(0, self.facts.parameters - tables) // len(spec.layers)
+
+    def activation_bytes(self, recover: Recover) -> int:
+        """What the backward pass of one training step needs.
+
+        Without gradient checkpointing every layer keeps the outputs of its matrices (one value for each row of
+        weights, in the dtype of the products) and the norms' and residuals' tensors, about 16 bytes of each channel.
+        With it, a layer keeps its input; one at a time is computed again, its gradients beside it.
+        """
+        width, layers = self.facts.spec.hidden_size, len(self.facts.spec.layers)
+        value = 2 if self.throughput.flops > self.throughput.float32 else 4  # training is in bfloat16 where it is fast
+        layer = value * self.layer_parameters // width + 16 * width
+        kept = layers * value * width + RECOMPUTED * layer if recover.gradient_checkpointing else layers * layer
+        return recover.batch_size * recover.sequence_length * kept
+
     def flops(self, tokens: int, context: int) -> float:
         """Of one forward pass over `tokens` tokens in sequences of `context`: matrices, and causal attention."""
         scores = sum(4 * layer.query_heads * layer.head_dim for layer in self.after.layers)
@@ -203,8 +224,8 @@ def _convert(shape: _Shape, convert: Convert) -> Cost:
         return Cost("convert", heads, BASE_BYTES + facts.weight_bytes // len(spec.layers), facts.weight_bytes, seconds)
     tokens, length = convert.calibration.tokens, convert.calibration.sequence_length
     repair = f" and {convert.repair} repair" if convert.repair != "none" else ""
-    # The original and the converted stream are kept whole in float32; a batch is some 40 tensors of their width.
-    streams = (2 * tokens + 40 * min(tokens, BATCH_TOKENS)) * spec.hidden_size * 4
+    # Kept whole in float32: both streams, the repair's targets and the head outputs. A batch is some 40 more of them.
+    streams = (4 * tokens + 40 * min(tokens, BATCH_TOKENS)) * spec.hidden_size * 4
     peak = BASE_BYTES + streams + 2 * facts.weight_bytes
     does = f"{heads}{repair} on {tokens:,} tokens"
     # Each stream passes every layer once; the moments and refits between are about half a pass in float32.
@@ -215,13 +236,12 @@ def _convert(shape: _Shape, convert: Convert) -> Cost:
 def _recover(shape: _Shape, recover: Recover) -> Cost:
     spec, facts, adapter = shape.after, shape.facts, recover.adapter
     rows = recover.batch_size * recover.sequence_length
-    # Forward, recomputation, backward through the frozen weights; the teacher's forward for distillation.
-    passes = 3 + (recover.loss == "distill")
-    activations = rows * spec.hidden_size * 4 * (len(spec.layers) + 16)
-    logits = 4 * min(rows, recover.row_chunk) * spec.vocab_size * 4
+    # Forward and backward through the frozen weights, the recomputation, the teacher's forward for distillation.
+    passes = 2 + recover.gradient_checkpointing + (recover.loss == "distill")
+    logits = 2 * min(rows, recover.row_chunk) * spec.vocab_size * 4
     trained = int(facts.parameters * 0.002 * adapter.rank)
     teacher = facts.weight_bytes // 4 if recover.loss == "distill" else 0
-    peak = BASE_BYTES + facts.weight_bytes + teacher + activations + logits + 16 * trained
+    peak = BASE_BYTES + facts.weight_bytes + teacher + shape.activation_bytes(recover) + logits + 16 * trained
     held_out = (recover.evals + 1) * recover.eval_tokens
     seconds = shape.seconds(recover.tokens, recover.sequence_length, passes) + shape.seconds(
         held_out, recover.sequence_length, passes=2
