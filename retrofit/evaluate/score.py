@@ -20,7 +20,7 @@ from retrofit.errors import UserError
 from retrofit.evaluate.cache import preallocated_cache
 from retrofit.evaluate.documents import make_documents, tokenizer_digest
 from retrofit.evaluate.losses import Document, TokenLosses, documents_digest
-from retrofit.kernels.registry import scoring_kernel, using
+from retrofit.kernels.registry import Choice, scoring_kernel, using
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -36,13 +36,15 @@ def score(
     *,
     chunk: int = 512,
     logits_rows: int = 256,
+    kernel: Choice | None = None,
     meta: Mapping[str, object] | None = None,
     progress: Progress | None = None,
 ) -> TokenLosses:
     """Token losses of every document: l_i = -log_softmax(logits_{i-1})[token i], log-softmax in fp32.
 
-    chunk: tokens per forward pass. logits_rows: rows of logits [rows, V] that exist at one time. meta: what to record
-    beside the kernel, dtype, chunk and digest of the documents. The model's attention kernel is put back afterwards.
+    chunk: tokens per forward pass. logits_rows: rows of logits [rows, V] that exist at one time. kernel: by default
+    blockwise where it can express the model's attention, else an exact stock one. meta: what to record beside the
+    kernel, dtype, chunk and digest of the documents. The model's attention kernel is put back afterwards.
 
     Raises: UserError for a position encoding that changes with the length, for a document beyond the model's absolute
     positions, and for a loss that is not finite (names document and position).
@@ -53,7 +55,7 @@ def score(
     losses: list[np.ndarray] = []
     if progress:
         progress.start("score", sum(len(document.input_ids) for document in documents), "tokens")
-    with torch.inference_mode(), _evaluating(model), _bounded_kernel(model, progress) as kernel:
+    with torch.inference_mode(), _evaluating(model), _kernel(model, kernel, progress) as used:
         for document in documents:
             losses.append(_score_document(model, document, min(chunk, longest), logits_rows, progress))
     if progress:
@@ -66,7 +68,7 @@ def score(
         token_bytes=tuple(_token_bytes(document) for document in documents),
         meta={
             "dtype": str(model.dtype).removeprefix("torch."),
-            "kernel": kernel,
+            "kernel": used,
             "chunk": chunk,
             "context": longest,
             "documents_sha256": documents_digest(documents),
@@ -145,10 +147,10 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _bounded_kernel(model: PreTrainedModel, progress: Progress | None) -> Iterator[str]:
-    """Run with the blockwise kernel where it can express the model's attention, else with an exact stock one."""
-    choice = scoring_kernel(model)
-    if choice.name != "blockwise" and progress:
+def _kernel(model: PreTrainedModel, asked: Choice | None, progress: Progress | None) -> Iterator[str]:
+    """Run with the kernel asked for, or the one that suits a chunked prefill; a fallback is announced."""
+    choice = asked or scoring_kernel(model)
+    if asked is None and choice.name != "blockwise" and progress:
         progress.note(choice.reason)
     with using(model, choice):
         yield choice.name

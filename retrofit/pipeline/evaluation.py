@@ -81,6 +81,7 @@ def _score(
         "dtype": section.dtype,
         "decode_tokens": section.decode_tokens,
         "kernel": prepared.kernel.name,
+        "kernel_asked_for": prepared.kernel.requested != "auto",
         "device": prepared.device,
     }
     inputs = {"checkpoint": state.identity, "documents": documents_digest(documents)}

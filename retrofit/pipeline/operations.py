@@ -180,7 +180,8 @@ def score_folder(
     if progress:
         progress.note(f"{label}: kernel {choice.name}, {choice.reason}")
     meta = {"model": label, "tokenizer_sha256": tokenizer_digest(load_tokenizer(folder))}
-    losses = score(model, documents, chunk=evaluate.chunk, meta=meta, progress=progress)
+    asked = None if choice.requested == "auto" else choice
+    losses = score(model, documents, chunk=evaluate.chunk, kernel=asked, meta=meta, progress=progress)
     cost: dict[str, object] = {"kernel": choice.name, "reason": choice.reason, "decode": None}
     if evaluate.decode_tokens:
         from retrofit.evaluate.cost import decode_speed

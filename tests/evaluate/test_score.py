@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from retrofit.errors import UserError
 from retrofit.evaluate.losses import Document, TokenLosses
 from retrofit.evaluate.score import score
+from retrofit.kernels.registry import choose
+from retrofit.model.families import describe
 from tests.tiny import FAMILIES, VARIANTS, VOCAB_SIZE, tiny_model
 
 
@@ -53,6 +55,16 @@ def test_a_training_model_and_its_kernel_are_put_back() -> None:
     score(model, [document(20)])
     assert model.training and model.config._attn_implementation == "sdpa"
     assert type(model.model).__name__ == "LlamaModel"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_a_kernel_that_is_asked_for_is_the_one_that_scores(family: str, kernel: str) -> None:
+    model, doc = tiny_model(family), document(70)
+    own = score(model, [doc], chunk=16)
+    asked = score(model, [doc], chunk=16, kernel=choose(kernel, describe(model.config), "cpu"))
+    assert (own.meta["kernel"], asked.meta["kernel"]) == ("blockwise", kernel)
+    np.testing.assert_allclose(asked.losses[0], own.losses[0], rtol=0, atol=1e-4)
 
 
 def test_adapters_are_scored_with_the_model_they_sit_in() -> None:
