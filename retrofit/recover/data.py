@@ -150,13 +150,12 @@ def evaluation_texts(
     """Up to `count` documents (name, kind, text) per source, each at least `min_tokens` tokens long.
 
     Built-in sources give their held-out side; user text its held-out side if it is in `trained_on` as well, else all.
-    Raises UserError if a source has no such document, with the length of its longest.
+    Raises UserError if a source has no such document, with the length of its longest, and if a file or folder lies
+    inside a folder that is trained on, or around a file that is.
     """
-    seen = {source.source for source in trained_on}
     chosen: list[tuple[str, str, str]] = []
     for source in sources:
-        fixed = source.source in BUILT_IN or source.source == OWN_SAMPLES or source.source in seen
-        split: Split = "held_out" if fixed else "all"
+        split = _measured_side(source.source, [other.source for other in trained_on])
         documents: list[tuple[str, str, str]] = []
         longest = 0
         for text in read_texts(source, split=split, teacher=teacher):
@@ -255,6 +254,29 @@ def _side(read: Callable[[], Iterator[tuple[str, str]]], split: Split, hub: bool
         total = sum(1 for _ in read())
         train = total - max(1, total // HELD_OUT_EVERY) if total > 1 else total
         yield from islice(read(), train) if split == "train" else islice(read(), train, None)
+
+
+def _measured_side(source: str, trained_on: Sequence[str]) -> Split:
+    """Which side of a source may be measured, given what was trained on; paths are compared by where they lead."""
+    own = (*BUILT_IN, OWN_SAMPLES)
+    if source in own or source in trained_on:
+        return "held_out"
+    if source.startswith(HUB):
+        return "all"
+    place = Path(source).expanduser().resolve()
+    for other in trained_on:
+        if other in own or other.startswith(HUB):
+            continue
+        trained = Path(other).expanduser().resolve()
+        if trained == place:
+            return "held_out"
+        if trained in place.parents or place in trained.parents:
+            raise UserError(
+                f"this text and `{other}`, which is trained or calibrated on, hold the same documents",
+                where=f"text source `{source}`",
+                fix=f"measure on `{other}` itself (its held-out part is taken), or on other text",
+            )
+    return "all"
 
 
 def _pieces(text: str, chars: int) -> Iterator[tuple[str, bool]]:

@@ -288,6 +288,28 @@ def test_evaluation_documents_are_long_enough_and_held_out(tmp_path: Path) -> No
         evaluation_texts([source(tmp_path / "mine.txt")], 2, 10, TOKENIZER, trained_on=[source(tmp_path / "mine.txt")])
 
 
+def test_text_that_was_trained_on_under_another_path_is_not_measured(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.txt").write_text(f"{number} " * 40)
+    (tmp_path / "link").symlink_to(folder)
+
+    def names(text: Path, trained: str) -> list[str]:
+        found = evaluation_texts([source(text)], 9, 10, TOKENIZER, trained_on=[source(trained)])
+        return [name for name, _, _ in found]
+
+    assert names(folder, "python-docs") == ["0.txt", "1.txt", "2.txt"]
+    assert names(tmp_path / "link", str(folder)) == ["2.txt"]
+    for text, trained in (
+        (folder / "0.txt", folder),
+        (folder, folder / "0.txt"),
+        (folder / "0.txt", tmp_path / "link"),
+    ):
+        with pytest.raises(UserError, match="hold the same documents"):
+            names(text, str(trained))
+
+
 def test_own_samples_are_seeded_and_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(samples, "BATCH", 4)
