@@ -60,7 +60,8 @@ class MomentSums:
         """Raises UserError where a moment is not finite (the weights or the text gave NaN or infinity)."""
         assert self._sums is not None, "no tokens were added"
         key, energy, key_rest, query_rest, value = (s / self._tokens for s in self._sums)
-        for name, tensor in (("keys", key), ("queries", energy), ("keys", key_rest), ("values", value)):
+        named = (("keys", key), ("queries", energy), ("keys", key_rest), ("queries", query_rest), ("values", value))
+        for name, tensor in named:
             if not bool(torch.isfinite(torch.view_as_real(tensor) if tensor.is_complex() else tensor).all()):
                 raise UserError(
                     f"the {name} of the calibration pass are not finite",

@@ -95,10 +95,12 @@ def test_moments_match_their_formula_in_any_chunking() -> None:
     assert moments.tokens == t
 
 
-def test_moments_that_are_not_finite_are_a_user_error_naming_the_layer() -> None:
-    sums = MomentSums(1, rotary_indices(None, 2))
-    sums.add(torch.ones(3, 1, 2), torch.ones(3, 1, 2), torch.full((3, 1, 2), torch.nan))
-    with pytest.raises(UserError, match=r"values of the calibration pass are not finite") as caught:
+@pytest.mark.parametrize("rope", [None, RopeSpec("default", 10_000.0, 2)])
+@pytest.mark.parametrize("broken", ["queries", "keys", "values"])
+def test_moments_that_are_not_finite_are_a_user_error_naming_the_layer(rope: RopeSpec | None, broken: str) -> None:
+    sums = MomentSums(1, rotary_indices(rope, 2))
+    sums.add(*(torch.full((3, 1, 2), torch.nan if name == broken else 1.0) for name in ("queries", "keys", "values")))
+    with pytest.raises(UserError, match=f"{broken} of the calibration pass are not finite") as caught:
         sums.finish(7)
     assert caught.value.where == "layer 7"
 
