@@ -176,11 +176,6 @@ class Console:
         self.mode: Mode = mode or ("rich" if self.out.isatty() else "plain")
         self.progress: Progress = RichProgress(self.err) if self.err.isatty() else PlainProgress(self.err)
 
-    def heading(self, text: str) -> None:
-        """A line on stderr that opens a part of the work."""
-        self.err.write(f"{text}\n")
-        self.err.flush()
-
     def say(self, text: str) -> None:
         """A line of the result for people; machines get `result` alone."""
         if self.mode != "json":

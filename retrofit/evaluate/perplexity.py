@@ -6,7 +6,6 @@ tokens gives. `losses` is one array [T - 1] per document throughout; every docum
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -119,13 +118,3 @@ def _row(kind: str, losses: TokenLosses, length: int, size: int, resamples: int,
         bpb=bits_per_byte(losses, length),
         unit=whole.unit,
     )
-
-
-def position_losses(losses: Sequence[np.ndarray], buckets: int = 64) -> list[tuple[int, float]]:
-    """Mean loss by position for a chart: (last token position of the bucket, mean loss over documents)."""
-    shortest = min(len(a) for a in losses)
-    edges = np.unique(np.linspace(0, shortest, min(buckets, shortest) + 1).astype(int))
-    return [
-        (int(stop), float(np.mean([np.mean(a[start:stop], dtype=np.float64) for a in losses])))
-        for start, stop in itertools.pairwise(edges)
-    ]

@@ -12,7 +12,7 @@ import pytest
 from retrofit.errors import UserError
 from retrofit.evaluate.bootstrap import perplexity_interval, ratio_interval
 from retrofit.evaluate.losses import TokenLosses
-from retrofit.evaluate.perplexity import bits_per_byte, position_losses, prefix_ppl, table, tail_ppl
+from retrofit.evaluate.perplexity import bits_per_byte, prefix_ppl, table, tail_ppl
 
 
 def made_up(documents: int = 2, tokens: int = 64, *, seed: int = 0) -> TokenLosses:
@@ -95,11 +95,6 @@ def test_a_ratio_is_paired() -> None:
     assert found.value == pytest.approx(math.exp(0.1), rel=1e-5)
     assert found.high - found.low < 1e-5  # the same shift everywhere: nothing to resample
     assert ratio_interval(losses.losses, losses.losses).value == 1.0
-
-
-def test_position_losses_average_documents_by_position() -> None:
-    points = position_losses([np.array([0.0, 0.0, 4.0, 4.0]), np.array([2.0, 2.0, 2.0, 2.0])], buckets=2)
-    assert points == [(2, 1.0), (4, 3.0)]
 
 
 def test_arithmetic_needs_no_torch() -> None:
