@@ -35,7 +35,7 @@ LORA = {"rank": 16, "alpha": 32}
 
 def main() -> None:
     """Run every case at every length in turn and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
     parser.add_argument("--steps", type=int, default=STEPS)

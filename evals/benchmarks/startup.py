@@ -5,6 +5,7 @@ python -m evals.benchmarks.startup
 
 from __future__ import annotations
 
+import argparse
 import platform
 import statistics
 import subprocess
@@ -12,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-RESULT = Path(__file__).resolve().parents[1] / "results" / "startup.md"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 REPEATS = 15
 LIMIT = 0.5
 EMPTY = "python -c pass"
@@ -34,15 +35,19 @@ def seconds(command: list[str]) -> float:
 
 def main() -> None:
     """Measure, write the table, and fail when help is slower than promised."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="runs of each command")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
     for command in PROGRAMS.values():
         seconds(command)  # the first run reads files that later ones find in memory
     # Taken in turns, so that a busy machine is unfair to none.
-    rounds = [{name: seconds(command) for name, command in PROGRAMS.items()} for _ in range(REPEATS)]
+    rounds = [{name: seconds(command) for name, command in PROGRAMS.items()} for _ in range(options.repeats)]
     lines = [
         "# Start-up",
         "",
         f"`python -m evals.benchmarks.startup`, Python {platform.python_version()} on {platform.machine()}, "
-        f"{REPEATS} runs each, in turns. The ratio is the median over the turns of a command's time by that of "
+        f"{options.repeats} runs each, in turns. The ratio is the median over the turns of a command's time by that of "
         f"`{EMPTY}` in the same turn.",
         "",
         "| command | median (s) | fastest (s) | slowest (s) | ratio |",
@@ -54,7 +59,8 @@ def main() -> None:
         lines.append(
             f"| `{name}` | {statistics.median(times):.3f} | {min(times):.3f} | {max(times):.3f} | {ratio:.1f} |"
         )
-    RESULT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "startup.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
     median = statistics.median(one["retrofit --help"] for one in rounds)
     if median > LIMIT:
