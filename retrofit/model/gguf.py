@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 
     from retrofit.console import Progress
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the conversion changes, so that folders made by an older version are made again."""
+
+QUANTISATION = "gguf_quantisation"
+"""Key of a converted folder's card that names the GGML type, when the file was quantised."""
 
 READABLE = ("gemma2", "gemma3", "llama", "phi3", "qwen2", "qwen3", "stablelm", "starcoder2")
 """GGUF architectures that transformers reads and that belong to a known family."""
@@ -53,12 +56,17 @@ class GgufFile:
         return str(self.metadata.get("general.architecture"))
 
     @property
-    def dtype(self) -> str:
-        """The dtype it is stored in after conversion: its own floating-point type, bfloat16 when it is quantised."""
+    def stored(self) -> str:
+        """The GGML type of most values, for example "Q4_1" or "BF16"."""
         sizes: dict[str, int] = {}
         for kind, values in self.tensors.values():
             sizes[kind] = sizes.get(kind, 0) + values
-        return _FLOATS.get(max(sizes, key=lambda kind: sizes[kind]), "bfloat16")
+        return max(sizes, key=lambda kind: sizes[kind])
+
+    @property
+    def dtype(self) -> str:
+        """The dtype it is stored in after conversion: its own floating-point type, bfloat16 when it is quantised."""
+        return _FLOATS.get(self.stored, "bfloat16")
 
     @property
     def parameters(self) -> int:
@@ -275,13 +283,14 @@ def _tidy_tokenizer_config(folder: Path) -> None:
 
 
 def _write_card(header: GgufFile, folder: Path) -> None:
-    """README.md whose front matter carries the licence and base model that the file states."""
+    """README.md whose front matter carries the licence and base model that the file states, and its quantisation."""
     url = str(header.metadata.get("general.base_model.0.repo_url") or "")
     stated = {
         "license": header.metadata.get("general.license"),
         "base_model": url.removeprefix("https://huggingface.co/")
         if url.startswith("https://huggingface.co/")
         else None,
+        QUANTISATION: None if header.stored in _FLOATS else header.stored,
     }
     lines = [f"{key}: {json.dumps(value)}" for key, value in stated.items() if value]
     (folder / "README.md").write_text("\n".join(["---", *lines, "---", f"Made from {header.path.name}.", ""]), "utf-8")

@@ -108,7 +108,7 @@ def _reexpressed(source: Source, weights: bool, progress: Progress | None) -> So
     assert reexpression is not None
     identity = partial(_identity, source, weights)
     folder = cached(reexpression, source.folder, identity, weights=weights, progress=progress)
-    return replace(source, folder=folder, notes=notes_of(reexpression, source.dtype))
+    return replace(source, folder=folder, notes=(*source.notes, *notes_of(reexpression, source.dtype)))
 
 
 def _identity(source: Source, weights: bool) -> dict[str, str]:
@@ -162,20 +162,27 @@ def _from_gguf(
     licence: str | None,
     base_model: str | None,
 ) -> Source:
-    from retrofit.model.gguf import convert
-    from retrofit.model.licence import base_model_of, licence_of
+    from retrofit.model.gguf import QUANTISATION, convert
+    from retrofit.model.licence import base_model_of, card_data, licence_of
     from retrofit.model.load import stored_dtype
 
     folder = convert(path, weights=weights, progress=progress)
+    dtype, quantisation = stored_dtype(folder), card_data(folder).get(QUANTISATION)
     return Source(
         requested=name,
         folder=folder,
         kind="gguf",
         repo_id=None,
         revision=None,
-        dtype=stored_dtype(folder),
+        dtype=dtype,
         licence=licence or licence_of(folder),
         base_model=base_model or base_model_of(folder),
+        notes=(
+            f"the weights were read from {path.name}, quantised as {quantisation}, and kept as {dtype}: `original` is "
+            "the model in that file, not the one it was quantised from",
+        )
+        if quantisation
+        else (),
     )
 
 

@@ -120,6 +120,12 @@ def test_quantised_file_becomes_bfloat16(tmp_path):
     assert 0 < difference.max() < 0.3
 
 
+def test_a_quantised_file_is_named_and_a_float_one_has_nothing_to_say(tmp_path):
+    (note,) = resolve(write_gguf(tmp_path / "q.gguf", kind="Q8_0"), weights=False).notes
+    assert "q.gguf, quantised as Q8_0, and kept as bfloat16" in note
+    assert resolve(write_gguf(tmp_path / "f.gguf"), weights=False).notes == ()
+
+
 def test_conversion_is_done_once(tmp_path):
     path = write_gguf(tmp_path / "m.gguf")
     light = resolve(path, weights=False)
