@@ -52,6 +52,19 @@ def require_free_space(path: str | Path, nbytes: int) -> None:
         )
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """The file under another name: a hard link, or a copy where the disk allows none. Links in `source` are followed.
+
+    Raises UserError when a copy has no room.
+    """
+    source = source.resolve()
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or a file system without hard links
+        require_free_space(target.parent, source.stat().st_size)
+        shutil.copyfile(source, target)
+
+
 def _size(nbytes: int) -> str:
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,8 +115,9 @@ def write_extended(
     The tokenizer's `model_max_length` is raised to the new window. The new configuration is linted before anything is
     written; an error in it is a UserError.
     """
+    from retrofit.checkpoint.place import link_or_copy
     from retrofit.checkpoint.read import Checkpoint
-    from retrofit.checkpoint.write import copy_side_files, require_free_space, staged, write_config
+    from retrofit.checkpoint.write import copy_side_files, staged, write_config
 
     source, out = Path(source_folder), Path(out)
     checkpoint = Checkpoint.open(source)
@@ -127,19 +126,11 @@ def write_extended(
     require_clean(lint(fields), str(out))
     with staged(out, overwrite=overwrite) as folder:
         for path in sorted(source.glob("model*.safetensors*")):
-            _link(path.resolve(), folder / path.name, require_free_space)
+            link_or_copy(path, folder / path.name)
         copy_side_files(source, folder)
         _raise_tokenizer_length(folder / "tokenizer_config.json", extension.length)
         write_config(folder, fields)
     return extension
-
-
-def _link(source: Path, target: Path, require_free_space: Callable[[Path, int], None]) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or a file system without hard links
-        require_free_space(target.parent, source.stat().st_size)
-        shutil.copyfile(source, target)
 
 
 def _raise_tokenizer_length(path: Path, length: int) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from retrofit.checkpoint.place import link_or_copy
 from retrofit.checkpoint.provenance import digest, versions, write_provenance
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.rewrite import rewrite
@@ -118,10 +118,7 @@ def link_checkpoint(source: Path, folder: Path, max_shard_size: str) -> None:
         rewrite(checkpoint, folder, {}, config=checkpoint.config, max_shard_size=max_shard_size)
         return
     for path in sorted(source.glob("model*.safetensors*")):
-        try:
-            os.link(path.resolve(), folder / path.name)
-        except OSError:  # another disk, or a file system without hard links
-            shutil.copyfile(path, folder / path.name)
+        link_or_copy(path, folder / path.name)
 
 
 def _card(runner: Runner, state: State, folder: Path, section: Publish, *, chart: str | None) -> CardInput:

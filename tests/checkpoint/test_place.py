@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from retrofit.checkpoint.place import folder_lock, require_free_space, require_writable, staged
+from retrofit.checkpoint.place import folder_lock, link_or_copy, require_free_space, require_writable, staged
 from retrofit.errors import UserError
 
 
@@ -136,3 +136,18 @@ def test_folder_in_use(tmp_path: Path) -> None:
     with folder_lock(tmp_path / "out"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_linked_or_else_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "weights"
+    source.write_bytes(b"abc")
+    (tmp_path / "link").symlink_to(source)
+    link_or_copy(tmp_path / "link", tmp_path / "a")
+    assert (tmp_path / "a").samefile(source) and not (tmp_path / "a").is_symlink()
+
+    def other_disk(*_: object) -> None:
+        raise OSError(errno.EXDEV, "cross-device link")
+
+    monkeypatch.setattr(os, "link", other_disk)
+    link_or_copy(source, tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"abc" and not (tmp_path / "b").samefile(source)
