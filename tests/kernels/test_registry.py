@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -128,6 +129,19 @@ def test_a_wrong_kernel_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockwise, "attention", top_left)
     model = tiny_model("llama")
     assert not prove(model, Choice("blockwise", "blockwise", "test"), torch.arange(60)[None]).passed
+
+
+@pytest.mark.parametrize("broken", ["whole", "chunk"])
+def test_a_kernel_that_gives_nan_is_not_proven(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    right = blockwise.attention
+
+    def attention(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> torch.Tensor:
+        chunk = q.shape[2] < k.shape[2]
+        return right(q, k, *rest) * (torch.nan if chunk == (broken == "chunk") else 1.0)
+
+    monkeypatch.setattr(blockwise, "attention", attention)
+    proof = prove(tiny_model("llama"), Choice("blockwise", "blockwise", "test"), torch.arange(60)[None])
+    assert not proof.passed and proof.max_difference != proof.max_difference
 
 
 def test_apply_refuses_a_class_that_would_only_warn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import yaml
 
 from retrofit.checkpoint.provenance import sha256
 from retrofit.evaluate.losses import TokenLosses
+from retrofit.kernels import registry
 from retrofit.recipe.load import load_recipe
 from tests.pipeline.conftest import retrofit, sections
 
@@ -134,6 +135,15 @@ def test_a_damaged_artifact_is_made_again_with_the_same_bytes(done: SimpleNamesp
 def test_a_stricter_gate_takes_back_what_was_published(done: SimpleNamespace, copy: Path) -> None:
     result = retrofit("run", done.recipe, "--out", copy, "--set", "require.ppl_ratio@64=<= 0.001")
     assert result.exit_code == 2 and not (copy / "final").exists()
+
+
+def test_a_kernel_that_is_not_proven_is_not_published(
+    done: SimpleNamespace, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.TOLERANCE, "float32", 0.0)
+    result = retrofit("run", done.recipe, "--out", copy, "--from", "evaluate")
+    assert result.exit_code == 2 and "kernel_max_diff" in result.output and not (copy / "final").exists()
+    assert "kernel_max_diff" in (copy / "report.md").read_text()
 
 
 def test_dry_run_checks_and_writes_nothing(recipe: Recipe, tmp_path: Path) -> None:
