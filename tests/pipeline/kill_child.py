@@ -1,8 +1,8 @@
 """Runs one recipe again and again, each time killed at another moment, until one attempt ends by itself.
 
-`python -m tests.pipeline.kill_child RECIPE OUT 3 0.5s`: the first attempt gets SIGKILL at its third sign of life
-(everything a run tells its Progress is one), the next a deadly alarm after half a second. An attempt is a fork of this
-process, so imports are paid once. Prints where every attempt died as JSON.
+`python -m tests.pipeline.kill_child RECIPE OUT recover:3 0.5s`: the first attempt gets SIGKILL at the third sign of
+life of the task `recover` (everything a run tells its Progress is one), the next a deadly alarm after half a second.
+An attempt is a fork of this process, so imports are paid once. Prints where every attempt died as JSON.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from retrofit.pipeline import commands, evaluation, operations, run  # noqa: F40
 
 
 class Mortal:
-    """A Progress that kills its process at the `lives`-th call and notes where that was."""
+    """A Progress that kills its process at the `lives`-th call of the task `where`, and notes that it did."""
 
-    def __init__(self, lives: int, note: Path) -> None:
-        self.lives, self.place, self.file = lives, "start", note
+    def __init__(self, where: str, lives: int, note: Path) -> None:
+        self.where, self.lives, self.place, self.file = where, lives, "start", note
 
     def start(self, task: str, total: int | None, unit: str) -> None:
         self._live(task)
@@ -36,6 +36,8 @@ class Mortal:
 
     def _live(self, place: str) -> None:
         self.place = place
+        if place != self.where:
+            return
         self.lives -= 1
         if self.lives == 0:
             self.file.write_text(place)
@@ -44,16 +46,16 @@ class Mortal:
 
 def attempt(recipe: str, out: str, limit: str) -> str:
     """Fork, run, and say where the attempt died, or `done`."""
-    lives = 0 if limit.endswith("s") else int(limit)
+    where, _, lives = limit.partition(":")
     note = Path(f"{out}.place")
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            if limit.endswith("s"):
+            if limit[:1].isdigit():
                 # Without a handler the alarm ends the process at once, as SIGKILL does.
                 signal.setitimer(signal.ITIMER_REAL, float(limit[:-1]))
-            commands.run(recipe, out=out, progress=Mortal(lives, note))
+            commands.run(recipe, out=out, progress=Mortal(where, int(lives or 0), note))
             code = 0
         finally:
             os._exit(code)
@@ -73,7 +75,7 @@ def main() -> None:
     """See the module's docstring."""
     recipe, out, *limits = sys.argv[1:]
     places = []
-    for limit in [*limits, "0"]:
+    for limit in [*limits, "never"]:
         places.append(attempt(recipe, out, limit))
         if places[-1] == "done":
             break
