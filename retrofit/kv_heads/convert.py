@@ -59,8 +59,8 @@ class LayerReport:
     """What conversion did to one layer.
 
     keys, values: share of the scores' and of the attention output's energy that the merge gives up, 0 to 1 (None
-    where it was not computed). held_out_before/after: error of the attention output on kinds of text the repair was
-    not fitted on, as a share of the target's energy. repair: whether the refitted output projection was kept.
+    where it was not computed). held_out_before/after: error of the attention output on text the repair was not
+    fitted on, as a share of the target's energy. repair: whether the refitted output projection was kept.
     """
 
     index: int
@@ -145,7 +145,7 @@ def convert(
                 where="convert.calibration.text",
                 fix="name text (`--calibrate TEXT`), or choose `--method mean`",
             )
-        notes += _fallbacks(spec)
+        notes += _fallbacks(spec, repair)
         run = _CalibratedRun(checkpoint, config, target, spec, kv_heads, repair, text, device)
         changed, reports = run.all_layers(progress)
         notes += run.notes
@@ -192,12 +192,17 @@ def _rules(changed: dict[str, Tensor], spec: AttentionSpec, kv_heads: int) -> di
     return rules
 
 
-def _fallbacks(spec: AttentionSpec) -> list[str]:
+def _fallbacks(spec: AttentionSpec, repair: str) -> list[str]:
     notes = []
     if any(layer.qk_norm for layer in spec.layers):
         notes.append(
             "keys are mean-pooled: the norm on queries and keys takes their magnitudes, which calibrated keys need; "
             "values and output projection are calibrated"
+        )
+    if repair == "o_proj" and not _plain_residual(spec):
+        notes.append(
+            f"{spec.family} scales or normalises the attention output: the repair restores each layer's own output, "
+            "and not the error of the layers before"
         )
     if any(layer.clip_qkv for layer in spec.layers):
         notes.append(

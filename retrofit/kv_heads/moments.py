@@ -46,12 +46,12 @@ class MomentSums:
         k_PKT = torch.complex(k[..., self._x], k[..., self._y]).permute(2, 1, 0)
         k_rest = k[..., self._rest].flatten(1)
         q_rest = q_TKSD[..., self._rest].permute(1, 0, 2, 3).flatten(1, 2)
-        parts = [
-            (k_PKT @ k_PKT.mH).to(torch.complex128),
-            (q_TKSD[..., self._x].square() + q_TKSD[..., self._y].square()).sum((0, 2)).double(),
-            (k_rest.T @ k_rest).double(),
-            (q_rest.mT @ q_rest).double(),
-            (v.flatten(1).T @ v.flatten(1)).double(),
+        parts = [  # what follows is arithmetic on the CPU, wherever the model runs
+            (k_PKT @ k_PKT.mH).to("cpu", torch.complex128),
+            (q_TKSD[..., self._x].square() + q_TKSD[..., self._y].square()).sum((0, 2)).double().cpu(),
+            (k_rest.T @ k_rest).double().cpu(),
+            (q_rest.mT @ q_rest).double().cpu(),
+            (v.flatten(1).T @ v.flatten(1)).double().cpu(),
         ]
         self._sums = parts if self._sums is None else [a + b for a, b in zip(self._sums, parts, strict=True)]
         self._tokens += q_THD.shape[0]

@@ -45,11 +45,11 @@ class RidgeSums:
 
     @classmethod
     def of(cls, z_TN: Tensor, target_TC: Tensor, weight_T: Tensor) -> RidgeSums:
-        """Sums of a chunk of tokens."""
+        """Sums of a chunk of tokens, on the CPU wherever the model runs."""
         weighted_NT = (z_TN * weight_T[:, None]).T
         return cls(
-            (weighted_NT @ z_TN).double(),
-            (weighted_NT @ target_TC).T.double(),
+            (weighted_NT @ z_TN).double().cpu(),
+            (weighted_NT @ target_TC).T.double().cpu(),
             float((target_TC.square().sum(1) * weight_T).sum(dtype=torch.float64)),
             float(weight_T.sum(dtype=torch.float64)),
         )

@@ -171,6 +171,14 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(("family", "announced"), [("olmo2", True), ("granite", True), ("llama", False)])
+def test_a_repair_that_cannot_undo_earlier_layers_says_so(family: str, announced: bool, tmp_path: Path) -> None:
+    source, out = save_tiny(tmp_path / "source", family), tmp_path / "out"
+    out.mkdir()
+    report = convert(source, out, kv_heads=2, text=text())
+    assert any("not the error of the layers before" in note for note in report.notes) == announced
+
+
 def test_refusals(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source", "llama")
     out = tmp_path / "out"
