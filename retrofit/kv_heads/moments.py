@@ -1,16 +1,30 @@
 """Second moments of one layer's queries, keys and values before RoPE: all that a merge needs to know of the text.
 
+They are kept on disk, a file a layer (`save`, `load`, `saved`), so that every grouping, every number of KV heads and
+every predicted cost is arithmetic without the model.
+
 Legend: T tokens, H query heads, K KV heads, D head dim, P rotary pairs, U unrotated dims.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from retrofit.errors import UserError
+
+STREAM_QUANTILES = (0.5, 0.9, 0.99, 1.0)
+# Rows of averaged values for each of a Gram's columns, below which the plain Gram is mixed in.
+_ROWS_PER_COLUMN = 8
+_FILE = re.compile(r"^layer-(\d{3,})\.safetensors$")
 
 
 @dataclass(frozen=True)
@@ -19,7 +33,13 @@ class LayerMoments:
 
     key_PKK: complex E[k_p k_p^H] over KV heads, per rotary pair. query_energy_KP: E|q_p|^2 summed over the query
     heads that read KV head k. key_rest [K, U, K, U] and query_rest_KUU: the same for dims that RoPE leaves alone.
-    value_KDKD: E[v v^T] over all KV heads.
+    value_KDKD: E[v v^T] over all KV heads. key_mean_KD, value_mean_KD: E[k], E[v]. stream_energy: mean over tokens of
+    mean(h^2) of the residual stream that enters the layer, stream_quantiles: its STREAM_QUANTILES over tokens (None
+    and () where the stream was not given).
+
+    averaged_KDKD: the values' Gram after attention, E over tokens and query heads of (A_h v)(A_h v)^T for all KV
+    heads' v jointly, A_h the attention pattern of query head h; of `averaged_tokens` tokens. averaged_mean_KD: the mean
+    of the same. None where it was not computed.
     """
 
     tokens: int
@@ -28,6 +48,23 @@ class LayerMoments:
     key_rest: Tensor
     query_rest_KUU: Tensor
     value_KDKD: Tensor
+    key_mean_KD: Tensor
+    value_mean_KD: Tensor
+    stream_energy: float | None = None
+    stream_quantiles: tuple[float, ...] = ()
+    averaged_KDKD: Tensor | None = None
+    averaged_mean_KD: Tensor | None = None
+    averaged_tokens: int = 0
+
+    @property
+    def merged_values_KDKD(self) -> Tensor:
+        """The Gram that a merge of values minimises: after attention where that is known."""
+        return self.value_KDKD if self.averaged_KDKD is None else self.averaged_KDKD
+
+    @property
+    def merged_mean_KD(self) -> Tensor:
+        """The mean that belongs to `merged_values_KDKD`."""
+        return self.value_mean_KD if self.averaged_mean_KD is None else self.averaged_mean_KD
 
 
 class MomentSums:
@@ -38,9 +75,13 @@ class MomentSums:
         self._x, self._y, self._rest = indices
         self._tokens = 0
         self._sums: list[Tensor] | None = None
+        self._energies: list[Tensor] = []
+        self._averaged: Tensor | None = None
+        self._averaged_sum: Tensor | None = None
+        self._averaged_rows = self._averaged_tokens = 0
 
-    def add(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> None:
-        """Add a chunk. Chunks are multiplied in fp32 and summed in fp64."""
+    def add(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, stream_TC: Tensor | None = None) -> None:
+        """Add a chunk. Chunks are multiplied in fp32 and summed in fp64. stream: the residual stream."""
         q_TKSD = q_THD.float().unflatten(1, (self._kv_heads, -1))
         k, v = k_TKD.float(), v_TKD.float()
         k_PKT = torch.complex(k[..., self._x], k[..., self._y]).permute(2, 1, 0)
@@ -52,15 +93,31 @@ class MomentSums:
             (k_rest.T @ k_rest).double().cpu(),
             (q_rest.mT @ q_rest).double().cpu(),
             (v.flatten(1).T @ v.flatten(1)).double().cpu(),
+            k.sum(0).double().cpu(),
+            v.sum(0).double().cpu(),
         ]
-        self._sums = parts if self._sums is None else [a + b for a, b in zip(self._sums, parts, strict=True)]
+        self._sums = parts if self._sums is None else [a.add_(b) for a, b in zip(self._sums, parts, strict=True)]
         self._tokens += q_THD.shape[0]
+        if stream_TC is not None:
+            self._energies.append(stream_TC.float().square().mean(-1).cpu())
+
+    def add_averaged(self, averaged_THKD: Tensor) -> None:
+        """Add a chunk of values after attention: entry [t, h, k] is query head h's average of KV head k's values."""
+        rows = averaged_THKD.float().flatten(2).flatten(0, 1)
+        gram = (rows.T @ rows).double().cpu()
+        total = rows.sum(0).double().cpu()
+        self._averaged = gram if self._averaged is None else self._averaged.add_(gram)
+        self._averaged_sum = total if self._averaged_sum is None else self._averaged_sum.add_(total)
+        self._averaged_rows += rows.shape[0]
+        self._averaged_tokens += averaged_THKD.shape[0]
 
     def finish(self, layer: int) -> LayerMoments:
         """Raises UserError where a moment is not finite (the weights or the text gave NaN or infinity)."""
         assert self._sums is not None, "no tokens were added"
-        key, energy, key_rest, query_rest, value = (s / self._tokens for s in self._sums)
-        named = (("keys", key), ("queries", energy), ("keys", key_rest), ("queries", query_rest), ("values", value))
+        key, energy, key_rest, query_rest, value, key_mean, value_mean = (s / self._tokens for s in self._sums)
+        named = [("keys", key), ("queries", energy), ("keys", key_rest), ("queries", query_rest), ("values", value)]
+        if self._averaged is not None:
+            named.append(("averaged values", self._averaged))
         for name, tensor in named:
             if not bool(torch.isfinite(torch.view_as_real(tensor) if tensor.is_complex() else tensor).all()):
                 raise UserError(
@@ -70,6 +127,8 @@ class MomentSums:
                 )
         k, u = self._kv_heads, len(self._rest)
         d = value.shape[0] // k
+        energies = torch.cat(self._energies).double() if self._energies else None
+        averaged, averaged_mean = (None, None) if self._averaged is None else self._blended(value, value_mean.flatten())
         return LayerMoments(
             tokens=self._tokens,
             key_PKK=key,
@@ -77,4 +136,126 @@ class MomentSums:
             key_rest=key_rest.reshape(k, u, k, u),
             query_rest_KUU=query_rest,
             value_KDKD=value.reshape(k, d, k, d),
+            key_mean_KD=key_mean,
+            value_mean_KD=value_mean,
+            stream_energy=None if energies is None else float(energies.mean()),
+            stream_quantiles=() if energies is None else _quantiles(energies),
+            averaged_KDKD=None if averaged is None else averaged.reshape(k, d, k, d),
+            averaged_mean_KD=None if averaged_mean is None else averaged_mean.reshape(k, d),
+            averaged_tokens=self._averaged_tokens,
         )
+
+    def _blended(self, value_NN: Tensor, mean_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The averaged Gram and mean; with few rows, the plain ones (at the same energy) fill in for what they lack."""
+        assert self._averaged is not None and self._averaged_sum is not None
+        averaged, averaged_mean = self._averaged / self._averaged_rows, self._averaged_sum / self._averaged_rows
+        missing = max(0.0, 1 - self._averaged_rows / (_ROWS_PER_COLUMN * len(averaged)))
+        scale = averaged.trace() / value_NN.trace().clamp_min(1e-300)
+        gram = averaged * (1 - missing) + value_NN * scale * missing
+        return gram, averaged_mean * (1 - missing) + mean_N * scale.sqrt() * missing
+
+
+def _quantiles(values_T: Tensor) -> tuple[float, ...]:
+    """STREAM_QUANTILES as order statistics (torch.quantile takes at most 16 million values)."""
+    ordered = values_T.sort().values
+    return tuple(float(ordered[min(len(ordered) - 1, int(q * len(ordered)))]) for q in STREAM_QUANTILES)
+
+
+def save(folder: str | Path, index: int, moments: LayerMoments) -> Path:
+    """Write layer `index`'s moments to `layer-007.safetensors` (for 7) in `folder`; returns the file.
+
+    Values are fp32 (a share of a Gram's energy is exact to 1e-7), a symmetric Gram its upper triangle. The file
+    appears whole or not at all.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    averaged = moments.averaged_KDKD
+    tensors = {
+        "key": torch.view_as_real(moments.key_PKK),
+        "query_energy": moments.query_energy_KP,
+        "key_rest": _packed(moments.key_rest),
+        "query_rest": moments.query_rest_KUU,
+        "value": _packed(moments.value_KDKD),
+        "key_mean": moments.key_mean_KD,
+        "value_mean": moments.value_mean_KD,
+        **({} if averaged is None else {"averaged": _packed(averaged)}),
+        **({} if moments.averaged_mean_KD is None else {"averaged_mean": moments.averaged_mean_KD}),
+    }
+    facts = {
+        "tokens": moments.tokens,
+        "averaged_tokens": moments.averaged_tokens,
+        "stream_energy": moments.stream_energy,
+        "stream_quantiles": moments.stream_quantiles,
+    }
+    path = _path(folder, index)
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(
+        {name: tensor.float().contiguous() for name, tensor in tensors.items()},
+        partial,
+        metadata={"moments": json.dumps(facts)},
+    )
+    partial.replace(path)
+    return path
+
+
+def load(folder: str | Path, index: int) -> LayerMoments:
+    """The moments that `save` wrote, in float64. Raises UserError when there are none or the file is broken."""
+    path = _path(Path(folder), index)
+    if not path.is_file():
+        raise UserError(
+            f"there are no moments of layer {index}",
+            where=str(path),
+            fix="convert with the method `calibrated` first, and let it keep its moments",
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {})["moments"])
+            stored = {name: file.get_tensor(name).double() for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise UserError(
+            f"the moments of layer {index} cannot be read: {error}", where=str(path), fix="remove the file, run again"
+        ) from error
+    return _moments(stored, facts)
+
+
+def saved(folder: str | Path) -> tuple[int, ...]:
+    """Layers whose moments `folder` holds, in order."""
+    folder = Path(folder)
+    found = [_FILE.match(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    return tuple(sorted(int(match[1]) for match in found if match))
+
+
+def _moments(stored: Mapping[str, Tensor], facts: Mapping[str, object]) -> LayerMoments:
+    k, d = stored["key_mean"].shape
+    u = stored["query_rest"].shape[1]
+    averaged = stored.get("averaged")
+    moments = LayerMoments(
+        tokens=0,
+        key_PKK=torch.view_as_complex(stored["key"]),
+        query_energy_KP=stored["query_energy"],
+        key_rest=_unpacked(stored["key_rest"], k, u),
+        query_rest_KUU=stored["query_rest"],
+        value_KDKD=_unpacked(stored["value"], k, d),
+        key_mean_KD=stored["key_mean"],
+        value_mean_KD=stored["value_mean"],
+        averaged_KDKD=None if averaged is None else _unpacked(averaged, k, d),
+        averaged_mean_KD=stored.get("averaged_mean"),
+    )
+    values = {**facts, "stream_quantiles": tuple(facts["stream_quantiles"])}  # type: ignore[arg-type]
+    return replace(moments, **values)  # type: ignore[arg-type]
+
+
+def _path(folder: Path, index: int) -> Path:
+    return folder / f"layer-{index:03d}.safetensors"
+
+
+def _packed(gram_KDKD: Tensor) -> Tensor:
+    """Upper triangle of a symmetric Gram, row by row."""
+    gram = gram_KDKD.flatten(2).flatten(0, 1)
+    return gram[torch.ones_like(gram, dtype=torch.bool).triu()]
+
+
+def _unpacked(upper: Tensor, k: int, d: int) -> Tensor:
+    gram = upper.new_zeros(k * d, k * d)
+    gram[torch.ones_like(gram, dtype=torch.bool).triu()] = upper
+    return (gram + gram.triu(1).T).reshape(k, d, k, d)
