@@ -8,6 +8,13 @@ A merge of a layer is four stacks of D x D maps, one per old KV head h in group 
 `first` and `mean` are special cases; `calibrated` is the optimum under the moments (DESIGN of this project: weighted
 complex PCA per rotary pair, weighted real PCA for unrotated dims and jointly for values and output projection).
 
+Constant parts. Attention weights sum to 1, so a constant in the values leaves attention as a constant: where the
+output projection has a bias, values are merged about their mean and the bias takes what that loses. Unrotated key dims
+are always merged about their mean: a constant there adds the same to all of a query's scores, which softmax ignores.
+In rotated pairs, and in values without an output bias, it is a direction like any other. A bias of the k or v
+projection then gains nothing: the best shared code c b of the constants mu_h has captured |c^H mu|^2 of them, which is
+what the largest eigenvector of the uncentred Gram counts already. Biases go through the same maps, exactly.
+
 Legend: H query heads, K KV heads, G groups, D head dim, P rotary pairs, U unrotated dims, C model width.
 """
 
@@ -20,26 +27,36 @@ import torch
 from torch import Tensor
 
 from retrofit.kv_heads.moments import LayerMoments
+from retrofit.kv_heads.optimum import complex_pca, joint_pca, query_weight, weighted
 from retrofit.kv_heads.weights import LayerWeights
 from retrofit.model.spec import RopeSpec
 
 Groups = tuple[tuple[int, ...], ...]
-_FLOOR = 1e-6  # of the mean eigenvalue: keeps square roots and inverses of rank-deficient Grams finite
 
 
 @dataclass(frozen=True)
 class HeadMaps:
-    """The maps of one layer, each [K, D, D], float64."""
+    """The maps of one layer, each [K, D, D], float64.
+
+    lost_mean_KD: the part of the values' mean that is left to the output projection's bias, zero where it has none.
+    """
 
     key_encode: Tensor
     query_map: Tensor
     value_encode: Tensor
     output_map: Tensor
+    lost_mean_KD: Tensor
 
     def reorder(self, order: tuple[int, ...]) -> HeadMaps:
         """The same maps with KV heads in `order`."""
         index = torch.tensor(order)
-        return HeadMaps(self.key_encode[index], self.query_map[index], self.value_encode[index], self.output_map[index])
+        return HeadMaps(
+            self.key_encode[index],
+            self.query_map[index],
+            self.value_encode[index],
+            self.output_map[index],
+            self.lost_mean_KD[index],
+        )
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,23 @@ class MergeCost:
 
     keys: float | None
     values: float
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """How the parts of a group are merged.
+
+    pairs: a shared key per rotary pair, as `complex_pca`. unrotated, values: a shared code of unrotated key dims and of
+    values, as `joint_pca`. averaged: values as attention averages them, where the moments know that.
+    """
+
+    pairs: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    unrotated: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, float, float]]
+    values: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, float, float]]
+    averaged: bool = True
+
+
+CALIBRATED = MergeMethod(complex_pca, joint_pca, joint_pca)
 
 
 def contiguous_groups(kv_heads: int, groups: int) -> Groups:
@@ -61,14 +95,14 @@ def mean_maps(kv_heads: int, groups: int, head_dim: int) -> HeadMaps:
     """Mean pooling (GQA, arXiv 2305.13245, section 2.1)."""
     eye = torch.eye(head_dim, dtype=torch.float64).expand(kv_heads, -1, -1)
     pooled = eye * (groups / kv_heads)
-    return HeadMaps(pooled, eye, pooled, eye)
+    return HeadMaps(pooled, eye, pooled, eye, eye.new_zeros(kv_heads, head_dim))
 
 
 def first_maps(kv_heads: int, groups: int, head_dim: int) -> HeadMaps:
     """The first KV head of each group stands for the group."""
     eye = torch.eye(head_dim, dtype=torch.float64).expand(kv_heads, -1, -1)
     keep = (torch.arange(kv_heads) % (kv_heads // groups) == 0).double()[:, None, None]
-    return HeadMaps(eye * keep, eye, eye * keep, eye)
+    return HeadMaps(eye * keep, eye, eye * keep, eye, eye.new_zeros(kv_heads, head_dim))
 
 
 def rotary_indices(rope: RopeSpec | None, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,56 +114,6 @@ def rotary_indices(rope: RopeSpec | None, head_dim: int) -> tuple[Tensor, Tensor
     return dims[: rotary // 2], dims[rotary // 2 :], torch.arange(rotary, head_dim)
 
 
-def complex_pca(gram_PKK: Tensor, energy_KP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Best rank-1 shared key per rotary pair under the queries' weights.
-
-    gram: E[kappa kappa^H], complex. energy: E|q|^2 over the query heads that read each KV head.
-    Returns encode_KP, decode_KP (complex: k_h ~ decode_h * sum_h' encode_h' k_h') and lost_P = tr C - lambda_1.
-    The shared key keeps the weighted RMS of the originals, so low precision is as safe as before.
-    """
-    weight_PK = energy_KP.T.clamp_min(_FLOOR * energy_KP.mean().clamp_min(1e-30)).sqrt()
-    c_PKK = weight_PK[:, :, None] * gram_PKK * weight_PK[:, None, :]
-    values, vectors = torch.linalg.eigh(c_PKK)
-    v_PK = vectors[..., -1]
-    # A unit eigenvector is free up to a phase: make the largest component real, so results are reproducible.
-    largest = v_PK.gather(1, v_PK.abs().argmax(1, keepdim=True))
-    v_PK = v_PK * (largest.conj() / largest.abs())
-    encode_PK, decode_PK = v_PK.conj() * weight_PK, v_PK / weight_PK
-    power = gram_PKK.diagonal(dim1=1, dim2=2).real
-    rms_P = ((power * weight_PK**2).sum(1) / (weight_PK**2).sum(1)).sqrt()
-    scale_P = (rms_P / values[:, -1].clamp_min(1e-30).sqrt())[:, None]
-    lost_P = values[:, :-1].clamp_min(0).sum(1)
-    return (encode_PK * scale_P).T, (decode_PK / scale_P).T, lost_P
-
-
-def _root(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric square root of a batch of Grams, and its inverse, with eigenvalues floored."""
-    values, vectors = torch.linalg.eigh(gram)
-    floor = _FLOOR * values.mean(-1, keepdim=True).clamp_min(1e-30)
-    root = values.clamp_min(floor).sqrt()
-    scaled = vectors * root[..., None, :]
-    return scaled @ vectors.mT, (vectors / root[..., None, :]) @ vectors.mT
-
-
-def joint_pca(gram_NN: Tensor, metric_SDD: Tensor) -> tuple[Tensor, Tensor, float, float]:
-    """Best rank-D code of S stacked D-vectors under block metrics.
-
-    gram: E[z z^T] of the stacked vectors, N = S D. metric: what an error of block s costs, M_s^T M_s.
-    Returns encode [S, D, D], decode [S, D, D], the lost and the whole weighted energy (tail and sum of eigenvalues).
-    """
-    blocks, d, _ = metric_SDD.shape
-    root, inverse = _root(metric_SDD)
-    p, p_inverse = torch.block_diag(*root), torch.block_diag(*inverse)
-    values, vectors = torch.linalg.eigh(p @ gram_NN @ p)
-    top = vectors[:, -d:].flip(1)
-    top = top * top.gather(0, top.abs().argmax(0, keepdim=True)).sign()
-    # Spread the code's energy evenly over its dims, at the originals' RMS: safe in low precision.
-    rms = (gram_NN.diagonal().mean() / values[-d:].mean().clamp_min(1e-30)).sqrt()
-    encode = (top.T @ p * rms).reshape(d, blocks, d).transpose(0, 1)
-    decode = (p_inverse @ top / rms).reshape(blocks, d, d)
-    return encode, decode, float(values[:-d].clamp_min(0).sum()), float(values.clamp_min(0).sum())
-
-
 def output_metric(weights: LayerWeights) -> Tensor:
     """[K, D, D]: sum over the query heads that read KV head k of W_o^T W_o."""
     o_CHD = weights.o_CHD.double()
@@ -138,7 +122,11 @@ def output_metric(weights: LayerWeights) -> Tensor:
 
 
 def merge_keys(
-    moments: LayerMoments, heads: tuple[int, ...], rope: RopeSpec | None, head_dim: int
+    moments: LayerMoments,
+    heads: tuple[int, ...],
+    rope: RopeSpec | None,
+    head_dim: int,
+    method: MergeMethod = CALIBRATED,
 ) -> tuple[Tensor, Tensor, float, float]:
     """Shared key of one group: key_encode, query_map [s, D, D], the lost and the whole energy of the scores."""
     x, y, rest = rotary_indices(rope, head_dim)
@@ -149,15 +137,15 @@ def merge_keys(
     if len(x):
         gram = moments.key_PKK[:, index][:, :, index]
         energy = moments.query_energy_KP[index]
-        a, c, lost_P = complex_pca(gram, energy)
+        a, c, lost_P = method.pairs(gram, energy)
         for matrix, z in ((encode, a), (query, c.conj())):
             matrix[:, x, x] = matrix[:, y, y] = z.real
             matrix[:, x, y], matrix[:, y, x] = -z.imag, z.imag
         lost += float(lost_P.sum())
         whole += float((gram.diagonal(dim1=1, dim2=2).real * energy.T).sum())
     if len(rest):
-        gram = moments.key_rest[index][:, :, index].flatten(2, 3).flatten(0, 1)
-        e, d, lost_rest, whole_rest = joint_pca(gram, moments.query_rest_KUU[index])
+        gram = rest_gram(moments, heads, rest)
+        e, d, lost_rest, whole_rest = method.unrotated(gram, moments.query_rest_KUU[index])
         encode[:, rest[:, None], rest] = e
         query[:, rest[:, None], rest] = d.mT
         # The rotated part sums |q|^2 |k|^2 over pairs, whose real part has half that energy on average.
@@ -165,13 +153,39 @@ def merge_keys(
     return encode, query, lost, whole
 
 
-def merge_values(
-    moments: LayerMoments, heads: tuple[int, ...], metric_KDD: Tensor
-) -> tuple[Tensor, Tensor, float, float]:
-    """Shared value of one group: value_encode, output_map [s, D, D], the lost and the whole energy of the output."""
+def rest_gram(moments: LayerMoments, heads: tuple[int, ...], rest_U: Tensor) -> Tensor:
+    """Covariance of the unrotated dims of some heads' keys, [s U, s U]."""
     index = torch.tensor(heads)
-    gram = moments.value_KDKD[index][:, :, index].flatten(2, 3).flatten(0, 1)
-    return joint_pca(gram, metric_KDD[index])
+    mean = moments.key_mean_KD[index][:, rest_U].flatten()
+    return moments.key_rest[index][:, :, index].flatten(2, 3).flatten(0, 1) - torch.outer(mean, mean)
+
+
+def merge_values(
+    moments: LayerMoments,
+    heads: tuple[int, ...],
+    metric_KDD: Tensor,
+    *,
+    centred: bool = False,
+    method: MergeMethod = CALIBRATED,
+) -> tuple[Tensor, Tensor, float, float]:
+    """Shared value of one group: value_encode, output_map [s, D, D], the lost and the whole energy of the output.
+
+    centred: the output projection has a bias, which holds the mean.
+    """
+    gram, _ = value_gram(moments, heads, centred=centred, averaged=method.averaged)
+    return method.values(gram, metric_KDD[torch.tensor(heads)])
+
+
+def value_gram(
+    moments: LayerMoments, heads: tuple[int, ...], *, centred: bool, averaged: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Gram [s D, s D] of some heads' values, or their covariance, and their mean [s, D]."""
+    index = torch.tensor(heads)
+    gram_KDKD, mean_KD = moments.value_KDKD, moments.value_mean_KD
+    if averaged:
+        gram_KDKD, mean_KD = moments.merged_values_KDKD, moments.merged_mean_KD
+    gram, mean = gram_KDKD[index][:, :, index].flatten(2, 3).flatten(0, 1), mean_KD[index]
+    return (gram - torch.outer(mean.flatten(), mean.flatten()) if centred else gram), mean
 
 
 def calibrated_maps(
@@ -180,37 +194,68 @@ def calibrated_maps(
     groups: Groups,
     rope: RopeSpec | None,
     *,
+    method: MergeMethod = CALIBRATED,
     keys: bool = True,
 ) -> tuple[HeadMaps, MergeCost]:
-    """The optimum for keys and for values and output projection. `keys=False` keeps mean pooling for the keys."""
+    """Maps of all groups: by default the optimum for keys and for values and output projection.
+
+    `keys=False` keeps mean pooling for the keys.
+    """
     kv_heads, head_dim, _ = weights.k_KDC.shape
     maps = mean_maps(kv_heads, len(groups), head_dim)
     stacks = [m.clone() for m in (maps.key_encode, maps.query_map, maps.value_encode, maps.output_map)]
-    metric = output_metric(weights)
+    lost_mean_KD = maps.lost_mean_KD
+    metric, centred = output_metric(weights), weights.o_bias_C is not None
     lost_k = whole_k = lost_v = whole_v = 0.0
     for heads in groups:
         index = list(heads)
         if keys:
-            stacks[0][index], stacks[1][index], lost, whole = merge_keys(moments, heads, rope, head_dim)
+            stacks[0][index], stacks[1][index], lost, whole = merge_keys(moments, heads, rope, head_dim, method)
             lost_k, whole_k = lost_k + lost, whole_k + whole
-        stacks[2][index], stacks[3][index], lost, whole = merge_values(moments, heads, metric)
+        encode, output, lost, whole = merge_values(moments, heads, metric, centred=centred, method=method)
+        stacks[2][index], stacks[3][index] = encode, output
         lost_v, whole_v = lost_v + lost, whole_v + whole
-    cost = MergeCost(lost_k / whole_k if whole_k else None, lost_v / whole_v)
-    return HeadMaps(*stacks), cost
+        if centred:
+            _, mean_SD = value_gram(moments, heads, centred=True, averaged=method.averaged)
+            lost_mean_KD[index] = mean_SD - output @ torch.einsum("sde,se->d", encode, mean_SD)
+    cost = MergeCost(lost_k / whole_k if whole_k else None, lost_v / whole_v if whole_v else 0.0)
+    key, query, value, output_map = stacks
+    return HeadMaps(key, query, value, output_map, lost_mean_KD), cost
 
 
 def group_cost(
     moments: LayerMoments, weights: LayerWeights, rope: RopeSpec | None, *, keys: bool = True
 ) -> Callable[[tuple[int, ...]], float]:
-    """Predicted cost of one group, as a share of the layer's energy: keys and values add up."""
-    metric, head_dim = output_metric(weights), weights.k_KDC.shape[1]
-    singles = [(h,) for h in range(weights.kv_heads)]
-    whole_v = sum(merge_values(moments, h, metric)[3] for h in singles)
-    whole_k = sum(merge_keys(moments, h, rope, head_dim)[3] for h in singles) if keys else 1.0
+    """Predicted cost of one group, as a share of the layer's energy: keys and values add up.
+
+    The same numbers as `merge_keys` and `merge_values` give, in fp32 and from eigenvalues alone, because a search for
+    groups asks for hundreds.
+    """
+    kv_heads, head_dim, _ = weights.k_KDC.shape
+    everyone = tuple(range(kv_heads))
+    x, _, rest = rotary_indices(rope, head_dim)
+    gram, _ = value_gram(moments, everyone, centred=weights.o_bias_C is not None)
+    values = weighted(gram, output_metric(weights))
+    pairs_PKK = torch.zeros(0, kv_heads, kv_heads)
+    unrotated = torch.zeros(0, 0)
+    if keys and len(x):
+        weight_PK = query_weight(moments.query_energy_KP)
+        pairs_PKK = (weight_PK[:, :, None] * moments.key_PKK * weight_PK[:, None, :]).to(torch.complex64)
+    if keys and len(rest):
+        unrotated = 2 * weighted(rest_gram(moments, everyone, rest), moments.query_rest_KUU).float()
+    whole_k = float(pairs_PKK.diagonal(dim1=1, dim2=2).real.sum() + unrotated.trace())
+    values = (values / values.trace().clamp_min(1e-300)).float()
+
+    def lost(gram_NN: Tensor, index: Tensor) -> float:
+        d = len(gram_NN) // kv_heads
+        n = (index[:, None] * d + torch.arange(d)).flatten()
+        return float(torch.linalg.eigvalsh(gram_NN[n[:, None], n])[: len(n) - d].clamp_min(0).sum())
 
     def cost(heads: tuple[int, ...]) -> float:
-        lost = merge_values(moments, heads, metric)[2] / whole_v
-        return lost + merge_keys(moments, heads, rope, head_dim)[2] / whole_k if keys else lost
+        index = torch.tensor(heads)
+        tails = torch.linalg.eigvalsh(pairs_PKK[:, index[:, None], index])[:, :-1]
+        lost_k = float(tails.clamp_min(0).sum()) + lost(unrotated, index)
+        return lost(values, index) + lost_k / max(whole_k, 1e-30)
 
     return cost
 
@@ -231,7 +276,10 @@ def apply_maps(weights: LayerWeights, maps: HeadMaps, groups: Groups) -> LayerWe
     output_HDD = maps.output_map.repeat_interleave(per_query, 0)
     key, value = shared(maps.key_encode, weights.k_KDC), shared(maps.value_encode, weights.v_KDC)
     assert key is not None and value is not None
-    q_bias, k_norm = weights.q_bias_HD, weights.k_norm_KD
+    q_bias, k_norm, o_bias = weights.q_bias_HD, weights.k_norm_KD, weights.o_bias_C
+    if o_bias is not None:
+        lost_HD = maps.lost_mean_KD.repeat_interleave(per_query, 0)
+        o_bias = (o_bias.double() + torch.einsum("chd,hd->c", weights.o_CHD.double(), lost_HD)).float()
     return replace(
         weights,
         q_HDC=torch.einsum("hde,hec->hdc", query_HDD, weights.q_HDC.double()).float(),
@@ -241,5 +289,6 @@ def apply_maps(weights: LayerWeights, maps: HeadMaps, groups: Groups) -> LayerWe
         q_bias_HD=None if q_bias is None else torch.einsum("hde,he->hd", query_HDD, q_bias.double()).float(),
         k_bias_KD=shared(maps.key_encode, weights.k_bias_KD),
         v_bias_KD=shared(maps.value_encode, weights.v_bias_KD),
+        o_bias_C=o_bias,
         k_norm_KD=None if k_norm is None else k_norm.unflatten(0, (g, -1)).mean(1),
     )

@@ -8,8 +8,9 @@ import torch
 
 from retrofit.errors import UserError
 from retrofit.kv_heads.grouping import best_groups, count_partitions, partitions
-from retrofit.kv_heads.merge import complex_pca, contiguous_groups, joint_pca, rotary_indices
+from retrofit.kv_heads.merge import contiguous_groups, rotary_indices
 from retrofit.kv_heads.moments import MomentSums
+from retrofit.kv_heads.optimum import complex_pca, joint_pca
 from retrofit.kv_heads.refit import RidgeSums, refit
 from retrofit.model.spec import RopeSpec
 
