@@ -44,6 +44,25 @@ def ratio_interval(
     return _interval(sums, counts, unit, resamples, seed)
 
 
+def difference_interval(
+    a: Sequence[np.ndarray], b: Sequence[np.ndarray], *, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Interval of mean(a - b) in nats on the same tokens, paired: a resample takes the same units of both."""
+    ratio = ratio_interval(a, b, resamples=resamples, seed=seed)
+    value, low, high = (float(np.log(number)) for number in (ratio.value, ratio.low, ratio.high))
+    return Interval(value, low, high, ratio.unit, ratio.units)
+
+
+def bits_ratio_interval(
+    a: np.ndarray, b: np.ndarray, nbytes: np.ndarray, unit: str, *, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Interval of bits(a) / bits(b) on the same bytes, paired. a, b: nats of each unit; nbytes: its bytes."""
+    assert a.shape == b.shape == nbytes.shape and len(a), "not the same units"
+    draws = np.random.default_rng(seed).integers(len(a), size=(resamples, len(a)))
+    low, high = np.percentile(a[draws].sum(1) / b[draws].sum(1), [2.5, 97.5])
+    return Interval(float(a.sum() / b.sum()), float(low), float(high), unit, len(a))
+
+
 def _units(losses: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, str]:
     """(sum of losses, token count) of every unit, and what the unit is."""
     arrays = [np.asarray(array, np.float64) for array in losses if len(array)]

@@ -40,6 +40,11 @@ class PreallocatedLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.seen
 
+    def rewind(self, tokens: int) -> None:
+        """Hold the first `tokens` tokens only; what stood behind them is overwritten by the next update."""
+        assert 0 <= tokens <= self.seen
+        self.seen = tokens
+
 
 class PreallocatedSlidingLayer(DynamicSlidingWindowLayer):
     """The same for a sliding-window layer: buffers hold the last window - 1 tokens and one chunk."""
@@ -68,15 +73,46 @@ class PreallocatedSlidingLayer(DynamicSlidingWindowLayer):
         self.keys, self.values = (buffer[:, :, : self.held] for buffer in self.buffers)
         return self.keys, self.values
 
+    def rewind(self, tokens: int) -> None:
+        """Only to the start: the tokens before the window are gone."""
+        assert tokens == 0, "a sliding layer that keeps its window only cannot go back; ask for rewindable=True"
+        self.held = self.cumulative_length = 0
 
-def preallocated_cache(config: PreTrainedConfig, length: int, chunk: int) -> Cache:
+
+class RewindableSlidingLayer(DynamicSlidingWindowLayer):
+    """A sliding-window layer that keeps every token, so that it can go back, and shows the last window only."""
+
+    def __init__(self, window: int, length: int) -> None:
+        super().__init__(window)
+        self.store = PreallocatedLayer(length)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        keys, values = self.store.update(key_states, value_states)
+        self.cumulative_length = self.store.seen
+        start = max(0, self.store.seen - key_states.shape[2] - (self.sliding_window - 1))
+        self.keys, self.values = keys[:, :, start:], values[:, :, start:]
+        return self.keys, self.values
+
+    def rewind(self, tokens: int) -> None:
+        """Hold the first `tokens` tokens only."""
+        self.store.rewind(tokens)
+        self.cumulative_length = tokens
+
+
+def preallocated_cache(config: PreTrainedConfig, length: int, chunk: int, *, rewindable: bool = False) -> Cache:
     """A cache for `length` tokens given in chunks of at most `chunk`, with the layer kinds of `config`.
+
+    rewindable: sliding layers keep all tokens, so that the cache can go back to any earlier one (`rewind`); without it
+    they keep their window, and the cache can only start again.
 
     Raises: UserError for layers that keep something else than keys and values.
     """
     layers: list[Any] = []
     for index, stock in enumerate(DynamicCache(config=config).layers):
-        if type(stock) is DynamicSlidingWindowLayer:
+        if type(stock) is DynamicSlidingWindowLayer and rewindable:
+            layers.append(RewindableSlidingLayer(stock.sliding_window, length))
+        elif type(stock) is DynamicSlidingWindowLayer:
             layers.append(PreallocatedSlidingLayer(stock.sliding_window, chunk))
         elif type(stock) is DynamicLayer:
             layers.append(PreallocatedLayer(length))
@@ -87,6 +123,12 @@ def preallocated_cache(config: PreTrainedConfig, length: int, chunk: int) -> Cac
                 fix="use a model whose layers are full or sliding-window attention",
             )
     return Cache(layers=layers)
+
+
+def rewind(cache: Cache, tokens: int) -> None:
+    """Go back to the first `tokens` tokens in every layer."""
+    for layer in cache.layers:
+        layer.rewind(tokens)  # type: ignore[union-attr]
 
 
 def _allocate(states: Tensor, length: int) -> Tensor:

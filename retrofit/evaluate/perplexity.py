@@ -81,7 +81,7 @@ def tail_ppl(losses: Sequence[np.ndarray], length: int, size: int) -> float:
 
 def bits_per_byte(losses: TokenLosses, length: int) -> float | None:
     """Bits of all predicted tokens in the first `length` over the UTF-8 bytes of the same tokens; None if unknown."""
-    nats = sum(np.sum(a, dtype=np.float64) for a in prefix(losses.losses, length))
+    nats = sum(np.sum(a, dtype=np.float64) for a in losses.at(length))
     nbytes = sum(int(np.sum(b[: length - 1], dtype=np.int64)) for b in losses.token_bytes)
     return float(nats / np.log(2) / nbytes) if nbytes else None
 
@@ -99,8 +99,8 @@ def table(
 
 
 def _row(kind: str, losses: TokenLosses, length: int, size: int, resamples: int, seed: int) -> Row:
-    head = prefix(losses.losses, length)
-    last = tail(losses.losses, length, size)
+    head = losses.at(length)
+    last = tail(head, length, size)
     whole = perplexity_interval(head, resamples=resamples, seed=seed)
     end = perplexity_interval(last, resamples=resamples, seed=seed)
     return Row(

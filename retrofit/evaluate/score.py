@@ -1,139 +1,196 @@
 """The scoring pass: every token loss of whole documents, in chunks.
 
 A chunk of tokens goes through the base model against a preallocated KV cache, its hidden states through the class's own
-head in rows, and each row to one float. For a static position encoding the losses at every length up to the longest
-are prefixes of this one pass. Nothing of size tokens x vocabulary or tokens x tokens exists.
+head in rows, and each row to one float (`reader.py`). For a static position encoding the losses at every length up to
+the longest are prefixes of this one pass; for `dynamic` and `longrope` each length is a pass of its own. Under
+`windows` every token is scored once, in the pass over the first window that holds it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from retrofit.errors import UserError
-from retrofit.evaluate.cache import preallocated_cache
 from retrofit.evaluate.documents import make_documents, tokenizer_digest
 from retrofit.evaluate.losses import Document, TokenLosses, documents_digest
+from retrofit.evaluate.reader import Reader, frequencies_of, head_of, varying
+from retrofit.evaluate.resume import Kept
+from retrofit.evaluate.windows import Span, Windows
 from retrofit.kernels.registry import Choice, scoring_kernel, using
+from retrofit.model.families import describe
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
 
-__all__ = ["Document", "TokenLosses", "make_documents", "score", "tokenizer_digest"]
-
-Head = Callable[[Tensor], Tensor]
+__all__ = ["Document", "TokenLosses", "make_documents", "reading", "score", "tokenizer_digest"]
 
 
 def score(
     model: PreTrainedModel,
     documents: Sequence[Document],
     *,
+    windows: Windows | None = None,
+    lengths: Sequence[int] = (),
+    known: TokenLosses | None = None,
     chunk: int = 512,
     logits_rows: int = 256,
     kernel: Choice | None = None,
     meta: Mapping[str, object] | None = None,
+    partial: Path | None = None,
     progress: Progress | None = None,
 ) -> TokenLosses:
     """Token losses of every document: l_i = -log_softmax(logits_{i-1})[token i], log-softmax in fp32.
 
+    windows: how much context each token gets; by default all that stands before it. lengths: the context lengths that
+    will be asked for; only a position encoding that changes with the length needs them, and costs a pass for each.
+    known: losses of whole documents under the same model, whose first `windows.length` tokens are then not read again.
     chunk: tokens per forward pass. logits_rows: rows of logits [rows, V] that exist at one time. kernel: by default
     blockwise where it can express the model's attention, else an exact stock one. meta: what to record beside the
-    kernel, dtype, chunk and digest of the documents. The model's attention kernel is put back afterwards.
+    kernel, dtype, chunk and digest of the documents. partial: a folder where finished documents are kept until all
+    are, for the next call with the same question. The model's attention kernel is put back afterwards.
 
-    Raises: UserError for a position encoding that changes with the length, for a document beyond the model's absolute
-    positions, and for a loss that is not finite (names document and position).
+    Raises: UserError for a position encoding that changes with the length when no lengths are given, for a document
+    beyond the model's absolute positions, and for a loss that is not finite (names document and position).
     """
     model = getattr(model, "get_base_model", lambda: model)()  # of a peft model: the model its adapters sit in
-    longest = max((len(document.input_ids) for document in documents), default=0)
-    _require_scorable(model.config, documents)
-    losses: list[np.ndarray] = []
-    if progress:
-        progress.start("score", sum(len(document.input_ids) for document in documents), "tokens")
-    with torch.inference_mode(), _evaluating(model), _kernel(model, kernel, progress) as used:
-        for document in documents:
-            losses.append(_score_document(model, document, min(chunk, longest), logits_rows, progress))
-    if progress:
-        progress.finish()
-    return TokenLosses(
-        documents=tuple(document.name for document in documents),
-        kinds=tuple(document.kind for document in documents),
-        losses=tuple(losses),
-        nbytes=tuple(document.nbytes for document in documents),
-        token_bytes=tuple(_token_bytes(document) for document in documents),
-        meta={
+    known = known if varying(model.config) is None else None  # their frequencies are those of another length
+    plans = [_plan(model, document, windows, lengths) for document in documents]
+    _require_scorable(model, documents, plans, windows is not None or bool(lengths))
+    with reading(model, kernel, progress) as used:
+        facts = {
             "dtype": str(model.dtype).removeprefix("torch."),
             "kernel": used,
             "chunk": chunk,
-            "context": longest,
+            "context": max((span.tokens for plan in plans for _, spans in plan for span in spans), default=0),
+            "windows": asdict(windows) if windows else None,
             "documents_sha256": documents_digest(documents),
             **(meta or {}),
-        },
+        }
+        kept = Kept(partial, {**facts, "rows": logits_rows, "lengths": list(lengths)})
+        if kept.discarded and progress:
+            progress.note("what was kept of an earlier evaluation answers another question; scored anew")
+        if progress:
+            progress.start("score", sum(span.tokens for plan in plans for _, spans in plan for span in spans), "tokens")
+        passes = [
+            _score_document(model, document, plan, known, i, chunk, logits_rows, kept, progress)
+            for i, (document, plan) in enumerate(zip(documents, plans, strict=True))
+        ]
+        if progress:
+            progress.finish()
+    varies = varying(model.config)
+    several = varies is not None and bool(lengths) and windows is None
+    if varies:
+        facts["frequencies"] = {"rope_type": varies[0], "static_until": varies[1]}
+    return TokenLosses(
+        documents=tuple(document.name for document in documents),
+        kinds=tuple(document.kind for document in documents),
+        losses=tuple(list(found.values())[-1] for found in passes),
+        nbytes=tuple(document.nbytes for document in documents),
+        token_bytes=tuple(
+            _token_bytes(document)[: len(found[max(found)])] for document, found in zip(documents, passes, strict=True)
+        ),
+        meta=facts,
+        by_length={length: tuple(found[length] for found in passes) for length in passes[0]} if several else {},
     )
 
 
+Plan = list[tuple[int, list[Span]]]
+"""The passes over one document: (length its frequencies are those of, spans)."""
+
+
+def _plan(model: PreTrainedModel, document: Document, windows: Windows | None, lengths: Sequence[int]) -> Plan:
+    total = len(document.input_ids)
+    varies = varying(model.config)
+    if windows:
+        return [(min(windows.length, total), list(windows.spans(total)))]
+    if varies is None or not lengths:
+        return [(total, [Span(0, total, 1)])]
+    kind, until = varies
+    inside, beyond = [n for n in lengths if n <= until], sorted(n for n in set(lengths) if n > until)
+    if kind == "longrope":
+        beyond = beyond[-1:]  # one set of frequencies for every length beyond
+    return [(length, [Span(0, length, 1)]) for length in [*([max(inside)] if inside else []), *beyond]]
+
+
 def _score_document(
-    model: PreTrainedModel, document: Document, chunk: int, rows: int, progress: Progress | None
-) -> np.ndarray:
-    """Losses float32 [T - 1] of one document."""
+    model: PreTrainedModel,
+    document: Document,
+    plan: Plan,
+    known: TokenLosses | None,
+    index: int,
+    chunk: int,
+    rows: int,
+    kept: Kept,
+    progress: Progress | None,
+) -> dict[int, np.ndarray]:
+    """Losses float32 [length - 1] of one document by pass."""
+    found: dict[int, np.ndarray] = {}
     ids_T = torch.from_numpy(document.input_ids).to(model.device)
-    total = len(ids_T)
-    losses_T = torch.empty(total - 1, dtype=torch.float32)
-    cache = preallocated_cache(model.config, total, chunk)
-    base = model.get_decoder()
-    for start in range(0, total, chunk):
-        stop = min(start + chunk, total)
-        hidden_1TC = base(input_ids=ids_T[None, start:stop], past_key_values=cache, use_cache=True).last_hidden_state
-        predicted = min(stop, total - 1)
-        with _head_of(model) as head:
-            for row in range(start, predicted, rows):
-                end = min(row + rows, predicted)
-                logits_RV = head(hidden_1TC[:, row - start : end - start])[0].float()
-                targets_R = ids_T[row + 1 : end + 1]
-                losses_T[row:end] = nn.functional.cross_entropy(logits_RV, targets_R, reduction="none").cpu()
-        _require_finite(losses_T[start:predicted], start, document, model.dtype)
-        if progress:
-            progress.advance(stop - start, document=document.name)
+    for length, spans in plan:
+        name = f"{index}@{length}"
+        losses = kept.get(name)
+        if losses is None:
+            losses = np.empty(spans[-1].stop - 1, np.float32)
+            reader = Reader(model, max(span.tokens for span in spans), chunk=chunk, rows=rows)
+            with frequencies_of(model, length):
+                for span in spans:
+                    if known is not None and span.begin == 0:
+                        losses[: span.stop - 1] = known.losses[index][: span.stop - 1]
+                        _advance(progress, span.tokens, document)
+                        continue
+                    losses[span.first - 1 : span.stop - 1] = _score_span(reader, ids_T, span, document, progress)
+            kept.put(name, losses)
+        else:
+            _advance(progress, sum(span.tokens for span in spans), document)
+        found[length] = losses
+    return found
+
+
+def _score_span(reader: Reader, ids_T: Tensor, span: Span, document: Document, progress: Progress | None) -> np.ndarray:
+    """Losses float32 [stop - first] of the tokens a span scores."""
+    start = ids_T[:1] if span.start else ids_T[:0]
+    read_T = torch.cat([start, ids_T[span.begin : span.stop - 1]])
+    shift = span.begin - len(start) + 1  # token i of what is read predicts the document's token i + shift
+    losses_T = torch.empty(span.stop - span.first, dtype=torch.float32)
+    reader.rewind(0)
+    for offset, hidden_1TC in reader.hidden(read_T):
+        end = offset + hidden_1TC.shape[1]
+        skipped = max(0, span.first - (offset + shift))
+        with head_of(reader.model) as head:
+            for row in range(offset + skipped, end, reader.rows):
+                stop = min(row + reader.rows, end)
+                logits_RV = head(hidden_1TC[:, row - offset : stop - offset])[0].float()
+                targets_R = ids_T[row + shift : stop + shift]
+                at = row + shift - span.first
+                losses_T[at : at + stop - row] = nn.functional.cross_entropy(
+                    logits_RV, targets_R, reduction="none"
+                ).cpu()
+        begun = max(0, offset + shift - span.first)
+        _require_finite(losses_T[begun : end + shift - span.first], span.first + begun, document, reader.model.dtype)
+        _advance(progress, hidden_1TC.shape[1], document)
+    _advance(progress, span.tokens - len(read_T), document)
     return losses_T.numpy()
 
 
-class _Outputs(tuple[Tensor]):
-    """(hidden states,); every other field an output may have (cache, router logits, ...) is None."""
-
-    @property
-    def last_hidden_state(self) -> Tensor:
-        return self[0]
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-
-class _GivenHidden(nn.Module):
-    """Stands in for the base model and returns the hidden states it is given."""
-
-    def forward(self, *_: object, inputs_embeds: Tensor | None = None, **__: object) -> _Outputs:
-        assert inputs_embeds is not None
-        return _Outputs((inputs_embeds,))
+def _advance(progress: Progress | None, tokens: int, document: Document) -> None:
+    if progress:
+        progress.advance(tokens, document=document.name)
 
 
 @contextmanager
-def _head_of(model: PreTrainedModel) -> Iterator[Head]:
-    """hidden [B, T, C] -> logits [B, T, V] by the class's own code after its base model.
-
-    So softcaps, logit scales and biases of the head are exactly those of `model(input_ids)`, for every class.
-    """
-    name = model.base_model_prefix
-    base = getattr(model, name)
-    setattr(model, name, _GivenHidden())
-    try:
-        yield lambda hidden_BTC: model(inputs_embeds=hidden_BTC, use_cache=False).logits
-    finally:
-        setattr(model, name, base)
+def reading(model: PreTrainedModel, kernel: Choice | None, progress: Progress | None) -> Iterator[str]:
+    """The model ready to read in chunks: no gradients, in eval mode, with a kernel that suits; gives its name."""
+    with torch.inference_mode(), _evaluating(model), _kernel(model, kernel, progress) as used:
+        yield used
 
 
 @contextmanager
@@ -156,7 +213,9 @@ def _kernel(model: PreTrainedModel, asked: Choice | None, progress: Progress | N
         yield choice.name
 
 
-def _require_scorable(config: PreTrainedConfig, documents: Sequence[Document]) -> None:
+def _require_scorable(model: PreTrainedModel, documents: Sequence[Document], plans: Sequence[Plan], told: bool) -> None:
+    """told: the lengths are known, so that an encoding that changes with them can be scored."""
+    config = model.config
     longest = max(documents, key=lambda document: len(document.input_ids), default=None)
     if longest is None:
         raise UserError("there is no document to score", fix="name at least one text")
@@ -171,34 +230,48 @@ def _require_scorable(config: PreTrainedConfig, documents: Sequence[Document]) -
             f"token {highest} is outside the model's vocabulary of {config.vocab_size}",
             fix="use the tokenizer that belongs to the model",
         )
-    static_until = _static_length(config)
-    if static_until is not None and len(longest.input_ids) > static_until:
+    for document, plan in zip(documents, plans, strict=True):
+        if plan[-1][1][-1].stop > len(document.input_ids):
+            raise UserError(
+                f"perplexity at {plan[-1][0]} tokens needs documents of at least that many; this one has "
+                f"{len(document.input_ids)}",
+                where=document.name,
+                fix="give a longer text, or ask for a shorter length",
+            )
+    _require_positions(model, documents, plans)
+    varies = varying(config)
+    if varies is not None and not told and len(longest.input_ids) > varies[1]:
         raise UserError(
-            f"this position encoding changes with the length beyond {static_until} tokens, so one pass cannot score "
+            f"this position encoding changes with the length beyond {varies[1]} tokens, so one pass cannot score "
             f"the {len(longest.input_ids)} tokens of `{longest.name}`",
             where="rope_parameters.rope_type in config.json",
-            fix=f"score at most {static_until} tokens, or use yarn, llama3, linear or a larger theta",
+            fix=f"name the lengths, score at most {varies[1]} tokens, or use yarn, llama3, linear or a larger theta",
         )
 
 
-def _static_length(config: PreTrainedConfig) -> int | None:
-    """Tokens up to which the frequencies do not depend on the length; None when they never do."""
-    stored = getattr(config, "rope_parameters", None) or {}
-    layers = [stored] if "rope_type" in stored else [entry for entry in stored.values() if isinstance(entry, dict)]
-    lengths = []
-    for entry in layers:
-        varies = entry.get("rope_type") == "dynamic" or (
-            entry.get("rope_type") == "longrope" and entry.get("short_factor") != entry.get("long_factor")
-        )
-        if varies:
-            lengths.append(entry.get("original_max_position_embeddings") or config.max_position_embeddings)
-    return min(lengths, default=None)
+def _require_positions(model: PreTrainedModel, documents: Sequence[Document], plans: Sequence[Plan]) -> None:
+    """Learned positions end; RoPE's go on, whatever comes out."""
+    try:
+        spec = describe(model.config)
+    except UserError:
+        return  # of an architecture that is not described here; it fails by itself if it must
+    if any(layer.rope is not None for layer in spec.layers):
+        return
+    for document, plan in zip(documents, plans, strict=True):
+        longest = max(span.tokens for _, spans in plan for span in spans)
+        if longest > spec.max_position_embeddings:
+            raise UserError(
+                f"{longest} tokens are more than the {spec.max_position_embeddings} learned positions of the model",
+                where=document.name,
+                fix=f"ask for at most {spec.max_position_embeddings}",
+            )
 
 
-def _require_finite(losses: Tensor, start: int, document: Document, dtype: torch.dtype) -> None:
+def _require_finite(losses: Tensor, first: int, document: Document, dtype: torch.dtype) -> None:
+    """first: position of the first of these tokens in the document."""
     finite = torch.isfinite(losses)
     if not bool(finite.all()):
-        position = start + int((~finite).nonzero()[0]) + 1
+        position = first + int((~finite).nonzero()[0])
         raise UserError(
             f"the loss of token {position} is not a finite number (weights in {str(dtype).removeprefix('torch.')})",
             where=f"{document.name}, token {position}",

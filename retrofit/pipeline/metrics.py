@@ -26,11 +26,10 @@ def metrics(
     first, *_, last = (*losses.values(), *losses.values())
     found = {"kv_ratio": kv_bytes[1] / kv_bytes[0], "kernel_max_diff": kernel_max_diff}
     for kind in (None, *dict.fromkeys(last.kinds)):
-        before = _arrays(first, kind)
-        after = _arrays(last, kind)
         suffix = f"/{kind}" if kind else ""
         for length in lengths:
             at = f"@{length}{suffix}"
+            before, after = (_arrays(model, kind, length) for model in (first, last))
             found[f"ppl{at}"] = prefix_ppl(after, length)
             found[f"ppl_ratio{at}"] = found[f"ppl{at}"] / prefix_ppl(before, length)
             found[f"tail_ppl{at}"] = tail_ppl(after, length, tail)
@@ -38,5 +37,5 @@ def metrics(
     return found
 
 
-def _arrays(losses: TokenLosses, kind: str | None) -> tuple[np.ndarray, ...]:
-    return losses.losses if kind is None else losses.of_kind(kind).losses
+def _arrays(losses: TokenLosses, kind: str | None, length: int) -> tuple[np.ndarray, ...]:
+    return (losses if kind is None else losses.of_kind(kind)).at(length)
