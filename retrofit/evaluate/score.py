@@ -174,8 +174,8 @@ def _score_span(reader: Reader, ids_T: Tensor, span: Span, document: Document, p
                 losses_T[at : at + stop - row] = nn.functional.cross_entropy(
                     logits_RV, targets_R, reduction="none"
                 ).cpu()
-        begun = max(0, offset + shift - span.first)
-        _require_finite(losses_T[begun : end + shift - span.first], span.first + begun, document, reader.model.dtype)
+        begun, done = (max(0, at + shift - span.first) for at in (offset, end))
+        _require_finite(losses_T[begun:done], span.first + begun, document, reader.model.dtype)
         _advance(progress, hidden_1TC.shape[1], document)
     _advance(progress, span.tokens - len(read_T), document)
     return losses_T.numpy()
