@@ -156,7 +156,7 @@ def convert(
     kv_heads: Annotated[
         int | None, typer.Option("--kv-heads", metavar="G", min=1, help="KV heads per layer afterwards.")
     ] = None,
-    method: Annotated[str, typer.Option("--method", help="calibrated, mean or first.")] = "calibrated",
+    method: Annotated[str, typer.Option("--method", help="calibrated, mean or first; to compare: procrustes, real-pca.")] = "calibrated",
     repair: Annotated[str, typer.Option("--repair", help="o_proj or none.")] = "o_proj",
     calibrate: Annotated[
         list[str] | None, typer.Option("--calibrate", metavar="TEXT", help="Text to calibrate on; may be repeated.")

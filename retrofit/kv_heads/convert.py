@@ -1,8 +1,8 @@
 """Conversion of a checkpoint to fewer KV heads, layer by layer, into the same native architecture.
 
-`first` and `mean` change weights alone. `calibrated` runs two residual streams over the calibration text, that of the
-original (X) and that of the layers converted so far (X~): the moments of X~ give the merge, and a ridge refits the
-output projection.
+`first` and `mean` change weights alone. `calibrated` (and `procrustes` and `real-pca`, to compare) runs two residual
+streams over the calibration text, that of the original (X) and that of the layers converted so far (X~): the moments of
+X~ give the merge, and a ridge refits the output projection.
 
 Legend: N sequences, B sequences of a batch, T tokens, C model width, H query heads, K KV heads, D head dim.
 """
@@ -23,11 +23,13 @@ from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.rewrite import Rule, rewrite
 from retrofit.checkpoint.write import copy_side_files
 from retrofit.errors import UserError
+from retrofit.kv_heads.baselines import METHODS
 from retrofit.kv_heads.grouping import best_groups
 from retrofit.kv_heads.merge import (
     Groups,
     HeadMaps,
     MergeCost,
+    MergeMethod,
     apply_maps,
     calibrated_maps,
     contiguous_groups,
@@ -43,11 +45,11 @@ from retrofit.kv_heads.weights import LayerWeights, Reader, read_layer, write_la
 from retrofit.model.families import describe, family_of
 from retrofit.model.load import load_config, multiplies_in_bfloat16
 from retrofit.model.spec import AttentionSpec, LayerAttention
+from retrofit.recipe.schema import Method
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
 
-Method = Literal["first", "mean", "calibrated"]
 _TOKENS_PER_BATCH = 8192
 # Where a norm or a multiplier stands between the output projection and the residual stream, the stream's error so far
 # cannot be written into the projection's target.
@@ -124,8 +126,8 @@ def convert(
     dtype: of the written weights, the source's own by default. The calibration streams are fp32, their matrix products
     bfloat16 where the processor has them.
 
-    Raises UserError where the architecture or the number of heads does not allow it, and where `calibrated` has no
-    text.
+    Raises UserError where the architecture or the number of heads does not allow it, and where a method that
+    calibrates has no text.
     """
     started = time.monotonic()
     checkpoint = Checkpoint.open(source)
@@ -138,15 +140,15 @@ def convert(
         notes.append(f"the model already has {before} KV heads: its weights are copied unchanged")
         reports = [LayerReport(layer.index, contiguous_groups(before, before)) for layer in spec.layers]
         changed: dict[str, Tensor] = {}
-    elif method == "calibrated":
+    elif method in METHODS:
         if text is None:
             raise UserError(
-                "the method `calibrated` needs text to calibrate on",
+                f"the method `{method}` needs text to calibrate on",
                 where="convert.calibration.text",
                 fix="name text (`--calibrate TEXT`), or choose `--method mean`",
             )
         notes += _fallbacks(spec, repair)
-        run = _CalibratedRun(checkpoint, config, target, spec, kv_heads, repair, text, device)
+        run = _CalibratedRun(checkpoint, config, target, spec, kv_heads, METHODS[method], repair, text, device)
         changed, reports = run.all_layers(progress)
         notes += run.notes
     else:
@@ -172,8 +174,8 @@ def convert(
         kv_heads_before=before,
         kv_heads_after=kv_heads,
         layers=tuple(reports),
-        tokens=0 if text is None or method != "calibrated" else text.input_ids_NT.numel(),
-        kinds=() if text is None or method != "calibrated" else tuple(dict.fromkeys(text.kinds)),
+        tokens=0 if text is None or method not in METHODS else text.input_ids_NT.numel(),
+        kinds=() if text is None or method not in METHODS else tuple(dict.fromkeys(text.kinds)),
         seconds=time.monotonic() - started,
         notes=tuple(notes),
     )
@@ -221,6 +223,7 @@ class _CalibratedRun:
         target: PretrainedConfig,
         spec: AttentionSpec,
         kv_heads: int,
+        method: MergeMethod,
         repair: str,
         text: CalibrationText,
         device: str,
@@ -228,7 +231,7 @@ class _CalibratedRun:
         autocast = torch.bfloat16 if multiplies_in_bfloat16(device) else None
         self._read: Reader = checkpoint.tensor
         self._spec, self._target_spec = spec, describe(target)
-        self._kv_heads, self._repair = kv_heads, repair
+        self._kv_heads, self._method, self._repair = kv_heads, method, repair
         self._original = LayerStream(copy.deepcopy(config), spec, self._read, device=device, autocast=autocast)
         self._converted = LayerStream(target, self._target_spec, self._read, device=device, autocast=autocast)
         self._batches = text.batches()
@@ -329,7 +332,7 @@ class _CalibratedRun:
         calibrate_keys = layer.qk_norm is None
         cost = group_cost(moments, weights, layer.rope, keys=calibrate_keys)
         groups = best_groups(layer.kv_heads, self._kv_heads, cost)
-        maps, lost = calibrated_maps(moments, weights, groups, layer.rope, keys=calibrate_keys)
+        maps, lost = calibrated_maps(moments, weights, groups, layer.rope, method=self._method, keys=calibrate_keys)
         return maps, lost, groups
 
     def _ridge(self, merged: LayerWeights, targets: list[Tensor], weight_T: list[Tensor], heads: list[Tensor]) -> Ridge:

@@ -18,7 +18,7 @@ Reader = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Attention weights of one layer. Norm weights are here only where they differ from head to head."""
+    """Attention weights of one layer. Norm weights, as stored, stand here for each head, also where all share one."""
 
     q_HDC: Tensor
     k_KDC: Tensor
@@ -80,9 +80,11 @@ def read_layer(read: Reader, layer: LayerAttention) -> LayerWeights:
         return tensor.reshape(count, d, *tensor.shape[1:])
 
     def norm(name: str | None, count: int) -> Tensor | None:
-        """Norm weights by head; None where all heads share one."""
-        if name is None or (layer.qk_norm == "head" and layer.qk_norm_weights == "shared"):
+        """Norm weights by head."""
+        if name is None:
             return None
+        if layer.qk_norm == "head" and layer.qk_norm_weights == "shared":
+            return read(name).float().expand(count, d)
         if layer.qk_norm_weights == "separate":
             return torch.stack([read(name.format(head=head)).float() for head in range(count)])
         return read(name).float().reshape(count, d)
@@ -138,6 +140,8 @@ def write_layer(weights: LayerWeights, layer: LayerAttention) -> dict[str, Tenso
             continue
         if layer.qk_norm_weights == "separate":
             out |= {norm_name.format(head=head): row.contiguous() for head, row in enumerate(norm)}
+        elif layer.qk_norm == "head" and layer.qk_norm_weights == "shared":
+            out[norm_name] = norm[0].contiguous()
         else:
             out[norm_name] = norm.contiguous() if layer.qk_norm_weights == "stacked" else norm.flatten()
     return out

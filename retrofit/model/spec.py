@@ -54,7 +54,9 @@ class LayerAttention:
     qk_norm: a norm on queries and keys before RoPE, over each "head" or the "full" projection; qk_norm_kind: RMS or
     (mean-subtracting) layer norm. qk_norm_weights: one weight [D] "shared" by all heads ([heads * D] for "full"), one
     tensor [heads, D] "stacked" (Cohere), or one tensor [D] per head, "separate" (StableLM), whose names are q_norm and
-    k_norm with `{head}` filled in. clip_qkv: projections are clamped to [-clip_qkv, clip_qkv] (OLMo).
+    k_norm with `{head}` filled in. qk_norm_eps: what the norm adds to the mean square. qk_norm_offset: what it adds to
+    the stored weight (Gemma: 1). qk_norm_bias: the norm has a bias too (Phi). clip_qkv: projections are clamped to
+    [-clip_qkv, clip_qkv] (OLMo).
     """
 
     index: int
@@ -77,6 +79,9 @@ class LayerAttention:
     k_norm: str | None = None
     qk_norm_kind: QKNormKind = "rms"
     qk_norm_weights: QKNormWeights = "shared"
+    qk_norm_eps: float = 0.0
+    qk_norm_offset: float = 0.0
+    qk_norm_bias: bool = False
     clip_qkv: float | None = None
     softcap: float | None = None
     sinks: bool = False

@@ -71,7 +71,7 @@ def convert(
 ) -> ConvertReport:
     """Write `source` with fewer KV heads to `out`."""
     text = None
-    if convert.method == "calibrated":
+    if convert.calibrates:
         tokenizer = load_tokenizer(source)
         text = calibration_text(convert.calibration, tokenizer, seed=seed, teacher=teacher, progress=progress)
     with staged(out, overwrite=overwrite) as folder:
@@ -231,5 +231,5 @@ def _timeless(value: Any) -> Any:
 
 def dump(section: Convert | Context | Recover) -> dict[str, Any]:
     """A section of a recipe as JSON values, without what its method does not read."""
-    unused = {"calibration", "repair"} if isinstance(section, Convert) and section.method != "calibrated" else set()
+    unused = {"calibration", "repair"} if isinstance(section, Convert) and not section.calibrates else set()
     return section.model_dump(mode="json", exclude=unused)

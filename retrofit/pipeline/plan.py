@@ -219,7 +219,7 @@ class _Shape:
 def _convert(shape: _Shape, convert: Convert) -> Cost:
     spec, facts = shape.facts.spec, shape.facts
     heads = f"{spec.layers[0].kv_heads} to {convert.kv_heads} KV heads in {len(spec.layers)} layers, {convert.method}"
-    if convert.method != "calibrated":
+    if not convert.calibrates:
         seconds = 4 * facts.weight_bytes / shape.throughput.bytes_per_second + 1
         return Cost("convert", heads, BASE_BYTES + facts.weight_bytes // len(spec.layers), facts.weight_bytes, seconds)
     tokens, length = convert.calibration.tokens, convert.calibration.sequence_length

@@ -126,7 +126,7 @@ def facts_of(source: Source, config: Any, spec: AttentionSpec) -> ModelFacts:
 
 def _all_texts(recipe: Recipe) -> tuple[TextSource, ...]:
     convert, recover, evaluate = recipe.convert, recipe.recover, recipe.evaluate
-    calibration = convert.calibration.text if convert and convert.method == "calibrated" else ()
+    calibration = convert.calibration.text if convert and convert.calibrates else ()
     return (*calibration, *(recover.text if recover else ()), *(evaluate.text if evaluate else ()))
 
 
@@ -178,7 +178,7 @@ def check_surgery(recipe: Recipe, config: Any, spec: AttentionSpec, *, beyond: b
         _require_within(max(recipe.evaluate.lengths), claimed, "evaluate.lengths")
     if recipe.recover:
         _require_within(recipe.recover.sequence_length, claimed, "recover.sequence_length")
-    if recipe.convert and recipe.convert.method == "calibrated":
+    if recipe.convert and recipe.convert.calibrates:
         length = recipe.convert.calibration.sequence_length
         _require_within(length, spec.max_position_embeddings, "convert.calibration.sequence_length", extendable=False)
     return tuple(notes)

@@ -36,7 +36,7 @@ def convert(runner: Runner, state: State, section: Convert) -> State:
         return operations.facts(report)
 
     config = {**_dump(section), **_common(recipe)}
-    text = identity(section.calibration.text) if section.method == "calibrated" else None
+    text = identity(section.calibration.text) if section.calibrates else None
     entry = runner.step("convert", FOLDERS["convert"], config, {"checkpoint": state.identity, "text": text}, work)
     return runner.made(entry, state.origin.after("convert", _dump(section), entry.result))
 

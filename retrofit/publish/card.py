@@ -27,6 +27,8 @@ ALL = "all"
 _METHODS = {
     "first": "the first head of each group was kept",
     "mean": "the heads of each group were averaged",
+    "procrustes": "the heads of each group were turned to lie on each other and averaged",
+    "real-pca": "the heads of each group were merged along real principal components",
     "calibrated": "the heads of each group were merged along the directions that calibration text uses most",
 }
 _ROPE = {"linear": "linear interpolation", "ntk": "a larger RoPE base", "yarn": "YaRN", "llama3": "Llama 3 scaling"}

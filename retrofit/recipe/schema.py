@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Kernel = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "blockwise"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Method = Literal["first", "mean", "calibrated"]
+Method = Literal["first", "mean", "procrustes", "real-pca", "calibrated"]
 RopeMethod = Literal["linear", "ntk", "yarn", "llama3"]
 
 _REQUIRE_KEY = re.compile(r"^(ppl|ppl_ratio|tail_ppl|tail_ppl_ratio|kv_ratio|kernel_max_diff)(@\d+)?(/[\w.-]+)?$")
@@ -63,6 +63,11 @@ class Convert(Section):
     method: Method = "calibrated"
     repair: Literal["o_proj", "none"] = Field("o_proj", description="closed-form repair after the merge")
     calibration: Calibration = Calibration()
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the method reads calibration text."""
+        return self.method not in ("first", "mean")
 
 
 class Context(Section):

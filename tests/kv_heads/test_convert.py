@@ -67,9 +67,9 @@ def test_every_divisor_reloads_in_stock_transformers_and_generates(family: str, 
         assert torch.equal(generated[0, 12:], whole), "decoding with a cache agrees with one pass"
 
 
-def with_twin_heads(family: str, folder: Path) -> Path:
+def with_twin_heads(family: str, folder: Path, maps: str = "any") -> Path:
     """KV heads 0 and 2, 1 and 3 (or all four) are exact linear twins: keys turned and scaled pair by pair, values
-    mapped."""
+    mapped. maps: "any" such map, "orthogonal" ones only, or "real" ones (scales of pairs) only."""
     twins = ((0, 1), (0, 2), (0, 3)) if family in ONE_OR_ALL else ((0, 2), (1, 3))
     model = tiny_model(family)
     spec = describe(model.config)
@@ -83,6 +83,10 @@ def with_twin_heads(family: str, folder: Path) -> Path:
                 a = torch.complex(*torch.randn(2, len(x), generator=generator))
                 mix = torch.randn(layer.head_dim, layer.head_dim, generator=generator) * 0.3
                 turn = torch.randn(len(rest), len(rest), generator=generator) * 0.5
+                if maps == "orthogonal":
+                    a, mix, turn = a / a.abs(), torch.linalg.qr(mix)[0], torch.linalg.qr(turn)[0]
+                elif maps == "real":
+                    a = a.real.to(a.dtype)
                 for tensor in (weights.k_KDC, weights.k_bias_KD):
                     if tensor is not None:
                         z = torch.complex(tensor[old][x], tensor[old][y])

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from retrofit.errors import UserError
-from retrofit.kv_heads.grouping import best_groups, count_partitions, partitions
-from retrofit.kv_heads.merge import contiguous_groups, rotary_indices
+from retrofit.kv_heads.merge import rotary_indices
 from retrofit.kv_heads.moments import MomentSums
 from retrofit.kv_heads.optimum import complex_pca, joint_pca
 from retrofit.kv_heads.refit import RidgeSums, refit
@@ -104,25 +103,6 @@ def test_moments_that_are_not_finite_are_a_user_error_naming_the_layer(rope: Rop
     with pytest.raises(UserError, match=f"{broken} of the calibration pass are not finite") as caught:
         sums.finish(7)
     assert caught.value.where == "layer 7"
-
-
-@pytest.mark.parametrize(("heads", "groups"), [(4, 2), (6, 3), (6, 2), (8, 4)])
-def test_partitions_are_all_of_them_once(heads: int, groups: int) -> None:
-    found = list(partitions(tuple(range(heads)), heads // groups))
-    assert len(found) == len(set(found)) == count_partitions(heads, groups)
-    assert all(sorted(h for g in p for h in g) == list(range(heads)) for p in found)
-
-
-@pytest.mark.parametrize(("heads", "groups"), [(8, 4), (12, 3), (32, 8)])
-def test_grouping_finds_the_planted_groups(heads: int, groups: int) -> None:
-    family = torch.randperm(heads) % groups  # heads of one family cost nothing together
-
-    def cost(group: tuple[int, ...]) -> float:
-        return float(len({int(family[h]) for h in group}) - 1)
-
-    best = best_groups(heads, groups, cost)
-    assert sum(map(cost, best)) == 0
-    assert best_groups(heads, heads, cost) == contiguous_groups(heads, heads)
 
 
 def ridge_data(w_CN: torch.Tensor, tokens: int, noise: float) -> RidgeSums:

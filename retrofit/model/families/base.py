@@ -37,7 +37,10 @@ class Conversion:
 
 @dataclass(frozen=True)
 class QKNormTable:
-    """How a family stores its norm on queries and keys; names are relative to the attention module."""
+    """How a family stores its norm on queries and keys; names are relative to the attention module.
+
+    eps: the field of the configuration. offset, bias: as `LayerAttention.qk_norm_offset` and `qk_norm_bias`.
+    """
 
     over: QKNorm
     q: str
@@ -45,6 +48,9 @@ class QKNormTable:
     kind: QKNormKind = "rms"
     weights: QKNormWeights = "shared"
     when: Switch = True
+    eps: str = "rms_norm_eps"
+    offset: float = 0.0
+    bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,6 +177,9 @@ class Family(ABC):
             k_norm=prefix + norm.k if norm else None,
             qk_norm_kind=norm.kind if norm else "rms",
             qk_norm_weights=norm.weights if norm else "shared",
+            qk_norm_eps=float(getattr(config, norm.eps)) if norm else 0.0,
+            qk_norm_offset=norm.offset if norm else 0.0,
+            qk_norm_bias=norm.bias if norm else False,
             clip_qkv=config.clip_qkv if self.clip_qkv else None,
             softcap=config.attn_logit_softcapping if self.softcap else None,
             **self.tensors(config, index, head_dim),
