@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 COMMANDS = (
     "run",
     "plan",
+    "prices",
     "inspect",
     "convert",
     "extend",

@@ -122,15 +122,73 @@ def run(
     show.run(console, result)
 
 
-@app.command(epilog=_examples("retrofit plan gqa --model meta-llama/Llama-2-7b-hf", "retrofit plan my.yaml --json"))
+@app.command(
+    epilog=_examples(
+        "retrofit plan gqa --model meta-llama/Llama-2-7b-hf",
+        "retrofit plan my.yaml --json",
+        "retrofit plan ./my-model --kv-heads",
+        "retrofit plan ./my-model --kv-budget 2GiB@32k --moments moments/my-model",
+        "retrofit plan gqa --model ./my-model --kv-heads",
+    )
+)
 def plan(
-    recipe: Recipe, model: ModelOption = None, revision: Revision = None, set_: Set = None, json: Json = False
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE", help="A bundled recipe's name, a .yaml file; with --kv-heads also a model."),
+    ],
+    model: ModelOption = None,
+    revision: Revision = None,
+    set_: Set = None,
+    kv_heads: Annotated[
+        bool, typer.Option("--kv-heads", help="The price list: what every possible number of KV heads costs.")
+    ] = False,
+    kv_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-budget", metavar="BYTES@TOKENS", help="With the list: the most KV heads that fit, 2GiB@32k."
+        ),
+    ] = None,
+    calibrate: Annotated[
+        list[str] | None, typer.Option("--calibrate", metavar="TEXT", help="For the list: text; may be repeated.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=64, help="For the list: tokens of text; default 16384.")
+    ] = None,
+    moments: Annotated[
+        Path | None,
+        typer.Option("--moments", metavar="DIR", help="For the list: keep what was measured here, and read it again."),
+    ] = None,
+    device: Device = "auto",
+    json: Json = False,
 ) -> None:
-    """What each step of a recipe would do, and its memory, disk and time."""
+    """What each step of a recipe would do, and its memory, disk and time; or what fewer KV heads would cost."""
     from retrofit.pipeline import show
 
     console = _console(json)
-    show.plan(console, retrofit.plan(recipe, model=model, revision=revision, overrides=set_ or ()))
+    if not kv_heads and kv_budget is None:
+        for name, value in (("--calibrate", calibrate), ("--tokens", tokens), ("--moments", moments)):
+            if value:
+                raise UserError(f"{name} belongs to the price list", where="retrofit plan", fix="add --kv-heads")
+        show.plan(console, retrofit.plan(recipe, model=model, revision=revision, overrides=set_ or ()))
+        return
+    from retrofit.pipeline.commands import is_recipe
+
+    named = model is not None or is_recipe(recipe)
+    show.prices(
+        console,
+        retrofit.prices(
+            model if named else recipe,
+            recipe=recipe if named else None,
+            budget=kv_budget,
+            calibrate=calibrate or (),
+            tokens=tokens,
+            moments=moments,
+            revision=revision,
+            overrides=set_ or (),
+            device=device,
+            progress=console.progress,
+        ),
+    )
 
 
 @app.command(epilog=_examples("retrofit inspect Qwen/Qwen3-0.6B", "retrofit inspect ./my-model --json"))

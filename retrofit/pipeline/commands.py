@@ -6,6 +6,7 @@ is `convert: {kv_heads: 2}`.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from retrofit.model.inspect import Inspection
     from retrofit.pipeline.compare import Comparison
     from retrofit.pipeline.doctor import Health
+    from retrofit.pipeline.prices import PriceList
     from retrofit.pipeline.run import RunResult
     from retrofit.pipeline.single import Evaluation, Written
     from retrofit.publish.hub import Published
@@ -39,6 +41,7 @@ __all__ = [
     "extend",
     "inspect",
     "plan",
+    "prices",
     "publish",
     "recipes",
     "recover",
@@ -112,6 +115,65 @@ def plan(
         facts = facts_of(source, config, spec)
         throughput = _measured(loaded) if measure else None
         return make_plan(loaded, facts, *([throughput] if throughput else []))
+
+
+def prices(
+    model: str | Path | None = None,
+    *,
+    recipe: str | Path | Recipe | None = None,
+    budget: str | None = None,
+    calibrate: Sequence[str] = (),
+    tokens: int | None = None,
+    moments: str | Path | None = None,
+    revision: str | None = None,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    measure: bool = True,
+    progress: Progress | None = None,
+) -> PriceList:
+    """The price list of `model` (`retrofit plan --kv-heads`): for every possible number of KV heads, its KV cache and
+    what it costs in quality, before any recovery.
+
+    recipe: take model, calibration text, repair, seed and dtype from it. budget: bytes at a length (`2GiB@32k`), which
+    picks the most KV heads that fit. tokens: of the calibration text. moments: a folder that keeps what was measured;
+    the same call then needs no pass over text. measure: time a small matrix product for the estimate.
+    Raises UserError for bad input, before any long work.
+    """
+    from retrofit.pipeline import single
+    from retrofit.pipeline.budget import parse_budget
+    from retrofit.pipeline.prices import prices as price
+
+    limit = None if budget is None else parse_budget(budget)
+    text = {"text": list(calibrate)} if calibrate else {}
+    if recipe is None:
+        section = {"kv_heads": 1, "calibration": text}
+        loaded = single.recipe("convert", section, model=None if model is None else str(model), device=device)
+        options = "".join(f" --calibrate {shlex.quote(source)}" for source in calibrate)
+        name = shlex.quote(str(model))
+        command = f"retrofit convert {name} --kv-heads {{kv_heads}}{options} --out out/kv{{kv_heads}}"
+    else:
+        loaded = _recipe(recipe, overrides, None if model is None else str(model))
+        if device != "auto":
+            loaded = Recipe.model_validate({**loaded.model_dump(), "device": device})
+        if text:
+            section = loaded.convert.model_dump() if loaded.convert else {"kv_heads": 1, "calibration": {}}
+            section["calibration"] |= text
+            loaded = Recipe.model_validate({**loaded.model_dump(), "convert": section})
+        named = "" if model is None else f" --model {shlex.quote(str(model))}"
+        options = "".join(f" --set {shlex.quote(value)}" for value in overrides)
+        name = loaded.name if isinstance(recipe, Recipe) else shlex.quote(str(recipe))
+        command = f"retrofit run {name}{named}{options} --set convert.kv_heads={{kv_heads}}"
+    with _quiet():
+        return price(
+            loaded,
+            command=command,
+            budget=limit,
+            tokens=tokens,
+            moments=None if moments is None else Path(moments),
+            revision=revision,
+            throughput=_measured(loaded) if measure else None,
+            progress=progress,
+        )
 
 
 def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
@@ -309,6 +371,11 @@ def copy_recipe(name: str | Path, to: str | Path | None = None) -> Path:
 def schema() -> dict[str, Any]:
     """The recipe language as JSON Schema."""
     return Recipe.model_json_schema()
+
+
+def is_recipe(name: str) -> bool:
+    """Whether a word names a recipe (a .yaml file, or a bundled one) rather than a model."""
+    return Path(name).suffix in (".yaml", ".yml") or (name in bundled.names("recipes") and not Path(name).is_dir())
 
 
 def _recipe(recipe: str | Path | Recipe, overrides: Sequence[str], model: str | None) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from retrofit.pipeline.commands import RecipeEntry
     from retrofit.pipeline.compare import Comparison
     from retrofit.pipeline.doctor import Health
+    from retrofit.pipeline.prices import PriceList
     from retrofit.pipeline.run import RunResult
     from retrofit.pipeline.single import Evaluation, Written
 
@@ -47,6 +49,66 @@ def plan(console: Console, result: Plan) -> None:
     console.table(title, ["step", "what", "memory", "disk", "time"], [*rows, total])
     for line in describe_plan(result):
         console.say(line)
+
+
+def prices(console: Console, result: PriceList) -> None:
+    """`retrofit plan --kv-heads`."""
+    console.result(result)
+    at = f"{result.length // 1024}k" if result.length % 1024 == 0 else f"{result.length:,}"
+    columns = [
+        "KV heads",
+        "KV cache a token",
+        f"at {at}",
+        "loss (nats/token)",
+        "perplexity",
+        "",
+        "layers that pay most",
+    ]
+    rows = []
+    for price in result.prices:
+        dearest = ", ".join(f"{layer} ({share:.0%})" for layer, share in price.dearest())
+        rows.append(
+            (
+                price.kv_heads,
+                nbytes(price.kv_bytes_per_token),
+                nbytes(price.kv_cache_bytes),
+                "-" if price.increase is None else f"{price.increase:+.3f}",
+                "-" if price.ratio is None else f"x {price.ratio:,.2f}",
+                price.how,
+                dearest or "-",
+            )
+        )
+    console.table(f"{result.model}: what fewer KV heads cost", columns, rows)
+    if result.calibrated:
+        for line in _how_calibrated(result):
+            console.say(line)
+    for note in result.notes:
+        console.say(f"note: {note}")
+    if result.budget and result.kv_heads:
+        size = next(price.kv_cache_bytes for price in result.prices if price.kv_heads == result.kv_heads)
+        console.say(
+            f"\n{result.kv_heads} KV heads fit {nbytes(result.budget.nbytes)} at {result.budget.length:,} tokens "
+            f"({nbytes(size)}):\n  {result.command}"
+        )
+
+
+def _how_calibrated(result: PriceList) -> list[str]:
+    measured, curve = result.calibrated, result.curve
+    assert measured
+    repair = "the merge and the closed-form repair" if measured.repair != "none" else "the merge alone"
+    probes = ", ".join(
+        f"{p.kv_heads} KV heads {p.increase:+.3f} (standard error {p.error:.3f})" for p in measured.probes
+    )
+    lines = [
+        f"measured: {probes}, converted on {measured.tokens:,} tokens of {', '.join(measured.kinds)} and scored on "
+        f"{measured.scored_tokens:,} others (original {measured.original_loss:.3f} nats/token)",
+        f"these are losses after {repair}, as `retrofit convert` writes it, before any recovery; a conversion on more "
+        "text loses less",
+    ]
+    if curve is None:
+        return [*lines, "no probe lost anything that was measurable: nothing is predicted"]
+    through = "both points" if len(curve.points) > 1 else f"{curve.points[0]} KV heads (exponent 1 assumed)"
+    return [*lines, f"predicted: loss = {math.exp(curve.log_scale):.3g} cost^{curve.exponent:.2f}, through {through}"]
 
 
 def inspection(console: Console, result: Inspection) -> None:

@@ -1,0 +1,129 @@
+"""What fewer KV heads would cost, before anything is converted: arithmetic on moments, and a curve through measured
+points.
+
+A layer's cost at G KV heads is what the merge gives up of its attention output, as a share of the residual stream that
+it is added to:
+
+    cost_l = (lost_keys + lost_values) E||attn_l||^2 / (C median(mean(h^2)))
+
+with the shares that the merge loses under the best grouping, E||attn||^2 the energy of the attention output under the
+values' moments, and h the stream that enters the layer: its median token, so that a few with massive activations do
+not own it. To first order the loss grows with the squared error that is injected, so the predicted increase is
+exp(a) (sum_l cost_l)^b, where b is 1 with one measured point and fitted with two.
+
+Legend: K KV heads, D head dim, C model width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from retrofit.errors import UserError
+from retrofit.kv_heads.grouping import best_groups
+from retrofit.kv_heads.merge import Groups, group_cost, output_metric, value_gram
+from retrofit.kv_heads.moments import LayerMoments
+from retrofit.kv_heads.optimum import weighted
+from retrofit.kv_heads.weights import LayerWeights
+from retrofit.model.spec import LayerAttention
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer at one number of KV heads. keys (None where they are mean-pooled), values: the shares of the scores'
+    and of the attention output's energy that the merge gives up. cost: as in the module's formula."""
+
+    index: int
+    groups: Groups
+    keys: float | None
+    values: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The loss of a probe at `kv_heads` beyond the original's, in nats per token, and its standard error over
+    sequences."""
+
+    kv_heads: int
+    increase: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """increase = exp(log_scale) cost^exponent. points: the measured numbers of KV heads it goes through. note: why it
+    is not the curve that was asked for, None where it is."""
+
+    log_scale: float
+    exponent: float
+    points: tuple[int, ...]
+    note: str | None = None
+
+    def __call__(self, cost: float) -> float:
+        """Predicted increase of the loss in nats per token; nothing lost costs nothing."""
+        return 0.0 if cost <= 0 else math.exp(self.log_scale) * cost**self.exponent
+
+
+def layer_costs(
+    moments: LayerMoments, weights: LayerWeights, layer: LayerAttention, counts: Sequence[int]
+) -> dict[int, LayerCost]:
+    """The cost of one layer at each number of KV heads in `counts`.
+
+    Raises UserError for moments that were kept without the residual stream's energy.
+    """
+    if not moments.stream_quantiles:
+        raise UserError(
+            "these moments were kept without the residual stream's energy",
+            where=f"layer {layer.index}",
+            fix="leave out --moments, or name another folder",
+        )
+    calibrated_keys = layer.qk_norm is None
+    both = group_cost(moments, weights, layer.rope, keys=calibrated_keys)
+    values_alone = group_cost(moments, weights, layer.rope, keys=False)
+    everyone = tuple(range(layer.kv_heads))
+    gram, _ = value_gram(moments, everyone, centred=weights.o_bias_C is not None)
+    energy = float(weighted(gram, output_metric(weights)).trace())
+    stream = weights.o_CHD.shape[0] * max(moments.stream_quantiles[0], 1e-30)
+    found = {}
+    for count in counts:
+        groups = best_groups(layer.kv_heads, count, both)
+        total, values = sum(map(both, groups)), sum(map(values_alone, groups))
+        keys = max(0.0, total - values) if calibrated_keys else None
+        found[count] = LayerCost(layer.index, groups, keys, values, total * energy / stream)
+    return found
+
+
+def total_costs(layers: Sequence[Mapping[int, LayerCost]]) -> dict[int, float]:
+    """The cost of the whole model by number of KV heads."""
+    return {count: sum(layer[count].cost for layer in layers) for count in layers[0]}
+
+
+def fit_curve(costs: Mapping[int, float], measured: Sequence[Measured]) -> Curve | None:
+    """The curve through one or two measured points; None where none of them lost anything that was measurable."""
+    usable = sorted((m for m in measured if m.increase > 0 and costs[m.kv_heads] > 0), key=lambda m: m.kv_heads)
+    if not usable:
+        return None
+    notes = [f"{m.kv_heads} KV heads lost nothing that was measurable" for m in measured if m not in usable]
+    dearest = usable[0]
+    x, y = math.log(costs[dearest.kv_heads]), math.log(dearest.increase)
+    exponent, points = 1.0, (dearest.kv_heads,)
+    if len(usable) > 1:
+        other = usable[1]
+        run = x - math.log(costs[other.kv_heads])
+        rise = y - math.log(other.increase)
+        if run > 0 and rise > 0:
+            exponent, points = rise / run, (dearest.kv_heads, other.kv_heads)
+        else:
+            notes.append(f"{other.kv_heads} KV heads lost no less than {dearest.kv_heads}")
+    return Curve(y - exponent * x, exponent, points, "; ".join(notes) or None)
+
+
+def probe_counts(counts: Sequence[int]) -> tuple[int, ...]:
+    """Which numbers of KV heads are measured: the smallest, and one in the middle where there is one.
+
+    counts: the possible ones below the model's own.
+    """
+    ordered = sorted(counts)
+    return tuple(dict.fromkeys((ordered[0], ordered[len(ordered) // 2])))

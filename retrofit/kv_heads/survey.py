@@ -1,0 +1,151 @@
+"""One pass over a model, layer by layer: the moments of every layer on some text, and the loss on other text.
+
+Memory is that of one layer, the residual streams of the text, and the head for some rows of logits at a time.
+
+Legend: N sequences, B sequences of a batch, T tokens, C model width, V vocabulary, R rows of a chunk.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from retrofit.checkpoint.read import Checkpoint
+from retrofit.errors import UserError
+from retrofit.kv_heads.merge import rotary_indices
+from retrofit.kv_heads.moments import MomentSums, save
+from retrofit.kv_heads.stream import LayerRun, LayerStream
+from retrofit.kv_heads.weights import LayerWeights, Reader, read_layer
+from retrofit.model.families import describe
+from retrofit.model.load import load_config, multiplies_in_bfloat16
+from retrofit.model.spec import AttentionSpec, LayerAttention
+
+if TYPE_CHECKING:
+    from retrofit.console import Progress
+
+TOKENS_PER_BATCH = 4096
+ROWS = 256
+
+
+def survey(
+    folder: str | Path,
+    scored_NT: Tensor,
+    *,
+    measured_NT: Tensor | None = None,
+    moments: str | Path | None = None,
+    device: str = "cpu",
+    task: str = "read the model",
+    progress: Progress | None = None,
+) -> Tensor:
+    """Mean loss in nats per token of each sequence of `scored_NT`, [N], float64.
+
+    measured_NT: sequences whose moments in every layer are written to the folder `moments`. The stream is fp32, its
+    matrix products bfloat16 where the processor has them. Raises UserError for moments or losses that are not finite.
+    """
+    checkpoint, config = Checkpoint.open(folder), load_config(folder)
+    spec = describe(config)
+    autocast = torch.bfloat16 if multiplies_in_bfloat16(device) else None
+    stream = LayerStream(copy.deepcopy(config), spec, checkpoint.tensor, device=device, autocast=autocast)
+    scored = list(scored_NT.split(max(1, TOKENS_PER_BATCH // scored_NT.shape[1])))
+    measured = [] if measured_NT is None else list(measured_NT.split(max(1, TOKENS_PER_BATCH // measured_NT.shape[1])))
+    embedded = [stream.embed(ids) for ids in (*measured, *scored)]
+    x, kwargs = [hidden for hidden, _ in embedded], [per_layer for _, per_layer in embedded]
+    if progress:
+        progress.start(task, len(spec.layers), "layers")
+    for layer in spec.layers:
+        with stream.layer(layer.index) as run:
+            if moments is not None:
+                named = [per_layer[layer.index] for per_layer in kwargs[: len(measured)]]
+                weights = read_layer(checkpoint.tensor, layer)
+                save(moments, layer.index, _moments(run, weights, layer, x[: len(measured)], named).finish(layer.index))
+            for i, hidden in enumerate(x):
+                x[i], _ = run.forward(hidden, kwargs[i][layer.index])
+        if progress:
+            progress.advance(1)
+    del stream
+    readout = Readout(config, spec, checkpoint.tensor, device=device)
+    losses_N = torch.cat([readout.losses(h, ids) for h, ids in zip(x[len(measured) :], scored, strict=True)])
+    if progress:
+        progress.finish()
+    if not bool(torch.isfinite(losses_N).all()):
+        raise UserError(
+            "the loss on the calibration text is not finite",
+            where=str(folder),
+            fix="check the checkpoint for NaN weights (`retrofit inspect MODEL`), or give other text",
+        )
+    return losses_N
+
+
+class Readout:
+    """What a model makes of the residual stream after its last layer: its own class's final norm, head and scaling."""
+
+    def __init__(self, config: PretrainedConfig, spec: AttentionSpec, read: Reader, *, device: str = "cpu") -> None:
+        with init_empty_weights(include_buffers=False):
+            self._model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager"
+            ).eval()
+        head = self._model.get_output_embeddings()
+        tied = None
+        if spec.tied_embeddings:  # not stored under a name of its own
+            tied = next(f"{name}.weight" for name, module in self._model.named_modules() if module is head)
+        for name, _ in list(self._model.named_parameters()):
+            if not name.startswith(f"{spec.layers_path}.") and name != tied:
+                set_module_tensor_to_device(self._model, name, device, value=read(name).float())
+        if tied:
+            head.weight = self._model.get_input_embeddings().weight
+        layers: Any = self._model.get_submodule(spec.layers_path)
+        self._given: Tensor | None = None
+        for layer in layers:
+            layer.forward = self._replace
+        self._device = device
+
+    def _replace(self, *_: object, **__: object) -> Tensor:
+        """Stands in for every layer: the stream as it is given."""
+        assert self._given is not None
+        return self._given
+
+    def losses(self, hidden_BTC: Tensor, ids_BT: Tensor) -> Tensor:
+        """Mean next-token loss of each sequence, [B], float64; logits exist for `ROWS` rows at a time."""
+        out = []
+        with torch.no_grad():
+            for hidden_TC, ids_T in zip(hidden_BTC, ids_BT.to(self._device), strict=True):
+                total = 0.0
+                for start in range(0, len(ids_T) - 1, ROWS):
+                    rows = slice(start, min(start + ROWS, len(ids_T) - 1))
+                    self._given = hidden_TC[None, rows]
+                    logits_RV = self._model(input_ids=ids_T[None, rows], use_cache=False).logits[0].float()
+                    targets_R = ids_T[rows.start + 1 : rows.stop + 1]
+                    total += float(nn.functional.cross_entropy(logits_RV, targets_R, reduction="sum"))
+                out.append(total / (len(ids_T) - 1))
+        self._given = None
+        return torch.tensor(out, dtype=torch.float64)
+
+
+def _moments(
+    run: LayerRun, weights: LayerWeights, layer: LayerAttention, x: list[Tensor], kwargs: list[dict[str, Any]]
+) -> MomentSums:
+    sums = MomentSums(layer.kv_heads, rotary_indices(layer.rope, layer.head_dim))
+    for hidden, named in zip(x, kwargs, strict=True):
+        a_TC = run.attention_input(hidden, named).flatten(0, 1)
+        q, k, v = (
+            _project(a_TC, *pair)
+            for pair in (
+                (weights.q_HDC, weights.q_bias_HD),
+                (weights.k_KDC, weights.k_bias_KD),
+                (weights.v_KDC, weights.v_bias_KD),
+            )
+        )
+        sums.add(q, k, v, hidden.flatten(0, 1))
+    return sums
+
+
+def _project(a_TC: Tensor, w_HDC: Tensor, bias_HD: Tensor | None) -> Tensor:
+    out = (a_TC @ w_HDC.flatten(0, 1).T.to(a_TC.device)).unflatten(1, w_HDC.shape[:2])
+    return out if bias_HD is None else out + bias_HD.to(a_TC.device)

@@ -1,0 +1,379 @@
+"""The price list of a model: for every possible number of KV heads, its KV cache and what it costs in quality.
+
+One pass over the original gives the moments of every layer, from which the cost of every number of KV heads is
+arithmetic. One or two numbers are then really converted, on the same few tokens and as `retrofit convert` does it
+(repair included), and scored on sequences that the conversion did not see: the curve from cost to loss goes through
+them. So the list says what a converted checkpoint has lost before any recovery.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit.checkpoint.provenance import digest
+from retrofit.checkpoint.read import Checkpoint
+from retrofit.checkpoint.write import require_free_space, require_writable
+from retrofit.console import jsonable, nbytes
+from retrofit.console import seconds as duration
+from retrofit.errors import UserError
+from retrofit.kv_heads import moments as stored_moments
+from retrofit.kv_heads.convert import CalibrationText
+from retrofit.kv_heads.convert import convert as convert_heads
+from retrofit.kv_heads.price import Curve, LayerCost, Measured, fit_curve, layer_costs, probe_counts
+from retrofit.kv_heads.survey import survey
+from retrofit.kv_heads.weights import read_layer
+from retrofit.model.families import describe, family_of
+from retrofit.model.load import load_config, load_tokenizer, resolve_device
+from retrofit.model.source import Source, resolve
+from retrofit.model.spec import AttentionSpec
+from retrofit.pipeline.budget import Budget, within
+from retrofit.pipeline.plan import DTYPE_BYTES, Throughput, claimed_length, converted_spec, make_plan
+from retrofit.pipeline.prepare import check_surgery, facts_of, require_model
+from retrofit.pipeline.texts import calibration_text
+from retrofit.recipe.schema import Calibration, Convert, Recipe
+from retrofit.recover.data import Teacher, check_sources
+
+if TYPE_CHECKING:
+    from retrofit.console import Progress
+
+TOKENS = 16_384
+HELD_OUT = 4  # every fourth sequence of a kind is scored, and no conversion sees it
+PROBES = "probes.json"
+
+
+@dataclass(frozen=True)
+class Price:
+    """One number of KV heads.
+
+    kv_cache_bytes: for one sequence of `PriceList.length` tokens. increase: of the loss, nats per token, against the
+    original; ratio: of the perplexities (None where nothing was measured). how: "original", "measured" or "predicted".
+    layers: what each layer pays.
+    """
+
+    kv_heads: int
+    kv_bytes_per_token: int
+    kv_cache_bytes: int
+    cost: float
+    increase: float | None
+    ratio: float | None
+    how: str
+    layers: tuple[LayerCost, ...]
+
+    def dearest(self, count: int = 3) -> list[tuple[int, float]]:
+        """(layer, share of the whole cost) of the layers that pay most."""
+        if self.cost <= 0:
+            return []
+        ordered = sorted(self.layers, key=lambda layer: -layer.cost)
+        return [(layer.index, layer.cost / self.cost) for layer in ordered[:count]]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What was measured: mean loss of the original and of the probes beyond it, nats per token, on `scored_tokens`
+    tokens of `kinds` that no conversion saw; converted on `tokens` tokens with `repair`."""
+
+    original_loss: float
+    probes: tuple[Measured, ...]
+    repair: str
+    tokens: int
+    scored_tokens: int
+    kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PriceList:
+    """Prices from the most KV heads to the fewest. length: tokens of the cache that is shown. curve: from cost to
+    loss. kv_heads: what fits the budget, and command: what makes it (None without a budget)."""
+
+    model: str
+    length: int
+    prices: tuple[Price, ...]
+    calibrated: Calibrated | None
+    curve: Curve | None
+    budget: Budget | None
+    kv_heads: int | None
+    command: str | None
+    notes: tuple[str, ...]
+
+
+def prices(
+    recipe: Recipe,
+    *,
+    command: str,
+    budget: Budget | None = None,
+    tokens: int | None = None,
+    moments: Path | None = None,
+    revision: str | None = None,
+    throughput: Throughput | None = None,
+    progress: Progress | None = None,
+) -> PriceList:
+    """The price list of the recipe's model under the recipe's calibration and repair.
+
+    command: what to type for `{kv_heads}` KV heads. tokens: of the calibration text, a quarter of it for scoring.
+    moments: a folder of moments; they are read if it holds them and written otherwise, and so is what was measured.
+    Raises UserError, before any long work, for a model or a budget with nothing to choose from.
+    """
+    section = recipe.convert or Convert(kv_heads=1)
+    device = resolve_device(recipe.device)
+    model = require_model(recipe)
+    source = resolve(model, revision=revision or recipe.revision, weights=False, progress=progress)
+    config = load_config(source.folder)
+    spec = describe(config)
+    notes = [*source.notes, *check_surgery(recipe.model_copy(update={"convert": None}), config, spec, beyond=True)]
+    counts = _possible(config, spec)
+    value_bytes = DTYPE_BYTES[source.dtype if recipe.dtype == "auto" else recipe.dtype]
+    length = budget.length if budget else claimed_length(recipe, spec.max_position_embeddings)
+    caches = {g: converted_spec(spec, g).kv_cache_bytes(length, value_bytes) for g in counts}
+    chosen = within(budget, caches) if budget else None
+    if section.method != "calibrated":
+        notes.append(f"the recipe converts by `{section.method}`; these are the prices of `calibrated`")
+    if length > claimed_length(recipe, spec.max_position_embeddings):
+        notes.append(f"{length:,} tokens lie beyond the model's {spec.max_position_embeddings:,} positions")
+    kept = moments is not None and stored_moments.saved(moments) == tuple(range(len(spec.layers)))
+    if moments is not None:
+        require_writable(moments)
+    calibration = _calibration(section.calibration, spec, tokens)
+    if not kept:
+        check_sources(calibration.text)
+        _estimate(recipe, section, calibration, source, config, spec, counts, throughput, progress)
+    source = resolve(model, revision=revision or recipe.revision, progress=progress)
+    Checkpoint.open(source.folder).require_finite()
+    with tempfile.TemporaryDirectory(prefix="retrofit-prices-") as work:
+        folder = moments or Path(work) / "moments"
+        if kept:
+            calibrated = _stored(folder / PROBES, source)
+            if calibrated is None:
+                notes.append(f"no loss was measured beside the moments in {folder}: costs are shown, and no losses")
+        else:
+            teacher = Teacher(source.folder, seed=recipe.seed, device=device)
+            text = calibration_text(
+                calibration, load_tokenizer(source.folder), seed=recipe.seed, teacher=teacher, progress=progress
+            )
+            fit, scored = split(text)
+            calibrated = _measure(source.folder, section, fit, scored, counts, folder, Path(work), device, progress)
+            if moments is not None:
+                record = {"weights": digest(source.folder), "calibrated": calibrated}
+                (folder / PROBES).write_text(json.dumps(jsonable(record), indent=1) + "\n", encoding="utf-8")
+        layers = _costs(source.folder, spec, counts, folder, progress)
+    listed, curve = price_list(spec, layers, calibrated, caches, value_bytes)
+    if curve and curve.note:
+        notes.append(curve.note)
+    return PriceList(
+        model=source.requested,
+        length=length,
+        prices=listed,
+        calibrated=calibrated,
+        curve=curve,
+        budget=budget,
+        kv_heads=chosen,
+        command=None if chosen is None else command.format(kv_heads=chosen),
+        notes=tuple(notes),
+    )
+
+
+def price_list(
+    spec: AttentionSpec,
+    layers: list[Mapping[int, LayerCost]],
+    calibrated: Calibrated | None,
+    caches: Mapping[int, int],
+    value_bytes: int,
+) -> tuple[tuple[Price, ...], Curve | None]:
+    """Arithmetic alone: the rows of the list, the most KV heads first, and the curve they lie on."""
+    costs = {count: sum(layer[count].cost for layer in layers) for count in caches}
+    curve = fit_curve(costs, calibrated.probes) if calibrated else None
+    measured = {probe.kv_heads: probe for probe in calibrated.probes} if calibrated else {}
+    rows = []
+    for count in sorted(caches, reverse=True):
+        how = "original" if count == spec.layers[0].kv_heads else "measured" if count in measured else "predicted"
+        increase = measured[count].increase if how == "measured" else 0.0 if how == "original" else None
+        if how == "predicted" and curve:
+            increase = curve(costs[count])
+        rows.append(
+            Price(
+                kv_heads=count,
+                kv_bytes_per_token=converted_spec(spec, count).kv_bytes_per_token(value_bytes),
+                kv_cache_bytes=caches[count],
+                cost=costs[count],
+                increase=increase,
+                ratio=None if increase is None else math.exp(min(increase, 50.0)),
+                how=how if increase is not None else "not measured",
+                layers=tuple(layer[count] for layer in layers),
+            )
+        )
+    return tuple(rows), curve
+
+
+def split(text: CalibrationText) -> tuple[CalibrationText, CalibrationText]:
+    """Every `HELD_OUT`th sequence of each kind is for scoring, the others are for conversion."""
+    seen: dict[str, int] = {}
+    scored = []
+    for index, kind in enumerate(text.kinds):
+        seen[kind] = seen.get(kind, 0) + 1
+        if seen[kind] % HELD_OUT == 0:
+            scored.append(index)
+    fit = [index for index in range(len(text.kinds)) if index not in set(scored)]
+    few = [kind for kind, count in seen.items() if count < HELD_OUT]
+    if few:
+        raise UserError(
+            f"too few tokens: `{few[0]}` has {seen[few[0]]} sequences, and {HELD_OUT} of each kind are needed",
+            where="--tokens",
+            fix=f"give at least --tokens {HELD_OUT * len(seen) * text.input_ids_NT.shape[1]}",
+        )
+    return _rows(text, fit), _rows(text, scored)
+
+
+def _rows(text: CalibrationText, rows: list[int]) -> CalibrationText:
+    return CalibrationText(text.input_ids_NT[rows], tuple(text.kinds[row] for row in rows))
+
+
+def _possible(config: Any, spec: AttentionSpec) -> tuple[int, ...]:
+    """Numbers of KV heads the model can have, its own included. Raises UserError where there is but one."""
+    counts = tuple(c.kv_heads for c in family_of(config).conversions(spec) if c.possible)
+    if counts == (spec.layers[0].kv_heads,):
+        raise UserError(
+            f"there is nothing to choose: the model has {counts[0]} KV head{'s' if counts[0] > 1 else ''} and can "
+            "have no fewer",
+            where="num_key_value_heads of config.json",
+            fix="`retrofit inspect MODEL` lists what is possible",
+        )
+    return counts
+
+
+def _calibration(section: Calibration, spec: AttentionSpec, tokens: int | None) -> Calibration:
+    """The recipe's text in sequences that fit the window, fewer tokens of it."""
+    total = tokens or min(TOKENS, section.tokens)
+    length = min(section.sequence_length, spec.max_position_embeddings)
+    return section.model_copy(update={"tokens": total, "sequence_length": length})
+
+
+def _estimate(
+    recipe: Recipe,
+    section: Convert,
+    calibration: Calibration,
+    source: Source,
+    config: Any,
+    spec: AttentionSpec,
+    counts: tuple[int, ...],
+    throughput: Throughput | None,
+    progress: Progress | None,
+) -> None:
+    """Say how long it takes, and check that there is room for the probes' checkpoints."""
+    facts = facts_of(source, config, spec)
+    update = {"kv_heads": min(counts), "calibration": calibration, "method": "calibrated"}
+    only = recipe.model_copy(
+        update={
+            "convert": section.model_copy(update=update),
+            **{name: None for name in ("context", "recover", "evaluate", "publish")},
+        }
+    )
+    plan = make_plan(only, facts, *([throughput] if throughput else []))
+    probes = probe_counts(counts[:-1])
+    require_free_space(Path(tempfile.gettempdir()), int(1.1 * facts.weight_bytes))
+    if progress:
+        # The original's pass with its moments is half of a conversion, each probe a whole one and its scoring.
+        seconds = plan.seconds * (0.5 + len(probes) * 1.25)
+        heads = " and ".join(map(str, probes))
+        progress.note(
+            f"about {duration(seconds)}: one pass over {calibration.tokens:,} tokens, and probes with {heads} KV heads "
+            f"({plan.throughput.how}); at most {nbytes(facts.weight_bytes)} of temporary files"
+        )
+
+
+def _measure(
+    folder: Path,
+    section: Convert,
+    fit: CalibrationText,
+    scored: CalibrationText,
+    counts: tuple[int, ...],
+    moments: Path,
+    work: Path,
+    device: str,
+    progress: Progress | None,
+) -> Calibrated:
+    """Moments of the original into `moments`, and the loss of the probes beyond its own."""
+    ids_NT = scored.input_ids_NT
+    before_N = survey(
+        folder,
+        ids_NT,
+        measured_NT=fit.input_ids_NT,
+        moments=moments,
+        device=device,
+        task="moments of the original",
+        progress=progress,
+    )
+    probes = []
+    for count in probe_counts(counts[:-1]):
+        with tempfile.TemporaryDirectory(dir=work) as made:
+            convert_heads(
+                folder,
+                Path(made),
+                kv_heads=count,
+                method="calibrated",
+                repair=section.repair,
+                text=fit,
+                device=device,
+                progress=progress,
+            )
+            after_N = survey(Path(made), ids_NT, device=device, task=f"score {count} KV heads", progress=progress)
+        increase_N = after_N - before_N
+        error = float(increase_N.std() / math.sqrt(len(increase_N))) if len(increase_N) > 1 else math.nan
+        probes.append(Measured(count, float(increase_N.mean()), error))
+    return Calibrated(
+        original_loss=float(before_N.mean()),
+        probes=tuple(probes),
+        repair=section.repair,
+        tokens=fit.input_ids_NT.numel(),
+        scored_tokens=ids_NT.numel(),
+        kinds=tuple(dict.fromkeys(scored.kinds)),
+    )
+
+
+def _costs(
+    folder: Path, spec: AttentionSpec, counts: tuple[int, ...], moments: Path, progress: Progress | None
+) -> list[Mapping[int, LayerCost]]:
+    """Every layer's cost at every number of KV heads, from its moments and its weights: no pass over text."""
+    read = Checkpoint.open(folder).tensor
+    if progress:
+        progress.start("price every number of KV heads", len(spec.layers), "layers")
+    found: list[Mapping[int, LayerCost]] = []
+    for layer in spec.layers:
+        seen, weights = stored_moments.load(moments, layer.index), read_layer(read, layer)
+        if seen.value_mean_KD.shape != weights.v_KDC.shape[:2]:
+            raise UserError(
+                f"these moments are of a model with {seen.value_mean_KD.shape[0]} KV heads of dim "
+                f"{seen.value_mean_KD.shape[1]}, this one has {layer.kv_heads} of dim {layer.head_dim}",
+                where=f"{moments}, layer {layer.index}",
+                fix="name the moments of this model",
+            )
+        found.append(layer_costs(seen, weights, layer, counts))
+        if progress:
+            progress.advance(1)
+    if progress:
+        progress.finish()
+    return found
+
+
+def _stored(path: Path, source: Source) -> Calibrated | None:
+    """What was measured beside the moments, None where nothing was. UserError where it was another model."""
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        values = record["calibrated"]
+        found = Calibrated(**values)
+        probes = tuple(Measured(**{**probe, "error": float(probe["error"])}) for probe in values["probes"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"what was measured cannot be read: {error}", where=str(path), fix="remove the file, measure again"
+        ) from error
+    if record.get("weights") != digest(source.folder):
+        raise UserError(
+            "these moments were measured on other weights", where=str(path.parent), fix="name another --moments folder"
+        )
+    return replace(found, probes=probes, kinds=tuple(found.kinds))

@@ -1,0 +1,170 @@
+"""The price list: budgets, what is measured and kept, and the command it ends with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import retrofit
+from retrofit.errors import UserError
+from retrofit.kv_heads.convert import CalibrationText
+from retrofit.pipeline import prices as module
+from retrofit.pipeline.budget import Budget, parse_budget, within
+from tests.pipeline.conftest import retrofit as command
+from tests.tiny import save_tiny
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("2GiB@32k", Budget(2 << 30, 32_768)),
+        ("1.5 MB @ 1000", Budget(1_500_000, 1000)),
+        ("512B@1m", Budget(512, 1 << 20)),
+    ],
+)
+def test_budgets_are_bytes_at_a_length(text: str, want: Budget) -> None:
+    assert parse_budget(text) == want
+
+
+@pytest.mark.parametrize("text", ["", "2GiB", "2@32k", "GiB@32k", "2GiB@", "-1GiB@32k", "0GiB@32k", "2GiB@0", "2XB@1"])
+def test_what_is_no_budget_says_how_one_is_written(text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_budget(text)
+    assert "2GiB@32k" in str(caught.value.fix)
+
+
+def test_the_most_heads_that_fit_are_chosen() -> None:
+    caches = {8: 800, 4: 400, 2: 200, 1: 100}
+    assert within(Budget(799, 10), caches) == 4 and within(Budget(400, 10), caches) == 4
+    assert within(Budget(399, 10), caches) == 2 and within(Budget(100, 10), caches) == 1
+    with pytest.raises(UserError, match="inside this budget as it is: its 8 KV heads need 800 B"):
+        within(Budget(800, 10), caches)
+    with pytest.raises(UserError, match="even 1 KV head needs 100 B") as caught:
+        within(Budget(50, 10), caches)
+    assert caught.value.fix == "allow 100 B, or about 5 tokens"
+
+
+def test_every_fourth_sequence_of_a_kind_is_scored_and_not_fitted() -> None:
+    ids = torch.arange(9)[:, None].expand(9, 16)
+    fit, scored = module.split(CalibrationText(ids, tuple("aaaaabbbb")))
+    assert scored.input_ids_NT[:, 0].tolist() == [3, 8] and scored.kinds == ("a", "b")
+    assert fit.input_ids_NT[:, 0].tolist() == [0, 1, 2, 4, 5, 6, 7]
+    with pytest.raises(UserError, match="`b` has 3 sequences") as caught:
+        module.split(CalibrationText(ids[:8], tuple("aaaaabbb")))
+    assert caught.value.fix == "give at least --tokens 128"
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Llama with 8 KV heads."""
+    shape = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    return save_tiny(tmp_path_factory.mktemp("eight") / "model", "llama", **shape)
+
+
+@pytest.fixture(scope="module")
+def options(eight: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    kept = tmp_path_factory.mktemp("kept") / "moments"
+    return ["plan", eight, "--kv-heads", "--tokens", 4096, "--moments", kept, "--json"]
+
+
+@pytest.fixture(scope="module")
+def listed(options: list[object]) -> dict[str, object]:
+    done = command(*options)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_the_list_for_machines(listed: dict[str, object]) -> None:
+    rows = {row["kv_heads"]: row for row in listed["prices"]}  # type: ignore[attr-defined]
+    assert list(rows) == [8, 4, 2, 1] and listed["length"] == 512
+    assert {count: row["how"] for count, row in rows.items()} == {
+        8: "original",
+        4: "predicted",
+        2: "measured",
+        1: "measured",
+    }
+    per_token = 2 * 8 * 4 * 2  # K and V, head dim, bytes of float32, layers
+    assert all(row["kv_bytes_per_token"] == per_token * count for count, row in rows.items())
+    assert all(row["kv_cache_bytes"] == per_token * count * 512 for count, row in rows.items())
+    assert rows[8]["cost"] == 0 and rows[8]["increase"] == 0 and rows[8]["ratio"] == 1
+    assert 0 < rows[4]["cost"] < rows[2]["cost"] < rows[1]["cost"]
+    assert [layer["index"] for layer in rows[1]["layers"]] == [0, 1]
+    assert sum(layer["cost"] for layer in rows[1]["layers"]) == pytest.approx(rows[1]["cost"])
+    assert [probe["kv_heads"] for probe in listed["calibrated"]["probes"]] == [1, 2]  # type: ignore[index]
+    assert listed["kv_heads"] is None and listed["command"] is None
+
+
+def test_kept_moments_give_the_same_list_without_a_pass_over_text(
+    options: list[object], listed: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the model ran")
+
+    for name in ("survey", "convert_heads", "calibration_text"):
+        monkeypatch.setattr(module, name, never)
+    done = command(*options)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == listed
+
+
+def test_a_budget_picks_and_names_the_next_command(options: list[object], eight: Path) -> None:
+    done = command(*options, "--kv-budget", "150KiB@256")
+    found = json.loads(done.stdout)
+    assert found["kv_heads"] == 4 and found["prices"][1]["kv_cache_bytes"] == 512 * 256
+    assert found["command"] == f"retrofit convert {eight} --kv-heads 4 --out out/kv4"
+    done = command("plan", "gqa", "--model", *options[1:-1], "--kv-budget", "70KiB@256")
+    assert f"retrofit run gqa --model {eight} --set convert.kv_heads=2" in done.output
+    assert "measured: 1 KV heads" in done.output and "before any recovery" in done.output
+
+
+def test_moments_of_other_weights_and_of_no_loss(options: list[object], tmp_path: Path, eight: Path) -> None:
+    kept = Path(str(options[-2]))
+    other = save_tiny(tmp_path / "other", "llama", seed=1, num_attention_heads=8, num_key_value_heads=8)
+    done = command("plan", other, "--kv-heads", "--moments", kept)
+    assert done.exit_code == 2 and "measured on other weights" in done.output
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for path in kept.glob("layer-*"):
+        (alone / path.name).write_bytes(path.read_bytes())
+    found = json.loads(command("plan", eight, "--kv-heads", "--moments", alone, "--json").stdout)
+    assert [row["increase"] for row in found["prices"]] == [0.0, None, None, None]
+    assert found["prices"][3]["cost"] > 0 and "no loss was measured" in found["notes"][-1]
+    four = save_tiny(tmp_path / "four", "llama")
+    done = command("plan", four, "--kv-heads", "--moments", alone)
+    assert done.exit_code == 2 and "8 KV heads" in done.output
+
+
+def test_bad_input_is_told_before_any_work(tmp_path: Path, eight: Path) -> None:
+    def error(*arguments: object) -> str:
+        done = command("plan", *arguments)
+        assert done.exit_code == 2 and "Traceback" not in done.output
+        return done.output
+
+    assert "belongs to the price list" in error("gqa", "--model", eight, "--tokens", 4096)
+    assert "is not a KV-cache budget" in error(eight, "--kv-budget", "lots")
+    assert "as it is" in error(eight, "--kv-budget", "1GiB@256")
+    assert "even 1 KV head needs" in error(eight, "--kv-budget", "1KiB@256")
+    assert "too few tokens" in error(eight, "--kv-heads", "--tokens", 512)
+    single = save_tiny(tmp_path / "single", "llama", num_key_value_heads=1)
+    assert "nothing to choose" in error(single, "--kv-heads")
+    assert "names no model" in error("gqa", "--kv-heads")
+
+
+def test_a_family_that_cannot_hold_fewer_heads_is_refused_or_re_expressed(tmp_path: Path) -> None:
+    refused = tmp_path / "bloom"
+    refused.mkdir()
+    (refused / "config.json").write_text(json.dumps({"model_type": "bloom"}))
+    with pytest.raises(UserError, match="`bloom` is not supported"):
+        retrofit.prices(refused, measure=False)
+
+
+def test_the_probe_needs_room_for_a_checkpoint(eight: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1, used=1, free=1))
+    with pytest.raises(UserError, match="free"):
+        retrofit.prices(eight, tokens=4096, measure=False)
