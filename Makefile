@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt
 
-.PHONY: demo test test-slow lint bench install clean
+.PHONY: demo test test-slow lint bench bench-curve install clean
 
 $(VENV)/.demo: pyproject.toml constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,9 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m evals.benchmarks.startup
 	$(BIN)/python -m evals.benchmarks.scoring
 	$(BIN)/python -m evals.benchmarks.recovery
+
+bench-curve: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m evals.benchmarks.head_curve
 
 clean:
 	rm -rf $(VENV) build dist

@@ -8,30 +8,26 @@ them. So the list says what a converted checkpoint has lost before any recovery.
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrofit.checkpoint.provenance import digest
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.write import require_free_space, require_writable
-from retrofit.console import jsonable, nbytes
+from retrofit.console import nbytes
 from retrofit.console import seconds as duration
 from retrofit.errors import UserError
 from retrofit.kv_heads import moments as stored_moments
-from retrofit.kv_heads.convert import CalibrationText
-from retrofit.kv_heads.convert import convert as convert_heads
-from retrofit.kv_heads.price import Curve, LayerCost, Measured, fit_curve, layer_costs, probe_counts
-from retrofit.kv_heads.survey import survey
+from retrofit.kv_heads.price import Curve, LayerCost, fit_curve, layer_costs, probe_counts
 from retrofit.kv_heads.weights import read_layer
 from retrofit.model.families import describe, family_of
 from retrofit.model.load import load_config, load_tokenizer, resolve_device
 from retrofit.model.source import Source, resolve
 from retrofit.model.spec import AttentionSpec
+from retrofit.pipeline import probes
 from retrofit.pipeline.budget import Budget, within
 from retrofit.pipeline.plan import DTYPE_BYTES, Throughput, claimed_length, converted_spec, make_plan
 from retrofit.pipeline.prepare import check_surgery, facts_of, require_model
@@ -43,8 +39,6 @@ if TYPE_CHECKING:
     from retrofit.console import Progress
 
 TOKENS = 16_384
-HELD_OUT = 4  # every fourth sequence of a kind is scored, and no conversion sees it
-PROBES = "probes.json"
 
 
 @dataclass(frozen=True)
@@ -74,19 +68,6 @@ class Price:
 
 
 @dataclass(frozen=True)
-class Calibrated:
-    """What was measured: mean loss of the original and of the probes beyond it, nats per token, on `scored_tokens`
-    tokens of `kinds` that no conversion saw; converted on `tokens` tokens with `repair`."""
-
-    original_loss: float
-    probes: tuple[Measured, ...]
-    repair: str
-    tokens: int
-    scored_tokens: int
-    kinds: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class PriceList:
     """Prices from the most KV heads to the fewest. length: tokens of the cache that is shown. curve: from cost to
     loss. kv_heads: what fits the budget, and command: what makes it (None without a budget)."""
@@ -94,7 +75,7 @@ class PriceList:
     model: str
     length: int
     prices: tuple[Price, ...]
-    calibrated: Calibrated | None
+    calibrated: probes.Calibrated | None
     curve: Curve | None
     budget: Budget | None
     kv_heads: int | None
@@ -135,19 +116,19 @@ def prices(
         notes.append(f"the recipe converts by `{section.method}`; these are the prices of `calibrated`")
     if length > claimed_length(recipe, spec.max_position_embeddings):
         notes.append(f"{length:,} tokens lie beyond the model's {spec.max_position_embeddings:,} positions")
-    kept = moments is not None and stored_moments.saved(moments) == tuple(range(len(spec.layers)))
+    read = moments is not None and stored_moments.saved(moments) == tuple(range(len(spec.layers)))
     if moments is not None:
         require_writable(moments)
     calibration = _calibration(section.calibration, spec, tokens)
-    if not kept:
+    if not read:
         check_sources(calibration.text)
         _estimate(recipe, section, calibration, source, config, spec, counts, throughput, progress)
     source = resolve(model, revision=revision or recipe.revision, progress=progress)
     Checkpoint.open(source.folder).require_finite()
     with tempfile.TemporaryDirectory(prefix="retrofit-prices-") as work:
-        folder = moments or Path(work) / "moments"
-        if kept:
-            calibrated = _stored(folder / PROBES, source)
+        folder = moments if moments and read else Path(work) / "moments"
+        if read:
+            calibrated = probes.kept(folder, source.folder)
             if calibrated is None:
                 notes.append(f"no loss was measured beside the moments in {folder}: costs are shown, and no losses")
         else:
@@ -155,11 +136,18 @@ def prices(
             text = calibration_text(
                 calibration, load_tokenizer(source.folder), seed=recipe.seed, teacher=teacher, progress=progress
             )
-            fit, scored = split(text)
-            calibrated = _measure(source.folder, section, fit, scored, counts, folder, Path(work), device, progress)
+            calibrated = probes.measure(
+                source.folder,
+                section,
+                *probes.split(text),
+                probe_counts(counts[:-1]),
+                moments=folder,
+                work=Path(work),
+                device=device,
+                progress=progress,
+            )
             if moments is not None:
-                record = {"weights": digest(source.folder), "calibrated": calibrated}
-                (folder / PROBES).write_text(json.dumps(jsonable(record), indent=1) + "\n", encoding="utf-8")
+                probes.keep(calibrated, folder, moments, source.folder)
         layers = _costs(source.folder, spec, counts, folder, progress)
     listed, curve = price_list(spec, layers, calibrated, caches, value_bytes)
     if curve and curve.note:
@@ -172,7 +160,7 @@ def prices(
         curve=curve,
         budget=budget,
         kv_heads=chosen,
-        command=None if chosen is None else command.format(kv_heads=chosen),
+        command=None if chosen is None else command.replace("{kv_heads}", str(chosen)),
         notes=tuple(notes),
     )
 
@@ -180,7 +168,7 @@ def prices(
 def price_list(
     spec: AttentionSpec,
     layers: list[Mapping[int, LayerCost]],
-    calibrated: Calibrated | None,
+    calibrated: probes.Calibrated | None,
     caches: Mapping[int, int],
     value_bytes: int,
 ) -> tuple[tuple[Price, ...], Curve | None]:
@@ -207,29 +195,6 @@ def price_list(
             )
         )
     return tuple(rows), curve
-
-
-def split(text: CalibrationText) -> tuple[CalibrationText, CalibrationText]:
-    """Every `HELD_OUT`th sequence of each kind is for scoring, the others are for conversion."""
-    seen: dict[str, int] = {}
-    scored = []
-    for index, kind in enumerate(text.kinds):
-        seen[kind] = seen.get(kind, 0) + 1
-        if seen[kind] % HELD_OUT == 0:
-            scored.append(index)
-    fit = [index for index in range(len(text.kinds)) if index not in set(scored)]
-    few = [kind for kind, count in seen.items() if count < HELD_OUT]
-    if few:
-        raise UserError(
-            f"too few tokens: `{few[0]}` has {seen[few[0]]} sequences, and {HELD_OUT} of each kind are needed",
-            where="--tokens",
-            fix=f"give at least --tokens {HELD_OUT * len(seen) * text.input_ids_NT.shape[1]}",
-        )
-    return _rows(text, fit), _rows(text, scored)
-
-
-def _rows(text: CalibrationText, rows: list[int]) -> CalibrationText:
-    return CalibrationText(text.input_ids_NT[rows], tuple(text.kinds[row] for row in rows))
 
 
 def _possible(config: Any, spec: AttentionSpec) -> tuple[int, ...]:
@@ -273,65 +238,16 @@ def _estimate(
         }
     )
     plan = make_plan(only, facts, *([throughput] if throughput else []))
-    probes = probe_counts(counts[:-1])
+    probed = probe_counts(counts[:-1])
     require_free_space(Path(tempfile.gettempdir()), int(1.1 * facts.weight_bytes))
     if progress:
         # The original's pass with its moments is half of a conversion, each probe a whole one and its scoring.
-        seconds = plan.seconds * (0.5 + len(probes) * 1.25)
-        heads = " and ".join(map(str, probes))
+        seconds = plan.seconds * (0.5 + len(probed) * 1.25)
+        heads = " and ".join(map(str, probed))
         progress.note(
             f"about {duration(seconds)}: one pass over {calibration.tokens:,} tokens, and probes with {heads} KV heads "
             f"({plan.throughput.how}); at most {nbytes(facts.weight_bytes)} of temporary files"
         )
-
-
-def _measure(
-    folder: Path,
-    section: Convert,
-    fit: CalibrationText,
-    scored: CalibrationText,
-    counts: tuple[int, ...],
-    moments: Path,
-    work: Path,
-    device: str,
-    progress: Progress | None,
-) -> Calibrated:
-    """Moments of the original into `moments`, and the loss of the probes beyond its own."""
-    ids_NT = scored.input_ids_NT
-    before_N = survey(
-        folder,
-        ids_NT,
-        measured_NT=fit.input_ids_NT,
-        moments=moments,
-        device=device,
-        task="moments of the original",
-        progress=progress,
-    )
-    probes = []
-    for count in probe_counts(counts[:-1]):
-        with tempfile.TemporaryDirectory(dir=work) as made:
-            convert_heads(
-                folder,
-                Path(made),
-                kv_heads=count,
-                method="calibrated",
-                repair=section.repair,
-                text=fit,
-                device=device,
-                progress=progress,
-            )
-            after_N = survey(Path(made), ids_NT, device=device, task=f"score {count} KV heads", progress=progress)
-        increase_N = after_N - before_N
-        error = float(increase_N.std() / math.sqrt(len(increase_N))) if len(increase_N) > 1 else math.nan
-        probes.append(Measured(count, float(increase_N.mean()), error))
-    return Calibrated(
-        original_loss=float(before_N.mean()),
-        probes=tuple(probes),
-        repair=section.repair,
-        tokens=fit.input_ids_NT.numel(),
-        scored_tokens=ids_NT.numel(),
-        kinds=tuple(dict.fromkeys(scored.kinds)),
-    )
 
 
 def _costs(
@@ -357,23 +273,3 @@ def _costs(
     if progress:
         progress.finish()
     return found
-
-
-def _stored(path: Path, source: Source) -> Calibrated | None:
-    """What was measured beside the moments, None where nothing was. UserError where it was another model."""
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        values = record["calibrated"]
-        found = Calibrated(**values)
-        probes = tuple(Measured(**{**probe, "error": float(probe["error"])}) for probe in values["probes"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"what was measured cannot be read: {error}", where=str(path), fix="remove the file, measure again"
-        ) from error
-    if record.get("weights") != digest(source.folder):
-        raise UserError(
-            "these moments were measured on other weights", where=str(path.parent), fix="name another --moments folder"
-        )
-    return replace(found, probes=probes, kinds=tuple(found.kinds))

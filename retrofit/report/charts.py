@@ -102,6 +102,28 @@ def perplexity_by_length(
     return _picture(name, title, draw, alone=alone)
 
 
+def loss_by_kv_heads(name: str, lines: Sequence[Line], *, title: str = "", alone: bool = False) -> Picture:
+    """Increase of the loss (y, nats) against the number of KV heads (x, base-2 logarithm, the most at the left)."""
+    palette = [*STYLES.values(), *_OTHERS]
+
+    def draw(axes: Axes) -> None:
+        axes.set_xscale("log", base=2)
+        ticks = sorted({x for line in lines for x in line.x})
+        axes.set_xticks(ticks, [str(int(x)) for x in ticks])
+        axes.minorticks_off()
+        axes.invert_xaxis()
+        for line, style in zip(lines, palette, strict=False):
+            drawn: dict[str, Any] = {"color": style.colour, "marker": style.marker, "linestyle": style.dash}
+            axes.plot(line.x, line.y, markersize=5, linewidth=1.8, **drawn)
+        _log_if_wide(axes, [y for line in lines for y in line.y])
+        axes.set_xlabel("KV heads")
+        axes.set_ylabel("loss beyond the original's (nats)")
+        ends = [(line.label, line.x[-1], line.y[-1], s.colour) for line, s in zip(lines, palette, strict=False)]
+        _place_labels(axes, ends)
+
+    return _picture(name, title, draw, alone=alone)
+
+
 def loss_by_position(name: str, lines: Sequence[Line], *, native: int | None, title: str = "") -> Picture:
     """Mean loss (y, nats) against position in the document (x, tokens)."""
 

@@ -13,6 +13,7 @@ import retrofit
 from retrofit.errors import UserError
 from retrofit.kv_heads.convert import CalibrationText
 from retrofit.pipeline import prices as module
+from retrofit.pipeline import probes
 from retrofit.pipeline.budget import Budget, parse_budget, within
 from tests.pipeline.conftest import retrofit as command
 from tests.tiny import save_tiny
@@ -50,11 +51,11 @@ def test_the_most_heads_that_fit_are_chosen() -> None:
 
 def test_every_fourth_sequence_of_a_kind_is_scored_and_not_fitted() -> None:
     ids = torch.arange(9)[:, None].expand(9, 16)
-    fit, scored = module.split(CalibrationText(ids, tuple("aaaaabbbb")))
+    fit, scored = probes.split(CalibrationText(ids, tuple("aaaaabbbb")))
     assert scored.input_ids_NT[:, 0].tolist() == [3, 8] and scored.kinds == ("a", "b")
     assert fit.input_ids_NT[:, 0].tolist() == [0, 1, 2, 4, 5, 6, 7]
     with pytest.raises(UserError, match="`b` has 3 sequences") as caught:
-        module.split(CalibrationText(ids[:8], tuple("aaaaabbb")))
+        probes.split(CalibrationText(ids[:8], tuple("aaaaabbb")))
     assert caught.value.fix == "give at least --tokens 128"
 
 
@@ -104,8 +105,9 @@ def test_kept_moments_give_the_same_list_without_a_pass_over_text(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the model ran")
 
-    for name in ("survey", "convert_heads", "calibration_text"):
-        monkeypatch.setattr(module, name, never)
+    monkeypatch.setattr(module, "calibration_text", never)
+    for name in ("survey", "convert_heads"):
+        monkeypatch.setattr(probes, name, never)
     done = command(*options)
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == listed
@@ -125,7 +127,7 @@ def test_moments_of_other_weights_and_of_no_loss(options: list[object], tmp_path
     kept = Path(str(options[-2]))
     other = save_tiny(tmp_path / "other", "llama", seed=1, num_attention_heads=8, num_key_value_heads=8)
     done = command("plan", other, "--kv-heads", "--moments", kept)
-    assert done.exit_code == 2 and "measured on other weights" in done.output
+    assert done.exit_code == 2 and "of other weights" in done.output
     alone = tmp_path / "alone"
     alone.mkdir()
     for path in kept.glob("layer-*"):

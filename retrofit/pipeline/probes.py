@@ -1,0 +1,143 @@
+"""The measured points of a price list: really converted, on text that a part of was held out, and scored on that part.
+
+What was measured is kept beside the moments, so that the same list needs no pass over text a second time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from retrofit.checkpoint.provenance import digest
+from retrofit.console import to_json
+from retrofit.errors import UserError
+from retrofit.kv_heads.convert import CalibrationText
+from retrofit.kv_heads.convert import convert as convert_heads
+from retrofit.kv_heads.price import Measured
+from retrofit.kv_heads.survey import survey
+from retrofit.recipe.schema import Convert
+
+if TYPE_CHECKING:
+    from retrofit.console import Progress
+
+HELD_OUT = 4  # every fourth sequence of a kind is scored, and no conversion sees it
+FILE = "probes.json"
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What was measured: mean loss of the original and of the probes beyond it, nats per token, on `scored_tokens`
+    tokens of `kinds` that no conversion saw; converted on `tokens` tokens with `repair`."""
+
+    original_loss: float
+    probes: tuple[Measured, ...]
+    repair: str
+    tokens: int
+    scored_tokens: int
+    kinds: tuple[str, ...]
+
+
+def split(text: CalibrationText) -> tuple[CalibrationText, CalibrationText]:
+    """Every `HELD_OUT`th sequence of each kind is for scoring, the others are for conversion."""
+    seen: dict[str, int] = {}
+    scored = []
+    for index, kind in enumerate(text.kinds):
+        seen[kind] = seen.get(kind, 0) + 1
+        if seen[kind] % HELD_OUT == 0:
+            scored.append(index)
+    fit = [index for index in range(len(text.kinds)) if index not in set(scored)]
+    few = [kind for kind, count in seen.items() if count < HELD_OUT]
+    if few:
+        raise UserError(
+            f"too few tokens: `{few[0]}` has {seen[few[0]]} sequences, and {HELD_OUT} of each kind are needed",
+            where="--tokens",
+            fix=f"give at least --tokens {HELD_OUT * len(seen) * text.input_ids_NT.shape[1]}",
+        )
+    return _rows(text, fit), _rows(text, scored)
+
+
+def _rows(text: CalibrationText, rows: list[int]) -> CalibrationText:
+    return CalibrationText(text.input_ids_NT[rows], tuple(text.kinds[row] for row in rows))
+
+
+def measure(
+    folder: Path,
+    section: Convert,
+    fit: CalibrationText,
+    scored: CalibrationText,
+    counts: tuple[int, ...],
+    *,
+    moments: Path,
+    work: Path,
+    device: str,
+    progress: Progress | None,
+) -> Calibrated:
+    """Moments of the original into `moments`, and the loss of the probes beyond its own."""
+    ids_NT = scored.input_ids_NT
+    before_N = survey(
+        folder,
+        ids_NT,
+        measured_NT=fit.input_ids_NT,
+        moments=moments,
+        device=device,
+        task="moments of the original",
+        progress=progress,
+    )
+    probes = []
+    for count in counts:
+        with tempfile.TemporaryDirectory(dir=work) as made:
+            convert_heads(
+                folder,
+                Path(made),
+                kv_heads=count,
+                method="calibrated",
+                repair=section.repair,
+                text=fit,
+                device=device,
+                progress=progress,
+            )
+            after_N = survey(Path(made), ids_NT, device=device, task=f"score {count} KV heads", progress=progress)
+        increase_N = after_N - before_N
+        error = float(increase_N.std() / math.sqrt(len(increase_N))) if len(increase_N) > 1 else math.nan
+        probes.append(Measured(count, float(increase_N.mean()), error))
+    return Calibrated(
+        original_loss=float(before_N.mean()),
+        probes=tuple(probes),
+        repair=section.repair,
+        tokens=fit.input_ids_NT.numel(),
+        scored_tokens=ids_NT.numel(),
+        kinds=tuple(dict.fromkeys(scored.kinds)),
+    )
+
+
+def keep(calibrated: Calibrated, moments: Path, folder: Path, source: Path) -> None:
+    """Copy the moments to `folder` and write what was measured beside them. source: the folder of the weights.
+
+    All at the end: a folder of moments alone would be taken for one where nothing was to be measured.
+    """
+    shutil.copytree(moments, folder, dirs_exist_ok=True)
+    record = {"weights": digest(source), "calibrated": calibrated}
+    (folder / FILE).write_text(to_json(record) + "\n", encoding="utf-8")
+
+
+def kept(folder: Path, source: Path) -> Calibrated | None:
+    """What was measured beside the moments in `folder`, None where nothing was. UserError for other weights."""
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = Calibrated(**record["calibrated"])
+        probes = tuple(Measured(**{**p, "error": float(p["error"])}) for p in record["calibrated"]["probes"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"what was measured cannot be read: {error}", where=str(path), fix="remove the file, measure again"
+        ) from error
+    if record.get("weights") != digest(source):
+        raise UserError("these moments are of other weights", where=str(folder), fix="name another --moments folder")
+    return replace(found, probes=probes, kinds=tuple(found.kinds))
