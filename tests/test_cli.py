@@ -105,6 +105,22 @@ def test_inspect_shows_conversions_and_cache(tiny: Path) -> None:
     assert found["kv_heads"] == 4 and found["kv_cache_bytes"]["8192"] == 8192 * 1024
 
 
+def test_inspect_lints_a_folder_whose_architecture_is_not_known(tmp_path: Path) -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+    config = {"model_type": "falcon", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 2048}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
+    text = cli("inspect", tmp_path)
+    assert "`falcon` is not supported" in text and "without the original length" in text
+    rope["original_max_position_embeddings"] = 512
+    (tmp_path / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
+    found = json.loads(cli("inspect", tmp_path, "--json"))
+    assert found["findings"] == [] and {one["engine"] for one in found["readings"]} == {
+        "transformers",
+        "vLLM",
+        "llama.cpp",
+    }
+
+
 def test_doctor_names_every_kernel() -> None:
     found = json.loads(cli("doctor", "--json"))
     assert {"eager", "sdpa", "blockwise"} <= {kernel["name"] for kernel in found["kernels"] if kernel["available"]}

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
+from retrofit.context.engines import differences
 from retrofit.context.fields import RopeView, as_dict, is_nested, original_length, rotary_dim, text_part, views
-from retrofit.context.frequencies import longrope_attention_factor, yarn_attention_factor
 from retrofit.errors import UserError
 
 _COMMON = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"})
@@ -37,7 +37,6 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
 # Older names that transformers maps itself.
 _ALIASES = {"su": "longrope", "mrope": "default"}
 _NEEDS_ORIGINAL = ("yarn", "longrope", "llama3")
-_LONGROPE_ARCHITECTURES = ("phi3", "phimoe", "minicpm", "minicpm3")
 
 
 @dataclass(frozen=True)
@@ -121,6 +120,16 @@ def _theta(facts: _Facts) -> Iterator[Finding]:
             "latter, older readers this one"
         )
         yield Finding("error", "rope_theta", what, "keep one value in both places", "theta-conflict")
+
+
+def _partial(facts: _Facts) -> Iterator[Finding]:
+    """A rotated share in two places: transformers 5 takes the one inside, older readers the one at the top."""
+    outside = facts.raw.get("partial_rotary_factor")
+    for view in facts.views:
+        if outside is not None and view.parameters.get("partial_rotary_factor") != outside:
+            inside = view.parameters["partial_rotary_factor"]
+            what = f"partial_rotary_factor is {outside:g} at the top and {inside:g} here: readers differ"
+            yield Finding("error", view.where, what, "keep one value in both places", "partial-conflict")
 
 
 def _absent(facts: _Facts) -> Iterator[Finding]:
@@ -223,38 +232,19 @@ def _window(facts: _Facts) -> Iterator[Finding]:
         yield Finding(severity, where, what, "make the three agree", "window-mismatch")
 
 
-def _engines(facts: _Facts) -> Iterator[Finding]:
+def _dependent(facts: _Facts) -> Iterator[Finding]:
     for view in facts.views:
         kind, got = _ALIASES.get(view.rope_type, view.rope_type), view.parameters
-        original = original_length(facts.raw, got)
-        enlarged = isinstance(facts.window, int) and original is not None and facts.window > original
-        if kind in ("linear", "dynamic") and enlarged and _is_number(got.get("factor")):
-            what = (
-                f"vLLM multiplies the enlarged window {facts.window} by factor {got['factor']:g} once more and accepts "
-                "positions the model was never extended to"
-            )
-            fix = f"start it with --max-model-len {facts.window}, or use ntk, yarn or llama3"
-            yield Finding("warning", view.where, what, fix, "counts-twice")
-        dependent = kind == "dynamic" or (kind == "longrope" and got.get(_LISTS[0]) != got.get(_LISTS[1]))
-        if dependent:
+        if kind == "dynamic" or (kind == "longrope" and got.get(_LISTS[0]) != got.get(_LISTS[1])):
             what = f"`{kind}` changes the encoding of a prefix with the total length: cached keys go stale"
             fix = "measure each length by itself; for a fixed encoding use yarn, llama3 or ntk"
             yield Finding("warning", view.where, what, fix, "length-dependent")
-        if kind == "longrope" and facts.raw.get("model_type") not in _LONGROPE_ARCHITECTURES:
-            what = f"llama.cpp reads longrope wrongly on the {facts.raw.get('model_type')} architecture"
-            yield Finding("warning", view.where, what, "use yarn, llama3 or ntk for llama.cpp", "longrope-llama-cpp")
-        yield from _attention_factor(facts, view, kind)
 
 
-def _attention_factor(facts: _Facts, view: RopeView, kind: str) -> Iterator[Finding]:
-    given, original = view.parameters.get("attention_factor"), original_length(facts.raw, view.parameters)
-    if kind not in ("yarn", "longrope") or not _is_number(given) or original is None:
-        return
-    factor = view.parameters.get("factor") or (facts.window / original if isinstance(facts.window, int) else 1.0)
-    usual = yarn_attention_factor(factor) if kind == "yarn" else longrope_attention_factor(factor, original)
-    if not math.isclose(given, usual, rel_tol=1e-3):
-        what = f"attention_factor {given:g} is not the usual {usual:.4g}: vLLM and llama.cpp compute the usual one"
-        yield Finding("warning", view.where, what, "leave it out where the usual value will do", "attention-factor")
+def _engines(facts: _Facts) -> Iterator[Finding]:
+    """Where vLLM or llama.cpp would compute something else from the same file."""
+    for one in differences(facts.raw):
+        yield Finding("warning", one.where, one.text, one.fix, f"engine-{one.what}")
 
 
 def _layers(facts: _Facts) -> Iterator[Finding]:
@@ -304,12 +294,14 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 _RULES: tuple[Callable[[_Facts], Iterable[Finding]], ...] = (
     _theta,
+    _partial,
     _absent,
     _names_agree,
     _types,
     _keys,
     _original,
     _window,
+    _dependent,
     _engines,
     _layers,
     _lists,

@@ -59,11 +59,13 @@ def rotary_fields(
     if parameters.get("partial_rotary_factor") is not None:
         fields["partial_rotary_factor"] = parameters["partial_rotary_factor"]
     # The older longrope of phi3 has no attention factor and allows no other key: it cannot say the same.
-    if full.rope_type != "default" and not (full.rope_type == "longrope" and "attention_factor" in parameters):
+    new_only = "attention_factor" in parameters or ("factor" in parameters and text.get("model_type") == "phi3")
+    if full.rope_type != "default" and not (full.rope_type == "longrope" and new_only):
         inside = ("rope_theta", "partial_rotary_factor")
         fields["rope_scaling"] = {key: value for key, value in parameters.items() if key not in inside}
     known = original if original is not None else original_length(text, full.parameters)
-    at_top = "original_max_position_embeddings" in text or full.rope_type in ("default", "linear")
+    # llama.cpp's converter looks for llama3's original length at the top only, and takes 8192 when it is not there.
+    at_top = "original_max_position_embeddings" in text or full.rope_type in ("default", "linear", "llama3")
     if known is not None and known < length and at_top:
         fields["original_max_position_embeddings"] = known
     return fields

@@ -66,7 +66,8 @@ class Inspection:
     """A model's attention and what can be done with it.
 
     parameters: number of values, tied matrices once. dtype: of the stored weights; cache sizes are in bytes in that
-    dtype, for one sequence. findings: what the RoPE linter says (empty: nothing wrong), as it was given.
+    dtype, for one sequence. findings: what the RoPE linter says (empty: nothing wrong), as it was given; readings: what
+    transformers, vLLM and llama.cpp each make of the rotary fields.
     """
 
     model: str
@@ -91,12 +92,26 @@ class Inspection:
     kv_cache_bytes: dict[int, int]
     conversions: tuple[ConversionSummary, ...]
     findings: tuple[Any, ...]
+    readings: tuple[Any, ...] = ()
 
 
-def inspect(model: Source | str | Path, *, findings: Sequence[Any] = ()) -> Inspection:
+@dataclass(frozen=True)
+class Undescribed:
+    """A folder whose architecture is not known here: what the RoPE linter says of it all the same.
+
+    reason: why nothing else can be said.
+    """
+
+    model: str
+    reason: str
+    findings: tuple[Any, ...]
+    readings: tuple[Any, ...]
+
+
+def inspect(model: Source | str | Path, *, findings: Sequence[Any] = (), readings: Sequence[Any] = ()) -> Inspection:
     """Describe a model: a resolved `Source`, or whatever `source.resolve` takes (its weights are not fetched then).
 
-    findings: the linter's verdict on its configuration (`retrofit.context.rope.lint`), shown as it is.
+    findings, readings: of its configuration (`retrofit.context.rope.lint`, `.readings`), shown as they are.
     Raises UserError as `source.resolve` does.
     """
     from retrofit.model.load import load_config
@@ -129,6 +144,7 @@ def inspect(model: Source | str | Path, *, findings: Sequence[Any] = ()) -> Insp
         kv_cache_bytes=_cache_bytes(spec, value_bytes),
         conversions=tuple(_summary(c, spec, value_bytes) for c in family_of(config).conversions(spec)),
         findings=tuple(findings),
+        readings=tuple(readings),
     )
 
 

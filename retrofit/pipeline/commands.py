@@ -23,7 +23,7 @@ from retrofit.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
-    from retrofit.model.inspect import Inspection
+    from retrofit.model.inspect import Inspection, Undescribed
     from retrofit.pipeline.compare import Comparison
     from retrofit.pipeline.doctor import Health
     from retrofit.pipeline.prices import PriceList
@@ -176,15 +176,27 @@ def prices(
         )
 
 
-def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
-    """What a model's attention is, what its KV cache costs, and which conversions are possible. Loads no weights."""
-    from retrofit.context.rope import lint_folder
+def inspect(model: str | Path, *, revision: str | None = None) -> Inspection | Undescribed:
+    """What a model's attention is, what its KV cache costs, and which conversions are possible. Loads no weights.
+
+    A folder of an architecture that is not known here still gets the RoPE linter's verdict.
+    """
+    from retrofit.context.rope import lint_folder, readings
+    from retrofit.model.inspect import Undescribed
     from retrofit.model.inspect import inspect as inspect_source
+    from retrofit.model.load import load_config, read_config
     from retrofit.model.source import resolve
 
     with _quiet():
-        source = resolve(model, revision=revision, weights=False)
-        return inspect_source(source, findings=lint_folder(source.folder))
+        try:
+            source = resolve(model, revision=revision, weights=False)
+        except UserError as error:
+            folder = Path(model).expanduser()
+            if not (folder / "config.json").is_file():
+                raise
+            return Undescribed(str(model), str(error), tuple(lint_folder(folder)), readings(read_config(folder)))
+        found = readings(load_config(source.folder))
+        return inspect_source(source, findings=lint_folder(source.folder), readings=found)
 
 
 def convert(

@@ -107,9 +107,16 @@ def reexpress(
 
 
 def extend(source: Path, out: Path, context: Context, origin: Origin, *, overwrite: bool = False) -> Extension:
-    """Write `source` with a longer window to `out`; the weights are hard links."""
+    """Write `source` with a longer window to `out`; the weights are hard links, unless positions are learned."""
     with staged(out, overwrite=overwrite) as folder:
-        extension = write_extended(source, folder, length=context.length, factor=context.factor, method=context.method)
+        extension = write_extended(
+            source,
+            folder,
+            length=context.length,
+            factor=context.factor,
+            method=context.method,
+            settings=context.settings,
+        )
         origin.after("extend", dump(context), facts(extension)).write(folder)
     return extension
 
@@ -232,4 +239,6 @@ def _timeless(value: Any) -> Any:
 def dump(section: Convert | Context | Recover) -> dict[str, Any]:
     """A section of a recipe as JSON values, without what its method does not read."""
     unused = {"calibration", "repair"} if isinstance(section, Convert) and not section.calibrates else set()
+    if isinstance(section, Context):
+        unused = {name for name, value in section.settings.model_dump().items() if value is None}
     return section.model_dump(mode="json", exclude=unused)

@@ -172,7 +172,8 @@ def check_surgery(recipe: Recipe, config: Any, spec: AttentionSpec, *, beyond: b
         notes.append(f"{finding.where}: {finding.what}")
     if recipe.context:
         context = recipe.context
-        notes += rope.plan(config, length=context.length, factor=context.factor, method=context.method).notes
+        asked = {"length": context.length, "factor": context.factor, "method": context.method}
+        notes += rope.plan(config, **asked, settings=context.settings).notes  # type: ignore[arg-type]
     claimed = claimed_length(recipe, spec.max_position_embeddings)
     if recipe.evaluate and not beyond:
         _require_within(max(recipe.evaluate.lengths), claimed, "evaluate.lengths")

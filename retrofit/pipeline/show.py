@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.console import Console, nbytes, seconds
+from retrofit.model.inspect import Inspection
 from retrofit.pipeline.plan import Plan, describe_plan
 
 if TYPE_CHECKING:
-    from retrofit.model.inspect import Inspection
+    from retrofit.model.inspect import Undescribed
     from retrofit.pipeline.commands import RecipeEntry
     from retrofit.pipeline.compare import Comparison
     from retrofit.pipeline.doctor import Health
@@ -111,9 +112,17 @@ def _how_calibrated(result: PriceList) -> list[str]:
     return [*lines, f"predicted: loss = {math.exp(curve.log_scale):.3g} cost^{curve.exponent:.2f}, through {through}"]
 
 
-def inspection(console: Console, result: Inspection) -> None:
+def inspection(console: Console, result: Inspection | Undescribed) -> None:
     """`retrofit inspect`."""
     console.result(result)
+    if isinstance(result, Inspection):
+        _described(console, result)
+    else:
+        console.say(f"{result.model}: {result.reason}")
+    _positions(console, result)
+
+
+def _described(console: Console, result: Inspection) -> None:
     facts = [
         ("architecture", f"{result.architecture} ({result.family})"),
         ("parameters", f"{result.parameters:,} in {result.dtype}"),
@@ -132,6 +141,27 @@ def inspection(console: Console, result: Inspection) -> None:
         (c.kv_heads, c.possible, nbytes(c.kv_cache_bytes[32768]) if c.possible else "", c.reason or "")
         for c in result.conversions
     ])  # fmt: skip
+
+
+def _positions(console: Console, result: Inspection | Undescribed) -> None:
+    """What three engines make of the rotary fields, and the linter's verdict."""
+    if result.readings:
+        console.say("")
+        console.table(
+            "Rotary frequencies as three engines read them",
+            ["engine", "layers", "inverse frequencies", "digest", "attention factor", "max length"],
+            [
+                (
+                    one.engine,
+                    one.layer_type or "all",
+                    f"{one.rule}, {one.first:.4g} to {one.last:.4g}",
+                    one.digest,
+                    f"{one.attention_factor:.4g}",
+                    f"{one.max_length:,}",
+                )
+                for one in result.readings
+            ],
+        )
     if not result.findings:
         console.say("\nRoPE linter: nothing to complain about")
     for finding in result.findings:

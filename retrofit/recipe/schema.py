@@ -8,12 +8,32 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Kernel = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "blockwise"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Method = Literal["first", "mean", "procrustes", "real-pca", "calibrated"]
-RopeMethod = Literal["linear", "ntk", "yarn", "llama3"]
+RopeMethod = Literal["linear", "ntk", "yarn", "llama3", "longrope", "none"]
+
+ROPE_SETTINGS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "linear": ("theta", "scale"),
+    "ntk": ("theta",),
+    "yarn": ("theta", "scale", "attention_factor", "beta_fast", "beta_slow"),
+    "llama3": ("theta", "scale", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("theta", "attention_factor", "short_factor", "long_factor"),
+}
+"""What each method reads of `RopeSettings`."""
+
+Definition = Literal["sliding", "transformers", "lm-eval", "yarn", "yarn-truncated", "longlora"]
+RulerTask = Literal["niah_single", "niah_multikey", "variable_tracking", "common_words", "frequent_words"]
+RULER_TASKS: tuple[RulerTask, ...] = (
+    "niah_single",
+    "niah_multikey",
+    "variable_tracking",
+    "common_words",
+    "frequent_words",
+)
 
 _REQUIRE_KEY = re.compile(r"^(ppl|ppl_ratio|tail_ppl|tail_ppl_ratio|kv_ratio|kernel_max_diff)(@\d+)?(/[\w.-]+)?$")
 _REQUIRE_VALUE = re.compile(r"^\s*(<=|>=|<|>)\s*([0-9.]+(?:[eE][+-]?\d+)?)\s*$")
@@ -70,8 +90,35 @@ class Convert(Section):
         return self.method not in ("first", "mean")
 
 
-class Context(Section):
-    """A longer window: exactly one of `length` (tokens) and `factor`."""
+class RopeSettings(Section):
+    """What of a position encoding is not its method's default; None leaves the default.
+
+    theta: the base (for `ntk` instead of the one that follows from the factor). scale: what positions are divided by,
+    where that is not length / original length. attention_factor: what cos and sin are multiplied with. short_factor,
+    long_factor: one divisor of the frequency per rotary pair, up to the original length and beyond it.
+    """
+
+    theta: float | None = Field(None, gt=1)
+    scale: float | None = Field(None, ge=1)
+    attention_factor: float | None = Field(None, gt=0)
+    beta_fast: float | None = Field(None, gt=0, description="yarn: pairs that turn more often in the window are kept")
+    beta_slow: float | None = Field(None, gt=0, description="yarn: pairs that turn less often are divided by the scale")
+    low_freq_factor: float | None = Field(None, gt=0, description="llama3: as beta_slow")
+    high_freq_factor: float | None = Field(None, gt=0, description="llama3: as beta_fast")
+    short_factor: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    long_factor: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+
+    def unread_by(self, method: str) -> tuple[str, ...]:
+        """Settings that are given and mean nothing to `method`."""
+        given = [name for name in RopeSettings.model_fields if getattr(self, name) is not None]
+        return tuple(name for name in given if name not in ROPE_SETTINGS[method])
+
+
+class Context(RopeSettings):
+    """A longer window: exactly one of `length` (tokens) and `factor` (times the present window).
+
+    method `none` writes the length and leaves the encoding as it is. Learned positions know `linear` only.
+    """
 
     length: int | None = Field(None, ge=16)
     factor: float | None = Field(None, ge=1)
@@ -81,7 +128,17 @@ class Context(Section):
     def _one_of(self) -> Context:
         if (self.length is None) == (self.factor is None):
             raise ValueError("give exactly one of `length` and `factor`")
+        unread = self.unread_by(self.method)
+        if unread:
+            raise ValueError(f"`{self.method}` does not read {', '.join(f'`{name}`' for name in unread)}")
+        if self.method == "longrope" and (self.short_factor is None or self.long_factor is None):
+            raise ValueError("`longrope` needs `short_factor` and `long_factor`, a number per rotary pair each")
         return self
+
+    @property
+    def settings(self) -> RopeSettings:
+        """The settings without length and method."""
+        return RopeSettings(**{name: getattr(self, name) for name in RopeSettings.model_fields})
 
 
 class Adapter(Section):
@@ -96,12 +153,35 @@ class Adapter(Section):
     embeddings: bool = False
 
 
+class Stage(Section):
+    """One stage of a length schedule: `tokens` training tokens whose positions reach `length`."""
+
+    length: int = Field(ge=16)
+    tokens: int = Field(ge=1)
+
+
 class Recover(Section):
-    """Short adapter training that wins the quality back."""
+    """Short adapter training that wins the quality back, and where asked for teaches a longer window.
+
+    positions: with `full` a row's tokens stand at 0, 1, 2, ...; with `pose` (arXiv 2309.10400) a row is cut into
+    `pose_chunks` chunks whose positions skip ahead at random, up to the length of the window, so that rows of
+    `sequence_length` tokens train long distances. stages: with `pose` the length that skips reach, with `full` the
+    length of the rows (divisors of `sequence_length`, which the longest stage has); one learning-rate schedule spans
+    all stages, and `tokens` is their sum.
+    """
 
     loss: Literal["distill", "lm"] = "distill"
     tokens: int = Field(200_000, ge=1, description="training tokens in all")
     sequence_length: int = Field(1024, ge=16)
+    positions: Literal["full", "pose"] = "full"
+    pose_chunks: int = Field(2, ge=2, description="with pose: chunks of a row")
+    short_share: float = Field(
+        0.35, ge=0, lt=1, description="with pose: share of rows that keep ordinary positions, for short-context quality"
+    )
+    document_masking: bool = Field(
+        False, description="packed documents do not see each other and count their positions from 0"
+    )
+    stages: tuple[Stage, ...] = ()
     batch_size: int = Field(1, ge=1, description="sequences per optimizer step and process")
     learning_rate: float = Field(3e-4, gt=0)
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
@@ -120,9 +200,70 @@ class Recover(Section):
     adapter: Adapter = Adapter()
     text: tuple[TextSource, ...] = Field(default_factory=lambda: _mix("python-docs", "python-stdlib"), min_length=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sum_of_stages(cls, value: object) -> object:
+        stages = value.get("stages") if isinstance(value, dict) else None
+        if not stages or "tokens" in value:  # type: ignore[operator]
+            return value
+        try:
+            total = sum(Stage.model_validate(stage).tokens for stage in stages)
+        except (ValidationError, TypeError):
+            return value  # told with its line when the stages themselves are validated
+        return {**value, "tokens": total}  # type: ignore[dict-item]
+
+    @model_validator(mode="after")
+    def _schedule(self) -> Recover:
+        if self.positions == "pose" and self.document_masking:
+            raise ValueError("with `positions: pose` a row is read as one text; leave out `document_masking`")
+        if self.positions == "pose" and self.pose_chunks > self.sequence_length:
+            raise ValueError(f"`pose_chunks` {self.pose_chunks} is more than `sequence_length` tokens")
+        if not self.stages:
+            return self
+        total, longest = sum(stage.tokens for stage in self.stages), max(stage.length for stage in self.stages)
+        if self.tokens != total:
+            raise ValueError(f"`tokens` is {self.tokens}, the stages' sum is {total}; leave `tokens` out")
+        if self.positions == "pose":
+            short = [stage.length for stage in self.stages if stage.length <= self.sequence_length]
+            if short:
+                raise ValueError(
+                    f"a stage of length {short[0]} leaves rows of {self.sequence_length} tokens nothing to skip"
+                )
+        elif longest != self.sequence_length or any(self.sequence_length % stage.length for stage in self.stages):
+            raise ValueError(
+                f"with `positions: full` the stages' lengths divide `sequence_length` ({self.sequence_length}), "
+                "and the longest is equal to it"
+            )
+        return self
+
+
+class Needle(Section):
+    """Needle in a haystack: lengths x depths x samples, each prompt exactly as long as asked for."""
+
+    test: Literal["needle", "passkey"] = "needle"
+    lengths: tuple[Annotated[int, Field(ge=64)], ...] = Field(min_length=1)
+    depths: int = Field(5, ge=1, description="depths from 0 to 1")
+    samples: int = Field(1, ge=1, description="needles per length and depth")
+
+    _ascending = field_validator("lengths")(lambda value: tuple(sorted(set(value))))
+
+
+class Ruler(Section):
+    """RULER's tasks that need no data: retrieval, variable tracking, common and frequent words."""
+
+    tasks: tuple[RulerTask, ...] = Field(RULER_TASKS, min_length=1)
+    lengths: tuple[Annotated[int, Field(ge=256)], ...] = Field(min_length=1)
+    samples: int = Field(1, ge=1, description="texts per task and length")
+
+    _ascending = field_validator("lengths")(lambda value: tuple(sorted(set(value))))
+
 
 class Evaluate(Section):
-    """Token losses of whole documents and the perplexities computed from them."""
+    """Token losses of whole documents and the perplexities computed from them.
+
+    context_gain, long_ppl, definitions, needle and ruler cost passes of their own. With context_gain or a needle, the
+    effective length is certified.
+    """
 
     lengths: tuple[Annotated[int, Field(ge=16)], ...] = Field((1024, 2048, 4096, 8192), min_length=1)
     text: tuple[TextSource, ...] = Field(default_factory=lambda: _mix("python-docs", "python-stdlib"), min_length=1)
@@ -132,6 +273,17 @@ class Evaluate(Section):
     dtype: Dtype = "auto"
     resamples: int = Field(2000, ge=100, description="bootstrap resamples")
     decode_tokens: int = Field(64, ge=0, description="tokens decoded to time decoding; 0 skips it")
+    document_tokens: int | None = Field(
+        None, ge=16, description="tokens read of each document, for windows that move; by default the longest length"
+    )
+    context_gain: bool = Field(
+        False, description="beyond the native length: does the longer context lower the loss of the same tokens?"
+    )
+    long_ppl: bool = Field(False, description="perplexity of the tokens that a context beyond 4,096 makes predictable")
+    definitions: tuple[Definition, ...] = Field((), description="perplexities as others define them")
+    stride: int = Field(256, ge=1, description="tokens that the windows of `definitions: [sliding]` move by")
+    needle: Needle | None = None
+    ruler: Ruler | None = None
 
     @field_validator("lengths")
     @classmethod

@@ -11,6 +11,7 @@ import pytest
 from retrofit.context import rope
 from retrofit.context.fields import as_dict, views
 from retrofit.errors import UserError
+from retrofit.recipe.schema import RopeSettings
 from tests.tiny import FAMILIES, save_tiny, tiny_config, tiny_model
 
 FACTOR = 4.0
@@ -28,6 +29,19 @@ def computed(model, layer_type):
     return getattr(module, f"{prefix}inv_freq").double().numpy(), float(getattr(module, f"{prefix}attention_scaling"))
 
 
+def options(method: str, pairs: int, **over) -> dict:
+    """Arguments of `extend`; for longrope equal lists, so that the encoding does not depend on the length."""
+    lists = tuple(1.0 + 0.25 * i for i in range(pairs))
+    given = {"short_factor": lists, "long_factor": lists} if method == "longrope" else {}
+    return {"method": method, "settings": RopeSettings(**{**given, **over})}
+
+
+def rotary_pairs(config) -> int:
+    old = views(as_dict(config))[0].parameters
+    dim = int(config.head_dim if getattr(config, "head_dim", None) else 16)
+    return int(dim * (old.get("partial_rotary_factor") or 1.0)) // 2
+
+
 def plain(theta: float, dim: int) -> np.ndarray:
     return np.array([theta ** (-2 * i / dim) for i in range(dim // 2)])
 
@@ -35,6 +49,11 @@ def plain(theta: float, dim: int) -> np.ndarray:
 def by_hand(method: str, theta: float, dim: int, s: float, length: int) -> tuple[np.ndarray, float]:
     """The papers' formulas, pair by pair."""
     base = plain(theta, dim)
+    if method == "none":
+        return base, 1.0
+    if method == "longrope":
+        lists = np.array([1.0 + 0.25 * i for i in range(dim // 2)])
+        return base / lists, math.sqrt(1 + math.log(s) / math.log(length))
     if method == "linear":
         return base / s, 1.0
     if method == "ntk":
@@ -63,7 +82,7 @@ def by_hand(method: str, theta: float, dim: int, s: float, length: int) -> tuple
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt_bigcode"])
 def test_model_computes_the_formula(family: str, method: str) -> None:
     before = tiny_config(family)
-    after = rope.extend(before, factor=FACTOR, method=method)
+    after = rope.extend(before, factor=FACTOR, **options(method, rotary_pairs(before)))
     assert after.max_position_embeddings == 4 * WINDOW and type(after.max_position_embeddings) is int
     assert before.max_position_embeddings == WINDOW
     layer_type = "full_attention" if family == "gemma3_text" else None
@@ -78,15 +97,9 @@ def test_model_computes_the_formula(family: str, method: str) -> None:
     got, got_scale = computed(model, layer_type)
     np.testing.assert_allclose(got, wanted, rtol=2e-6)
     assert got_scale == pytest.approx(scale)
-    assert not np.allclose(wanted, plain(old["rope_theta"], dim), rtol=1e-3)
+    assert (method == "none") == np.allclose(wanted, plain(old["rope_theta"], dim), rtol=1e-3)
     assert not [one for one in rope.lint(after) if one.severity == "error"]
     assert not rope.length_dependent(after)
-
-
-def test_learned_positions_are_refused() -> None:
-    with pytest.raises(UserError, match="no rotary position encoding"):
-        rope.extend(tiny_config("gpt_bigcode"), factor=2.0, method="yarn")
-    assert not rope.lint(tiny_config("gpt_bigcode"))
 
 
 def tiny_model_from(config):
@@ -108,7 +121,10 @@ def _with_rotary(shell, config):
 @pytest.mark.parametrize("method", rope.METHODS)
 def test_factor_one_is_plain_rope(method: str) -> None:
     base = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 512, "model_type": "llama"}
+    longrope = {"short_factor": [1.0] * 8, "long_factor": [1.0] * 8, "original_max_position_embeddings": 512}
     extra = {
+        "none": {"rope_type": "default"},
+        "longrope": {"rope_type": "longrope", "factor": 1.0, **longrope},
         "linear": {"rope_type": "linear", "factor": 1.0},
         "ntk": {"rope_type": "default"},
         "yarn": {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 512},
@@ -157,17 +173,21 @@ def test_smollm3_nope_layers_stay() -> None:
     assert after.no_rope_layers == before.no_rope_layers and 0 in after.no_rope_layers
 
 
-def test_composition_equals_one_extension() -> None:
-    native = tiny_config("llama")
-    for method in rope.METHODS:
-        once = rope.extend(native, length=4096, method=method)
-        twice = rope.extend(rope.extend(native, length=1024, method=method), length=4096, method=method)
-        np.testing.assert_allclose(rope.frequencies(twice)[0], rope.frequencies(once)[0], rtol=1e-12)
-        assert rope.frequencies(twice)[1] == rope.frequencies(once)[1]
-        assert twice.max_position_embeddings == 4096
-        done = rope.plan(rope.extend(native, length=1024, method=method), length=4096, method=method)
-        assert (done.original, done.before, done.factor, done.step) == (512, 1024, 8.0, 4.0)
-        assert "already extended" in done.notes[0]
+@pytest.mark.parametrize("method", rope.METHODS)
+def test_composition_equals_one_extension(method: str) -> None:
+    native, asked = tiny_config("llama"), options(method, 8)
+    once = rope.extend(native, length=4096, **asked)
+    half = rope.extend(native, length=1024, **asked)
+    twice = rope.extend(half, length=4096, **asked)
+    np.testing.assert_allclose(rope.frequencies(twice)[0], rope.frequencies(once)[0], rtol=1e-12)
+    assert rope.frequencies(twice)[1] == rope.frequencies(once)[1]
+    assert twice.max_position_embeddings == 4096
+    done = rope.plan(half, length=4096, **asked)
+    if method == "none":  # the length it claims is the model's own
+        assert (done.original, done.before, done.factor, done.step) == (1024, 1024, 4.0, 4.0)
+        return
+    assert (done.original, done.before, done.factor, done.step) == (512, 1024, 8.0, 4.0)
+    assert method == "longrope" or "already extended" in done.notes[0]
 
 
 @pytest.mark.parametrize(("first", "second"), [("ntk", "yarn"), ("yarn", "llama3"), ("linear", "ntk")])
@@ -203,7 +223,7 @@ def test_unknown_method_and_unextendable() -> None:
     with pytest.raises(UserError, match="already extended by `dynamic`"):
         rope.extend(dynamic, factor=2, method="yarn")
     with pytest.raises(UserError, match="no rotary"):
-        rope.plan({"model_type": "gpt2", "max_position_embeddings": 512}, factor=2, method="yarn")
+        rope.plan({"model_type": "bloom", "max_position_embeddings": 512}, factor=2, method="yarn")
     with pytest.raises(UserError, match="not a whole number"):
         rope.plan({"model_type": "llama", "max_position_embeddings": "512"}, factor=2, method="yarn")
 
@@ -217,13 +237,14 @@ def test_saved_folder_loads_the_same_frequencies(tmp_path, family: str, method: 
     monkeypatch.setattr(modeling_rope_utils.logger, "warning", said.append)
     source = save_tiny(tmp_path / "source", family)
     out = tmp_path / "out"
-    done = rope.write_extended(source, out, length=1536, method=method)
+    asked = options(method, rotary_pairs(tiny_config(family)))
+    done = rope.write_extended(source, out, length=1536, **asked)
     assert (done.original, done.length, done.factor) == (512, 1536, 3.0)
     layer_type = "full_attention" if family == "gemma3_text" else None
     raw = json.loads((out / "config.json").read_text())
     fresh = AutoConfig.from_pretrained(out)
-    wanted, scale = rope.frequencies(rope.extend(tiny_config(family), length=1536, method=method), layer_type)
-    for source_of_truth in (raw, fresh, old_names_only(raw) if family != "phi3" or method == "ntk" else raw):
+    wanted, scale = rope.frequencies(rope.extend(tiny_config(family), length=1536, **asked), layer_type)
+    for source_of_truth in (raw, fresh, old_names_only(raw) if family != "phi3" or method in ("ntk", "none") else raw):
         got, got_scale = rope.frequencies(source_of_truth, layer_type)
         np.testing.assert_allclose(got, wanted, rtol=1e-12)
         assert got_scale == pytest.approx(scale)
@@ -250,7 +271,7 @@ def old_names_only(raw):
 def test_old_names_load_in_stock_transformers(tmp_path, family: str, method: str) -> None:
     from transformers import AutoConfig
 
-    config = rope.extend(tiny_config(family), length=2048, method=method)
+    config = rope.extend(tiny_config(family), length=2048, **options(method, rotary_pairs(tiny_config(family))))
     layer_type = "full_attention" if family == "gemma3_text" else None
     (tmp_path / "config.json").write_text(json.dumps(old_names_only(rope.portable(config))))
     fresh = AutoConfig.from_pretrained(tmp_path)
@@ -292,3 +313,81 @@ def test_needs_no_torch() -> None:
 
     code = "import sys, retrofit.context.rope; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "stablelm", "gemma3_text", "phi3"])
+def test_longrope_takes_its_short_factors_to_the_original_length_and_its_long_ones_beyond(tmp_path, family) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    layer_type = "full_attention" if family == "gemma3_text" else None
+    before = tiny_config(family)
+    pairs = rotary_pairs(before)
+    short, long = tuple(1.0 + 0.1 * i for i in range(pairs)), tuple(2.0 + i for i in range(pairs))
+    settings = RopeSettings(short_factor=short, long_factor=long, attention_factor=1.25)
+    source = save_tiny(tmp_path / "source", family)
+    done = rope.write_extended(source, tmp_path / "out", length=2048, method="longrope", settings=settings)
+    assert any("each length is measured" in note for note in done.notes)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    theta = next(v for v in views(as_dict(before)) if v.layer_type == layer_type).parameters["rope_theta"]
+    for last, lists in ((511, short), (512, long)):
+        extra = {} if layer_type is None else {"layer_type": layer_type}
+        rotary(model)(torch.zeros(1, 1, 16), torch.tensor([[0, last]]), **extra)
+        got, scale = computed(model, layer_type)
+        np.testing.assert_allclose(got, plain(theta, 2 * pairs) / np.array(lists), rtol=2e-6)
+        assert scale == 1.25
+        ours, ours_scale = rope.frequencies(model.config, layer_type, tokens=last + 1)
+        np.testing.assert_allclose(got, ours, rtol=2e-6)
+        assert ours_scale == 1.25
+    assert rope.length_dependent(model.config)
+
+
+def test_settings_reach_the_model() -> None:
+    def built(method: str, **over):
+        config = rope.extend(tiny_config("llama"), factor=4, **options(method, 8, **over))
+        return computed(tiny_model_from(config), None)
+
+    got, scale = built("yarn", theta=5e4, scale=8.0, beta_fast=8.0, beta_slow=0.5, attention_factor=1.5)
+    low = max(math.floor(16 * math.log(512 / (8 * 2 * math.pi)) / (2 * math.log(5e4))), 0)
+    high = math.ceil(16 * math.log(512 / (0.5 * 2 * math.pi)) / (2 * math.log(5e4)))
+    ramp = np.clip((np.arange(8) - low) / (high - low), 0, 1)
+    np.testing.assert_allclose(got, plain(5e4, 16) * (1 - ramp) + plain(5e4, 16) / 8 * ramp, rtol=2e-6)
+    assert scale == 1.5
+    np.testing.assert_allclose(built("ntk", theta=7e4)[0], plain(7e4, 16), rtol=2e-6)
+    np.testing.assert_allclose(built("linear", scale=3.0)[0], plain(1e4, 16) / 3, rtol=2e-6)
+    narrow, wide = built("llama3")[0], built("llama3", low_freq_factor=2.0, high_freq_factor=8.0)[0]
+    assert (wide <= narrow).all() and (wide < narrow).any()
+    assert built("longrope", attention_factor=1.0)[1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("method", "over", "what"),
+    [
+        ("ntk", {"beta_fast": 2.0}, "does not read `beta_fast`"),
+        ("none", {"theta": 5e4}, "does not read `theta`"),
+        ("longrope", {"long_factor": None}, "needs `short_factor`"),
+        ("longrope", {"long_factor": (1.0,) * 7}, "7 numbers, the model 8 rotary pairs"),
+    ],
+)
+def test_settings_that_cannot_be_meant(method: str, over, what: str) -> None:
+    with pytest.raises(UserError, match=what) as error:
+        rope.plan(tiny_config("llama"), factor=2, **options(method, 8, **over))
+    assert error.value.fix
+
+
+def test_the_length_alone_leaves_every_other_byte(tmp_path) -> None:
+    source = save_tiny(tmp_path / "source", "llama")
+    done = rope.write_extended(source, tmp_path / "out", length=1024, method="none")
+    assert "encoding stays" in done.notes[-1] and done.original == 512
+    raw = json.loads((tmp_path / "out/config.json").read_text())
+    assert raw["max_position_embeddings"] == 1024 and "original_max_position_embeddings" not in raw
+    assert "rope_scaling" not in raw and raw["rope_theta"] == 1e4
+    scaled = rope.extend(tiny_config("llama"), factor=2, method="yarn")
+    with pytest.raises(UserError, match="already extended by `yarn`"):
+        rope.plan(scaled, factor=2, method="none")
+
+
+def test_llama3_writes_the_original_length_where_the_converter_of_llama_cpp_looks() -> None:
+    fields = rope.extend_fields(as_dict(tiny_config("llama")), factor=2, method="llama3")
+    assert fields["original_max_position_embeddings"] == 512
+    assert not rope.lint(fields)

@@ -1,0 +1,265 @@
+"""What each method of a longer window changes in a configuration, and what it can be put on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from retrofit.context import frequencies as spectra
+from retrofit.context import learned
+from retrofit.context.fields import RopeView, original_length, rotary_dim, views
+from retrofit.context.names import rotary_fields
+from retrofit.errors import UserError
+from retrofit.recipe.schema import ROPE_SETTINGS, RopeSettings
+
+METHODS = tuple(ROPE_SETTINGS)
+LONGROPE_ONLY = ("phi3",)
+"""Families whose configuration class knows no other rope_type than default and longrope."""
+HEAD_DIM_NEEDED = ("mixtral",)
+"""Families whose class leaves head_dim empty and whose scaled encodings fail on that."""
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What an extension does. Lengths in tokens; factor is from the true original length, step from the window before.
+
+    notes: what a person should know, for the report and the card.
+    """
+
+    method: str
+    original: int
+    before: int
+    length: int
+    factor: float
+    step: float
+    notes: tuple[str, ...] = ()
+
+
+def extended(
+    text: Mapping[str, Any],
+    *,
+    length: int | None,
+    factor: float | None,
+    method: str,
+    settings: RopeSettings,
+) -> tuple[dict[str, Any], Extension]:
+    """(the position fields of the extended configuration under all names, what was done)."""
+    _require_method(method, settings)
+    before = text.get("max_position_embeddings", text.get("n_positions"))
+    if not isinstance(before, int) or isinstance(before, bool) or before < 1:
+        raise UserError(
+            f"The model's window is not a whole number of tokens: {before!r}",
+            where="config.json: max_position_embeddings",
+            fix="write the number of tokens the model was trained with",
+        )
+    length = _target(before, length, factor)
+    if learned.has_table(text):
+        learned.require_interpolation(method, settings)
+        step = length / before
+        return learned.fields(text, length), Extension(
+            method, before, before, length, step, step, (learned.note(before, length),)
+        )
+    found = views(text)
+    chosen = [view for view in found if view.layer_type in (None, "full_attention")]
+    if not chosen:
+        raise UserError(
+            "The model has no rotary position encoding on full-attention layers to extend",
+            where="config.json: rope_parameters",
+            fix="leave `context` out of the recipe",
+        )
+    view = chosen[0]
+    original, used = _history(text, view, before, method)
+    step = length / before
+    notes = _notes(text, found, method, used, step, settings)
+    extension = Extension(method, original, before, length, used * step, step, notes)
+    new = RopeView(view.where, view.layer_type, _parameters(text, view, extension, settings))
+    merged = tuple(new if one is view else one for one in found)
+    # `none` claims the length for the model itself: nothing was extended, so there is no other original length.
+    fields = rotary_fields(text, merged, length, None if method == "none" else original)
+    if text.get("model_type") in HEAD_DIM_NEEDED and text.get("head_dim") is None:
+        fields["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
+    return fields, extension
+
+
+def _require_method(method: str, settings: RopeSettings) -> None:
+    if method not in METHODS:
+        raise UserError(
+            f"Unknown context method `{method}`", where="context.method", fix=f"use one of: {', '.join(METHODS)}"
+        )
+    unread = settings.unread_by(method)
+    if unread:
+        raise UserError(f"`{method}` does not read `{unread[0]}`", where=f"context.{unread[0]}", fix="leave it out")
+    if method == "longrope" and (settings.short_factor is None or settings.long_factor is None):
+        raise UserError(
+            "`longrope` needs `short_factor` and `long_factor`",
+            where="context",
+            fix="write both lists, a number per rotary pair each, into the `context` section of a recipe",
+        )
+
+
+def _target(before: int, length: int | None, factor: float | None) -> int:
+    if (length is None) == (factor is None):
+        raise UserError("Give exactly one of `length` and `factor`", where="context", fix="for example `length: 16384`")
+    if length is None:
+        exact = before * float(factor)  # type: ignore[arg-type]
+        length = round(exact)
+        if abs(exact - length) > 1e-6:
+            raise UserError(
+                f"{factor:g} x {before} tokens is {exact:g}, not a whole number",
+                where="context.factor",
+                fix=f"write `length: {length}` instead",
+            )
+    if length <= before:
+        raise UserError(
+            f"The model already has a window of {before} tokens; {length} is not longer",
+            where="context",
+            fix=f"ask for more than {before} tokens, or leave `context` out of the recipe",
+        )
+    return length
+
+
+def _history(text: Mapping[str, Any], view: RopeView, before: int, method: str) -> tuple[int, float]:
+    """(true original length, factor already applied) of the encoding that is there; refuses what cannot compose."""
+    kind, known = view.rope_type, original_length(text, view.parameters)
+    if kind == "default":
+        if known is None or known >= before:
+            return before, 1.0
+        present, used = "ntk", before / known
+        if method == "none":  # a longer claim for the same base
+            present = "none"
+    elif kind in ("linear", "yarn", "llama3"):
+        present, used = kind, float(view.parameters.get("factor") or before / (known or before))
+    elif kind == "longrope":  # its lists are absolute: they stand in the place of those that are there
+        present, used = kind, before / (known or before)
+    else:
+        present, used = kind, 1.0
+    if present != method:
+        fix = f"use `method: {present}`" if present in METHODS else "start from a checkpoint with plain RoPE"
+        raise UserError(
+            f"The model's window is already extended by `{present}`; `{method}` on top would undo that",
+            where=f"config.json: {view.where}",
+            fix=f"{fix}, or start from the checkpoint before that extension",
+        )
+    if known is None and kind in ("yarn", "llama3", "longrope"):
+        raise UserError(
+            f"The model is extended by `{kind}` but its original length is not recorded",
+            where=f"config.json: {view.where}.original_max_position_embeddings",
+            fix="write the window it had before that extension there",
+        )
+    return (round(before / used) if known is None else known), used
+
+
+def _parameters(
+    text: Mapping[str, Any], view: RopeView, extension: Extension, settings: RopeSettings
+) -> dict[str, Any]:
+    """The rotary parameters of one set of layers after the extension."""
+    got, method, original = view.parameters, extension.method, extension.original
+    theta = got.get("rope_theta")
+    if theta is None:
+        raise UserError(
+            "The configuration does not say its rope_theta",
+            where=f"config.json: {view.where}",
+            fix="write the theta the model was trained with into rope_parameters",
+        )
+    dim = rotary_dim(text, got)
+    partial = (
+        {} if got.get("partial_rotary_factor") is None else {"partial_rotary_factor": got["partial_rotary_factor"]}
+    )
+    common = {"rope_theta": float(settings.theta or theta), **partial}
+    if method == "none":
+        return {**common, "rope_type": "default"}
+    if method == "ntk":
+        if dim <= 2:
+            raise UserError("ntk needs more than one rotary pair", where=f"rotary dim {dim}", fix="use another method")
+        larger = settings.theta or spectra.ntk_theta(float(theta), dim, extension.step)
+        return {**common, "rope_type": "default", "rope_theta": larger}
+    scaled: dict[str, Any] = {**common, "rope_type": method, "factor": settings.scale or extension.factor}
+    if method != "linear":
+        scaled["original_max_position_embeddings"] = original
+    if method == "llama3":
+        scaled["low_freq_factor"] = float(settings.low_freq_factor or got.get("low_freq_factor", 1.0))
+        scaled["high_freq_factor"] = float(settings.high_freq_factor or got.get("high_freq_factor", 4.0))
+    if method == "yarn":
+        keep = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+        scaled |= {key: got[key] for key in keep if got.get(key) is not None}
+        given = ("attention_factor", "beta_fast", "beta_slow")
+        scaled |= {key: getattr(settings, key) for key in given if getattr(settings, key) is not None}
+    if method == "longrope":
+        return scaled | _lists(settings, dim // 2)
+    if text.get("model_type") in LONGROPE_ONLY:
+        return _as_longrope(text, view, scaled, original, common)
+    return scaled
+
+
+def _lists(settings: RopeSettings, pairs: int) -> dict[str, Any]:
+    """The factors of LongRoPE (arXiv 2402.13753): divisors of the frequencies, one per rotary pair."""
+    found: dict[str, Any] = {}
+    for name in ("short_factor", "long_factor"):
+        values = list(getattr(settings, name))
+        if len(values) != pairs:
+            raise UserError(
+                f"`{name}` has {len(values)} numbers, the model {pairs} rotary pairs",
+                where=f"context.{name}",
+                fix=f"write {pairs} numbers, that of the fastest pair first",
+            )
+        found[name] = values
+    if settings.attention_factor is not None:
+        found["attention_factor"] = settings.attention_factor
+    return found
+
+
+def _as_longrope(
+    text: Mapping[str, Any], view: RopeView, scaled: dict[str, Any], original: int, common: dict[str, Any]
+) -> dict[str, Any]:
+    """The same spectrum as longrope with equal lists and an explicit attention factor: exact and length-independent."""
+    wanted, scale = spectra.compute(text, RopeView(view.where, view.layer_type, scaled))
+    stretch = (spectra.base_frequencies(common["rope_theta"], 2 * len(wanted)) / wanted).tolist()
+    return {
+        **common,
+        "rope_type": "longrope",
+        "factor": scaled["factor"],
+        "short_factor": stretch,
+        "long_factor": list(stretch),
+        "attention_factor": scale,
+        "original_max_position_embeddings": original,
+    }
+
+
+def _notes(
+    text: Mapping[str, Any],
+    found: tuple[RopeView, ...],
+    method: str,
+    used: float,
+    step: float,
+    settings: RopeSettings,
+) -> tuple[str, ...]:
+    notes = []
+    if used != 1 and method not in ("none", "longrope"):
+        notes.append(
+            f"The model was already extended by {method} x {used:g}; composed with x {step:g} from its original length."
+        )
+    if len(found) > 1:
+        notes.append("Sliding-window layers keep their own encoding; only full-attention layers are extended.")
+    elif text.get("sliding_window") and text.get("use_sliding_window", True):
+        notes.append(
+            f"Layers with a sliding window of {text['sliding_window']} tokens share the extended encoding: this "
+            "configuration holds one set of rotary parameters for all layers."
+        )
+    if method == "none":
+        notes.append("Only the length is written: the encoding stays as it is, whether it reaches that far or not.")
+    if method == "linear":
+        notes.append(
+            "vLLM multiplies max_position_embeddings by the linear factor once more: start it with --max-model-len."
+        )
+    if method == "longrope" and settings.short_factor != settings.long_factor:
+        notes.append(
+            "Up to the original length the short factors hold, beyond it the long ones: the encoding of a prefix "
+            "changes with the total length, so each length is measured in a pass of its own."
+        )
+    if text.get("model_type") in LONGROPE_ONLY and method not in ("ntk", "none", "longrope"):
+        notes.append(
+            f"phi3 reads only longrope: {method} is written as longrope with equal lists. vLLM and llama.cpp compute "
+            "their own attention factor for it; `ntk` is read alike everywhere."
+        )
+    return tuple(notes)
