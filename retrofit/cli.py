@@ -214,7 +214,9 @@ def convert(
     kv_heads: Annotated[
         int | None, typer.Option("--kv-heads", metavar="G", min=1, help="KV heads per layer afterwards.")
     ] = None,
-    method: Annotated[str, typer.Option("--method", help="calibrated, mean or first; to compare: procrustes, real-pca.")] = "calibrated",
+    method: Annotated[
+        str, typer.Option("--method", help="calibrated, mean or first; to compare: procrustes, real-pca.")
+    ] = "calibrated",
     repair: Annotated[str, typer.Option("--repair", help="o_proj or none.")] = "o_proj",
     calibrate: Annotated[
         list[str] | None, typer.Option("--calibrate", metavar="TEXT", help="Text to calibrate on; may be repeated.")
@@ -270,7 +272,7 @@ def extend(
     out: Out,
     length: Annotated[int | None, typer.Option("--length", metavar="N", help="Positions afterwards.")] = None,
     factor: Annotated[float | None, typer.Option("--factor", metavar="F", help="Or: this many times as many.")] = None,
-    method: Annotated[str, typer.Option("--method", help="yarn, ntk, llama3 or linear.")] = "yarn",
+    method: Annotated[str, typer.Option("--method", help="yarn, ntk, llama3, linear, or none (only the length).")] = "yarn",
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -332,14 +334,33 @@ def recover(
         "retrofit evaluate embedded --lengths 1024,4096",
         "retrofit evaluate out/mqa --text book.txt --lengths 2048 --out mqa.npz --json",
         "retrofit evaluate out/mqa --suite long",
+        "retrofit evaluate out/long --lengths 8192,16384 --context-gain --needle 8192,16384",
+        "retrofit evaluate out/long --lengths 8192 --definition yarn --document-tokens 32768",
     )
 )
 def evaluate(
     model: Model,
     text: Texts = None,
     lengths: Annotated[str | None, typer.Option("--lengths", metavar="N,N", help="Context lengths.")] = None,
-    suite: Annotated[str | None, typer.Option("--suite", help="A bundled suite (quick, long) or a .yaml file.")] = None,
+    suite: Annotated[str | None, typer.Option("--suite", help="A bundled suite or a .yaml file.")] = None,
     documents: Annotated[int | None, typer.Option("--documents", help="Documents per text source.")] = None,
+    needle: Annotated[str | None, typer.Option("--needle", metavar="N,N", help="Needle test at these lengths.")] = None,
+    depths: Annotated[int, typer.Option("--depths", min=1, help="Depths of the needle, from 0 to 1.")] = 5,
+    ruler: Annotated[str | None, typer.Option("--ruler", metavar="N,N", help="RULER's tasks at these lengths.")] = None,
+    context_gain: Annotated[
+        bool, typer.Option("--context-gain", help="What context beyond the native length gives on the same tokens.")
+    ] = False,
+    long_ppl: Annotated[
+        bool, typer.Option("--long-ppl", help="Perplexity of the tokens that need long context.")
+    ] = False,
+    definition: Annotated[
+        list[str] | None,
+        typer.Option("--definition", help="sliding, transformers, lm-eval, yarn, yarn-truncated or longlora."),
+    ] = None,
+    document_tokens: Annotated[
+        int | None, typer.Option("--document-tokens", help="With --definition: tokens read of each document.")
+    ] = None,
+    beyond: Annotated[bool, typer.Option("--beyond", help="Allow lengths beyond the model's positions.")] = False,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE.npz", help="Keep the token losses.")] = None,
     revision: Revision = None,
     kernel: Kernel = "auto",
@@ -357,6 +378,14 @@ def evaluate(
         lengths=_numbers(lengths),
         suite=suite,
         documents=documents,
+        needle=_numbers(needle),
+        depths=depths,
+        ruler=_numbers(ruler),
+        context_gain=context_gain,
+        long_ppl=long_ppl,
+        definitions=definition or (),
+        document_tokens=document_tokens,
+        beyond=beyond,
         out=out,
         revision=revision,
         kernel=kernel,
@@ -392,19 +421,23 @@ def publish(
     epilog=_examples(
         "retrofit compare runs/a runs/b",
         "retrofit compare original.npz converted.npz --lengths 1024,4096 --json",
+        "retrofit compare smollm2.npz qwen3.npz --bits-per-byte",
     )
 )
 def compare(
     a: Annotated[Path, typer.Argument(help="A run folder, or token losses (.npz).")],
     b: Annotated[Path, typer.Argument(help="A run folder, or token losses (.npz).")],
     lengths: Annotated[str | None, typer.Option("--lengths", metavar="N,N", help="Context lengths.")] = None,
+    bits: Annotated[
+        bool, typer.Option("--bits-per-byte", help="Compare bits per byte; the models may have different tokenizers.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Two models side by side from their stored token losses: perplexities, and the ratio with its 95% interval."""
     from retrofit.pipeline import show
 
     console = _console(json)
-    show.comparison(console, retrofit.compare(a, b, lengths=_numbers(lengths)))
+    show.comparison(console, retrofit.compare(a, b, lengths=_numbers(lengths), bits=bits))
 
 
 @recipes_app.command("list", epilog=_examples("retrofit recipes list"))

@@ -1,5 +1,6 @@
 """Other people's perplexities, by name, so that their tables can be reproduced: which windows, and which mean.
 
+- `sliding`: SlidingPPL(L, S), ours: each token once, with L - S to L - 1 tokens before it, all weighing the same.
 - `transformers`: the strided loop of transformers' perplexity guide, whose windows weigh their tokens less one each.
 - `lm-eval`: lm-evaluation-harness's `loglikelihood_rolling`: windows with one token of context, log-likelihoods summed.
 - `yarn`: Peng et al. 2023: windows that move by 256 tokens, a BOS in each, the exponential of the mean of window means.
@@ -11,15 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
 from retrofit.errors import UserError
+from retrofit.evaluate.bootstrap import perplexity_interval
 from retrofit.evaluate.losses import Document, TokenLosses
 from retrofit.evaluate.windows import Span, Windows, rolling
+from retrofit.recipe.schema import Definition
 
-Definition = Literal["transformers", "lm-eval", "yarn", "yarn-truncated", "longlora"]
 STRIDE = {"transformers": 512, "yarn": 256, "longlora": 256}
 
 
@@ -27,8 +28,8 @@ STRIDE = {"transformers": 512, "yarn": 256, "longlora": 256}
 class Defined:
     """One number as its authors define it. tokens: losses it is made of. read: tokens the passes read.
 
-    log_likelihood and bits_per_byte are of all predicted tokens; a definition that counts tokens several times or drops
-    some has none.
+    log_likelihood and bits_per_byte are of all predicted tokens; low, high: the 95% interval. A definition that weighs
+    tokens in its own way has none of them.
     """
 
     definition: str
@@ -38,23 +39,32 @@ class Defined:
     tokens: int
     read: int
     ppl: float
+    low: float | None = None
+    high: float | None = None
     log_likelihood: float | None = None
     bits_per_byte: float | None = None
 
 
 def prepared(
-    definition: Definition, documents: Sequence[Document], length: int, *, bos: bool, prefix_id: int | None = None
+    definition: Definition,
+    documents: Sequence[Document],
+    length: int,
+    *,
+    bos: bool,
+    prefix_id: int | None = None,
+    stride: int = 256,
 ) -> tuple[list[Document], Windows | None]:
     """(documents to score, windows) for one context length.
 
     bos: the documents start with a BOS. prefix_id: what lm-eval puts in front where there is none (the EOS).
+    stride: of `sliding`.
 
     Raises: UserError when no document is long enough.
     """
     if definition == "yarn-truncated":
         long = [document for document in documents if len(document.input_ids) >= length]
         _require(long, definition, length, documents)
-        return [_cut(document, 0, length) for document in long], None
+        return [document.cut(length) for document in long], None
     if definition == "lm-eval":
         start = [] if bos or prefix_id is None else [prefix_id]
         return [_prefixed(document, start) for document in documents], rolling(length)
@@ -62,15 +72,10 @@ def prepared(
         windows = _longlora(documents, length)
         _require(windows, definition, length, documents)
         return windows, None
-    stride = stride_of(definition, length)
-    assert stride is not None
-    return list(documents), Windows(length, stride, repeat_start=definition == "yarn" and bos)
-
-
-def stride_of(definition: Definition, length: int) -> int | None:
-    """Tokens that windows move by: the authors' own, or half a window where that is longer."""
-    stride = STRIDE.get(definition)
-    return stride if stride is None or stride < length else length // 2
+    stride = STRIDE.get(definition, stride)
+    # A window cannot move by more than itself: half of it then.
+    moved = stride if stride < length else length // 2
+    return list(documents), Windows(length, moved, repeat_start=definition == "yarn" and bos)
 
 
 def value(definition: Definition, losses: TokenLosses, length: int, windows: Windows | None) -> Defined:
@@ -85,18 +90,21 @@ def value(definition: Definition, losses: TokenLosses, length: int, windows: Win
     if definition == "transformers":  # each window weighs its labels less one; a first window has one more label
         weights = counts - np.array([span.first > 1 for span, _ in passes])
     else:
-        weights = counts if definition == "lm-eval" else np.ones(len(passes))
+        weights = counts if definition in ("lm-eval", "sliding") else np.ones(len(passes))
     nats = float(np.sum(means * counts))
-    likelihood = definition in ("lm-eval", "yarn-truncated")
+    likelihood = definition in ("lm-eval", "sliding")
     nbytes = sum(int(np.sum(array, dtype=np.int64)) for array in losses.token_bytes) if likelihood else 0
+    interval = perplexity_interval(losses.losses) if likelihood else None
     return Defined(
         definition=definition,
         length=length,
-        stride=stride_of(definition, length),
+        stride=windows.stride if windows else STRIDE.get(definition),
         documents=len(losses.documents),
         tokens=int(counts.sum()),
         read=sum(span.tokens for span, _ in passes),
         ppl=float(np.exp(np.sum(means * weights) / np.sum(weights))),
+        low=interval.low if interval else None,
+        high=interval.high if interval else None,
         log_likelihood=-nats if likelihood else None,
         bits_per_byte=nats / np.log(2) / nbytes if nbytes else None,
     )
@@ -107,12 +115,6 @@ def _longlora(documents: Sequence[Document], length: int) -> list[Document]:
     ids = np.concatenate([document.input_ids for document in documents])
     starts = list(range(0, len(ids) - length, STRIDE["longlora"]))[:-1]
     return [Document(f"tokens {i} to {i + length}", "stream", ids[i : i + length], 0) for i in starts]
-
-
-def _cut(document: Document, start: int, stop: int) -> Document:
-    token_bytes = None if document.token_bytes is None else document.token_bytes[start:stop]
-    nbytes = 0 if token_bytes is None else int(token_bytes.sum())
-    return replace(document, input_ids=document.input_ids[start:stop], token_bytes=token_bytes, nbytes=nbytes)
 
 
 def _prefixed(document: Document, start: list[int]) -> Document:

@@ -63,7 +63,8 @@ def _document(name: str, kind: str, text: str, tokenizer: PreTrainedTokenizerBas
     if tokenizer.bos_token_id is not None:
         ids, sizes = [tokenizer.bos_token_id, *ids], [0, *sizes]
     token_bytes = np.array(sizes[:length], np.int32)
-    return Document(name, kind, np.array(ids[:length], np.int64), int(token_bytes.sum()), token_bytes)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Document(name, kind, np.array(ids[:length], np.int64), int(token_bytes.sum()), token_bytes, digest)
 
 
 def _token_bytes(

@@ -30,6 +30,7 @@ class Document:
     name: what it is called in messages and results. kind: the text source it came from.
     input_ids: int64 [T], one BOS in front if the tokenizer has one. nbytes: UTF-8 bytes these tokens cover.
     token_bytes: int32 [T], the bytes of each token (0 for the BOS), sum nbytes; without it bits per byte is unknown.
+    text_sha256: of the whole text, however far its tokens go; tells whether another tokenizer read the same text.
     """
 
     name: str
@@ -37,10 +38,19 @@ class Document:
     input_ids: np.ndarray
     nbytes: int
     token_bytes: np.ndarray | None = None
+    text_sha256: str | None = None
 
     def __post_init__(self) -> None:
         assert self.input_ids.ndim == 1, f"input_ids must be [T], got {self.input_ids.shape}"
         assert self.token_bytes is None or self.token_bytes.shape == self.input_ids.shape
+
+    def cut(self, tokens: int) -> Document:
+        """The first `tokens` tokens; the document itself when it is no longer."""
+        if len(self.input_ids) <= tokens:
+            return self
+        token_bytes = None if self.token_bytes is None else self.token_bytes[:tokens]
+        nbytes = 0 if token_bytes is None else int(token_bytes.sum())
+        return Document(self.name, self.kind, self.input_ids[:tokens], nbytes, token_bytes, self.text_sha256)
 
 
 @dataclass(frozen=True, eq=False)

@@ -58,10 +58,18 @@ class Reader:
 
     def losses(self, ids_T: Tensor) -> Tensor:
         """Losses float32 [T] of `ids_T` as the continuation of what was read, in nats. The last of them is not read."""
-        predicted_from = self.position
-        hidden_1TC = [self._last[predicted_from], *(hidden for _, hidden in self.hidden(ids_T[:-1]))]
+        return self.judged(ids_T)[0]
+
+    def judged(self, ids_T: Tensor) -> tuple[Tensor, Tensor]:
+        """(losses float32 [T], whether each token is the likeliest bool [T]) of a continuation of a few tokens.
+
+        All true means that greedy decoding would write exactly these tokens.
+        """
+        before = self._last[self.position]
+        hidden_1TC = [before, *(hidden for _, hidden in self.hidden(ids_T[:-1]))]
         logits_TV = self.logits(torch.cat(hidden_1TC, 1))
-        return nn.functional.cross_entropy(logits_TV, ids_T, reduction="none").cpu()
+        losses_T = nn.functional.cross_entropy(logits_TV, ids_T, reduction="none")
+        return losses_T.cpu(), (logits_TV.argmax(-1) == ids_T).cpu()
 
     def logits(self, hidden_1RC: Tensor) -> Tensor:
         """Logits fp32 [R, V] of a few rows."""

@@ -73,6 +73,7 @@ def score(
             "context": max((span.tokens for plan in plans for _, spans in plan for span in spans), default=0),
             "windows": asdict(windows) if windows else None,
             "documents_sha256": documents_digest(documents),
+            "texts_sha256": [document.text_sha256 for document in documents],
             **(meta or {}),
         }
         kept = Kept(partial, {**facts, "rows": logits_rows, "lengths": list(lengths)})

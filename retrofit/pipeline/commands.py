@@ -299,6 +299,14 @@ def evaluate(
     lengths: Sequence[int] | None = None,
     suite: str | Path | None = None,
     documents: int | None = None,
+    needle: Sequence[int] | None = None,
+    depths: int = 5,
+    ruler: Sequence[int] | None = None,
+    context_gain: bool = False,
+    long_ppl: bool = False,
+    definitions: Sequence[str] = (),
+    document_tokens: int | None = None,
+    beyond: bool = False,
     out: str | Path | None = None,
     revision: str | None = None,
     kernel: str = "auto",
@@ -306,16 +314,30 @@ def evaluate(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Perplexity of `model` at several context lengths, its KV cache and its decoding speed.
+    """Perplexity of `model` at several context lengths, its KV cache, its decoding speed, and the use of its context.
 
-    suite: lengths and texts from a file; the other arguments win over it. out: where to keep the token losses (.npz).
+    suite: what to measure, from a file; the other arguments win over it. needle, ruler: lengths of these tests.
+    definitions: perplexities as others define them, over `document_tokens` tokens of each document. beyond: lengths may
+    lie beyond the model's positions. out: where to keep the token losses (.npz); the same call goes on after a stop.
     """
     from retrofit.pipeline import single
 
-    section = single.evaluate_section(suite, text=text, lengths=lengths, documents=documents, dtype=dtype)
+    section = single.evaluate_section(
+        suite,
+        text=text,
+        lengths=lengths,
+        documents=documents,
+        dtype=dtype,
+        needle={"lengths": list(needle), "depths": depths} if needle else None,
+        ruler={"lengths": list(ruler)} if ruler else None,
+        context_gain=context_gain,
+        long_ppl=long_ppl,
+        definitions=list(definitions),
+        document_tokens=document_tokens,
+    )
     recipe = single.recipe("evaluate", section, model=str(model), kernel=kernel, device=device)
     with _quiet():
-        return single.evaluate(recipe, Path(out) if out else None, revision=revision, progress=progress)
+        return single.evaluate(recipe, Path(out) if out else None, revision=revision, beyond=beyond, progress=progress)
 
 
 def publish(
@@ -334,11 +356,14 @@ def publish(
         return push(Path(folder), repo, private=private, token=token, licence=licence, progress=progress)
 
 
-def compare(a: str | Path, b: str | Path, *, lengths: Sequence[int] | None = None) -> Comparison:
-    """Two stored results (run folders or .npz) side by side; no model is loaded."""
+def compare(a: str | Path, b: str | Path, *, lengths: Sequence[int] | None = None, bits: bool = False) -> Comparison:
+    """Two stored results (run folders or .npz) side by side; no model is loaded.
+
+    bits: compare bits per byte on the same bytes instead, which two models with different tokenizers allow.
+    """
     from retrofit.pipeline.compare import compare as compare_stored
 
-    return compare_stored(Path(a), Path(b), lengths=lengths)
+    return compare_stored(Path(a), Path(b), lengths=lengths, bits=bits)
 
 
 def doctor() -> Health:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retrofit.errors import UserError
+from retrofit.evaluate.bits import ComparedBits, compare_bits
 from retrofit.evaluate.bootstrap import ratio_interval
 from retrofit.evaluate.losses import TokenLosses
-from retrofit.evaluate.perplexity import ALL, prefix, prefix_ppl
+from retrofit.evaluate.perplexity import ALL, bits_per_byte, perplexity
+from retrofit.pipeline.journal import Journal
 
 MODELS = ("recovered", "extended", "converted", "original")
+_CHANGES = {"original": (), "converted": ("convert", "extend"), "extended": ("extend",)}  # steps that make a model
 
 
 @dataclass(frozen=True)
@@ -27,47 +30,69 @@ class Compared:
     low: float
     high: float
     unit: str
+    bpb_a: float | None = None
+    bpb_b: float | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows of a comparison. a, b: what was compared, as people call it."""
+    """All rows of a comparison. a, b: what was compared, as people call it.
+
+    rows: perplexities, for one tokenizer. bits: bits per byte on the same bytes, when those were asked for.
+    """
 
     a: str
     b: str
     rows: tuple[Compared, ...]
+    bits: tuple[ComparedBits, ...] = ()
 
 
 def compare(
-    a: Path, b: Path, *, lengths: Sequence[int] | None = None, resamples: int = 2000, seed: int = 0
+    a: Path,
+    b: Path,
+    *,
+    lengths: Sequence[int] | None = None,
+    bits: bool = False,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Comparison:
     """Compare two stored results: run folders (their last model), or .npz files of token losses.
 
-    lengths: by default powers of two up to the shorter of the two, from 512 on, and that length itself.
-    Raises UserError when tokenizers or texts differ, or when a document is shorter than a length.
+    lengths: by default powers of two up to the shorter of the two, from 512 on, and that length itself. bits: compare
+    bits per byte on the same bytes and nothing else; the only comparison that two tokenizers allow.
+    Raises UserError when tokenizers, texts or windows differ, when a document is shorter than a length, and for losses
+    that are not of the checkpoint that their run now holds.
     """
     path_a, path_b = stored_losses(a), stored_losses(b)
     losses_a, losses_b = TokenLosses.load(path_a), TokenLosses.load(path_b)
-    _require_same(losses_a, losses_b, f"{path_a} and {path_b}")
+    where = f"{path_a} and {path_b}"
+    if bits:
+        _require_same_texts(losses_a, losses_b, where)
+        return Comparison(
+            _label(a, losses_a), _label(b, losses_b), (), _bits(losses_a, losses_b, where, resamples, seed)
+        )
+    _require_same(losses_a, losses_b, where)
     shortest = min(len(array) + 1 for array in (*losses_a.losses, *losses_b.losses))
     chosen = sorted(set(lengths)) if lengths else default_lengths(shortest)
     rows = []
     for kind in (*dict.fromkeys(losses_a.kinds), ALL):
         kind_a, kind_b = (one if kind == ALL else one.of_kind(kind) for one in (losses_a, losses_b))
         for length in chosen:
-            arrays_a, arrays_b = prefix(kind_a.losses, length), prefix(kind_b.losses, length)
+            arrays_a, arrays_b = kind_a.at(length), kind_b.at(length)
             interval = ratio_interval(arrays_b, arrays_a, resamples=resamples, seed=seed)
             rows.append(
                 Compared(
                     kind=kind,
                     length=length,
                     tokens=sum(len(array) for array in arrays_a),
-                    ppl_a=prefix_ppl(kind_a.losses, length),
-                    ppl_b=prefix_ppl(kind_b.losses, length),
+                    ppl_a=perplexity(arrays_a),
+                    ppl_b=perplexity(arrays_b),
                     ratio=interval.value,
                     low=interval.low,
                     high=interval.high,
                     unit=interval.unit,
+                    bpb_a=bits_per_byte(kind_a, length),
+                    bpb_b=bits_per_byte(kind_b, length),
                 )
             )
     return Comparison(_label(a, losses_a), _label(b, losses_b), tuple(rows))
@@ -80,13 +105,17 @@ def default_lengths(longest: int) -> list[int]:
 
 
 def stored_losses(path: Path) -> Path:
-    """The .npz meant: the file itself, or that of the last model of a run folder."""
+    """The .npz meant: the file itself, or that of the last model of a run folder.
+
+    Raises: UserError when there is none, or when the run has changed the model since.
+    """
     path = Path(path)
     if path.is_file():
         return path
     for model in MODELS:
         found = path / "losses" / f"{model}.npz"
         if found.is_file():
+            _require_current(path, model, found)
             return found
     raise UserError(
         "there are no token losses here",
@@ -95,22 +124,64 @@ def stored_losses(path: Path) -> Path:
     )
 
 
+def _require_current(run: Path, model: str, losses: Path) -> None:
+    """The losses are those the journal names, and nothing changed the model after they were scored."""
+    journal = Journal(run)
+    entry = journal.latest(f"evaluate:{model}")
+    again = f"run the recipe again: retrofit run {run / 'recipe.yaml'} --out {run}"
+    if entry is None or not journal.intact(entry):
+        raise UserError("these token losses are not those that the run recorded", where=str(losses), fix=again)
+    later = [other.step for other in journal.entries[journal.entries.index(entry) + 1 :]]
+    changed = [step for step in _CHANGES.get(model, ("convert", "extend", "recover")) if step in later]
+    if changed:
+        raise UserError(
+            f"these token losses are of another revision of the model: `{changed[0]}` was done again after they were "
+            "scored",
+            where=str(losses),
+            fix=again,
+        )
+
+
+def _bits(a: TokenLosses, b: TokenLosses, where: str, resamples: int, seed: int) -> tuple[ComparedBits, ...]:
+    pairs = [(kind, a.of_kind(kind), b.of_kind(kind)) for kind in dict.fromkeys(a.kinds)] + [(ALL, a, b)]
+    return tuple(compare_bits(x, y, kind, where=where, resamples=resamples, seed=seed) for kind, x, y in pairs)
+
+
+def _require_same_texts(a: TokenLosses, b: TokenLosses, where: str) -> None:
+    """The same texts in the same order, however many tokens of each were read."""
+    texts = [losses.meta.get("texts_sha256") for losses in (a, b)]
+    known = isinstance(texts[0], list) and None not in texts[0]
+    if (a.documents, a.kinds) != (b.documents, b.kinds) or texts[0] != texts[1] or not known:
+        raise UserError(
+            "these losses are not known to be of the same texts",
+            where=where,
+            fix="evaluate both models with the same --text or --suite and --documents",
+        )
+
+
 def _require_same(a: TokenLosses, b: TokenLosses, where: str) -> None:
     """Losses are comparable when the same tokenizer read the same texts; a shorter cut of them is the same text."""
     if a.meta.get("tokenizer_sha256") != b.meta.get("tokenizer_sha256"):
         raise UserError(
             "these losses were made with different tokenizers, and a loss per token cannot be compared between them",
             where=where,
-            fix="compare the bits per byte that `retrofit evaluate` shows",
+            fix="compare bits per byte: add --bits-per-byte",
+        )
+    if a.meta.get("windows") != b.meta.get("windows"):
+        raise UserError(
+            "these losses were scored with different amounts of context",
+            where=where,
+            fix="evaluate both models with the same options",
         )
     same_names = (a.documents, a.kinds) == (b.documents, b.kinds)
     cut = min((len(x) for x in (*a.losses, *b.losses)), default=0)
     same_bytes = same_names and all(
         (x[:cut] == y[:cut]).all() for x, y in zip(a.token_bytes, b.token_bytes, strict=True)
     )
-    if a.meta.get("documents_sha256") != b.meta.get("documents_sha256") and not same_bytes:
+    texts = [losses.meta.get("texts_sha256") for losses in (a, b)]
+    if a.meta.get("documents_sha256") != b.meta.get("documents_sha256") and not (same_bytes and texts[0] == texts[1]):
         raise UserError(
-            "these losses are of different texts",
+            "these losses are of different texts, or of another revision of the same",
             where=where,
             fix="evaluate both models with the same --text or --suite and --lengths",
         )

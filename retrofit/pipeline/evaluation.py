@@ -6,6 +6,7 @@ The losses of each model are a piece of their own in the journal: a changed reco
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,14 +14,27 @@ from typing import Any
 
 from retrofit.checkpoint.write import staged
 from retrofit.console import jsonable
+from retrofit.evaluate.effective import short_context
 from retrofit.evaluate.losses import Document, TokenLosses, documents_digest
 from retrofit.evaluate.perplexity import table
 from retrofit.pipeline import operations
+from retrofit.pipeline.longcontext import conclude, passes_of
 from retrofit.pipeline.metrics import metrics
 from retrofit.pipeline.plan import FOLDERS
 from retrofit.pipeline.runner import Runner, State
 from retrofit.recipe.schema import Evaluate
 
+_LONG_CONTEXT = (
+    "lengths",
+    "tail",
+    "resamples",
+    "context_gain",
+    "long_ppl",
+    "definitions",
+    "stride",
+    "needle",
+    "ruler",
+)
 LOSSES = "losses"
 METRICS = "metrics.json"
 
@@ -28,7 +42,8 @@ METRICS = "metrics.json"
 def evaluate(runner: Runner, states: Mapping[str, State], section: Evaluate) -> Mapping[str, Any]:
     """Score every model of the run. states: by label, the original first. Returns the result of the step:
 
-    {"models": {label: {"rows", "kernel", "decode", "kv_bytes_per_token", ...}}, "proof": ..., "metrics": {...}}
+    {"models": {label: {"rows", "kernel", "decode", "long_context", "kv_bytes_per_token", ...}}, "proof": ...,
+    "metrics": {...}, "short_context": {label: rows of what it lost against the original within the native length}}
     """
     documents = runner.prepared.documents
     scored = {label: _score(runner, label, state, section, documents) for label, state in states.items()}
@@ -64,18 +79,28 @@ def _score(
     prepared = runner.prepared
 
     def work(path: Path) -> Mapping[str, Any]:
-        losses, cost = operations.score_folder(
+        partial = path.with_name(path.name + ".scored")
+        losses, cost, measured = operations.score_folder(
             state.path,
             documents,
             section,
             label=label,
             kernel=prepared.recipe.kernel,
             device=prepared.device,
+            native=native,
+            seed=prepared.recipe.seed,
+            identity=state.identity,
+            partial=partial,
             progress=runner.progress,
         )
         save_losses(losses, path)
-        return cost
+        for name, scored in measured.passes.items():
+            save_losses(scored, pass_file(path, name))
+        shutil.rmtree(partial, ignore_errors=True)
+        found = conclude(losses, measured, section, native, seed=prepared.recipe.seed)
+        return {**cost, "long_context": jsonable(found)}
 
+    native = prepared.plan.positions[0]
     config = {
         "chunk": section.chunk,
         "dtype": section.dtype,
@@ -83,9 +108,20 @@ def _score(
         "kernel": prepared.kernel.name,
         "kernel_asked_for": prepared.kernel.requested != "auto",
         "device": prepared.device,
+        # What is read, and what is concluded from it in the same step.
+        **section.model_dump(mode="json", include=set(_LONG_CONTEXT)),
+        "native": native,
+        "seed": prepared.recipe.seed,
     }
     inputs = {"checkpoint": state.identity, "documents": documents_digest(documents)}
-    return runner.step(f"evaluate:{label}", f"{LOSSES}/{label}.npz", config, inputs, work).result
+    file = f"{LOSSES}/{label}.npz"
+    also = tuple(str(pass_file(Path(file), name)) for name in passes_of(section, native))
+    return runner.step(f"evaluate:{label}", file, config, inputs, work, also=also).result
+
+
+def pass_file(losses: Path, name: str) -> Path:
+    """Where the losses of the same documents with another context lie: `original.native.npz` beside `original.npz`."""
+    return losses.with_name(f"{losses.stem}.{name}.npz")
 
 
 def save_losses(losses: TokenLosses, path: Path) -> None:
@@ -125,6 +161,12 @@ def _summary(
         kv_bytes=(first["kv_bytes_per_token"], final["kv_bytes_per_token"]),
         kernel_max_diff=proof.max_difference,
     )
-    result = jsonable({"models": models, "proof": proof, "metrics": numbers})
+    original, native = losses[next(iter(states))], prepared.plan.positions[0]
+    regressions = {
+        label: short_context(original, scored, section.lengths, native, resamples=section.resamples, seed=seed)
+        for label, scored in losses.items()
+        if scored is not original
+    }
+    result = jsonable({"models": models, "proof": proof, "metrics": numbers, "short_context": regressions})
     assert isinstance(result, dict)
     return result

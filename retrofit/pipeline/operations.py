@@ -21,6 +21,7 @@ from retrofit.kv_heads.convert import ConvertReport
 from retrofit.kv_heads.convert import convert as convert_heads
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, load_model, load_tokenizer, resolve_dtype
+from retrofit.pipeline.longcontext import Measured, measure, native_length
 from retrofit.pipeline.texts import calibration_text
 from retrofit.recipe.schema import Context, Convert, Evaluate, Recover
 from retrofit.recover.data import Teacher, read_texts, training_tokens
@@ -178,17 +179,55 @@ def score_folder(
     label: str,
     kernel: str,
     device: str,
+    native: int | None = None,
+    seed: int = 0,
+    identity: Mapping[str, str] | None = None,
+    partial: Path | None = None,
     progress: Progress | None = None,
-) -> tuple[TokenLosses, dict[str, object]]:
-    """Token losses of a checkpoint folder, and what it costs: {"kernel", "kv_bytes_per_token", "decode": ...}."""
-    model = load_model(folder, dtype=evaluate.dtype, device=device)
+) -> tuple[TokenLosses, dict[str, object], Measured]:
+    """Token losses of a checkpoint folder, what it costs ({"kernel", "reason", "decode"}), and what else was asked for.
+
+    native: the length the original was made for; by default what the folder records. identity: digests of the
+    checkpoint, recorded with the losses. partial: where finished documents are kept until all are.
+    """
+    model = load_model(folder, dtype=working_dtype(evaluate.dtype, folder, device), device=device)
+    tokenizer = load_tokenizer(folder)
     choice = kernel_for(model, kernel, device)
     apply(model, choice)
     if progress:
         progress.note(f"{label}: kernel {choice.name}, {choice.reason}")
-    meta = {"model": label, "tokenizer_sha256": tokenizer_digest(load_tokenizer(folder))}
+        if tokenizer.bos_token_id is None:
+            progress.note("this tokenizer has no BOS: the first token of every document is given, not predicted")
+    meta: dict[str, object] = {"model": label, "tokenizer_sha256": tokenizer_digest(tokenizer)}
+    if identity:
+        meta["checkpoint"] = dict(identity)
     asked = None if choice.requested == "auto" else choice
-    losses = score(model, documents, chunk=evaluate.chunk, kernel=asked, meta=meta, progress=progress)
+    kept = partial / "full" if partial else None
+    longest = max(evaluate.lengths)  # only moving windows read what lies beyond
+    losses = score(
+        model,
+        [document.cut(longest) for document in documents],
+        lengths=evaluate.lengths,
+        chunk=evaluate.chunk,
+        kernel=asked,
+        meta=meta,
+        partial=kept,
+        progress=progress,
+    )
+    if native is None:
+        native = native_length(model.config)
+    measured = measure(
+        model,
+        tokenizer,
+        documents,
+        losses,
+        evaluate,
+        native,
+        kernel=asked,
+        seed=seed,
+        partial=partial,
+        progress=progress,
+    )
     cost: dict[str, object] = {"kernel": choice.name, "reason": choice.reason, "decode": None}
     if evaluate.decode_tokens:
         from retrofit.evaluate.cost import decode_speed
@@ -197,7 +236,7 @@ def score_folder(
         cost["decode"] = jsonable(decode_speed(model, prompt, evaluate.decode_tokens))
     del model
     gc.collect()
-    return losses, cost
+    return losses, cost, measured
 
 
 def prove_kernel(folder: Path, document: Document, *, kernel: str, device: str) -> Proof:

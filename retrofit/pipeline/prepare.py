@@ -23,6 +23,7 @@ from retrofit.model.load import load_config, load_tokenizer, resolve_device
 from retrofit.model.source import EMBEDDED, Source
 from retrofit.model.spec import AttentionSpec
 from retrofit.pipeline.journal import NAME as JOURNAL
+from retrofit.pipeline.longcontext import longest_prompt
 from retrofit.pipeline.plan import FOLDERS, ModelFacts, Plan, Throughput, claimed_length, make_plan, steps_of
 from retrofit.pipeline.texts import scored_documents
 from retrofit.publish.card import require_licence_and_base
@@ -176,7 +177,7 @@ def check_surgery(recipe: Recipe, config: Any, spec: AttentionSpec, *, beyond: b
         notes += rope.plan(config, **asked, settings=context.settings).notes  # type: ignore[arg-type]
     claimed = claimed_length(recipe, spec.max_position_embeddings)
     if recipe.evaluate and not beyond:
-        _require_within(max(recipe.evaluate.lengths), claimed, "evaluate.lengths")
+        _require_within(longest_prompt(recipe.evaluate), claimed, "evaluate.lengths")
     if recipe.recover:
         _require_within(recipe.recover.sequence_length, claimed, "recover.sequence_length")
     if recipe.convert and recipe.convert.calibrates:
@@ -216,7 +217,7 @@ def _documents(recipe: Recipe, source: Source, device: str) -> tuple[Document, .
         scored_documents(
             evaluate.text,
             load_tokenizer(source.folder),
-            length=max(evaluate.lengths),
+            length=max(*evaluate.lengths, evaluate.document_tokens or 0),
             count=evaluate.documents,
             trained_on=trained_on,
             teacher=Teacher(source.folder, seed=recipe.seed, device=device),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from retrofit.pipeline.commands import RecipeEntry
     from retrofit.pipeline.compare import Comparison
     from retrofit.pipeline.doctor import Health
+    from retrofit.pipeline.longcontext import LongContext
     from retrofit.pipeline.prices import PriceList
     from retrofit.pipeline.run import RunResult
     from retrofit.pipeline.single import Evaluation, Written
@@ -228,12 +229,102 @@ def evaluation(console: Console, result: Evaluation) -> None:
         console.say(f"decoding: {result.decode['tokens_per_s']:.1f} tokens/s for one sequence")
     if result.losses:
         console.say(f"token losses: {result.losses}")
+    _long_context(console, result.long_context)
+
+
+def _long_context(console: Console, found: LongContext) -> None:
+    """What was asked for beyond the plain pass."""
+    for note in found.notes:
+        console.say(f"note: {note}")
+    if found.defined:
+        console.table(
+            "Perplexity as others define it",
+            ["definition", "length", "stride", "ppl", "bits/byte", "tokens", "read"],
+            [
+                (
+                    row.definition,
+                    row.length,
+                    row.stride or "-",
+                    f"{row.ppl:.4f}",
+                    f"{row.bits_per_byte:.4f}" if row.bits_per_byte is not None else "-",
+                    row.tokens,
+                    row.read,
+                )
+                for row in found.defined
+            ],
+        )
+    if found.context_gain:
+        console.table(
+            f"Context gain: nats that context beyond {found.native:,} tokens saves on the same tokens",
+            ["text", "length", "gain", "95% interval", "tokens"],
+            [
+                (r.kind, r.length, f"{r.gain:+.4f}", f"{r.low:+.4f} to {r.high:+.4f}", r.tokens)
+                for r in found.context_gain
+            ],
+        )
+    if found.long_ppl:
+        console.table(
+            "LongPPL: perplexity of the tokens that need long context",
+            ["text", "length", "ppl", "key tokens", "tokens"],
+            [(r.kind, r.length, f"{r.ppl:.3f}" if r.ppl else "-", r.key_tokens, r.tokens) for r in found.long_ppl],
+        )
+    if found.needle:
+        cells = [(cell.length, f"{cell.depth:.2f}", cell.position, cell.answer) for cell in found.needle.cells]
+        console.table(
+            f"{found.needle.test}: exact match, share of answer tokens found, loss in nats per token",
+            ["length", "depth", "at token", "match", "found", "loss", "margin", "answer"],
+            [
+                (
+                    *where,
+                    "yes" if a.starts else "no",
+                    f"{a.token_match:.2f}",
+                    f"{a.loss:.2f}",
+                    f"{a.margin:+.2f}",
+                    a.answered,
+                )
+                for *where, a in cells
+            ],
+        )
+    if found.ruler:
+        console.table(
+            "RULER tasks: share of the answers in the text generated, loss in nats per token",
+            ["task", "length", "recall", "loss", "margin", "preferred", "questions"],
+            [
+                (
+                    r.task,
+                    r.length,
+                    f"{r.recall:.2f}",
+                    f"{r.loss:.2f}",
+                    f"{r.margin:+.2f}",
+                    f"{r.preferred:.2f}",
+                    r.questions,
+                )
+                for r in found.ruler.rows
+            ],
+        )
+    if found.effective:
+        console.say(
+            f"effective length: {found.effective.length:,} of {found.effective.tests[-1].length:,} tokens measured"
+        )
+        for text in (found.effective.stopped_by, *found.effective.not_tested):
+            if text:
+                console.say(f"  {'stopped by ' if text == found.effective.stopped_by else 'not tested: '}{text}")
 
 
 def comparison(console: Console, result: Comparison) -> None:
     """`retrofit compare`."""
     console.result(result)
     console.say(f"a: {result.a}\nb: {result.b}")
+    if result.bits:
+        console.table(
+            "Bits per byte on the same bytes, and b / a with its paired 95% interval",
+            ["text", "bytes", "a", "b", "b / a", "interval"],
+            [
+                (row.kind, row.nbytes, f"{row.bpb_a:.4f}", f"{row.bpb_b:.4f}", f"{row.ratio:.4f}", _interval(row))
+                for row in result.bits
+            ],
+        )
+        return
     console.table(
         "Perplexity, and b / a with its paired 95% interval",
         ["text", "length", "a", "b", "b / a", "interval"],
@@ -244,7 +335,7 @@ def comparison(console: Console, result: Comparison) -> None:
                 f"{row.ppl_a:.3f}",
                 f"{row.ppl_b:.3f}",
                 f"{row.ratio:.4f}",
-                f"{row.low:.4f} to {row.high:.4f}",
+                _interval(row),
             )
             for row in result.rows
         ],
@@ -303,6 +394,10 @@ def health(console: Console, result: Health) -> None:
         ["part", "there", "for", "install"],
         [(check.name, check.ok, check.what, check.install or "") for check in result.optional],
     )
+
+
+def _interval(row: Any) -> str:
+    return f"{row.low:.4f} to {row.high:.4f}"
 
 
 def _by_length(models: Any) -> list[tuple[object, ...]]:

@@ -13,9 +13,11 @@ from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.write import folder_lock, require_writable
 from retrofit.errors import UserError
 from retrofit.evaluate.perplexity import Row, table
+from retrofit.model.load import load_config
 from retrofit.model.source import Source, resolve
 from retrofit.pipeline import operations
-from retrofit.pipeline.evaluation import save_losses
+from retrofit.pipeline.evaluation import pass_file, save_losses
+from retrofit.pipeline.longcontext import LongContext, conclude, longest_prompt, native_length
 from retrofit.pipeline.operations import Origin
 from retrofit.pipeline.prepare import prepare, source_record
 from retrofit.recipe.load import load_suite, validate
@@ -42,6 +44,7 @@ class Evaluation:
     """What `evaluate` measured. rows: by kind of text and length. kv_cache_bytes: by tokens, for one sequence.
 
     decode: speed of decoding one sequence; None when it was not timed. losses: the file they were kept in.
+    long_context: whether the context is used, as far as that was asked for.
     """
 
     model: str
@@ -54,6 +57,7 @@ class Evaluation:
     decode: Mapping[str, Any] | None
     claimed_length: int
     losses: Path | None
+    long_context: LongContext
 
 
 def recipe(section: str, values: Mapping[str, Any], **top: Any) -> Recipe:
@@ -140,8 +144,9 @@ def evaluate_section(
     lengths: Sequence[int] | None,
     documents: int | None,
     dtype: str,
+    **asked: Any,
 ) -> dict[str, Any]:
-    """The `evaluate` section of a recipe from a suite and options; options win."""
+    """The `evaluate` section of a recipe from a suite and options; options win. asked: further keys of the section."""
     values: dict[str, Any] = load_suite(suite).evaluation().model_dump(mode="json") if suite else {"documents": 1}
     if text:
         values["text"] = list(text)
@@ -149,32 +154,46 @@ def evaluate_section(
         values["lengths"] = list(lengths)
     if documents is not None:
         values["documents"] = documents
-    return {**values, "dtype": dtype}
+    return {**values, **{key: value for key, value in asked.items() if value}, "dtype": dtype}
 
 
-def evaluate(recipe: Recipe, out: Path | None, *, revision: str | None, progress: Progress | None) -> Evaluation:
-    """`retrofit evaluate`. Unlike in a run, lengths may lie beyond the window: how it breaks there is worth seeing."""
+def evaluate(
+    recipe: Recipe, out: Path | None, *, revision: str | None, beyond: bool, progress: Progress | None
+) -> Evaluation:
+    """`retrofit evaluate`. beyond: lengths may lie beyond the window; how it breaks there is worth seeing."""
     section = recipe.evaluate
     assert section and recipe.model
     if out is not None:
         _require_file(out)
-    window = max(section.lengths)
+    longest = longest_prompt(section)
+    prepared = prepare(recipe, revision=revision, beyond=True, weights=False, progress=progress)
+    if longest > prepared.spec.max_position_embeddings:
+        _require_beyond(recipe.model, longest, prepared.spec.max_position_embeddings, beyond)
+        if progress:
+            progress.note(
+                f"{longest:,} tokens lie beyond the model's {prepared.spec.max_position_embeddings:,} positions"
+            )
     prepared = prepare(recipe, revision=revision, beyond=True, progress=progress)
     folder, spec = prepared.source.folder, prepared.spec
-    if window > spec.max_position_embeddings and progress:
-        progress.note(f"{window:,} tokens lie beyond the model's {spec.max_position_embeddings:,} positions")
     label = prepared.source.base_model or Path(recipe.model).name
-    losses, cost = operations.score_folder(
+    partial = out.with_name(out.name + ".scored") if out is not None else None
+    losses, cost, measured = operations.score_folder(
         folder,
         prepared.documents,
         section,
         label=label,
         kernel=recipe.kernel,
         device=prepared.device,
+        seed=recipe.seed,
+        identity=prepared.source.digests if out is not None else None,
+        partial=partial,
         progress=progress,
     )
     if out is not None:
         save_losses(losses, out)
+        for name, scored in measured.passes.items():
+            save_losses(scored, pass_file(out, name))
+        shutil.rmtree(out.with_name(out.name + ".scored"), ignore_errors=True)
     per_token, by_length, heads = operations.kv_bytes(folder, section.lengths)
     decode: Any = cost["decode"]
     return Evaluation(
@@ -188,7 +207,17 @@ def evaluate(recipe: Recipe, out: Path | None, *, revision: str | None, progress
         decode=decode,
         claimed_length=spec.max_position_embeddings,
         losses=out,
+        long_context=conclude(losses, measured, section, native_length(load_config(folder)), seed=recipe.seed),
     )
+
+
+def _require_beyond(model: str, longest: int, positions: int, beyond: bool) -> None:
+    if not beyond:
+        raise UserError(
+            f"{longest} tokens are more than the {positions} positions of the model",
+            where="--lengths",
+            fix=f"extend it: retrofit extend {model} --length {longest} --out DIR, or add --beyond to see it break",
+        )
 
 
 def _origin(source: Source) -> Origin:

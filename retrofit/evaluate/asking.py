@@ -1,0 +1,92 @@
+"""Questions about a text that was read: the greedy answer, and what right and wrong answers lose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from retrofit.evaluate.haystack import encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from retrofit.evaluate.reader import Reader
+
+EXTRA_TOKENS = 4  # generated beyond the answer, so that a longer number does not pass for the right one
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a text.
+
+    text: what is asked, up to where the answer begins. expected: strings a whole answer holds. right, wrong:
+    continuations to compare by loss; each is one way to answer (or to begin to). tokens: to generate.
+    """
+
+    text: str
+    expected: tuple[str, ...]
+    right: tuple[str, ...]
+    wrong: tuple[str, ...]
+    tokens: int
+
+    def room(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Tokens of the question and of the longest of: its answers, what is generated."""
+        longest = max(len(encode(tokenizer, text)) for text in (*self.right, *self.wrong))
+        return len(encode(tokenizer, self.text)) + max(longest, self.tokens)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a question.
+
+    recall: share of the expected strings in the answer. starts: the answer begins with the first of them and does not
+    go on with another digit or letter (exact match). loss: nats per token of the right continuations; margin: how much
+    more the wrong ones lose. token_match: share of their tokens that are the likeliest after those before them.
+    """
+
+    expected: tuple[str, ...]
+    answered: str
+    recall: float
+    starts: bool
+    loss: float
+    margin: float
+    token_match: float
+
+
+def ask(reader: Reader, tokenizer: PreTrainedTokenizerBase, question: Question) -> Answer:
+    """Ask about what was read. The question stays unread afterwards, so that the next one finds the same text."""
+    text_read = reader.position
+    reader.read(_tensor(reader, encode(tokenizer, question.text)))
+    asked = reader.position
+    answered = str(tokenizer.decode(reader.greedy(question.tokens)))
+    reader.rewind(asked)
+    losses, matches = [], []
+    for text in question.right:
+        found, right = reader.judged(_tensor(reader, encode(tokenizer, text)))
+        reader.rewind(asked)
+        losses.append(float(found.mean()))
+        matches.append(float(right.double().mean()))
+    wrong = []
+    for text in question.wrong:
+        wrong.append(float(reader.losses(_tensor(reader, encode(tokenizer, text))).mean()))
+        reader.rewind(asked)
+    reader.rewind(text_read)
+    loss = sum(losses) / len(losses)
+    first = question.expected[0]
+    head = answered.strip()
+    return Answer(
+        expected=question.expected,
+        answered=head,
+        recall=sum(text.lower() in answered.lower() for text in question.expected) / len(question.expected),
+        starts=head.startswith(first) and not head[len(first) : len(first) + 1].isalnum(),
+        loss=loss,
+        margin=sum(wrong) / len(wrong) - loss,
+        token_match=sum(matches) / len(matches),
+    )
+
+
+def _tensor(reader: Reader, ids: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(ids, dtype=torch.int64, device=reader.model.device)

@@ -1,0 +1,203 @@
+"""Needle in a haystack (Kamradt 2023) and passkey (Mohtashami & Jaggi 2023): is a fact found wherever it stands?
+
+A grid of lengths x depths. Each prompt has exactly the length asked for, answer included, in the model's own tokens:
+opening, prose up to the depth, the needle, the rest of the prose, the question. The question repeats the needle's
+words, so that a small base model can answer by continuing, without examples. Beside the greedy answer each cell has the
+loss of the right answer and its margin over a wrong one of the same form: a signal where exact match gives none.
+
+The prose before a needle is the same for every depth: it is read once, and the cache goes back to it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from retrofit.errors import UserError
+from retrofit.evaluate.asking import EXTRA_TOKENS, Answer, Question, ask
+from retrofit.evaluate.haystack import Wording, boundaries, encode, filler
+from retrofit.evaluate.reader import Reader, frequencies_of
+from retrofit.evaluate.score import reading
+from retrofit.kernels.registry import Choice
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from retrofit.console import Progress
+
+NEEDLE = Wording(
+    opening="",
+    fact=" The special magic number for {key} is {value}.",
+    question="\n\nThe special magic number for {key} is",
+    answer=" {value}",
+)
+PASSKEY = Wording(
+    opening="There is an important piece of information hidden in the following text. Find it and memorize it.\n\n",
+    fact=" The pass key is {value}. Remember it. {value} is the pass key.",
+    question="\n\nWhat is the pass key? The pass key is",
+    answer=" {value}",
+)
+WORDINGS = {"needle": NEEDLE, "passkey": PASSKEY}
+KEYS = ("Paris", "Oslo", "Lima", "Cairo", "Quito", "Tokyo", "Rome", "Delhi", "Dublin", "Havana", "Madrid", "Seoul")
+DIGITS = 5
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One needle. depth: share of the prose that stands before it; position: its first token. answer: what came."""
+
+    length: int
+    depth: float
+    sample: int
+    position: int
+    answer: Answer
+
+
+@dataclass(frozen=True)
+class NeedleResult:
+    """Every cell of one test. tokens: exact tokens of a prompt with its answer. read: tokens that passes read."""
+
+    test: str
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    samples: int
+    seed: int
+    cells: tuple[Cell, ...]
+    read: int
+    kernel: str
+
+    def scores(self) -> dict[int, float]:
+        """Mean share of answer tokens found, by length: what effective length looks at."""
+        return {
+            n: float(np.mean([cell.answer.token_match for cell in self.cells if cell.length == n]))
+            for n in self.lengths
+        }
+
+
+def depths(count: int) -> tuple[float, ...]:
+    """`count` depths from 0 to 1."""
+    return tuple(float(depth) for depth in np.linspace(0, 1, count)) if count > 1 else (0.5,)
+
+
+def needle(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prose: str,
+    *,
+    test: str = "needle",
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    samples: int = 1,
+    seed: int = 0,
+    chunk: int = 512,
+    kernel: Choice | None = None,
+    progress: Progress | None = None,
+) -> NeedleResult:
+    """Ask for a needle at every length and depth. prose: what it is hidden in; repeated when it is too short.
+
+    Raises: UserError for an unknown test, or a length in which the question alone has no room.
+    """
+    if test not in WORDINGS:
+        raise UserError(f"`{test}` is not a needle test", where="needle.test", fix=f"use {' or '.join(WORDINGS)}")
+    wording = WORDINGS[test]
+    hay = filler(tokenizer, prose, max(lengths))
+    ends = boundaries(tokenizer, hay)
+    cells: list[Cell] = []
+    read = 0
+    prompts = {
+        n: [_prompts(tokenizer, wording, hay, ends, n, depths, s, seed) for s in range(samples)] for n in lengths
+    }
+    if progress:
+        progress.start(test, len(lengths) * len(depths) * samples, "questions")
+    with reading(model, kernel, progress) as used:
+        for length in lengths:
+            reader = Reader(model, length + EXTRA_TOKENS, chunk=chunk, rewindable=True)
+            held: list[int] = []
+            with frequencies_of(model, length):
+                for sample in range(samples):
+                    # From the deepest needle up: what stands before the next one is still in the cache.
+                    for prompt in sorted(prompts[length][sample], key=lambda prompt: -prompt.position):
+                        shared = min(_shared(prompt.ids, held), len(prompt.ids) - 1)
+                        reader.rewind(shared)
+                        reader.read(torch.tensor(prompt.ids[shared:], device=model.device))
+                        held = prompt.ids
+                        read += len(prompt.ids) - shared
+                        answer = ask(reader, tokenizer, prompt.question)
+                        cells.append(Cell(length, prompt.depth, sample, prompt.position, answer))
+                        if progress:
+                            progress.advance(1, tokens=length)
+    if progress:
+        progress.finish()
+    cells.sort(key=lambda cell: (cell.length, cell.depth, cell.sample))
+    return NeedleResult(test, tuple(lengths), tuple(depths), samples, seed, tuple(cells), read, used)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """ids: all that is read before the question, which begins at length - question - answer tokens."""
+
+    depth: float
+    position: int
+    ids: list[int]
+    question: Question
+
+
+def _prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    wording: Wording,
+    hay: list[int],
+    ends: np.ndarray,
+    length: int,
+    depths: Sequence[float],
+    sample: int,
+    seed: int,
+) -> list[_Prompt]:
+    found = []
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    start = bos + encode(tokenizer, wording.opening)
+    for depth in depths:
+        rng = random.Random(f"{seed}/{sample}/{length}/{depth}")
+        key, value = rng.choice(KEYS), _number(rng)
+        fact = encode(tokenizer, wording.fact.format(key=key, value=value))
+        text, right = (part.format(key=key, value=value) for part in (wording.question, wording.answer))
+        answer = encode(tokenizer, right)
+        wrong = _like(tokenizer, wording, rng, key, value, len(answer))
+        room = length - len(start) - len(fact) - len(encode(tokenizer, text)) - len(answer)
+        if room < 1:
+            raise UserError(
+                f"{length} tokens have no room for the needle and its question, which need {length - room}",
+                where="needle.lengths",
+                fix=f"use at least {2 * (length - room)}",
+            )
+        at = int(ends[np.abs(ends - depth * room).argmin()]) if 0 < depth < 1 else round(depth * room)
+        at = min(at, room)
+        ids = start + hay[:at] + fact + hay[at:room]
+        question = Question(text, (value,), (right,), (wrong,), len(answer) + EXTRA_TOKENS)
+        found.append(_Prompt(depth, len(start) + at, ids, question))
+    return found
+
+
+def _number(rng: random.Random) -> str:
+    return str(rng.randrange(10 ** (DIGITS - 1), 10**DIGITS))
+
+
+def _like(
+    tokenizer: PreTrainedTokenizerBase, wording: Wording, rng: random.Random, key: str, value: str, tokens: int
+) -> str:
+    """A wrong answer of as many tokens, where a few tries find one."""
+    for _ in range(50):
+        other = _number(rng)
+        text = wording.answer.format(key=key, value=other)
+        if other != value and len(encode(tokenizer, text)) == tokens:
+            break
+    return text
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,0 +1,210 @@
+"""Is the context used? The passes of an evaluation beyond the plain one, and what is computed from them.
+
+`measure` needs the model and leaves arrays and answers; `conclude` needs those only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from retrofit.evaluate.definitions import Defined, prepared, value
+from retrofit.evaluate.effective import EffectiveLength, effective_length
+from retrofit.evaluate.longppl import (
+    SHORT_CONTEXT,
+    ContextGain,
+    LongPPL,
+    context_gains,
+    long_ppl,
+    native_windows,
+    short_windows,
+)
+from retrofit.evaluate.losses import Document, TokenLosses
+from retrofit.evaluate.perplexity import ALL
+from retrofit.model.families import describe
+from retrofit.recipe.schema import Evaluate
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from retrofit.console import Progress
+    from retrofit.evaluate.needle import NeedleResult
+    from retrofit.evaluate.ruler import RulerResult
+    from retrofit.kernels.registry import Choice
+
+NATIVE, SHORT = "native", "short"
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What the model was needed for. passes: token losses under another context (`native`, `short`)."""
+
+    passes: Mapping[str, TokenLosses]
+    defined: tuple[Defined, ...] = ()
+    needle: NeedleResult | None = None
+    ruler: RulerResult | None = None
+
+
+@dataclass(frozen=True)
+class LongContext:
+    """How well a model uses its context. native: the length the original was made for. None or empty: not asked for."""
+
+    native: int
+    context_gain: tuple[ContextGain, ...] = ()
+    long_ppl: tuple[LongPPL, ...] = ()
+    defined: tuple[Defined, ...] = ()
+    needle: NeedleResult | None = None
+    ruler: RulerResult | None = None
+    effective: EffectiveLength | None = None
+    notes: tuple[str, ...] = ()
+
+
+def native_length(config: PretrainedConfig) -> int:
+    """Tokens that the original was made for: the original length an extended checkpoint records, or its window."""
+    spec = describe(config)
+    recorded = [layer.rope.parameters.get("original_max_position_embeddings") for layer in spec.layers if layer.rope]
+    recorded.append(getattr(config, "original_max_position_embeddings", None))  # a larger theta has it here only
+    return min((length for length in recorded if isinstance(length, int)), default=spec.max_position_embeddings)
+
+
+def passes_of(section: Evaluate, native: int) -> tuple[str, ...]:
+    """The passes that `measure` makes over the documents."""
+    longest = max(section.lengths)
+    gain = section.context_gain and longest > native
+    keys = section.long_ppl and longest > SHORT_CONTEXT
+    return (*([NATIVE] if gain else []), *([SHORT] if keys else []))
+
+
+def longest_prompt(section: Evaluate) -> int:
+    """Most tokens that anything reads at once."""
+    return max(*section.lengths, *(n for part in (section.needle, section.ruler) if part for n in part.lengths), 0)
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    losses: TokenLosses,
+    section: Evaluate,
+    native: int,
+    *,
+    kernel: Choice | None = None,
+    seed: int = 0,
+    partial: Path | None = None,
+    progress: Progress | None = None,
+) -> Measured:
+    """Everything that `section` asks for beyond `losses`, the plain pass over the first tokens of the documents."""
+    from retrofit.evaluate.score import score
+
+    def rescore(name: str, documents: Sequence[Document], **how: object) -> TokenLosses:
+        folder = partial / name if partial else None
+        options = {"chunk": section.chunk, "kernel": kernel, "meta": dict(_facts(losses)), "progress": progress}
+        return score(model, documents, partial=folder, **options, **how)  # type: ignore[arg-type]
+
+    cut = [document.cut(max(section.lengths)) for document in documents]
+    windows = {NATIVE: native_windows(native), SHORT: short_windows()}
+    passes = {name: rescore(name, cut, windows=windows[name], known=losses) for name in passes_of(section, native)}
+    bos = tokenizer.bos_token_id is not None
+    defined = []
+    for name in section.definitions:
+        for length in section.lengths:
+            texts, moving = prepared(
+                name, documents, length, bos=bos, prefix_id=tokenizer.eos_token_id, stride=section.stride
+            )
+            if name == "yarn-truncated":
+                found = replace(
+                    losses, losses=losses.at(length), token_bytes=tuple(a[: length - 1] for a in losses.token_bytes)
+                )
+            else:
+                found = rescore(f"{name}@{length}", texts, windows=moving)
+            defined.append(value(name, found, length, moving))
+    return Measured(passes, tuple(defined), *_asked(model, tokenizer, section, kernel, seed, progress))
+
+
+def _asked(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    section: Evaluate,
+    kernel: Choice | None,
+    seed: int,
+    progress: Progress | None,
+) -> tuple[NeedleResult | None, RulerResult | None]:
+    if not section.needle and not section.ruler:
+        return None, None
+    from retrofit.evaluate.haystack import NOISE
+    from retrofit.evaluate.needle import depths, needle
+    from retrofit.evaluate.ruler import ruler
+    from retrofit.recover.corpora import docs_texts
+
+    prose = "\n\n".join(docs_texts().values())
+    asked, tasks = section.needle, section.ruler
+    found = (
+        needle(
+            model,
+            tokenizer,
+            NOISE if asked.test == "passkey" else prose,
+            test=asked.test,
+            lengths=asked.lengths,
+            depths=depths(asked.depths),
+            samples=asked.samples,
+            seed=seed,
+            chunk=section.chunk,
+            kernel=kernel,
+            progress=progress,
+        )
+        if asked
+        else None
+    )
+    answers = (
+        ruler(
+            model,
+            tokenizer,
+            prose,
+            tasks=tasks.tasks,
+            lengths=tasks.lengths,
+            samples=tasks.samples,
+            seed=seed,
+            chunk=section.chunk,
+            kernel=kernel,
+            progress=progress,
+        )
+        if tasks
+        else None
+    )
+    return found, answers
+
+
+def conclude(losses: TokenLosses, measured: Measured, section: Evaluate, native: int, *, seed: int = 0) -> LongContext:
+    """The numbers of one model from stored arrays and answers."""
+    resamples = section.resamples
+    gains: tuple[ContextGain, ...] = ()
+    keyed: tuple[LongPPL, ...] = ()
+    if NATIVE in measured.passes:
+        gains = tuple(
+            context_gains(losses, measured.passes[NATIVE], native, section.lengths, resamples=resamples, seed=seed)
+        )
+    if SHORT in measured.passes:
+        keyed = tuple(long_ppl(losses, measured.passes[SHORT], section.lengths, resamples=resamples, seed=seed))
+    effective = None
+    if section.context_gain or section.needle:
+        effective = effective_length(
+            losses,
+            section.lengths,
+            native,
+            size=section.tail,
+            gains=[row for row in gains if row.kind == ALL],
+            needle=measured.needle.scores() if measured.needle else None,
+            resamples=resamples,
+            seed=seed,
+        )
+    notes = []
+    if "frequencies" in losses.meta:
+        notes.append(f"{losses.meta['frequencies']['rope_type']} positions: each length was read in a pass of its own")  # type: ignore[index]
+    return LongContext(native, gains, keyed, measured.defined, measured.needle, measured.ruler, effective, tuple(notes))
+
+
+def _facts(losses: TokenLosses) -> Mapping[str, object]:
+    """What the caller recorded about the model, for the other passes."""
+    return {key: losses.meta[key] for key in ("model", "tokenizer_sha256", "checkpoint") if key in losses.meta}

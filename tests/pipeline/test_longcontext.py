@@ -1,0 +1,84 @@
+"""`retrofit evaluate` on the use of context: every pass, table and refusal, on a tiny model with a doubled window."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retrofit import bundled
+from retrofit.evaluate.losses import TokenLosses
+from retrofit.model.load import load_config
+from retrofit.pipeline.longcontext import native_length
+from retrofit.recipe.load import load_suite
+from tests.pipeline.conftest import retrofit, sentences
+
+
+@pytest.fixture(scope="module")
+def extended(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("extended") / "long"
+    assert retrofit("extend", model, "--factor", 2, "--method", "ntk", "--out", out).exit_code == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("book") / "book.txt"
+    path.write_text(sentences(5, 400))
+    return path
+
+
+def test_the_native_length_is_that_of_the_original(model: Path, extended: Path) -> None:
+    assert [native_length(load_config(folder)) for folder in (model, extended)] == [512, 512]
+
+
+def test_everything_at_once(extended: Path, book: Path, tmp_path: Path) -> None:
+    file = tmp_path / "l.npz"
+    asked = ["--lengths", "256,512,1024", "--needle", "512,1024", "--depths", 2, "--context-gain"]
+    defined = ["--definition", "sliding", "--definition", "lm-eval", "--definition", "yarn-truncated"]
+    result = retrofit(
+        "evaluate", extended, "--text", book, *asked, *defined, "--document-tokens", 1200, "--out", file, "--json"
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["long_context"]
+    assert found["native"] == 512 and found["long_ppl"] == [] and found["ruler"] is None
+    (gain,) = [row for row in found["context_gain"] if row["kind"] == "all"]
+    full, native = TokenLosses.load(file), TokenLosses.load(tmp_path / "l.native.npz")
+    assert gain["length"] == 1024 and gain["tokens"] == 512
+    assert gain["gain"] == pytest.approx(float(np.mean(native.losses[0][511:] - full.losses[0][511:])), abs=1e-5)
+    np.testing.assert_array_equal(native.losses[0][:511], full.losses[0][:511])
+    rows = {(row["definition"], row["length"]): row for row in found["defined"]}
+    assert len(rows) == 9 and rows["sliding", 256]["tokens"] == rows["lm-eval", 256]["tokens"] == 1199
+    assert rows["yarn-truncated", 512]["ppl"] == pytest.approx(float(np.exp(full.at(512)[0].mean(dtype=np.float64))))
+    assert [(cell["length"], cell["depth"]) for cell in found["needle"]["cells"]] == [
+        (512, 0.0), (512, 1.0), (1024, 0.0), (1024, 1.0),
+    ]  # fmt: skip
+    tests = {test["length"]: test for test in found["effective"]["tests"]}
+    assert tests[1024]["gain"] == gain["gain"] and tests[512]["gain"] is None
+    assert found["effective"]["not_tested"] == ["needle at 256"]
+    assert not list(tmp_path.glob("*.scored"))
+    shown = retrofit("evaluate", extended, "--text", book, "--lengths", "512", "--needle", "512", "--depths", 1).output
+    assert "effective length" in shown and "exact match" in shown
+
+
+def test_beyond_the_positions_names_the_command_that_extends(model: Path, book: Path) -> None:
+    refused = retrofit("evaluate", model, "--text", book, "--lengths", "1024")
+    assert refused.exit_code == 2
+    assert f"retrofit extend {model} --length 1024" in refused.output and "--beyond" in refused.output
+    assert "retrofit extend" in retrofit("evaluate", model, "--text", book, "--needle", "1024").output
+    shown = retrofit("evaluate", model, "--text", book, "--lengths", "1024", "--beyond", "--json")
+    assert shown.exit_code == 0 and json.loads(shown.stdout)["claimed_length"] == 512
+
+
+def test_a_text_too_short_is_refused_with_its_length(extended: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    refused = retrofit("evaluate", extended, "--text", tmp_path / "short.txt", "--lengths", "256")
+    assert refused.exit_code == 2 and "10" in refused.output
+
+
+def test_bundled_suites_are_valid() -> None:
+    suites = {name: load_suite(name).evaluation() for name in bundled.names("suites")}
+    assert {"quick", "long", "context", "ruler", "papers"} <= set(suites)
+    assert suites["context"].context_gain and suites["ruler"].ruler and suites["papers"].definitions
