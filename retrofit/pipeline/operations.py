@@ -190,7 +190,7 @@ def score_folder(
     native: the length the original was made for; by default what the folder records. identity: digests of the
     checkpoint, recorded with the losses. partial: where finished documents are kept until all are.
     """
-    model = load_model(folder, dtype=working_dtype(evaluate.dtype, folder, device), device=device)
+    model = load_model(folder, dtype=evaluate.dtype, device=device)
     tokenizer = load_tokenizer(folder)
     choice = kernel_for(model, kernel, device)
     apply(model, choice)
