@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +28,7 @@ from retrofit.errors import UserError
 from retrofit.kv_heads.baselines import METHODS
 from retrofit.kv_heads.grouping import best_groups
 from retrofit.kv_heads.merge import (
+    CALIBRATED,
     Groups,
     HeadMaps,
     MergeCost,
@@ -39,6 +42,7 @@ from retrofit.kv_heads.merge import (
     rotary_indices,
 )
 from retrofit.kv_heads.moments import LayerMoments, MomentSums
+from retrofit.kv_heads.qk_norm import KeyFit, can_fit, fit_keys, project, queries_and_keys
 from retrofit.kv_heads.refit import Ridge, RidgeSums, refit
 from retrofit.kv_heads.stream import LayerRun, LayerStream
 from retrofit.kv_heads.weights import LayerWeights, Reader, read_layer, write_layer
@@ -61,13 +65,15 @@ class LayerReport:
     """What conversion did to one layer.
 
     keys, values: share of the scores' and of the attention output's energy that the merge gives up, 0 to 1 (None
-    where it was not computed). held_out_before/after: error of the attention output on text the repair was not
+    where it was not computed). keys_fitted: with a norm on keys, whether fitted keys were kept (else mean-pooled ones).
+    held_out_before/after: error of the attention output on text the repair was not
     fitted on, as a share of the target's energy. repair: whether the refitted output projection was kept.
     """
 
     index: int
     groups: Groups
     keys: float | None = None
+    keys_fitted: bool | None = None
     values: float | None = None
     repair: bool | None = None
     held_out_before: float | None = None
@@ -147,10 +153,15 @@ def convert(
                 where="convert.calibration.text",
                 fix="name text (`--calibrate TEXT`), or choose `--method mean`",
             )
-        notes += _fallbacks(spec, repair)
+        notes += _fallbacks(spec, METHODS[method], repair)
         run = _CalibratedRun(checkpoint, config, target, spec, kv_heads, METHODS[method], repair, text, device)
         changed, reports = run.all_layers(progress)
         notes += run.notes
+        pooled = [str(report.index) for report in reports if report.keys_fitted is False]
+        if pooled:
+            notes.append(
+                f"keys of layers {', '.join(pooled)} are mean-pooled: fitted ones were no better on text left out"
+            )
     else:
         changed, reports = {}, []
         for layer in spec.layers:
@@ -194,12 +205,12 @@ def _rules(changed: dict[str, Tensor], spec: AttentionSpec, kv_heads: int) -> di
     return rules
 
 
-def _fallbacks(spec: AttentionSpec, repair: str) -> list[str]:
+def _fallbacks(spec: AttentionSpec, method: MergeMethod, repair: str) -> list[str]:
     notes = []
-    if any(layer.qk_norm for layer in spec.layers):
+    if any(layer.qk_norm and not _fits_keys(layer, method) for layer in spec.layers):
         notes.append(
-            "keys are mean-pooled: the norm on queries and keys takes their magnitudes, which calibrated keys need; "
-            "values and output projection are calibrated"
+            "keys are mean-pooled: the norm on queries and keys takes the magnitudes that this merge of keys needs; "
+            "values and output projection are merged as asked"
         )
     if repair == "o_proj" and not _plain_residual(spec):
         notes.append(
@@ -245,6 +256,12 @@ class _CalibratedRun:
                 where="convert.calibration",
                 fix="give at least two sequences of each kind of text, or set repair: none",
             )
+        if min(map(len, batches_of.values())) < 2 and any(_fits_keys(layer, method) for layer in spec.layers):
+            raise UserError(
+                "too little calibration text to check fitted keys on sequences they were not fitted on",
+                where="convert.calibration",
+                fix="give at least two sequences of each kind of text, or choose the method `mean`",
+            )
         if repair != "none" and len(batches_of) == 1:
             self.notes.append(
                 "one kind of calibration text: the repair was checked on other sequences of the same kind only"
@@ -282,12 +299,15 @@ class _CalibratedRun:
         targets = []
         with self._original.layer(layer.index) as original:
             moments = self._moments(original, weights, layer, x_converted, kwargs)
+            maps, cost, groups = self._merge(moments, weights, layer)
+            fit: KeyFit | None = None
+            if _fits_keys(layer, self._method):
+                fit = fit_keys(weights, maps, groups, layer, partial(self._inputs, original, x_converted, kwargs))
             for i, hidden in enumerate(x):
                 after, attention = original.forward(hidden, kwargs[i])
                 targets.append(attention + (hidden - x_converted[i]) if _plain_residual(self._spec) else attention)
                 x[i] = after
-        maps, cost, groups = self._merge(moments, weights, layer)
-        merged = apply_maps(weights, maps, groups)
+        merged = apply_maps(weights, maps, groups) if fit is None else fit.weights
         ridge: Ridge | None = None
         with self._converted.layer(layer.index, write_layer(merged, target_layer)) as run:
             heads = [run.head_outputs(hidden, named) for hidden, named in zip(x_converted, kwargs, strict=True)]
@@ -300,7 +320,8 @@ class _CalibratedRun:
         report = LayerReport(
             index=layer.index,
             groups=groups,
-            keys=cost.keys,
+            keys=cost.keys if fit is None else fit.lost,
+            keys_fitted=None if fit is None else fit.accepted,
             values=cost.values,
             repair=None if ridge is None else ridge.accepted,
             held_out_before=None if ridge is None else ridge.held_out_before,
@@ -319,17 +340,23 @@ class _CalibratedRun:
         sums = MomentSums(layer.kv_heads, rotary_indices(layer.rope, layer.head_dim))
         for hidden, named in zip(x_converted, kwargs, strict=True):
             a_TC = original.attention_input(hidden, named).flatten(0, 1)
-            sums.add(
-                _project(a_TC, weights.q_HDC, weights.q_bias_HD),
-                _project(a_TC, weights.k_KDC, weights.k_bias_KD),
-                _project(a_TC, weights.v_KDC, weights.v_bias_KD),
-            )
+            v_TKD = project(a_TC, weights.v_KDC, weights.v_bias_KD)
+            sums.add(*queries_and_keys(a_TC, weights, layer), v_TKD)
         return sums.finish(layer.index)
+
+    def _inputs(
+        self, original: LayerRun, x_converted: list[Tensor], kwargs: list[dict[str, Any]]
+    ) -> Iterator[tuple[bool, Tensor]]:
+        """What the projections read, batch by batch; about a quarter of each kind of text is held out."""
+        kinds = [kind for kind, _ in self._batches]
+        for i, kind in enumerate(kinds):
+            place, period = kinds[:i].count(kind), min(4, kinds.count(kind))
+            yield place % period == period - 1, original.attention_input(x_converted[i], kwargs[i]).flatten(0, 1)
 
     def _merge(
         self, moments: LayerMoments, weights: LayerWeights, layer: LayerAttention
     ) -> tuple[HeadMaps, MergeCost, Groups]:
-        calibrate_keys = layer.qk_norm is None
+        calibrate_keys = layer.qk_norm is None or _fits_keys(layer, self._method)
         cost = group_cost(moments, weights, layer.rope, keys=calibrate_keys)
         groups = best_groups(layer.kv_heads, self._kv_heads, cost)
         maps, lost = calibrated_maps(moments, weights, groups, layer.rope, method=self._method, keys=calibrate_keys)
@@ -349,9 +376,9 @@ class _CalibratedRun:
         return refit(folds, start.double())
 
 
-def _project(a_TC: Tensor, w_HDC: Tensor, bias_HD: Tensor | None) -> Tensor:
-    out = (a_TC @ w_HDC.flatten(0, 1).T.to(a_TC.device)).unflatten(1, w_HDC.shape[:2])
-    return out if bias_HD is None else out + bias_HD.to(a_TC.device)
+def _fits_keys(layer: LayerAttention, method: MergeMethod) -> bool:
+    """Whether a layer's keys are fitted through their norm; merges for comparison know nothing of that."""
+    return can_fit(layer) and method is CALIBRATED
 
 
 def _with_output(weights: LayerWeights, w_CN: Tensor) -> LayerWeights:

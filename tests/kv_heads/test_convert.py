@@ -198,7 +198,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 def test_reports_say_what_each_layer_lost_and_what_fell_back(tmp_path: Path) -> None:
-    source = save_tiny(tmp_path / "source", "qwen3")
+    source = save_tiny(tmp_path / "source", "phi", qk_layernorm=True)
     out = tmp_path / "out"
     out.mkdir()
     report = convert(source, out, kv_heads=1, text=text())
