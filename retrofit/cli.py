@@ -272,7 +272,9 @@ def extend(
     out: Out,
     length: Annotated[int | None, typer.Option("--length", metavar="N", help="Positions afterwards.")] = None,
     factor: Annotated[float | None, typer.Option("--factor", metavar="F", help="Or: this many times as many.")] = None,
-    method: Annotated[str, typer.Option("--method", help="yarn, ntk, llama3, linear, or none (only the length).")] = "yarn",
+    method: Annotated[
+        str, typer.Option("--method", help="yarn, ntk, llama3, linear, or none (only the length).")
+    ] = "yarn",
     revision: Revision = None,
     json: Json = False,
 ) -> None:

@@ -160,12 +160,11 @@ def our_trainer(
     case: str, folder: Path, tokens: Any, compute: Any, work: Path, checkpointing: bool, losses: list[float]
 ) -> Any:
     """The trainer of `retrofit.recover`; for distillation the teacher is a model with attention of its own."""
-    import torch
-
     from retrofit.recipe.schema import Adapter, Recover
     from retrofit.recover.pair import load_pair
+    from retrofit.recover.schedule import Lines, Rows, collate
     from retrofit.recover.train import student_with_adapters
-    from retrofit.recover.trainer import Objective, RecoveryTrainer, Rows
+    from retrofit.recover.trainer import Objective, RecoveryTrainer
 
     teacher = folder if case == "distill" else None
     pair = load_pair(folder, teacher, device="cpu", dtype=compute, kernel="auto")
@@ -183,8 +182,8 @@ def our_trainer(
         compute=compute,
         model=model,
         args=arguments(work, len(tokens), checkpointing, False),
-        train_dataset=Rows(tokens),
-        data_collator=lambda rows: {"input_ids": torch.stack([row["input_ids"] for row in rows])},
+        train_dataset=Rows(Lines(tokens, None, (tokens.shape[1],) * len(tokens))),
+        data_collator=collate,
     )
 
 

@@ -24,7 +24,8 @@ from retrofit.model.load import load_config, load_model, load_tokenizer, resolve
 from retrofit.pipeline.longcontext import Measured, measure, native_length
 from retrofit.pipeline.texts import calibration_text
 from retrofit.recipe.schema import Context, Convert, Evaluate, Recover
-from retrofit.recover.data import Teacher, read_texts, training_tokens
+from retrofit.recover.data import Teacher
+from retrofit.recover.schedule import recovery_rows
 from retrofit.recover.train import RecoverReport
 from retrofit.recover.train import recover as train
 
@@ -143,23 +144,15 @@ def recover(
     samples: the original model, for the text source `self`. work: where training keeps what it can go on from.
     """
     tokenizer = load_tokenizer(student)
-    length = section.sequence_length
-    tokens_NT = training_tokens(
-        section.text, tokenizer, section.tokens, length, seed, teacher=samples, progress=progress
-    )
-    held_out_NT = None  # one single document is trained on and not measured on; the report says so
-    if any(next(read_texts(source, split="held_out", teacher=samples), None) for source in section.text):
-        held_out_NT = training_tokens(
-            section.text, tokenizer, section.eval_tokens, length, seed, "held_out", teacher=samples, progress=progress
-        )
+    rows, held_out = recovery_rows(section, tokenizer, seed, teacher=samples, progress=progress)
     with staged(out, overwrite=overwrite) as folder:
         report = train(
             student,
             original,
             folder,
             section,
-            tokens_NT,
-            held_out_NT,
+            rows,
+            held_out,
             device=device,
             kernel=kernel,
             seed=seed,

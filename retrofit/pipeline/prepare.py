@@ -30,6 +30,7 @@ from retrofit.publish.card import require_licence_and_base
 from retrofit.recipe.schema import Recipe, TextSource
 from retrofit.recover.data import Teacher, check_sources
 from retrofit.recover.files import HUB, kind_of
+from retrofit.recover.schedule import check_lengths
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -180,6 +181,7 @@ def check_surgery(recipe: Recipe, config: Any, spec: AttentionSpec, *, beyond: b
         _require_within(longest_prompt(recipe.evaluate), claimed, "evaluate.lengths")
     if recipe.recover:
         _require_within(recipe.recover.sequence_length, claimed, "recover.sequence_length")
+        check_lengths(recipe.recover, spec.max_position_embeddings, claimed)
     if recipe.convert and recipe.convert.calibrates:
         length = recipe.convert.calibration.sequence_length
         _require_within(length, spec.max_position_embeddings, "convert.calibration.sequence_length", extendable=False)

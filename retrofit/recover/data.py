@@ -102,7 +102,15 @@ def read_texts(
         )
 
 
-def training_tokens(
+@dataclass(frozen=True)
+class Packed:
+    """Rows of text packed end to end: token ids, and for each token the number of its document; both int64 [N, T]."""
+
+    ids_NT: torch.Tensor
+    documents_NT: torch.Tensor
+
+
+def training_rows(
     sources: Sequence[TextSource],
     tokenizer: PreTrainedTokenizerBase,
     tokens: int,
@@ -113,8 +121,8 @@ def training_tokens(
     teacher: Teacher | None = None,
     repeat: bool = True,
     progress: Progress | None = None,
-) -> torch.Tensor:
-    """Packed token ids [N, sequence_length] (int64), N = ceil(tokens / sequence_length), mixed by the sources' weights.
+) -> Packed:
+    """Packed rows [N, sequence_length], N = ceil(tokens / sequence_length), mixed by the sources' weights.
 
     Documents are cut into pieces, the pieces shuffled, and packed end to end as BOS, text, EOS; every sequence starts
     with BOS (if the tokenizer has one), as every context does later. Deterministic under `seed`.
@@ -134,8 +142,28 @@ def training_tokens(
         if share:
             stream = _Stream(source, tokenizer, share, sequence_length, seed + 7919 * index, split, teacher, progress)
             parts.append(stream.pack(repeat))
-    packed = torch.cat(parts)
-    return packed[torch.randperm(len(packed), generator=torch.Generator().manual_seed(seed))]
+    ids_NT, documents_NT = (torch.cat(part) for part in zip(*parts, strict=True))
+    order = torch.randperm(len(ids_NT), generator=torch.Generator().manual_seed(seed))
+    return Packed(ids_NT[order], documents_NT[order])
+
+
+def training_tokens(
+    sources: Sequence[TextSource],
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    sequence_length: int,
+    seed: int,
+    split: Split = "train",
+    *,
+    teacher: Teacher | None = None,
+    repeat: bool = True,
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """The token ids of `training_rows`, for who does not ask where documents begin."""
+    packed = training_rows(
+        sources, tokenizer, tokens, sequence_length, seed, split, teacher=teacher, repeat=repeat, progress=progress
+    )
+    return packed.ids_NT
 
 
 def evaluation_texts(
@@ -202,13 +230,17 @@ class _Stream:
         piece_chars = 4 * max(sequence_length, wanted // SEGMENTS)
         self.pieces = [piece for text in texts for piece in _pieces(text.text, piece_chars)]
 
-    def pack(self, repeat: bool) -> torch.Tensor:
-        """[sequences, length]; reads the pieces again in another order if they run out and `repeat` allows it."""
+    def pack(self, repeat: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ids, document numbers), both [sequences, length].
+
+        Reads the pieces again in another order if they run out and `repeat` allows it.
+        """
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         start = [] if bos is None else [bos]
         body = self.length - len(start)
         wanted = self.sequences * body
         ids: list[int] = []
+        begins: list[int] = []  # where each piece starts; pieces are shuffled, so neighbours belong to other documents
         generator = torch.Generator().manual_seed(self.seed)
         passes = 0
         ended = False
@@ -223,6 +255,7 @@ class _Stream:
             before = len(ids)
             for index in torch.randperm(len(self.pieces), generator=generator).tolist():
                 text, last = self.pieces[index]
+                begins.append(len(ids))
                 ids += start if ended else []
                 ids += self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
                 ids += [eos] if last and eos is not None else []
@@ -237,9 +270,12 @@ class _Stream:
                     f"it is read {wanted / len(ids):.1f} times"
                 )
         rows_NT = torch.tensor(ids[:wanted], dtype=torch.int64).view(self.sequences, body)
+        numbers = torch.searchsorted(torch.tensor(begins), torch.arange(wanted), right=True)
+        documents_NT = numbers.view(self.sequences, body)
         if not start:
-            return rows_NT
-        return torch.cat([torch.full((self.sequences, 1), bos, dtype=torch.int64), rows_NT], dim=1)
+            return rows_NT, documents_NT
+        rows_NT = torch.cat([torch.full((self.sequences, 1), bos, dtype=torch.int64), rows_NT], dim=1)
+        return rows_NT, torch.cat([documents_NT[:, :1], documents_NT], dim=1)
 
 
 def _side(read: Callable[[], Iterator[tuple[str, str]]], split: Split, hub: bool) -> Iterator[tuple[str, str]]:

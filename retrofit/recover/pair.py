@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+MASK_KERNELS = ("sdpa", "eager")
+
+
 @dataclass(frozen=True)
 class Pair:
     """Student and teacher (None for the plain language-model loss), both frozen and in the compute dtype.
@@ -40,9 +43,15 @@ class Pair:
 
 
 def load_pair(
-    student_folder: str | Path, teacher_folder: str | Path | None, *, device: str, dtype: torch.dtype, kernel: str
+    student_folder: str | Path,
+    teacher_folder: str | Path | None,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    kernel: str,
+    documents: bool = False,
 ) -> Pair:
-    """Load both models; tensors that are equal in both exist once.
+    """Load both models; tensors that are equal in both exist once. documents: rows hold documents kept apart by a mask.
 
     Raises UserError if the two do not speak the same vocabulary, or the kernel cannot train this model.
     """
@@ -56,7 +65,8 @@ def load_pair(
                 fix="name the model that this one was converted from, or set recover.loss: lm",
             )
     name = str(dtype).removeprefix("torch.")
-    choice = registry.choose(kernel, spec, device, training=True, dtype=name)
+    choice = _kernel_with_masks(kernel, spec, device, name) if documents else None
+    choice = choice or registry.choose(kernel, spec, device, training=True, dtype=name)
     student = load_model(student_folder, dtype=name, device=device)
     teacher = None
     shared = own = 0
@@ -66,6 +76,21 @@ def load_pair(
         registry.apply(teacher, choice)
     registry.apply(student, choice)
     return Pair(student.requires_grad_(False), teacher, spec, choice.name, choice.reason, shared, own)
+
+
+def _kernel_with_masks(kernel: str, spec: AttentionSpec, device: str, dtype: str) -> registry.Choice:
+    """The kernel of rows whose documents are kept apart: one that reads masks."""
+    if kernel not in ("auto", *MASK_KERNELS):
+        raise UserError(
+            f"kernel `{kernel}` does not keep packed documents apart",
+            where="kernel, with recover.document_masking",
+            fix=f"use kernel: {' or '.join(MASK_KERNELS)} (or auto), or leave out document_masking",
+        )
+    if kernel != "auto":
+        return registry.choose(kernel, spec, device, training=True, dtype=dtype)
+    plain = not any(layer.softcap is not None or layer.sinks for layer in spec.layers)
+    choice = registry.choose("sdpa" if plain else "eager", spec, device, training=True, dtype=dtype)
+    return registry.Choice("auto", choice.name, "packed documents need a mask, which the faster kernels do not read")
 
 
 def share_weights(teacher: nn.Module, student: nn.Module) -> tuple[int, int]:
@@ -106,9 +131,17 @@ def body(model: PreTrainedModel) -> nn.Module:
     return inner
 
 
-def hidden_states(model: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:
-    """What the head reads, [B, T, C]."""
-    hidden: Tensor = body(model)(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+def hidden_states(
+    model: PreTrainedModel, input_ids_BT: Tensor, positions_BT: Tensor | None = None, *, documents: bool = False
+) -> Tensor:
+    """What the head reads, [B, T, C]. positions_BT: where the tokens stand, by default 0 .. T-1.
+
+    documents: positions that start again begin a document, which does not see those before it. Otherwise a row is one
+    text whatever its positions: only a mask of ones keeps transformers from reading every jump as a new document.
+    """
+    mask_BT = None if positions_BT is None or documents else torch.ones_like(input_ids_BT)
+    given = {} if positions_BT is None else {"position_ids": positions_BT, "attention_mask": mask_BT}
+    hidden: Tensor = body(model)(input_ids=input_ids_BT, use_cache=False, **given).last_hidden_state
     return hidden
 
 

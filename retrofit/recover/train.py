@@ -17,11 +17,16 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainingArguments
 
 from retrofit.checkpoint.read import Checkpoint
+from retrofit.context.positions import require_hidden, require_visible
 from retrofit.errors import UserError
+from retrofit.model.families import describe
+from retrofit.model.load import load_config
 from retrofit.recipe.schema import Recover
 from retrofit.recover.adapters import attach, merge_and_save
+from retrofit.recover.data import Packed
 from retrofit.recover.pair import Pair, body, compute_dtype, hidden_states, load_pair
-from retrofit.recover.trainer import HeldOut, Objective, RecoveryTrainer, Rows
+from retrofit.recover.schedule import Lines, Rows, about, check_lengths, collate, held_out_lines, training_lines
+from retrofit.recover.trainer import HeldOut, Objective, RecoveryTrainer, autocast
 from retrofit.recover.watch import Course, TrainPoint, Watch, last_checkpoint, restore, trainable
 
 if TYPE_CHECKING:
@@ -59,8 +64,8 @@ def recover(
     teacher_folder: str | Path | None,
     out: str | Path,
     recipe: Recover,
-    tokens: Tensor,
-    held_out: Tensor | None,
+    tokens: Packed,
+    held_out: Packed | None,
     *,
     device: str = "cpu",
     dtype: str = "auto",
@@ -72,12 +77,13 @@ def recover(
 ) -> RecoverReport:
     """Train adapters on the student and write the merged checkpoint into the existing (staged) folder `out`.
 
-    tokens, held_out: packed ids [N, T] from `training_tokens`; without held_out the last weights are kept.
+    tokens, held_out: packed rows from `recovery_rows`; without held_out the last weights are kept.
     teacher_folder: the original model (needed for loss: distill). dtype: what is computed in; the checkpoint keeps the
     student's. work_dir: trainer checkpoints; a run that was killed goes on from its last one and ends with the same
     bytes (on the same machine).
 
-    Raises UserError when the loss is not finite, saying at which step, and what `load_pair` raises.
+    Raises UserError when the loss is not finite, saying at which step, what `load_pair` and `check_lengths` raise, and,
+    before the first step, when the kernel does not see across skipped positions or sees across documents.
     """
     notes: list[str] = []
     work_dir = Path(work_dir)
@@ -85,24 +91,33 @@ def recover(
         raise UserError("distillation needs the original model", where="recover.loss", fix="name it, or use loss: lm")
     compute = compute_dtype(device, dtype)
     teacher_of = teacher_folder if recipe.loss == "distill" else None
-    pair = load_pair(student_folder, teacher_of, device=device, dtype=compute, kernel=kernel)
+    window = describe(load_config(student_folder)).max_position_embeddings
+    native = window if teacher_of is None else describe(load_config(teacher_of)).max_position_embeddings
+    check_lengths(recipe, native, window)
+    documents = recipe.document_masking
+    pair = load_pair(student_folder, teacher_of, device=device, dtype=compute, kernel=kernel, documents=documents)
     _note(
         notes, progress, f"training in {str(compute).removeprefix('torch.')} with {pair.kernel}: {pair.kernel_reason}"
     )
+    lines = training_lines(tokens, recipe, window, seed)
+    measured = None if held_out is None else held_out_lines(held_out, recipe, window, seed)
     model = student_with_adapters(pair, recipe, seed)
+    _check_sight(model, lines, recipe, compute, device)
+    for text in about(recipe, window, pair.spec):
+        _note(notes, progress, text)
     objective = Objective(pair, recipe)
-    fingerprint = _fingerprint(student_folder, teacher_of, recipe, tokens, held_out, seed, compute, pair.kernel)
+    fingerprint = _fingerprint(student_folder, teacher_of, recipe, lines, measured, seed, compute, pair.kernel)
     checkpoint = last_checkpoint(work_dir, fingerprint)
     course = Course(fingerprint) if checkpoint is None else Course.load(checkpoint)
     resumed_from = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
-    arguments = _arguments(recipe, work_dir, len(tokens), device, seed)
+    arguments = _arguments(recipe, work_dir, len(lines.ids_NT), device, seed)
     steps = arguments.max_steps
     watch = Watch(
         course,
         weights=lambda: trainable(model),
-        held_out_loss=None if held_out is None else HeldOut(objective, model, held_out.to(device), compute),
+        held_out_loss=None if measured is None else HeldOut(objective, model, Rows(measured), compute, device),
         evaluate_at=frozenset(round(steps * (i + 1) / recipe.evals) for i in range(recipe.evals)) | {steps},
-        tokens_per_step=recipe.batch_size * tokens.shape[1],
+        tokens_per_step=recipe.batch_size * lines.ids_NT.shape[1],
         progress=progress,
     )
     if held_out is None:
@@ -119,8 +134,8 @@ def recover(
             watch=watch,
             model=model,
             args=arguments,
-            train_dataset=Rows(tokens),
-            data_collator=lambda rows: {"input_ids": torch.stack([row["input_ids"] for row in rows])},
+            train_dataset=Rows(lines),
+            data_collator=collate,
             callbacks=[watch],
         )
         trainer.remove_callback(PrinterCallback)
@@ -134,7 +149,7 @@ def recover(
     return RecoverReport(
         history=tuple(course.history),
         steps=steps,
-        tokens=tokens.numel(),
+        tokens=lines.ids_NT.numel(),
         best_step=course.best_step,
         start_loss=course.start_loss,
         best_loss=course.best_loss,
@@ -154,12 +169,27 @@ def student_with_adapters(pair: Pair, recipe: Recover, seed: int) -> PeftModel:
     model = attach(pair.student, recipe.adapter, pair.spec, seed)
     student = pair.student
 
-    def forward(input_ids: Tensor) -> Tensor:
-        return hidden_states(student, input_ids)
+    def forward(input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        return hidden_states(student, input_ids, position_ids, documents=recipe.document_masking)
 
     student.forward = forward  # type: ignore[method-assign, assignment]
     body(student).train()
     return model
+
+
+def _check_sight(model: PeftModel, lines: Lines, recipe: Recover, compute: torch.dtype, device: str) -> None:
+    """Once, before training: attention crosses skipped positions, and does not cross documents."""
+    ids_NT, positions_NT = lines.longest()
+    if positions_NT is None:
+        return
+
+    def hidden(ids_1T: Tensor, positions_1T: Tensor) -> Tensor:
+        with autocast(ids_1T.device, compute):
+            return model(input_ids=ids_1T, position_ids=positions_1T)
+
+    model.eval()
+    (require_hidden if recipe.document_masking else require_visible)(hidden, ids_NT.to(device), positions_NT.to(device))
+    model.train()
 
 
 def peak_bytes(device: str) -> int:
@@ -201,8 +231,8 @@ def _fingerprint(
     student: str | Path,
     teacher: str | Path | None,
     recipe: Recover,
-    tokens: Tensor,
-    held_out: Tensor | None,
+    lines: Lines,
+    held_out: Lines | None,
     seed: int,
     compute: torch.dtype,
     kernel: str,
@@ -216,9 +246,10 @@ def _fingerprint(
             for shard in checkpoint.shards:
                 with (checkpoint.folder / shard).open("rb") as file:
                     state.update(hashlib.file_digest(file, "sha256").digest())
-    for rows in (tokens, held_out):
-        if rows is not None:
-            state.update(rows.cpu().contiguous().numpy().tobytes())
+    for rows in (lines, held_out):
+        for tensor in () if rows is None else (rows.ids_NT, rows.positions_NT):
+            if tensor is not None:
+                state.update(tensor.cpu().contiguous().numpy().tobytes())
     return state.hexdigest()
 
 

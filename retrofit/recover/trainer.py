@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler, SequentialSampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 
 from retrofit.errors import UserError
 from retrofit.recipe.schema import Recover
 from retrofit.recover.distill import distill_loss, lm_loss
 from retrofit.recover.pair import Pair, head_of, hidden_states
+from retrofit.recover.schedule import Rows
 from retrofit.recover.watch import Watch
 
 if TYPE_CHECKING:
@@ -31,9 +32,16 @@ class Objective:
         self.teacher_head = None if pair.teacher is None else head_of(pair.teacher)
 
     @torch.no_grad()
-    def target(self, ids_BT: Tensor) -> Tensor | None:
-        """The teacher's hidden states [B, T, C], if there is a teacher."""
-        return None if self.pair.teacher is None else hidden_states(self.pair.teacher, ids_BT)
+    def target(self, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor | None:
+        """The teacher's hidden states [B, T, C], if there is a teacher.
+
+        Positions that skip are the student's alone: the teacher reads the same text at 0 .. T-1, inside the window it
+        knows. What it says of each token is then what the student should still say when the context lies far away.
+        """
+        if self.pair.teacher is None:
+            return None
+        documents = self.recipe.document_masking
+        return hidden_states(self.pair.teacher, ids_BT, positions_BT if documents else None, documents=documents)
 
     def __call__(self, hidden_BTC: Tensor, ids_BT: Tensor, target_BTC: Tensor | None) -> tuple[Tensor, int]:
         """(sum over tokens of the loss, number of tokens)."""
@@ -64,9 +72,9 @@ class RecoveryTrainer(Trainer):
     ) -> Tensor:
         """Sum of the losses over the step's tokens on all processes, divided by their number."""
         ids_BT = inputs["input_ids"]
-        target_BTC = self.objective.target(ids_BT)
+        target_BTC = self.objective.target(ids_BT, inputs.get("position_ids"))
         with autocast(ids_BT.device, self.compute):
-            hidden_BTC = model(input_ids=ids_BT)
+            hidden_BTC = model(**inputs)
         total, count = self.objective(hidden_BTC, ids_BT, target_BTC)
         ranks = self.accelerator.num_processes
         if ranks > 1:  # the gradients are averaged over the processes
@@ -85,38 +93,29 @@ class RecoveryTrainer(Trainer):
         return SequentialSampler(cast(Any, train_dataset if train_dataset is not None else self.train_dataset))
 
 
-class Rows(Dataset):
-    """Packed rows of token ids [N, T]."""
-
-    def __init__(self, tokens_NT: Tensor) -> None:
-        self.tokens_NT = tokens_NT
-
-    def __len__(self) -> int:
-        return len(self.tokens_NT)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.tokens_NT[index]}
-
-
 class HeldOut:
     """Mean held-out loss per token; the teacher's hidden states are computed once and kept."""
 
-    def __init__(self, objective: Objective, model: PeftModel, tokens_NT: Tensor, compute: torch.dtype) -> None:
+    def __init__(self, objective: Objective, model: PeftModel, rows: Rows, compute: torch.dtype, device: str) -> None:
         self.objective: Objective = objective
-        self.model, self.tokens_NT, self.compute = model, tokens_NT, compute
+        self.model, self.compute = model, compute
+        self.batches = [{key: value.to(device) for key, value in rows[i].items()} for i in range(len(rows))]
         self.targets: list[Tensor | None] = []
 
     @torch.no_grad()
     def __call__(self) -> float:
         if not self.targets:
-            self.targets = [self.objective.target(row[None]) for row in self.tokens_NT]
+            self.targets = [
+                self.objective.target(batch["input_ids"], batch.get("position_ids")) for batch in self.batches
+            ]
         training = self.model.training
         self.model.eval()
         total, count = 0.0, 0
-        for row, target in zip(self.tokens_NT, self.targets, strict=True):
-            with autocast(row.device, self.compute):
-                hidden_BTC: Any = self.model(input_ids=row[None])
-            loss, number = self.objective(hidden_BTC, row[None], target)
+        for batch, target in zip(self.batches, self.targets, strict=True):
+            ids_BT = batch["input_ids"]
+            with autocast(ids_BT.device, self.compute):
+                hidden_BTC: Any = self.model(**batch)
+            loss, number = self.objective(hidden_BTC, ids_BT, target)
             total, count = total + float(loss), count + number
         self.model.train(training)
         if not math.isfinite(total):

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.console import Silent
 from retrofit.errors import UserError
-from retrofit.recipe.schema import Adapter, Recover, TextSource
-from retrofit.recover.data import training_tokens
+from retrofit.recipe.schema import Adapter, Recover, Stage, TextSource
+from retrofit.recover.data import Packed, training_rows
 from retrofit.recover.train import RecoverReport, recover
 from retrofit.recover.watch import Watch
 from tests.tiny import save_tiny, tiny_tokenizer
@@ -28,6 +28,9 @@ RECIPE = Recover(
     checkpoints=4,
     adapter=Adapter(rank=4, alpha=8),
 )
+
+
+STAGES = (Stage(length=128, tokens=8 * 48), Stage(length=512, tokens=8 * 48))
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +50,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def rows() -> tuple[torch.Tensor, torch.Tensor]:
+def rows() -> tuple[Packed, Packed]:
     tokenizer = tiny_tokenizer()
     source = (TextSource(source="python-docs"),)
-    train = training_tokens(source, tokenizer, RECIPE.tokens, RECIPE.sequence_length, 0)
-    held_out = training_tokens(source, tokenizer, 96, RECIPE.sequence_length, 0, "held_out")
+    train = training_rows(source, tokenizer, RECIPE.tokens, RECIPE.sequence_length, 0)
+    held_out = training_rows(source, tokenizer, 96, RECIPE.sequence_length, 0, "held_out")
     return train, held_out
 
 
@@ -87,14 +90,18 @@ def test_the_written_checkpoint_has_the_loss_that_was_measured(folders, rows, tm
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     teacher = AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32)
     with torch.no_grad():
-        log_t, log_s = (model(rows[1]).logits.log_softmax(-1) for model in (teacher, student))
+        log_t, log_s = (model(rows[1].ids_NT).logits.log_softmax(-1) for model in (teacher, student))
     divergence = (log_t.exp() * (log_t - log_s)).sum(-1).mean()
     assert report.best_loss == pytest.approx(float(divergence), rel=1e-4)
 
 
-@pytest.mark.parametrize("killed_at", [3, 5, 8])
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(folders, rows, tmp_path, monkeypatch, killed_at) -> None:
+@pytest.mark.parametrize(("killed_at", "positions"), [(3, "full"), (5, "full"), (8, "full"), (5, "pose")])
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+    folders, rows, tmp_path, monkeypatch, killed_at, positions
+) -> None:
     recipe = RECIPE.model_copy(update={"adapter": Adapter(rank=4, alpha=8, dropout=0.1)})
+    if positions == "pose":
+        recipe = recipe.model_copy(update={"positions": "pose", "stages": STAGES})
     whole = run(folders, rows, tmp_path / "whole", recipe)
 
     class Killed(BaseException):
@@ -172,3 +179,54 @@ def test_distillation_needs_a_teacher_of_the_same_vocabulary(folders, rows, tmp_
     other = save_tiny(tmp_path / "other", "llama", vocab_size=300)
     with pytest.raises(UserError, match="vocabulary"):
         run((folders[0], other), rows, tmp_path)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "blockwise"])
+def test_skipped_positions_are_trained_from_a_teacher_at_ordinary_ones(folders, rows, tmp_path, kernel) -> None:
+    recipe = RECIPE.model_copy(update={"positions": "pose", "pose_chunks": 3})
+    report = run(folders, rows, tmp_path, recipe, kernel=kernel)
+    assert report.start_loss is not None and report.best_loss is not None
+    assert report.best_loss < 0.8 * report.start_loss
+    assert any("reach 512 positions; 35% of the rows" in note for note in report.notes)
+
+
+def test_a_schedule_of_lengths_with_norms_and_embeddings(folders, rows, tmp_path: Path) -> None:
+    stages = (Stage(length=16, tokens=8 * 48), Stage(length=48, tokens=8 * 48))
+    adapter = Adapter(rank=4, alpha=8, norms=True, embeddings=True)
+    recipe = RECIPE.model_copy(update={"loss": "lm", "stages": stages, "adapter": adapter})
+    report = run((folders[0], None), rows, tmp_path, recipe)
+    assert report.best_loss is not None and report.start_loss is not None and report.best_loss < report.start_loss
+    assert report.steps == 8 and any("rows of 16, then 48 tokens" in note for note in report.notes)
+    before, after = Checkpoint.open(folders[0]), Checkpoint.open(tmp_path / "out")
+    assert not any(torch.equal(before.tensor(name), after.tensor(name)) for name in before.names)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = rows[1].ids_NT
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(student(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert report.best_loss == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_masked_documents_are_trained_with_a_kernel_that_reads_masks(folders, rows, tmp_path: Path) -> None:
+    recipe = RECIPE.model_copy(update={"document_masking": True})
+    documents = [Packed(one.ids_NT, torch.arange(48).expand_as(one.ids_NT) // 20) for one in rows]
+    report = run(folders, documents, tmp_path, recipe, kernel="auto", dtype="bfloat16")
+    assert report.kernel == "sdpa" and "do not read" in report.notes[0]
+    assert report.best_loss is not None and report.best_loss < report.start_loss
+    with pytest.raises(UserError, match="does not keep packed documents apart"):
+        run(folders, documents, tmp_path / "refused", recipe, kernel="blockwise")
+
+
+def test_a_teacher_is_not_asked_beyond_its_window(folders, rows, tmp_path: Path) -> None:
+    short = save_tiny(tmp_path / "short", "llama", max_position_embeddings=32)
+    with pytest.raises(UserError, match="reads 32 tokens") as caught:
+        run((folders[0], short), rows, tmp_path)
+    assert "loss: lm" in str(caught.value.fix)
+
+
+def test_a_kernel_that_does_not_cross_the_skips_is_found_before_training(folders, rows, tmp_path, monkeypatch) -> None:
+    import retrofit.recover.train as module
+
+    real = module.hidden_states
+    monkeypatch.setattr(module, "hidden_states", lambda *a, documents: real(*a, documents=True))  # no mask of ones
+    with pytest.raises(UserError, match="does not cross the skips"):
+        run(folders, rows, tmp_path, RECIPE.model_copy(update={"positions": "pose"}))
