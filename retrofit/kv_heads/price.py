@@ -25,6 +25,7 @@ from retrofit.kv_heads.grouping import best_groups
 from retrofit.kv_heads.merge import Groups, group_cost, output_metric, value_gram
 from retrofit.kv_heads.moments import LayerMoments
 from retrofit.kv_heads.optimum import weighted
+from retrofit.kv_heads.qk_norm import can_fit
 from retrofit.kv_heads.weights import LayerWeights
 from retrofit.model.spec import LayerAttention
 
@@ -79,7 +80,7 @@ def layer_costs(
             where=f"layer {layer.index}",
             fix="leave out --moments, or name another folder",
         )
-    calibrated_keys = layer.qk_norm is None
+    calibrated_keys = layer.qk_norm is None or can_fit(layer)
     both = group_cost(moments, weights, layer.rope, keys=calibrated_keys)
     values_alone = group_cost(moments, weights, layer.rope, keys=False)
     everyone = tuple(range(layer.kv_heads))
@@ -108,7 +109,8 @@ def fit_curve(costs: Mapping[int, float], measured: Sequence[Measured]) -> Curve
     notes = [f"{m.kv_heads} KV heads lost nothing that was measurable" for m in measured if m not in usable]
     dearest = usable[0]
     x, y = math.log(costs[dearest.kv_heads]), math.log(dearest.increase)
-    exponent, points = 1.0, (dearest.kv_heads,)
+    exponent = 1.0
+    points: tuple[int, ...] = (dearest.kv_heads,)
     if len(usable) > 1:
         other = usable[1]
         run = x - math.log(costs[other.kv_heads])

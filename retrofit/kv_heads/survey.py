@@ -21,6 +21,7 @@ from retrofit.checkpoint.read import Checkpoint
 from retrofit.errors import UserError
 from retrofit.kv_heads.merge import rotary_indices
 from retrofit.kv_heads.moments import MomentSums, save
+from retrofit.kv_heads.qk_norm import project, queries_and_keys
 from retrofit.kv_heads.stream import LayerRun, LayerStream
 from retrofit.kv_heads.weights import LayerWeights, Reader, read_layer
 from retrofit.model.families import describe
@@ -134,18 +135,7 @@ def _moments(
     sums = MomentSums(layer.kv_heads, rotary_indices(layer.rope, layer.head_dim))
     for hidden, named in zip(x, kwargs, strict=True):
         a_TC = run.attention_input(hidden, named).flatten(0, 1)
-        q, k, v = (
-            _project(a_TC, *pair)
-            for pair in (
-                (weights.q_HDC, weights.q_bias_HD),
-                (weights.k_KDC, weights.k_bias_KD),
-                (weights.v_KDC, weights.v_bias_KD),
-            )
-        )
+        q, k = queries_and_keys(a_TC, weights, layer)
+        v = project(a_TC, weights.v_KDC, weights.v_bias_KD)
         sums.add(q, k, v, hidden.flatten(0, 1))
     return sums
-
-
-def _project(a_TC: Tensor, w_HDC: Tensor, bias_HD: Tensor | None) -> Tensor:
-    out = (a_TC @ w_HDC.flatten(0, 1).T.to(a_TC.device)).unflatten(1, w_HDC.shape[:2])
-    return out if bias_HD is None else out + bias_HD.to(a_TC.device)

@@ -82,7 +82,7 @@ def test_a_few_massive_tokens_do_not_own_the_cost() -> None:
 
 
 def test_mean_pooled_keys_are_not_counted() -> None:
-    normed = layer_costs(moments(), weights(), replace(LAYER, qk_norm="head"), (1,))[1]
+    normed = layer_costs(moments(), weights(), replace(LAYER, qk_norm="head", qk_norm_bias=True), (1,))[1]
     assert normed.keys is None and 0 < normed.cost < layer_costs(moments(), weights(), LAYER, (1,))[1].cost
 
 
