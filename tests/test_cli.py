@@ -131,7 +131,7 @@ def test_plan_reads_no_weights(tiny: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text((tiny / "config.json").read_text())
-    short = ["--set", "convert.calibration.sequence_length=64"]
+    short = ["--set", "convert.calibration.sequence_length=64", "--set", "recover.sequence_length=512"]
     found = json.loads(cli("plan", "quickstart", "--model", bare, *short, "--json"))
     assert [step["step"] for step in found["steps"]] == ["convert", "extend", "recover", "evaluate", "publish"]
     assert found["kv_heads"] == [4, 1] and found["positions"] == [512, 16384]
