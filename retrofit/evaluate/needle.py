@@ -11,7 +11,7 @@ The prose before a needle is the same for every depth: it is read once, and the 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,7 +60,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class NeedleResult:
-    """Every cell of one test. tokens: exact tokens of a prompt with its answer. read: tokens that passes read."""
+    """Every cell of one test. scores: mean share of answer tokens found, by length; what effective length looks at.
+
+    read: tokens that passes read.
+    """
 
     test: str
     lengths: tuple[int, ...]
@@ -68,15 +71,9 @@ class NeedleResult:
     samples: int
     seed: int
     cells: tuple[Cell, ...]
+    scores: Mapping[int, float]
     read: int
     kernel: str
-
-    def scores(self) -> dict[int, float]:
-        """Mean share of answer tokens found, by length: what effective length looks at."""
-        return {
-            n: float(np.mean([cell.answer.token_match for cell in self.cells if cell.length == n]))
-            for n in self.lengths
-        }
 
 
 def depths(count: int) -> tuple[float, ...]:
@@ -134,7 +131,8 @@ def needle(
     if progress:
         progress.finish()
     cells.sort(key=lambda cell: (cell.length, cell.depth, cell.sample))
-    return NeedleResult(test, tuple(lengths), tuple(depths), samples, seed, tuple(cells), read, used)
+    scores = {n: float(np.mean([cell.answer.token_match for cell in cells if cell.length == n])) for n in lengths}
+    return NeedleResult(test, tuple(lengths), tuple(depths), samples, seed, tuple(cells), scores, read, used)
 
 
 @dataclass(frozen=True)

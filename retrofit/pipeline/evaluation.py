@@ -17,24 +17,15 @@ from retrofit.console import jsonable
 from retrofit.evaluate.effective import short_context
 from retrofit.evaluate.losses import Document, TokenLosses, documents_digest
 from retrofit.evaluate.perplexity import table
+from retrofit.evaluate.reader import varying
+from retrofit.model.load import load_config
 from retrofit.pipeline import operations
-from retrofit.pipeline.longcontext import conclude, passes_of
+from retrofit.pipeline.longcontext import LongContext, conclude, passes_of
 from retrofit.pipeline.metrics import metrics
 from retrofit.pipeline.plan import FOLDERS
 from retrofit.pipeline.runner import Runner, State
 from retrofit.recipe.schema import Evaluate
 
-_LONG_CONTEXT = (
-    "lengths",
-    "tail",
-    "resamples",
-    "context_gain",
-    "long_ppl",
-    "definitions",
-    "stride",
-    "needle",
-    "ruler",
-)
 LOSSES = "losses"
 METRICS = "metrics.json"
 
@@ -97,8 +88,8 @@ def _score(
         for name, scored in measured.passes.items():
             save_losses(scored, pass_file(path, name))
         shutil.rmtree(partial, ignore_errors=True)
-        found = conclude(losses, measured, section, native, seed=prepared.recipe.seed)
-        return {**cost, "long_context": jsonable(found)}
+        answers = {"defined": measured.defined, "needle": measured.needle, "ruler": measured.ruler}
+        return {**cost, "answers": jsonable(answers)}
 
     native = prepared.plan.positions[0]
     config = {
@@ -108,15 +99,27 @@ def _score(
         "kernel": prepared.kernel.name,
         "kernel_asked_for": prepared.kernel.requested != "auto",
         "device": prepared.device,
-        # What is read, and what is concluded from it in the same step.
-        **section.model_dump(mode="json", include=set(_LONG_CONTEXT)),
-        "native": native,
-        "seed": prepared.recipe.seed,
+        **_further_reading(section, native, prepared.recipe.seed, varying(load_config(state.path)) is not None),
     }
     inputs = {"checkpoint": state.identity, "documents": documents_digest(documents)}
     file = f"{LOSSES}/{label}.npz"
     also = tuple(str(pass_file(Path(file), name)) for name in passes_of(section, native))
     return runner.step(f"evaluate:{label}", file, config, inputs, work, also=also).result
+
+
+def _further_reading(section: Evaluate, native: int, seed: int, varies: bool) -> dict[str, object]:
+    """What decides what is read besides whole documents; empty when nothing is.
+
+    varies: the position encoding changes with the length, so that each is a pass of its own.
+    """
+    found: dict[str, object] = {"lengths": section.lengths} if varies or section.definitions else {}
+    if passes_of(section, native):
+        found |= {"passes": passes_of(section, native), "native": native}
+    if section.definitions:
+        found |= {"definitions": section.definitions, "stride": section.stride}
+    if section.needle or section.ruler:
+        found |= {**section.model_dump(mode="json", include={"needle", "ruler"}), "seed": seed}
+    return found
 
 
 def pass_file(losses: Path, name: str) -> Path:
@@ -130,6 +133,17 @@ def save_losses(losses: TokenLosses, path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     losses.save(partial)
     partial.replace(path)
+
+
+def _conclusion(
+    runner: Runner, label: str, losses: TokenLosses, section: Evaluate, answers: Mapping[str, Any]
+) -> LongContext:
+    """What the stored arrays and answers of one model say about its use of context."""
+    file, native = losses_file(runner.folder, label), runner.prepared.plan.positions[0]
+    passes = {name: TokenLosses.load(pass_file(file, name)) for name in passes_of(section, native)}
+    needle = answers["needle"]
+    scores = {int(length): score for length, score in needle["scores"].items()} if needle else None
+    return conclude(losses, passes, section, native, needle=scores, seed=runner.prepared.recipe.seed)
 
 
 def _summary(
@@ -147,7 +161,11 @@ def _summary(
             "kv_heads": heads,
             "kv_bytes_per_token": per_token,
             "kv_cache_bytes": by_length,
-            **scored[label],
+            "long_context": {
+                **operations.facts(_conclusion(runner, label, losses[label], section, scored[label]["answers"])),
+                **scored[label]["answers"],
+            },
+            **{key: value for key, value in scored[label].items() if key != "answers"},
         }
     *_, last = states.values()
     proof = operations.prove_kernel(

@@ -176,17 +176,23 @@ def _asked(
     return found, answers
 
 
-def conclude(losses: TokenLosses, measured: Measured, section: Evaluate, native: int, *, seed: int = 0) -> LongContext:
-    """The numbers of one model from stored arrays and answers."""
+def conclude(
+    losses: TokenLosses,
+    passes: Mapping[str, TokenLosses],
+    section: Evaluate,
+    native: int,
+    *,
+    needle: Mapping[int, float] | None = None,
+    seed: int = 0,
+) -> LongContext:
+    """What stored arrays say of one model. passes: those of `Measured`. needle: its scores by length."""
     resamples = section.resamples
     gains: tuple[ContextGain, ...] = ()
     keyed: tuple[LongPPL, ...] = ()
-    if NATIVE in measured.passes:
-        gains = tuple(
-            context_gains(losses, measured.passes[NATIVE], native, section.lengths, resamples=resamples, seed=seed)
-        )
-    if SHORT in measured.passes:
-        keyed = tuple(long_ppl(losses, measured.passes[SHORT], section.lengths, resamples=resamples, seed=seed))
+    if NATIVE in passes:
+        gains = tuple(context_gains(losses, passes[NATIVE], native, section.lengths, resamples=resamples, seed=seed))
+    if SHORT in passes:
+        keyed = tuple(long_ppl(losses, passes[SHORT], section.lengths, resamples=resamples, seed=seed))
     effective = None
     if section.context_gain or section.needle:
         effective = effective_length(
@@ -195,14 +201,15 @@ def conclude(losses: TokenLosses, measured: Measured, section: Evaluate, native:
             native,
             size=section.tail,
             gains=[row for row in gains if row.kind == ALL],
-            needle=measured.needle.scores() if measured.needle else None,
+            needle=needle,
             resamples=resamples,
             seed=seed,
         )
-    notes = []
-    if "frequencies" in losses.meta:
-        notes.append(f"{losses.meta['frequencies']['rope_type']} positions: each length was read in a pass of its own")  # type: ignore[index]
-    return LongContext(native, gains, keyed, measured.defined, measured.needle, measured.ruler, effective, tuple(notes))
+    notes: tuple[str, ...] = ()
+    frequencies = losses.meta.get("frequencies")
+    if isinstance(frequencies, Mapping):
+        notes = (f"{frequencies['rope_type']} positions change with the length: each length was read by itself",)
+    return LongContext(native, gains, keyed, effective=effective, notes=notes)
 
 
 def _facts(losses: TokenLosses) -> Mapping[str, object]:

@@ -207,7 +207,19 @@ def evaluate(
         decode=decode,
         claimed_length=spec.max_position_embeddings,
         losses=out,
-        long_context=conclude(losses, measured, section, native_length(load_config(folder)), seed=recipe.seed),
+        long_context=replace(
+            conclude(
+                losses,
+                measured.passes,
+                section,
+                native_length(load_config(folder)),
+                needle=measured.needle.scores if measured.needle else None,
+                seed=recipe.seed,
+            ),
+            defined=measured.defined,
+            needle=measured.needle,
+            ruler=measured.ruler,
+        ),
     )
 
 

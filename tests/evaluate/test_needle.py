@@ -59,7 +59,7 @@ def test_a_grid_through_one_cache_is_that_of_a_pass_per_needle(family: str) -> N
         assert cell.answer.answered == tokenizer.decode([first]).strip() or len(cell.answer.answered) > 1
         everything += len(prompt.ids)
     assert found.read < 0.9 * everything  # what stands before a needle is read once
-    assert found.scores()[300] == pytest.approx(np.mean([c.answer.token_match for c in found.cells if c.length == 300]))
+    assert found.scores[300] == pytest.approx(np.mean([c.answer.token_match for c in found.cells if c.length == 300]))
 
 
 @pytest.mark.parametrize("test", ["needle", "passkey"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from retrofit.evaluate.losses import TokenLosses
 from retrofit.model.load import load_config
 from retrofit.pipeline.longcontext import native_length
 from retrofit.recipe.load import load_suite
-from tests.pipeline.conftest import retrofit, sentences
+from tests.pipeline.conftest import retrofit, sections, sentences
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +83,31 @@ def test_bundled_suites_are_valid() -> None:
     suites = {name: load_suite(name).evaluation() for name in bundled.names("suites")}
     assert {"quick", "long", "context", "ruler", "papers"} <= set(suites)
     assert suites["context"].context_gain and suites["ruler"].ruler and suites["papers"].definitions
+
+
+def test_a_run_keeps_the_passes_and_concludes_from_them(
+    recipe: Callable[..., Path], model: Path, texts: Path, tmp_path: Path
+) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text(sentences(5, 400))
+    section = {**sections(model, texts)["evaluate"], "text": [str(book)], "lengths": [256, 512, 1024]}
+    asked = {"context_gain": True, "needle": {"lengths": [512, 1024], "depths": 2}}
+    less = {"convert": None, "recover": None, "publish": None, "require": {}}
+    path = recipe(**less, evaluate={**section, **asked})
+    out = tmp_path / "out"
+    assert retrofit("run", path, "--out", out).exit_code == 0
+    found = json.loads((out / "4-evaluate" / "metrics.json").read_text())
+    uses = {label: model["long_context"] for label, model in found["models"].items()}
+    assert list(uses) == ["original", "extended"] and uses["extended"]["native"] == 512
+    assert uses["extended"]["effective"]["not_tested"] == ["needle at 256"]
+    assert uses["extended"]["needle"]["scores"].keys() == {"512", "1024"}
+    assert (out / "losses" / "extended.native.npz").is_file()
+    (first, second) = found["short_context"]["extended"]
+    assert (first["length"], second["length"]) == (256, 512) and first["low"] <= first["ratio"] <= first["high"]
+
+    recipe(**less, evaluate={**section, **asked, "lengths": [512, 1024], "resamples": 200})
+    again = json.loads(retrofit("run", path, "--out", out, "--json").stdout)
+    assert {"evaluate:original", "evaluate:extended"} <= set(again["reused"]) and "evaluate" not in again["reused"]
+    recipe(**less, evaluate={**section, **asked, "needle": {"lengths": [512], "depths": 1}})
+    again = json.loads(retrofit("run", path, "--out", out, "--json").stdout)
+    assert not {"evaluate:original", "evaluate:extended"} & set(again["reused"])
