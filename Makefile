@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt
 
-.PHONY: demo test test-slow lint bench bench-curve install clean
+.PHONY: demo test test-slow lint bench bench-large bench-curve install clean
 
 $(VENV)/.demo: pyproject.toml constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +42,10 @@ bench: $(VENV)/.dev
 
 bench-curve: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m evals.benchmarks.head_curve
+
+# A checkpoint of 2.5 GB: needs 11 GB of disk for a while.
+bench-large: $(VENV)/.dev
+	$(BIN)/python -m evals.benchmarks.large
 
 clean:
 	rm -rf $(VENV) build dist

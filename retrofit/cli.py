@@ -222,6 +222,10 @@ def convert(
         list[str] | None, typer.Option("--calibrate", metavar="TEXT", help="Text to calibrate on; may be repeated.")
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", help="Calibration tokens.")] = 49_152,
+    moments: Annotated[
+        Path | None,
+        typer.Option("--moments", metavar="DIR", help="Keep what calibration measured in every layer in this folder."),
+    ] = None,
     reexpress_only: Annotated[
         bool,
         typer.Option("--reexpress-only", help="Write the same function as an architecture that can share KV heads."),
@@ -250,6 +254,7 @@ def convert(
         repair=repair,
         calibrate=calibrate or (),
         tokens=tokens,
+        moments=moments,
         reexpress_only=reexpress_only,
         target=target,
         revision=revision,

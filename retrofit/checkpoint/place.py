@@ -112,15 +112,16 @@ def _is_file(descriptor: int, path: Path) -> bool:
 
 
 @contextmanager
-def staged(final: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged(final: str | Path, *, overwrite: bool = False, keep: Path | None = None) -> Iterator[Path]:
     """Yield an empty `<final>.partial` folder and rename it to `final` when the block ends without an exception.
 
     Everything is flushed to disk before the rename. On an exception the partial folder is removed; after a kill it
-    stays and the next call empties it. Raises UserError when `final` holds something and `overwrite` is False, when
-    the place cannot be written, and when the disk fills up inside the block.
+    stays and the next call empties it. keep: the folder to stage in instead, on the same disk, which is not emptied:
+    what an interrupted call left there can be gone on from. Raises UserError when `final` holds something and
+    `overwrite` is False, when the place cannot be written, and when the disk fills up inside the block.
     """
     final = Path(final).absolute()
-    partial = final.with_name(final.name + ".partial")
+    partial = final.with_name(final.name + ".partial") if keep is None else keep.absolute()
     replaced = final.with_name(final.name + ".replaced")
     require_writable(final)
     if replaced.exists() and not final.exists():  # killed between the two renames below
@@ -129,10 +130,10 @@ def staged(final: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise UserError(
             "the output folder exists and is not empty", where=str(final), fix="remove it, or give another folder"
         )
-    for leftover in (partial, replaced):
+    for leftover in (replaced,) if keep else (partial, replaced):
         if leftover.exists():
             shutil.rmtree(leftover)
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=keep is not None)
     try:
         yield partial
         _sync(partial)
@@ -148,7 +149,7 @@ def staged(final: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         ) from error
     finally:
         for leftover in (partial, replaced):
-            if leftover.exists() and (leftover == partial or final.exists()):
+            if leftover.exists() and (final.exists() if leftover == replaced else keep is None):
                 shutil.rmtree(leftover)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from retrofit.checkpoint.place import require_free_space
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.checkpoint.write import HEADER_RESERVE, ShardWriter, write_config
+from retrofit.checkpoint.write import HEADER_RESERVE, ShardWriter, StaleShards, write_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -44,62 +44,112 @@ def rewrite(
     rules: Mapping[str, Rule | None],
     *,
     config: Mapping[str, Any] | PretrainedConfig,
+    made: Mapping[str, Callable[[], Tensor]] | None = None,
     extra: Mapping[str, Callable[[], Tensor]] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: str | int = "5GB",
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Rewritten:
     """Write `source` into the folder `out` (which exists, normally a staged one), each tensor through its rule.
 
     rules: {stored name: rule}. A rule takes (name, tensor) and yields the (name, tensor) pairs that stand in its
-    place; None drops the tensor. Names without a rule are copied. extra: {new name: function that makes the tensor},
-    written last. dtype: what floating tensors are cast to; when None a rule's results are cast to the dtype of the
-    tensor they came from, and the rest stays as stored.
+    place; None drops the tensor. Names without a rule are copied. made: {stored name: function that makes what stands
+    in its place}; the stored tensor is not read. extra: {new name: function that makes the tensor}, written last.
+    dtype: what floating tensors are cast to; when None a rule's results are cast to the dtype of the tensor they came
+    from, and the rest stays as stored. resume: `out` may hold whole shards of an earlier call with the same arguments,
+    which are kept.
 
     Raises ValueError for a rule without a tensor or a name written twice, UserError when the disk is too small.
     """
-    missing = sorted(rules.keys() - source.entries.keys())
+    made = made or {}
+    missing = sorted((rules.keys() | made.keys()) - source.entries.keys())
     if missing:
         raise ValueError(f"rules for tensors that the checkpoint does not hold: {missing}")
-    require_free_space(out, source.nbytes)
-    copied: list[str] = []
-    changed: list[str] = []
-    dropped: list[str] = []
-    if progress:
-        progress.start("write weights", source.nbytes, "B")
-    with ExitStack() as stack:
-        files = {shard: stack.enter_context(FileIO(source.folder / shard)) for shard in source.shards}
-        writer = ShardWriter(out, max_shard_size, header_reserve=_reserve(source))
-        stack.enter_context(writer)
-        for name in source.names:
-            entry = source.entries[name]
-            stored = source.dtype(name)
-            cast = dtype if dtype is not None and stored.is_floating_point else stored
-            if name in rules:
-                rule = rules[name]
-                (dropped if rule is None else changed).append(name)
-                for new_name, tensor in rule(name, source.tensor(name)) if rule else ():
-                    writer.add(new_name, tensor.to(cast) if tensor.is_floating_point() else tensor)
-            elif cast != stored:
-                changed.append(name)
-                writer.add(name, source.tensor(name).to(cast))
-            else:
-                copied.append(name)
-                writer.copy(name, entry.dtype, entry.shape, files[entry.shard], entry.offset, entry.nbytes)
-            if progress:
-                progress.advance(entry.nbytes)
-        for name, make in (extra or {}).items():
-            tensor = make()
-            writer.add(name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor)
-        shards = writer.close()
+    require_free_space(out, source.nbytes - (_held(out) if resume else 0))
+    work = _Pass(source, Path(out), rules, made, extra or {}, dtype, max_shard_size, progress)
+    try:
+        rewritten = work.run(resume)
+    except StaleShards as stale:
+        if progress:
+            progress.note(f"{stale} holds something else than what is being written: all weights are written again")
+        for path in Path(out).glob(".shard-*"):
+            path.unlink()
+        rewritten = work.run(False)
     written = dtype
     if written is None:
         floating = [source.dtype(name) for name in source.names if source.dtype(name).is_floating_point]
         written = max(set(floating), key=floating.count) if floating else None
     write_config(out, config, written)
-    if progress:
-        progress.finish()
-    return Rewritten(shards, writer.nbytes, tuple(copied), tuple(changed), tuple(dropped))
+    return rewritten
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass over the source's tensors."""
+
+    source: Checkpoint
+    out: Path
+    rules: Mapping[str, Rule | None]
+    made: Mapping[str, Callable[[], Tensor]]
+    extra: Mapping[str, Callable[[], Tensor]]
+    dtype: torch.dtype | None
+    max_shard_size: str | int
+    progress: Progress | None
+
+    def run(self, resume: bool) -> Rewritten:
+        source, progress = self.source, self.progress
+        copied: list[str] = []
+        changed: list[str] = []
+        dropped: list[str] = []
+        if progress:
+            progress.start("write weights", source.nbytes, "B")
+        with ExitStack() as stack:
+            files = {shard: stack.enter_context(FileIO(source.folder / shard)) for shard in source.shards}
+            writer = ShardWriter(self.out, self.max_shard_size, header_reserve=_reserve(source), resume=resume)
+            stack.enter_context(writer)
+            if progress and writer.kept:
+                progress.note(f"{writer.kept} weight files were written before, and are kept")
+            for name in source.names:
+                entry = source.entries[name]
+                rule = self.rules.get(name)
+                if name in self.rules and rule is None:
+                    dropped.append(name)
+                elif rule is not None:
+                    changed.append(name)
+                    for new_name, tensor in rule(name, source.tensor(name)):
+                        writer.add(new_name, self._cast(tensor, name))
+                elif name in self.made:
+                    changed.append(name)
+                    writer.add(name, self._cast(self.made[name](), name))
+                elif self._target(name) != source.dtype(name):
+                    changed.append(name)
+                    writer.add(name, source.tensor(name).to(self._target(name)))
+                else:
+                    copied.append(name)
+                    writer.copy(name, entry.dtype, entry.shape, files[entry.shard], entry.offset, entry.nbytes)
+                if progress:
+                    progress.advance(entry.nbytes)
+            for name, make in self.extra.items():
+                tensor = make()
+                cast = self.dtype is not None and tensor.is_floating_point()
+                writer.add(name, tensor.to(self.dtype) if cast else tensor)
+            shards = writer.close()
+        if progress:
+            progress.finish()
+        return Rewritten(shards, writer.nbytes, tuple(copied), tuple(changed), tuple(dropped))
+
+    def _target(self, name: str) -> torch.dtype:
+        stored = self.source.dtype(name)
+        return self.dtype if self.dtype is not None and stored.is_floating_point else stored
+
+    def _cast(self, tensor: Tensor, name: str) -> Tensor:
+        return tensor.to(self._target(name)) if tensor.is_floating_point() else tensor
+
+
+def _held(out: str | Path) -> int:
+    """Bytes of weights that an interrupted call left."""
+    return sum(path.stat().st_size for path in Path(out).glob("*") if path.is_file())
 
 
 def _reserve(source: Checkpoint) -> int:

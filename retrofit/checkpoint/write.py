@@ -6,6 +6,7 @@ the format allows) when the file is complete, so no tensor is held back and no b
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from retrofit.checkpoint.place import existing_ancestor, folder_lock, require_free_space, require_writable, staged
-from retrofit.checkpoint.read import DTYPES, INDEX, SINGLE
+from retrofit.checkpoint.read import DTYPES, INDEX, SINGLE, read_header
 from retrofit.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ __all__ = [
 
 CHUNK_BYTES = 8 << 20
 HEADER_RESERVE = 16 << 10
+FLUSH_BYTES = 64 << 20
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)?\s*$", re.IGNORECASE)
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -99,12 +101,20 @@ def parse_size(size: str | int) -> int:
     return int(float(match[1]) * _UNITS[(match[2] or "B").upper()])
 
 
+class StaleShards(Exception):  # noqa: N818 - control flow, not an error
+    """Shards of an interrupted writer hold something else; the argument names the first."""
+
+
 class ShardWriter:
     """Writes tensors as they come into `model.safetensors`, or shards with an index when they exceed `max_shard_size`.
 
     Use as a context manager, or call `close`; the index is written last. The order of the tensors is the order of
     `add`. A matrix that is the same view of the same memory as one written before (tied embeddings) is not written
     again; `aliases` says which. `header_reserve`: bytes kept for each header; a longer one moves the data once.
+
+    resume: the folder may hold shards that an interrupted writer of the same tensors finished; they are not written
+    again. A shard is whole when it has its header, which is written last, and the size that this promises; when it
+    does not hold what would have been written, `StaleShards` is raised.
     """
 
     def __init__(
@@ -114,6 +124,7 @@ class ShardWriter:
         metadata: Mapping[str, str] | None = None,
         *,
         header_reserve: int = HEADER_RESERVE,
+        resume: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.limit = parse_size(max_shard_size)
@@ -126,7 +137,14 @@ class ShardWriter:
         self._headers: list[dict[str, dict[str, Any]]] = []
         self._names: set[str] = set()
         self._file: FileIO | None = None
-        self._offset = 0
+        self._offset = self._flushed = 0
+        self._resume = resume
+        self._finished = self._found() if resume else frozenset()
+
+    @property
+    def kept(self) -> int:
+        """Shards that were there already."""
+        return len(self._finished)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -152,13 +170,16 @@ class ShardWriter:
             self._seen[key] = name
         dense = tensor.detach().to("cpu").contiguous()
         file = self._begin(name, _DTYPE_NAMES[dense.dtype], tuple(dense.shape), dense.nbytes)
-        if dense.nbytes:
+        if dense.nbytes and file:
             _write_all(file, dense.reshape(-1).view(torch.uint8).numpy().data)
+            self._start_flush(file)
 
     def copy(self, name: str, dtype: str, shape: tuple[int, ...], source: FileIO, offset: int, nbytes: int) -> None:
         """Copy the bytes of a stored tensor without decoding them. `dtype` is the safetensors name ("BF16")."""
         file = self._begin(name, dtype, shape, nbytes)
-        _copy_bytes(source, offset, file, nbytes)
+        if file:
+            _copy_bytes(source, offset, file, nbytes)
+            self._start_flush(file)
 
     def close(self) -> tuple[str, ...]:
         """Complete the headers, name the shards and write the index. Returns the file names; twice does no harm."""
@@ -190,16 +211,17 @@ class ShardWriter:
             raise ValueError(f"{name} was already written")
         self._names.add(name)
 
-    def _begin(self, name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> FileIO:
-        """Record a tensor, in a new shard when the present one is full or would misalign it."""
+    def _begin(self, name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> FileIO | None:
+        """Record a tensor, in a new shard when the present one is full or would misalign it. None: it is there."""
         self._claim(name)
         full = self._offset and self._offset + nbytes > self.limit
-        if self._file is None or full or self._offset % DTYPES[dtype].itemsize:
+        if not self._headers or full or self._offset % DTYPES[dtype].itemsize:
             self._finish_shard()
-            self._file = FileIO(self._part(len(self._headers)), "w+")
-            self._file.seek(8 + self.reserve)
+            if len(self._headers) not in self._finished:
+                self._file = FileIO(self._part(len(self._headers)), "w+")
+                self._file.seek(8 + self.reserve)
             self._headers.append({})
-            self._offset = 0
+            self._offset = self._flushed = 0
         end = self._offset + nbytes
         self._headers[-1][name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [self._offset, end]}
         self._offset = end
@@ -207,16 +229,56 @@ class ShardWriter:
         return self._file
 
     def _finish_shard(self) -> None:
-        if self._file is None:
+        if not self._headers:
             return
         raw = json.dumps({"__metadata__": self.metadata, **self._headers[-1]}, separators=(",", ":")).encode()
         length = max(self.reserve, -(-len(raw) // 8) * 8)
+        header = length.to_bytes(8, "little") + raw.ljust(length)
+        if self._file is None:
+            part = self._part(len(self._headers) - 1)
+            with part.open("rb") as file:
+                if file.read(len(header)) != header or part.stat().st_size != len(header) + self._offset:
+                    raise StaleShards(str(part))
+            return
         if length > self.reserve:
             _shift(self._file, 8 + self.reserve, self._offset, length - self.reserve)
+        if self._resume:
+            os.fdatasync(self._file.fileno())  # a header on disk means that the data is
         self._file.seek(0)
-        _write_all(self._file, memoryview(length.to_bytes(8, "little") + raw.ljust(length)))
+        _write_all(self._file, memoryview(header))
         self._file.close()
         self._file = None
+
+    def _start_flush(self, file: FileIO) -> None:
+        """Let the disk begin with what was written since the last call: waiting for all of it at the end takes
+        longer."""
+        if self._offset - self._flushed >= FLUSH_BYTES:
+            _write_back(file, 8 + self.reserve + self._flushed, self._offset - self._flushed)
+            self._flushed = self._offset
+
+    def _found(self) -> frozenset[int]:
+        """Numbers of the shards that are whole; others are removed, and names given by `close` taken back."""
+        for path in self.folder.glob("model-*-of-*.safetensors"):
+            path.rename(self._part(int(path.name.split("-")[1]) - 1))
+        if (self.folder / SINGLE).is_file():
+            (self.folder / SINGLE).rename(self._part(0))
+        (self.folder / INDEX).unlink(missing_ok=True)
+        whole = set()
+        for path in self.folder.glob(".shard-*"):
+            try:
+                read_header(path)
+            except UserError:
+                path.unlink()
+            else:
+                whole.add(int(path.name.removeprefix(".shard-")))
+        return frozenset(whole)
+
+
+def _write_back(file: FileIO, offset: int, nbytes: int) -> None:
+    """Start writing a range of a file to disk and return at once; nothing where the system has no such call."""
+    start = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if start is not None:
+        start(file.fileno(), ctypes.c_int64(offset), ctypes.c_int64(nbytes), 2)  # SYNC_FILE_RANGE_WRITE
 
 
 def _write_all(file: FileIO, view: memoryview) -> None:

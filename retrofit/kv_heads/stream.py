@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
@@ -53,11 +53,9 @@ class LayerStream:
         compute = str(autocast or torch.float32).removeprefix("torch.")
         registry.apply(self._model, registry.choose("auto", spec, device, training=True, dtype=compute))
         self._layers: nn.ModuleList = self._model.get_submodule(spec.layers_path)  # type: ignore[assignment]
-        base = spec.layers_path.rpartition(".")[0]
-        self._base = self._model.get_submodule(base)
-        for name, module in self._base.named_children():
-            if isinstance(module, nn.Embedding):  # tokens, and positions where they are learned
-                self._materialise(f"{base}.{name}")
+        self._base_path = spec.layers_path.rpartition(".")[0]
+        self._base = self._model.get_submodule(self._base_path)
+        self._embeds = False
 
     def _materialise(self, prefix: str, values: dict[str, Tensor] | None = None) -> None:
         """Give the parameters below `prefix` their stored tensors, or those of `values` by full name."""
@@ -78,14 +76,34 @@ class LayerStream:
     @contextmanager
     def precision(self) -> Iterator[None]:
         """No gradients; matrix products in `autocast`."""
-        with (
-            torch.no_grad(),
-            torch.autocast(torch.device(self._device).type, self._autocast, enabled=self._autocast is not None),
-        ):
+        with torch.no_grad(), self.products():
             yield
 
+    def products(self) -> Any:
+        """Matrix products in `autocast`."""
+        return torch.autocast(torch.device(self._device).type, self._autocast, enabled=self._autocast is not None)
+
+    def free_embeddings(self) -> None:
+        """Drop what `embed` loaded."""
+        self._embeddings("free")
+
+    def _embeddings(self, what: Literal["load", "free"]) -> None:
+        """Token embeddings, and positions where they are learned."""
+        if self._embeds == (what == "load"):
+            return
+        for name, module in self._base.named_children():
+            if isinstance(module, nn.Embedding) and what == "load":
+                self._materialise(f"{self._base_path}.{name}")
+            elif isinstance(module, nn.Embedding):
+                _free(module)
+        self._embeds = what == "load"
+
     def embed(self, input_ids_BT: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Residual stream that enters layer 0, [B, T, C], and each layer's keyword arguments for this batch shape."""
+        """Residual stream that enters layer 0, [B, T, C], and each layer's keyword arguments for this batch shape.
+
+        The embeddings stay in memory until `free_embeddings`.
+        """
+        self._embeddings("load")
         seen: list[tuple[Tensor, dict[str, Any]]] = []
 
         def stub(hidden_BTC: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -116,8 +134,7 @@ class LayerStream:
         try:
             yield LayerRun(self, module, self._spec, index)
         finally:
-            for name in [name for name, _ in module.named_parameters()]:
-                set_module_tensor_to_device(module, name, "meta")
+            _free(module)
 
 
 class LayerRun:
@@ -128,6 +145,7 @@ class LayerRun:
         self._prefix = f"{spec.layers_path}.{index}."
         self._attention = module.get_submodule(spec.attention_path)
         self._output = self._attention.get_submodule(_leaf(spec, index))
+        self._path = f"{self._prefix}{spec.attention_path}."
 
     def load(self, values: dict[str, Tensor]) -> None:
         """Replace tensors of the layer by full name."""
@@ -160,15 +178,40 @@ class LayerRun:
         """What the q, k and v projections read, [B, T, C]."""
         return self._capture(self._attention, hidden_BTC, kwargs)
 
+    def attend(self, hidden_BTC: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The output projection's result, [B, T, C], with gradients to those of the attention's parameters that ask for
+        them."""
+        args, named = self._call(self._attention, hidden_BTC, kwargs)
+        kept: list[Tensor] = []
+        hook = self._output.register_forward_hook(lambda _m, _args, out: kept.append(out))
+        try:
+            with self._stream.products():
+                self._attention(*args, **named)
+        finally:
+            hook.remove()
+        return kept[0].float()
+
+    def attention_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters of the attention by full name."""
+        return {f"{self._path}{name}": parameter for name, parameter in self._attention.named_parameters()}
+
     def head_outputs(self, hidden_BTC: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """What the output projection reads, [B, T, H D]."""
         return self._capture(self._output, hidden_BTC, kwargs)
 
     def _capture(self, module: nn.Module, hidden_BTC: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        kept: list[Tensor] = []
+        args, named = self._call(module, hidden_BTC, kwargs)
+        tensor: Tensor = args[0] if args else named["hidden_states"]
+        return tensor.float()
+
+    def _call(
+        self, module: nn.Module, hidden_BTC: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments that `module`, a part of this layer, is called with."""
+        kept: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def hook(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            kept.append(args[0] if args else named["hidden_states"])
+            kept.append((args, named))
             raise _Captured
 
         handle = module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -179,7 +222,12 @@ class LayerRun:
             pass
         finally:
             handle.remove()
-        return kept[0].float()
+        return kept[0]
+
+
+def _free(module: nn.Module) -> None:
+    for name in [name for name, _ in module.named_parameters()]:
+        set_module_tensor_to_device(module, name, "meta")
 
 
 def _leaf(spec: AttentionSpec, index: int) -> str:

@@ -208,6 +208,7 @@ def convert(
     repair: str = "o_proj",
     calibrate: Sequence[str] = (),
     tokens: int = 49_152,
+    moments: str | Path | None = None,
     reexpress_only: bool = False,
     target: str | None = None,
     revision: str | None = None,
@@ -216,8 +217,9 @@ def convert(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Written:
-    """Write `model` with `kv_heads` KV heads per layer to the new folder `out`.
+    """Write `model` with `kv_heads` KV heads per layer to the new folder `out`; the same call goes on after a stop.
 
+    moments: a new folder for what calibration measured in every layer.
     reexpress_only: write the same function as an architecture that can share KV heads (`target`, where there is a
     choice), and leave the heads as they are.
     """
@@ -238,7 +240,13 @@ def convert(
     section = {"kv_heads": kv_heads, "method": method, "repair": repair, "calibration": calibration}
     recipe = single.recipe("convert", section, model=str(model), dtype=dtype, device=device, seed=seed)
     with _quiet():
-        return single.convert(recipe, Path(out), revision=revision, progress=progress)
+        return single.convert(
+            recipe,
+            Path(out),
+            moments=None if moments is None else Path(moments),
+            revision=revision,
+            progress=progress,
+        )
 
 
 def extend(

@@ -67,16 +67,21 @@ def convert(
     dtype: str = "auto",
     device: str = "cpu",
     seed: int = 0,
+    work: Path,
+    moments: Path | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ConvertReport:
-    """Write `source` with fewer KV heads to `out`."""
+    """Write `source` with fewer KV heads to `out`.
+
+    work: where conversion keeps what it can go on from, on the disk of `out`. moments: where to keep every layer's.
+    """
     text = None
     if convert.calibrates:
         tokenizer = load_tokenizer(source)
         text = calibration_text(convert.calibration, tokenizer, seed=seed, teacher=teacher, progress=progress)
-    with staged(out, overwrite=overwrite) as folder:
+    with staged(out, overwrite=overwrite, keep=work / "checkpoint") as folder:
         report = convert_heads(
             source,
             folder,
@@ -84,9 +89,12 @@ def convert(
             method=convert.method,
             repair=convert.repair,
             text=text,
+            averaged_tokens=convert.calibration.averaged_tokens,
             device=device,
             dtype=None if dtype == "auto" else resolve_dtype(dtype, source),
             max_shard_size=max_shard_size,
+            work=work,
+            moments=moments,
             progress=progress,
         )
         origin.after("convert", dump(convert), facts(report)).write(folder)

@@ -6,11 +6,12 @@ estimates: the journal puts what was measured beside them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from retrofit.console import nbytes
 from retrofit.model.spec import AttentionSpec
-from retrofit.recipe.schema import Convert, Evaluate, Recipe, Recover
+from retrofit.recipe.schema import Calibration, Convert, Evaluate, Recipe, Recover
 
 STEPS = ("convert", "extend", "recover", "evaluate", "publish")
 FOLDERS = {name: f"{number}-{name}" for number, name in enumerate(STEPS, start=1)}
@@ -19,6 +20,8 @@ EFFICIENCY = 0.5  # share of matrix-multiplication speed that a whole forward pa
 CALL_SECONDS = 0.001  # of the Python code of one layer
 PROOF_SECONDS = 5.0  # of loading a model once more and proving its kernel
 BATCH_TOKENS = 8192  # of a calibration batch
+SAMPLED_TOKENS = 65_536  # of the original's own text, as `recover.data.Teacher` asks for
+SAMPLE_ROWS = 32  # texts that it writes at a time
 RECOMPUTED = 7  # activations of one layer that exist while it is computed again and its gradients are formed
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -224,13 +227,38 @@ def _convert(shape: _Shape, convert: Convert) -> Cost:
         return Cost("convert", heads, BASE_BYTES + facts.weight_bytes // len(spec.layers), facts.weight_bytes, seconds)
     tokens, length = convert.calibration.tokens, convert.calibration.sequence_length
     repair = f" and {convert.repair} repair" if convert.repair != "none" else ""
-    # Kept whole in float32: both streams, the repair's targets and the head outputs. A batch is some 40 more of them.
-    streams = (4 * tokens + 40 * min(tokens, BATCH_TOKENS)) * spec.hidden_size * 4
-    peak = BASE_BYTES + streams + 2 * facts.weight_bytes
+    first = spec.layers[0]
+    # In float32: a batch's stream and what one layer makes of it, the embeddings or one layer, its projections in
+    # float64, Grams of all values and of all head outputs (for each fold, and for their sums).
+    batch = min(tokens, BATCH_TOKENS) * (16 * spec.hidden_size + 4 * shape.layer_parameters // spec.hidden_size)
+    layer = max(4 * spec.vocab_size * spec.hidden_size, 16 * shape.layer_parameters)
+    folds = 2 * len(convert.calibration.text) + 5
+    columns = first.query_heads * first.head_dim
+    grams = 8 * (4 * (first.kv_heads * first.head_dim) ** 2 + folds * columns * (columns + spec.hidden_size))
+    peak = BASE_BYTES + batch + layer + grams
     does = f"{heads}{repair} on {tokens:,} tokens"
     # Each stream passes every layer once; the moments and refits between are about half a pass in float32.
     seconds = shape.seconds(tokens, length, passes=2) + shape.seconds(tokens, length, passes=0.5, float32=True)
-    return Cost("convert", does, peak, facts.weight_bytes, seconds)
+    sampled = sampled_tokens(convert.calibration)
+    if sampled:
+        does += f", {sampled:,} sampled from the original first (kept for later runs)"
+        peak = max(peak, BASE_BYTES + 2 * facts.weight_bytes)
+        # A step of a batch reads all weights and multiplies them with its rows.
+        rows, steps = SAMPLE_ROWS, -(-sampled // SAMPLE_ROWS)
+        read = facts.weight_bytes / shape.throughput.bytes_per_second
+        multiply = 2 * rows * shape.matmul_parameters / (shape.throughput.flops * EFFICIENCY)
+        seconds += steps * (max(read, multiply) + CALL_SECONDS * len(spec.layers))
+    # Upper triangles of two Grams of all values are most of the moments that stay.
+    moments = len(spec.layers) * 4 * (first.kv_heads * first.head_dim) ** 2
+    return Cost("convert", does, peak, facts.weight_bytes + moments, seconds)
+
+
+def sampled_tokens(calibration: Calibration) -> int:
+    """Tokens that the original is asked to write, for the source `self`: enough for its share without what is held
+    out, and the same number for every recipe where that suffices. 0 where it is not among the sources."""
+    total = sum(source.weight for source in calibration.text)
+    own = sum(source.weight for source in calibration.text if source.source == "self")
+    return max(SAMPLED_TOKENS, math.ceil(1.25 * calibration.tokens * own / total)) if own else 0
 
 
 def _recover(shape: _Shape, recover: Recover) -> Cost:

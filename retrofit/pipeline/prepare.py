@@ -24,7 +24,17 @@ from retrofit.model.source import EMBEDDED, Source
 from retrofit.model.spec import AttentionSpec
 from retrofit.pipeline.journal import NAME as JOURNAL
 from retrofit.pipeline.longcontext import longest_prompt
-from retrofit.pipeline.plan import FOLDERS, ModelFacts, Plan, Throughput, claimed_length, make_plan, steps_of
+from retrofit.pipeline.plan import (
+    FOLDERS,
+    SAMPLED_TOKENS,
+    ModelFacts,
+    Plan,
+    Throughput,
+    claimed_length,
+    make_plan,
+    sampled_tokens,
+    steps_of,
+)
 from retrofit.pipeline.texts import scored_documents
 from retrofit.publish.card import require_licence_and_base
 from retrofit.recipe.schema import Recipe, TextSource
@@ -54,7 +64,7 @@ class Prepared:
     @property
     def teacher(self) -> Teacher:
         """The original model, for text that it samples itself."""
-        return Teacher(self.source.folder, seed=self.recipe.seed, device=self.device)
+        return teacher_of(self.recipe, self.source.folder, self.device)
 
 
 def prepare(
@@ -222,9 +232,16 @@ def _documents(recipe: Recipe, source: Source, device: str) -> tuple[Document, .
             length=max(*evaluate.lengths, evaluate.document_tokens or 0),
             count=evaluate.documents,
             trained_on=trained_on,
-            teacher=Teacher(source.folder, seed=recipe.seed, device=device),
+            teacher=teacher_of(recipe, source.folder, device),
         )
     )
+
+
+def teacher_of(recipe: Recipe, folder: Path, device: str) -> Teacher:
+    """The original model, for text that it samples itself: as much as calibration asks for, in every step."""
+    calibration = recipe.convert.calibration if recipe.convert and recipe.convert.calibrates else None
+    tokens = max(SAMPLED_TOKENS, sampled_tokens(calibration) if calibration else 0)
+    return Teacher(folder, tokens=tokens, seed=recipe.seed, device=device)
 
 
 def public_model(source: Source) -> str:

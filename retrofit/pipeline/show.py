@@ -195,6 +195,9 @@ def _groups(result: Inspection) -> list[tuple[object, ...]]:
 def written(console: Console, result: Written) -> None:
     """`retrofit convert`, `extend`, `recover`."""
     console.result(result)
+    by_kind = result.report.get("tokens_by_kind")
+    if by_kind:
+        console.say("calibrated on " + ", ".join(f"{tokens:,} tokens of {kind}" for kind, tokens in by_kind.items()))
     for note in result.report.get("notes", ()):
         console.say(f"note: {note}")
     console.say(f"written: {result.folder}")

@@ -13,15 +13,19 @@ from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.write import folder_lock, require_writable
 from retrofit.errors import UserError
 from retrofit.evaluate.perplexity import Row, table
+from retrofit.kv_heads.moments import saved
 from retrofit.model.load import load_config
 from retrofit.model.source import Source, resolve
 from retrofit.pipeline import operations
 from retrofit.pipeline.evaluation import pass_file, save_losses
+from retrofit.pipeline.journal import fingerprint
 from retrofit.pipeline.longcontext import LongContext, conclude, longest_prompt, native_length
 from retrofit.pipeline.operations import Origin
 from retrofit.pipeline.prepare import prepare, source_record
+from retrofit.pipeline.runner import VERSIONS
+from retrofit.pipeline.texts import identity
 from retrofit.recipe.load import load_suite, validate
-from retrofit.recipe.schema import Recipe
+from retrofit.recipe.schema import Convert, Recipe
 from retrofit.recover.data import Teacher
 
 if TYPE_CHECKING:
@@ -66,23 +70,35 @@ def recipe(section: str, values: Mapping[str, Any], **top: Any) -> Recipe:
     return validate({"name": section, section: dict(values), **others, **top}, Recipe, "options")
 
 
-def convert(recipe: Recipe, out: Path, *, revision: str | None, progress: Progress | None) -> Written:
-    """`retrofit convert`."""
-    assert recipe.convert
+def convert(
+    recipe: Recipe, out: Path, *, moments: Path | None, revision: str | None, progress: Progress | None
+) -> Written:
+    """`retrofit convert`. The same call goes on after an interruption, from the folder `<out>.work`."""
+    section = recipe.convert
+    assert section
     _require_new(out)
+    if moments is not None:
+        _require_moments(moments, section)
     prepared = prepare(recipe, revision=revision, out=out, progress=progress)
+    work = out.with_name(f"{out.name}.work")
+    text = identity(section.calibration.text) if section.calibrates else None
+    kept = [recipe.dtype, recipe.seed, moments is not None]
+    inputs = {"checkpoint": dict(prepared.source.digests), "text": text, "options": kept}
     with folder_lock(out):
         report = operations.convert(
             prepared.source.folder,
             out,
-            recipe.convert,
+            section,
             _origin(prepared.source),
             teacher=prepared.teacher,
             dtype=recipe.dtype,
             device=prepared.device,
             seed=recipe.seed,
+            work=work / fingerprint("convert", VERSIONS["convert"], operations.dump(section), inputs)[:16],
+            moments=moments,
             progress=progress,
         )
+        shutil.rmtree(work, ignore_errors=True)
     notes = (*prepared.source.notes, *report.notes)
     return Written("convert", out, operations.facts(replace(report, notes=notes)))
 
@@ -245,6 +261,18 @@ def _require_new(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
             "the output folder exists and is not empty", where=str(out), fix="remove it, or give another --out"
+        )
+
+
+def _require_moments(folder: Path, section: Convert) -> None:
+    require_writable(folder)
+    if not section.calibrates:
+        raise UserError(
+            f"the method `{section.method}` measures no moments", where="--moments", fix="leave out --moments"
+        )
+    if folder.exists() and (not folder.is_dir() or len(list(folder.iterdir())) != len(saved(folder))):
+        raise UserError(
+            "the folder holds something else than moments", where=f"--moments {folder}", fix="give another folder"
         )
 
 

@@ -14,10 +14,16 @@ from retrofit.pipeline.runner import VERSIONS, Runner, State
 from retrofit.pipeline.texts import identity
 from retrofit.recipe.schema import Context, Convert, Recipe, Recover
 
+MOMENTS = "moments"
+
 
 def convert(runner: Runner, state: State, section: Convert) -> State:
-    """Fewer KV heads."""
+    """Fewer KV heads; it goes on from its last own layer and shard after a kill. The moments stay in the run folder."""
     prepared, recipe = runner.prepared, runner.prepared.recipe
+    work_folder, moments = runner.folder / f"{FOLDERS['convert']}.work", runner.folder / MOMENTS
+    config = {**_dump(section), **_common(recipe)}
+    text = identity(section.calibration.text) if section.calibrates else None
+    inputs = {"checkpoint": state.identity, "text": text}
 
     def work(path: Path) -> Mapping[str, Any]:
         report = operations.convert(
@@ -29,15 +35,18 @@ def convert(runner: Runner, state: State, section: Convert) -> State:
             dtype=recipe.dtype,
             device=prepared.device,
             seed=recipe.seed,
+            work=work_folder / fingerprint("convert", VERSIONS["convert"], config, inputs)[:16],
+            moments=moments if section.calibrates else None,
             max_shard_size=shard_size(recipe),
             overwrite=True,
             progress=runner.progress,
         )
+        if not section.calibrates:
+            shutil.rmtree(moments, ignore_errors=True)  # those of a recipe before
         return operations.facts(report)
 
-    config = {**_dump(section), **_common(recipe)}
-    text = identity(section.calibration.text) if section.calibrates else None
-    entry = runner.step("convert", FOLDERS["convert"], config, {"checkpoint": state.identity, "text": text}, work)
+    entry = runner.step("convert", FOLDERS["convert"], config, inputs, work)
+    shutil.rmtree(work_folder, ignore_errors=True)
     return runner.made(entry, state.origin.after("convert", _dump(section), entry.result))
 
 

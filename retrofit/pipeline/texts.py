@@ -7,13 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from retrofit.checkpoint.read import Checkpoint
+from retrofit.console import nbytes
+from retrofit.errors import UserError
 from retrofit.evaluate.score import Document, make_documents
 from retrofit.kv_heads.convert import CalibrationText
+from retrofit.model.load import multiplies_in_bfloat16, resolve_dtype
 from retrofit.pipeline.journal import sha256
 from retrofit.recipe.schema import Calibration, TextSource
 from retrofit.recover.corpora import BUILT_IN
 from retrofit.recover.data import OWN_SAMPLES, Teacher, evaluation_texts, training_tokens
 from retrofit.recover.files import HUB, kind_of, text_files
+from retrofit.recover.samples import sample_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,12 +47,17 @@ def calibration_text(
     teacher: Teacher,
     progress: Progress | None = None,
 ) -> CalibrationText:
-    """Packed sequences of every source by its weight, each labelled with its kind."""
+    """Packed sequences of every source by its weight, each labelled with its kind.
+
+    No text is read twice: fits are checked on text that they have not seen. The model's own samples are left out,
+    with a note, where the model does not fit into memory. Raises UserError for a source with too little text.
+    """
     import torch
 
-    total = sum(source.weight for source in calibration.text)
+    sources, notes = _within_memory(calibration.text, teacher)
+    total = sum(source.weight for source in sources)
     parts, kinds = [], []
-    for index, source in enumerate(calibration.text):
+    for index, source in enumerate(sources):
         tokens = max(calibration.sequence_length, round(calibration.tokens * source.weight / total))
         part = training_tokens(
             [source],
@@ -56,11 +66,38 @@ def calibration_text(
             calibration.sequence_length,
             seed + index,
             teacher=teacher,
+            repeat=False,
             progress=progress,
         )
         parts.append(part)
         kinds += [kind_of(source.source)] * len(part)
-    return CalibrationText(torch.cat(parts), tuple(kinds))
+    return CalibrationText(torch.cat(parts), tuple(kinds), notes)
+
+
+def _within_memory(sources: Sequence[TextSource], teacher: Teacher) -> tuple[tuple[TextSource, ...], tuple[str, ...]]:
+    """The sources without `self` where the whole model does not fit into this machine's memory, and a note of that."""
+    own = [source for source in sources if source.source == OWN_SAMPLES]
+    if not own or teacher.device != "cpu" or sample_path(teacher).exists():
+        return tuple(sources), ()
+    needed = Checkpoint.open(teacher.folder).nbytes
+    if not multiplies_in_bfloat16("cpu"):  # it may be run in float32
+        needed = needed * 4 // resolve_dtype("auto", teacher.folder).itemsize
+    free = available_memory()
+    if free is None or 1.2 * needed <= free:
+        return tuple(sources), ()
+    others = tuple(source for source in sources if source not in own)
+    why = f"the model needs {nbytes(needed)} to write samples, and {nbytes(free)} of memory are free"
+    if not others:
+        raise UserError(why, where="convert.calibration.text: self", fix="name other text, such as python-docs")
+    return others, (f"not calibrated on the model's own samples (`self`): {why}",)
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had without swapping; None where the system does not say."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
 
 
 def scored_documents(

@@ -69,11 +69,18 @@ def _mix(*names: str) -> tuple[TextSource, ...]:
 
 
 class Calibration(Section):
-    """Text that the calibration pass reads."""
+    """Text that the calibration pass reads: of several kinds, because what is fitted to one kind fails on others."""
 
-    text: tuple[TextSource, ...] = Field(default_factory=lambda: _mix("python-docs", "python-stdlib"), min_length=1)
+    text: tuple[TextSource, ...] = Field(
+        default_factory=lambda: _mix("python-docs", "python-stdlib", "self"), min_length=1
+    )
     tokens: int = Field(49_152, ge=256, description="tokens read in all")
     sequence_length: int = Field(1024, ge=16, description="tokens per sequence")
+    averaged_tokens: int = Field(
+        8192,
+        ge=0,
+        description="tokens whose attention patterns weigh the values' directions; 0 takes values as they are",
+    )
 
 
 class Convert(Section):

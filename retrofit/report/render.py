@@ -88,7 +88,8 @@ def _changes(run: RunData) -> tuple[tuple[str, str], ...]:
     got: Mapping[str, Any] = run.conversion or {}
     if got:
         calibration = f", calibrated on {words.count(got.get('tokens'))} tokens" if got.get("tokens") else ""
-        kinds = f" of {', '.join(map(str, got['kinds']))}" if got.get("tokens") and got.get("kinds") else ""
+        by_kind = got.get("tokens_by_kind") or {}
+        kinds = f" ({', '.join(f'{kind} {words.count(n)}' for kind, n in by_kind.items())})" if by_kind else ""
         how = f"{got.get('kv_heads_before')} → {got.get('kv_heads_after')} KV heads in every layer"
         said.append(("KV heads", f"{how} by method `{got.get('method')}`{calibration}{kinds}"))
     got = run.context or {}

@@ -281,18 +281,21 @@ def layers(run: RunData) -> Table:
     """What the conversion cost in each layer, the costliest first."""
     found = list((run.conversion or {}).get("layers") or ())
     found.sort(key=lambda one: -((one.get("keys") or 0) + (one.get("values") or 0)))
-    rows = [
-        (
-            str(one.get("index")),
-            percent(one.get("keys")),
-            percent(one.get("values")),
-            {True: "kept", False: "not kept", None: words.NONE}[one.get("repair")],
-            percent(one.get("held_out_before")),
-            percent(one.get("held_out_after")),
+    rows = []
+    for one in found:
+        repairs = one.get("repairs") or ()
+        rows.append(
+            (
+                str(one.get("index")),
+                percent(one.get("keys")),
+                percent(one.get("values")),
+                ", ".join(f"{r.get('name')} {'kept' if r.get('accepted') else 'not kept'}" for r in repairs)
+                or words.NONE,
+                percent(repairs[0].get("held_out_before") if repairs else None),
+                percent(repairs[-1].get("held_out_after") if repairs else None),
+            )
         )
-        for one in found
-    ]
-    headers = ("layer", "keys lost", "values lost", "repair", "held-out error before repair", "after")
+    headers = ("layer", "keys lost", "values lost", "repairs", "held-out error before repairs", "after")
     return Table(headers, tuple(rows))
 
 

@@ -95,7 +95,7 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def options(eight: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     kept = tmp_path_factory.mktemp("kept") / "moments"
-    return ["plan", eight, "--kv-heads", "--tokens", 4096, "--moments", kept, "--json"]
+    return ["plan", eight, "--kv-heads", "--tokens", 6144, "--moments", kept, "--json"]
 
 
 @pytest.fixture(scope="module")

@@ -59,9 +59,14 @@ def conversion() -> dict[str, object]:
             "groups": [[0, 1, 2]],
             "keys": 0.08 + 0.05 * math.sin(i) ** 2 + (0.2 if i in (3, 17) else 0),
             "values": 0.22 + 0.08 * math.cos(i / 3) ** 2,
-            "repair": i % 7 != 0,
-            "held_out_before": 0.31 + 0.01 * i,
-            "held_out_after": 0.22 + 0.008 * i,
+            "repairs": [
+                {
+                    "name": "o_proj",
+                    "accepted": i % 7 != 0,
+                    "held_out_before": 0.31 + 0.01 * i,
+                    "held_out_after": 0.22 + 0.008 * i,
+                }
+            ],
         }
         for i in range(30)
     ]
@@ -72,6 +77,7 @@ def conversion() -> dict[str, object]:
         "layers": layers,
         "tokens": 49152,
         "kinds": ["python-docs", "python-stdlib"],
+        "tokens_by_kind": {"python-docs": 24576, "python-stdlib": 24576},
         "seconds": 201.0,
         "notes": ["Layers 0, 7, 14, 21, 28 keep the merged output projection: repair did not help."],
     }

@@ -1,0 +1,59 @@
+"""A conversion that is killed again and again ends with the bytes of an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import save_tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+# In the order a conversion comes there; the source has two layers, and four batches of text.
+CALIBRATED = [
+    "stream:3",  # embeddings
+    "commit:1",
+    "stream:14",  # the first layer
+    "commit:2",
+    "stream:5",  # the second
+    "stream:12",
+    "copy:1",
+    "tensor:3",
+    "tensor:9",
+    "close:1",
+    "config:1",
+]
+
+
+def converted(source: Path, out: Path, method: str, limits: list[str]) -> list[str]:
+    command = [sys.executable, "-m", "tests.kv_heads.kill_convert", str(source), str(out), method, *limits]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said: list[str] = json.loads(done.stdout)[1]
+    return said
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("method", "limits"), [("calibrated", CALIBRATED), ("mean", ["tensor:3", "tensor:4", "close:1"])]
+)
+def test_a_conversion_killed_at_any_moment_ends_with_the_same_bytes(
+    method: str, limits: list[str], tmp_path: Path
+) -> None:
+    source = save_tiny(tmp_path / "source", "llama", dtype="bfloat16", max_shard_size="50KB")
+    converted(source, tmp_path / "calm", method, [])
+    said = converted(source, tmp_path / "hunted", method, limits)
+    assert any("were written before, and are kept" in line for line in said), said
+    if method == "calibrated":
+        assert any("goes on after 2 of 2 layers" in line for line in said), said
+    calm, hunted = contents(tmp_path / "calm"), contents(tmp_path / "hunted")
+    assert len([name for name in calm if name.endswith(".safetensors")]) > 2, "several shards"
+    assert calm == hunted
+    if method == "calibrated":
+        assert contents(tmp_path / "calm.moments") == contents(tmp_path / "hunted.moments")

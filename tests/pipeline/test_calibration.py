@@ -1,0 +1,81 @@
+"""The text of a calibration, and what a plan says of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retrofit.errors import UserError
+from retrofit.kv_heads.moments import saved
+from retrofit.model.families import describe
+from retrofit.model.load import load_config, load_tokenizer
+from retrofit.pipeline import commands, plan, texts
+from retrofit.pipeline.plan import ModelFacts, make_plan, sampled_tokens
+from retrofit.recipe.schema import Calibration, Recipe
+from retrofit.recover import samples
+from retrofit.recover.data import Teacher
+from tests.pipeline.conftest import sentences
+from tests.tiny import save_tiny
+
+
+def calibration(**values: Any) -> Calibration:
+    return Calibration.model_validate({"tokens": 512, "sequence_length": 64, **values})
+
+
+def test_text_that_is_too_short_is_not_read_twice_but_refused(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text(sentences(1, 40))
+    tokenizer, teacher = load_tokenizer(model), Teacher(model)
+    with pytest.raises(UserError, match="too little text") as caught:
+        texts.calibration_text(calibration(text=[str(tmp_path / "short.txt")]), tokenizer, seed=0, teacher=teacher)
+    assert "short.txt" in str(caught.value) and "fewer tokens" in str(caught.value)
+
+
+def test_a_model_that_does_not_fit_is_calibrated_without_its_own_samples(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(texts, "sample_path", lambda teacher: tmp_path / "no samples yet")
+    monkeypatch.setattr(texts, "available_memory", lambda: 1000)
+    tokenizer, teacher = load_tokenizer(model), Teacher(model)
+    found = texts.calibration_text(calibration(text=["python-docs", "self"]), tokenizer, seed=0, teacher=teacher)
+    assert set(found.kinds) == {"python-docs"} and found.input_ids_NT.numel() == 512
+    assert "self" in found.notes[0] and "1000 B of memory are free" in found.notes[0]
+    with pytest.raises(UserError, match="to write samples"):
+        texts.calibration_text(calibration(text=["self"]), tokenizer, seed=0, teacher=teacher)
+
+
+def test_own_samples_are_part_of_the_default_mix_and_of_the_plan(model: Path) -> None:
+    assert [source.source for source in Calibration().text] == ["python-docs", "python-stdlib", "self"]
+    assert Teacher(model).tokens == plan.SAMPLED_TOKENS and plan.SAMPLE_ROWS == samples.BATCH
+    facts = ModelFacts("tiny", describe(load_config(model)), 10_000_000, "bfloat16")
+    costs = {}
+    for name, sources in (("own", ["python-docs", "self"]), ("none", ["python-docs"])):
+        section = {"kv_heads": 1, "calibration": {"text": sources}}
+        recipe = Recipe.model_validate({"name": "x", "convert": section, "evaluate": None, "publish": None})
+        costs[name] = make_plan(recipe, facts).steps[0]
+    assert "65,536 sampled from the original" in costs["own"].does and "sampled" not in costs["none"].does
+    assert costs["own"].seconds > costs["none"].seconds + 2
+
+
+def test_more_samples_are_asked_for_than_a_large_calibration_reads() -> None:
+    large = Calibration.model_validate({"tokens": 400_000, "text": ["python-docs", "self"]})
+    assert sampled_tokens(large) == 250_000
+    assert sampled_tokens(calibration(text=["self"])) == plan.SAMPLED_TOKENS
+    assert sampled_tokens(calibration(text=["python-docs"])) == 0
+
+
+def test_convert_keeps_moments_where_it_is_told_to_and_leaves_no_work_folder(texts: Path, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", "llama", max_position_embeddings=1024)
+    out, moments = tmp_path / "out", tmp_path / "moments"
+    options: dict[str, Any] = {"kv_heads": 2, "calibrate": [str(texts / "train")], "tokens": 4096}
+    written = commands.convert(model, out=out, moments=moments, **options)
+    assert saved(moments) == (0, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "moments", "out"]
+    assert written.report["tokens_by_kind"] == {"train": 4096}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="something else than moments"):
+        commands.convert(model, out=tmp_path / "b", moments=tmp_path / "other", **options)
+    with pytest.raises(UserError, match="measures no moments"):
+        commands.convert(model, out=tmp_path / "b", kv_heads=2, method="mean", moments=tmp_path / "m")
