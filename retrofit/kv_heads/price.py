@@ -2,14 +2,15 @@
 points.
 
 A layer's cost at G KV heads is what the merge gives up of its attention output, as a share of the residual stream that
-it is added to:
+the output is part of:
 
-    cost_l = (lost_keys + lost_values) E||attn_l||^2 / (C median(mean(h^2)))
+    cost_l = (lost_keys + lost_values) A / (median(mean(h^2)) + A),   A = E||attn_l||^2 / C
 
-with the shares that the merge loses under the best grouping, E||attn||^2 the energy of the attention output under the
-values' moments, and h the stream that enters the layer: its median token, so that a few with massive activations do
-not own it. To first order the loss grows with the squared error that is injected, so the predicted increase is
-exp(a) (sum_l cost_l)^b, where b is 1 with one measured point and fitted with two.
+with the shares that the merge loses under the best grouping, A the energy of the attention output under the values'
+moments, and h the stream that enters the layer: its median token, so that a few with massive activations do not own
+it. (Without A below, a first layer that adds to small embeddings would seem to be all there is.) To first order the
+loss grows with the squared error that is injected, so the predicted increase is exp(a) (sum_l cost_l)^b, where b is 1
+with one measured point and fitted with two.
 
 Legend: K KV heads, D head dim, C model width.
 """
@@ -85,14 +86,14 @@ def layer_costs(
     values_alone = group_cost(moments, weights, layer.rope, keys=False)
     everyone = tuple(range(layer.kv_heads))
     gram, _ = value_gram(moments, everyone, centred=weights.o_bias_C is not None)
-    energy = float(weighted(gram, output_metric(weights)).trace())
-    stream = weights.o_CHD.shape[0] * max(moments.stream_quantiles[0], 1e-30)
+    energy = float(weighted(gram, output_metric(weights)).trace()) / weights.o_CHD.shape[0]
+    share = energy / max(moments.stream_quantiles[0] + energy, 1e-30)
     found = {}
     for count in counts:
         groups = best_groups(layer.kv_heads, count, both)
         total, values = sum(map(both, groups)), sum(map(values_alone, groups))
         keys = max(0.0, total - values) if calibrated_keys else None
-        found[count] = LayerCost(layer.index, groups, keys, values, total * energy / stream)
+        found[count] = LayerCost(layer.index, groups, keys, values, total * share)
     return found
 
 

@@ -166,6 +166,15 @@ def multiplies_in_bfloat16(device: str) -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "sve_bf16", "bf16"))
 
 
+def working_dtype(dtype: str, folder: str | Path, device: str) -> str:
+    """What a model is run in: `dtype`, where "auto" is the stored one, or float32 on a processor that does not multiply
+    in the stored one (there, bfloat16 matrix products are some fifty times slower than float32)."""
+    if dtype != "auto" or device.startswith("cuda"):
+        return dtype
+    stored = stored_dtype(folder)
+    return stored if stored == "float32" or (stored == "bfloat16" and multiplies_in_bfloat16(device)) else "float32"
+
+
 def resolve_dtype(dtype: str, folder: str | Path) -> torch.dtype:
     """A torch dtype; "auto" is the one that most of the checkpoint's values are stored in."""
     import torch

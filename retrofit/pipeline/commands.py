@@ -156,9 +156,9 @@ def prices(
         if device != "auto":
             loaded = Recipe.model_validate({**loaded.model_dump(), "device": device})
         if text:
-            section = loaded.convert.model_dump() if loaded.convert else {"kv_heads": 1, "calibration": {}}
-            section["calibration"] |= text
-            loaded = Recipe.model_validate({**loaded.model_dump(), "convert": section})
+            values = loaded.convert.model_dump() if loaded.convert else {"kv_heads": 1, "calibration": {}}
+            values["calibration"] |= text
+            loaded = Recipe.model_validate({**loaded.model_dump(), "convert": values})
         named = "" if model is None else f" --model {shlex.quote(str(model))}"
         options = "".join(f" --set {shlex.quote(value)}" for value in overrides)
         name = loaded.name if isinstance(recipe, Recipe) else shlex.quote(str(recipe))
@@ -171,7 +171,7 @@ def prices(
             tokens=tokens,
             moments=None if moments is None else Path(moments),
             revision=revision,
-            throughput=_measured(loaded) if measure else None,
+            **({"throughput": lambda: _measured(loaded)} if measure else {}),
             progress=progress,
         )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retrofit.evaluate.definitions import Defined, prepared, value
+from retrofit.evaluate.definitions import STRIDE, Defined, prepared, value
 from retrofit.evaluate.effective import EffectiveLength, effective_length
 from retrofit.evaluate.longppl import (
     SHORT_CONTEXT,
@@ -75,6 +75,34 @@ def passes_of(section: Evaluate, native: int) -> tuple[str, ...]:
     gain = section.context_gain and longest > native
     keys = section.long_ppl and longest > SHORT_CONTEXT
     return (*([NATIVE] if gain else []), *([SHORT] if keys else []))
+
+
+def further_reading(section: Evaluate, native: int) -> tuple[tuple[int, int], ...]:
+    """(tokens, context) of everything read of one document of each source, beyond the plain pass; for a plan."""
+    longest = max(section.lengths)
+    windows = {NATIVE: native_windows(native), SHORT: short_windows()}
+    passes = [windows[name] for name in passes_of(section, native)]
+    found = [(moving.cost(longest) - moving.length, moving.length) for moving in passes]  # the first one is known
+    total = max(longest, section.document_tokens or 0)
+    for name in section.definitions:
+        for length in section.lengths:
+            if name == "longlora":
+                found.append((length * max(0, (total - length) // STRIDE[name] - 1), length))
+            elif name != "yarn-truncated":
+                step = length if name == "lm-eval" else STRIDE.get(name, section.stride)
+                found.append((total * max(1, length // step), length))
+    return tuple(found)
+
+
+def questions_read(section: Evaluate) -> tuple[tuple[int, int], ...]:
+    """(tokens, context) of what the synthetic tests read."""
+    found: list[tuple[int, int]] = []
+    if section.needle:  # the first depth reads all of it, the others what follows the needle
+        share = 1 + (section.needle.depths - 1) / 2 + 0.5
+        found += [(int(n * share * section.needle.samples), n) for n in section.needle.lengths]
+    if section.ruler:
+        found += [(n * len(section.ruler.tasks) * section.ruler.samples, n) for n in section.ruler.lengths]
+    return tuple(found)
 
 
 def longest_prompt(section: Evaluate) -> int:

@@ -20,7 +20,7 @@ from retrofit.kernels.registry import Choice, Proof, apply, choose, prove
 from retrofit.kv_heads.convert import ConvertReport
 from retrofit.kv_heads.convert import convert as convert_heads
 from retrofit.model.families import describe
-from retrofit.model.load import load_config, load_model, load_tokenizer, resolve_dtype
+from retrofit.model.load import load_config, load_model, load_tokenizer, resolve_dtype, working_dtype
 from retrofit.pipeline.longcontext import Measured, measure, native_length
 from retrofit.pipeline.texts import calibration_text
 from retrofit.recipe.schema import Context, Convert, Evaluate, Recover
@@ -191,7 +191,7 @@ def score_folder(
     native: the length the original was made for; by default what the folder records. identity: digests of the
     checkpoint, recorded with the losses. partial: where finished documents are kept until all are.
     """
-    model = load_model(folder, dtype=evaluate.dtype, device=device)
+    model = load_model(folder, dtype=working_dtype(evaluate.dtype, folder, device), device=device)
     tokenizer = load_tokenizer(folder)
     choice = kernel_for(model, kernel, device)
     apply(model, choice)

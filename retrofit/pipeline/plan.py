@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from retrofit.console import nbytes
 from retrofit.model.spec import AttentionSpec
+from retrofit.pipeline.longcontext import further_reading, passes_of, questions_read
 from retrofit.recipe.schema import Calibration, Convert, Evaluate, Recipe, Recover
 
 STEPS = ("convert", "extend", "recover", "evaluate", "publish")
@@ -290,9 +291,14 @@ def _evaluate(shape: _Shape, recipe: Recipe, evaluate: Evaluate) -> Cost:
     # Decoding is timed three times: all weights are read for each token, and each layer is called.
     each = facts.weight_bytes / shape.throughput.bytes_per_second + CALL_SECONDS * len(spec.layers)
     piece = shape.seconds(documents * longest, longest) + 3 * evaluate.decode_tokens * each
+    further = further_reading(evaluate, spec.max_position_embeddings)
+    piece += sum(shape.seconds(documents * tokens, context) for tokens, context in further)
+    piece += sum(shape.seconds(tokens, context) for tokens, context in questions_read(evaluate))
     lengths = ", ".join(f"{length:,}" for length in evaluate.lengths)
     does = f"{models} models on {documents} documents at {lengths} tokens, one pass each"
-    disk = models * documents * longest * 8
+    if further or evaluate.needle or evaluate.ruler:
+        does += ", then the use of their context"
+    disk = models * documents * longest * 8 * (1 + len(passes_of(evaluate, spec.max_position_embeddings)))
     return Cost("evaluate", does, peak, disk, models * piece + PROOF_SECONDS, pieces=models, piece_seconds=piece)
 
 

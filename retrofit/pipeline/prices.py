@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +25,19 @@ from retrofit.kv_heads.price import Curve, LayerCost, fit_curve, layer_costs, pr
 from retrofit.kv_heads.weights import read_layer
 from retrofit.model.families import describe, family_of
 from retrofit.model.load import load_config, load_tokenizer, resolve_device
-from retrofit.model.source import Source, resolve
+from retrofit.model.source import resolve
 from retrofit.model.spec import AttentionSpec
 from retrofit.pipeline import probes
 from retrofit.pipeline.budget import Budget, within
-from retrofit.pipeline.plan import DTYPE_BYTES, Throughput, claimed_length, converted_spec, make_plan
+from retrofit.pipeline.plan import (
+    ASSUMED,
+    DTYPE_BYTES,
+    ModelFacts,
+    Throughput,
+    claimed_length,
+    converted_spec,
+    make_plan,
+)
 from retrofit.pipeline.prepare import check_surgery, facts_of, require_model
 from retrofit.pipeline.texts import calibration_text
 from retrofit.recipe.schema import Calibration, Convert, Recipe
@@ -91,13 +99,14 @@ def prices(
     tokens: int | None = None,
     moments: Path | None = None,
     revision: str | None = None,
-    throughput: Throughput | None = None,
+    throughput: Callable[[], Throughput] = lambda: ASSUMED,
     progress: Progress | None = None,
 ) -> PriceList:
     """The price list of the recipe's model under the recipe's calibration and repair.
 
     command: what to type for `{kv_heads}` KV heads. tokens: of the calibration text, a quarter of it for scoring.
     moments: a folder of moments; they are read if it holds them and written otherwise, and so is what was measured.
+    throughput: asked only when there is an estimate to make.
     Raises UserError, before any long work, for a model or a budget with nothing to choose from.
     """
     section = recipe.convert or Convert(kv_heads=1)
@@ -106,7 +115,9 @@ def prices(
     source = resolve(model, revision=revision or recipe.revision, weights=False, progress=progress)
     config = load_config(source.folder)
     spec = describe(config)
-    notes = [*source.notes, *check_surgery(recipe.model_copy(update={"convert": None}), config, spec, beyond=True)]
+    # Which number of heads is wanted, and what is trained and measured afterwards, is not the list's business.
+    alone = recipe.model_copy(update=dict.fromkeys(("convert", "recover", "evaluate", "publish")))
+    notes = [*source.notes, *check_surgery(alone, config, spec)]
     counts = _possible(config, spec)
     value_bytes = DTYPE_BYTES[source.dtype if recipe.dtype == "auto" else recipe.dtype]
     length = budget.length if budget else claimed_length(recipe, spec.max_position_embeddings)
@@ -122,7 +133,7 @@ def prices(
     calibration = _calibration(section.calibration, spec, tokens)
     if not read:
         check_sources(calibration.text)
-        _estimate(recipe, section, calibration, source, config, spec, counts, throughput, progress)
+        _estimate(alone, section, calibration, facts_of(source, config, spec), counts, throughput(), progress)
     source = resolve(model, revision=revision or recipe.revision, progress=progress)
     Checkpoint.open(source.folder).require_finite()
     with tempfile.TemporaryDirectory(prefix="retrofit-prices-") as work:
@@ -221,23 +232,14 @@ def _estimate(
     recipe: Recipe,
     section: Convert,
     calibration: Calibration,
-    source: Source,
-    config: Any,
-    spec: AttentionSpec,
+    facts: ModelFacts,
     counts: tuple[int, ...],
-    throughput: Throughput | None,
+    throughput: Throughput,
     progress: Progress | None,
 ) -> None:
     """Say how long it takes, and check that there is room for the probes' checkpoints."""
-    facts = facts_of(source, config, spec)
-    update = {"kv_heads": min(counts), "calibration": calibration, "method": "calibrated"}
-    only = recipe.model_copy(
-        update={
-            "convert": section.model_copy(update=update),
-            **{name: None for name in ("context", "recover", "evaluate", "publish")},
-        }
-    )
-    plan = make_plan(only, facts, *([throughput] if throughput else []))
+    convert = section.model_copy(update={"kv_heads": min(counts), "calibration": calibration, "method": "calibrated"})
+    plan = make_plan(recipe.model_copy(update={"convert": convert, "context": None}), facts, throughput)
     probed = probe_counts(counts[:-1])
     require_free_space(Path(tempfile.gettempdir()), int(1.1 * facts.weight_bytes))
     if progress:
@@ -246,7 +248,7 @@ def _estimate(
         heads = " and ".join(map(str, probed))
         progress.note(
             f"about {duration(seconds)}: one pass over {calibration.tokens:,} tokens, and probes with {heads} KV heads "
-            f"({plan.throughput.how}); at most {nbytes(facts.weight_bytes)} of temporary files"
+            f"({throughput.how}); at most {nbytes(facts.weight_bytes)} of temporary files"
         )
 
 

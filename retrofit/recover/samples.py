@@ -50,9 +50,10 @@ def sample_path(teacher: Teacher) -> Path:
 
 
 def _sample_texts(teacher: Teacher, progress: Progress | None) -> list[str]:
-    from retrofit.model.load import load_model, load_tokenizer
+    from retrofit.model.load import load_model, load_tokenizer, working_dtype
 
-    model = load_model(teacher.folder, dtype="auto", device=teacher.device)
+    dtype = working_dtype("auto", teacher.folder, teacher.device)
+    model = load_model(teacher.folder, dtype=dtype, device=teacher.device)
     tokenizer = load_tokenizer(teacher.folder)
     if progress is not None:
         progress.start("sampling the original model", teacher.tokens, "tokens")

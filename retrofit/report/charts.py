@@ -124,6 +124,27 @@ def loss_by_kv_heads(name: str, lines: Sequence[Line], *, title: str = "", alone
     return _picture(name, title, draw, alone=alone)
 
 
+def perplexity_by_seconds(
+    name: str, lines: Sequence[Line], *, original: float, title: str = "", alone: bool = False
+) -> Picture:
+    """Perplexity (y) against seconds of compute (x), both on logarithmic axes, above that of the original."""
+    palette = [*STYLES.values(), *_OTHERS]
+
+    def draw(axes: Axes) -> None:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for line, style in zip(lines, palette, strict=False):
+            drawn: dict[str, Any] = {"color": style.colour, "marker": style.marker, "linestyle": style.dash}
+            axes.plot(line.x, line.y, markersize=5, linewidth=1.8, **drawn)
+        axes.axhline(original, color=INK, linewidth=1, linestyle=(0, (1, 2)))
+        axes.set_xlabel("seconds of one core")
+        axes.set_ylabel("perplexity, lower is better")
+        ends = [(line.label, line.x[-1], line.y[-1], s.colour) for line, s in zip(lines, palette, strict=False)]
+        _place_labels(axes, [*ends, ("original", max(x for line in lines for x in line.x), original, INK)])
+
+    return _picture(name, title, draw, alone=alone)
+
+
 def loss_by_position(name: str, lines: Sequence[Line], *, native: int | None, title: str = "") -> Picture:
     """Mean loss (y, nats) against position in the document (x, tokens)."""
 

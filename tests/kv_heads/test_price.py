@@ -68,7 +68,7 @@ def test_costs_match_a_plain_reference_from_the_tokens() -> None:
         assert cost.values == pytest.approx(lost_v / whole_v, rel=1e-3, abs=1e-6)
         assert cost.keys == pytest.approx(lost_k / whole_k, rel=1e-3, abs=1e-6)
         median = float(stream.square().mean(1).median())
-        want = (lost_v / whole_v + lost_k / whole_k) * whole_v / (C * median)
+        want = (lost_v / whole_v + lost_k / whole_k) * (whole_v / C) / (median + whole_v / C)
         assert cost.cost == pytest.approx(want, rel=0.02, abs=1e-9), count
     assert found[4].cost == 0 and found[4].values == 0 and found[4].keys == 0
     assert 0 < found[2].cost < found[1].cost

@@ -12,8 +12,9 @@ import pytest
 from retrofit import bundled
 from retrofit.evaluate.losses import TokenLosses
 from retrofit.model.load import load_config
-from retrofit.pipeline.longcontext import native_length
+from retrofit.pipeline.longcontext import further_reading, native_length, questions_read
 from retrofit.recipe.load import load_suite
+from retrofit.recipe.schema import Evaluate
 from tests.pipeline.conftest import retrofit, sections, sentences
 
 
@@ -111,3 +112,11 @@ def test_a_run_keeps_the_passes_and_concludes_from_them(
     recipe(**less, evaluate={**section, **asked, "needle": {"lengths": [512], "depths": 1}})
     again = json.loads(retrofit("run", path, "--out", out, "--json").stdout)
     assert not {"evaluate:original", "evaluate:extended"} & set(again["reused"])
+
+
+def test_the_plan_prices_what_is_read_besides(tmp_path: Path) -> None:
+    section = Evaluate(lengths=(256, 1024), context_gain=True, definitions=("sliding", "lm-eval"), stride=64)
+    assert further_reading(section, 512) == ((1024, 512), (4096, 256), (16384, 1024), (1024, 256), (1024, 1024))
+    assert further_reading(Evaluate(lengths=(256,), context_gain=True, long_ppl=True), 512) == ()
+    asked = Evaluate(needle={"lengths": [100], "depths": 5}, ruler={"lengths": [1024], "samples": 2})
+    assert questions_read(asked) == ((350, 100), (10240, 1024))

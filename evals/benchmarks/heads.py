@@ -1,0 +1,340 @@
+"""Head conversion by every method, each repair and a short distillation: perplexity against seconds of compute.
+
+    OMP_NUM_THREADS=1 python -m evals.benchmarks.heads --books DIR
+
+Converts SmolLM2-135M from 3 to 1 KV heads in every layer and scores each checkpoint on prose that no fit has seen:
+DIR/moby_dick.txt, where the other .txt files of DIR are the calibration text of the same kind. Without --books the
+held-out documentation is scored, after calibration on the rest of the documentation. Rows that end in `, other text`
+are calibrated on text of other kinds only. Writes results/kv_heads.json, .md and .svg, a row at a time; a row that is
+there already is not measured again, so an interrupted benchmark goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evals.benchmarks.recovery import machine
+from retrofit.console import to_json
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+LENGTH = 1024  # tokens of a scored piece, a calibration sequence and a training sequence
+PIECES = 10
+OTHER = ("python-docs", "python-stdlib", "self")
+HELD_OUT = "moby_dick.txt"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. start: the row whose checkpoint it goes on from. tokens: of its training."""
+
+    name: str
+    method: str = "calibrated"
+    repair: str = "none"
+    other_text: bool = False
+    start: str | None = None
+    loss: str = ""
+    tokens: int = 0
+
+
+def rows(distil: Sequence[int]) -> list[Row]:
+    """Every row, cheap ones first."""
+    found = [Row("first", "first"), Row("mean", "mean"), Row("procrustes", "procrustes"), Row("real-pca", "real-pca")]
+    repairs = {"calibrated": "none", "+ o_proj": "o_proj", "+ o_proj + transfer": "transfer"}
+    for other in (False, True):
+        found += [Row(f"{name}{', other text' * other}", repair=r, other_text=other) for name, r in repairs.items()]
+    best = "+ o_proj + transfer"
+    for tokens in distil:
+        found.append(Row(f"{best} + distillation, {tokens // 1000}k", start=best, loss="distill", tokens=tokens))
+        found.append(Row(f"mean + LM LoRA, {tokens // 1000}k", start="mean", loss="lm", tokens=tokens))
+    return found
+
+
+class Bench:
+    """Text, model and results of one benchmark."""
+
+    def __init__(self, model: str, books: Path | None, tokens: int, work: Path) -> None:
+        from retrofit.model.load import load_tokenizer
+        from retrofit.model.source import resolve
+        from retrofit.recipe.schema import TextSource
+
+        self.folder = resolve(model).folder
+        self.tokenizer = load_tokenizer(self.folder)
+        self.tokens, self.work = tokens, work
+        same = sorted(str(path) for path in books.glob("*.txt") if path.name != HELD_OUT) if books else ["python-docs"]
+        self.same = [TextSource(source=name) for name in same]
+        self.other = [TextSource(source=name) for name in OTHER if name not in same]
+        self.documents = list(self._documents(books))
+
+    def _documents(self, books: Path | None) -> Iterator[Any]:
+        """Pieces of LENGTH tokens, spread over each held-out text: that of the table, and two built-in kinds."""
+        import numpy as np
+
+        from retrofit.evaluate.losses import Document
+        from retrofit.recipe.schema import TextSource
+        from retrofit.recover.data import read_texts
+
+        texts = {} if books is None else {books.joinpath(HELD_OUT).stem: (books / HELD_OUT).read_text("utf-8")}
+        for kind in ("python-docs", "python-stdlib"):
+            held_out = read_texts(TextSource(source=kind), split="held_out")
+            texts[kind] = "\n\n".join(text.text for text in held_out)[:1_500_000]
+        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        for kind, text in texts.items():
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids
+            step = (len(ids) - LENGTH) // PIECES
+            for i in range(PIECES):
+                piece = np.array(bos + ids[i * step : i * step + LENGTH - len(bos)], np.int64)
+                yield Document(f"{kind} {i}", kind, piece, len(str(self.tokenizer.decode(piece)).encode()))
+
+    def score(self, folder: Path) -> Any:
+        """Token losses of a checkpoint."""
+        from retrofit.evaluate.score import score
+        from retrofit.model.load import load_model
+
+        return score(load_model(folder, dtype="float32"), self.documents, lengths=(LENGTH,))
+
+    def convert(self, row: Row) -> dict[str, Any]:
+        """Convert as the row says, into the work folder."""
+        from retrofit.kv_heads.convert import convert
+        from retrofit.pipeline.texts import calibration_text
+        from retrofit.recipe.schema import Calibration
+        from retrofit.recover.data import Teacher
+
+        text = None
+        teacher = Teacher(self.folder, tokens=self.tokens // 3)
+        if row.method not in ("first", "mean"):
+            sources = tuple(self.other if row.other_text else self.same)
+            section = Calibration(text=sources, tokens=self.tokens, sequence_length=LENGTH)
+            text = calibration_text(section, self.tokenizer, seed=0, teacher=teacher)
+        out = _fresh(self.path(row.name))
+        began = cpu_seconds()
+        report = convert(self.folder, out, kv_heads=1, method=row.method, repair=row.repair, text=text)  # type: ignore[arg-type]
+        seconds = cpu_seconds() - began
+        layers = [
+            {"keys": layer.keys, "values": layer.values, "repairs": [vars(repair) for repair in layer.repairs]}
+            for layer in report.layers
+        ]
+        return {"seconds": seconds, "layers": layers, "calibrated_on": report.tokens_by_kind}
+
+    def train(self, row: Row) -> dict[str, Any]:
+        """Adapters on the checkpoint of another row, on the calibration text's own sources."""
+        from retrofit.recipe.schema import Recover
+        from retrofit.recover.data import training_rows
+        from retrofit.recover.train import recover
+
+        assert row.start is not None
+        recipe = Recover(loss=row.loss, tokens=row.tokens, sequence_length=LENGTH, text=tuple(self.same))  # type: ignore[arg-type]
+        text = training_rows(self.same, self.tokenizer, row.tokens, LENGTH, seed=1)
+        teacher = self.folder if row.loss == "distill" else None
+        out = _fresh(self.path(row.name))
+        began = cpu_seconds()
+        work = self.work / "training"
+        report = recover(self.path(row.start), teacher, out, recipe, text, None, work_dir=work)
+        shutil.rmtree(work, ignore_errors=True)
+        return {"seconds": cpu_seconds() - began, "steps": report.steps, "compute": report.compute_dtype}
+
+    def path(self, name: str) -> Path:
+        """Where a row's checkpoint is kept."""
+        return self.work / "".join(c if c.isalnum() else "-" for c in name)
+
+
+def measured(losses: Any, original: Any) -> dict[str, Any]:
+    """Perplexity by kind, its ratio to the original's, and how much of the added loss a few tokens carry."""
+    import numpy as np
+
+    found: dict[str, Any] = {}
+    for kind in dict.fromkeys(losses.kinds):
+        of_kind = [i for i, k in enumerate(losses.kinds) if k == kind]
+        new, old = (np.concatenate([x.losses[i] for i in of_kind]).astype(np.float64) for x in (losses, original))
+        added = np.sort(new - old)[::-1]
+        found[kind] = {
+            "perplexity": float(np.exp(new.mean())),
+            "ratio": float(np.exp(added.mean())),
+            "tokens": len(new),
+            "median_added": float(np.median(added)),
+            "worse": float((added > 0).mean()),
+            "share_of_dearest_tenth": float(added[: len(added) // 10].sum() / max(added.sum(), 1e-9)),
+        }
+    return found
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process so far: what the work costs on one otherwise idle core."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def main() -> None:
+    """Measure what is not measured yet, and write table and chart."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded", help="any model with 3 KV heads or more")
+    parser.add_argument("--books", type=Path, help=f"folder with {HELD_OUT} and other novels")
+    parser.add_argument("--tokens", type=int, default=49_152, help="calibration tokens")
+    parser.add_argument("--distil", type=int, nargs="*", default=[50_000, 150_000, 500_000], metavar="TOKENS")
+    parser.add_argument("--only", nargs="*", metavar="ROW", help="names of the rows to measure, in this order")
+    parser.add_argument("--work", type=Path, help="keep the checkpoints here, so that later rows can start from them")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.books and not (options.books / HELD_OUT).is_file():
+        parser.error(f"{options.books} holds no {HELD_OUT}")
+    with tempfile.TemporaryDirectory() as temporary:
+        bench = Bench(options.model, options.books, options.tokens, options.work or Path(temporary))
+        original = bench.score(bench.folder)
+        chosen = {row.name: row for row in rows(options.distil)}
+        for name in options.only or chosen:
+            if name not in chosen:
+                parser.error(f"`{name}` is not a row; there are: {', '.join(chosen)}")
+            row = chosen[name]
+            known = _load(options.out)["rows"]
+            start = known.get(row.start) if row.start else None
+            if row.name in known:
+                continue
+            if row.start and (start is None or not bench.path(row.start).is_dir()):
+                print(f"{row.name}: left out, {row.start} is not in the work folder", flush=True)
+                continue
+            facts = bench.train(row) if row.start else bench.convert(row)
+            facts["own_seconds"] = facts.pop("seconds")
+            facts["seconds"] = facts["own_seconds"] + (start["seconds"] if start else 0.0)
+            facts["by_kind"] = measured(bench.score(bench.path(row.name)), original)
+            _save(options.out, row.name, facts, measured(original, original), options)
+    print(table(_load(options.out)))
+
+
+def _load(out: Path) -> dict[str, Any]:
+    path = out / "kv_heads.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": {}}
+
+
+def _save(out: Path, name: str, facts: dict[str, Any], original: dict[str, Any], options: argparse.Namespace) -> None:
+    """Add a row to the results; two processes may measure rows of the same file, one after the other writes."""
+    out.mkdir(parents=True, exist_ok=True)
+    record = {
+        "command": f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')} python -m evals.benchmarks.heads"
+        + (" --books DIR" if options.books else ""),
+        "machine": machine(),
+        "tokens": options.tokens,
+        "original": original,
+        "rows": {**_load(out)["rows"], name: facts},
+    }
+    path = out / "kv_heads.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(to_json(record) + "\n", encoding="utf-8")
+    partial.replace(path)
+    (out / "kv_heads.md").write_text(table(record), encoding="utf-8")
+    (out / "kv_heads.svg").write_text(chart(record), encoding="utf-8")
+    print(f"{name}: {facts['seconds']:.0f} s, {facts['by_kind']}", flush=True)
+
+
+def chart(record: dict[str, Any]) -> str:
+    """Perplexity on the table's text against seconds of compute."""
+    from retrofit.report.charts import Line, perplexity_by_seconds
+
+    kind = next(iter(record["original"]))
+    points = {
+        name: (max(row["seconds"], 1.0), row["by_kind"][kind]["perplexity"]) for name, row in record["rows"].items()
+    }
+    families = {
+        "merge alone": ["first", "mean", "procrustes", "real-pca", "calibrated"],
+        "calibrated, same kind of text": [n for n in points if n.startswith(("calibrated", "+")) and "other" not in n],
+        "calibrated, other text": [n for n in points if "other" in n],
+        "mean, then LM LoRA": [n for n in points if n.startswith("mean")],
+    }
+    lines = []
+    for label, names in families.items():
+        found = sorted((points[name] for name in names if name in points), key=lambda point: point[0])
+        if found:
+            lines.append(Line(label, [x for x, _ in found], [y for _, y in found]))
+    level = record["original"][kind]["perplexity"]
+    return perplexity_by_seconds("kv-heads", lines, original=level, alone=True).svg
+
+
+def table(record: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    if not record["rows"]:
+        return "nothing measured yet"
+    kinds = list(record["original"])
+    where = record["machine"]
+    lines = [
+        "# Converting KV heads: every method, each repair, and a short distillation",
+        "",
+        f"`{record['command']}`, one thread of {where['cpu']}, torch {where['torch']}, "
+        f"transformers {where['transformers']}.",
+        "",
+        f"SmolLM2-135M-Instruct, 3 to 1 KV heads in every layer; perplexity on {PIECES} pieces of {LENGTH:,} tokens of "
+        f"each text, none of them seen by a fit, and in brackets its ratio to the original's. Calibration: "
+        f"{record['tokens']:,} tokens. Seconds are of one core's time, and of all steps that lead to the row.",
+        "",
+        f"| conversion | seconds | {' | '.join(kinds)} |",
+        f"|---|---:|{'---:|' * len(kinds)}",
+        "| original | | " + " | ".join(f"{record['original'][kind]['perplexity']:.1f}" for kind in kinds) + " |",
+    ]
+    for name, row in record["rows"].items():
+        cells = [f"{_short(f['perplexity'])} ({_short(f['ratio'])})" for f in (row["by_kind"][kind] for kind in kinds)]
+        lines.append(f"| {name} | {row['seconds']:,.0f} | {' | '.join(cells)} |")
+    lines += ["", "![Perplexity against seconds of compute](kv_heads.svg)", "", *_per_token(record, kinds[0])]
+    return "\n".join([*lines, *_per_layer(record), ""])
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _per_token(record: dict[str, Any], kind: str) -> list[str]:
+    """Who pays: how the added loss is spread over tokens."""
+    lines = [
+        f"Loss added to each token of {kind} (nats): the median, the share of tokens that got worse, and the share of "
+        "all added loss that the dearest tenth of the tokens carries.",
+        "",
+        "| conversion | mean | median | worse | dearest tenth |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, row in record["rows"].items():
+        f = row["by_kind"][kind]
+        lines.append(
+            f"| {name} | {math.log(f['ratio']):.2f} | {f['median_added']:.2f} | {f['worse']:.0%} "
+            f"| {f['share_of_dearest_tenth']:.0%} |"
+        )
+    return [*lines, ""]
+
+
+def _per_layer(record: dict[str, Any]) -> list[str]:
+    """Where it is lost: each layer of the row with the most repairs."""
+    repaired = [row for row in record["rows"].values() if any(layer["repairs"] for layer in row.get("layers", ()))]
+    if not repaired:
+        return []
+    row = max(repaired, key=lambda row: len(row["layers"][0]["repairs"]))
+    names = [repair["name"] for repair in row["layers"][0]["repairs"]]
+    lines = [
+        "Layer by layer: share of the keys' and of the values' energy that the merge gives up, and the error of the "
+        "attention output on text left out, as a share of its target's energy, before and after each repair (the "
+        "target includes what the layers before got wrong, most of which no attention can undo).",
+        "",
+        f"| layer | keys | values | {' | '.join(names)} |",
+        f"|---:|---:|---:|{'---:|' * len(names)}",
+    ]
+    for index, layer in enumerate(row["layers"]):
+        cells = [
+            f"{r['held_out_before']:.3f} -> {r['held_out_after']:.3f}" if r["accepted"] else "kept out"
+            for r in layer["repairs"]
+        ]
+        lines.append(f"| {index} | {layer['keys']:.1%} | {layer['values']:.1%} | {' | '.join(cells)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
