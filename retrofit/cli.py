@@ -217,7 +217,7 @@ def convert(
     method: Annotated[
         str, typer.Option("--method", help="calibrated, mean or first; to compare: procrustes, real-pca.")
     ] = "calibrated",
-    repair: Annotated[str, typer.Option("--repair", help="o_proj or none.")] = "o_proj",
+    repair: Annotated[str, typer.Option("--repair", help="none, o_proj, or transfer (slower, better).")] = "o_proj",
     calibrate: Annotated[
         list[str] | None, typer.Option("--calibrate", metavar="TEXT", help="Text to calibrate on; may be repeated.")
     ] = None,

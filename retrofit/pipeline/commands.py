@@ -157,7 +157,7 @@ def prices(
             loaded = Recipe.model_validate({**loaded.model_dump(), "device": device})
         if text:
             values = loaded.convert.model_dump() if loaded.convert else {"kv_heads": 1, "calibration": {}}
-            values["calibration"] |= text
+            values["calibration"] = {**values["calibration"], **text}
             loaded = Recipe.model_validate({**loaded.model_dump(), "convert": values})
         named = "" if model is None else f" --model {shlex.quote(str(model))}"
         options = "".join(f" --set {shlex.quote(value)}" for value in overrides)

@@ -88,7 +88,9 @@ class Convert(Section):
 
     kv_heads: int = Field(ge=1, description="KV heads per layer after conversion (G)")
     method: Method = "calibrated"
-    repair: Literal["o_proj", "none"] = Field("o_proj", description="closed-form repair after the merge")
+    repair: Literal["none", "o_proj", "transfer"] = Field(
+        "o_proj", description="after the merge: a closed-form output projection; transfer trains each attention as well"
+    )
     calibration: Calibration = Calibration()
 
     @property
