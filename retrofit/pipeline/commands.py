@@ -156,7 +156,9 @@ def prices(
         if device != "auto":
             loaded = Recipe.model_validate({**loaded.model_dump(), "device": device})
         if text:
-            values = loaded.convert.model_dump() if loaded.convert else {"kv_heads": 1, "calibration": {}}
+            values: dict[str, Any] = (
+                loaded.convert.model_dump() if loaded.convert else {"kv_heads": 1, "calibration": {}}
+            )
             values["calibration"] = {**values["calibration"], **text}
             loaded = Recipe.model_validate({**loaded.model_dump(), "convert": values})
         named = "" if model is None else f" --model {shlex.quote(str(model))}"
