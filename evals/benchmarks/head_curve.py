@@ -171,7 +171,7 @@ def curve(model: Path, work: Path) -> dict[str, Any]:
         for heads in HEADS:
             out = work / f"{case}-{heads}".replace(" ", "-")
             recipe = single.recipe("convert", {"kv_heads": heads, **section}, model=str(model))
-            single.convert(recipe, out, revision=None, progress=None)
+            single.convert(recipe, out, moments=None, revision=None, progress=None)
             found = losses(out, text)
             price = listed and next(price for price in listed.prices if price.kv_heads == heads)
             cases[case]["heads"][heads] = {

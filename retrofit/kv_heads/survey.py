@@ -19,10 +19,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.errors import UserError
+from retrofit.kv_heads.averaged import averaged_values, chosen_rows
 from retrofit.kv_heads.merge import rotary_indices
 from retrofit.kv_heads.moments import MomentSums, save
 from retrofit.kv_heads.qk_norm import project, queries_and_keys
 from retrofit.kv_heads.stream import LayerRun, LayerStream
+from retrofit.kv_heads.text import AVERAGED_TOKENS, CalibrationText
 from retrofit.kv_heads.weights import LayerWeights, Reader, read_layer
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, multiplies_in_bfloat16
@@ -39,40 +41,51 @@ def survey(
     folder: str | Path,
     scored_NT: Tensor,
     *,
-    measured_NT: Tensor | None = None,
+    measured: CalibrationText | None = None,
     moments: str | Path | None = None,
+    averaged_tokens: int = AVERAGED_TOKENS,
     device: str = "cpu",
     task: str = "read the model",
     progress: Progress | None = None,
 ) -> Tensor:
     """Mean loss in nats per token of each sequence of `scored_NT`, [N], float64.
 
-    measured_NT: sequences whose moments in every layer are written to the folder `moments`. The stream is fp32, its
-    matrix products bfloat16 where the processor has them. Raises UserError for moments or losses that are not finite.
+    measured: text whose moments in every layer are written to the folder `moments`; averaged_tokens: as in `convert`.
+    The stream is fp32, its matrix products bfloat16 where the processor has them. Raises UserError for moments or
+    losses that are not finite.
     """
     checkpoint, config = Checkpoint.open(folder), load_config(folder)
     spec = describe(config)
     autocast = torch.bfloat16 if multiplies_in_bfloat16(device) else None
     stream = LayerStream(copy.deepcopy(config), spec, checkpoint.tensor, device=device, autocast=autocast)
     scored = list(scored_NT.split(max(1, TOKENS_PER_BATCH // scored_NT.shape[1])))
-    measured = [] if measured_NT is None else list(measured_NT.split(max(1, TOKENS_PER_BATCH // measured_NT.shape[1])))
-    embedded = [stream.embed(ids) for ids in (*measured, *scored)]
+    kinds, seen = zip(*measured.batches(), strict=True) if measured else ((), ())
+    embedded = [stream.embed(ids) for ids in (*seen, *scored)]
     x, kwargs = [hidden for hidden, _ in embedded], [per_layer for _, per_layer in embedded]
+    single = stream.embed(seen[0][:1])[1] if seen else []
+    stream.free_embeddings()
     if progress:
         progress.start(task, len(spec.layers), "layers")
     for layer in spec.layers:
         with stream.layer(layer.index) as run:
-            if moments is not None:
-                named = [per_layer[layer.index] for per_layer in kwargs[: len(measured)]]
+            if moments is not None and seen:
+                named = [per_layer[layer.index] for per_layer in kwargs[: len(seen)]]
                 weights = read_layer(checkpoint.tensor, layer)
-                save(moments, layer.index, _moments(run, weights, layer, x[: len(measured)], named).finish(layer.index))
+                sums = _moments(run, weights, layer, x[: len(seen)], named)
+                # Each average takes K passes: no more of them than one pass over all of the text costs.
+                tokens = min(averaged_tokens, sum(ids.numel() for ids in seen) // layer.kv_heads)
+                rows_of = chosen_rows(kinds, [(ids.shape[0], ids.shape[1]) for ids in seen], tokens) if tokens else {}
+                for i, rows in rows_of.items():
+                    for averaged_THKD in averaged_values(run, weights, layer, x[i][rows], single[layer.index]):
+                        sums.add_averaged(averaged_THKD)
+                save(moments, layer.index, sums.finish(layer.index))
             for i, hidden in enumerate(x):
                 x[i], _ = run.forward(hidden, kwargs[i][layer.index])
         if progress:
             progress.advance(1)
     del stream
     readout = Readout(config, spec, checkpoint.tensor, device=device)
-    losses_N = torch.cat([readout.losses(h, ids) for h, ids in zip(x[len(measured) :], scored, strict=True)])
+    losses_N = torch.cat([readout.losses(h, ids) for h, ids in zip(x[len(seen) :], scored, strict=True)])
     if progress:
         progress.finish()
     if not bool(torch.isfinite(losses_N).all()):

@@ -6,6 +6,7 @@ is `convert: {kv_heads: 2}`.
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import warnings
@@ -162,7 +163,8 @@ def prices(
             values["calibration"] = {**values["calibration"], **text}
             loaded = Recipe.model_validate({**loaded.model_dump(), "convert": values})
         named = "" if model is None else f" --model {shlex.quote(str(model))}"
-        options = "".join(f" --set {shlex.quote(value)}" for value in overrides)
+        values = [*overrides, *([f"convert.calibration.text={json.dumps(list(calibrate))}"] if calibrate else [])]
+        options = "".join(f" --set {shlex.quote(value)}" for value in values)
         name = loaded.name if isinstance(recipe, Recipe) else shlex.quote(str(recipe))
         command = f"retrofit run {name}{named}{options} --set convert.kv_heads={{kv_heads}}"
     with _quiet():

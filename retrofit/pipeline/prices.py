@@ -33,15 +33,17 @@ from retrofit.pipeline.plan import (
     ASSUMED,
     DTYPE_BYTES,
     ModelFacts,
+    Plan,
     Throughput,
     claimed_length,
     converted_spec,
     make_plan,
+    sampled_tokens,
 )
-from retrofit.pipeline.prepare import check_surgery, facts_of, require_model
+from retrofit.pipeline.prepare import check_surgery, facts_of, require_model, teacher_of
 from retrofit.pipeline.texts import calibration_text
-from retrofit.recipe.schema import Calibration, Convert, Recipe
-from retrofit.recover.data import Teacher, check_sources
+from retrofit.recipe.schema import Calibration, Convert, Recipe, TextSource
+from retrofit.recover.data import check_sources
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -104,7 +106,7 @@ def prices(
 ) -> PriceList:
     """The price list of the recipe's model under the recipe's calibration and repair.
 
-    command: what to type for `{kv_heads}` KV heads. tokens: of the calibration text, a quarter of it for scoring.
+    command: what to type for `{kv_heads}` KV heads. tokens: of the calibration text, a third of it for scoring.
     moments: a folder of moments; they are read if it holds them and written otherwise, and so is what was measured.
     throughput: asked only when there is an estimate to make.
     Raises UserError, before any long work, for a model or a budget with nothing to choose from.
@@ -132,6 +134,7 @@ def prices(
         require_writable(moments)
     calibration = _calibration(section.calibration, spec, tokens)
     if not read:
+        probes.require_enough(calibration)
         check_sources(calibration.text)
         _estimate(alone, section, calibration, facts_of(source, config, spec), counts, throughput(), progress)
     source = resolve(model, revision=revision or recipe.revision, progress=progress)
@@ -143,7 +146,8 @@ def prices(
             if calibrated is None:
                 notes.append(f"no loss was measured beside the moments in {folder}: costs are shown, and no losses")
         else:
-            teacher = Teacher(source.folder, seed=recipe.seed, device=device)
+            wanted = section.model_copy(update={"calibration": calibration, "method": "calibrated"})
+            teacher = teacher_of(recipe.model_copy(update={"convert": wanted}), source.folder, device)
             text = calibration_text(
                 calibration, load_tokenizer(source.folder), seed=recipe.seed, teacher=teacher, progress=progress
             )
@@ -238,16 +242,26 @@ def _estimate(
     progress: Progress | None,
 ) -> None:
     """Say how long it takes, and check that there is room for the probes' checkpoints."""
-    convert = section.model_copy(update={"kv_heads": min(counts), "calibration": calibration, "method": "calibrated"})
-    plan = make_plan(recipe.model_copy(update={"convert": convert, "context": None}), facts, throughput)
+
+    def plan_of(calibration: Calibration) -> Plan:
+        update = {"kv_heads": min(counts), "calibration": calibration, "method": "calibrated"}
+        convert = section.model_copy(update=update)
+        return make_plan(recipe.model_copy(update={"convert": convert, "context": None}), facts, throughput)
+
+    whole = plan_of(calibration)
+    # Sampling the original for the source `self` is done once, and kept.
+    unsampled = plan_of(calibration.model_copy(update={"text": (TextSource(source="python-docs"),)}))
     probed = probe_counts(counts[:-1])
     require_free_space(Path(tempfile.gettempdir()), int(1.1 * facts.weight_bytes))
     if progress:
         # The original's pass with its moments is half of a conversion, each probe a whole one and its scoring.
-        seconds = plan.seconds * (0.5 + len(probed) * 1.25)
+        seconds = unsampled.seconds * (0.5 + len(probed) * 1.25) + whole.seconds - unsampled.seconds
+        does = f"one pass over {calibration.tokens:,} tokens"
+        if sampled_tokens(calibration):
+            does += f" (of its own samples {sampled_tokens(calibration):,} are drawn first, and kept)"
         heads = " and ".join(map(str, probed))
         progress.note(
-            f"about {duration(seconds)}: one pass over {calibration.tokens:,} tokens, and probes with {heads} KV heads "
+            f"about {duration(seconds)}: {does}, and probes with {heads} KV heads "
             f"({throughput.how}); at most {nbytes(facts.weight_bytes)} of temporary files"
         )
 

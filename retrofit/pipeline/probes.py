@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING
 from retrofit.checkpoint.provenance import digest
 from retrofit.console import to_json
 from retrofit.errors import UserError
-from retrofit.kv_heads.convert import CalibrationText
 from retrofit.kv_heads.convert import convert as convert_heads
 from retrofit.kv_heads.price import Measured
 from retrofit.kv_heads.survey import survey
-from retrofit.recipe.schema import Convert
+from retrofit.kv_heads.text import CalibrationText
+from retrofit.recipe.schema import Calibration, Convert
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
 
-HELD_OUT = 4  # every fourth sequence of a kind is scored, and no conversion sees it
+HELD_OUT = 3  # every third sequence of a kind is scored, and no conversion sees it
 FILE = "probes.json"
 
 
@@ -42,23 +42,31 @@ class Calibrated:
     kinds: tuple[str, ...]
 
 
+def require_enough(calibration: Calibration) -> None:
+    """UserError unless every source gives enough sequences to hold some out."""
+    total, length = sum(source.weight for source in calibration.text), calibration.sequence_length
+    for source in calibration.text:
+        share = source.weight / total
+        count = math.ceil(max(length, round(calibration.tokens * share)) / length)
+        if count < HELD_OUT:
+            raise UserError(
+                f"too few tokens: `{source.source}` would give {count} sequences, and {HELD_OUT} are needed to hold "
+                "one out",
+                where="--tokens",
+                fix=f"give at least --tokens {math.ceil(((HELD_OUT - 1) * length + 1) / share)}",
+            )
+
+
 def split(text: CalibrationText) -> tuple[CalibrationText, CalibrationText]:
-    """Every `HELD_OUT`th sequence of each kind is for scoring, the others are for conversion."""
+    """(for conversion, for scoring): every `HELD_OUT`th sequence of each kind is for scoring."""
     seen: dict[str, int] = {}
     scored = []
     for index, kind in enumerate(text.kinds):
         seen[kind] = seen.get(kind, 0) + 1
         if seen[kind] % HELD_OUT == 0:
             scored.append(index)
-    fit = [index for index in range(len(text.kinds)) if index not in set(scored)]
-    few = [kind for kind, count in seen.items() if count < HELD_OUT]
-    if few:
-        raise UserError(
-            f"too few tokens: `{few[0]}` has {seen[few[0]]} sequences, and {HELD_OUT} of each kind are needed",
-            where="--tokens",
-            fix=f"give at least --tokens {HELD_OUT * len(seen) * text.input_ids_NT.shape[1]}",
-        )
-    return _rows(text, fit), _rows(text, scored)
+    assert min(seen.values()) >= HELD_OUT, "checked before"
+    return _rows(text, [index for index in range(len(text.kinds)) if index not in set(scored)]), _rows(text, scored)
 
 
 def _rows(text: CalibrationText, rows: list[int]) -> CalibrationText:
@@ -82,8 +90,9 @@ def measure(
     before_N = survey(
         folder,
         ids_NT,
-        measured_NT=fit.input_ids_NT,
+        measured=fit,
         moments=moments,
+        averaged_tokens=section.calibration.averaged_tokens,
         device=device,
         task="moments of the original",
         progress=progress,
@@ -98,6 +107,7 @@ def measure(
                 method="calibrated",
                 repair=section.repair,
                 text=fit,
+                averaged_tokens=section.calibration.averaged_tokens,
                 device=device,
                 progress=progress,
             )

@@ -16,6 +16,7 @@ from retrofit.kv_heads.merge import rotary_indices
 from retrofit.kv_heads.moments import LayerMoments, MomentSums, load, save, saved
 from retrofit.kv_heads.price import Measured, fit_curve, layer_costs, probe_counts
 from retrofit.kv_heads.survey import survey
+from retrofit.kv_heads.text import CalibrationText
 from retrofit.kv_heads.weights import LayerWeights
 from retrofit.model.spec import LayerAttention, RopeSpec, TensorSlot
 from tests.tiny import save_tiny
@@ -135,6 +136,7 @@ def test_a_layer_wise_pass_finds_the_loss_of_the_whole_model(family: str, tmp_pa
     with torch.no_grad():
         logits = model(ids).logits[:, :-1].transpose(1, 2)
     want = torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none").mean(1)
-    found = survey(source, ids, measured_NT=ids[:1], moments=tmp_path / "moments")
+    seen = CalibrationText(ids[:1], ("a",))
+    found = survey(source, ids, measured=seen, moments=tmp_path / "moments")
     assert torch.allclose(found.float(), want, atol=1e-4)
     assert saved(tmp_path / "moments") == (0, 1) and load(tmp_path / "moments", 1).tokens == 300

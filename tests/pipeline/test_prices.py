@@ -12,13 +12,15 @@ import torch
 
 import retrofit
 from retrofit.errors import UserError
-from retrofit.kv_heads.convert import CalibrationText
 from retrofit.kv_heads.price import LayerCost, Measured
+from retrofit.kv_heads.text import CalibrationText
 from retrofit.model.families import describe
 from retrofit.pipeline import prices as module
 from retrofit.pipeline import probes
 from retrofit.pipeline.budget import Budget, parse_budget, within
+from retrofit.recipe.schema import Calibration, TextSource
 from tests.pipeline.conftest import retrofit as command
+from tests.pipeline.conftest import sentences
 from tests.tiny import save_tiny, tiny_config
 
 
@@ -52,14 +54,20 @@ def test_the_most_heads_that_fit_are_chosen() -> None:
     assert caught.value.fix == "allow 100 B, or about 5 tokens"
 
 
-def test_every_fourth_sequence_of_a_kind_is_scored_and_not_fitted() -> None:
-    ids = torch.arange(9)[:, None].expand(9, 16)
-    fit, scored = probes.split(CalibrationText(ids, tuple("aaaaabbbb")))
-    assert scored.input_ids_NT[:, 0].tolist() == [3, 8] and scored.kinds == ("a", "b")
-    assert fit.input_ids_NT[:, 0].tolist() == [0, 1, 2, 4, 5, 6, 7]
-    with pytest.raises(UserError, match="`b` has 3 sequences") as caught:
-        probes.split(CalibrationText(ids[:8], tuple("aaaaabbb")))
-    assert caught.value.fix == "give at least --tokens 128"
+def test_every_third_sequence_of_a_kind_is_scored_and_not_fitted() -> None:
+    ids = torch.arange(8)[:, None].expand(8, 16)
+    fit, scored = probes.split(CalibrationText(ids, tuple("aaaaabbb")))
+    assert scored.input_ids_NT[:, 0].tolist() == [2, 7] and scored.kinds == ("a", "b")
+    assert fit.input_ids_NT[:, 0].tolist() == [0, 1, 3, 4, 5, 6]
+
+
+def test_a_source_with_too_little_to_hold_out_says_how_many_tokens_are_needed() -> None:
+    text = (TextSource(source="a", weight=3), TextSource(source="b"))
+    enough = Calibration(text=text, tokens=1032, sequence_length=128)
+    probes.require_enough(enough)
+    with pytest.raises(UserError, match="`b` would give 2 sequences") as caught:
+        probes.require_enough(enough.model_copy(update={"tokens": 1024}))
+    assert caught.value.fix == "give at least --tokens 1028"
 
 
 def test_rows_are_measured_or_lie_on_the_curve() -> None:
@@ -93,9 +101,12 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def options(eight: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+def options(eight: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     kept = tmp_path_factory.mktemp("kept") / "moments"
-    return ["plan", eight, "--kv-heads", "--tokens", 6144, "--moments", kept, "--json"]
+    other = kept.with_name("other.txt")
+    other.write_text(sentences(7, 1000))
+    text = ["--calibrate", texts / "train", "--calibrate", other]
+    return ["plan", eight, "--kv-heads", "--tokens", 4096, *text, "--moments", kept, "--json"]
 
 
 @pytest.fixture(scope="module")
@@ -145,9 +156,12 @@ def test_a_budget_picks_and_names_the_next_command(options: list[object], eight:
     done = command(*options, "--kv-budget", "150KiB@256")
     found = json.loads(done.stdout)
     assert found["kv_heads"] == 4 and found["prices"][1]["kv_cache_bytes"] == 512 * 256
-    assert found["command"] == f"retrofit convert {eight} --kv-heads 4 --out out/kv4"
+    text = [str(option) for option in options[6:9:2]]
+    named = f"--calibrate {text[0]} --calibrate {text[1]}"
+    assert found["command"] == f"retrofit convert {eight} --kv-heads 4 {named} --out out/kv4"
     done = command("plan", "gqa", "--model", *options[1:-1], "--kv-budget", "70KiB@256")
-    assert f"retrofit run gqa --model {eight} --set convert.kv_heads=2" in done.output
+    named = f"--set 'convert.calibration.text={json.dumps(text)}'"
+    assert f"retrofit run gqa --model {eight} {named} --set convert.kv_heads=2" in done.output
     assert "measured: 1 KV heads" in done.output and "before any recovery" in done.output
 
 
@@ -192,9 +206,9 @@ def test_a_family_that_cannot_hold_fewer_heads_is_refused_or_re_expressed(tmp_pa
         retrofit.prices(refused, measure=False)
 
 
-def test_the_probe_needs_room_for_a_checkpoint(eight: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_probe_needs_room_for_a_checkpoint(eight: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1, used=1, free=1))
     with pytest.raises(UserError, match="free"):
-        retrofit.prices(eight, tokens=4096, measure=False)
+        retrofit.prices(eight, tokens=4096, calibrate=[str(texts / "train")], measure=False)
