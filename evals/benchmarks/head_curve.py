@@ -49,7 +49,7 @@ def train(folder: Path, steps: int) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from retrofit.recipe.schema import TextSource
-    from retrofit.recover.data import training_tokens
+    from retrofit.recover.data import training_rows
 
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def train(folder: Path, steps: int) -> dict[str, Any]:
     )
     model = LlamaForCausalLM(config).train()
     sources = [TextSource(source=kind) for kind in KINDS]
-    text_NT = training_tokens(sources, tokenizer, steps * ROWS * LENGTH, LENGTH, seed=0)
+    text_NT = training_rows(sources, tokenizer, steps * ROWS * LENGTH, LENGTH, seed=0).ids_NT
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizer = torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0)
@@ -127,10 +127,10 @@ def make_tokenizer() -> Any:
 def held_out(tokenizer: Any) -> dict[str, Any]:
     """Sequences [N, LENGTH] of each kind that neither training nor calibration saw."""
     from retrofit.recipe.schema import TextSource
-    from retrofit.recover.data import training_tokens
+    from retrofit.recover.data import training_rows
 
     return {
-        kind: training_tokens([TextSource(source=kind)], tokenizer, SCORED, LENGTH, seed=1, split="held_out")
+        kind: training_rows([TextSource(source=kind)], tokenizer, SCORED, LENGTH, seed=1, split="held_out").ids_NT
         for kind in KINDS
     }
 

@@ -87,14 +87,14 @@ def measure(case: str, length: int, options: argparse.Namespace) -> dict[str, An
     from retrofit.model.load import load_tokenizer
     from retrofit.model.source import resolve
     from retrofit.recipe.schema import TextSource
-    from retrofit.recover.data import training_tokens
+    from retrofit.recover.data import training_rows
     from retrofit.recover.pair import compute_dtype
 
     torch.set_num_threads(1)
     folder = resolve(options.model).folder
-    tokens = training_tokens(
+    tokens = training_rows(
         [TextSource(source="python-docs")], load_tokenizer(folder), (options.steps + 1) * length, length, 0
-    )
+    ).ids_NT
     compute = compute_dtype("cpu", options.dtype)
     losses: list[float] = []
     times: list[float] = []

@@ -20,7 +20,7 @@ from retrofit import bundled
 from retrofit.errors import UserError
 from retrofit.pipeline.plan import Plan, Throughput, make_plan
 from retrofit.recipe.load import dump_recipe, load_recipe
-from retrofit.recipe.schema import Recipe
+from retrofit.recipe.schema import Convert, Recipe
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -157,11 +157,10 @@ def prices(
         if device != "auto":
             loaded = Recipe.model_validate({**loaded.model_dump(), "device": device})
         if text:
-            values: dict[str, Any] = (
-                loaded.convert.model_dump() if loaded.convert else {"kv_heads": 1, "calibration": {}}
-            )
-            values["calibration"] = {**values["calibration"], **text}
-            loaded = Recipe.model_validate({**loaded.model_dump(), "convert": values})
+            asked = loaded.convert or Convert(kv_heads=1)
+            calibration = {**asked.calibration.model_dump(), **text}
+            convert = {**asked.model_dump(), "calibration": calibration}
+            loaded = Recipe.model_validate({**loaded.model_dump(), "convert": convert})
         named = "" if model is None else f" --model {shlex.quote(str(model))}"
         values = [*overrides, *([f"convert.calibration.text={json.dumps(list(calibrate))}"] if calibrate else [])]
         options = "".join(f" --set {shlex.quote(value)}" for value in values)

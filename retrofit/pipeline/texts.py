@@ -16,7 +16,7 @@ from retrofit.model.load import multiplies_in_bfloat16, resolve_dtype
 from retrofit.pipeline.journal import sha256
 from retrofit.recipe.schema import Calibration, TextSource
 from retrofit.recover.corpora import BUILT_IN
-from retrofit.recover.data import OWN_SAMPLES, Teacher, evaluation_texts, training_tokens
+from retrofit.recover.data import OWN_SAMPLES, Teacher, evaluation_texts, training_rows
 from retrofit.recover.files import HUB, kind_of, text_files
 from retrofit.recover.samples import sample_path
 
@@ -59,7 +59,7 @@ def calibration_text(
     parts, kinds = [], []
     for index, source in enumerate(sources):
         tokens = max(calibration.sequence_length, round(calibration.tokens * source.weight / total))
-        part = training_tokens(
+        part = training_rows(
             [source],
             tokenizer,
             tokens,
@@ -68,7 +68,7 @@ def calibration_text(
             teacher=teacher,
             repeat=False,
             progress=progress,
-        )
+        ).ids_NT
         parts.append(part)
         kinds += [kind_of(source.source)] * len(part)
     return CalibrationText(torch.cat(parts), tuple(kinds), notes)

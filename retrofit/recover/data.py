@@ -147,25 +147,6 @@ def training_rows(
     return Packed(ids_NT[order], documents_NT[order])
 
 
-def training_tokens(
-    sources: Sequence[TextSource],
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: int,
-    sequence_length: int,
-    seed: int,
-    split: Split = "train",
-    *,
-    teacher: Teacher | None = None,
-    repeat: bool = True,
-    progress: Progress | None = None,
-) -> torch.Tensor:
-    """The token ids of `training_rows`, for who does not ask where documents begin."""
-    packed = training_rows(
-        sources, tokenizer, tokens, sequence_length, seed, split, teacher=teacher, repeat=repeat, progress=progress
-    )
-    return packed.ids_NT
-
-
 def evaluation_texts(
     sources: Sequence[TextSource],
     count: int,

@@ -23,7 +23,7 @@ from retrofit.recover.corpora import (
     stdlib_texts,
     without_excerpts,
 )
-from retrofit.recover.data import Teacher, check_sources, evaluation_texts, read_texts, training_tokens
+from retrofit.recover.data import Teacher, check_sources, evaluation_texts, read_texts, training_rows
 from tests.tiny import BOS_ID, EOS_ID, save_tiny, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -115,10 +115,12 @@ def test_the_split_does_not_depend_on_the_hash_seed() -> None:
 def test_packing_separates_documents_and_starts_every_row_with_bos(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": letter * 7}) + "\n" for letter in "abcdefghij"))
-    rows = training_tokens([source(file)], TOKENIZER, 40, 10, seed=0, split="all")
+    rows = training_rows([source(file)], TOKENIZER, 40, 10, seed=0, split="all").ids_NT
     assert rows.shape == (4, 10) and rows.dtype == torch.int64
     assert (rows[:, 0] == BOS_ID).all()
-    stream = "".join(TOKENIZER.decode(row[1:]) for row in training_tokens([source(file)], TOKENIZER, 89, 89, 0, "all"))
+    stream = "".join(
+        TOKENIZER.decode(row[1:]) for row in training_rows([source(file)], TOKENIZER, 89, 89, 0, "all").ids_NT
+    )
     documents = stream.split("</s><s>")
     assert sorted(documents[:9]) == sorted(letter * 7 for letter in "abcdefghij" if letter * 7 in documents[:9])
     assert len(set(documents)) == len(documents) == 10
@@ -127,7 +129,7 @@ def test_packing_separates_documents_and_starts_every_row_with_bos(tmp_path: Pat
 
 def test_the_seed_decides_everything() -> None:
     mix = [source("python-docs"), source("python-stdlib", weight=3.0)]
-    first, again, other = (training_tokens(mix, TOKENIZER, 4096, 256, seed) for seed in (0, 0, 1))
+    first, again, other = (training_rows(mix, TOKENIZER, 4096, 256, seed).ids_NT for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -135,7 +137,7 @@ def test_weights_are_shares_of_the_sequences(tmp_path: Path) -> None:
     for letter in "ab":
         (tmp_path / f"{letter}.txt").write_text(letter * 4000)
     mix = [source(tmp_path / "a.txt", weight=3), source(tmp_path / "b.txt")]
-    rows = training_tokens(mix, TOKENIZER, 16 * 32, 32, seed=0)
+    rows = training_rows(mix, TOKENIZER, 16 * 32, 32, seed=0).ids_NT
     letters = [TOKENIZER.decode(row[5:6]) for row in rows]
     assert letters.count("a") == 12 and letters.count("b") == 4
     assert letters != sorted(letters)
@@ -145,18 +147,18 @@ def test_no_document_fills_a_share_alone(tmp_path: Path) -> None:
     (tmp_path / "1.txt").write_text("a\n" * 10_000)
     for index in range(2, 50):
         (tmp_path / f"{index}.txt").write_text(f"{chr(96 + index % 26)}\n" * 500)
-    rows = training_tokens([source(tmp_path)], TOKENIZER, 4096, 64, seed=0)
+    rows = training_rows([source(tmp_path)], TOKENIZER, 4096, 64, seed=0).ids_NT
     assert len({TOKENIZER.decode(row[9:10]).strip() for row in rows}) > 3
 
 
 def test_too_little_text_is_read_again_aloud_or_refused(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("0123456789" * 10)
     progress = Silent()
-    rows = training_tokens([source(tmp_path / "short.txt")], TOKENIZER, 320, 32, seed=0, progress=progress)
+    rows = training_rows([source(tmp_path / "short.txt")], TOKENIZER, 320, 32, seed=0, progress=progress).ids_NT
     assert rows.shape == (10, 32)
     assert any("101 tokens of text" in note and "3.1 times" in note for note in progress.notes), progress.notes
     with pytest.raises(UserError, match="101 tokens, 310 needed"):
-        training_tokens([source(tmp_path / "short.txt")], TOKENIZER, 320, 32, seed=0, repeat=False)
+        training_rows([source(tmp_path / "short.txt")], TOKENIZER, 320, 32, seed=0, repeat=False)
 
 
 # ------------------------------------------------------------------------------------------- user text
@@ -178,11 +180,11 @@ def test_a_single_document_is_never_on_both_sides(tmp_path: Path) -> None:
     file.write_text("only one document")
     assert names(file, "train") == ["one.txt"] and names(file, "held_out") == []
     with pytest.raises(UserError, match="used for training only"):
-        training_tokens([source(file)], TOKENIZER, 32, 16, seed=0, split="held_out")
+        training_rows([source(file)], TOKENIZER, 32, 16, seed=0, split="held_out")
     progress = Silent()
-    mixed = training_tokens(
+    mixed = training_rows(
         [source(file), source("python-docs")], TOKENIZER, 32, 16, seed=0, split="held_out", progress=progress
-    )
+    ).ids_NT
     assert mixed.shape == (2, 16)
     assert any("used for training only" in note for note in progress.notes)
 

@@ -11,7 +11,7 @@ from retrofit.errors import UserError
 from retrofit.model.families import describe
 from retrofit.recipe.load import RecipeError, validate
 from retrofit.recipe.schema import Recover, TextSource
-from retrofit.recover.data import Packed, Teacher, training_rows, training_tokens
+from retrofit.recover.data import Packed, Teacher, training_rows
 from retrofit.recover.schedule import (
     Rows,
     Span,
@@ -67,7 +67,7 @@ def test_rows_of_short_stages_are_several_texts() -> None:
     first, last = (collate([dataset[i], dataset[i + 1]])["input_ids"] for i in (0, 4))
     assert first.shape == (4, 16) and last.shape == (2, 32)
     assert (first[:, 0] == BOS_ID).all() and (last[:, 0] == BOS_ID).all()
-    assert torch.equal(first, training_tokens(TEXT, tiny_tokenizer(), 64, 16, 0))
+    assert torch.equal(first, training_rows(TEXT, tiny_tokenizer(), 64, 16, 0).ids_NT)
     assert lines.longest()[0].shape == (4, 32)
 
 
