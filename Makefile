@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt
 
-.PHONY: demo test test-slow lint bench bench-large bench-curve install clean
+.PHONY: demo test test-slow lint bench bench-heads bench-large bench-curve install clean
 
 $(VENV)/.demo: pyproject.toml constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,10 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m evals.benchmarks.startup
 	$(BIN)/python -m evals.benchmarks.scoring
 	$(BIN)/python -m evals.benchmarks.recovery
+
+# BOOKS: a folder with moby_dick.txt and other novels; without it, documentation is scored.
+bench-heads: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m evals.benchmarks.heads $(if $(BOOKS),--books $(BOOKS))
 
 bench-curve: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m evals.benchmarks.head_curve

@@ -7,12 +7,13 @@ estimates: the journal puts what was measured beside them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from retrofit.console import nbytes
 from retrofit.model.spec import AttentionSpec
 from retrofit.pipeline.longcontext import further_reading, passes_of, questions_read
-from retrofit.recipe.schema import Calibration, Convert, Evaluate, Recipe, Recover
+from retrofit.recipe.schema import Convert, Evaluate, Recipe, Recover, TextSource
 
 STEPS = ("convert", "extend", "recover", "evaluate", "publish")
 FOLDERS = {name: f"{number}-{name}" for number, name in enumerate(STEPS, start=1)}
@@ -20,9 +21,11 @@ BASE_BYTES = 700 << 20  # a Python process with torch and transformers imported
 EFFICIENCY = 0.5  # share of matrix-multiplication speed that a whole forward pass reaches
 CALL_SECONDS = 0.001  # of the Python code of one layer
 PROOF_SECONDS = 5.0  # of loading a model once more and proving its kernel
+TRANSFER_PASSES = 7  # forward and backward twice over the text that is trained on, and what is held out, four times
 BATCH_TOKENS = 8192  # of a calibration batch
-SAMPLED_TOKENS = 65_536  # of the original's own text, as `recover.data.Teacher` asks for
-SAMPLE_ROWS = 32  # texts that it writes at a time
+SAMPLED_TOKENS = 20_480  # of the original's own text, as `recover.data.Teacher` asks for: one batch
+MOST_SAMPLED = 65_536  # for training, which may read them again
+SAMPLE_ROWS = 40  # texts that it writes at a time
 RECOMPUTED = 7  # activations of one layer that exist while it is computed again and its gradients are formed
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -214,6 +217,13 @@ class _Shape:
         scores = sum(4 * layer.query_heads * layer.head_dim for layer in self.after.layers)
         return tokens * (2 * self.matmul_parameters + scores * context / 2)
 
+    def attention_flops(self, tokens: int, context: int) -> float:
+        """Of one forward pass through the attention of every layer alone."""
+        width = self.facts.spec.hidden_size
+        matrices = sum(4 * width * x.head_dim * (x.query_heads + x.kv_heads) for x in self.after.layers)
+        scores = sum(4 * x.query_heads * x.head_dim for x in self.after.layers)
+        return tokens * (matrices + scores * context / 2)
+
     def seconds(self, tokens: int, context: int, passes: float = 1, *, float32: bool = False) -> float:
         """Of `passes` forward passes."""
         speed = self.throughput.float32 if float32 else self.throughput.flops
@@ -227,7 +237,7 @@ def _convert(shape: _Shape, convert: Convert) -> Cost:
         seconds = 4 * facts.weight_bytes / shape.throughput.bytes_per_second + 1
         return Cost("convert", heads, BASE_BYTES + facts.weight_bytes // len(spec.layers), facts.weight_bytes, seconds)
     tokens, length = convert.calibration.tokens, convert.calibration.sequence_length
-    repair = f" and {convert.repair} repair" if convert.repair != "none" else ""
+    repair = f" and the {convert.repair} repair" if convert.repair != "none" else ""
     first = spec.layers[0]
     # In float32: a batch's stream and what one layer makes of it, the embeddings or one layer, its projections in
     # float64, Grams of all values and of all head outputs (for each fold, and for their sums).
@@ -240,7 +250,9 @@ def _convert(shape: _Shape, convert: Convert) -> Cost:
     does = f"{heads}{repair} on {tokens:,} tokens"
     # Each stream passes every layer once; the moments and refits between are about half a pass in float32.
     seconds = shape.seconds(tokens, length, passes=2) + shape.seconds(tokens, length, passes=0.5, float32=True)
-    sampled = sampled_tokens(convert.calibration)
+    if convert.repair == "transfer":
+        seconds += TRANSFER_PASSES * shape.attention_flops(tokens, length) / (shape.throughput.flops * EFFICIENCY)
+    sampled = sampled_tokens(convert.calibration.text, tokens)
     if sampled:
         does += f", {sampled:,} sampled from the original first (kept for later runs)"
         peak = max(peak, BASE_BYTES + 2 * facts.weight_bytes)
@@ -254,12 +266,12 @@ def _convert(shape: _Shape, convert: Convert) -> Cost:
     return Cost("convert", does, peak, facts.weight_bytes + moments, seconds)
 
 
-def sampled_tokens(calibration: Calibration) -> int:
-    """Tokens that the original is asked to write, for the source `self`: enough for its share without what is held
-    out, and the same number for every recipe where that suffices. 0 where it is not among the sources."""
-    total = sum(source.weight for source in calibration.text)
-    own = sum(source.weight for source in calibration.text if source.source == "self")
-    return max(SAMPLED_TOKENS, math.ceil(1.25 * calibration.tokens * own / total)) if own else 0
+def sampled_tokens(text: Sequence[TextSource], tokens: int) -> int:
+    """Tokens that the original is asked to write, for the source `self`: enough for its share of `tokens` without what
+    is held out, and the same number for every recipe where that suffices. 0 where it is not among the sources."""
+    total = sum(source.weight for source in text)
+    own = sum(source.weight for source in text if source.source == "self")
+    return max(SAMPLED_TOKENS, math.ceil(1.25 * tokens * own / total)) if own else 0
 
 
 def _recover(shape: _Shape, recover: Recover) -> Cost:

@@ -26,6 +26,7 @@ from retrofit.pipeline.journal import NAME as JOURNAL
 from retrofit.pipeline.longcontext import longest_prompt
 from retrofit.pipeline.plan import (
     FOLDERS,
+    MOST_SAMPLED,
     SAMPLED_TOKENS,
     ModelFacts,
     Plan,
@@ -238,9 +239,14 @@ def _documents(recipe: Recipe, source: Source, device: str) -> tuple[Document, .
 
 
 def teacher_of(recipe: Recipe, folder: Path, device: str) -> Teacher:
-    """The original model, for text that it samples itself: as much as calibration asks for, in every step."""
-    calibration = recipe.convert.calibration if recipe.convert and recipe.convert.calibrates else None
-    tokens = max(SAMPLED_TOKENS, sampled_tokens(calibration) if calibration else 0)
+    """The original model, for text that it samples itself: the same text in every step. Training reads what there is
+    again rather than have more than `MOST_SAMPLED` tokens written."""
+    tokens = SAMPLED_TOKENS
+    if recipe.convert and recipe.convert.calibrates:
+        calibration = recipe.convert.calibration
+        tokens = max(tokens, sampled_tokens(calibration.text, calibration.tokens))
+    if recipe.recover:
+        tokens = max(tokens, min(MOST_SAMPLED, sampled_tokens(recipe.recover.text, recipe.recover.tokens)))
     return Teacher(folder, tokens=tokens, seed=recipe.seed, device=device)
 
 

@@ -21,12 +21,11 @@ from retrofit.pipeline.evaluation import pass_file, save_losses
 from retrofit.pipeline.journal import fingerprint
 from retrofit.pipeline.longcontext import LongContext, conclude, longest_prompt, native_length
 from retrofit.pipeline.operations import Origin
-from retrofit.pipeline.prepare import prepare, source_record
+from retrofit.pipeline.prepare import prepare, source_record, teacher_of
 from retrofit.pipeline.runner import VERSIONS
 from retrofit.pipeline.texts import identity
 from retrofit.recipe.load import load_suite, validate
 from retrofit.recipe.schema import Convert, Recipe
-from retrofit.recover.data import Teacher
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -142,7 +141,7 @@ def recover(recipe: Recipe, teacher: str, out: Path, *, progress: Progress | Non
             out,
             recipe.recover,
             _origin(prepared.source),
-            samples=Teacher(original.folder, seed=recipe.seed, device=prepared.device),
+            samples=teacher_of(recipe, original.folder, prepared.device),
             kernel=recipe.kernel,
             device=prepared.device,
             seed=recipe.seed,

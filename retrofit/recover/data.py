@@ -38,7 +38,7 @@ class Teacher:
     """The original model, for the source `self`: a checkpoint folder and how many tokens to sample from it."""
 
     folder: Path
-    tokens: int = 65_536
+    tokens: int = 20_480
     seed: int = 0
     device: str = "cpu"
 

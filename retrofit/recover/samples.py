@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from retrofit.console import Progress
     from retrofit.recover.data import Teacher
 
-BATCH = 32
+BATCH = 40
 SAMPLE_TOKENS = 512
 
 

@@ -54,15 +54,15 @@ def test_own_samples_are_part_of_the_default_mix_and_of_the_plan(model: Path) ->
         section = {"kv_heads": 1, "calibration": {"text": sources}}
         recipe = Recipe.model_validate({"name": "x", "convert": section, "evaluate": None, "publish": None})
         costs[name] = make_plan(recipe, facts).steps[0]
-    assert "65,536 sampled from the original" in costs["own"].does and "sampled" not in costs["none"].does
+    assert "20,480 sampled from the original" in costs["own"].does and "sampled" not in costs["none"].does
     assert costs["own"].seconds > costs["none"].seconds + 2
 
 
 def test_more_samples_are_asked_for_than_a_large_calibration_reads() -> None:
     large = Calibration.model_validate({"tokens": 400_000, "text": ["python-docs", "self"]})
-    assert sampled_tokens(large) == 250_000
-    assert sampled_tokens(calibration(text=["self"])) == plan.SAMPLED_TOKENS
-    assert sampled_tokens(calibration(text=["python-docs"])) == 0
+    assert sampled_tokens(large.text, large.tokens) == 250_000
+    assert sampled_tokens(calibration(text=["self"]).text, 512) == plan.SAMPLED_TOKENS
+    assert sampled_tokens(calibration(text=["python-docs"]).text, 512) == 0
 
 
 def test_convert_keeps_moments_where_it_is_told_to_and_leaves_no_work_folder(texts: Path, tmp_path: Path) -> None:
