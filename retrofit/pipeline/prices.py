@@ -257,8 +257,9 @@ def _estimate(
         # The original's pass with its moments is half of a conversion, each probe a whole one and its scoring.
         seconds = unsampled.seconds * (0.5 + len(probed) * 1.25) + whole.seconds - unsampled.seconds
         does = f"one pass over {calibration.tokens:,} tokens"
-        if sampled_tokens(calibration.text, calibration.tokens):
-            does += f" (of its own samples {sampled_tokens(calibration.text, calibration.tokens):,} are drawn first, and kept)"
+        sampled = sampled_tokens(calibration.text, calibration.tokens)
+        if sampled:
+            does += f" (of its own samples {sampled:,} are drawn first, and kept)"
         heads = " and ".join(map(str, probed))
         progress.note(
             f"about {duration(seconds)}: {does}, and probes with {heads} KV heads "

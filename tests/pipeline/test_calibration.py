@@ -54,7 +54,7 @@ def test_own_samples_are_part_of_the_default_mix_and_of_the_plan(model: Path) ->
         section = {"kv_heads": 1, "calibration": {"text": sources}}
         recipe = Recipe.model_validate({"name": "x", "convert": section, "evaluate": None, "publish": None})
         costs[name] = make_plan(recipe, facts).steps[0]
-    assert "20,480 sampled from the original" in costs["own"].does and "sampled" not in costs["none"].does
+    assert "30,720 sampled from the original" in costs["own"].does and "sampled" not in costs["none"].does
     assert costs["own"].seconds > costs["none"].seconds + 2
 
 
