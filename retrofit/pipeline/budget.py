@@ -60,6 +60,6 @@ def within(budget: Budget, caches: Mapping[int, int]) -> int:
         raise UserError(
             f"even {fewest} {heads} {nbytes(caches[fewest])}",
             where=where,
-            fix=f"allow {nbytes(caches[fewest])}, or about {tokens:,} tokens",
+            fix=f"allow {nbytes(caches[fewest])}" + (f", or about {tokens:,} tokens" if tokens else ""),
         )
     return max(count for count, size in caches.items() if size <= budget.nbytes)
