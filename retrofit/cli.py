@@ -270,6 +270,7 @@ def convert(
     epilog=_examples(
         "retrofit extend embedded --length 32768 --out out/long",
         "retrofit extend ./my-model --factor 2 --method ntk --out out/long",
+        "retrofit extend ./my-model --factor 4 --method search --text book.txt --out out/long",
     )
 )
 def extend(
@@ -278,16 +279,37 @@ def extend(
     length: Annotated[int | None, typer.Option("--length", metavar="N", help="Positions afterwards.")] = None,
     factor: Annotated[float | None, typer.Option("--factor", metavar="F", help="Or: this many times as many.")] = None,
     method: Annotated[
-        str, typer.Option("--method", help="yarn, ntk, llama3, linear, or none (only the length).")
+        str,
+        typer.Option(
+            "--method", help="yarn, ntk, llama3, linear, none (only the length), or search (measure which is best)."
+        ),
     ] = "yarn",
+    text: Texts = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", help="Tokens that search reads; by default 9 times the new length.")
+    ] = None,
     revision: Revision = None,
+    device: Device = "auto",
+    seed: Seed = 0,
     json: Json = False,
 ) -> None:
     """Write the model with a longer context window; only its position encoding changes."""
     from retrofit.pipeline import show
 
     console = _console(json)
-    result = retrofit.extend(model, out=out, length=length, factor=factor, method=method, revision=revision)
+    result = retrofit.extend(
+        model,
+        out=out,
+        length=length,
+        factor=factor,
+        method=method,
+        text=text or (),
+        tokens=tokens,
+        device=device,
+        seed=seed,
+        revision=revision,
+        progress=console.progress,
+    )
     show.written(console, result)
 
 

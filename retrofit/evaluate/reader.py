@@ -23,6 +23,7 @@ class Reader:
     """One sequence being read. position: tokens read so far.
 
     capacity: most tokens it will ever hold. rewindable: it can go back to any token, not only to the start.
+    Tokens stand at positions 0, 1, 2, ... of a static rotary encoding; `skip` lets those that follow stand later.
     """
 
     def __init__(
@@ -33,13 +34,15 @@ class Reader:
         self.position = 0
         self._cache = preallocated_cache(model.config, capacity, self.chunk, rewindable=rewindable)
         self._last: dict[int, Tensor] = {}  # hidden state [1, 1, C] of the last token at positions one returns to
+        self._skips: dict[int, int] = {}  # by tokens read before: positions left out there
 
     def hidden(self, ids_T: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Read `ids_T`; yields (offset in ids_T, hidden states [1, t, C]) of every chunk."""
         base = self.model.get_decoder()
         for start in range(0, len(ids_T), self.chunk):
             part = ids_T[None, start : start + self.chunk]
-            hidden_1TC = base(input_ids=part, past_key_values=self._cache, use_cache=True).last_hidden_state
+            skipped = {"position_ids": self._positions(part)} if self._skips else {}
+            hidden_1TC = base(input_ids=part, past_key_values=self._cache, use_cache=True, **skipped).last_hidden_state
             self.position += part.shape[1]
             yield start, hidden_1TC
         if len(ids_T):
@@ -50,11 +53,34 @@ class Reader:
         for _ in self.hidden(ids_T):
             pass
 
+    def skip(self, positions: int) -> None:
+        """Leave out `positions` positions: what is read next stands that much further on. Attention still sees all
+        that was read; sliding layers count tokens, not positions."""
+        self._skips[self.position] = self._skips.get(self.position, 0) + positions
+
+    def predicted(self, ids_T: Tensor, next_T: Tensor, first: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """Read `ids_T`, whose token i is followed by next_T[i]; yields (tokens of the chunk, losses float32 of what
+        follows those from `first` on, in nats) of every chunk."""
+        for offset, hidden_1TC in self.hidden(ids_T):
+            end = offset + hidden_1TC.shape[1]
+            losses = []
+            with head_of(self.model) as head:
+                for row in range(max(offset, first), end, self.rows):
+                    stop = min(row + self.rows, end)
+                    logits_RV = head(hidden_1TC[:, row - offset : stop - offset])[0].float()
+                    losses.append(nn.functional.cross_entropy(logits_RV, next_T[row:stop], reduction="none").cpu())
+            yield end - offset, torch.cat(losses) if losses else torch.empty(0)
+
     def rewind(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens."""
         rewind(self._cache, tokens)
         self.position = tokens
         self._last = {position: last for position, last in self._last.items() if position <= tokens}
+        self._skips = {position: skip for position, skip in self._skips.items() if position < tokens}
+
+    def _positions(self, part_1T: Tensor) -> Tensor:
+        skipped = sum(skip for position, skip in self._skips.items() if position <= self.position)
+        return torch.arange(part_1T.shape[1], device=part_1T.device)[None] + self.position + skipped
 
     def losses(self, ids_T: Tensor) -> Tensor:
         """Losses float32 [T] of `ids_T` as the continuation of what was read, in nats. The last of them is not read."""

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from retrofit.errors import UserError
 from retrofit.evaluate.documents import make_documents, tokenizer_digest
 from retrofit.evaluate.losses import Document, TokenLosses, documents_digest
-from retrofit.evaluate.reader import Reader, frequencies_of, head_of, varying
+from retrofit.evaluate.reader import Reader, frequencies_of, varying
 from retrofit.evaluate.resume import Kept
 from retrofit.evaluate.windows import Span, Windows
 from retrofit.kernels.registry import Choice, scoring_kernel, using
@@ -163,21 +163,12 @@ def _score_span(reader: Reader, ids_T: Tensor, span: Span, document: Document, p
     shift = span.begin - len(start) + 1  # token i of what is read predicts the document's token i + shift
     losses_T = torch.empty(span.stop - span.first, dtype=torch.float32)
     reader.rewind(0)
-    for offset, hidden_1TC in reader.hidden(read_T):
-        end = offset + hidden_1TC.shape[1]
-        skipped = max(0, span.first - (offset + shift))
-        with head_of(reader.model) as head:
-            for row in range(offset + skipped, end, reader.rows):
-                stop = min(row + reader.rows, end)
-                logits_RV = head(hidden_1TC[:, row - offset : stop - offset])[0].float()
-                targets_R = ids_T[row + shift : stop + shift]
-                at = row + shift - span.first
-                losses_T[at : at + stop - row] = nn.functional.cross_entropy(
-                    logits_RV, targets_R, reduction="none"
-                ).cpu()
-        begun, done = (max(0, at + shift - span.first) for at in (offset, end))
-        _require_finite(losses_T[begun:done], span.first + begun, document, reader.model.dtype)
-        _advance(progress, hidden_1TC.shape[1], document)
+    done = 0
+    for read, found in reader.predicted(read_T, ids_T[shift : shift + len(read_T)], span.first - shift):
+        _require_finite(found, span.first + done, document, reader.model.dtype)
+        losses_T[done : done + len(found)] = found
+        done += len(found)
+        _advance(progress, read, document)
     _advance(progress, span.tokens - len(read_T), document)
     return losses_T.numpy()
 

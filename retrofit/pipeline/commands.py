@@ -259,14 +259,25 @@ def extend(
     length: int | None = None,
     factor: float | None = None,
     method: str = "yarn",
+    text: Sequence[str] = (),
+    tokens: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
     revision: str | None = None,
+    progress: Progress | None = None,
 ) -> Written:
-    """Write `model` with a window of `length` tokens, or `factor` times its own, to the new folder `out`."""
+    """Write `model` with a window of `length` tokens, or `factor` times its own, to the new folder `out`.
+
+    text, tokens: what the method `search` reads, and how much of it.
+    """
     from retrofit.pipeline import single
 
-    section = {"length": length, "factor": factor, "method": method}
+    section: dict[str, Any] = {"length": length, "factor": factor, "method": method}
+    if text or tokens is not None:
+        section["search"] = {**({"text": list(text)} if text else {}), "tokens": tokens}
+    recipe = single.recipe("context", section, model=str(model), device=device, seed=seed)
     with _quiet():
-        return single.extend(single.recipe("context", section, model=str(model)), Path(out), revision=revision)
+        return single.extend(recipe, Path(out), revision=revision, progress=progress)
 
 
 def recover(

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from retrofit.checkpoint.provenance import versions, write_provenance
 from retrofit.checkpoint.write import staged
 from retrofit.console import jsonable
-from retrofit.context.rope import Extension, write_extended
+from retrofit.context.rope import write_extended
+from retrofit.context.search import Found, search
 from retrofit.evaluate.score import Document, TokenLosses, score, tokenizer_digest
 from retrofit.kernels.registry import Choice, Proof, apply, choose, prove
 from retrofit.kv_heads.convert import ConvertReport
@@ -22,7 +23,7 @@ from retrofit.kv_heads.convert import convert as convert_heads
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, load_model, load_tokenizer, resolve_dtype, working_dtype
 from retrofit.pipeline.longcontext import Measured, measure, native_length
-from retrofit.pipeline.texts import calibration_text
+from retrofit.pipeline.texts import calibration_text, searched_text
 from retrofit.recipe.schema import Context, Convert, Evaluate, Recover
 from retrofit.recover.data import Teacher
 from retrofit.recover.schedule import recovery_rows
@@ -116,19 +117,77 @@ def reexpress(
     return report
 
 
-def extend(source: Path, out: Path, context: Context, origin: Origin, *, overwrite: bool = False) -> Extension:
-    """Write `source` with a longer window to `out`; the weights are hard links, unless positions are learned."""
+def extend(
+    source: Path,
+    out: Path,
+    context: Context,
+    origin: Origin,
+    *,
+    teacher: Teacher,
+    kernel: str,
+    device: str,
+    seed: int,
+    work: Path,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write `source` with a longer window to `out`; the weights are hard links, unless positions are learned.
+
+    Returns the facts of the extension, and under `search` how its encoding was found. teacher: the original model, for
+    the text source `self`. work: where a search keeps what it can go on from.
+    """
+    found = None
+    method, settings = str(context.method), context.settings
+    if context.searches:
+        found = _search(
+            source, context, teacher=teacher, kernel=kernel, device=device, seed=seed, work=work, progress=progress
+        )
+        method, settings = found.method, found.settings
     with staged(out, overwrite=overwrite) as folder:
         extension = write_extended(
-            source,
-            folder,
-            length=context.length,
-            factor=context.factor,
-            method=context.method,
-            settings=context.settings,
+            source, folder, length=context.length, factor=context.factor, method=method, settings=settings
         )
-        origin.after("extend", dump(context), facts(extension)).write(folder)
-    return extension
+        result = {**facts(extension), **({"search": facts(found)} if found else {})}
+        origin.after("extend", dump(context), result).write(folder)
+    return result
+
+
+def _search(
+    source: Path,
+    context: Context,
+    *,
+    teacher: Teacher,
+    kernel: str,
+    device: str,
+    seed: int,
+    work: Path,
+    progress: Progress | None,
+) -> Found:
+    section = context.searches
+    assert section
+    model = load_model(source, dtype=working_dtype("auto", source, device), device=device)
+    tokenizer = load_tokenizer(source)
+    length = context.length or round(model.config.get_text_config().max_position_embeddings * (context.factor or 1))
+    ids_T, name = searched_text(section, tokenizer, length, seed=seed, teacher=teacher)
+    if progress:
+        progress.note(f"search: position encodings for {length:,} tokens, measured on {name}")
+    choice = kernel_for(model, kernel, device)
+    found = search(
+        model,
+        tokenizer,
+        ids_T,
+        section=section,
+        seed=seed,
+        kernel=None if choice.requested == "auto" else choice,
+        partial=work,
+        progress=progress,
+    )
+    if progress:
+        better = found.reference.objective - found.winner.objective
+        progress.note(f"search: {found.winner.label}, {better:.3f} nats per token below {found.reference.label}")
+    del model
+    gc.collect()
+    return found
 
 
 def recover(
@@ -280,5 +339,7 @@ def dump(section: Convert | Context | Recover) -> dict[str, Any]:
     """A section of a recipe as JSON values, without what its method does not read."""
     unused = {"calibration", "repair"} if isinstance(section, Convert) and not section.calibrates else set()
     if isinstance(section, Context):
-        unused = {name for name, value in section.settings.model_dump().items() if value is None}
+        unused = {name for name, value in section.model_dump().items() if value is None}
+        section = section.model_copy(update={"search": section.searches})
+        unused -= {"search"} if section.search else set()
     return section.model_dump(mode="json", exclude=unused)

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from retrofit.console import nbytes
+from retrofit.context.candidates import rungs
 from retrofit.model.spec import AttentionSpec
 from retrofit.pipeline.longcontext import further_reading, passes_of, questions_read
-from retrofit.recipe.schema import Convert, Evaluate, Recipe, Recover, TextSource
+from retrofit.recipe.schema import Context, Convert, Evaluate, Recipe, Recover, TextSource
 
 STEPS = ("convert", "extend", "recover", "evaluate", "publish")
 FOLDERS = {name: f"{number}-{name}" for number, name in enumerate(STEPS, start=1)}
@@ -151,8 +152,7 @@ def make_plan(recipe: Recipe, facts: ModelFacts, throughput: Throughput = ASSUME
         if step == "convert" and recipe.convert:
             costs.append(_convert(shape, recipe.convert))
         elif step == "extend" and recipe.context:
-            does = f"{recipe.context.method}: {native:,} to {claimed:,} positions; only config.json changes"
-            costs.append(Cost(step, does, BASE_BYTES, 1 << 20, 1.0))
+            costs.append(_extend(shape, recipe.context, native, claimed))
         elif step == "recover" and recipe.recover:
             costs.append(_recover(shape, recipe.recover))
         elif step == "evaluate" and recipe.evaluate:
@@ -272,6 +272,23 @@ def sampled_tokens(text: Sequence[TextSource], tokens: int) -> int:
     total = sum(source.weight for source in text)
     own = sum(source.weight for source in text if source.source == "self")
     return max(SAMPLED_TOKENS, math.ceil(1.25 * tokens * own / total)) if own else 0
+
+
+def _extend(shape: _Shape, context: Context, native: int, claimed: int) -> Cost:
+    facts, spec = shape.facts, shape.after
+    does = f"{context.method}: {native:,} to {claimed:,} positions"
+    if not any(layer.rope for layer in spec.layers):
+        table = DTYPE_BYTES.get(facts.dtype, 2) * claimed * spec.hidden_size
+        return Cost("extend", f"{does}; the position table is interpolated", BASE_BYTES, facts.weight_bytes + table, 2)
+    search = context.searches
+    if search is None:
+        return Cost("extend", f"{does}; only config.json changes", BASE_BYTES, 1 << 20, 1.0)
+    plan = rungs(claimed, search.tokens_for(claimed))
+    seconds = sum(shape.seconds(size * count + min(size, native), size) for size, count in plan)
+    cache = spec.kv_cache_bytes(claimed, 4)
+    tried = ", ".join(f"{count} x {size:,}" for size, count in plan)
+    does += f"; encodings x tokens read: {tried}"
+    return Cost("extend", does, BASE_BYTES + 2 * facts.weight_bytes + cache, 1 << 20, seconds)
 
 
 def _recover(shape: _Shape, recover: Recover) -> Cost:

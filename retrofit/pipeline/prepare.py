@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.write import parse_size, require_free_space, require_writable
 from retrofit.context import rope
+from retrofit.context.candidates import candidates, rungs
 from retrofit.errors import UserError
 from retrofit.evaluate.score import Document
 from retrofit.kernels.registry import Choice, choose
@@ -38,7 +39,7 @@ from retrofit.pipeline.plan import (
 )
 from retrofit.pipeline.texts import scored_documents
 from retrofit.publish.card import require_licence_and_base
-from retrofit.recipe.schema import Recipe, TextSource
+from retrofit.recipe.schema import Context, Recipe, TextSource
 from retrofit.recover.data import Teacher, check_sources
 from retrofit.recover.files import HUB, kind_of
 from retrofit.recover.schedule import check_lengths
@@ -140,7 +141,13 @@ def facts_of(source: Source, config: Any, spec: AttentionSpec) -> ModelFacts:
 def _all_texts(recipe: Recipe) -> tuple[TextSource, ...]:
     convert, recover, evaluate = recipe.convert, recipe.recover, recipe.evaluate
     calibration = convert.calibration.text if convert and convert.calibrates else ()
-    return (*calibration, *(recover.text if recover else ()), *(evaluate.text if evaluate else ()))
+    search = recipe.context.searches if recipe.context else None
+    return (
+        *calibration,
+        *(search.text if search else ()),
+        *(recover.text if recover else ()),
+        *(evaluate.text if evaluate else ()),
+    )
 
 
 def _check_require(recipe: Recipe) -> None:
@@ -179,15 +186,13 @@ def check_surgery(recipe: Recipe, config: Any, spec: AttentionSpec, *, beyond: b
     if recipe.convert:
         family_of(config).with_kv_heads(config, recipe.convert.kv_heads)
     notes: list[str] = []
+    claimed = claimed_length(recipe, spec.max_position_embeddings)
     for finding in rope.lint(config):
         if finding.severity == "error":
             raise UserError(finding.what, where=f"config.json: {finding.where}", fix=finding.fix)
         notes.append(f"{finding.where}: {finding.what}")
     if recipe.context:
-        context = recipe.context
-        asked = {"length": context.length, "factor": context.factor, "method": context.method}
-        notes += rope.plan(config, **asked, settings=context.settings).notes  # type: ignore[arg-type]
-    claimed = claimed_length(recipe, spec.max_position_embeddings)
+        notes += _check_context(recipe.context, config, claimed)
     if recipe.evaluate and not beyond:
         _require_within(longest_prompt(recipe.evaluate), claimed, "evaluate.lengths")
     if recipe.recover:
@@ -197,6 +202,16 @@ def check_surgery(recipe: Recipe, config: Any, spec: AttentionSpec, *, beyond: b
         length = recipe.convert.calibration.sequence_length
         _require_within(length, spec.max_position_embeddings, "convert.calibration.sequence_length", extendable=False)
     return tuple(notes)
+
+
+def _check_context(context: Context, config: Any, claimed: int) -> tuple[str, ...]:
+    """Notes on an extension that is possible. Raises UserError otherwise."""
+    search, method = context.searches, str(context.method)
+    if search:
+        rungs(claimed, search.tokens_for(claimed))
+        method = candidates(config, length=claimed, count=1, portable=search.portable)[0].method
+    planned = rope.plan(config, length=context.length, factor=context.factor, method=method, settings=context.settings)
+    return () if search else planned.notes
 
 
 def _check_publish(recipe: Recipe, source: Source) -> None:
@@ -260,7 +275,13 @@ def public_model(source: Source) -> str:
 def public_recipe(recipe: Recipe, source: Source) -> Recipe:
     """The recipe as others can read it: files by their names alone."""
     values = recipe.model_dump(mode="json")
-    for part in (values["convert"] and values["convert"]["calibration"], values["recover"], values["evaluate"]):
+    parts = (
+        values["convert"] and values["convert"]["calibration"],
+        values["context"] and values["context"]["search"],
+        values["recover"],
+        values["evaluate"],
+    )
+    for part in parts:
         for text in part["text"] if part else ():
             if not text["source"].startswith(HUB):
                 text["source"] = Path(text["source"]).name

@@ -195,6 +195,8 @@ def _groups(result: Inspection) -> list[tuple[object, ...]]:
 def written(console: Console, result: Written) -> None:
     """`retrofit convert`, `extend`, `recover`."""
     console.result(result)
+    if result.report.get("search"):
+        _search(console, result.report["search"])
     by_kind = result.report.get("tokens_by_kind")
     if by_kind:
         console.say("calibrated on " + ", ".join(f"{tokens:,} tokens of {kind}" for kind, tokens in by_kind.items()))
@@ -202,6 +204,20 @@ def written(console: Console, result: Written) -> None:
         console.say(f"note: {note}")
     console.say(f"written: {result.folder}")
     console.say(f'load it with AutoModelForCausalLM.from_pretrained("{result.folder}")')
+
+
+def _search(console: Console, found: Mapping[str, Any]) -> None:
+    """The encodings that were compared over the whole window, the best first."""
+    last = [trial for trial in found["trials"] if trial["rung"] == found["winner"]["rung"]]
+    console.table(
+        f"search: {len(found['trials'])} passes, {found['read']:,} tokens read; nats per token over the whole window",
+        ["encoding", "original window", "last tokens", "answers", "objective"],
+        [
+            (trial["label"], *(f"{trial[name]:.3f}" for name in ("native", "tail", "needle", "objective")))
+            for trial in sorted(last, key=lambda trial: trial["objective"])
+        ],
+    )
+    console.say(f"before the extension, original window: {found['native']:.3f}")
 
 
 def evaluation(console: Console, result: Evaluation) -> None:

@@ -116,14 +116,27 @@ def reexpress(
     return Written("reexpress", out, operations.facts(report))
 
 
-def extend(recipe: Recipe, out: Path, *, revision: str | None) -> Written:
-    """`retrofit extend`."""
+def extend(recipe: Recipe, out: Path, *, revision: str | None, progress: Progress | None) -> Written:
+    """`retrofit extend`. A search goes on after an interruption, from the folder `<out>.work`."""
     assert recipe.context
     _require_new(out)
-    prepared = prepare(recipe, revision=revision, out=out)
+    prepared = prepare(recipe, revision=revision, out=out, progress=progress)
+    work = out.with_name(f"{out.name}.work")
     with folder_lock(out):
-        extension = operations.extend(prepared.source.folder, out, recipe.context, _origin(prepared.source))
-    return Written("extend", out, operations.facts(extension))
+        report = operations.extend(
+            prepared.source.folder,
+            out,
+            recipe.context,
+            _origin(prepared.source),
+            teacher=prepared.teacher,
+            kernel=recipe.kernel,
+            device=prepared.device,
+            seed=recipe.seed,
+            work=work,
+            progress=progress,
+        )
+        shutil.rmtree(work, ignore_errors=True)
+    return Written("extend", out, report)
 
 
 def recover(recipe: Recipe, teacher: str, out: Path, *, progress: Progress | None) -> Written:

@@ -51,12 +51,31 @@ def convert(runner: Runner, state: State, section: Convert) -> State:
 
 
 def extend(runner: Runner, state: State, section: Context) -> State:
-    """A longer window."""
+    """A longer window; a search goes on after its last own trial after a kill."""
+    prepared, recipe = runner.prepared, runner.prepared.recipe
+    work_folder = runner.folder / f"{FOLDERS['extend']}.work"
+    config, inputs = _dump(section), {"checkpoint": state.identity}
+    if section.searches:
+        config |= {"seed": recipe.seed, "kernel": recipe.kernel}
+        inputs |= {"text": identity(section.searches.text)}
 
     def work(path: Path) -> Mapping[str, Any]:
-        return operations.facts(operations.extend(state.path, path, section, state.origin, overwrite=True))
+        return operations.extend(
+            state.path,
+            path,
+            section,
+            state.origin,
+            teacher=prepared.teacher,
+            kernel=recipe.kernel,
+            device=prepared.device,
+            seed=recipe.seed,
+            work=work_folder,
+            overwrite=True,
+            progress=runner.progress,
+        )
 
-    entry = runner.step("extend", FOLDERS["extend"], _dump(section), {"checkpoint": state.identity}, work)
+    entry = runner.step("extend", FOLDERS["extend"], config, inputs, work)
+    shutil.rmtree(work_folder, ignore_errors=True)
     return runner.made(entry, state.origin.after("extend", _dump(section), entry.result))
 
 

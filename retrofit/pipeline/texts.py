@@ -14,16 +14,20 @@ from retrofit.evaluate.score import Document, make_documents
 from retrofit.kv_heads.convert import CalibrationText
 from retrofit.model.load import multiplies_in_bfloat16, resolve_dtype
 from retrofit.pipeline.journal import sha256
-from retrofit.recipe.schema import Calibration, TextSource
+from retrofit.recipe.schema import Calibration, Search, TextSource
 from retrofit.recover.corpora import BUILT_IN
-from retrofit.recover.data import OWN_SAMPLES, Teacher, evaluation_texts, training_rows
+from retrofit.recover.data import OWN_SAMPLES, Teacher, evaluation_texts, read_texts, training_rows
 from retrofit.recover.files import HUB, kind_of, text_files
 from retrofit.recover.samples import sample_path
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from retrofit.console import Progress
+
+
+LONG_SEARCH = 200  # characters per token of the window to look through for a document that is long enough
 
 
 def identity(sources: Sequence[TextSource]) -> list[dict[str, object]]:
@@ -72,6 +76,27 @@ def calibration_text(
         parts.append(part)
         kinds += [kind_of(source.source)] * len(part)
     return CalibrationText(torch.cat(parts), tuple(kinds), notes)
+
+
+def searched_text(
+    search: Search, tokenizer: PreTrainedTokenizerBase, length: int, *, seed: int, teacher: Teacher
+) -> tuple[Tensor, str]:
+    """(`length` tokens that a search of position encodings reads, BOS included; what they are).
+
+    The beginning of the first document that is long enough, else text packed from several. Nothing held out is read.
+    """
+    import torch
+
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    for source in search.text:
+        for text in read_texts(source, split="train", teacher=teacher, limit_chars=LONG_SEARCH * length):
+            if len(text.text) < length:  # most tokens are several characters
+                continue
+            ids = bos + tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(ids) >= length:
+                return torch.tensor(ids[:length]), text.name
+    rows = training_rows(search.text, tokenizer, length, max(16, length // 8), seed, teacher=teacher).ids_NT
+    return rows.flatten()[:length], "packed from several documents"
 
 
 def _within_memory(sources: Sequence[TextSource], teacher: Teacher) -> tuple[tuple[TextSource, ...], tuple[str, ...]]:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 Kernel = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "blockwise"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Method = Literal["first", "mean", "procrustes", "real-pca", "calibrated"]
-RopeMethod = Literal["linear", "ntk", "yarn", "llama3", "longrope", "none"]
+RopeMethod = Literal["linear", "ntk", "yarn", "llama3", "longrope", "none", "search"]
 
 ROPE_SETTINGS: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -120,18 +120,37 @@ class RopeSettings(Section):
     def unread_by(self, method: str) -> tuple[str, ...]:
         """Settings that are given and mean nothing to `method`."""
         given = [name for name in RopeSettings.model_fields if getattr(self, name) is not None]
-        return tuple(name for name in given if name not in ROPE_SETTINGS[method])
+        return tuple(name for name in given if name not in ROPE_SETTINGS.get(method, ()))
+
+
+class Search(Section):
+    """What `method: search` minimises, and for how long: tail loss at the new length + needle_weight x loss of the
+    answers about hidden facts + native_weight x what the loss up to the original window rises, in nats per token."""
+
+    tokens: int | None = Field(None, ge=1, description="read in all; by default nine times the new length")
+    native_weight: float = Field(2.0, ge=0)
+    needle_weight: float = Field(0.25, ge=0)
+    portable: bool = Field(
+        True, description="only encodings that transformers, vLLM and llama.cpp read alike, as far as the linter knows"
+    )
+    text: tuple[TextSource, ...] = Field(default_factory=lambda: _mix("python-docs", "python-stdlib"), min_length=1)
+
+    def tokens_for(self, length: int) -> int:
+        """The budget of a search over windows of `length` tokens."""
+        return self.tokens or 9 * length
 
 
 class Context(RopeSettings):
     """A longer window: exactly one of `length` (tokens) and `factor` (times the present window).
 
-    method `none` writes the length and leaves the encoding as it is. Learned positions know `linear` only.
+    method `none` writes the length and leaves the encoding as it is; `search` measures which one suits the model.
+    Learned positions know `linear` only.
     """
 
     length: int | None = Field(None, ge=16)
     factor: float | None = Field(None, ge=1)
     method: RopeMethod = "yarn"
+    search: Search | None = None
 
     @model_validator(mode="after")
     def _one_of(self) -> Context:
@@ -142,7 +161,14 @@ class Context(RopeSettings):
             raise ValueError(f"`{self.method}` does not read {', '.join(f'`{name}`' for name in unread)}")
         if self.method == "longrope" and (self.short_factor is None or self.long_factor is None):
             raise ValueError("`longrope` needs `short_factor` and `long_factor`, a number per rotary pair each")
+        if self.search is not None and self.method != "search":
+            raise ValueError(f"`search` is read by `method: search` only, not by `{self.method}`")
         return self
+
+    @property
+    def searches(self) -> Search | None:
+        """How to search; None for a method that is named."""
+        return (self.search or Search()) if self.method == "search" else None
 
     @property
     def settings(self) -> RopeSettings:

@@ -1,0 +1,166 @@
+"""The position encodings that a search may choose from: published defaults, and points between and around them.
+
+All are fixed frequencies of native types, so that every length comes from one pass and stock engines read the winner.
+Three families: a larger base (`ntk`), `llama3` and `yarn`, the last two with a base of their own as well. A base larger
+by m and a divisor f stretch the slowest rotary pair by m^((d-2)/d) f together, d being the rotated dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from retrofit.context.engines import differences
+from retrofit.context.fields import as_dict, rotary_dim, text_part, views
+from retrofit.context.rope import extend
+from retrofit.errors import UserError
+from retrofit.recipe.schema import RopeSettings
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+PUBLISHED = ("yarn", "ntk", "llama3", "linear")
+"""Methods whose defaults are always tried; the first is what a winner is compared with to the end."""
+FIRST, SECOND = 16, 4  # the first and the second rung read this part of the window
+SHORTEST = 256  # tokens of a pass, or the whole window where that is shorter
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One position encoding. config: the whole configuration with it; published: a method's own defaults."""
+
+    method: str
+    settings: RopeSettings
+    config: PretrainedConfig
+    published: bool = False
+
+    @property
+    def label(self) -> str:
+        """What it is, in a few words."""
+        given = {name: value for name, value in self.settings.model_dump().items() if value is not None}
+        return " ".join([self.method, *(f"{name} {value:g}" for name, value in given.items())])
+
+
+def candidates(
+    config: PretrainedConfig, *, length: int, count: int, portable: bool = True, seed: int = 0
+) -> tuple[Candidate, ...]:
+    """Up to `count` different encodings of a window of `length` tokens, the published ones first.
+
+    portable: only those that transformers, vLLM and llama.cpp read alike, as far as the linter knows; otherwise yarn's
+    scale and attention factor are free as well. The same arguments give the same candidates.
+
+    Raises: UserError where no method can extend this model.
+    """
+    _, text = text_part(as_dict(config))
+    view = next((view for view in views(text) if view.layer_type in (None, "full_attention")), None)
+    if view is None or view.parameters.get("rope_theta") is None:
+        raise UserError(
+            "there is no rotary position encoding with a theta to search from",
+            where="context.method: search",
+            fix="use `method: linear` for learned positions, or leave `context` out",
+        )
+    theta, dim = float(view.parameters["rope_theta"]), rotary_dim(text, view.parameters)
+    stretch = length / text["max_position_embeddings"]
+    known = {_key(difference.what, difference.text) for difference in differences(config)}
+    found: list[Candidate] = []
+    refused: UserError | None = None
+    wanted = [(method, RopeSettings()) for method in PUBLISHED]
+    # More than asked for: some cannot be put on this model, or are read differently elsewhere.
+    wanted += [one for _, one in zip(range(8 * count), _points(theta, dim, stretch, portable, seed), strict=False)]
+    for index, (method, settings) in enumerate(wanted):
+        if len(found) >= count:
+            break
+        try:
+            extended = extend(config, length=length, method=method, settings=settings)
+        except UserError as error:
+            refused = refused or error
+            continue
+        published = index < len(PUBLISHED)
+        strange = {_key(difference.what, difference.text) for difference in differences(extended)} - known
+        if not (portable and strange):
+            found.append(Candidate(method, settings, extended, published))
+    if not found:
+        raise refused or UserError(
+            "no method is read alike by transformers, vLLM and llama.cpp on this model",
+            where="context.search.portable",
+            fix="write `portable: false` to search what transformers alone reads",
+        )
+    return tuple(found)
+
+
+def rungs(length: int, tokens: int) -> tuple[tuple[int, int], ...]:
+    """(tokens of a pass, passes) of each rung within a budget of `tokens`.
+
+    Raises: UserError for a budget that does not let two encodings read the whole window.
+    """
+    sizes = sorted({min(length, max(SHORTEST, length // share)) for share in (FIRST, SECOND, 1)})
+    plan = tuple((size, tokens // len(sizes) // size) for size in sizes)
+    if plan[-1][1] < 2:
+        raise UserError(
+            f"a search over {length} tokens needs a budget of {2 * len(sizes) * length} tokens at least, not {tokens}",
+            where="context.search.tokens",
+            fix="raise it, or leave it out",
+        )
+    return plan
+
+
+def _key(what: str, text: str) -> tuple[str, str]:
+    """An engine and what it reads differently."""
+    return what, text.split()[0]
+
+
+def _points(theta: float, dim: int, stretch: float, portable: bool, seed: int) -> Any:
+    """Endless (method, settings), the families in turn, each spread evenly over its own box."""
+    rng = np.random.default_rng(seed)
+    exponent = dim / max(dim - 2, 1)
+
+    def base(by: float) -> float:
+        """The theta that stretches the slowest pair `by` times, to three digits."""
+        return float(f"{theta * by**exponent:.3g}")
+
+    while True:
+        for u in _latin(rng, 8, 5):
+            total = stretch * _between(0.75, 2.5, u[0])  # a little less than the length asks for, or a good deal more
+            share = u[1]  # of it that the divisor does, the rest the base
+            yield "ntk", RopeSettings(theta=base(total))
+            low = _between(0.5, 4, u[2])
+            yield (
+                "llama3",
+                RopeSettings(
+                    theta=base(total ** (1 - share)),
+                    scale=_digits(max(1.0, total**share)),
+                    low_freq_factor=_digits(low),
+                    high_freq_factor=_digits(low * _between(1.5, 8, u[3])),
+                ),
+            )
+            slow = _between(0.5, 4, u[2])
+            yarn: Mapping[str, float] = {
+                "beta_slow": _digits(slow),
+                "beta_fast": _digits(slow * _between(3, 64, u[3])),
+            }
+            if portable:  # vLLM takes the window from yarn's scale, and nobody else reads an attention factor
+                yield "yarn", RopeSettings(theta=base(_between(1, 4, share)), **yarn)
+            else:
+                scale = max(1.0, total**share)
+                factor = 1 + u[4] * 0.1 * math.log(max(scale, stretch))
+                free = {"scale": _digits(scale), "attention_factor": _digits(factor)}
+                yield "yarn", RopeSettings(theta=base(total ** (1 - share)), **yarn, **free)
+
+
+def _latin(rng: np.random.Generator, points: int, dimensions: int) -> np.ndarray:
+    """A Latin hypercube [points, dimensions] in [0, 1)."""
+    order = np.stack([rng.permutation(points) for _ in range(dimensions)], axis=1)
+    return np.asarray((order + rng.random((points, dimensions))) / points)
+
+
+def _between(low: float, high: float, share: float) -> float:
+    """Log-uniform from `low` to `high`."""
+    return float(low * (high / low) ** share)
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.3g}")

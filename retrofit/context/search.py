@@ -1,0 +1,273 @@
+"""The position encoding of a longer window, chosen by measurement: successive halving over `candidates`.
+
+Every trial is one pass over one text: the loss of its beginning (what the window costs at short lengths), of its last
+tokens (what it gives at the new length), and of the answers to questions about facts put into it. In the first rungs
+the middle of the text is left out while the tokens keep their positions, so that a pass of a few thousand tokens sees
+the distances of the whole window (the idea of PoSE, arXiv 2309.10400, section 3.2, used to measure); the last rung
+reads it whole. A third of the budget goes to each rung; the best of one go on to the next, and YaRN's defaults always
+do.
+
+Successive halving: Jamieson and Talwalkar 2016 (arXiv 1502.07943).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from retrofit.context.candidates import Candidate, candidates, rungs
+from retrofit.errors import UserError
+from retrofit.evaluate.haystack import encode
+from retrofit.evaluate.needle import DIGITS, KEYS, NEEDLE
+from retrofit.evaluate.reader import Reader
+from retrofit.evaluate.resume import Kept
+from retrofit.evaluate.score import reading
+from retrofit.recipe.schema import RopeSettings, Search
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from retrofit.console import Progress
+    from retrofit.kernels.registry import Choice
+
+TAIL = 1024  # tokens that the tail loss looks at
+PLACES = (0.1, 0.45, 0.8)  # of the facts, as shares of what is read
+ORIGINAL = "original"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One pass with one encoding. tokens: read; native: loss of the first tokens, up to the original window; tail: of
+    the last ones; needle: of the right answers; all in nats per token. objective: what is minimised."""
+
+    rung: int
+    label: str
+    method: str
+    settings: Mapping[str, float]
+    tokens: int
+    native: float
+    tail: float
+    needle: float
+    objective: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search chose. native: loss of the unextended model on what the last rung calls native.
+
+    reference: YaRN's defaults, or the first published method the model can hold, in the last rung.
+    """
+
+    method: str
+    settings: RopeSettings
+    trials: tuple[Trial, ...]
+    winner: Trial
+    reference: Trial
+    native: float
+    read: int
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What a rung reads. skip: positions that are left out before the token at index `cut`; cut 0 leaves out none.
+
+    text_T: bool [T - 1], targets that are text and no inserted fact. questions: (tokens of it, tokens of its answer).
+    """
+
+    ids_T: Tensor
+    cut: int
+    skip: int
+    text_T: Tensor
+    questions: tuple[tuple[Tensor, Tensor], ...]
+
+
+def search(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids_T: Tensor,
+    *,
+    section: Search,
+    seed: int = 0,
+    kernel: Choice | None = None,
+    partial: Path | None = None,
+    progress: Progress | None = None,
+) -> Found:
+    """The best encoding of a window of T tokens for `model`, whose own is put back afterwards.
+
+    ids_T: a text as long as the window, BOS included. partial: a folder where finished trials are kept, for the next
+    call with the same question. Raises: UserError for a model without rotary positions, or too small a budget.
+    """
+    length = len(ids_T)
+    plan = rungs(length, section.tokens_for(length))
+    config = model.config
+    pool = candidates(config, length=length, count=plan[0][1], portable=section.portable, seed=seed)
+    native = int(config.get_text_config().max_position_embeddings)
+    sha = hashlib.sha256(ids_T.numpy().tobytes()).hexdigest()
+    kept = Kept(partial, {"config": config.to_dict(), "text": sha, "section": section.model_dump(), "seed": seed})
+    trials: list[Trial] = []
+    survivors = list(pool)
+    with reading(model, kernel, progress):
+        for rung, (size, count) in enumerate(plan, start=1):
+            survivors = _advance_to(survivors, trials, min(count, len(pool)))
+            text = _text(tokenizer, ids_T, size, seed)
+            if progress:
+                progress.start(f"search {rung} of {len(plan)}", len(survivors) * size, "tokens")
+            at = _Rung(model, tokenizer, text, rung, native, section, kept)
+            baseline = at.original()
+            for candidate in survivors:
+                trials.append(at.trial(candidate, baseline))
+                if progress:
+                    progress.advance(size, encoding=candidate.label, objective=trials[-1].objective)
+    if progress:
+        progress.finish()
+    last = {trial.label: trial for trial in trials if trial.rung == len(plan)}
+    winner = min(last.values(), key=lambda trial: trial.objective)
+    chosen = next(candidate for candidate in survivors if candidate.label == winner.label)
+    read = sum(trial.tokens for trial in trials)
+    return Found(chosen.method, chosen.settings, tuple(trials), winner, last[pool[0].label], baseline, read)
+
+
+def _advance_to(survivors: Sequence[Candidate], trials: Sequence[Trial], count: int) -> list[Candidate]:
+    """The `count` best of the rung before; the first candidate, the reference, is always among them."""
+    if not trials:
+        return list(survivors)
+    objective = {trial.label: trial.objective for trial in trials if trial.rung == trials[-1].rung}
+    ranked = sorted(survivors[1:], key=lambda candidate: objective[candidate.label])
+    return [survivors[0], *ranked[: count - 1]]
+
+
+@dataclass
+class _Rung:
+    """One rung: every trial of it reads the same text."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    text: _Text
+    number: int
+    native: int
+    section: Search
+    kept: Kept
+
+    def original(self) -> float:
+        """Native loss of the model as it is, on the beginning of the text."""
+        stop = min(self.text.cut or len(self.text.ids_T), self.native)
+        return float(self._once(ORIGINAL, lambda: self._read(self.text.ids_T[:stop], 0, 0, ()))[0])
+
+    def trial(self, candidate: Candidate, baseline: float) -> Trial:
+        """One pass with the candidate's encoding."""
+        text, section = self.text, self.section
+
+        def measure() -> np.ndarray:
+            with encoded(self.model, candidate.config):
+                return self._read(text.ids_T, text.cut, text.skip, text.questions)
+
+        native, tail, needle = (float(value) for value in self._once(candidate.label, measure))
+        excess = max(0.0, native - baseline)
+        return Trial(
+            rung=self.number,
+            label=candidate.label,
+            method=candidate.method,
+            settings={name: value for name, value in candidate.settings.model_dump().items() if value is not None},
+            tokens=len(text.ids_T),
+            native=native,
+            tail=tail,
+            needle=needle,
+            objective=tail + section.needle_weight * needle + section.native_weight * excess,
+        )
+
+    def _once(self, label: str, measure: Callable[[], np.ndarray]) -> np.ndarray:
+        name = hashlib.sha256(f"{self.number} {label}".encode()).hexdigest()[:16]
+        found = self.kept.get(name)
+        if found is None:
+            found = measure()
+            if np.isnan(found).any():
+                raise UserError(
+                    "the loss is not a finite number",
+                    where=f"the encoding {label}",
+                    fix="check the weights for NaN or infinity (retrofit inspect), or run in float32",
+                )
+            self.kept.put(name, found)
+        return found
+
+    def _read(self, ids_T: Tensor, cut: int, skip: int, questions: Sequence[tuple[Tensor, Tensor]]) -> np.ndarray:
+        """(native, tail, needle loss) of one pass; the last is 0 without questions."""
+        ids_T = ids_T.to(self.model.device)
+        room = max((len(question) + len(answer) for question, answer in questions), default=0)
+        reader = Reader(self.model, len(ids_T) + room, rewindable=True)
+        losses = []
+        for part, following in _parts(ids_T, cut):
+            losses += [found for _, found in reader.predicted(part, following)]
+            reader.skip(skip if cut and len(part) == cut else 0)
+        losses_T = torch.cat(losses)[: len(ids_T) - 1]
+        text_T = self.text.text_T[: len(losses_T)]
+        first = min(self.native, cut or self.native)
+        beginning = losses_T[:first][text_T[:first]]
+        ending = min(TAIL, max(1, (len(ids_T) - cut) // 2))
+        end = losses_T[-ending:][text_T[-ending:]]
+        answers = [_answer_loss(reader, *question) for question in questions]
+        return np.array([float(beginning.mean()), float(end.mean()), float(np.mean(answers)) if answers else 0.0])
+
+
+def _answer_loss(reader: Reader, question_T: Tensor, answer_T: Tensor) -> float:
+    """Nats per token of the answer; the reader is back where it was."""
+    before = reader.position
+    reader.read(question_T.to(reader.model.device))
+    loss = float(reader.losses(answer_T.to(reader.model.device)).mean())
+    reader.rewind(before)
+    return loss
+
+
+def _parts(ids_T: Tensor, cut: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(tokens, the token after each) before and after the cut; after the last token anything will do."""
+    following_T = torch.cat([ids_T[1:], ids_T[:1]])
+    for begin, stop in ((0, cut), (cut, len(ids_T))):
+        if stop > begin:
+            yield ids_T[begin:stop], following_T[begin:stop]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids_T: Tensor, size: int, seed: int) -> _Text:
+    """`size` tokens of the text, its middle left out, with facts in the place of some of them."""
+    cut = size // 2 if size < len(ids_T) else 0
+    kept_T = torch.cat([ids_T[:cut], ids_T[len(ids_T) - (size - cut) :]]).clone()
+    text_T = torch.ones(len(kept_T), dtype=torch.bool)
+    rng = random.Random(f"search {seed}")
+    questions = []
+    for key, share in zip(rng.sample(KEYS, len(PLACES)), PLACES, strict=True):
+        value = str(rng.randrange(10 ** (DIGITS - 1), 10**DIGITS))
+        fact, question, answer = (
+            torch.tensor(encode(tokenizer, part.format(key=key, value=value)))
+            for part in (NEEDLE.fact, NEEDLE.question, NEEDLE.answer)
+        )
+        at = round(share * size)
+        kept_T[at : at + len(fact)] = fact[: size - at]
+        text_T[at : at + len(fact)] = False
+        questions.append((question, answer))
+    return _Text(kept_T, cut, len(ids_T) - size, text_T[1:], tuple(questions))
+
+
+@contextmanager
+def encoded(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[None]:
+    """The model with the rotary encoding of another configuration, in every module that computes one."""
+    found: list[tuple[nn.Module, str, Any]] = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if hasattr(child, "rope_type") and hasattr(child, "config")
+    ]
+    assert found, "no rotary embedding"
+    try:
+        for parent, name, child in found:
+            setattr(parent, name, type(child)(config=config).to(model.device))
+        yield
+    finally:
+        for parent, name, child in found:
+            setattr(parent, name, child)
