@@ -142,12 +142,7 @@ def _all_texts(recipe: Recipe) -> tuple[TextSource, ...]:
     convert, recover, evaluate = recipe.convert, recipe.recover, recipe.evaluate
     calibration = convert.calibration.text if convert and convert.calibrates else ()
     search = recipe.context.searches if recipe.context else None
-    return (
-        *calibration,
-        *(search.text if search else ()),
-        *(recover.text if recover else ()),
-        *(evaluate.text if evaluate else ()),
-    )
+    return (*calibration, *(text for section in (search, recover, evaluate) if section for text in section.text))
 
 
 def _check_require(recipe: Recipe) -> None:

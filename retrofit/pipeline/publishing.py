@@ -133,7 +133,7 @@ def _card(runner: Runner, state: State, folder: Path, section: Publish, *, chart
     data = reporting.run_data(runner, ())
     config = load_config(state.path)
     before, after = prepared.spec, describe(config)
-    first = data.models[0]
+    first, extension = data.models[0], data.context or {}
     assert data.native_length and data.claimed_length
     base = section.base_model or source.base_model
     return CardInput(
@@ -154,7 +154,8 @@ def _card(runner: Runner, state: State, folder: Path, section: Publish, *, chart
         versions=versions(),
         snippet=load_snippet(chat=bool(getattr(load_tokenizer(folder), "chat_template", None))),
         conversion=recipe.convert.method if recipe.convert else None,
-        context_method=recipe.context.method if recipe.context else None,
+        context_method=extension.get("method"),
+        encodings_tried=len({trial["label"] for trial in extension.get("search", {}).get("trials", ())}),
         recovery=_recovery(recipe),
         revision=source.revision,
         chart=chart,

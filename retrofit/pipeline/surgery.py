@@ -54,7 +54,8 @@ def extend(runner: Runner, state: State, section: Context) -> State:
     """A longer window; a search goes on after its last own trial after a kill."""
     prepared, recipe = runner.prepared, runner.prepared.recipe
     work_folder = runner.folder / f"{FOLDERS['extend']}.work"
-    config, inputs = _dump(section), {"checkpoint": state.identity}
+    config = _dump(section)
+    inputs: dict[str, object] = {"checkpoint": state.identity}
     if section.searches:
         config |= {"seed": recipe.seed, "kernel": recipe.kernel}
         inputs |= {"text": identity(section.searches.text)}

@@ -31,7 +31,14 @@ _METHODS = {
     "real-pca": "the heads of each group were merged along real principal components",
     "calibrated": "the heads of each group were merged along the directions that calibration text uses most",
 }
-_ROPE = {"linear": "linear interpolation", "ntk": "a larger RoPE base", "yarn": "YaRN", "llama3": "Llama 3 scaling"}
+_ROPE = {
+    "linear": "linear interpolation",
+    "ntk": "a larger RoPE base",
+    "yarn": "YaRN",
+    "llama3": "Llama 3 scaling",
+    "longrope": "LongRoPE factors",
+    "none": "configuration alone, the position encoding left as it was",
+}
 _LOSSES = {"distill": "distilled from the original model", "lm": "trained on plain text"}
 
 
@@ -59,7 +66,8 @@ class CardInput:
 
     base_model: hub id of the source. revision: its commit, if it came from the hub. licence: hub licence id.
     kv_heads, kv_bytes_per_token: (before, after). kv_cache_bytes: {tokens: (before, after)}. conversion: method, None
-    when the heads were left. context_method: None when the window was left. models: the original first, the published
+    when the heads were left. context_method: None when the window was left; encodings_tried: by the search that found
+    it. models: the original first, the published
     one last. chart: path inside the folder. snippet: what `reload` executes. notes: fallbacks and other limits.
     """
 
@@ -81,6 +89,7 @@ class CardInput:
     snippet: str
     conversion: str | None = None
     context_method: str | None = None
+    encodings_tried: int = 0
     recovery: Recovery | None = None
     revision: str | None = None
     chart: str | None = None
@@ -221,9 +230,11 @@ def _summary(card: CardInput) -> str:
             f"so the KV cache is {card.kv_bytes_per_token[0] / card.kv_bytes_per_token[1]:.3g} times smaller."
         )
     if card.context_method:
+        tried = card.encodings_tried
+        searched = f", the best of {tried} position encodings measured on this model" if tried else ""
         parts.append(
             f"Its context window went from {card.native_length:,} to {card.claimed_length:,} tokens by "
-            f"{_ROPE[card.context_method]}."
+            f"{_ROPE[card.context_method]}{searched}."
         )
     if card.recovery:
         named = [_name(source) for source in card.recovery.sources]

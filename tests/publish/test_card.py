@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 from huggingface_hub import ModelCard
@@ -11,6 +12,7 @@ from huggingface_hub import ModelCard
 from retrofit.errors import UserError
 from retrofit.publish.card import CardModel, render_card, require_licence_and_base
 from retrofit.publish.snippet import front_matter, load_snippet, placeholders, snippet_of, with_model_id
+from retrofit.recipe.schema import RopeMethod
 from tests.publish.cards import card_input, row, rows
 
 
@@ -139,3 +141,11 @@ def test_broken_front_matter() -> None:
     for text in ("# no", "---\na: [\n---\n", "---\n- a\n---\n"):
         with pytest.raises(UserError):
             front_matter(text)
+
+
+@pytest.mark.parametrize("method", get_args(RopeMethod))
+def test_every_context_method_has_words(method: str) -> None:
+    if method == "search":  # the card names what the search found
+        return
+    text = render_card(replace(card_input(), context_method=method, encodings_tried=48))
+    assert "tokens by " in text and "best of 48 position encodings measured" in text

@@ -1,0 +1,166 @@
+"""The search of a position encoding: what may be tried, what a trial measures, and which one is chosen."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPTBigCodeConfig
+
+from retrofit.context import search as searching
+from retrofit.context.candidates import PUBLISHED, candidates, rungs
+from retrofit.context.engines import differences
+from retrofit.context.rope import extend
+from retrofit.context.search import encoded, search
+from retrofit.errors import UserError
+from retrofit.evaluate.reader import Reader
+from retrofit.evaluate.score import reading
+from retrofit.recipe.schema import Search
+from tests.tiny import BOS_ID, tiny_config, tiny_model, tiny_tokenizer
+
+LENGTH = 2048
+SECTION = Search(tokens=6 * LENGTH)
+
+
+def text(length: int = LENGTH) -> torch.Tensor:
+    ids = torch.randint(5, 60, (length,), generator=torch.Generator().manual_seed(1))
+    ids[0] = BOS_ID
+    return ids
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "stablelm", "phi"])
+def test_a_skip_moves_positions_and_hides_nothing(family: str) -> None:
+    model, ids = tiny_model(family, max_position_embeddings=1024), text(96)
+    skip = 500
+    positions = torch.arange(96) + skip * (torch.arange(96) >= 40)
+    mask = torch.full((96, 96), -torch.inf).triu(1)[None, None]
+    with torch.inference_mode():
+        whole = model(ids[None], position_ids=positions[None], attention_mask=mask).logits[0]
+    expected = torch.nn.functional.cross_entropy(whole[:-1].float(), ids[1:], reduction="none")
+    with reading(model, None, None):
+        reader = Reader(model, 96, chunk=16, rewindable=True)
+        found = [losses for _, losses in reader.predicted(ids[:40], ids[1:41])]
+        reader.skip(skip)
+        found += [losses for _, losses in reader.predicted(ids[40:95], ids[41:96])]
+        torch.testing.assert_close(torch.cat(found), expected, atol=1e-4, rtol=1e-4)
+        # Back before the skip: what is read then stands where it did.
+        reader.rewind(40)
+        again = torch.cat([losses for _, losses in reader.predicted(ids[40:95], ids[41:96])])
+        reader.rewind(0)
+        plain = torch.cat([losses for _, losses in reader.predicted(ids[:95], ids[1:])])
+    torch.testing.assert_close(again, plain[40:], atol=1e-4, rtol=1e-4)
+    assert (again - expected[40:]).abs().max() > 1e-3
+
+
+def test_a_budget_is_shared_by_the_rungs() -> None:
+    assert rungs(32768, 9 * 32768) == ((2048, 48), (8192, 12), (32768, 3))
+    assert rungs(512, 6 * 512) == ((256, 6), (512, 3))  # short windows are read whole sooner
+    with pytest.raises(UserError, match="196608 tokens at least"):
+        rungs(32768, 100_000)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "stablelm", "gemma3_text", "mixtral"])
+def test_candidates_are_read_alike_everywhere(family: str) -> None:
+    config = tiny_config(family)
+    length = 4 * config.max_position_embeddings
+    found = candidates(config, length=length, count=24, seed=3)
+    known = {(one.what, one.text.split()[0]) for one in differences(config)}
+    for candidate in found:
+        assert {(one.what, one.text.split()[0]) for one in differences(candidate.config)} <= known
+        assert candidate.config.max_position_embeddings == length
+    assert len(found) == 24 == len({candidate.label for candidate in found})
+    assert found == candidates(config, length=length, count=24, seed=3)
+    assert found[1:] != candidates(config, length=length, count=24, seed=4)[1:]
+    assert [c.label for c in found if c.published] == [c.method for c in found if c.published]
+    methods = Counter(candidate.method for candidate in found if not candidate.published)
+    assert methods["ntk"] >= 3 and methods["yarn"] >= 3
+    thetas = [candidate.settings.theta for candidate in found if candidate.method == "ntk" and not candidate.published]
+    assert max(thetas) > 2 * min(thetas)
+
+
+def test_transformers_alone_has_more_to_choose_from() -> None:
+    found = candidates(tiny_config("llama"), length=LENGTH, count=24, portable=False)
+    yarn = [candidate.settings for candidate in found if candidate.method == "yarn" and not candidate.published]
+    assert len({settings.attention_factor for settings in yarn}) > 3
+    assert len({settings.scale for settings in yarn}) > 3
+    assert found[0].label == PUBLISHED[0]
+
+
+def test_models_without_a_choice_are_refused() -> None:
+    with pytest.raises(UserError, match="no rotary position encoding"):
+        candidates(GPTBigCodeConfig(n_positions=512), length=LENGTH, count=4)
+    extended = extend(tiny_config("llama"), factor=2, method="linear")
+    assert {c.method for c in candidates(extended, length=LENGTH, count=8, portable=False)} == {"linear"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_an_encoding_is_that_of_its_configuration_and_is_put_back(family: str) -> None:
+    model, ids = tiny_model(family), text(64)[None]
+    longer = extend(model.config, factor=4, method="yarn")
+    with torch.inference_mode():
+        before = model(ids).logits
+        expected = type(model)(longer).eval()
+        expected.load_state_dict(model.state_dict())
+        with encoded(model, longer):
+            torch.testing.assert_close(model(ids).logits, expected(ids).logits)
+        torch.testing.assert_close(model(ids).logits, before)
+        assert (expected(ids).logits - before).abs().max() > 1e-4
+
+
+def test_the_search_keeps_its_reference_and_takes_the_least_objective(tmp_path, monkeypatch) -> None:
+    model, tokenizer, ids = tiny_model("llama", max_position_embeddings=512), tiny_tokenizer(), text()
+    before = dict(model.config.rope_parameters)
+    found = search(model, tokenizer, ids, section=SECTION, partial=tmp_path / "trials")
+    by_rung = {rung: [trial for trial in found.trials if trial.rung == rung] for rung in (1, 2, 3)}
+    assert [len(trials) for trials in by_rung.values()] == [16, 8, 2]
+    assert [trials[0].tokens for trials in by_rung.values()] == [256, 512, 2048]
+    assert all("yarn" in {trial.label for trial in trials} for trials in by_rung.values())
+    best = sorted(by_rung[1], key=lambda trial: trial.objective)
+    assert {trial.label for trial in by_rung[2]} <= {trial.label for trial in best[:8]} | {"yarn"}
+    assert found.winner == min(by_rung[3], key=lambda trial: trial.objective)
+    assert found.reference.label == "yarn" and found.reference.rung == 3
+    assert found.read == sum(trial.tokens for trial in found.trials) <= SECTION.tokens
+    for trial in found.trials:
+        expected = trial.tail + 0.25 * trial.needle
+        assert trial.objective >= expected - 1e-9
+    assert found.winner.objective == pytest.approx(
+        found.winner.tail + 0.25 * found.winner.needle + 2 * max(0, found.winner.native - found.native)
+    )
+    assert model.config.rope_parameters == before and model.config.max_position_embeddings == 512
+    # The same question again reads nothing; another one starts anew.
+    monkeypatch.setattr(searching, "Reader", None)
+    assert search(model, tokenizer, ids, section=SECTION, partial=tmp_path / "trials") == found
+    with pytest.raises(TypeError):
+        search(model, tokenizer, ids, section=SECTION, seed=1, partial=tmp_path / "trials")
+
+
+def test_the_last_rung_is_the_loss_of_one_plain_pass() -> None:
+    model, tokenizer, ids = tiny_model("llama", max_position_embeddings=512), tiny_tokenizer(), text()
+    found = search(model, tokenizer, ids, section=SECTION)
+    read = searching._text(tokenizer, ids, LENGTH, 0)
+    config = extend(model.config, length=LENGTH, method="yarn")
+    longer = type(model)(config).eval()
+    longer.load_state_dict(model.state_dict())
+    with torch.inference_mode():
+        logits = longer(read.ids_T[None]).logits[0, :-1].float()
+    losses = torch.nn.functional.cross_entropy(logits, read.ids_T[1:], reduction="none")
+    kept = read.text_T
+    assert 0.9 < kept.double().mean() < 1  # the facts are no text
+    assert found.reference.native == pytest.approx(float(losses[:512][kept[:512]].mean()), abs=1e-4)
+    assert found.reference.tail == pytest.approx(float(losses[-1024:][kept[-1024:]].mean()), abs=1e-4)
+    answers = []
+    for question, answer in read.questions:
+        whole = torch.cat([read.ids_T, question, answer])
+        with torch.inference_mode():
+            logits = longer(whole[None]).logits[0, -len(answer) - 1 : -1].float()
+        answers.append(float(torch.nn.functional.cross_entropy(logits, answer)))
+    assert found.reference.needle == pytest.approx(np.mean(answers), abs=1e-4)
+
+
+def test_a_model_of_nan_is_refused() -> None:
+    model = tiny_model("llama", max_position_embeddings=512)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(UserError, match="not a finite number"):
+        search(model, tiny_tokenizer(), text(), section=SECTION)
