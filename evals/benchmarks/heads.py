@@ -283,11 +283,16 @@ def table(record: dict[str, Any]) -> str:
         f"|---|---:|{'---:|' * len(kinds)}",
         "| original | | " + " | ".join(f"{record['original'][kind]['perplexity']:.1f}" for kind in kinds) + " |",
     ]
-    for name, row in record["rows"].items():
+    for name, row in _ranked(record, kinds[0]):
         cells = [f"{_short(f['perplexity'])} ({_short(f['ratio'])})" for f in (row["by_kind"][kind] for kind in kinds)]
         lines.append(f"| {name} | {row['seconds']:,.0f} | {' | '.join(cells)} |")
     lines += ["", "![Perplexity against seconds of compute](kv_heads.svg)", "", *_per_token(record, kinds[0])]
     return "\n".join([*lines, *_per_layer(record), ""])
+
+
+def _ranked(record: dict[str, Any], kind: str) -> list[tuple[str, Any]]:
+    """(name, row), the worst first."""
+    return sorted(record["rows"].items(), key=lambda item: -item[1]["by_kind"][kind]["ratio"])
 
 
 def _short(value: float) -> str:
@@ -303,7 +308,7 @@ def _per_token(record: dict[str, Any], kind: str) -> list[str]:
         "| conversion | mean | median | worse | dearest tenth |",
         "|---|---:|---:|---:|---:|",
     ]
-    for name, row in record["rows"].items():
+    for name, row in _ranked(record, kind):
         f = row["by_kind"][kind]
         lines.append(
             f"| {name} | {math.log(f['ratio']):.2f} | {f['median_added']:.2f} | {f['worse']:.0%} "

@@ -1,0 +1,216 @@
+"""A window four times as long: the original, YaRN's defaults, the searched encoding, and that after a short training.
+
+    OMP_NUM_THREADS=1 python -m evals.benchmarks.extension --text BOOK.txt
+
+Runs the bundled recipe `extend-4x` (or --recipe) on SmolLM2-135M and beside it the same evaluation of plain YaRN, then
+writes results/extension.json, .md and .svg: perplexity by length with 95% intervals, the needle grid, effective length,
+every trial of the search, and seconds. --text adds documents to the recipe's own. What --work holds is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import retrofit
+from evals.benchmarks.recovery import machine
+from retrofit.console import PlainProgress, jsonable, to_json
+from retrofit.errors import GateError
+from retrofit.evaluate.perplexity import ALL
+from retrofit.recipe.load import load_recipe
+from retrofit.recipe.schema import Recipe, TextSource
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+LABELS = {"original": "original", "yarn": "YaRN", "extended": "search", "recovered": "search + training"}
+
+
+def main() -> None:
+    """Run what is missing and write the results."""
+    import sys
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--recipe", default="extend-4x", help="one that extends the window and trains")
+    parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--text", nargs="*", default=[], metavar="FILE", help="documents to measure on as well")
+    parser.add_argument("--work", type=Path, default=Path("runs/extension"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    progress = PlainProgress(sys.stderr)
+    options.work.mkdir(parents=True, exist_ok=True)
+    recipe = load_recipe(options.recipe, options.overrides, model=options.model)
+    assert recipe.evaluate
+    text = (*recipe.evaluate.text, *(TextSource(source=file) for file in options.text))
+    recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"text": text})})
+    try:
+        retrofit.run(recipe, out=options.work / "run", progress=progress)
+    except GateError as error:  # what was measured is shown all the same
+        print(error, flush=True)
+    yarn = _yarn(recipe, options.work, progress)
+    metrics = json.loads(next((options.work / "run").glob("*-evaluate/metrics.json")).read_text(encoding="utf-8"))
+    record = {
+        "command": " ".join(
+            [
+                "OMP_NUM_THREADS=1 python -m evals.benchmarks.extension",
+                *(f"--set {one}" for one in options.overrides),
+                *(f"--text {Path(file).name}" for file in options.text),
+            ]
+        ),
+        "machine": machine(),
+        "models": {"original": metrics["models"]["original"], "yarn": yarn, **metrics["models"]},
+        "steps": [
+            json.loads(line) for line in (options.work / "run" / "journal.jsonl").read_text("utf-8").splitlines()
+        ],
+    }
+    record["steps"] = {step["step"]: {"seconds": step["seconds"], "result": step["result"]} for step in record["steps"]}
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "extension.json").write_text(to_json(record) + "\n", encoding="utf-8")
+    (options.out / "extension.md").write_text(report(record), encoding="utf-8")
+    (options.out / "extension.svg").write_text(chart(record), encoding="utf-8")
+    print(report(record))
+
+
+def _yarn(recipe: Recipe, work: Path, progress: PlainProgress) -> dict[str, Any]:
+    """What the recipe's evaluation finds of YaRN's defaults."""
+    kept = work / "yarn.json"
+    if kept.exists():
+        return dict(json.loads(kept.read_text(encoding="utf-8")))
+    assert recipe.model and recipe.context and recipe.evaluate
+    folder, asked = work / "yarn", recipe.evaluate
+    if not folder.exists():
+        retrofit.extend(
+            recipe.model, length=recipe.context.length, factor=recipe.context.factor, method="yarn", out=folder
+        )
+    found = retrofit.evaluate(
+        folder,
+        text=[source.source for source in asked.text],
+        lengths=asked.lengths,
+        documents=asked.documents,
+        needle=asked.needle.lengths if asked.needle else None,
+        depths=asked.needle.depths if asked.needle else 1,
+        context_gain=asked.context_gain,
+        out=work / "yarn.npz",
+        progress=progress,
+    )
+    result = jsonable(found)
+    assert isinstance(result, dict)
+    kept.write_text(to_json(result) + "\n", encoding="utf-8")
+    return result
+
+
+def report(record: Mapping[str, Any]) -> str:
+    """The result as Markdown."""
+    models = record["models"]
+    names = [name for name in LABELS if name in models]
+    rows = {name: {(row["kind"], row["length"]): row for row in models[name]["rows"]} for name in names}
+    kinds = list(dict.fromkeys(kind for kind, _ in rows["original"]))
+    lengths = sorted({length for _, length in rows["original"]})
+    where = record["machine"]
+    lines = [
+        "# A window four times as long",
+        "",
+        f"`{record['command']}`, one thread of {where['cpu']}, torch {where['torch']}, "
+        f"transformers {where['transformers']}.",
+        "",
+        "SmolLM2-135M-Instruct, 8,192 to 32,768 positions. Perplexity of the first tokens of documents which neither "
+        "the search nor the training has read, with 95% intervals; in brackets the ratio to the original at that "
+        "length.",
+        "",
+    ]
+    for kind in [ALL, *(kind for kind in kinds if kind != ALL)]:
+        if not any(k == kind for k, _ in rows["original"]):
+            continue
+        lines += [
+            f"## {'All texts together' if kind == ALL else kind}",
+            "",
+            f"| tokens | {' | '.join(LABELS[name] for name in names)} |",
+            f"|---:|{'---:|' * len(names)}",
+        ]
+        for length in lengths:
+            cells = []
+            for name in names:
+                row, base = rows[name].get((kind, length)), rows["original"][kind, length]
+                ratio = f" ({row['ppl'] / base['ppl']:.3f})" if row and name != "original" else ""
+                cells.append(f"{row['ppl']:.2f} [{row['low']:.2f}, {row['high']:.2f}]{ratio}" if row else "")
+            lines.append(f"| {length:,} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join([*lines, *_use(models, names), *_search(record), *_time(record)])
+
+
+def _use(models: Mapping[str, Any], names: list[str]) -> list[str]:
+    """Needle grid and effective length."""
+    lines = ["## Whether the context is used", "", "| | effective length | stopped by |", "|---|---:|---|"]
+    for name in names:
+        found = models[name]["long_context"].get("effective")
+        if found:
+            lines.append(f"| {LABELS[name]} | {found['length']:,} | {found['stopped_by'] or ''} |")
+    cells = {name: (models[name]["long_context"].get("needle") or {}).get("cells", []) for name in names}
+    places = sorted({(cell["length"], cell["depth"]) for found in cells.values() for cell in found})
+    if places:
+        lines += [
+            "",
+            "Needle in a haystack: share of the answer's tokens that are the likeliest, and the answer's loss in nats "
+            "per token.",
+            "",
+            f"| tokens | depth | {' | '.join(LABELS[name] for name in names)} |",
+            f"|---:|---:|{'---:|' * len(names)}",
+        ]
+    for length, depth in places:
+        shown = []
+        for name in names:
+            found = [cell["answer"] for cell in cells[name] if (cell["length"], cell["depth"]) == (length, depth)]
+            match = sum(answer["token_match"] for answer in found) / max(len(found), 1)
+            loss = sum(answer["loss"] for answer in found) / max(len(found), 1)
+            shown.append(f"{match:.0%}, {loss:.2f}" if found else "")
+        lines.append(f"| {length:,} | {depth:.2f} | {' | '.join(shown)} |")
+    return [*lines, ""]
+
+
+def _search(record: Mapping[str, Any]) -> list[str]:
+    found = record["steps"]["extend"]["result"].get("search")
+    if not found:
+        return []
+    lines = [
+        "## The search",
+        "",
+        f"{len(found['trials'])} passes, {found['read']:,} tokens read. Losses in nats per token: of the tokens up to "
+        f"the original window (before the extension {found['native']:.3f}), of the last ones, of the answers about "
+        "three hidden facts. The best eight of each rung, and YaRN's defaults:",
+        "",
+        "| rung | tokens | encoding | original window | last tokens | answers | objective |",
+        "|---:|---:|---|---:|---:|---:|---:|",
+    ]
+    for rung in sorted({trial["rung"] for trial in found["trials"]}):
+        trials = sorted((t for t in found["trials"] if t["rung"] == rung), key=lambda trial: trial["objective"])
+        for trial in [*trials[:8], *(t for t in trials[8:] if t["label"] == found["reference"]["label"])]:
+            numbers = " | ".join(f"{trial[name]:.3f}" for name in ("native", "tail", "needle", "objective"))
+            lines.append(f"| {rung} | {trial['tokens']:,} | {trial['label']} | {numbers} |")
+    return [*lines, ""]
+
+
+def _time(record: Mapping[str, Any]) -> list[str]:
+    lines = ["## Time", "", "| step | seconds |", "|---|---:|"]
+    return [*lines, *(f"| {name} | {step['seconds']:,.0f} |" for name, step in record["steps"].items()), ""]
+
+
+def chart(record: Mapping[str, Any]) -> str:
+    """Perplexity against context length over all texts."""
+    from retrofit.report.charts import Line, perplexity_by_length
+
+    lines = []
+    for name, label in LABELS.items():
+        found = [row for row in record["models"].get(name, {"rows": []})["rows"] if row["kind"] == ALL]
+        found = found or [row for row in record["models"].get(name, {"rows": []})["rows"]]
+        found = [row for row in found if math.isfinite(row["ppl"])]
+        if found:
+            spans = [(row["low"], row["high"]) for row in found]
+            lines.append(Line(label, [row["length"] for row in found], [row["ppl"] for row in found], spans))
+    return perplexity_by_length("extension", lines, native=8192, claimed=32768, alone=True).svg
+
+
+if __name__ == "__main__":
+    main()
