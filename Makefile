@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt
 
-.PHONY: demo test test-slow lint bench bench-heads bench-large bench-curve install clean
+.PHONY: demo test test-slow lint bench bench-heads bench-large bench-curve bench-extension install clean
 
 $(VENV)/.demo: pyproject.toml constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,10 @@ bench-heads: $(VENV)/.dev
 
 bench-curve: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m evals.benchmarks.head_curve
+
+# Hours on a CPU; goes on where it was stopped.
+bench-extension: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m evals.benchmarks.extension $(if $(BOOKS),--text $(BOOKS)/moby_dick.txt)
 
 # A checkpoint of 2.5 GB: needs 11 GB of disk for a while.
 bench-large: $(VENV)/.dev
