@@ -177,7 +177,8 @@ class Context(RopeSettings):
 
 
 class Adapter(Section):
-    """LoRA by peft. attention/mlp: which projections carry an adapter; norms/embeddings: trained in full as well."""
+    """LoRA by peft. attention/mlp: which projections carry an adapter; norms/embeddings (learned positions with them):
+    trained in full as well."""
 
     rank: int = Field(16, ge=1)
     alpha: int = Field(32, ge=1)

@@ -85,7 +85,7 @@ def full_modules(model: PreTrainedModel, adapter: Adapter) -> list[str]:
     if adapter.norms:
         names += [name for name, module in model.named_modules() if _is_norm(module)]
     if adapter.embeddings:
-        wanted = [model.get_input_embeddings()]
+        wanted = [module for module in model.modules() if isinstance(module, nn.Embedding)]  # of positions as well
         if not model.config.tie_word_embeddings:
             wanted.append(model.get_output_embeddings())
         names += [name for name, module in model.named_modules() if any(module is other for other in wanted)]

@@ -79,6 +79,19 @@ def test_trained_embeddings_are_merged_and_a_tied_head_follows(tied: bool, tmp_p
         assert (merged(IDS).logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+def test_learned_positions_are_trained_with_the_embeddings(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", "gpt_bigcode")
+    model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
+    peft_model = attach(model, Adapter(rank=4, embeddings=True), describe(model.config), seed=0)
+    noise(peft_model)
+    out = tmp_path / "out"
+    out.mkdir()
+    merge_and_save(peft_model, source, out)
+    before, after = Checkpoint.open(source), Checkpoint.open(out)
+    assert not torch.equal(before.tensor("transformer.wpe.weight"), after.tensor("transformer.wpe.weight"))
+    assert not torch.equal(before.tensor("transformer.wte.weight"), after.tensor("transformer.wte.weight"))
+
+
 def test_the_merge_rounds_once_to_the_stored_dtype(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source", "llama", dtype="bfloat16")
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
