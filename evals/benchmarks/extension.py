@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import retrofit
 from evals.benchmarks.recovery import machine
 from retrofit.console import PlainProgress, jsonable, to_json
@@ -55,7 +57,7 @@ def main() -> None:
     record = {
         "command": " ".join(
             [
-                "OMP_NUM_THREADS=1 python -m evals.benchmarks.extension",
+                f"OMP_NUM_THREADS={torch.get_num_threads()} python -m evals.benchmarks.extension",
                 *(f"--set {one}" for one in options.overrides),
                 *(f"--text {Path(file).name}" for file in options.text),
             ]
@@ -113,7 +115,7 @@ def report(record: Mapping[str, Any]) -> str:
     lines = [
         "# A window four times as long",
         "",
-        f"`{record['command']}`, one thread of {where['cpu']}, torch {where['torch']}, "
+        f"`{record['command']}`, threads as in the command, {where['cpu']}, torch {where['torch']}, "
         f"transformers {where['transformers']}.",
         "",
         "SmolLM2-135M-Instruct, 8,192 to 32,768 positions. Perplexity of the first tokens of documents which neither "
