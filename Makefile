@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt
 
-.PHONY: demo test test-slow lint bench bench-heads bench-large bench-curve bench-extension install clean
+.PHONY: demo test test-slow test-eval lint bench bench-lengths bench-heads bench-large bench-curve bench-extension install clean
 
 $(VENV)/.demo: pyproject.toml constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,10 @@ $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) -e '.[dev]'
 	@touch $@
 
+$(VENV)/.eval: $(VENV)/.dev
+	$(PIP) -e '.[eval]'
+	@touch $@
+
 install: $(VENV)/.dev
 
 demo: $(VENV)/.demo
@@ -29,6 +33,10 @@ test: $(VENV)/.dev lint
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
+# Our numbers beside those of lm-evaluation-harness; skipped by the other targets, which do not install it.
+test-eval: $(VENV)/.eval
+	$(BIN)/python -m pytest tests/evaluate/test_harness.py -m 'slow or not slow'
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,6 +47,9 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m evals.benchmarks.startup
 	$(BIN)/python -m evals.benchmarks.scoring
 	$(BIN)/python -m evals.benchmarks.recovery
+
+bench-lengths: $(VENV)/.eval
+	OMP_NUM_THREADS=1 $(BIN)/python -m evals.benchmarks.lengths
 
 # BOOKS: a folder with moby_dick.txt and other novels; without it, documentation is scored.
 bench-heads: $(VENV)/.dev

@@ -3,6 +3,7 @@
 - `sliding`: SlidingPPL(L, S), ours: each token once, with L - S to L - 1 tokens before it, all weighing the same.
 - `transformers`: the strided loop of transformers' perplexity guide, whose windows weigh their tokens less one each.
 - `lm-eval`: lm-evaluation-harness's `loglikelihood_rolling`: windows with one token of context, log-likelihoods summed.
+  One BOS: of a tokenizer that adds it by itself, the harness predicts a second one unless told `add_bos_token=False`.
 - `yarn`: Peng et al. 2023: windows that move by 256 tokens, a BOS in each, the exponential of the mean of window means.
 - `yarn-truncated`: the same cut to the first L tokens of each document, as their tables up to 128k tokens have it.
 - `longlora`: Chen et al. 2023: all tokens of windows of one stream that move by 256, so most tokens count many times.

@@ -51,9 +51,12 @@ def make_documents(
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over the vocabulary with its ids: token losses under two tokenizers cannot be compared."""
+    """sha256 over the vocabulary with its ids and the BOS: token losses under two tokenizers cannot be compared.
+
+    Without a BOS a document's first token is given, so the same vocabulary leaves one loss less.
+    """
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    return hashlib.sha256(repr(vocabulary).encode()).hexdigest()
+    return hashlib.sha256(repr((vocabulary, tokenizer.bos_token_id)).encode()).hexdigest()
 
 
 def _document(name: str, kind: str, text: str, tokenizer: PreTrainedTokenizerBase, length: int | None) -> Document:

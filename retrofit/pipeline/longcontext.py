@@ -23,8 +23,9 @@ from retrofit.evaluate.longppl import (
 )
 from retrofit.evaluate.losses import Document, TokenLosses
 from retrofit.evaluate.perplexity import ALL
+from retrofit.evaluate.windows import Windows
 from retrofit.model.families import describe
-from retrofit.recipe.schema import Evaluate
+from retrofit.recipe.schema import Definition, Evaluate
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -94,6 +95,21 @@ def further_reading(section: Evaluate, native: int) -> tuple[tuple[int, int], ..
     return tuple(found)
 
 
+def definitions_of(
+    section: Evaluate, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[Definition, int, list[Document], Windows | None]]:
+    """(definition, length, documents to score, windows) of every published perplexity that `section` asks for.
+
+    Raises: UserError where no document is long enough for one of them.
+    """
+    bos, prefix = tokenizer.bos_token_id is not None, tokenizer.eos_token_id
+    return [
+        (name, length, *prepared(name, documents, length, bos=bos, prefix_id=prefix, stride=section.stride))
+        for name in section.definitions
+        for length in section.lengths
+    ]
+
+
 def questions_read(section: Evaluate) -> tuple[tuple[int, int], ...]:
     """(tokens, context) of what the synthetic tests read."""
     found: list[tuple[int, int]] = []
@@ -134,20 +150,15 @@ def measure(
     cut = [document.cut(max(section.lengths)) for document in documents]
     windows = {NATIVE: native_windows(native), SHORT: short_windows()}
     passes = {name: rescore(name, cut, windows=windows[name], known=losses) for name in passes_of(section, native)}
-    bos = tokenizer.bos_token_id is not None
     defined = []
-    for name in section.definitions:
-        for length in section.lengths:
-            texts, moving = prepared(
-                name, documents, length, bos=bos, prefix_id=tokenizer.eos_token_id, stride=section.stride
+    for name, length, texts, moving in definitions_of(section, documents, tokenizer):
+        if name == "yarn-truncated":
+            found = replace(
+                losses, losses=losses.at(length), token_bytes=tuple(a[: length - 1] for a in losses.token_bytes)
             )
-            if name == "yarn-truncated":
-                found = replace(
-                    losses, losses=losses.at(length), token_bytes=tuple(a[: length - 1] for a in losses.token_bytes)
-                )
-            else:
-                found = rescore(f"{name}@{length}", texts, windows=moving)
-            defined.append(value(name, found, length, moving))
+        else:
+            found = rescore(f"{name}@{length}", texts, windows=moving)
+        defined.append(value(name, found, length, moving))
     return Measured(passes, tuple(defined), *_asked(model, tokenizer, section, kernel, seed, progress))
 
 

@@ -24,7 +24,7 @@ from retrofit.model.load import load_config, load_tokenizer, resolve_device
 from retrofit.model.source import EMBEDDED, Source
 from retrofit.model.spec import AttentionSpec
 from retrofit.pipeline.journal import NAME as JOURNAL
-from retrofit.pipeline.longcontext import longest_prompt
+from retrofit.pipeline.longcontext import definitions_of, longest_prompt
 from retrofit.pipeline.plan import (
     FOLDERS,
     MOST_SAMPLED,
@@ -236,16 +236,17 @@ def _documents(recipe: Recipe, source: Source, device: str) -> tuple[Document, .
     if evaluate is None:
         return ()
     trained_on = _all_texts(recipe.model_copy(update={"evaluate": None}))
-    return tuple(
-        scored_documents(
-            evaluate.text,
-            load_tokenizer(source.folder),
-            length=max(*evaluate.lengths, evaluate.document_tokens or 0),
-            count=evaluate.documents,
-            trained_on=trained_on,
-            teacher=teacher_of(recipe, source.folder, device),
-        )
+    tokenizer = load_tokenizer(source.folder)
+    documents = scored_documents(
+        evaluate.text,
+        tokenizer,
+        length=max(*evaluate.lengths, evaluate.document_tokens or 0),
+        count=evaluate.documents,
+        trained_on=trained_on,
+        teacher=teacher_of(recipe, source.folder, device),
     )
+    definitions_of(evaluate, documents, tokenizer)  # a text too short for one of them is told now
+    return tuple(documents)
 
 
 def teacher_of(recipe: Recipe, folder: Path, device: str) -> Teacher:

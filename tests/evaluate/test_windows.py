@@ -17,9 +17,7 @@ from retrofit.evaluate.losses import TokenLosses
 from retrofit.evaluate.score import score
 from retrofit.evaluate.windows import Windows, rolling
 from tests.evaluate.test_score import document
-from tests.tiny import BOS_ID, tiny_model, tiny_tokenizer
-
-TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 3
+from tests.tiny import BOS_ID, tiny_model
 
 
 def defined(model: nn.Module, definition: str, docs: list, length: int, *, bos: bool = True, **over: int):
@@ -73,14 +71,16 @@ def test_known_losses_stand_for_the_first_window() -> None:
     np.testing.assert_array_equal(given[:23], full.losses[0][:23])
 
 
-def test_transformers_guide() -> None:
-    model = tiny_model("llama")
-    docs = [document(70), document(53, "b", seed=1)]
+@pytest.mark.parametrize(("length", "stride"), [(24, 12), (600, 512)])
+def test_transformers_guide(length: int, stride: int) -> None:
+    """Its stride is 512; a shorter window moves by half of itself."""
+    model = tiny_model("llama", max_position_embeddings=1024)
+    docs = [document(70), document(53, "b", seed=1)] if length < 512 else [document(1200), document(1100, "b", seed=1)]
     nll_sum, n_tokens = 0.0, 0
     for doc in docs:  # the guide's loop
         ids, previous = torch.from_numpy(doc.input_ids)[None], 0
-        for begin in range(0, ids.shape[1], 512 if 512 < 24 else 12):
-            end = min(begin + 24, ids.shape[1])
+        for begin in range(0, ids.shape[1], stride):
+            end = min(begin + length, ids.shape[1])
             target = end - previous
             labels = ids[:, begin:end].clone()
             labels[:, :-target] = -100
@@ -90,7 +90,8 @@ def test_transformers_guide() -> None:
             nll_sum, n_tokens, previous = nll_sum + float(loss) * count, n_tokens + count, end
             if end == ids.shape[1]:
                 break
-    assert defined(model, "transformers", docs, 24).ppl == pytest.approx(math.exp(nll_sum / n_tokens), rel=1e-5)
+    found = defined(model, "transformers", docs, length)
+    assert found.ppl == pytest.approx(math.exp(nll_sum / n_tokens), rel=1e-5) and found.stride == stride
 
 
 @pytest.mark.parametrize("bos", [True, False])
@@ -171,26 +172,6 @@ def test_rolling_log_likelihood(bos: bool) -> None:
         doc.input_ids[0], doc.input_ids[1:] = BOS_ID, ids
     found = defined(model, "lm-eval", [doc], 32, bos=bos, prefix_id=BOS_ID)
     assert found.tokens == 70 and found.log_likelihood == pytest.approx(total, rel=1e-6)
-
-
-@pytest.mark.parametrize("length", [32, 64])
-def test_the_harness_itself_says_the_same(length: int) -> None:
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `eval`)")
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
-    from retrofit.evaluate.documents import make_documents
-
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    texts = [TEXT, "It is a far, far better thing that I do, than I have ever done."]
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, max_length=length, batch_size=1, device="cpu")
-    requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
-    theirs = harness.loglikelihood_rolling(requests, disable_tqdm=True)
-    docs = make_documents([(str(i), "k", t) for i, t in enumerate(texts)], tokenizer, length=None, count=9)
-    ours = [defined(model, "lm-eval", [doc], length, prefix_id=tokenizer.eos_token_id) for doc in docs]
-    for own, other, text in zip(ours, theirs, texts, strict=True):
-        assert own.log_likelihood == pytest.approx(other, rel=1e-6, abs=1e-3)
-        assert own.bits_per_byte == pytest.approx(-other / len(text.encode()) / math.log(2), abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])

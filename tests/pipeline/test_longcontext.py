@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from retrofit import bundled
 from retrofit.evaluate.losses import TokenLosses
 from retrofit.model.load import load_config
+from retrofit.pipeline import operations
 from retrofit.pipeline.longcontext import further_reading, native_length, questions_read
 from retrofit.recipe.load import load_suite
 from retrofit.recipe.schema import Evaluate
@@ -78,6 +81,65 @@ def test_a_text_too_short_is_refused_with_its_length(extended: Path, tmp_path: P
     (tmp_path / "short.txt").write_text("too short")
     refused = retrofit("evaluate", extended, "--text", tmp_path / "short.txt", "--lengths", "256")
     assert refused.exit_code == 2 and "10" in refused.output
+
+
+def test_a_definition_that_needs_a_longer_text_is_refused_before_anything_is_read(
+    extended: Path, book: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operations, "score_folder", lambda *_, **__: pytest.fail("it was scored"))
+    refused = retrofit("evaluate", extended, "--text", book, "--lengths", "256", "--definition", "longlora")
+    assert refused.exit_code == 2 and "`longlora` at 256 tokens needs a longer text" in refused.output
+
+
+def test_a_tokenizer_without_a_bos_is_announced_and_not_paired_with_one_that_has_it(
+    model: Path, book: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": None}))
+    asked = ["--text", book, "--lengths", "64", "--out"]
+    assert "no BOS" not in retrofit("evaluate", model, *asked, tmp_path / "a.npz").output
+    said = retrofit("evaluate", other, *asked, tmp_path / "b.npz").output
+    assert "this tokenizer has no BOS: the first token of every document is given, not predicted" in said
+    refused = retrofit("compare", tmp_path / "a.npz", tmp_path / "b.npz")
+    assert refused.exit_code == 2 and "different tokenizers" in refused.output
+    assert retrofit("compare", tmp_path / "a.npz", tmp_path / "b.npz", "--bits-per-byte").exit_code == 0
+
+
+def test_a_killed_evaluation_goes_on_with_the_same_numbers(
+    extended: Path, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in every pass in turn; the losses and all that is said of them are those of a call without a stop."""
+    from retrofit.evaluate import score as module
+
+    asked = ["--text", book, "--lengths", "64,700", "--context-gain", "--definition", "sliding"]
+    asked += ["--definition", "lm-eval", "--json", "--out"]
+    whole = json.loads(retrofit("evaluate", extended, *asked, tmp_path / "whole.npz").stdout)
+    real, out = module._score_document, tmp_path / "killed.npz"
+    for stop in range(1, 6):  # after the plain pass, the native one, and those of the definitions at two lengths
+        calls = itertools.count()
+
+        def killed(*args: object, calls: Iterator[int] = calls, stop: int = stop) -> object:
+            if next(calls) == stop:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        monkeypatch.setattr(module, "_score_document", killed)
+        assert retrofit("evaluate", extended, *asked, out).exit_code != 0
+        assert not out.exists() and (tmp_path / "killed.npz.scored").is_dir()
+    read = []
+    monkeypatch.setattr(module, "_score_document", real)
+    span = module._score_span
+    monkeypatch.setattr(module, "_score_span", lambda *args: read.append(args[2]) or span(*args))
+    again = json.loads(retrofit("evaluate", extended, *asked, out).stdout)
+    assert len(read) == 1  # the last pass: one window of 700 tokens over as many
+    for found in (whole, again):
+        del found["losses"], found["decode"]
+    assert again == whole and not (tmp_path / "killed.npz.scored").exists()
+    for name in ("", ".native"):
+        first, second = (TokenLosses.load(tmp_path / f"{stem}{name}.npz") for stem in ("whole", "killed"))
+        np.testing.assert_array_equal(first.losses[0], second.losses[0])
+        assert dict(first.meta) == dict(second.meta)
 
 
 def test_bundled_suites_are_valid() -> None:
