@@ -221,7 +221,8 @@ def mean(row: dict[str, Any]) -> float:
 
 def chart(record: dict[str, Any]) -> str:
     """Predicted and measured increase of the loss against KV heads."""
-    from retrofit.report.charts import Line, loss_by_kv_heads
+    from retrofit.report.charts import loss_by_kv_heads
+    from retrofit.report.drawing import Line
 
     lines = []
     for case, found in record["cases"].items():

@@ -242,7 +242,8 @@ def _save(out: Path, name: str, facts: dict[str, Any], original: dict[str, Any],
 
 def chart(record: dict[str, Any]) -> str:
     """Perplexity on the table's text against seconds of compute."""
-    from retrofit.report.charts import Line, perplexity_by_seconds
+    from retrofit.report.charts import perplexity_by_seconds
+    from retrofit.report.drawing import Line
 
     kind = next(iter(record["original"]))
     points = {

@@ -46,8 +46,9 @@ ORIGINAL = "original"
 
 @dataclass(frozen=True)
 class Trial:
-    """One pass with one encoding. tokens: read; native: loss of the first tokens, up to the original window; tail: of
-    the last ones; needle: of the right answers; all in nats per token. objective: what is minimised."""
+    """One pass with one encoding. tokens: read; native: loss of the first tokens, up to the original window; excess:
+    how much more than before the extension, below 0 if less; tail: loss of the last tokens; needle: of the right
+    answers; all in nats per token. objective: what is minimised."""
 
     rung: int
     label: str
@@ -55,6 +56,7 @@ class Trial:
     settings: Mapping[str, float]
     tokens: int
     native: float
+    excess: float
     tail: float
     needle: float
     objective: float
@@ -171,7 +173,7 @@ class _Rung:
                 return self._read(text.ids_T, text.cut, text.skip, text.questions)
 
         native, tail, needle = (float(value) for value in self._once(candidate.label, measure))
-        excess = max(0.0, native - baseline)
+        excess = native - baseline
         return Trial(
             rung=self.number,
             label=candidate.label,
@@ -179,9 +181,10 @@ class _Rung:
             settings={name: value for name, value in candidate.settings.model_dump().items() if value is not None},
             tokens=len(text.ids_T),
             native=native,
+            excess=excess,
             tail=tail,
             needle=needle,
-            objective=tail + section.needle_weight * needle + section.native_weight * excess,
+            objective=tail + section.needle_weight * needle + section.native_weight * max(0.0, excess),
         )
 
     def _once(self, label: str, measure: Callable[[], np.ndarray]) -> np.ndarray:

@@ -142,6 +142,47 @@ def effective_length(
     )
 
 
+def certificate(found: EffectiveLength) -> str:
+    """What shows the effective length, and what it does not show, in words."""
+    good = next((test for test in found.tests if test.length == found.length), None)
+    said = []
+    if good is None:
+        said.append("No measured length passed every test.")
+    else:
+        shorter = [test.length for test in found.tests if test.length < good.length]
+        also = f"; so do all shorter measured ones ({', '.join(f'{n:,}' for n in shorter)})" if shorter else ""
+        said.append(f"{good.length:,} tokens pass: {_and(_passed(good, found))}{also}.")
+    if found.stopped_by:
+        said.append(f"Not beyond, at {found.stopped_by}.")
+    elif found.tests:
+        said.append(f"It was the longest of {len(found.tests)} measured.")
+    if found.not_tested:
+        said.append(f"Not tested: {'; '.join(found.not_tested)}.")
+    return " ".join(said)
+
+
+def _passed(test: LengthTests, found: EffectiveLength) -> list[str]:
+    reasons = []
+    if test.length > found.native:
+        reasons.append(
+            f"the last {found.tail:,} tokens have {test.tail:.3f} times the perplexity at the native length "
+            f"({test.tail_low:.3f} to {test.tail_high:.3f})"
+        )
+    if test.gain is not None:
+        reasons.append(
+            f"context beyond {found.native:,} tokens saves {test.gain:.4f} nats a token on the same tokens "
+            f"({test.gain_low:.4f} to {test.gain_high:.4f})"
+        )
+    if test.needle is not None:
+        needed = f", {test.needle_bound:.2f} are needed" if test.needle_bound is not None else ""
+        reasons.append(f"{test.needle:.2f} of the needle's tokens are found{needed}")
+    return reasons or [f"it lies within the native length of {found.native:,}"]
+
+
+def _and(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
 @dataclass(frozen=True)
 class ShortContext:
     """What a change cost at or below the native length: ppl(after) / ppl(before) [low, high] on the same tokens."""

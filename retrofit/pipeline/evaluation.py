@@ -14,13 +14,14 @@ from typing import Any
 
 from retrofit.checkpoint.write import staged
 from retrofit.console import jsonable
+from retrofit.evaluate.context_use import LongContext
 from retrofit.evaluate.effective import short_context
 from retrofit.evaluate.losses import Document, TokenLosses, documents_digest
 from retrofit.evaluate.perplexity import table
 from retrofit.evaluate.reader import varying
 from retrofit.model.load import load_config
 from retrofit.pipeline import operations
-from retrofit.pipeline.longcontext import LongContext, conclude, passes_of
+from retrofit.pipeline.longcontext import conclude, passes_of
 from retrofit.pipeline.metrics import metrics
 from retrofit.pipeline.plan import FOLDERS
 from retrofit.pipeline.runner import Runner, State
@@ -178,6 +179,7 @@ def _summary(
         section.tail,
         kv_bytes=(first["kv_bytes_per_token"], final["kv_bytes_per_token"]),
         kernel_max_diff=proof.max_difference,
+        effective_length=(final["long_context"]["effective"] or {}).get("length"),
     )
     original, native = losses[next(iter(states))], prepared.plan.positions[0]
     regressions = {

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from retrofit.evaluate.context_use import LongContext
 from retrofit.evaluate.definitions import STRIDE, Defined, prepared, value
-from retrofit.evaluate.effective import EffectiveLength, effective_length
+from retrofit.evaluate.effective import effective_length
 from retrofit.evaluate.longppl import (
     SHORT_CONTEXT,
     ContextGain,
@@ -46,20 +47,6 @@ class Measured:
     defined: tuple[Defined, ...] = ()
     needle: NeedleResult | None = None
     ruler: RulerResult | None = None
-
-
-@dataclass(frozen=True)
-class LongContext:
-    """How well a model uses its context. native: the length the original was made for. None or empty: not asked for."""
-
-    native: int
-    context_gain: tuple[ContextGain, ...] = ()
-    long_ppl: tuple[LongPPL, ...] = ()
-    defined: tuple[Defined, ...] = ()
-    needle: NeedleResult | None = None
-    ruler: RulerResult | None = None
-    effective: EffectiveLength | None = None
-    notes: tuple[str, ...] = ()
 
 
 def native_length(config: PretrainedConfig) -> int:

@@ -17,14 +17,17 @@ def metrics(
     *,
     kv_bytes: tuple[int, int],
     kernel_max_diff: float,
+    effective_length: int | None = None,
 ) -> dict[str, float]:
     """{"ppl@2048": ..., "ppl_ratio@2048/python-docs": ..., "kv_ratio": ..., ...} of the last model against the first.
 
     losses: by model, the original first, the result last. tail: tokens of a TailPPL. kv_bytes: per token, before and
-    after.
+    after. effective_length: of the last model, in tokens; left out when it was not certified.
     """
     first, *_, last = (*losses.values(), *losses.values())
     found = {"kv_ratio": kv_bytes[1] / kv_bytes[0], "kernel_max_diff": kernel_max_diff}
+    if effective_length is not None:
+        found["effective_length"] = effective_length
     for kind in (None, *dict.fromkeys(last.kinds)):
         suffix = f"/{kind}" if kind else ""
         for length in lengths:

@@ -156,6 +156,7 @@ def _card(runner: Runner, state: State, folder: Path, section: Publish, *, chart
         conversion=recipe.convert.method if recipe.convert else None,
         context_method=extension.get("method"),
         encodings_tried=len({trial["label"] for trial in extension.get("search", {}).get("trials", ())}),
+        effective=data.models[-1].effective,
         recovery=_recovery(recipe),
         revision=source.revision,
         chart=chart,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit import bundled
 from retrofit.checkpoint.provenance import versions
 from retrofit.console import jsonable
+from retrofit.evaluate.context_use import restored
+from retrofit.evaluate.effective import ShortContext
 from retrofit.evaluate.losses import TokenLosses
 from retrofit.evaluate.perplexity import Row
 from retrofit.model.source import Source
@@ -44,7 +47,10 @@ def run_data(runner: Runner, results: tuple[GateResult, ...]) -> RunData:
         created=max((entry.finished for entry in entries.values()), default=""),
         description=recipe.description,
         versions=versions(),
-        models=tuple(_model(runner, label, value) for label, value in evaluated.get("models", {}).items()),
+        models=tuple(
+            _model(runner, label, value, evaluated["short_context"].get(label, ()))
+            for label, value in evaluated.get("models", {}).items()
+        ),
         native_length=prepared.plan.positions[0],
         claimed_length=prepared.plan.positions[1],
         training=_training(found.get("recover", {})),
@@ -78,7 +84,7 @@ def _dicts(results: tuple[GateResult, ...]) -> list[dict[str, Any]]:
     return listed
 
 
-def _model(runner: Runner, label: str, value: dict[str, Any]) -> ModelResult:
+def _model(runner: Runner, label: str, value: dict[str, Any], lost: Sequence[dict[str, Any]]) -> ModelResult:
     losses = TokenLosses.load(losses_file(runner.folder, label))
     decode = value.get("decode") or {}
     return ModelResult(
@@ -89,6 +95,8 @@ def _model(runner: Runner, label: str, value: dict[str, Any]) -> ModelResult:
         kv_cache_bytes={int(tokens): size for tokens, size in value["kv_cache_bytes"].items()},
         decode_tokens_per_s=decode.get("tokens_per_s"),
         kv_heads=value["kv_heads"],
+        long_context=restored(value["long_context"]),
+        short_context=tuple(ShortContext(**row) for row in lost),
     )
 
 

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.console import Console, nbytes, seconds
+from retrofit.evaluate.effective import certificate
 from retrofit.model.inspect import Inspection
 from retrofit.pipeline.plan import Plan, describe_plan
 
 if TYPE_CHECKING:
+    from retrofit.evaluate.context_use import LongContext
     from retrofit.model.inspect import Undescribed
     from retrofit.pipeline.commands import RecipeEntry
     from retrofit.pipeline.compare import Comparison
     from retrofit.pipeline.doctor import Health
-    from retrofit.pipeline.longcontext import LongContext
     from retrofit.pipeline.prices import PriceList
     from retrofit.pipeline.run import RunResult
     from retrofit.pipeline.single import Evaluation, Written
@@ -326,9 +327,7 @@ def _long_context(console: Console, found: LongContext) -> None:
         console.say(
             f"effective length: {found.effective.length:,} of {found.effective.tests[-1].length:,} tokens measured"
         )
-        for text in (found.effective.stopped_by, *found.effective.not_tested):
-            if text:
-                console.say(f"  {'stopped by ' if text == found.effective.stopped_by else 'not tested: '}{text}")
+        console.say(f"  {certificate(found.effective)}")
 
 
 def comparison(console: Console, result: Comparison) -> None:

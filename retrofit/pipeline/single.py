@@ -12,6 +12,7 @@ from retrofit.checkpoint.provenance import FILE, read_provenance
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.write import folder_lock, require_writable
 from retrofit.errors import UserError
+from retrofit.evaluate.context_use import LongContext
 from retrofit.evaluate.perplexity import Row, table
 from retrofit.kv_heads.moments import saved
 from retrofit.model.load import load_config
@@ -19,7 +20,7 @@ from retrofit.model.source import Source, resolve
 from retrofit.pipeline import operations
 from retrofit.pipeline.evaluation import pass_file, save_losses
 from retrofit.pipeline.journal import fingerprint
-from retrofit.pipeline.longcontext import LongContext, conclude, longest_prompt, native_length
+from retrofit.pipeline.longcontext import conclude, longest_prompt, native_length
 from retrofit.pipeline.operations import Origin
 from retrofit.pipeline.prepare import prepare, source_record, teacher_of
 from retrofit.pipeline.runner import VERSIONS

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 import jinja2
 
 from retrofit.errors import UserError
+from retrofit.evaluate.effective import certificate
 from retrofit.publish.snippet import placeholders
 
 if TYPE_CHECKING:
+    from retrofit.evaluate.effective import EffectiveLength
     from retrofit.evaluate.perplexity import Row
 
 LICENCE_ID = re.compile(r"^[a-z0-9][a-z0-9.+-]*$")
@@ -67,8 +69,9 @@ class CardInput:
     base_model: hub id of the source. revision: its commit, if it came from the hub. licence: hub licence id.
     kv_heads, kv_bytes_per_token: (before, after). kv_cache_bytes: {tokens: (before, after)}. conversion: method, None
     when the heads were left. context_method: None when the window was left; encodings_tried: by the search that found
-    it. models: the original first, the published
-    one last. chart: path inside the folder. snippet: what `reload` executes. notes: fallbacks and other limits.
+    it. effective: how much of the window the published model is shown to use, None when that was not asked for.
+    models: the original first, the published one last. chart: path inside the folder. snippet: what `reload` executes.
+    notes: fallbacks and other limits.
     """
 
     title: str
@@ -90,6 +93,7 @@ class CardInput:
     conversion: str | None = None
     context_method: str | None = None
     encodings_tried: int = 0
+    effective: EffectiveLength | None = None
     recovery: Recovery | None = None
     revision: str | None = None
     chart: str | None = None
@@ -127,6 +131,7 @@ def render_card(card: CardInput) -> str:
         summary=_summary(card),
         tables=[(ALL if kind == ALL else _name(kind), _table(card, kind)) for kind in _kinds(card)],
         documents=_documents(card),
+        certificate=certificate(card.effective) if card.effective else "",
         kv_table=_kv_table(card),
         limits=_limits(card),
         chart_alt=f"Perplexity by context length: {', '.join(model.label for model in card.models)}",
@@ -329,6 +334,12 @@ def _limits(card: CardInput) -> list[str]:
             )
     if lengths[-1] < card.claimed_length:
         limits.append(f"Contexts between {lengths[-1]:,} and {card.claimed_length:,} tokens were not measured.")
-    limits.append("Perplexity at a long context does not show that the model finds a fact far back in its context.")
+    if card.effective and card.effective.length < card.claimed_length:
+        limits.append(
+            f"It is shown to use {card.effective.length:,} tokens of context, not the {card.claimed_length:,} of "
+            "its window."
+        )
+    if not card.effective or all(test.needle is None for test in card.effective.tests):
+        limits.append("Perplexity at a long context does not show that the model finds a fact far back in its context.")
     limits.append("Whatever the base model gets wrong, and the terms of its licence, stay.")
     return [*limits, *card.notes]

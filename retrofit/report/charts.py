@@ -1,75 +1,29 @@
-"""Charts as SVG text: functions of plain data, the same bytes for the same data.
-
-Colours are Okabe and Ito's, told apart also by marker, dash and a label at the line itself. `themed` charts leave text,
-grid and colours to CSS variables of the page that holds them; plain ones stand alone on white.
-"""
+"""The charts of a report: functions of plain data, the same bytes for the same data."""
 
 from __future__ import annotations
 
-import io
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from retrofit.report import words
+from retrofit.report.drawing import (
+    GRID,
+    INK,
+    OTHERS,
+    STYLES,
+    Line,
+    Picture,
+    draw_lines,
+    end_labels,
+    log_if_wide,
+    mark,
+    picture,
+    place_labels,
+    style_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-INK, GRID = "#101112", "#d0d1d2"
-WIDTH, HEIGHT = 5.4, 3.5
-LOG_ABOVE = 8.0
-"""A y axis spanning more than this factor is logarithmic."""
-
-
-@dataclass(frozen=True)
-class Style:
-    """How one model is drawn; variable is the CSS variable that themed charts use for its colour."""
-
-    colour: str
-    variable: str
-    marker: str
-    dash: str | tuple[int, tuple[float, ...]]
-
-
-STYLES: dict[str, Style] = {
-    "original": Style("#0072B2", "--blue", "o", "solid"),
-    "converted": Style("#D55E00", "--vermillion", "s", (0, (2.0, 1.5))),
-    "extended": Style("#CC79A7", "--purple", "D", (0, (6.0, 2.0))),
-    "recovered": Style("#009E73", "--green", "^", (0, (5.0, 1.2, 1.2, 1.2))),
-}
-_OTHERS = (Style("#E69F00", "--orange", "v", "dashdot"), Style("#56B4E9", "--sky", "P", "dotted"))
-_VARIABLES = {INK: "currentColor", GRID: "var(--grid, #d0d1d2)"} | {
-    style.colour: f"var({style.variable}, {style.colour})" for style in (*STYLES.values(), *_OTHERS)
-}
-
-
-@dataclass(frozen=True)
-class Line:
-    """One labelled line: x, y and, where known, the interval (low, high) of each y."""
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    interval: Sequence[tuple[float, float]] = ()
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A drawn chart: SVG for the page and, when asked for, SVG and PNG that stand alone on white."""
-
-    name: str
-    themed: str
-    svg: str = ""
-    png: bytes = b""
-
-
-def style_of(label: str, index: int = 0) -> Style:
-    """The style of a model; others take turns through the remaining colours."""
-    return STYLES.get(label, _OTHERS[index % len(_OTHERS)])
 
 
 def perplexity_by_length(
@@ -90,21 +44,21 @@ def perplexity_by_length(
         ticks = sorted({x for line in lines for x in line.x})
         axes.set_xticks(ticks, [words.tokens(int(x)) for x in ticks])
         axes.minorticks_off()
-        _lines(axes, lines)
-        _log_if_wide(axes, [y for line in lines for y in line.y])
-        _mark(axes, native, "native")
+        draw_lines(axes, lines)
+        log_if_wide(axes, [y for line in lines for y in line.y])
+        mark(axes, native, "native")
         if claimed and claimed != native:
-            _mark(axes, claimed, "new")
+            mark(axes, claimed, "new")
         axes.set_xlabel("context length (tokens)")
         axes.set_ylabel("perplexity, lower is better")
-        _end_labels(axes, lines)
+        end_labels(axes, lines)
 
-    return _picture(name, title, draw, alone=alone)
+    return picture(name, title, draw, alone=alone)
 
 
 def loss_by_kv_heads(name: str, lines: Sequence[Line], *, title: str = "", alone: bool = False) -> Picture:
     """Increase of the loss (y, nats) against the number of KV heads (x, base-2 logarithm, the most at the left)."""
-    palette = [*STYLES.values(), *_OTHERS]
+    palette = [*STYLES.values(), *OTHERS]
 
     def draw(axes: Axes) -> None:
         axes.set_xscale("log", base=2)
@@ -115,20 +69,20 @@ def loss_by_kv_heads(name: str, lines: Sequence[Line], *, title: str = "", alone
         for line, style in zip(lines, palette, strict=False):
             drawn: dict[str, Any] = {"color": style.colour, "marker": style.marker, "linestyle": style.dash}
             axes.plot(line.x, line.y, markersize=5, linewidth=1.8, **drawn)
-        _log_if_wide(axes, [y for line in lines for y in line.y])
+        log_if_wide(axes, [y for line in lines for y in line.y])
         axes.set_xlabel("KV heads")
         axes.set_ylabel("loss beyond the original's (nats)")
         ends = [(line.label, line.x[-1], line.y[-1], s.colour) for line, s in zip(lines, palette, strict=False)]
-        _place_labels(axes, ends)
+        place_labels(axes, ends)
 
-    return _picture(name, title, draw, alone=alone)
+    return picture(name, title, draw, alone=alone)
 
 
 def perplexity_by_seconds(
     name: str, lines: Sequence[Line], *, original: float, title: str = "", alone: bool = False
 ) -> Picture:
     """Perplexity (y) against seconds of compute (x), both on logarithmic axes, above that of the original."""
-    palette = [*STYLES.values(), *_OTHERS]
+    palette = [*STYLES.values(), *OTHERS]
 
     def draw(axes: Axes) -> None:
         axes.set_xscale("log")
@@ -140,25 +94,25 @@ def perplexity_by_seconds(
         axes.set_xlabel("seconds of one core")
         axes.set_ylabel("perplexity, lower is better")
         ends = [(line.label, line.x[-1], line.y[-1], s.colour) for line, s in zip(lines, palette, strict=False)]
-        _place_labels(axes, [*ends, ("original", max(x for line in lines for x in line.x), original, INK)])
+        place_labels(axes, [*ends, ("original", max(x for line in lines for x in line.x), original, INK)])
 
-    return _picture(name, title, draw, alone=alone)
+    return picture(name, title, draw, alone=alone)
 
 
 def loss_by_position(name: str, lines: Sequence[Line], *, native: int | None, title: str = "") -> Picture:
     """Mean loss (y, nats) against position in the document (x, tokens)."""
 
     def draw(axes: Axes) -> None:
-        _lines(axes, lines, every=4)
-        _mark(axes, native, "native")
+        draw_lines(axes, lines, every=4)
+        mark(axes, native, "native")
         axes.set_xlabel("position in the document (tokens)")
         axes.set_ylabel("loss (nats), lower is better")
         axes.set_xlim(left=0)
         axes.locator_params(axis="x", nbins=6)
         axes.xaxis.set_major_formatter(lambda x, _: words.count(int(x)))
-        _end_labels(axes, lines)
+        end_labels(axes, lines)
 
-    return _picture(name, title, draw)
+    return picture(name, title, draw)
 
 
 def training_curve(
@@ -173,13 +127,13 @@ def training_curve(
             axes.plot(*zip(*seen, strict=True), color=STYLES["original"].colour, linewidth=1.0, alpha=0.9)
         if held:
             axes.plot(*zip(*held, strict=True), color=STYLES["converted"].colour, marker="s", linewidth=1.8)
-        _log_if_wide(axes, [loss for _, loss in (*seen, *held)])
+        log_if_wide(axes, [loss for _, loss in (*seen, *held)])
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss (nats per token)")
         ends = [("training", seen, "original"), ("held out", held, "converted")]
-        _place_labels(axes, [(text, *at[-1], STYLES[style].colour) for text, at, style in ends if at])
+        place_labels(axes, [(text, *at[-1], STYLES[style].colour) for text, at, style in ends if at])
 
-    return _picture(name, title, draw)
+    return picture(name, title, draw)
 
 
 def bars(
@@ -215,7 +169,7 @@ def bars(
         axes.grid(False)
         axes.margins(x=0.36)
 
-    return _picture(name, title, draw, height=max(1.3, 0.9 + 0.25 * rows))
+    return picture(name, title, draw, height=max(1.3, 0.9 + 0.25 * rows))
 
 
 def layer_costs(name: str, costs: Mapping[str, Sequence[float | None]], *, title: str = "") -> Picture:
@@ -236,142 +190,77 @@ def layer_costs(name: str, costs: Mapping[str, Sequence[float | None]], *, title
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
         axes.locator_params(axis="x", integer=True)
-        _place_labels(axes, [(line.label, line.x[-1], line.y[-1], palette[line.label].colour) for line in lines])
+        place_labels(axes, [(line.label, line.x[-1], line.y[-1], palette[line.label].colour) for line in lines])
 
-    return _picture(name, title, draw)
-
-
-def _lines(axes: Axes, lines: Sequence[Line], every: int = 1) -> None:
-    for index, line in enumerate(lines):
-        style = style_of(line.label, index)
-        drawn: dict[str, Any] = {"color": style.colour, "marker": style.marker, "linestyle": style.dash}
-        axes.plot(line.x, line.y, markersize=5, linewidth=1.8, markevery=(index % every, every), **drawn)
-        for x, (low, high) in zip(line.x, line.interval, strict=False):
-            axes.plot([x, x], [low, high], color=style.colour, linewidth=1.0, alpha=0.8)
+    return picture(name, title, draw)
 
 
-def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
-    positive = [value for value in values if value > 0]
-    if not positive or max(positive) <= LOG_ABOVE * min(positive):
-        return
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    digits = (1, 2, 5) if len(decades) <= 4 else (1,)
-    ticks = [digit * 10.0**power for power in decades for digit in digits]
-    ticks = [tick for tick in ticks if low <= tick <= high]
-    axes.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
-    axes.set_yticks([], minor=True)
-
-
-def _mark(axes: Axes, x: int | None, text: str) -> None:
-    if not x:
-        return
-    low, high = axes.get_xlim()
-    if not low <= x <= high:
-        return
-    axes.axvline(x, color=INK, linestyle=(0, (1.0, 2.0)), linewidth=1.0, zorder=1.5)
-    axes.annotate(
-        text,
-        (x, 1.0),
-        (0, 3),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset points",
-        ha="center",
-        fontsize=9.5,
-    )
-
-
-def _end_labels(axes: Axes, lines: Sequence[Line]) -> None:
-    _place_labels(
-        axes,
-        [
-            (line.label, line.x[-1], line.y[-1], style_of(line.label, index).colour)
-            for index, line in enumerate(lines)
-            if line.x
-        ],
-    )
-
-
-def _place_labels(axes: Axes, labels: Sequence[tuple[str, float, float, str]], gap: float = 13.0) -> None:
-    """Names at the right edge, level with the ends of their lines and pushed apart to at least `gap` points."""
-    scale = 72.0 / axes.figure.dpi
-    axes.figure.canvas.draw()
-    ends = sorted((axes.transData.transform((x, y))[1] * scale, text, y, colour) for text, x, y, colour in labels)
-    places: list[float] = []
-    for height, *_ in ends:
-        places.append(max(height, places[-1] + gap) if places else height)
-    for (height, text, y, colour), place in zip(ends, places, strict=True):
-        axes.annotate(
-            text,
-            (1.0, y),
-            (6, place - height),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            fontweight="bold",
-            annotation_clip=False,
-        )
-
-
-def _picture(
-    name: str, title: str, draw: Callable[[Axes], None], height: float = HEIGHT, alone: bool = False
+def heat_map(
+    name: str,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    cells: Mapping[tuple[int, float], tuple[float, str]],
+    *,
+    title: str = "",
 ) -> Picture:
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Context length (x) by depth (y, the beginning at the top): cells[length, depth] = (share in [0, 1], its text).
 
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "text.parse_math": False,
-        "font.family": "sans-serif",
-        "font.size": 10.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": INK,
-        "axes.labelcolor": INK,
-        "text.color": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "axes.facecolor": "none",
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": GRID,
-        "grid.linewidth": 0.7,
-    }
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(WIDTH, height), dpi=100, layout="constrained", facecolor="none")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        draw(axes)
-        page = themed(_svg(figure), name, title)
-        if not alone:
-            return Picture(name, page)
-        figure.set_facecolor("white")
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
-        return Picture(name, page, _svg(figure), png.getvalue())
+    Colours run from dark blue (0) to light yellow (1) in steps of lightness, so that they are told apart without hue.
+    """
+
+    def draw(axes: Axes) -> None:
+        import matplotlib
+        from matplotlib.patches import Rectangle
+
+        shades = matplotlib.colormaps["cividis"]
+        for (length, depth), (share, text) in cells.items():
+            x, y = lengths.index(length), depths.index(depth)
+            shade = shades(share)
+            axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=shade, edgecolor=GRID, linewidth=1.2))
+            light = 0.2126 * shade[0] + 0.7152 * shade[1] + 0.0722 * shade[2] > 0.4
+            written = "#010101" if light else "#ffffff"
+            axes.annotate(text, (x, y), ha="center", va="center", fontsize=9.0, color=written)
+        axes.set_xlim(-0.5, len(lengths) - 0.5)
+        axes.set_ylim(len(depths) - 0.5, -0.5)
+        axes.set_xticks(range(len(lengths)), [words.tokens(length) for length in lengths])
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        axes.set_xlabel("context length (tokens)")
+        axes.set_ylabel("depth of the fact")
+        axes.tick_params(length=0)
+        axes.grid(False)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+
+    return picture(name, title, draw, height=1.0 + 0.5 * len(depths))
 
 
-def _svg(figure: Figure) -> str:
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    return out.getvalue()
+def encodings_tried(
+    name: str,
+    earlier: Sequence[tuple[float, float]],
+    last: Sequence[tuple[float, float, str, str]],
+    *,
+    title: str = "",
+) -> Picture:
+    """Loss beyond the original's at its window (x, nats) against loss of the last tokens (y, nats).
 
+    earlier: small dots. last: (x, y, label, role); the roles `chosen` and `reference` are named in the chart.
+    """
 
-def themed(svg: str, name: str, title: str) -> str:
-    """An SVG file as an element of a page: no prolog, ids of its own, colours by CSS variable, a title for readers."""
-    from html import escape
+    def draw(axes: Axes) -> None:
+        if earlier:
+            axes.plot(*zip(*earlier, strict=True), linestyle="none", marker=".", markersize=4, color=INK, alpha=0.35)
+        for x, y, label, role in last:
+            style = STYLES[{"chosen": "recovered", "reference": "converted"}.get(role, "original")]
+            size = 9 if role else 6
+            axes.plot([x], [y], linestyle="none", marker=style.marker, markersize=size, color=style.colour)
+            if role:
+                named = "YaRN" if label.startswith("yarn") and role == "reference" else role
+                axes.annotate(
+                    named, (x, y), (0, 8), textcoords="offset points", ha="center", color=style.colour,
+                    fontweight="bold",
+                )  # fmt: skip
+        axes.margins(x=0.12, y=0.14)
+        axes.set_xlabel("excess loss at the original window (nats)")
+        axes.set_ylabel("loss of the last tokens (nats)")
 
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    for colour, variable in _VARIABLES.items():
-        svg = re.sub(re.escape(colour), variable, svg, flags=re.IGNORECASE)
-    head, body = svg.split(">", 1)
-    head = re.sub(r' (width|height)="[^"]*"', "", head)
-    head = re.sub(r' xmlns(:xlink)?="[^"]*"', "", head).replace("xlink:", "")
-    body = body.replace("xlink:href", "href")
-    return f'{head} role="img"><title>{escape(title)}</title>{body.strip()}'
+    return picture(name, title, draw)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from retrofit.evaluate.perplexity import ALL, Row
+
+if TYPE_CHECKING:
+    from retrofit.evaluate.context_use import LongContext
+    from retrofit.evaluate.effective import EffectiveLength, ShortContext
 
 CACHE_LENGTHS = (8192, 16384, 32768, 131072)
 """Tokens at which the KV cache is shown: keys of `ModelResult.kv_cache_bytes`."""
@@ -20,7 +24,8 @@ class ModelResult:
     """One model of the run: `original`, `converted`, `extended`, `recovered`, in the order they were made.
 
     rows: perplexities by kind and length. position_losses: (position in tokens, mean loss in nats). kv_cache_bytes:
-    bytes of the KV cache by number of tokens.
+    bytes of the KV cache by number of tokens. long_context: how it uses its context, as far as that was asked for.
+    short_context: what it lost against the original at or below the native length.
     """
 
     label: str
@@ -30,6 +35,13 @@ class ModelResult:
     kv_cache_bytes: Mapping[int, int] = field(default_factory=dict)
     decode_tokens_per_s: float | None = None
     kv_heads: int | None = None
+    long_context: LongContext | None = None
+    short_context: tuple[ShortContext, ...] = ()
+
+    @property
+    def effective(self) -> EffectiveLength | None:
+        """The certificate of its effective length."""
+        return self.long_context.effective if self.long_context else None
 
     def row(self, kind: str, length: int) -> Row | None:
         """The row of one kind at one length."""
@@ -52,8 +64,9 @@ class RunData:
     """Everything the report shows.
 
     training: (step, training loss or None, held-out loss or None). kernel_proof: the fields of
-    `kernels.registry.Proof`; conversion: of `kv_heads.convert.ConvertReport`; context: of `context.rope.Extension`;
-    reload: of `publish.reload.ReloadReport`. gate: one dict per requirement (metric, bound, value, passed, reason).
+    `kernels.registry.Proof`; conversion: of `kv_heads.convert.ConvertReport`; context: of `context.rope.Extension`, and
+    under `search`, where the encoding was searched for, of `context.search.Found`; reload: of
+    `publish.reload.ReloadReport`. gate: one dict per requirement (metric, bound, value, passed, reason).
     """
 
     name: str

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from retrofit.evaluate.perplexity import ALL
-from retrofit.report import charts, summary, words
-from retrofit.report.charts import Line, Picture
+from retrofit.report import charts, context_use, costs, encodings, summary, words
 from retrofit.report.data import RunData
-from retrofit.report.summary import Table
+from retrofit.report.drawing import Line, Picture
+from retrofit.report.parts import Figure, Table
 
 _PERPLEXITY_CAPTION = (
     "How well each model predicts text when it may read this many tokens from the start of a document. Lower is "
@@ -17,20 +16,18 @@ _PERPLEXITY_CAPTION = (
 )
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A chart, what it says, and its data. section: `quality`, `training`, `cost` or `conversion`."""
-
-    section: str
-    title: str
-    caption: str
-    picture: Picture
-    table: Table
-
-
 def figures(run: RunData) -> tuple[Figure, ...]:
     """Every chart that the run has data for, in reading order."""
-    makers = (_perplexities, _positions, _training, _cache, _speed, _layers)
+    makers = (
+        _perplexities,
+        _positions,
+        context_use.short_context,
+        context_use.figures,
+        encodings.figures,
+        _training,
+        costs.figures,
+        _layers,
+    )
     return tuple(figure for maker in makers for figure in maker(run))
 
 
@@ -69,8 +66,8 @@ def _perplexities(run: RunData) -> Iterator[Figure]:
             "quality",
             f"Perplexity by context length: {summary.kind_name(kind)}",
             caption,
-            picture,
             summary.comparison(run, kind),
+            picture,
         )
 
 
@@ -88,7 +85,7 @@ def _positions(run: RunData) -> Iterator[Figure]:
         "The mean loss of the tokens around each position. A line that falls or stays level uses its context; one that "
         "climbs has lost track of where its tokens are."
     )
-    yield Figure("quality", title, caption, picture, Table(("position", *(m.label for m in models)), tuple(rows)))
+    yield Figure("quality", title, caption, Table(("position", *(m.label for m in models)), tuple(rows)), picture)
 
 
 def _training(run: RunData) -> Iterator[Figure]:
@@ -102,36 +99,7 @@ def _training(run: RunData) -> Iterator[Figure]:
         best, step = min(held)
         caption += f" Best held-out loss: {words.number(best)} at step {words.count(step)}; that state is kept."
     picture = charts.training_curve("training", run.training, title=title)
-    yield Figure("training", title, caption, picture, Table(("step", "training loss", "held-out loss"), tuple(rows)))
-
-
-def _cache(run: RunData) -> Iterator[Figure]:
-    table = summary.memory(run)
-    if not table.rows:
-        return
-    models = [model for model in (run.original, run.final) if model is not None and model.kv_cache_bytes]
-    lengths = sorted({tokens for model in models for tokens in model.kv_cache_bytes})
-    groups = {
-        model.label: {f"{words.tokens(length)} tokens": model.kv_cache_bytes.get(length) for length in lengths}
-        for model in models
-    }
-    title = "Memory of the KV cache"
-    picture = charts.bars("cache", groups, label="bytes for one sequence", show=words.size, title=title)
-    caption = (
-        "What one sequence of this many tokens keeps in memory while text is generated, in the checkpoint's dtype."
-    )
-    yield Figure("cost", title, caption, picture, table)
-
-
-def _speed(run: RunData) -> Iterator[Figure]:
-    table = summary.speed(run)
-    if not table.rows:
-        return
-    groups = {model.label: {"": model.decode_tokens_per_s} for model in run.models if model.decode_tokens_per_s}
-    title = "Decoding speed"
-    picture = charts.bars("speed", groups, label="tokens per second, higher is better", show=words.number, title=title)
-    caption = "Tokens generated per second on the machine of this run, one sequence at a time."
-    yield Figure("cost", title, caption, picture, table)
+    yield Figure("training", title, caption, Table(("step", "training loss", "held-out loss"), tuple(rows)), picture)
 
 
 def _layers(run: RunData) -> Iterator[Figure]:
@@ -147,4 +115,4 @@ def _layers(run: RunData) -> Iterator[Figure]:
         "The share of what a layer's keys and values did for attention that fewer heads cannot hold. "
         f"Layers that lost most: {worst}. The table has the costliest first."
     )
-    yield Figure("conversion", title, caption, charts.layer_costs("layers", costs, title=title), table)
+    yield Figure("conversion", title, caption, table, charts.layer_costs("layers", costs, title=title))

@@ -26,6 +26,22 @@ _TEXTS: tuple[tuple[str, str], ...] = (
         "the loss in bits over the UTF-8 bytes of the text; comparable between tokenizers.",
     ),
     (
+        "Effective length",
+        "the longest measured context that the model is shown to use: at it and at every shorter measured one the end "
+        "of the text is predicted no worse than at the native length, the context beyond the native one lowers "
+        "the loss "
+        "of the same tokens, and a fact put into the text is found nearly as often as within the native window.",
+    ),
+    (
+        "Context gain",
+        "the mean of the loss with the native context less the loss with the longer one, on the same tokens.",
+    ),
+    (
+        "LongPPL",
+        "the perplexity of key tokens alone: those that lose more than 2 nats with a context of 4,096 tokens than with "
+        "all of it, and less than 2 with all of it (Fang et al. 2025).",
+    ),
+    (
         "95% interval",
         "percentile bootstrap: the measured losses are drawn again with replacement, the perplexity is "
         "computed each time, and 95% of the results lie within the interval. It says how much the number "

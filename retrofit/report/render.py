@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.evaluate.perplexity import ALL
-from retrofit.report import summary, words
+from retrofit.report import encodings, summary, words
 from retrofit.report.data import CACHE_LENGTHS, ModelResult, RunData, StepRecord, loss_by_position
-from retrofit.report.figures import Figure, card_picture, figures
+from retrofit.report.figures import card_picture, figures
 from retrofit.report.glossary import definitions
+from retrofit.report.parts import Figure
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -22,6 +23,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 CARD_CHART = "perplexity"
 SECTIONS = {
     "quality": "How well it predicts text",
+    "context": "Whether the long context is used",
+    "search": "How the position encoding was chosen",
     "training": "Recovery training",
     "cost": "What it costs to run",
     "conversion": "Inside the conversion",
@@ -56,8 +59,10 @@ def html(run: RunData, shown: tuple[Figure, ...] | None = None) -> str:
 
 
 def markdown(run: RunData, shown: tuple[Figure, ...] | None = None) -> str:
-    """The report as Markdown, with tables where the page has charts."""
-    return _template("report.md.j2", autoescape=False).render(**_content(run, figures(run) if shown is None else shown))
+    """The report as Markdown, with tables where the page has charts; those of perplexity stand in it already."""
+    drawn = figures(run) if shown is None else shown
+    kept = tuple(one for one in drawn if one.section != "quality" or one.picture is None)
+    return _template("report.md.j2", autoescape=False).render(**_content(run, kept))
 
 
 def _content(run: RunData, shown: tuple[Figure, ...]) -> dict[str, Any]:
@@ -96,6 +101,8 @@ def _changes(run: RunData) -> tuple[tuple[str, str], ...]:
     if got:
         how = f"{words.count(got.get('before'))} → {words.count(got.get('length'))} tokens by `{got.get('method')}`"
         said.append(("Window", f"{how}, factor {words.plain(got.get('factor'))}"))
+    if encodings.found(run):
+        said.append(("Position encoding", encodings.said(run)))
     if run.training:
         said.append(("Recovery", f"{words.count(run.training[-1][0])} optimizer steps"))
     if run.kernel:

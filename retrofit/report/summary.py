@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from retrofit.evaluate.perplexity import ALL, Row
-from retrofit.report import words
-from retrofit.report.data import ModelResult, RunData
+from retrofit.report import context_use, words
+from retrofit.report.data import RunData
+from retrofit.report.parts import Number, Table
 
 FEW_DOCUMENTS = 5
 OVERFIT = 1.02
 """A last held-out loss this much above the best one is said to have risen."""
-
-
-@dataclass(frozen=True)
-class Number:
-    """One key number: its label, the value large, the detail small."""
-
-    label: str
-    value: str
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text. The first column is a label, the others are numbers."""
-
-    headers: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    title: str = ""
 
 
 def title_of(run: RunData) -> str:
@@ -113,6 +95,7 @@ def key_numbers(run: RunData) -> tuple[Number, ...]:
                 numbers.append(
                     Number(f"Perplexity against the original, {kind}", words.times(new.ppl / old.ppl), detail)
                 )
+    numbers += context_use.number(run)
     numbers += _beyond(run)
     if before and after and before.decode_tokens_per_s and after.decode_tokens_per_s:
         gain = after.decode_tokens_per_s / before.decode_tokens_per_s
@@ -165,6 +148,7 @@ def cautions(run: RunData) -> tuple[str, ...]:
     said += _about_texts(run)
     if grew(run) and run.claimed_length not in run.lengths:
         said.append(f"The new window of {words.count(run.claimed_length)} tokens was not measured to its end.")
+    said += context_use.cautions(run)
     held = [loss for _, _, loss in run.training if loss is not None]
     if len(held) > 1 and held[-1] > OVERFIT * min(held):
         said.append("The held-out loss rose again before training ended; the best state was kept, not the last.")
@@ -230,26 +214,6 @@ def details(run: RunData, kind: str) -> Table:
         if (row := model.row(kind, length)) is not None
     ]
     return Table(headers, tuple(rows), kind_name(kind))
-
-
-def memory(run: RunData) -> Table:
-    """KV-cache bytes at each number of tokens."""
-    models = _with_cache(run)
-    lengths = sorted({tokens for model in models for tokens in model.kv_cache_bytes})
-    rows = [
-        (words.count(length), *(words.size(model.kv_cache_bytes.get(length)) for model in models)) for length in lengths
-    ]
-    return Table(("tokens in the cache", *(model.label for model in models)), tuple(rows))
-
-
-def _with_cache(run: RunData) -> list[ModelResult]:
-    return [model for model in (run.original, run.final) if model is not None and model.kv_cache_bytes]
-
-
-def speed(run: RunData) -> Table:
-    """Decoded tokens a second."""
-    rows = [(model.label, words.number(model.decode_tokens_per_s)) for model in run.models if model.decode_tokens_per_s]
-    return Table(("model", "decoded tokens/s"), tuple(rows))
 
 
 def steps(run: RunData) -> Table:

@@ -14,6 +14,7 @@ from retrofit.publish.card import CardModel, render_card, require_licence_and_ba
 from retrofit.publish.snippet import front_matter, load_snippet, placeholders, snippet_of, with_model_id
 from retrofit.recipe.schema import RopeMethod
 from tests.publish.cards import card_input, row, rows
+from tests.report.made_up import effective
 
 
 def test_front_matter_as_the_hub_reads_it() -> None:
@@ -48,6 +49,16 @@ def test_a_person_finds_what_was_done() -> None:
     assert "name: quickstart" in text and "retrofit run quickstart --out runs/quickstart" in text
     assert "1.40 times the original's" in text
     assert "/home/someone" not in text and "notes.txt" in text
+
+
+def test_the_effective_length_is_told_with_what_shows_it() -> None:
+    text = render_card(card_input(effective=effective("recovered")))
+    assert "**Effective length: 16,384 tokens.** 16,384 tokens pass: the last 1,024 tokens have 0.981 times" in text
+    assert "0.90 of the needle's tokens are found, 0.77 are needed" in text and "finds a fact far back" not in text
+    less = render_card(card_input(effective=effective("original")))
+    assert "Not beyond, at 16384 tokens" in less
+    assert "It is shown to use 8,192 tokens of context, not the 16,384 of its window." in less
+    assert "Effective length" not in render_card(card_input())
 
 
 def test_markdown_is_well_formed() -> None:

@@ -11,12 +11,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from retrofit.console import jsonable
+from retrofit.evaluate.context_use import LongContext, restored
 from retrofit.report import charts, summary, words
-from retrofit.report.charts import Line
 from retrofit.report.data import ModelResult, RunData, StepRecord, loss_by_position
+from retrofit.report.drawing import STYLES, Line
 from retrofit.report.figures import card_picture, figures
 from retrofit.report.render import html, markdown, render
-from tests.report.made_up import conversion, model, run
+from tests.report.made_up import conversion, effective, long_context, model, run, search
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,9 @@ def test_page_has_every_part(page: str) -> None:
         "Memory of the KV cache",
         "Decoding speed",
         "What the conversion cost in each layer",
+        "Whether the long context is used",
+        "How the position encoding was chosen",
+        "What it lost within the original",
         "ppl_ratio@8192",
         "fresh process with stock transformers",
         "Time and memory",
@@ -70,8 +75,9 @@ def test_page_has_every_part(page: str) -> None:
         "blocks of 512 tokens",
     ):
         assert part in text, part
-    assert page.count("<figure>") == 8
-    assert page.count("The data of this chart") == 8
+    drawn, plain = page.count("<figure>"), page.count("<figure class=wide>")
+    assert drawn == page.count("The data of this chart") == 11  # 3 kinds, positions, 2 needles, search, 4 others
+    assert plain == 6  # short context, certificate, gain, RULER, LongPPL, other definitions
 
 
 def test_page_is_self_contained_and_well_formed(page: str) -> None:
@@ -94,6 +100,16 @@ def test_same_data_same_bytes(page: str) -> None:
     assert first.png.startswith(b"\x89PNG") and "dc:date" not in first.svg
 
 
+def untested() -> LongContext:
+    """A certificate that rests on the tail alone."""
+    tests = tuple(
+        replace(one, gain=None, gain_low=None, gain_high=None, gain_passed=None, needle=None, needle_bound=None,
+                needle_passed=None, margins={"tail": 0.01})
+        for one in effective("recovered").tests
+    )  # fmt: skip
+    return LongContext(8192, effective=replace(effective("recovered"), tests=tests, not_tested=("needle at 16384",)))
+
+
 EMPTY = RunData(name="empty")
 CASES = {
     "empty": EMPTY,
@@ -105,6 +121,16 @@ CASES = {
             for one in (model("original", 3), model("converted", 1))
         )
     ),
+    "nothing asked about context": run(
+        models=tuple(replace(one, long_context=None, short_context=()) for one in run().models), context=None
+    ),
+    "perplexities of others only": run(
+        models=tuple(
+            replace(one, long_context=LongContext(8192, defined=long_context(one.label).defined))
+            for one in run().models
+        )
+    ),
+    "certified without gain and needle": run(models=(replace(run().models[2], long_context=untested()),)),
     "original only": run(
         models=(model("original", 3),), conversion=None, context=None, training=(), claimed_length=8192
     ),
@@ -168,6 +194,54 @@ def test_text_cannot_break_the_page_or_the_table() -> None:
     assert len(re.findall(r"(?<!\\)\|", table)) == len(re.findall(r"(?<!\\)\|", header))
 
 
+def test_the_effective_length_stands_at_the_top_with_its_certificate_below(page: str) -> None:
+    shown = {number.label: (number.value, number.detail) for number in summary.key_numbers(run())}
+    assert shown["Effective length"] == ("16,384", "tokens, the original's 8,192")
+    (table,) = (one.table for one in figures(run()) if one.title == "Effective length")
+    rows = {(row[0], row[1]): row[2:] for row in table.rows}
+    assert len(rows) == 10
+    assert rows["16,384", "original"] == (
+        "9.20 [8.92, 9.48]", "-2.10 [-2.11, -2.09]", "0.050 (needs 0.77)",
+        "tail -2.189 nats, needle -0.715, gain -2.110 nats", "NOT PASSED",
+    )  # fmt: skip
+    assert rows["16,384", "recovered"][-1] == "passed" and "tail +0.050 nats" in rows["16,384", "recovered"][3]
+    assert "tail" not in rows["4,096", "recovered"][3], "below the native length the tail proves nothing"
+    text = visible(page)
+    assert "Not beyond, at 16384 tokens: the tail is predicted worse" in text
+    assert "saves 0.0410 nats a token on the same tokens (0.0310 to 0.0510)" in text
+    assert not any("effective length" in one.lower() for one in summary.cautions(run()))
+    less = run(models=(model("original", 3), replace(model("recovered", 1), long_context=long_context("original"))))
+    assert any("8,192 tokens, less than the window of 16,384. Stopped by" in one for one in summary.cautions(less))
+    bare = run(models=(model("original", 3), replace(model("recovered", 1), long_context=untested())))
+    assert any("certified without: needle at 16384" in one for one in summary.cautions(bare))
+
+
+def test_the_needle_map_holds_what_its_table_holds() -> None:
+    (found,) = (one for one in figures(run()) if one.title == "Needle in a haystack: original")
+    assert len(found.table.rows) == 15 and found.picture is not None
+    assert found.table.rows[0] == ("2,048", "0%", "80%", "0%", "1.00", "+2.48")
+    assert found.table.rows[-1] == ("16,384", "100%", "0%", "0%", "4.20", "+0.00")
+    written = found.picture.themed
+    assert written.count(">80%<") == 4 and written.count(">0%<") == 5 + 1  # cells past the window, and one depth
+    assert "#ffffff" in written and "#010101" in written, "text stands out from dark and from light cells"
+
+
+def test_the_search_is_shown_with_its_winner_and_its_reference() -> None:
+    (found,) = (one for one in figures(run()) if one.section == "search")
+    assert len(found.table.rows) == 4 and "24 encodings in 3 rounds" in found.caption
+    assert found.table.rows[0][0] == f"{search()['winner']['label']} (chosen)"  # type: ignore[index]
+    assert any(row[0] == "yarn (reference)" for row in found.table.rows)
+    assert found.picture is not None and ">chosen<" in found.picture.themed and ">YaRN<" in found.picture.themed
+    assert found.picture.themed.count("<use ") >= 24 + 8 + 4
+    assert "the best of 24 position encodings measured on this model (187,392 tokens read)" in visible(html(run()))
+
+
+def test_the_use_of_context_comes_back_from_the_journal_as_it_went() -> None:
+    for label in ("original", "recovered"):
+        assert restored(jsonable(long_context(label))) == long_context(label)  # type: ignore[arg-type]
+    assert restored(jsonable(LongContext(512))) == LongContext(512)  # type: ignore[arg-type]
+
+
 def test_wide_values_get_a_logarithmic_axis() -> None:
     lengths = [1024, 2048]
     narrow = charts.perplexity_by_length("a", [Line("original", lengths, [10, 40])], native=1024)
@@ -183,7 +257,7 @@ def test_native_window_is_marked_only_inside_the_axis() -> None:
 
 
 def test_models_are_told_apart_without_colour() -> None:
-    styles = list(charts.STYLES.values())
+    styles = list(STYLES.values())
     assert len({style.marker for style in styles}) == len({str(style.dash) for style in styles}) == len(styles)
     picture = card_picture(run())
     assert picture is not None

@@ -1,0 +1,39 @@
+"""What a page is made of: numbers, tables and figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from retrofit.report.drawing import Picture
+
+
+@dataclass(frozen=True)
+class Number:
+    """One key number: its label, the value large, the detail small."""
+
+    label: str
+    value: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text. The first column is a label, the others are numbers."""
+
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart, what it says, and its data; without a picture the table stands for itself. section: a key of
+    `render.SECTIONS`."""
+
+    section: str
+    title: str
+    caption: str
+    table: Table
+    picture: Picture | None = None
