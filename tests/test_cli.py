@@ -195,7 +195,7 @@ def test_recover_trains_towards_the_original(tiny: Path, tmp_path: Path) -> None
 
 
 def test_a_kernel_is_measured_without_touching_a_weight(tiny: Path, tmp_path: Path) -> None:
-    short = ["--set", "evaluate.lengths=[64,128]", "--set", "evaluate.decode_tokens=0", "--set", "evaluate.tail=16"]
+    short = ["--set", "evaluate.lengths=[64,128]", "--set", "evaluate.cost_lengths=[]", "--set", "evaluate.tail=16"]
     found = cli("run", "kernel-only", "--model", tiny, *short, "--out", tmp_path / "run", "--json")
     result = json.loads(found)
     assert list(result["models"]) == ["original"] and result["models"]["original"]["kernel"] == "blockwise"

@@ -1,9 +1,14 @@
-"""What running a model costs: decode speed and the bytes its KV cache really holds."""
+"""What running a model costs at a context length: prefill, decoding, memory, and the bounds this machine sets to them.
+
+Decoding one sequence reads all weights and the whole KV cache for every token: it is bound by memory bandwidth. A
+prefill multiplies every token with every weight: it is bound by floating-point operations.
+"""
 
 from __future__ import annotations
 
-import statistics
+import gc
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,69 +16,141 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from retrofit.errors import UserError
+from retrofit.evaluate.machine import bandwidth, flops
+from retrofit.evaluate.memory import Watch
+from retrofit.model.families import describe
+from retrofit.model.spec import AttentionSpec
+
+WARM_UP = 16  # tokens of a pass that is not timed
 
 
 @dataclass(frozen=True)
-class DecodeCost:
-    """tokens_per_s: median over `runs` greedy decodes of `decode_tokens`, each after a prompt of `prompt_tokens`.
+class LengthCost:
+    """One sequence of `length` tokens, read in one pass, then `decode_tokens` greedy tokens after it.
 
-    kv_bytes: what the cache held at the end, kv_tokens tokens long. kernel, dtype: what was measured.
+    prefill_seconds: until the first token is known. prefill_bytes: memory beyond the weights at the pass's peak, KV
+    cache included. kv_bytes: what the cache held after the prefill; kv_bytes_expected: from the spec. decode_per_s is
+    None when nothing was decoded. The bounds are the most this machine could do, in tokens per second.
     """
 
-    tokens_per_s: float
-    runs: tuple[float, ...]
-    prompt_tokens: int
-    decode_tokens: int
+    length: int
+    prefill_seconds: float
+    prefill_per_s: float
+    prefill_bound: float
+    prefill_bytes: int
     kv_bytes: int
-    kv_tokens: int
+    kv_bytes_expected: int
+    decode_tokens: int
+    decode_per_s: float | None
+    decode_bound: float
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """By length, and what was measured: kernel, dtype, and the machine's bytes and operations per second.
+
+    weight_bytes: what one decoded token reads; an input table that is not the output's is not counted. Of a mixture of
+    experts all experts are, so that its bound can be exceeded.
+    """
+
+    lengths: tuple[LengthCost, ...]
+    weight_bytes: int
     kernel: str
     dtype: str
-
-    @property
-    def kv_bytes_per_token(self) -> float:
-        """Bytes per token of the measured cache; below the formula where a sliding window has cut it."""
-        return self.kv_bytes / self.kv_tokens
+    device: str
+    bytes_per_second: float
+    flops_per_second: float
 
 
-def decode_speed(
-    model: PreTrainedModel, prompt_tokens: int = 256, decode_tokens: int = 64, *, repeats: int = 3, seed: int = 0
-) -> DecodeCost:
-    """Greedy decoding, one sequence, with the model's own kernel and a stock cache; random prompt, end tokens ignored.
+def run_cost(model: PreTrainedModel, lengths: Sequence[int], decode_tokens: int = 64, *, seed: int = 0) -> RunCost:
+    """The cost at every length, clipped to the model's window, each measured once; random tokens, a stock cache.
 
-    The first decoded token comes from the prompt's pass and is not timed.
-
-    Raises: UserError when no token is asked for.
+    Raises: UserError for a length below one token.
     """
-    if decode_tokens < 1 or prompt_tokens < 1:
-        raise UserError("decoding needs at least one prompt token and one token to decode", fix="set decode_tokens: 16")
+    if not lengths or min(lengths) < 1:
+        raise UserError("a cost is measured at one token or more", fix="set evaluate.cost_lengths: [512, 2048]")
+    spec, device = describe(model.config), model.device.type
+    window = spec.max_position_embeddings
+    speed, read = flops(model.dtype, device), bandwidth(device)
+    weights = weights_read(model)
     generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(model.config.vocab_size, (1, prompt_tokens), generator=generator).to(model.device)
-    speeds = []
+    found = []
     with torch.inference_mode():
-        for _ in range(repeats):
+        _next(model, _prompt(model, min(WARM_UP, window), generator), DynamicCache(config=model.config))
+        for length in sorted({min(length, window) for length in lengths}):
+            prompt = _prompt(model, length, generator)
             cache = DynamicCache(config=model.config)
-            token = _next(model, prompt, cache)
-            _wait(model)
-            start = time.perf_counter()
+            with Watch(model.device) as watch:
+                seconds, token = _timed(model, prompt, cache)
+            held = cache_bytes(cache)
+            began = time.perf_counter()
             for _ in range(decode_tokens):
                 token = _next(model, token, cache)
             _wait(model)
-            speeds.append(decode_tokens / (time.perf_counter() - start))
-    return DecodeCost(
-        tokens_per_s=statistics.median(speeds),
-        runs=tuple(speeds),
-        prompt_tokens=prompt_tokens,
-        decode_tokens=decode_tokens,
-        kv_bytes=cache_bytes(cache),
-        kv_tokens=prompt_tokens + decode_tokens,
+            spent = time.perf_counter() - began
+            expected = spec.kv_cache_bytes(length, model.dtype.itemsize)
+            found.append(
+                LengthCost(
+                    length=length,
+                    prefill_seconds=seconds,
+                    prefill_per_s=length / seconds,
+                    prefill_bound=length * speed / prefill_flops(model, spec, length),
+                    prefill_bytes=watch.most_bytes,
+                    kv_bytes=held,
+                    kv_bytes_expected=expected,
+                    decode_tokens=decode_tokens,
+                    decode_per_s=decode_tokens / spent if decode_tokens else None,
+                    decode_bound=read / (weights + expected),
+                )
+            )
+            del cache
+            gc.collect()
+    return RunCost(
+        lengths=tuple(found),
+        weight_bytes=weights,
         kernel=str(model.config._attn_implementation),
         dtype=str(model.dtype).removeprefix("torch."),
+        device=device,
+        bytes_per_second=read,
+        flops_per_second=speed,
     )
+
+
+def weights_read(model: PreTrainedModel) -> int:
+    """Bytes of the weights that every token reads: all but an input table that is not the output's as well."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(table.weight, torch.Tensor)
+    own = head is None or table.weight is not head.weight
+    every = sum(parameter.nbytes for parameter in model.parameters())
+    return every - (table.weight.nbytes if own else 0)
+
+
+def prefill_flops(model: PreTrainedModel, spec: AttentionSpec, tokens: int) -> float:
+    """Of one pass over `tokens` tokens that predicts one: matrices, and causal attention within each layer's window."""
+    head = spec.vocab_size * spec.hidden_size
+    body = weights_read(model) // model.dtype.itemsize - head
+    scores = 0.0
+    for layer in spec.layers:
+        window = min(tokens, layer.window or tokens)
+        pairs = window * (window + 1) / 2 + (tokens - window) * window
+        scores += 4 * layer.query_heads * layer.head_dim * pairs
+    return 2.0 * (body * tokens + head) + scores
 
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of all keys and values a transformers cache holds."""
     return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None)
+
+
+def _prompt(model: PreTrainedModel, tokens: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(model.config.get_text_config().vocab_size, (1, tokens), generator=generator).to(model.device)
+
+
+def _timed(model: PreTrainedModel, ids_1T: torch.Tensor, cache: DynamicCache) -> tuple[float, torch.Tensor]:
+    began = time.perf_counter()
+    token = _next(model, ids_1T, cache)
+    _wait(model)
+    return time.perf_counter() - began, token
 
 
 def _next(model: PreTrainedModel, ids_1T: torch.Tensor, cache: DynamicCache) -> torch.Tensor:

@@ -10,8 +10,8 @@ from importlib import metadata, util
 from pathlib import Path
 
 from retrofit.checkpoint.provenance import versions
+from retrofit.evaluate.machine import flops
 from retrofit.kernels.registry import KernelStatus, available
-from retrofit.pipeline.throughput import flops
 
 OPTIONAL = {
     "gguf": ("reading .gguf files", "pip install 'attention-retrofit[gguf]'"),

@@ -34,7 +34,7 @@ METRICS = "metrics.json"
 def evaluate(runner: Runner, states: Mapping[str, State], section: Evaluate) -> Mapping[str, Any]:
     """Score every model of the run. states: by label, the original first. Returns the result of the step:
 
-    {"models": {label: {"rows", "kernel", "decode", "long_context", "kv_bytes_per_token", ...}}, "proof": ...,
+    {"models": {label: {"rows", "kernel", "cost", "long_context", "kv_bytes_per_token", ...}}, "proof": ...,
     "metrics": {...}, "short_context": {label: rows of what it lost against the original within the native length}}
     """
     documents = runner.prepared.documents
@@ -96,7 +96,7 @@ def _score(
     config = {
         "chunk": section.chunk,
         "dtype": section.dtype,
-        "decode_tokens": section.decode_tokens,
+        **section.model_dump(mode="json", include={"cost_lengths", "decode_tokens"}),
         "kernel": prepared.kernel.name,
         "kernel_asked_for": prepared.kernel.requested != "auto",
         "device": prepared.device,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import resource
 import sys
 from pathlib import Path
+
+from retrofit.evaluate.memory import give_back
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -16,11 +16,7 @@ def reset_peak() -> None:
 
     What earlier work freed is given back to the system first, so that it is not counted as this work's.
     """
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc; others have no such call
-        if trim is not None:
-            trim(0)
+    give_back()
     if _CLEAR.exists():
         try:
             _CLEAR.write_text("5")

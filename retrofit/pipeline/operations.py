@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from retrofit.model.reexpress import ReexpressReport
 
 PROOF_TOKENS = 256
-DECODE_PROMPT = 512
 _OF_THE_MOMENT = ("seconds", "peak_bytes", "tokens_per_second", "resumed_from", "notes")
 
 
@@ -245,7 +244,7 @@ def score_folder(
     partial: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[TokenLosses, dict[str, object], Measured]:
-    """Token losses of a checkpoint folder, what it costs ({"kernel", "reason", "decode"}), and what else was asked for.
+    """Token losses of a checkpoint folder, what it costs ({"kernel", "reason", "cost"}), and what else was asked for.
 
     native: the length the original was made for; by default what the folder records. identity: digests of the
     checkpoint, recorded with the losses. partial: where finished documents are kept until all are.
@@ -288,12 +287,11 @@ def score_folder(
         partial=partial,
         progress=progress,
     )
-    cost: dict[str, object] = {"kernel": choice.name, "reason": choice.reason, "decode": None}
-    if evaluate.decode_tokens:
-        from retrofit.evaluate.cost import decode_speed
+    cost: dict[str, object] = {"kernel": choice.name, "reason": choice.reason, "cost": None}
+    if evaluate.cost_lengths:
+        from retrofit.evaluate.cost import run_cost
 
-        prompt = min(DECODE_PROMPT, min(len(document.input_ids) for document in documents))
-        cost["decode"] = jsonable(decode_speed(model, prompt, evaluate.decode_tokens))
+        cost["cost"] = jsonable(run_cost(model, evaluate.cost_lengths, evaluate.decode_tokens, seed=seed))
     del model
     gc.collect()
     return losses, cost, measured

@@ -21,6 +21,7 @@ FOLDERS = {name: f"{number}-{name}" for number, name in enumerate(STEPS, start=1
 BASE_BYTES = 700 << 20  # a Python process with torch and transformers imported
 EFFICIENCY = 0.5  # share of matrix-multiplication speed that a whole forward pass reaches
 CALL_SECONDS = 0.001  # of the Python code of one layer
+MACHINE_SECONDS = 1.0  # of measuring the machine's own speed beside a model's
 PROOF_SECONDS = 5.0  # of loading a model once more and proving its kernel
 TRANSFER_PASSES = 7  # forward and backward twice over the text that is trained on, and what is held out, four times
 BATCH_TOKENS = 8192  # of a calibration batch
@@ -217,6 +218,18 @@ class _Shape:
         scores = sum(4 * layer.query_heads * layer.head_dim for layer in self.after.layers)
         return tokens * (2 * self.matmul_parameters + scores * context / 2)
 
+    def run_seconds(self, tokens: int, evaluate: Evaluate) -> float:
+        """Of a prefill of `tokens` tokens and decoding after it: weights and cache are read for each token."""
+        spec = self.facts.spec
+        read = self.facts.weight_bytes + spec.kv_cache_bytes(tokens, DTYPE_BYTES.get(self.facts.dtype, 2))
+        each = read / self.throughput.bytes_per_second + CALL_SECONDS * len(spec.layers)
+        return self.seconds(tokens, tokens) + evaluate.decode_tokens * each
+
+    def prefill_bytes(self, tokens: int) -> int:
+        """What one pass over `tokens` tokens holds beside the weights: the outputs of a layer, and the cache."""
+        spec = self.facts.spec
+        return 4 * tokens * (self.layer_parameters // spec.hidden_size) + spec.kv_cache_bytes(tokens, 4)
+
     def attention_flops(self, tokens: int, context: int) -> float:
         """Of one forward pass through the attention of every layer alone."""
         width = self.facts.spec.hidden_size
@@ -317,9 +330,12 @@ def _evaluate(shape: _Shape, recipe: Recipe, evaluate: Evaluate) -> Cost:
     bytes_per_value = DTYPE_BYTES.get(facts.dtype, 2)
     cache = spec.kv_cache_bytes(longest, bytes_per_value)
     peak = BASE_BYTES + 2 * facts.weight_bytes + cache + 3 * evaluate.chunk * spec.vocab_size * 4
-    # Decoding is timed three times: all weights are read for each token, and each layer is called.
-    each = facts.weight_bytes / shape.throughput.bytes_per_second + CALL_SECONDS * len(spec.layers)
-    piece = shape.seconds(documents * longest, longest) + 3 * evaluate.decode_tokens * each
+    window = claimed_length(recipe, spec.max_position_embeddings)
+    costed = sorted({min(length, window) for length in evaluate.cost_lengths})
+    if costed:  # one pass at once holds what the matrices of one layer give
+        peak = max(peak, BASE_BYTES + 2 * facts.weight_bytes + shape.prefill_bytes(costed[-1]))
+    piece = shape.seconds(documents * longest, longest) + sum(shape.run_seconds(n, evaluate) for n in costed)
+    piece += MACHINE_SECONDS if costed else 0
     further = further_reading(evaluate, spec.max_position_embeddings)
     piece += sum(shape.seconds(documents * tokens, context) for tokens, context in further)
     piece += sum(shape.seconds(tokens, context) for tokens, context in questions_read(evaluate))

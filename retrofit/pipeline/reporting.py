@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
 from retrofit import bundled
 from retrofit.checkpoint.provenance import versions
 from retrofit.console import jsonable
 from retrofit.evaluate.context_use import restored
+from retrofit.evaluate.cost import RunCost
 from retrofit.evaluate.effective import ShortContext
 from retrofit.evaluate.losses import TokenLosses
 from retrofit.evaluate.perplexity import Row
@@ -86,14 +89,14 @@ def _dicts(results: tuple[GateResult, ...]) -> list[dict[str, Any]]:
 
 def _model(runner: Runner, label: str, value: dict[str, Any], lost: Sequence[dict[str, Any]]) -> ModelResult:
     losses = TokenLosses.load(losses_file(runner.folder, label))
-    decode = value.get("decode") or {}
+    cost = value["cost"]
     return ModelResult(
         label=label,
         rows=tuple(Row(**row) for row in value["rows"]),
         position_losses=loss_by_position(losses.losses),
         kv_bytes_per_token=value["kv_bytes_per_token"],
         kv_cache_bytes={int(tokens): size for tokens, size in value["kv_cache_bytes"].items()},
-        decode_tokens_per_s=decode.get("tokens_per_s"),
+        cost=TypeAdapter(RunCost).validate_python(cost) if cost else None,
         kv_heads=value["kv_heads"],
         long_context=restored(value["long_context"]),
         short_context=tuple(ShortContext(**row) for row in lost),

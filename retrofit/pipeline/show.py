@@ -246,11 +246,31 @@ def evaluation(console: Console, result: Evaluation) -> None:
         unit, tail = result.rows[0].unit, max(row.tail for row in result.rows)
         console.say(f"intervals: bootstrap over each {unit}; tail ppl: the last {tail:,} tokens before the length")
     console.say(f"KV cache: {nbytes(result.kv_bytes_per_token)} per token, {result.kv_heads} KV heads")
-    if result.decode:
-        console.say(f"decoding: {result.decode['tokens_per_s']:.1f} tokens/s for one sequence")
+    if result.cost:
+        _cost(console, result.cost)
     if result.losses:
         console.say(f"token losses: {result.losses}")
     _long_context(console, result.long_context)
+
+
+def _cost(console: Console, found: Mapping[str, Any]) -> None:
+    """What one sequence costs, beside the most that the machine could do."""
+    console.table(
+        f"Cost of one sequence, {found['dtype']}, kernel {found['kernel']}; in brackets what memory bandwidth and "
+        "floating-point speed allow",
+        ["tokens", "KV cache", "first token", "prefill tokens/s", "decode tokens/s", "prefill memory"],
+        [
+            (
+                one["length"],
+                nbytes(one["kv_bytes"]),
+                seconds(one["prefill_seconds"]),
+                f"{one['prefill_per_s']:,.0f} [{one['prefill_bound']:,.0f}]",
+                f"{one['decode_per_s']:.1f} [{one['decode_bound']:.1f}]" if one["decode_per_s"] else "-",
+                nbytes(one["prefill_bytes"]),
+            )
+            for one in found["lengths"]
+        ],
+    )
 
 
 def _long_context(console: Console, found: LongContext) -> None:

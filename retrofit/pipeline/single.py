@@ -47,7 +47,7 @@ class Written:
 class Evaluation:
     """What `evaluate` measured. rows: by kind of text and length. kv_cache_bytes: by tokens, for one sequence.
 
-    decode: speed of decoding one sequence; None when it was not timed. losses: the file they were kept in.
+    cost: the fields of `evaluate.cost.RunCost`; None when it was not measured. losses: the file they were kept in.
     long_context: whether the context is used, as far as that was asked for.
     """
 
@@ -58,7 +58,7 @@ class Evaluation:
     kv_heads: int
     kv_bytes_per_token: int
     kv_cache_bytes: Mapping[str, int]
-    decode: Mapping[str, Any] | None
+    cost: Mapping[str, Any] | None
     claimed_length: int
     losses: Path | None
     long_context: LongContext
@@ -224,7 +224,7 @@ def evaluate(
             save_losses(scored, pass_file(out, name))
         shutil.rmtree(out.with_name(out.name + ".scored"), ignore_errors=True)
     per_token, by_length, heads = operations.kv_bytes(folder, section.lengths)
-    decode: Any = cost["decode"]
+    run_cost: Any = cost["cost"]
     return Evaluation(
         model=label,
         rows=tuple(table(losses, section.lengths, tail=section.tail, resamples=section.resamples, seed=recipe.seed)),
@@ -233,7 +233,7 @@ def evaluate(
         kv_heads=heads,
         kv_bytes_per_token=per_token,
         kv_cache_bytes=by_length,
-        decode=decode,
+        cost=run_cost,
         claimed_length=spec.max_position_embeddings,
         losses=out,
         long_context=replace(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 
+from retrofit.evaluate.machine import SIZE, flops
 from retrofit.model.load import multiplies_in_bfloat16
 from retrofit.pipeline.plan import Throughput
-
-SIZE = 1024
 
 
 def measure(device: str = "cpu", seconds: float = 0.2) -> Throughput:
@@ -24,17 +21,3 @@ def measure(device: str = "cpu", seconds: float = 0.2) -> Throughput:
     bfloat16 = flops(torch.bfloat16, device, seconds)
     how = f"{bfloat16 / 1e9:,.0f} GFLOP/s in bfloat16 and {float32 / 1e9:,.0f} in float32, {where}"
     return Throughput(max(bfloat16, float32), float32, how)
-
-
-def flops(dtype: torch.dtype, device: str = "cpu", seconds: float = 0.2) -> float:
-    """Floating-point operations per second of a product in `dtype`."""
-    a, b = (torch.randn(SIZE, SIZE, device=device).to(dtype) for _ in range(2))
-    a @ b
-    best, until = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        began = time.perf_counter()
-        a @ b
-        if device != "cpu":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return 2 * SIZE**3 / best

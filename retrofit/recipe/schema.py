@@ -308,7 +308,11 @@ class Evaluate(Section):
     chunk: int = Field(512, ge=1, description="tokens per forward chunk")
     dtype: Dtype = "auto"
     resamples: int = Field(2000, ge=100, description="bootstrap resamples")
-    decode_tokens: int = Field(64, ge=0, description="tokens decoded to time decoding; 0 skips it")
+    cost_lengths: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (512, 2048),
+        description="lengths, cut to the window, at which prefill, decoding and memory are measured; [] skips it",
+    )
+    decode_tokens: int = Field(64, ge=0, description="tokens decoded at each of `cost_lengths`; 0 measures the prefill")
     document_tokens: int | None = Field(
         None, ge=16, description="tokens read of each document, for windows that move; by default the longest length"
     )
@@ -321,7 +325,7 @@ class Evaluate(Section):
     needle: Needle | None = None
     ruler: Ruler | None = None
 
-    @field_validator("lengths")
+    @field_validator("lengths", "cost_lengths")
     @classmethod
     def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(sorted(set(value)))

@@ -255,12 +255,36 @@ def encodings_tried(
             axes.plot([x], [y], linestyle="none", marker=style.marker, markersize=size, color=style.colour)
             if role:
                 named = "YaRN" if label.startswith("yarn") and role == "reference" else role
-                axes.annotate(
-                    named, (x, y), (0, 8), textcoords="offset points", ha="center", color=style.colour,
-                    fontweight="bold",
-                )  # fmt: skip
+                above = 8 if role == "reference" else -16
+                written: dict[str, Any] = {"color": style.colour, "fontweight": "bold", "ha": "center"}
+                axes.annotate(named, (x, y), (0, above), textcoords="offset points", **written)
         axes.margins(x=0.12, y=0.14)
         axes.set_xlabel("excess loss at the original window (nats)")
         axes.set_ylabel("loss of the last tokens (nats)")
+
+    return picture(name, title, draw)
+
+
+def decode_by_context(name: str, lines: Sequence[Line], bounds: Sequence[Line], *, title: str = "") -> Picture:
+    """Decoded tokens per second (y) against the tokens in the cache (x, base-2 logarithm); bounds: thin and dashed."""
+
+    def draw(axes: Axes) -> None:
+        axes.set_xscale("log", base=2)
+        ticks = sorted({x for line in lines for x in line.x})
+        axes.set_xticks(ticks, [words.tokens(int(x)) for x in ticks])
+        axes.minorticks_off()
+        draw_lines(axes, lines)
+        for index, line in enumerate(bounds):
+            colour = style_of(line.label, index).colour
+            axes.plot(line.x, line.y, color=colour, linewidth=1.0, linestyle=(0, (4, 3)), alpha=0.9)
+        values = [y for line in (*lines, *bounds) for y in line.y]
+        log_if_wide(axes, values)
+        if axes.get_yscale() == "linear":
+            axes.set_ylim(bottom=0)
+        axes.set_xlabel("tokens in the cache")
+        axes.set_ylabel("decoded tokens per second")
+        ends = [(line.label, line.x[-1], line.y[-1], style_of(line.label, i).colour) for i, line in enumerate(lines)]
+        ends += [("bound", line.x[-1], line.y[-1], style_of(line.label, i).colour) for i, line in enumerate(bounds)]
+        place_labels(axes, ends)
 
     return picture(name, title, draw)

@@ -90,24 +90,24 @@ def _certificates(models: Sequence[ModelResult]) -> Iterator[Figure]:
         (
             words.count(test.length),
             label,
+            "passed" if test.passed else "NOT PASSED",
             words.interval(test.tail, test.tail_low, test.tail_high),
             words.interval(test.gain, test.gain_low, test.gain_high),
             _needle_cell(test),
             _margins(test, found.native),
-            "passed" if test.passed else "NOT PASSED",
         )
         for label, found in certified
         for test in found.tests
     ]
     _, found = certified[0]
-    said = " ".join(
+    said = "\n".join(
         f"{label}: effective length {words.count(one.length)} tokens. {certificate(one)}" for label, one in certified
     )
-    headers = ("context length", "model", "tail against native", "context gain, nats", "needle", "margins", "result")
+    headers = ("context length", "model", "result", "tail against native", "context gain, nats", "needle", "margins")
     yield Figure(
         "context",
         "Effective length",
-        f"{said} A length passes when the last {words.count(found.tail)} tokens before it are predicted no worse "
+        f"{said}\nA length passes when the last {words.count(found.tail)} tokens before it are predicted no worse "
         "than at "
         f"the native length of {words.count(found.native)} (interval not wholly above 1), context beyond the "
         "native one "
@@ -120,8 +120,8 @@ def _certificates(models: Sequence[ModelResult]) -> Iterator[Figure]:
 def _needle_cell(test: LengthTests) -> str:
     if test.needle is None:
         return words.NONE
-    needed = f" (needs {words.number(test.needle_bound, 2)})" if test.needle_bound is not None else ""
-    return f"{words.number(test.needle, 2)}{needed}"
+    needed = f" (needs {test.needle_bound:.2f})" if test.needle_bound is not None else ""
+    return f"{test.needle:.2f}{needed}"
 
 
 def _margins(test: LengthTests, native: int) -> str:

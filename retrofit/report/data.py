@@ -13,6 +13,7 @@ from retrofit.evaluate.perplexity import ALL, Row
 
 if TYPE_CHECKING:
     from retrofit.evaluate.context_use import LongContext
+    from retrofit.evaluate.cost import RunCost
     from retrofit.evaluate.effective import EffectiveLength, ShortContext
 
 CACHE_LENGTHS = (8192, 16384, 32768, 131072)
@@ -24,8 +25,8 @@ class ModelResult:
     """One model of the run: `original`, `converted`, `extended`, `recovered`, in the order they were made.
 
     rows: perplexities by kind and length. position_losses: (position in tokens, mean loss in nats). kv_cache_bytes:
-    bytes of the KV cache by number of tokens. long_context: how it uses its context, as far as that was asked for.
-    short_context: what it lost against the original at or below the native length.
+    bytes of the KV cache by number of tokens. cost: of running it, by length. long_context: how it uses its context, as
+    far as that was asked for. short_context: what it lost against the original at or below the native length.
     """
 
     label: str
@@ -33,8 +34,8 @@ class ModelResult:
     position_losses: tuple[tuple[float, float], ...] = ()
     kv_bytes_per_token: int | None = None
     kv_cache_bytes: Mapping[int, int] = field(default_factory=dict)
-    decode_tokens_per_s: float | None = None
     kv_heads: int | None = None
+    cost: RunCost | None = None
     long_context: LongContext | None = None
     short_context: tuple[ShortContext, ...] = ()
 

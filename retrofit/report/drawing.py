@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, GRID = "#101112", "#d0d1d2"
-WIDTH, HEIGHT = 5.4, 3.5
+WIDTH, HEIGHT = 4.8, 3.3
 LOG_ABOVE = 8.0
 """A y axis spanning more than this factor is logarithmic."""
 

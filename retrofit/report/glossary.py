@@ -53,6 +53,12 @@ _TEXTS: tuple[tuple[str, str], ...] = (
         " every token and with the number of key/value (KV) heads.",
     ),
     (
+        "Prefill, decode",
+        "a prefill reads a prompt in one pass and gives the first token of the answer; decoding makes the others "
+        "one by "
+        "one, each reading all weights and the KV cache.",
+    ),
+    (
         "Window",
         "the number of tokens the model can read at once, prompt and answer together.",
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from retrofit.evaluate.perplexity import ALL, Row
-from retrofit.report import context_use, words
+from retrofit.report import context_use, costs, words
 from retrofit.report.data import RunData
 from retrofit.report.parts import Number, Table
 
@@ -97,11 +97,7 @@ def key_numbers(run: RunData) -> tuple[Number, ...]:
                 )
     numbers += context_use.number(run)
     numbers += _beyond(run)
-    if before and after and before.decode_tokens_per_s and after.decode_tokens_per_s:
-        gain = after.decode_tokens_per_s / before.decode_tokens_per_s
-        detail = f"{words.number(before.decode_tokens_per_s)} → {words.number(after.decode_tokens_per_s)} tokens/s"
-        numbers.append(Number("Decoding speed", words.times(gain), detail))
-    return tuple(numbers)
+    return (*numbers, *costs.number(run))
 
 
 def past_native(run: RunData) -> bool:

@@ -79,6 +79,7 @@ def sections(model: Path, texts: Path) -> dict[str, Any]:
             "documents": 1,
             "tail": 32,
             "chunk": 64,
+            "cost_lengths": [32, 64],
             "decode_tokens": 2,
             "resamples": 100,
         },

@@ -9,7 +9,15 @@ from types import SimpleNamespace
 import pytest
 
 from retrofit.model.families import describe
-from retrofit.pipeline.plan import EFFICIENCY, ModelFacts, Throughput, make_plan, steps_of
+from retrofit.pipeline.plan import (
+    CALL_SECONDS,
+    EFFICIENCY,
+    MACHINE_SECONDS,
+    ModelFacts,
+    Throughput,
+    make_plan,
+    steps_of,
+)
 from retrofit.recipe.load import load_recipe
 from tests.tiny import tiny_config
 
@@ -39,13 +47,32 @@ def test_kv_cache_before_and_after_is_exact() -> None:
 
 
 def test_time_is_operations_over_throughput() -> None:
-    recipe = load_recipe("quickstart", ["evaluate.lengths=[1000]", "evaluate.decode_tokens=0"])
+    recipe = load_recipe("quickstart", ["evaluate.lengths=[1000]", "evaluate.cost_lengths=[]"])
     assert recipe.evaluate is not None
     evaluate = make_plan(recipe, FACTS, SPEED).of("evaluate")
     assert evaluate is not None
     tokens = 3 * 2 * 1000  # three models, one document of each of two sources
     flops = tokens * (2 * 134_515_008 + 30 * 4 * 9 * 64 * 1000 / 2)
     assert evaluate.seconds == pytest.approx(flops / (100e9 * EFFICIENCY) + 5)
+
+
+def test_running_is_priced_at_each_length_up_to_the_window() -> None:
+    def seconds(*overrides: str) -> float:
+        step = make_plan(load_recipe("quickstart", ["evaluate.lengths=[1000]", *overrides]), FACTS, SPEED).of(
+            "evaluate"
+        )
+        assert step is not None
+        return step.piece_seconds
+
+    without = seconds("evaluate.cost_lengths=[]")
+    prefill = 2 * 134_515_008 * 2048 + 30 * 4 * 9 * 64 * 2048 * 2048 / 2
+    cost = prefill / (100e9 * EFFICIENCY) + MACHINE_SECONDS
+    assert seconds("evaluate.cost_lengths=[2048]", "evaluate.decode_tokens=0") - without == pytest.approx(cost)
+    read = (2 * 134_515_008 + 2 * 3 * 64 * 2 * 30 * 2048) / SPEED.bytes_per_second + CALL_SECONDS * 30
+    more = seconds("evaluate.cost_lengths=[2048]", "evaluate.decode_tokens=10") - without
+    assert more == pytest.approx(cost + 10 * read)
+    beyond = seconds("evaluate.cost_lengths=[16384, 1000000]")
+    assert beyond == pytest.approx(seconds("evaluate.cost_lengths=[16384]")), "cut to the window the recipe makes"
 
 
 @pytest.mark.parametrize("tokens", ["recover.tokens", "convert.calibration.tokens"])

@@ -88,7 +88,9 @@ def test_metrics_are_those_of_the_stored_losses(done: SimpleNamespace) -> None:
     assert metrics["kv_ratio"] == 0.25 and 0 <= metrics["kernel_max_diff"] < 1e-3
     tail = np.exp(np.mean(losses["recovered"].losses[0][599 - 32 : 599], dtype=np.float64))
     assert metrics["tail_ppl@600"] == pytest.approx(tail)
-    assert done.result.models["original"]["decode"] is not None
+    cost = {label: found["cost"]["lengths"] for label, found in done.result.models.items()}
+    assert [(one["length"], one["decode_tokens"]) for one in cost["original"]] == [(32, 2), (64, 2)]
+    assert cost["recovered"][1]["kv_bytes"] * 4 == cost["original"][1]["kv_bytes"]
 
 
 def test_weights_are_linked_and_not_copied_where_they_do_not_change(done: SimpleNamespace) -> None:

@@ -6,6 +6,7 @@ import math
 
 from retrofit.evaluate.asking import Answer
 from retrofit.evaluate.context_use import LongContext
+from retrofit.evaluate.cost import LengthCost, RunCost
 from retrofit.evaluate.definitions import Defined
 from retrofit.evaluate.effective import EffectiveLength, LengthTests, ShortContext
 from retrofit.evaluate.longppl import ContextGain, LongPPL
@@ -144,6 +145,17 @@ def search() -> dict[str, object]:
     }  # fmt: skip
 
 
+def cost(label: str, per_token: int) -> RunCost:
+    """At two lengths."""
+    speed = {"original": 21.4, "converted": 24.9, "recovered": 25.1}[label]
+    at = tuple(
+        LengthCost(n, n / 700, 700.0, 1450.0, 90 << 20, per_token * n, per_token * n, 64, speed - n / 400,
+                   9.5e9 / (269e6 + per_token * n))
+        for n in (512, 2048)
+    )  # fmt: skip
+    return RunCost(at, 269_030_016, "blockwise", "bfloat16", "cpu", 9.5e9, 3.9e11)
+
+
 def model(label: str, heads: int) -> ModelResult:
     per_token = 2 * 30 * heads * 64 * 2
     return ModelResult(
@@ -152,8 +164,8 @@ def model(label: str, heads: int) -> ModelResult:
         positions(label),
         per_token,
         {tokens: per_token * tokens for tokens in (8192, 16384, 32768, 131072)},
-        {"original": 21.4, "converted": 24.9, "recovered": 25.1}[label],
         heads,
+        cost(label, per_token),
         long_context(label),
         short_context(label),
     )

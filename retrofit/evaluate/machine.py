@@ -1,0 +1,37 @@
+"""How fast this machine is: products of matrices, and reading memory. Fractions of a second each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+SIZE = 1024
+COPY_BYTES = 256 << 20  # far more than any cache holds
+
+
+def flops(dtype: torch.dtype, device: str = "cpu", seconds: float = 0.2) -> float:
+    """Floating-point operations per second of a product in `dtype`."""
+    a, b = (torch.randn(SIZE, SIZE, device=device).to(dtype) for _ in range(2))
+    return 2 * SIZE**3 / _best(lambda: a @ b, device, seconds)
+
+
+def bandwidth(device: str = "cpu", seconds: float = 0.3) -> float:
+    """Bytes per second of a large copy, read and written bytes both counted."""
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    return 2 * COPY_BYTES / _best(lambda: target.copy_(source), device, seconds)
+
+
+def _best(work: Callable[[], object], device: str, seconds: float) -> float:
+    """Seconds of the fastest of the calls that fit into `seconds`, after one that is not counted."""
+    work()
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        began = time.perf_counter()
+        work()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return best

@@ -1,0 +1,53 @@
+"""The page in a headless browser: nothing overflows a phone, every figure is drawn, nothing is fetched."""
+
+from __future__ import annotations
+
+import html as escaping
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from retrofit.report.render import html
+from tests.report.made_up import run
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SCRIPT = """<script>
+const frame = document.querySelector("iframe");
+frame.onload = () => {
+  const page = frame.contentDocument, root = page.documentElement;
+  const drawn = [...page.querySelectorAll("figure")].map(one => {
+    const box = (one.querySelector("svg") || one.querySelector("table")).getBoundingClientRect();
+    return [box.width, box.height, one.querySelectorAll("svg path, td").length];
+  });
+  const fetched = frame.contentWindow.performance.getEntriesByType("resource").map(one => one.name);
+  document.querySelector("pre").textContent = JSON.stringify({wide: root.scrollWidth, drawn, fetched});
+};
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium or chrome")
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_page_fits_its_screen_and_asks_for_nothing(tmp_path: Path, width: int) -> None:
+    file = tmp_path / "frame.html"
+    framed = f'<iframe style="border:0;width:{width}px;height:900px"></iframe>'
+    page = escaping.escape(html(run()), quote=True)
+    file.write_text(f"<!doctype html><pre></pre>{framed}{SCRIPT}".replace(
+        "</script>", 'frame.srcdoc = document.querySelector("template").dataset.page;</script>'
+    ).replace("<pre>", f'<template data-page="{page}"></template><pre>', 1), encoding="utf-8")  # fmt: skip
+    done = subprocess.run(
+        [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom", file.as_uri()],
+        check=True, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    found = re.findall(r"<pre>(\{.*?\})</pre>", done.stdout)
+    assert found, "the page did not load"
+    seen = json.loads(found[0])
+    assert seen["wide"] <= width
+    assert len(seen["drawn"]) == 17 and all(w > 100 and h > 40 and marks > 3 for w, h, marks in seen["drawn"])
+    assert seen["fetched"] == []
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
