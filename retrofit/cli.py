@@ -286,7 +286,7 @@ def extend(
     ] = "yarn",
     text: Texts = None,
     tokens: Annotated[
-        int | None, typer.Option("--tokens", help="Tokens that search reads; by default 9 times the new length.")
+        int | None, typer.Option("--tokens", help="Tokens that search reads; by default 12 times the new length.")
     ] = None,
     revision: Revision = None,
     device: Device = "auto",

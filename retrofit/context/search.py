@@ -4,8 +4,8 @@ Every trial is one pass over one text: the loss of its beginning (what the windo
 tokens (what it gives at the new length), and of the answers to questions about facts put into it. In the first rungs
 the middle of the text is left out while the tokens keep their positions, so that a pass of a few thousand tokens sees
 the distances of the whole window (the idea of PoSE, arXiv 2309.10400, section 3.2, used to measure); the last rung
-reads it whole. A third of the budget goes to each rung; the best of one go on to the next, and YaRN's defaults always
-do.
+reads it whole. A third of the budget goes to each rung; the best of one go on to the next, and with them the best of
+each method and YaRN's defaults: how far attention spreads over many keys shows in long passes only.
 
 Successive halving: Jamieson and Talwalkar 2016 (arXiv 1502.07943).
 """
@@ -114,7 +114,7 @@ def search(
     pool = candidates(config, length=length, count=plan[0][1], portable=section.portable, seed=seed)
     native = int(config.get_text_config().max_position_embeddings)
     sha = hashlib.sha256(ids_T.numpy().tobytes()).hexdigest()
-    kept = Kept(partial, {"config": config.to_dict(), "text": sha, "section": section.model_dump(), "seed": seed})
+    kept = Kept(partial, {"config": config.to_dict(), "text": sha, "seed": seed})
     trials: list[Trial] = []
     survivors = list(pool)
     with reading(model, kernel, progress):
@@ -139,12 +139,15 @@ def search(
 
 
 def _advance_to(survivors: Sequence[Candidate], trials: Sequence[Trial], count: int) -> list[Candidate]:
-    """The `count` best of the rung before; the first candidate, the reference, is always among them."""
+    """The `count` best of the rung before; among them are always the first candidate, the reference, and the best of
+    each method: between methods with and without an attention factor, passes over few tokens cannot judge."""
     if not trials:
         return list(survivors)
     objective = {trial.label: trial.objective for trial in trials if trial.rung == trials[-1].rung}
     ranked = sorted(survivors[1:], key=lambda candidate: objective[candidate.label])
-    return [survivors[0], *ranked[: count - 1]]
+    best = [next(one for one in ranked if one.method == method) for method in dict.fromkeys(c.method for c in ranked)]
+    others = [candidate for candidate in ranked if candidate not in best]
+    return [survivors[0], *[*best, *others][: count - 1]]
 
 
 @dataclass

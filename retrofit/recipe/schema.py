@@ -127,9 +127,9 @@ class Search(Section):
     """What `method: search` minimises, and for how long: tail loss at the new length + needle_weight x loss of the
     answers about hidden facts + native_weight x what the loss up to the original window rises, in nats per token."""
 
-    tokens: int | None = Field(None, ge=1, description="read in all; by default nine times the new length")
-    native_weight: float = Field(2.0, ge=0)
-    needle_weight: float = Field(0.25, ge=0)
+    tokens: int | None = Field(None, ge=1, description="read in all; by default twelve times the new length")
+    native_weight: float = Field(1.0, ge=0)
+    needle_weight: float = Field(0.1, ge=0)
     portable: bool = Field(
         True, description="only encodings that transformers, vLLM and llama.cpp read alike, as far as the linter knows"
     )
@@ -137,7 +137,7 @@ class Search(Section):
 
     def tokens_for(self, length: int) -> int:
         """The budget of a search over windows of `length` tokens."""
-        return self.tokens or 9 * length
+        return self.tokens or 12 * length
 
 
 class Context(RopeSettings):
