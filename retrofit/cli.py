@@ -398,7 +398,7 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Perplexity at several context lengths with 95% intervals, bits per byte, KV-cache bytes and decoding speed."""
-    from retrofit.pipeline import show
+    from retrofit.pipeline import show_measured
 
     console = _console(json)
     result = retrofit.evaluate(
@@ -422,7 +422,7 @@ def evaluate(
         device=device,
         progress=console.progress,
     )
-    show.evaluation(console, result)
+    show_measured.evaluation(console, result)
 
 
 @app.command(
@@ -463,10 +463,10 @@ def compare(
     json: Json = False,
 ) -> None:
     """Two models side by side from their stored token losses: perplexities, and the ratio with its 95% interval."""
-    from retrofit.pipeline import show
+    from retrofit.pipeline import show_measured
 
     console = _console(json)
-    show.comparison(console, retrofit.compare(a, b, lengths=_numbers(lengths), bits=bits))
+    show_measured.comparison(console, retrofit.compare(a, b, lengths=_numbers(lengths), bits=bits))
 
 
 @recipes_app.command("list", epilog=_examples("retrofit recipes list"))

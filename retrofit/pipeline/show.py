@@ -1,4 +1,4 @@
-"""Results as people and machines read them: one function per command."""
+"""Results as people and machines read them: one function per command; what is measured is in `show_measured`."""
 
 from __future__ import annotations
 
@@ -8,19 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.console import Console, nbytes, seconds
-from retrofit.evaluate.effective import certificate
 from retrofit.model.inspect import Inspection
 from retrofit.pipeline.plan import Plan, describe_plan
 
 if TYPE_CHECKING:
-    from retrofit.evaluate.context_use import LongContext
     from retrofit.model.inspect import Undescribed
     from retrofit.pipeline.commands import RecipeEntry
-    from retrofit.pipeline.compare import Comparison
     from retrofit.pipeline.doctor import Health
     from retrofit.pipeline.prices import PriceList
     from retrofit.pipeline.run import RunResult
-    from retrofit.pipeline.single import Evaluation, Written
+    from retrofit.pipeline.single import Written
 
 
 def run(console: Console, result: RunResult | Plan) -> None:
@@ -222,165 +219,6 @@ def _search(console: Console, found: Mapping[str, Any]) -> None:
     console.say(f"before the extension, original window: {found['native']:.3f}")
 
 
-def evaluation(console: Console, result: Evaluation) -> None:
-    """`retrofit evaluate`."""
-    console.result(result)
-    console.table(
-        f"{result.model}: perplexity, {result.dtype}, kernel {result.kernel}",
-        ["text", "length", "ppl", "95% interval", "tail ppl", "bits/byte", "tokens", "texts"],
-        [
-            (
-                row.kind,
-                row.length,
-                f"{row.ppl:.3f}",
-                f"{row.low:.2f}-{row.high:.2f}",
-                f"{row.tail_ppl:.3f}",
-                f"{row.bpb:.4f}" if row.bpb is not None else "-",
-                row.tokens,
-                row.documents,
-            )
-            for row in result.rows
-        ],
-    )
-    if result.rows:
-        unit, tail = result.rows[0].unit, max(row.tail for row in result.rows)
-        console.say(f"intervals: bootstrap over each {unit}; tail ppl: the last {tail:,} tokens before the length")
-    console.say(f"KV cache: {nbytes(result.kv_bytes_per_token)} per token, {result.kv_heads} KV heads")
-    if result.cost:
-        _cost(console, result.cost)
-    if result.losses:
-        console.say(f"token losses: {result.losses}")
-    _long_context(console, result.long_context)
-
-
-def _cost(console: Console, found: Mapping[str, Any]) -> None:
-    """What one sequence costs, beside the most that the machine could do."""
-    console.table(
-        f"Cost of one sequence, {found['dtype']}, kernel {found['kernel']}; in brackets what memory bandwidth and "
-        "floating-point speed allow",
-        ["tokens", "KV cache", "first token", "prefill tokens/s", "decode tokens/s", "prefill memory"],
-        [
-            (
-                one["length"],
-                nbytes(one["kv_bytes"]),
-                seconds(one["prefill_seconds"]),
-                f"{one['prefill_per_s']:,.0f} [{one['prefill_bound']:,.0f}]",
-                f"{one['decode_per_s']:.1f} [{one['decode_bound']:.1f}]" if one["decode_per_s"] else "-",
-                nbytes(one["prefill_bytes"]),
-            )
-            for one in found["lengths"]
-        ],
-    )
-
-
-def _long_context(console: Console, found: LongContext) -> None:
-    """What was asked for beyond the plain pass."""
-    for note in found.notes:
-        console.say(f"note: {note}")
-    if found.defined:
-        console.table(
-            "Perplexity as others define it",
-            ["definition", "length", "stride", "ppl", "bits/byte", "tokens", "read"],
-            [
-                (
-                    row.definition,
-                    row.length,
-                    row.stride or "-",
-                    f"{row.ppl:.4f}",
-                    f"{row.bits_per_byte:.4f}" if row.bits_per_byte is not None else "-",
-                    row.tokens,
-                    row.read,
-                )
-                for row in found.defined
-            ],
-        )
-    if found.context_gain:
-        console.table(
-            f"Context gain: nats that context beyond {found.native:,} tokens saves on the same tokens",
-            ["text", "length", "gain", "95% interval", "tokens"],
-            [
-                (r.kind, r.length, f"{r.gain:+.4f}", f"{r.low:+.4f} to {r.high:+.4f}", r.tokens)
-                for r in found.context_gain
-            ],
-        )
-    if found.long_ppl:
-        console.table(
-            "LongPPL: perplexity of the tokens that need long context",
-            ["text", "length", "ppl", "key tokens", "tokens"],
-            [(r.kind, r.length, f"{r.ppl:.3f}" if r.ppl else "-", r.key_tokens, r.tokens) for r in found.long_ppl],
-        )
-    if found.needle:
-        cells = [(cell.length, f"{cell.depth:.2f}", cell.position, cell.answer) for cell in found.needle.cells]
-        console.table(
-            f"{found.needle.test}: exact match, share of answer tokens found, loss in nats per token",
-            ["length", "depth", "at token", "match", "found", "loss", "margin", "answer"],
-            [
-                (
-                    *where,
-                    "yes" if a.starts else "no",
-                    f"{a.token_match:.2f}",
-                    f"{a.loss:.2f}",
-                    f"{a.margin:+.2f}",
-                    a.answered,
-                )
-                for *where, a in cells
-            ],
-        )
-    if found.ruler:
-        console.table(
-            "RULER tasks: share of the answers in the text generated, loss in nats per token",
-            ["task", "length", "recall", "loss", "margin", "preferred", "questions"],
-            [
-                (
-                    r.task,
-                    r.length,
-                    f"{r.recall:.2f}",
-                    f"{r.loss:.2f}",
-                    f"{r.margin:+.2f}",
-                    f"{r.preferred:.2f}",
-                    r.questions,
-                )
-                for r in found.ruler.rows
-            ],
-        )
-    if found.effective:
-        console.say(
-            f"effective length: {found.effective.length:,} of {found.effective.tests[-1].length:,} tokens measured"
-        )
-        console.say(f"  {certificate(found.effective)}")
-
-
-def comparison(console: Console, result: Comparison) -> None:
-    """`retrofit compare`."""
-    console.result(result)
-    console.say(f"a: {result.a}\nb: {result.b}")
-    if result.bits:
-        console.table(
-            "Bits per byte on the same bytes, and b / a with its paired 95% interval",
-            ["text", "bytes", "a", "b", "b / a", "interval"],
-            [
-                (row.kind, row.nbytes, f"{row.bpb_a:.4f}", f"{row.bpb_b:.4f}", f"{row.ratio:.4f}", _interval(row))
-                for row in result.bits
-            ],
-        )
-        return
-    console.table(
-        "Perplexity, and b / a with its paired 95% interval",
-        ["text", "length", "a", "b", "b / a", "interval"],
-        [
-            (
-                row.kind,
-                row.length,
-                f"{row.ppl_a:.3f}",
-                f"{row.ppl_b:.3f}",
-                f"{row.ratio:.4f}",
-                _interval(row),
-            )
-            for row in result.rows
-        ],
-    )
-
-
 def published(console: Console, result: Any) -> None:
     """`retrofit publish`."""
     console.result(result)
@@ -433,10 +271,6 @@ def health(console: Console, result: Health) -> None:
         ["part", "there", "for", "install"],
         [(check.name, check.ok, check.what, check.install or "") for check in result.optional],
     )
-
-
-def _interval(row: Any) -> str:
-    return f"{row.low:.4f} to {row.high:.4f}"
 
 
 def _by_length(models: Any) -> list[tuple[object, ...]]:
