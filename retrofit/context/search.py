@@ -4,8 +4,8 @@ Every trial is one pass over one text: the loss of its beginning (what the windo
 tokens (what it gives at the new length), and of the answers to questions about facts put into it. In the first rungs
 the middle of the text is left out while the tokens keep their positions, so that a pass of a few thousand tokens sees
 the distances of the whole window (the idea of PoSE, arXiv 2309.10400, section 3.2, used to measure); the last rung
-reads it whole. A third of the budget goes to each rung; the best of one go on to the next, and with them the best of
-each method and YaRN's defaults: how far attention spreads over many keys shows in long passes only.
+reads it whole. A third of the budget goes to each rung; the best of one go on to the next, and YaRN's defaults with
+them.
 
 Successive halving: Jamieson and Talwalkar 2016 (arXiv 1502.07943).
 """
@@ -139,15 +139,20 @@ def search(
 
 
 def _advance_to(survivors: Sequence[Candidate], trials: Sequence[Trial], count: int) -> list[Candidate]:
-    """The `count` best of the rung before; among them are always the first candidate, the reference, and the best of
-    each method: between methods with and without an attention factor, passes over few tokens cannot judge."""
+    """The `count` best of the rung before; the first candidate, the reference, is always among them.
+
+    After the first rung the best of each method goes on as well: how far attention spreads, and so what an attention
+    factor is worth, does not show in passes over so few tokens.
+    """
     if not trials:
         return list(survivors)
     objective = {trial.label: trial.objective for trial in trials if trial.rung == trials[-1].rung}
     ranked = sorted(survivors[1:], key=lambda candidate: objective[candidate.label])
-    best = [next(one for one in ranked if one.method == method) for method in dict.fromkeys(c.method for c in ranked)]
-    others = [candidate for candidate in ranked if candidate not in best]
-    return [survivors[0], *[*best, *others][: count - 1]]
+    if trials[-1].rung == 1:
+        methods = dict.fromkeys(candidate.method for candidate in ranked)
+        best = [next(candidate for candidate in ranked if candidate.method == method) for method in methods]
+        ranked = [*best, *(candidate for candidate in ranked if candidate not in best)]
+    return [survivors[0], *ranked[: count - 1]]
 
 
 @dataclass
