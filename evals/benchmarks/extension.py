@@ -100,6 +100,7 @@ def _yarn(recipe: Recipe, work: Path, progress: PlainProgress) -> dict[str, Any]
     )
     result = jsonable(found)
     assert isinstance(result, dict)
+    result["losses"] = None  # a place on this machine
     kept.write_text(to_json(result) + "\n", encoding="utf-8")
     return result
 
