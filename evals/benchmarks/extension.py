@@ -196,7 +196,15 @@ def _search(record: Mapping[str, Any]) -> list[str]:
 
 
 def _time(record: Mapping[str, Any]) -> list[str]:
-    lines = ["## Time", "", "| step | seconds |", "|---|---:|"]
+    lines = [
+        "## Time",
+        "",
+        "Seconds since each step was last begun: what a stopped run had kept (trials of a search, training) is not in "
+        "them.",
+        "",
+        "| step | seconds |",
+        "|---|---:|",
+    ]
     return [*lines, *(f"| {name} | {step['seconds']:,.0f} |" for name, step in record["steps"].items()), ""]
 
 

@@ -8,9 +8,9 @@ by m and a divisor f stretch the slowest rotary pair by m^((d-2)/d) f together, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,12 +18,12 @@ from retrofit.context.engines import differences
 from retrofit.context.fields import as_dict, rotary_dim, text_part, views
 from retrofit.context.rope import extend
 from retrofit.errors import UserError
-from retrofit.recipe.schema import RopeSettings
+from retrofit.recipe.schema import RopeMethod, RopeSettings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-PUBLISHED = ("yarn", "ntk", "llama3", "linear")
+PUBLISHED: tuple[RopeMethod, ...] = ("yarn", "ntk", "llama3", "linear")
 """Methods whose defaults are always tried; the first is what a winner is compared with to the end."""
 FIRST, SECOND = 16, 4  # the first and the second rung read this part of the window
 SHORTEST = 256  # tokens of a pass, or the whole window where that is shorter
@@ -33,7 +33,7 @@ SHORTEST = 256  # tokens of a pass, or the whole window where that is shorter
 class Candidate:
     """One position encoding. config: the whole configuration with it; published: a method's own defaults."""
 
-    method: str
+    method: RopeMethod
     settings: RopeSettings
     config: PretrainedConfig
     published: bool = False
@@ -65,7 +65,7 @@ def candidates(
         )
     theta, dim = float(view.parameters["rope_theta"]), rotary_dim(text, view.parameters)
     stretch = length / text["max_position_embeddings"]
-    known = {_key(difference.what, difference.text) for difference in differences(config)}
+    known = _strange(config)
     found: list[Candidate] = []
     refused: UserError | None = None
     wanted = [(method, RopeSettings()) for method in PUBLISHED]
@@ -80,8 +80,7 @@ def candidates(
             refused = refused or error
             continue
         published = index < len(PUBLISHED)
-        strange = {_key(difference.what, difference.text) for difference in differences(extended)} - known
-        if not (portable and strange):
+        if not portable or _strange(extended) <= known:
             found.append(Candidate(method, settings, extended, published))
     if not found:
         raise refused or UserError(
@@ -108,12 +107,14 @@ def rungs(length: int, tokens: int) -> tuple[tuple[int, int], ...]:
     return plan
 
 
-def _key(what: str, text: str) -> tuple[str, str]:
-    """An engine and what it reads differently."""
-    return what, text.split()[0]
+def _strange(config: object) -> set[tuple[str, str]]:
+    """(engine, what it reads differently from transformers)."""
+    return {(one.engine, one.what) for one in differences(config)}
 
 
-def _points(theta: float, dim: int, stretch: float, portable: bool, seed: int) -> Any:
+def _points(
+    theta: float, dim: int, stretch: float, portable: bool, seed: int
+) -> Iterator[tuple[RopeMethod, RopeSettings]]:
     """Endless (method, settings), the families in turn, each spread evenly over its own box."""
     rng = np.random.default_rng(seed)
     exponent = dim / max(dim - 2, 1)
@@ -138,10 +139,7 @@ def _points(theta: float, dim: int, stretch: float, portable: bool, seed: int) -
                 ),
             )
             slow = _between(0.5, 4, u[2])
-            yarn: Mapping[str, float] = {
-                "beta_slow": _digits(slow),
-                "beta_fast": _digits(slow * _between(3, 64, u[3])),
-            }
+            yarn = {"beta_slow": _digits(slow), "beta_fast": _digits(slow * _between(3, 64, u[3]))}
             if portable:  # vLLM takes the window from yarn's scale, and nobody else reads an attention factor
                 yield "yarn", RopeSettings(theta=base(_between(1, 4, share)), **yarn)
             else:

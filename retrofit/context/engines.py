@@ -49,6 +49,7 @@ class Reading:
 class Difference:
     """One engine reads one thing differently from transformers. what: "frequencies", "attention" or "length"."""
 
+    engine: str
     what: str
     where: str
     text: str
@@ -96,18 +97,17 @@ def differences(config: object) -> tuple[Difference, ...]:
             reason, fix = other.because, other.fix
             if not np.allclose(other.frequencies, own.frequencies, rtol=_SAME, atol=0.0):
                 text = f"{engine} computes other frequencies ({_span(other)}; transformers {_span(own)}): {reason}"
-                found.append(Difference("frequencies", view.where, text, fix))
+                found.append(Difference(engine, "frequencies", view.where, text, fix))
             if not math.isclose(other.attention_factor, own.attention_factor, rel_tol=1e-3):
                 text = (
                     f"{engine} uses attention factor {other.attention_factor:.4g}, transformers "
                     f"{own.attention_factor:.4g}: {reason or 'it does not read the one that is written'}"
                 )
-                found.append(
-                    Difference("attention", view.where, text, fix or "leave it out where the usual value will do")
-                )
+                fix_attention = fix or "leave it out where the usual value will do"
+                found.append(Difference(engine, "attention", view.where, text, fix_attention))
             if other.max_length != own.max_length and view.layer_type != "sliding_attention":
                 text = f"{engine} accepts {other.max_length} tokens, the model claims {own.max_length}: {reason}"
-                found.append(Difference("length", "max_position_embeddings", text, fix))
+                found.append(Difference(engine, "length", "max_position_embeddings", text, fix))
     return tuple(found)
 
 

@@ -100,13 +100,17 @@ def search(
     section: Search,
     seed: int = 0,
     kernel: Choice | None = None,
+    identity: Mapping[str, str] | None = None,
     partial: Path | None = None,
     progress: Progress | None = None,
 ) -> Found:
     """The best encoding of a window of T tokens for `model`, whose own is put back afterwards.
 
     ids_T: a text as long as the window, BOS included. partial: a folder where finished trials are kept, for the next
-    call with the same question. Raises: UserError for a model without rotary positions, or too small a budget.
+    call with the same question; identity: digests of the checkpoint, part of that question. The weights of the
+    objective are not: they say what is made of the losses.
+
+    Raises: UserError for a model without rotary positions, too small a budget, or losses that are not finite.
     """
     length = len(ids_T)
     plan = rungs(length, section.tokens_for(length))
@@ -114,10 +118,11 @@ def search(
     pool = candidates(config, length=length, count=plan[0][1], portable=section.portable, seed=seed)
     native = int(config.get_text_config().max_position_embeddings)
     sha = hashlib.sha256(ids_T.numpy().tobytes()).hexdigest()
-    kept = Kept(partial, {"config": config.to_dict(), "text": sha, "seed": seed})
     trials: list[Trial] = []
     survivors = list(pool)
-    with reading(model, kernel, progress):
+    with reading(model, kernel, progress) as used:
+        question = {"config": config.to_dict(), "checkpoint": identity, "text": sha, "seed": seed}
+        kept = Kept(partial, {**question, "dtype": str(model.dtype), "kernel": used})
         for rung, (size, count) in enumerate(plan, start=1):
             survivors = _advance_to(survivors, trials, min(count, len(pool)))
             text = _text(tokenizer, ids_T, size, seed)
@@ -200,7 +205,7 @@ class _Rung:
         found = self.kept.get(name)
         if found is None:
             found = measure()
-            if np.isnan(found).any():
+            if not np.isfinite(found).all():
                 raise UserError(
                     "the loss is not a finite number",
                     where=f"the encoding {label}",

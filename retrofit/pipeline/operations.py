@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrofit.checkpoint.provenance import versions, write_provenance
+from retrofit.checkpoint.provenance import digest, versions, write_provenance
 from retrofit.checkpoint.write import staged
 from retrofit.console import jsonable
 from retrofit.context.rope import write_extended
@@ -166,8 +166,8 @@ def _search(
     assert section
     model = load_model(source, dtype=working_dtype("auto", source, device), device=device)
     tokenizer = load_tokenizer(source)
-    length = context.length or round(model.config.get_text_config().max_position_embeddings * (context.factor or 1))
-    ids_T, name = searched_text(section, tokenizer, length, seed=seed, teacher=teacher)
+    length = context.target(model.config.get_text_config().max_position_embeddings)
+    ids_T, name = searched_text(section, tokenizer, length, seed=seed, teacher=teacher, progress=progress)
     if progress:
         progress.note(f"search: position encodings for {length:,} tokens, measured on {name}")
     choice = kernel_for(model, kernel, device)
@@ -178,12 +178,15 @@ def _search(
         section=section,
         seed=seed,
         kernel=None if choice.requested == "auto" else choice,
+        identity=digest(source),
         partial=work,
         progress=progress,
     )
     if progress:
-        better = found.reference.objective - found.winner.objective
-        progress.note(f"search: {found.winner.label}, {better:.3f} nats per token below {found.reference.label}")
+        won, reference = found.winner, found.reference
+        progress.note(
+            f"search: {won.label}, objective {won.objective:.3f}; {reference.label}: {reference.objective:.3f}"
+        )
     del model
     gc.collect()
     return found

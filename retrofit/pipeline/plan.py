@@ -128,9 +128,7 @@ def steps_of(recipe: Recipe) -> tuple[str, ...]:
 
 def claimed_length(recipe: Recipe, native: int) -> int:
     """Positions the result will claim: the recipe's length or factor x native, else the native ones."""
-    if recipe.context is None:
-        return native
-    return recipe.context.length or round(native * (recipe.context.factor or 1))
+    return recipe.context.target(native) if recipe.context else native
 
 
 def converted_spec(spec: AttentionSpec, kv_heads: int | None) -> AttentionSpec:

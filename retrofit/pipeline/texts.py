@@ -79,7 +79,13 @@ def calibration_text(
 
 
 def searched_text(
-    search: Search, tokenizer: PreTrainedTokenizerBase, length: int, *, seed: int, teacher: Teacher
+    search: Search,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    *,
+    seed: int,
+    teacher: Teacher,
+    progress: Progress | None = None,
 ) -> tuple[Tensor, str]:
     """(`length` tokens that a search of position encodings reads, BOS included; what they are).
 
@@ -89,14 +95,16 @@ def searched_text(
 
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     for source in search.text:
-        for text in read_texts(source, split="train", teacher=teacher, limit_chars=LONG_SEARCH * length):
+        limit = LONG_SEARCH * length
+        for text in read_texts(source, split="train", teacher=teacher, limit_chars=limit, progress=progress):
             if len(text.text) < length:  # most tokens are several characters
                 continue
             ids = bos + tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
             if len(ids) >= length:
                 return torch.tensor(ids[:length]), text.name
-    rows = training_rows(search.text, tokenizer, length, max(16, length // 8), seed, teacher=teacher).ids_NT
-    return rows.flatten()[:length], "packed from several documents"
+    row = max(16, length // 8)
+    packed = training_rows(search.text, tokenizer, length, row, seed, teacher=teacher, progress=progress)
+    return packed.ids_NT.flatten()[:length], "text packed from several documents, none being long enough"
 
 
 def _within_memory(sources: Sequence[TextSource], teacher: Teacher) -> tuple[tuple[TextSource, ...], tuple[str, ...]]:

@@ -165,6 +165,10 @@ class Context(RopeSettings):
             raise ValueError(f"`search` is read by `method: search` only, not by `{self.method}`")
         return self
 
+    def target(self, native: int) -> int:
+        """Positions afterwards; native: those before."""
+        return self.length or round(native * (self.factor or 1))
+
     @property
     def searches(self) -> Search | None:
         """How to search; None for a method that is named."""

@@ -76,8 +76,7 @@ def short_context(run: RunData) -> Iterator[Figure]:
             "quality",
             "What it lost within the original's window",
             "The same tokens before and after, over all texts: the ratio of the two perplexities with its 95% "
-            "interval, "
-            f"paired token by token (over {unit}). An interval that holds 1 shows no loss.",
+            f"interval, paired token by token (bootstrap over each {unit}). An interval that holds 1 shows no loss.",
             Table(("context length", "model", "before", "after", "after / before", "tokens"), tuple(rows)),
         )
 
@@ -107,12 +106,10 @@ def _certificates(models: Sequence[ModelResult]) -> Iterator[Figure]:
     yield Figure(
         "context",
         "Effective length",
-        f"{said}\nA length passes when the last {words.count(found.tail)} tokens before it are predicted no worse "
-        "than at "
-        f"the native length of {words.count(found.native)} (interval not wholly above 1), context beyond the "
-        "native one "
-        "lowers the loss of the same tokens (interval above 0), and the needle is found nearly as often as within it. "
-        f"A margin is by how much. Intervals over {found.unit}, {words.count(found.documents)} documents.",
+        f"{said}\nA length passes when the last {words.count(found.tail)} tokens before it are predicted no worse than "
+        f"at the native length of {words.count(found.native)} (interval not wholly above 1), context beyond the native "
+        "one lowers the loss of the same tokens (interval above 0), and the needle is found nearly as often as within "
+        f"it. A margin is by how much. Bootstrap over each {found.unit}, {words.count(found.documents)} documents.",
         Table(headers, tuple(rows)),
     )
 
@@ -147,10 +144,8 @@ def _gains(models: Sequence[ModelResult]) -> Iterator[Figure]:
             "context",
             "Context gain",
             f"What context beyond {words.count(native)} tokens saves, in nats a token: the loss with the native "
-            "context "
-            "less the loss with all of the context, on the same tokens; above 0 the longer context helps. 95% "
-            "intervals, "
-            f"paired, over {unit}.",
+            "context less the loss with all of the context, on the same tokens; above 0 the longer context helps. 95% "
+            f"intervals, paired, bootstrap over each {unit}.",
             Table(("context length", "text", "model", "context gain, nats", "tokens"), tuple(rows)),
         )
 
@@ -172,10 +167,8 @@ def _needles(models: Sequence[ModelResult]) -> Iterator[Figure]:
             "context",
             title,
             "A fact is put into a text at each depth (0%: its beginning) and asked for at its end. Share of the "
-            "answer's "
-            "tokens that are found, and the loss of the right answer; the darker, the less is found. Margin, in "
-            "the data: "
-            "how much more a wrong answer loses.",
+            "answer's tokens that are found, and the loss of the right answer; the darker, the less is found. Margin, "
+            "in the data: how much more a wrong answer loses.",
             Table(headers, tuple(rows)),
             charts.heat_map(f"needle-{model.label}", found.lengths, found.depths, cells, title=title),
         )
@@ -223,9 +216,9 @@ def _tasks(models: Sequence[ModelResult]) -> Iterator[Figure]:
         yield Figure(
             "context",
             "RULER tasks",
-            "Recall: share of the expected answers in the generated text. Preferred: share of questions whose "
-            "right answer "
-            "loses less than a wrong one from the same text. Sized for small models: not the leaderboard's numbers.",
+            "Recall: share of the expected answers in the generated text. Preferred: share of questions whose right "
+            "answer loses less than a wrong one from the same text. Sized for small models: not the leaderboard's "
+            "numbers.",
             Table(headers, tuple(rows)),
         )
 
@@ -272,9 +265,8 @@ def _defined(models: Sequence[ModelResult]) -> Iterator[Figure]:
         yield Figure(
             "context",
             "Perplexity as others define it",
-            "The same texts, each definition with its own windows and its own mean; comparable with tables that "
-            "use it, "
-            "not between definitions.",
+            "The same texts, each definition with its own windows and its own mean; comparable with tables that use "
+            "it, not between definitions.",
             Table(
                 ("definition", "context length", "model", "stride", "perplexity", "bits per byte", "tokens"),
                 tuple(rows),

@@ -9,6 +9,8 @@ from retrofit.report import charts, words
 from retrofit.report.data import RunData
 from retrofit.report.parts import Figure, Table
 
+FAR = 2.0  # times the largest tail loss of the last round
+
 
 def found(run: RunData) -> Mapping[str, Any]:
     """The fields of `context.search.Found`; empty when nothing was searched."""
@@ -21,11 +23,12 @@ def said(run: RunData) -> str:
     if not got:
         return ""
     tried = len({trial["label"] for trial in got["trials"]})
-    better = got["reference"]["objective"] - got["winner"]["objective"]
-    by = f", {words.number(better)} nats a token better than `{got['reference']['label']}`" if better > 0 else ""
+    won, reference = got["winner"], got["reference"]
+    by = f"; its objective is {words.number(won['objective'])}, that of `{reference['label']}` "
     return (
-        f"`{got['winner']['label']}`, the best of {tried} position encodings measured on this model "
-        f"({words.count(got['read'])} tokens read){by}"
+        f"`{won['label']}`, the best of {tried} position encodings measured on this model "
+        f"({words.count(got['read'])} tokens read)"
+        f"{by + words.number(reference['objective']) if won != reference else ''}"
     )
 
 
@@ -45,20 +48,24 @@ def figures(run: RunData) -> Iterator[Figure]:
         for trial in ranked
     ]
     tried = len({trial["label"] for trial in got["trials"]})
+    earlier = [trial for trial in got["trials"] if trial["rung"] < last]
+    # Encodings that fail altogether would press all others into one line.
+    limit = max(FAR * trial["tail"] for trial in ranked)
+    drawn = [trial for trial in earlier if trial["tail"] <= limit]
+    beyond = (
+        f" {len(earlier) - len(drawn)} of them lost more than this chart shows." if len(drawn) < len(earlier) else ""
+    )
     caption = (
-        f"{tried} encodings in {last} rounds, the best going on to longer readings. Large marks: the last round, "
-        "with the "
-        "one chosen and the reference; left and down is better. Small dots: earlier rounds, which read less "
-        "text, so that "
-        f"their height is not quite comparable. Before the extension the model's loss at its own window was "
-        f"{words.number(got['native'])}; the objective is the tail loss and what the search adds for lost answers "
-        "and for "
-        "the excess."
+        f"{tried} encodings in {last} rounds, the best going on to longer readings. Large marks: the last round, with "
+        "the one chosen and the reference; left and down is better. Small dots: earlier rounds, which read less text, "
+        f"so that their height is not quite comparable.{beyond} Before the extension the model's loss at its own "
+        f"window was {words.number(got['native'])}; the objective is the tail loss and what the search adds for lost "
+        "answers and for the excess."
     )
     title = "What each position encoding costs and gives"
     picture = charts.encodings_tried(
         "encodings",
-        [(trial["excess"], trial["tail"]) for trial in got["trials"] if trial["rung"] < last],
+        [(trial["excess"], trial["tail"]) for trial in drawn],
         [(trial["excess"], trial["tail"], trial["label"], marked.get(trial["label"], "")) for trial in ranked],
         title=title,
     )

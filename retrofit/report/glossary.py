@@ -28,9 +28,8 @@ _TEXTS: tuple[tuple[str, str], ...] = (
     (
         "Effective length",
         "the longest measured context that the model is shown to use: at it and at every shorter measured one the end "
-        "of the text is predicted no worse than at the native length, the context beyond the native one lowers "
-        "the loss "
-        "of the same tokens, and a fact put into the text is found nearly as often as within the native window.",
+        "of the text is predicted no worse than at the native length, the context beyond the native one lowers the "
+        "loss of the same tokens, and a fact put into the text is found nearly as often as within the native window.",
     ),
     (
         "Context gain",
@@ -54,9 +53,8 @@ _TEXTS: tuple[tuple[str, str], ...] = (
     ),
     (
         "Prefill, decode",
-        "a prefill reads a prompt in one pass and gives the first token of the answer; decoding makes the others "
-        "one by "
-        "one, each reading all weights and the KV cache.",
+        "a prefill reads a prompt in one pass and gives the first token of the answer; decoding makes the others one "
+        "by one, each reading all weights and the KV cache.",
     ),
     (
         "Window",

@@ -131,7 +131,7 @@ def _reload(report: Mapping[str, Any] | None) -> str:
         "A fresh process with stock transformers, without this package, loaded the written checkpoint and scored the "
         f"same tokens again: losses differ by at most {words.number(report.get('max_difference'))}"
         f"{'' if mean is None else f' (mean {words.number(mean)})'}, {result} the tolerance of "
-        f"{words.plain(report.get('tolerance'))}."
+        f"{words.plain(report.get('tolerance_token'))} for a token."
     )
 
 

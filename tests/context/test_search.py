@@ -66,9 +66,9 @@ def test_candidates_are_read_alike_everywhere(family: str) -> None:
     config = tiny_config(family)
     length = 4 * config.max_position_embeddings
     found = candidates(config, length=length, count=24, seed=3)
-    known = {(one.what, one.text.split()[0]) for one in differences(config)}
+    known = {(one.engine, one.what) for one in differences(config)}
     for candidate in found:
-        assert {(one.what, one.text.split()[0]) for one in differences(candidate.config)} <= known
+        assert {(one.engine, one.what) for one in differences(candidate.config)} <= known
         assert candidate.config.max_position_embeddings == length
     assert len(found) == 24 == len({candidate.label for candidate in found})
     assert found == candidates(config, length=length, count=24, seed=3)
@@ -112,7 +112,8 @@ def test_an_encoding_is_that_of_its_configuration_and_is_put_back(family: str) -
 def test_the_search_keeps_its_reference_and_takes_the_least_objective(tmp_path, monkeypatch) -> None:
     model, tokenizer, ids = tiny_model("llama", max_position_embeddings=512), tiny_tokenizer(), text()
     before = dict(model.config.rope_parameters)
-    found = search(model, tokenizer, ids, section=SECTION, partial=tmp_path / "trials")
+    asked = {"section": SECTION, "identity": {"model.safetensors": "a"}, "partial": tmp_path / "trials"}
+    found = search(model, tokenizer, ids, **asked)
     by_rung = {rung: [trial for trial in found.trials if trial.rung == rung] for rung in (1, 2, 3)}
     assert [len(trials) for trials in by_rung.values()] == [16, 8, 2]
     assert [trials[0].tokens for trials in by_rung.values()] == [256, 512, 2048]
@@ -135,9 +136,18 @@ def test_the_search_keeps_its_reference_and_takes_the_least_objective(tmp_path, 
     assert model.config.rope_parameters == before and model.config.max_position_embeddings == 512
     # The same question again reads nothing; another one starts anew.
     monkeypatch.setattr(searching, "Reader", None)
-    assert search(model, tokenizer, ids, section=SECTION, partial=tmp_path / "trials") == found
-    with pytest.raises(TypeError):
-        search(model, tokenizer, ids, section=SECTION, seed=1, partial=tmp_path / "trials")
+    assert search(model, tokenizer, ids, **asked) == found
+    weights = SECTION.model_copy(update={"needle_weight": 0})
+    # The weights of the objective are no part of the question: what was measured serves others as well.
+    weights = SECTION.model_copy(update={"needle_weight": 0.1001})
+    again = search(model, tokenizer, ids, **{**asked, "section": weights})
+    assert again.winner.objective - found.winner.objective == pytest.approx(0.0001 * found.winner.needle)
+    trials = {path.name: path.read_bytes() for path in (tmp_path / "trials").iterdir()}
+    for change in ({"seed": 1}, {"identity": {"model.safetensors": "b"}}):
+        with pytest.raises(TypeError):
+            search(model, tokenizer, ids, **{**asked, **change})
+        for name, content in trials.items():
+            (tmp_path / "trials" / name).write_bytes(content)
 
 
 def test_the_last_rung_is_the_loss_of_one_plain_pass() -> None:

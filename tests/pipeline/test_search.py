@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from retrofit.model.load import load_config
+from retrofit.console import Silent
+from retrofit.model.load import load_config, load_tokenizer
 from retrofit.pipeline import operations
+from retrofit.pipeline.texts import searched_text
+from retrofit.recipe.schema import Search, TextSource
+from retrofit.recover.data import Teacher
 from tests.pipeline.conftest import retrofit, sentences
 
 
@@ -80,3 +84,14 @@ def test_a_run_searches_once_and_plans_it(
     assert result.exit_code == 0, result.output
     assert not kept.exists()
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_short_documents_are_packed_and_read_again_and_that_is_said(model: Path, tmp_path: Path) -> None:
+    for index in range(3):
+        (tmp_path / f"{index}.txt").write_text(sentences(index, 5))
+    progress = Silent()
+    tokenizer = load_tokenizer(model)
+    section = Search(text=tuple(TextSource(source=str(tmp_path / f"{index}.txt")) for index in range(3)))
+    ids, name = searched_text(section, tokenizer, 1024, seed=0, teacher=Teacher(model), progress=progress)
+    assert len(ids) == 1024 and "packed from several documents" in name
+    assert any("it is read" in note for note in progress.notes)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ElementTree
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
 from retrofit.console import jsonable
 from retrofit.evaluate.context_use import LongContext, restored
+from retrofit.kernels.registry import Proof
+from retrofit.publish.reload import ReloadReport
 from retrofit.report import charts, summary, words
 from retrofit.report.data import ModelResult, RunData, StepRecord, loss_by_position
 from retrofit.report.drawing import STYLES, Line
@@ -233,6 +235,26 @@ def test_the_search_is_shown_with_its_winner_and_its_reference() -> None:
     assert found.picture is not None and ">chosen<" in found.picture.themed and ">YaRN<" in found.picture.themed
     assert found.picture.themed.count("<use ") >= 24 + 8 + 4
     assert "the best of 24 position encodings measured on this model (187,392 tokens read)" in visible(html(run()))
+
+
+def test_encodings_that_fail_do_not_press_the_others_together() -> None:
+    got = search()
+    failed = {**got["trials"][5], "label": "ntk theta x99", "tail": 7.5}  # type: ignore[index]
+    context = {**run().context, "search": {**got, "trials": [*got["trials"], failed]}}  # type: ignore[dict-item, misc]
+    (before,), (found,) = (
+        [one for one in figures(data) if one.section == "search"] for data in (run(), run(context=context))
+    )
+    assert "1 of them lost more than this chart shows" in found.caption
+    assert "lost more than this chart shows" not in before.caption
+    assert found.picture is not None and before.picture is not None
+    assert found.picture.themed.count("<use ") == before.picture.themed.count("<use ")
+
+
+def test_made_up_checks_have_the_fields_of_the_real_ones() -> None:
+    data = run()
+    for made_up, real in ((data.reload, ReloadReport), (data.kernel_proof, Proof)):
+        assert made_up is not None and set(made_up) <= {field.name for field in fields(real)}
+    assert "within the tolerance of 0.001 for a token." in visible(html(data))
 
 
 def test_what_running_costs_stands_beside_what_the_machine_could_do() -> None:
