@@ -5,10 +5,10 @@ scores are roughly known, a tile without a mask needs no running maximum: with a
 
     p_ij = exp(s_ij - m_i),   lse_i = m_i + log sum_j p_ij,   out_i = sum_j p_ij v_j / sum_j p_ij
 
-so one more column in q (-m_i) against ones in k makes the first product give s - m, and one more column of ones in v
-makes the second give the sum, accumulated in fp32. The log-sum-exp over the query's own chunk, which the causal tile
-has just computed, is a good m. Scores are rounded to bfloat16 after the shift, so the large ones, near the shift, lose
-less than in eager attention, which rounds before it. Probabilities are rounded as in any bfloat16 attention.
+so one more column in q (-m_i) against ones in k makes the first product give s - m. The log-sum-exp over the query's
+own chunk, which the causal tile has just computed, is a good m. Scores are rounded to bfloat16 after the shift, so the
+large ones, near the shift, lose less than in eager attention, which rounds before it. Probabilities are rounded as in
+any bfloat16 attention; they are summed in fp32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 _ROWS = 512  # query rows of one product, over the query heads of a KV head
 _COLUMNS = 1024  # keys of one product
-_ALIGN = 32  # the inner dim of a product is padded to a multiple of this
+_ALIGN = 2  # the inner dim of a product is padded to a multiple of this: bfloat16 is multiplied in pairs
 
 
 def usable(q: Tensor) -> bool:
@@ -42,23 +42,24 @@ def full_tile(
     q_NGTE = _queries(q_BHTD, scale, shift_BHT).reshape(heads, group, T, -1)
     copies = q_NGTE.shape[-1] // _padded(D + 1)
     k_NSE = _with_ones(k_BKSD).reshape(heads, S, -1).repeat(1, 1, copies)
-    v_NSE = _with_ones(v_BKSD).reshape(heads, S, -1)
-    sums_NGTE = torch.empty((heads, group, T, v_NSE.shape[-1]), dtype=torch.float32)
+    v_NSD = v_BKSD.reshape(heads, S, D)
+    sums_NGTD = torch.empty((heads, group, T, D), dtype=torch.float32)
+    weights_NGT = torch.empty((heads, group, T), dtype=torch.float32)
     rows = max(_ROWS // group, 16)
     for start in range(0, T, rows):
         part_NRE = q_NGTE[:, :, start : start + rows].reshape(heads, -1, q_NGTE.shape[-1])
-        total_NRE: Tensor | None = None
+        total_NRD = torch.zeros((heads, part_NRE.shape[1], D), dtype=torch.float32)
+        weight_NR = torch.zeros(total_NRD.shape[:2], dtype=torch.float32)
         for column in range(0, S, _COLUMNS):
             p_NRC = torch.bmm(part_NRE, k_NSE[:, column : column + _COLUMNS].transpose(1, 2)).exp_()
-            added_NRE = torch.bmm(p_NRC, v_NSE[:, column : column + _COLUMNS]).float()
-            total_NRE = added_NRE if total_NRE is None else total_NRE.add_(added_NRE)
-        assert total_NRE is not None
-        sums_NGTE[:, :, start : start + rows] = total_NRE.view(heads, group, -1, total_NRE.shape[-1])
-    sums_BHTE = sums_NGTE.view(B, H, T, -1)
-    if not bool(torch.isfinite(sums_BHTE).all()):
+            total_NRD += torch.bmm(p_NRC, v_NSD[:, column : column + _COLUMNS])
+            weight_NR += p_NRC.sum(-1, dtype=torch.float32)
+        sums_NGTD[:, :, start : start + rows] = total_NRD.view(heads, group, -1, D)
+        weights_NGT[:, :, start : start + rows] = weight_NR.view(heads, group, -1)
+    weight_BHT = weights_NGT.view(B, H, T)
+    if not bool(torch.isfinite(weight_BHT).all()):
         return None
-    weight_BHT = sums_BHTE[..., D]
-    out_BHTD = sums_BHTE[..., :D] / weight_BHT.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+    out_BHTD = sums_NGTD.view(B, H, T, D) / weight_BHT.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
     return out_BHTD, shift_BHT.float() + weight_BHT.log()
 
 
