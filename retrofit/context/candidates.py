@@ -2,12 +2,12 @@
 
 All are fixed frequencies of native types, so that every length comes from one pass and stock engines read the winner.
 Three families: a larger base (`ntk`), `llama3` and `yarn`, the last two with a base of their own as well. A base larger
-by m and a divisor f stretch the slowest rotary pair by m^((d-2)/d) f together, d being the rotated dimensions.
+by m and a divisor f stretch the slowest rotary pair by m^((d-2)/d) f together, d being the rotated dimensions. Each may
+have any attention factor from 1 to yarn's own formula, which the weights hold (`temperature`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +16,8 @@ import numpy as np
 
 from retrofit.context.engines import differences
 from retrofit.context.fields import as_dict, rotary_dim, text_part, views
-from retrofit.context.rope import extend
+from retrofit.context.frequencies import yarn_attention_factor
+from retrofit.context.rope import extend, plan
 from retrofit.errors import UserError
 from retrofit.recipe.schema import RopeMethod, RopeSettings
 
@@ -31,11 +32,13 @@ SHORTEST = 256  # tokens of a pass, or the whole window where that is shorter
 
 @dataclass(frozen=True)
 class Candidate:
-    """One position encoding. config: the whole configuration with it; published: a method's own defaults."""
+    """One position encoding. config: the whole configuration with it; query_scale: as of `Extension`; published: a
+    method's own defaults."""
 
     method: RopeMethod
     settings: RopeSettings
     config: PretrainedConfig
+    query_scale: float = 1.0
     published: bool = False
 
     @property
@@ -51,7 +54,7 @@ def candidates(
     """Up to `count` different encodings of a window of `length` tokens, the published ones first.
 
     portable: only those that transformers, vLLM and llama.cpp read alike, as far as the linter knows; otherwise yarn's
-    scale and attention factor are free as well. The same arguments give the same candidates.
+    scale is free as well. The same arguments give the same candidates.
 
     Raises: UserError where no method can extend this model.
     """
@@ -69,6 +72,8 @@ def candidates(
     found: list[Candidate] = []
     refused: UserError | None = None
     wanted = [(method, RopeSettings()) for method in PUBLISHED]
+    half = _digits(1 + (yarn_attention_factor(stretch) - 1) / 2)
+    wanted.append(("yarn", RopeSettings(attention_factor=half)))
     # More than asked for: some cannot be put on this model, or are read differently elsewhere.
     wanted += [one for _, one in zip(range(8 * count), _points(theta, dim, stretch, portable, seed), strict=False)]
     for index, (method, settings) in enumerate(wanted):
@@ -76,12 +81,13 @@ def candidates(
             break
         try:
             extended = extend(config, length=length, method=method, settings=settings)
+            scale = plan(config, length=length, method=method, settings=settings).query_scale
         except UserError as error:
             refused = refused or error
             continue
         published = index < len(PUBLISHED)
         if not portable or _strange(extended) <= known:
-            found.append(Candidate(method, settings, extended, published))
+            found.append(Candidate(method, settings, extended, scale, published))
     if not found:
         raise refused or UserError(
             "no method is read alike by transformers, vLLM and llama.cpp on this model",
@@ -127,26 +133,30 @@ def _points(
         for u in _latin(rng, 8, 5):
             total = stretch * _between(0.75, 2.5, u[0])  # a little less than the length asks for, or a good deal more
             share = u[1]  # of it that the divisor does, the rest the base
-            yield "ntk", RopeSettings(theta=base(total))
+            factor = _digits(1 + u[4] * (yarn_attention_factor(stretch) - 1))
+            yield "ntk", RopeSettings(theta=base(total), attention_factor=factor)
             low = _between(0.5, 4, u[2])
             yield (
                 "llama3",
                 RopeSettings(
                     theta=base(total ** (1 - share)),
                     scale=_digits(max(1.0, total**share)),
+                    attention_factor=factor,
                     low_freq_factor=_digits(low),
                     high_freq_factor=_digits(low * _between(1.5, 8, u[3])),
                 ),
             )
             slow = _between(0.5, 4, u[2])
-            yarn = {"beta_slow": _digits(slow), "beta_fast": _digits(slow * _between(3, 64, u[3]))}
-            if portable:  # vLLM takes the window from yarn's scale, and nobody else reads an attention factor
+            yarn = {
+                "beta_slow": _digits(slow),
+                "beta_fast": _digits(slow * _between(3, 64, u[3])),
+                "attention_factor": factor,
+            }
+            if portable:  # vLLM takes the window from yarn's scale
                 yield "yarn", RopeSettings(theta=base(_between(1, 4, share)), **yarn)
             else:
-                scale = max(1.0, total**share)
-                factor = 1 + u[4] * 0.1 * math.log(max(scale, stretch))
-                free = {"scale": _digits(scale), "attention_factor": _digits(factor)}
-                yield "yarn", RopeSettings(theta=base(total ** (1 - share)), **yarn, **free)
+                scale = _digits(max(1.0, total**share))
+                yield "yarn", RopeSettings(theta=base(total ** (1 - share)), scale=scale, **yarn)
 
 
 def _latin(rng: np.random.Generator, points: int, dimensions: int) -> np.ndarray:

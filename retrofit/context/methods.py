@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from retrofit.context import frequencies as spectra
@@ -24,7 +24,8 @@ HEAD_DIM_NEEDED = ("mixtral",)
 class Extension:
     """What an extension does. Lengths in tokens; factor is from the true original length, step from the window before.
 
-    notes: what a person should know, for the report and the card.
+    notes: what a person should know, for the report and the card. query_scale: what the weights that make the rotated
+    dims of the queries are multiplied with, so that an attention factor other than the encoding's own holds.
     """
 
     method: str
@@ -34,6 +35,7 @@ class Extension:
     factor: float
     step: float
     notes: tuple[str, ...] = ()
+    query_scale: float = 1.0
 
 
 def extended(
@@ -74,6 +76,8 @@ def extended(
     notes = _notes(text, found, method, used, step, settings)
     extension = Extension(method, original, before, length, used * step, step, notes)
     new = RopeView(view.where, view.layer_type, _parameters(text, view, extension, settings))
+    if settings.attention_factor is not None:
+        extension = _with_attention_factor(text, new, extension, settings.attention_factor)
     merged = tuple(new if one is view else one for one in found)
     # `none` claims the length for the model itself: nothing was extended, so there is no other original length.
     fields = rotary_fields(text, merged, length, None if method == "none" else original)
@@ -183,7 +187,7 @@ def _parameters(
     if method == "yarn":
         keep = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
         scaled |= {key: got[key] for key in keep if got.get(key) is not None}
-        given = ("attention_factor", "beta_fast", "beta_slow")
+        given = ("beta_fast", "beta_slow")
         scaled |= {key: getattr(settings, key) for key in given if getattr(settings, key) is not None}
     if method == "longrope":
         return scaled | _lists(settings, dim // 2)
@@ -204,9 +208,20 @@ def _lists(settings: RopeSettings, pairs: int) -> dict[str, Any]:
                 fix=f"write {pairs} numbers, that of the fastest pair first",
             )
         found[name] = values
-    if settings.attention_factor is not None:
-        found["attention_factor"] = settings.attention_factor
     return found
+
+
+def _with_attention_factor(
+    text: Mapping[str, Any], view: RopeView, extension: Extension, wanted: float
+) -> Extension:
+    """The extension with what the queries must be multiplied with to get the wanted factor."""
+    _, own = spectra.compute(text, view, extension.length)
+    scale = (wanted / own) ** 2
+    note = (
+        f"Attention factor {wanted:g} instead of {own:.4g}: the weights that make the queries hold it (x {scale:.4g}), "
+        "because engines compute the encoding's own whatever the configuration says."
+    )
+    return replace(extension, query_scale=scale, notes=(*extension.notes, note))
 
 
 def _as_longrope(

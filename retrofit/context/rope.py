@@ -60,7 +60,8 @@ def extend(
     """A copy of `config` whose window is `length` tokens, or `factor` times its present window (exactly one of them).
 
     Only full-attention layers are extended where layers have their own parameters (Gemma 3); layers without rotary
-    encoding (SmolLM3) have nothing to extend. Learned positions need their table rewritten as well (`write_extended`).
+    encoding (SmolLM3) have nothing to extend. Learned positions need their table rewritten as well, an attention factor
+    the weights of the queries (`write_extended`).
     Raises UserError: unknown method, length not above the present window, a factor that gives no whole number of
     tokens, an encoding this method cannot be put on.
     """
@@ -119,12 +120,17 @@ def write_extended(
 ) -> Extension:
     """Write a checkpoint folder with a longer window: weights as hard links (copies across disks), a new config.json.
 
-    Learned positions are interpolated, so those weights are written anew. The tokenizer's `model_max_length` is raised
+    Learned positions are interpolated, an attention factor multiplies the queries: such weights are written anew. The
+    tokenizer's `model_max_length` is raised
     to the new window. The new configuration is linted before anything is written; an error in it is a UserError.
     """
     from retrofit.checkpoint.place import link_or_copy
     from retrofit.checkpoint.read import Checkpoint
+    from retrofit.checkpoint.rewrite import rewrite
     from retrofit.checkpoint.write import copy_side_files, staged, write_config
+    from retrofit.context.temperature import query_rules
+    from retrofit.model.families import describe
+    from retrofit.model.load import load_config
 
     source, out = Path(source_folder), Path(out)
     checkpoint = Checkpoint.open(source)
@@ -134,6 +140,10 @@ def write_extended(
     with staged(out, overwrite=overwrite) as folder:
         if learned.has_table(fields):
             learned.rewrite_table(checkpoint, folder, fields, extension.length)
+        elif extension.query_scale != 1:
+            _, text = text_part(checkpoint.config)
+            rules = query_rules(describe(load_config(source)), text, extension.query_scale)
+            rewrite(checkpoint, folder, rules, config=fields)
         else:
             for path in sorted(source.glob("model*.safetensors*")):
                 link_or_copy(path, folder / path.name)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from retrofit.context.candidates import Candidate, candidates, rungs
+from retrofit.context.temperature import scale_queries
 from retrofit.errors import UserError
 from retrofit.evaluate.haystack import encode
 from retrofit.evaluate.needle import DIGITS, KEYS, NEEDLE
@@ -39,8 +40,9 @@ if TYPE_CHECKING:
     from retrofit.console import Progress
     from retrofit.kernels.registry import Choice
 
-TAIL = 1024  # tokens that the tail loss looks at
-PLACES = (0.1, 0.45, 0.8)  # of the facts, as shares of what is read
+TAIL = 2048  # tokens that the tail loss looks at
+FACTS = 6  # put into the text, fewer where they would fill more than a quarter of it
+PLACES = (0.05, 0.85)  # of the first and the last, as shares of what is read
 ORIGINAL = "original"
 
 
@@ -182,7 +184,7 @@ class _Rung:
         text, section = self.text, self.section
 
         def measure() -> np.ndarray:
-            with encoded(self.model, candidate.config):
+            with encoded(self.model, candidate.config, candidate.query_scale):
                 return self._read(text.ids_T, text.cut, text.skip, text.questions)
 
         native, tail, needle = (float(value) for value in self._once(candidate.label, measure))
@@ -257,13 +259,15 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids_T: Tensor, size: int, seed: in
     text_T = torch.ones(len(kept_T), dtype=torch.bool)
     rng = random.Random(f"search {seed}")
     questions = []
-    for key, share in zip(rng.sample(KEYS, len(PLACES)), PLACES, strict=True):
+    longest = len(encode(tokenizer, NEEDLE.fact.format(key=max(KEYS, key=len), value="9" * DIGITS)))
+    count = max(2, min(FACTS, size // (4 * longest)))
+    for key, share in zip(rng.sample(KEYS, count), np.linspace(*PLACES, count), strict=True):
         value = str(rng.randrange(10 ** (DIGITS - 1), 10**DIGITS))
         fact, question, answer = (
             torch.tensor(encode(tokenizer, part.format(key=key, value=value)))
             for part in (NEEDLE.fact, NEEDLE.question, NEEDLE.answer)
         )
-        at = round(share * size)
+        at = round(float(share) * size)
         kept_T[at : at + len(fact)] = fact[: size - at]
         text_T[at : at + len(fact)] = False
         questions.append((question, answer))
@@ -271,8 +275,11 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids_T: Tensor, size: int, seed: in
 
 
 @contextmanager
-def encoded(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[None]:
-    """The model with the rotary encoding of another configuration, in every module that computes one."""
+def encoded(model: PreTrainedModel, config: PretrainedConfig, query_scale: float = 1.0) -> Iterator[None]:
+    """The model with the rotary encoding of another configuration, in every module that computes one.
+
+    query_scale: what scores of extended layers are multiplied with, as if the weights held it (`temperature`).
+    """
     found: list[tuple[nn.Module, str, Any]] = [
         (parent, name, child)
         for parent in model.modules()
@@ -282,7 +289,9 @@ def encoded(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[None]:
     assert found, "no rotary embedding"
     try:
         for parent, name, child in found:
-            setattr(parent, name, type(child)(config=config).to(model.device))
+            rotary = type(child)(config=config).to(model.device)
+            scale_queries(rotary, query_scale)
+            setattr(parent, name, rotary)
         yield
     finally:
         for parent, name, child in found:

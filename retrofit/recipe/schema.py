@@ -17,10 +17,10 @@ RopeMethod = Literal["linear", "ntk", "yarn", "llama3", "longrope", "none", "sea
 
 ROPE_SETTINGS: dict[str, tuple[str, ...]] = {
     "none": (),
-    "linear": ("theta", "scale"),
-    "ntk": ("theta",),
+    "linear": ("theta", "scale", "attention_factor"),
+    "ntk": ("theta", "attention_factor"),
     "yarn": ("theta", "scale", "attention_factor", "beta_fast", "beta_slow"),
-    "llama3": ("theta", "scale", "low_freq_factor", "high_freq_factor"),
+    "llama3": ("theta", "scale", "attention_factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("theta", "attention_factor", "short_factor", "long_factor"),
 }
 """What each method reads of `RopeSettings`."""
@@ -103,8 +103,9 @@ class RopeSettings(Section):
     """What of a position encoding is not its method's default; None leaves the default.
 
     theta: the base (for `ntk` instead of the one that follows from the factor). scale: what positions are divided by,
-    where that is not length / original length. attention_factor: what cos and sin are multiplied with. short_factor,
-    long_factor: one divisor of the frequency per rotary pair, up to the original length and beyond it.
+    where that is not length / original length. attention_factor: what cos and sin are multiplied with, in effect: the
+    weights that make the queries hold what differs from the method's own, so that every engine computes it.
+    short_factor, long_factor: one divisor of the frequency per rotary pair, up to the original length and beyond it.
     """
 
     theta: float | None = Field(None, gt=1)

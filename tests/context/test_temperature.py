@@ -1,0 +1,78 @@
+"""An attention factor in the weights of the queries does what one on cos and sin does, in stock transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from retrofit.checkpoint.read import Checkpoint
+from retrofit.context import rope
+from retrofit.context.engines import differences
+from retrofit.context.search import encoded
+from retrofit.errors import UserError
+from retrofit.recipe.schema import RopeSettings
+from tests.tiny import FAMILIES, save_tiny, tiny_config
+
+WANTED = 1.31
+LEARNED = ("gpt_bigcode",)
+
+
+def rotary_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "rope_type")]
+
+
+@pytest.mark.parametrize("method", ["yarn", "ntk"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in LEARNED])
+def test_the_weights_hold_the_factor(tmp_path, family: str, method: str) -> None:
+    source = save_tiny(tmp_path / "source", family)
+    settings = RopeSettings(attention_factor=WANTED)
+    done = rope.write_extended(source, tmp_path / "plain", factor=4, method=method)
+    assert done.query_scale == 1
+    written = rope.write_extended(source, tmp_path / "out", factor=4, method=method, settings=settings)
+    # The configuration is that of the method's own factor: all engines read it alike.
+    assert (tmp_path / "out" / "config.json").read_text() == (tmp_path / "plain" / "config.json").read_text()
+    assert any("Attention factor 1.31" in note for note in written.notes)
+    ids = torch.randint(5, 60, (1, 48), generator=torch.Generator().manual_seed(2))
+    load = {"dtype": torch.float32, "attn_implementation": "eager"}
+    with torch.inference_mode():
+        got = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **load)(ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", **load)
+        own = plain(ids).logits
+        for module in rotary_modules(plain):
+            name = "full_attention_attention_scaling"
+            setattr(module, name if hasattr(module, name) else "attention_scaling", WANTED)
+        expected = plain(ids).logits
+        # And so does the search, before anything is written.
+        before = AutoModelForCausalLM.from_pretrained(source, **load)
+        with encoded(before, plain.config, written.query_scale):
+            searched = before(ids).logits
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(searched, expected, atol=2e-5, rtol=1e-4)
+    assert (expected - own).abs().max() > 20 * (got - expected).abs().max()
+
+
+def test_only_queries_are_rewritten(tmp_path) -> None:
+    source = save_tiny(tmp_path / "source", "llama", dtype="bfloat16")
+    settings = RopeSettings(attention_factor=1.0)
+    written = rope.write_extended(source, tmp_path / "out", factor=4, method="yarn", settings=settings)
+    before, after = Checkpoint.open(source), Checkpoint.open(tmp_path / "out")
+    assert before.names == after.names
+    for name in before.names:
+        assert after.dtype(name) == torch.bfloat16
+        same = torch.equal(before.tensor(name), after.tensor(name))
+        assert same == ("q_proj" not in name), name
+    name = next(name for name in before.names if "q_proj" in name)
+    expected = (before.tensor(name).float() * written.query_scale).bfloat16()
+    assert torch.equal(after.tensor(name), expected) and written.query_scale < 1
+    assert not differences(AutoConfig.from_pretrained(tmp_path / "out"))
+
+
+def test_clamped_queries_are_refused(tmp_path) -> None:
+    source = save_tiny(tmp_path / "source", "olmo", clip_qkv=8.0)
+    settings = RopeSettings(attention_factor=WANTED)
+    with pytest.raises(UserError, match="clamps its queries"):
+        rope.write_extended(source, tmp_path / "out", factor=4, method="yarn", settings=settings)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="does not read `attention_factor`"):
+        rope.extend(tiny_config("llama"), factor=4, method="none", settings=settings)
