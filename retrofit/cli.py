@@ -375,6 +375,9 @@ def evaluate(
     documents: Annotated[int | None, typer.Option("--documents", help="Documents per text source.")] = None,
     needle: Annotated[str | None, typer.Option("--needle", metavar="N,N", help="Needle test at these lengths.")] = None,
     depths: Annotated[int, typer.Option("--depths", min=1, help="Depths of the needle, from 0 to 1.")] = 5,
+    together: Annotated[
+        bool, typer.Option("--together", help="The needles of all depths in one text: one pass a length, harder.")
+    ] = False,
     ruler: Annotated[str | None, typer.Option("--ruler", metavar="N,N", help="RULER's tasks at these lengths.")] = None,
     context_gain: Annotated[
         bool, typer.Option("--context-gain", help="What context beyond the native length gives on the same tokens.")
@@ -409,6 +412,7 @@ def evaluate(
         documents=documents,
         needle=_numbers(needle),
         depths=depths,
+        together=together,
         ruler=_numbers(ruler),
         context_gain=context_gain,
         long_ppl=long_ppl,

@@ -94,6 +94,7 @@ def _yarn(recipe: Recipe, work: Path, progress: PlainProgress) -> dict[str, Any]
         documents=asked.documents,
         needle=asked.needle.lengths if asked.needle else None,
         depths=asked.needle.depths if asked.needle else 1,
+        together=bool(asked.needle and asked.needle.together),
         context_gain=asked.context_gain,
         out=work / "yarn.npz",
         progress=progress,
@@ -182,7 +183,7 @@ def _search(record: Mapping[str, Any]) -> list[str]:
         "",
         f"{len(found['trials'])} passes, {found['read']:,} tokens read. Losses in nats per token: of the tokens up to "
         f"the original window (before the extension {found['native']:.3f}), of the last ones, of the answers about "
-        "three hidden facts. The best eight of each rung, and YaRN's defaults:",
+        "hidden facts. The best eight of each rung, and YaRN's defaults:",
         "",
         "| rung | tokens | encoding | original window | last tokens | answers | objective |",
         "|---:|---:|---|---:|---:|---:|---:|",

@@ -211,9 +211,7 @@ def _lists(settings: RopeSettings, pairs: int) -> dict[str, Any]:
     return found
 
 
-def _with_attention_factor(
-    text: Mapping[str, Any], view: RopeView, extension: Extension, wanted: float
-) -> Extension:
+def _with_attention_factor(text: Mapping[str, Any], view: RopeView, extension: Extension, wanted: float) -> Extension:
     """The extension with what the queries must be multiplied with to get the wanted factor."""
     _, own = spectra.compute(text, view, extension.length)
     scale = (wanted / own) ** 2

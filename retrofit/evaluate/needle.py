@@ -5,7 +5,9 @@ opening, prose up to the depth, the needle, the rest of the prose, the question.
 words, so that a small base model can answer by continuing, without examples. Beside the greedy answer each cell has the
 loss of the right answer and its margin over a wrong one of the same form: a signal where exact match gives none.
 
-The prose before a needle is the same for every depth: it is read once, and the cache goes back to it.
+The prose before a needle is the same for every depth: it is read once, and the cache goes back to it. Or all depths'
+needles stand together in one haystack, each with a key of its own (RULER's multi-key retrieval, arXiv 2404.06654): one
+pass a length, and a harder test, because the other needles look like the one asked for.
 """
 
 from __future__ import annotations
@@ -90,6 +92,7 @@ def needle(
     lengths: Sequence[int],
     depths: Sequence[float],
     samples: int = 1,
+    together: bool = False,
     seed: int = 0,
     chunk: int = 512,
     kernel: Choice | None = None,
@@ -97,7 +100,10 @@ def needle(
 ) -> NeedleResult:
     """Ask for a needle at every length and depth. prose: what it is hidden in; repeated when it is too short.
 
-    Raises: UserError for an unknown test, or a length in which the question alone has no room.
+    together: the needles of all depths stand in one haystack.
+
+    Raises: UserError for an unknown test, a length in which the question alone has no room, or needles together that
+    have no keys, or not enough.
     """
     if test not in WORDINGS:
         raise UserError(f"`{test}` is not a needle test", where="needle.test", fix=f"use {' or '.join(WORDINGS)}")
@@ -106,8 +112,16 @@ def needle(
     ends = boundaries(tokenizer, hay)
     cells: list[Cell] = []
     read = 0
+    if together and ("{key}" not in wording.question or len(depths) > len(KEYS)):
+        raise UserError(
+            f"`{test}` has {len(KEYS) if '{key}' in wording.question else 'no'} keys to tell needles apart by",
+            where="needle.together",
+            fix=f"use the test `needle` with up to {len(KEYS)} depths, or leave `together` out",
+        )
+    hidden = [tuple(depths)] if together else [(depth,) for depth in depths]
     prompts = {
-        n: [_prompts(tokenizer, wording, hay, ends, n, depths, s, seed) for s in range(samples)] for n in lengths
+        n: [[_prompt(tokenizer, wording, hay, ends, n, some, s, seed) for some in hidden] for s in range(samples)]
+        for n in lengths
     }
     if progress:
         progress.start(test, len(lengths) * len(depths) * samples, "questions")
@@ -118,16 +132,17 @@ def needle(
             with frequencies_of(model, length):
                 for sample in range(samples):
                     # From the deepest needle up: what stands before the next one is still in the cache.
-                    for prompt in sorted(prompts[length][sample], key=lambda prompt: -prompt.position):
+                    for prompt in sorted(prompts[length][sample], key=lambda prompt: -prompt.needles[0].position):
                         shared = min(_shared(prompt.ids, held), len(prompt.ids) - 1)
                         reader.rewind(shared)
                         reader.read(torch.tensor(prompt.ids[shared:], device=model.device))
                         held = prompt.ids
                         read += len(prompt.ids) - shared
-                        answer = ask(reader, tokenizer, prompt.question)
-                        cells.append(Cell(length, prompt.depth, sample, prompt.position, answer))
-                        if progress:
-                            progress.advance(1, tokens=length)
+                        for one in prompt.needles:
+                            answer = ask(reader, tokenizer, one.question)
+                            cells.append(Cell(length, one.depth, sample, one.position, answer))
+                            if progress:
+                                progress.advance(1, tokens=length)
     if progress:
         progress.finish()
     cells.sort(key=lambda cell: (cell.length, cell.depth, cell.sample))
@@ -136,16 +151,23 @@ def needle(
 
 
 @dataclass(frozen=True)
-class _Prompt:
-    """ids: all that is read before the question, which begins at length - question - answer tokens."""
+class _Hidden:
+    """One fact of a prompt. position: its first token."""
 
     depth: float
     position: int
-    ids: list[int]
     question: Question
 
 
-def _prompts(
+@dataclass(frozen=True)
+class _Prompt:
+    """ids: all that is read before a question, the longest of which ends, answered, at the length asked for."""
+
+    ids: list[int]
+    needles: tuple[_Hidden, ...]
+
+
+def _prompt(
     tokenizer: PreTrainedTokenizerBase,
     wording: Wording,
     hay: list[int],
@@ -154,30 +176,36 @@ def _prompts(
     depths: Sequence[float],
     sample: int,
     seed: int,
-) -> list[_Prompt]:
-    found = []
+) -> _Prompt:
+    """A haystack with a needle at each of these depths, which ascend."""
+    rng = random.Random(f"{seed}/{sample}/{length}/{'/'.join(map(str, depths))}")
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     start = bos + encode(tokenizer, wording.opening)
-    for depth in depths:
-        rng = random.Random(f"{seed}/{sample}/{length}/{depth}")
-        key, value = rng.choice(KEYS), _number(rng)
-        fact = encode(tokenizer, wording.fact.format(key=key, value=value))
+    facts, questions, asked = [], [], []
+    for key in rng.sample(KEYS, len(depths)):
+        value = _number(rng)
+        facts.append(encode(tokenizer, wording.fact.format(key=key, value=value)))
         text, right = (part.format(key=key, value=value) for part in (wording.question, wording.answer))
         answer = encode(tokenizer, right)
         wrong = _like(tokenizer, wording, rng, key, value, len(answer))
-        room = length - len(start) - len(fact) - len(encode(tokenizer, text)) - len(answer)
-        if room < 1:
-            raise UserError(
-                f"{length} tokens have no room for the needle and its question, which need {length - room}",
-                where="needle.lengths",
-                fix=f"use at least {2 * (length - room)}",
-            )
+        questions.append(Question(text, (value,), (right,), (wrong,), len(answer) + EXTRA_TOKENS))
+        asked.append(len(encode(tokenizer, text)) + len(answer))
+    room = length - len(start) - sum(map(len, facts)) - max(asked)
+    if room < 1:
+        raise UserError(
+            f"{length} tokens have no room for the needle and its question, which need {length - room}",
+            where="needle.lengths",
+            fix=f"use at least {2 * (length - room)}",
+        )
+    ids, needles, done = list(start), [], 0
+    for depth, fact, question in zip(depths, facts, questions, strict=True):
         at = int(ends[np.abs(ends - depth * room).argmin()]) if 0 < depth < 1 else round(depth * room)
-        at = min(at, room)
-        ids = start + hay[:at] + fact + hay[at:room]
-        question = Question(text, (value,), (right,), (wrong,), len(answer) + EXTRA_TOKENS)
-        found.append(_Prompt(depth, len(start) + at, ids, question))
-    return found
+        at = max(done, min(at, room))
+        ids += hay[done:at]
+        needles.append(_Hidden(depth, len(ids), question))
+        ids += fact
+        done = at
+    return _Prompt(ids + hay[done:room], tuple(needles))
 
 
 def _number(rng: random.Random) -> str:

@@ -323,6 +323,7 @@ def evaluate(
     documents: int | None = None,
     needle: Sequence[int] | None = None,
     depths: int = 5,
+    together: bool = False,
     ruler: Sequence[int] | None = None,
     context_gain: bool = False,
     long_ppl: bool = False,
@@ -338,7 +339,8 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of `model` at several context lengths, its KV cache, its decoding speed, and the use of its context.
 
-    suite: what to measure, from a file; the other arguments win over it. needle, ruler: lengths of these tests.
+    suite: what to measure, from a file; the other arguments win over it. needle, ruler: lengths of these tests;
+    together: the needles of all depths stand in one text.
     definitions: perplexities as others define them, over `document_tokens` tokens of each document. beyond: lengths may
     lie beyond the model's positions. out: where to keep the token losses (.npz); the same call goes on after a stop.
     """
@@ -350,7 +352,7 @@ def evaluate(
         lengths=lengths,
         documents=documents,
         dtype=dtype,
-        needle={"lengths": list(needle), "depths": depths} if needle else None,
+        needle={"lengths": list(needle), "depths": depths, "together": together} if needle else None,
         ruler={"lengths": list(ruler)} if ruler else None,
         context_gain=context_gain,
         long_ppl=long_ppl,

@@ -101,7 +101,7 @@ def questions_read(section: Evaluate) -> tuple[tuple[int, int], ...]:
     """(tokens, context) of what the synthetic tests read."""
     found: list[tuple[int, int]] = []
     if section.needle:  # the first depth reads all of it, the others what follows the needle
-        share = 1 + (section.needle.depths - 1) / 2 + 0.5
+        share = 1.0 if section.needle.together else 1 + (section.needle.depths - 1) / 2 + 0.5
         found += [(int(n * share * section.needle.samples), n) for n in section.needle.lengths]
     if section.ruler:
         found += [(n * len(section.ruler.tasks) * section.ruler.samples, n) for n in section.ruler.lengths]
@@ -175,6 +175,7 @@ def _asked(
             lengths=asked.lengths,
             depths=depths(asked.depths),
             samples=asked.samples,
+            together=asked.together,
             seed=seed,
             chunk=section.chunk,
             kernel=kernel,

@@ -285,6 +285,9 @@ class Needle(Section):
     lengths: tuple[Annotated[int, Field(ge=64)], ...] = Field(min_length=1)
     depths: int = Field(5, ge=1, description="depths from 0 to 1")
     samples: int = Field(1, ge=1, description="needles per length and depth")
+    together: bool = Field(
+        False, description="the needles of all depths in one haystack, with a key each: one pass a length, and harder"
+    )
 
     _ascending = field_validator("lengths")(lambda value: tuple(sorted(set(value))))
 

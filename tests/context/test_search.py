@@ -163,7 +163,9 @@ def test_the_last_rung_is_the_loss_of_one_plain_pass() -> None:
     kept = read.text_T
     assert 0.7 < kept.double().mean() < 1  # the facts are no text
     assert found.reference.native == pytest.approx(float(losses[:512][kept[:512]].mean()), abs=1e-4)
-    assert found.reference.tail == pytest.approx(float(losses[-1024:][kept[-1024:]].mean()), abs=1e-4)  # half of the text
+    assert found.reference.tail == pytest.approx(
+        float(losses[-1024:][kept[-1024:]].mean()), abs=1e-4
+    )  # half of the text
     answers = []
     for question, answer in read.questions:
         whole = torch.cat([read.ids_T, question, answer])

@@ -11,7 +11,7 @@ import torch
 from retrofit.errors import UserError
 from retrofit.evaluate.asking import Question, ask
 from retrofit.evaluate.haystack import NOISE, boundaries, encode, filler
-from retrofit.evaluate.needle import WORDINGS, _prompts, depths, needle
+from retrofit.evaluate.needle import WORDINGS, _prompt, depths, needle
 from retrofit.evaluate.reader import Reader
 from retrofit.evaluate.ruler import TASKS, problem, ruler
 from retrofit.evaluate.score import reading
@@ -33,11 +33,12 @@ def whole(model, ids: list[int], answer: list[int]) -> tuple[float, float]:
     return float(losses.mean()), float((logits.argmax(-1) == targets).double().mean())
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma2"])
-def test_a_grid_through_one_cache_is_that_of_a_pass_per_needle(family: str) -> None:
+def test_a_grid_through_one_cache_is_that_of_a_pass_per_needle(family: str, together: bool) -> None:
     model, tokenizer = tiny_model(family, max_position_embeddings=1024), tiny_tokenizer()
     lengths, grid = (400, 300), depths(3)
-    found = needle(model, tokenizer, PROSE, lengths=lengths, depths=grid, samples=2, chunk=32)
+    found = needle(model, tokenizer, PROSE, lengths=lengths, depths=grid, samples=2, together=together, chunk=32)
     assert [(c.length, c.depth, c.sample) for c in found.cells] == [
         (n, d, s) for n in (300, 400) for d in (0.0, 0.5, 1.0) for s in (0, 1)
     ]
@@ -45,14 +46,16 @@ def test_a_grid_through_one_cache_is_that_of_a_pass_per_needle(family: str) -> N
     ends = boundaries(tokenizer, hay)
     everything = 0
     for cell in found.cells:
-        prompts = _prompts(tokenizer, WORDINGS["needle"], hay, ends, cell.length, grid, cell.sample, 0)
-        (prompt,) = [p for p in prompts if p.depth == cell.depth]
-        ids = prompt.ids + encode(tokenizer, prompt.question.text)
-        answer = encode(tokenizer, prompt.question.right[0])
-        assert len(ids) + len(answer) == cell.length
+        hidden = grid if together else (cell.depth,)
+        prompt = _prompt(tokenizer, WORDINGS["needle"], hay, ends, cell.length, hidden, cell.sample, 0)
+        (one,) = [one for one in prompt.needles if one.depth == cell.depth]
+        assert cell.position == one.position
+        ids = prompt.ids + encode(tokenizer, one.question.text)
+        answer = encode(tokenizer, one.question.right[0])
+        assert len(ids) + len(answer) == cell.length or (together and len(ids) + len(answer) <= cell.length)
         loss, match = whole(model, ids, answer)
         assert cell.answer.loss == pytest.approx(loss, abs=1e-4) and cell.answer.token_match == match
-        wrong, _ = whole(model, ids, encode(tokenizer, prompt.question.wrong[0]))
+        wrong, _ = whole(model, ids, encode(tokenizer, one.question.wrong[0]))
         assert cell.answer.margin == pytest.approx(wrong - loss, abs=1e-4)
         with torch.inference_mode():
             first = int(model(torch.tensor([ids])).logits[0, -1].argmax())
@@ -68,19 +71,35 @@ def test_the_needle_stands_once_at_its_depth_and_a_seed_gives_the_same_text(test
     prose = NOISE if test == "passkey" else PROSE
     hay = filler(tokenizer, prose, 2000)
     ends = boundaries(tokenizer, hay)
-    prompts = _prompts(tokenizer, wording, hay, ends, 2000, depths(5), 0, 0)
+    prompts = [_prompt(tokenizer, wording, hay, ends, 2000, (depth,), 0, 0) for depth in depths(5)]
     for prompt in prompts:
+        (one,) = prompt.needles
         text = tokenizer.decode(prompt.ids)
-        value = prompt.question.expected[0]
+        value = one.question.expected[0]
         fact = re.escape(wording.fact).replace(r"\{key\}", r"\w+").replace(r"\{value\}", value)
         (place,) = [m.start() for m in re.finditer(fact, text)]
-        assert place / len(text) == pytest.approx(prompt.depth, abs=0.15)
+        assert place / len(text) == pytest.approx(one.depth, abs=0.15)
         assert prompt.ids[0] == BOS_ID
-        assert text[place - 1] in ".!?" or prompt.depth in (0.0, 1.0)
-        assert prompt.question.wrong[0].strip() not in text
-    again = _prompts(tokenizer, wording, hay, ends, 2000, depths(5), 0, 0)
-    other = _prompts(tokenizer, wording, hay, ends, 2000, depths(5), 0, 1)
-    assert prompts == again and prompts != other
+        assert text[place - 1] in ".!?" or one.depth in (0.0, 1.0)
+        assert one.question.wrong[0].strip() not in text
+    assert _prompt(tokenizer, wording, hay, ends, 2000, (0.5,), 0, 0) == prompts[2]
+    assert _prompt(tokenizer, wording, hay, ends, 2000, (0.5,), 0, 1) != prompts[2]
+
+
+def test_needles_together_have_keys_of_their_own() -> None:
+    tokenizer = tiny_tokenizer()
+    hay = filler(tokenizer, PROSE, 2000)
+    prompt = _prompt(tokenizer, WORDINGS["needle"], hay, boundaries(tokenizer, hay), 2000, depths(5), 0, 0)
+    assert len({one.question.text for one in prompt.needles}) == 5
+    for one in prompt.needles:
+        said = tokenizer.decode(prompt.ids[one.position :])
+        asked = one.question.text.strip() + one.question.right[0]
+        assert said.strip().startswith(asked)
+    assert [one.position for one in prompt.needles] == sorted(one.position for one in prompt.needles)
+    model = tiny_model("llama", max_position_embeddings=1024)
+    for asked in ({"test": "passkey", "depths": depths(2)}, {"depths": depths(13)}):
+        with pytest.raises(UserError, match="keys to tell needles apart"):
+            needle(model, tokenizer, PROSE, lengths=(512,), together=True, **asked)
 
 
 class Oracle:
