@@ -328,9 +328,7 @@ def test_longrope_takes_its_short_factors_to_the_original_length_and_its_long_on
     source = save_tiny(tmp_path / "source", family)
     done = rope.write_extended(source, tmp_path / "out", length=2048, method="longrope", settings=settings)
     assert any("each length is measured" in note for note in done.notes)
-    own = math.sqrt(
-        1 + math.log(4) / math.log(512)
-    )  # the weights hold what differs (tests/context/test_temperature.py)
+    own = math.sqrt(1 + math.log(4) / math.log(512))  # the weights hold what differs
     assert done.query_scale == pytest.approx((1.25 / own) ** 2)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     theta = next(v for v in views(as_dict(before)) if v.layer_type == layer_type).parameters["rope_theta"]
