@@ -130,7 +130,8 @@ def extend(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write `source` with a longer window to `out`; the weights are hard links, unless positions are learned.
+    """Write `source` with a longer window to `out`; the weights are hard links, unless positions are learned or the
+    queries hold an attention factor.
 
     Returns the facts of the extension, and under `search` how its encoding was found. teacher: the original model, for
     the text source `self`. work: where a search keeps what it can go on from.

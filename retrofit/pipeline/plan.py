@@ -292,14 +292,18 @@ def _extend(shape: _Shape, context: Context, native: int, claimed: int) -> Cost:
         table = DTYPE_BYTES.get(facts.dtype, 2) * claimed * spec.hidden_size
         return Cost("extend", f"{does}; the position table is interpolated", BASE_BYTES, facts.weight_bytes + table, 2)
     search = context.searches
-    if search is None:
+    if search is None and context.attention_factor is None:
         return Cost("extend", f"{does}; only config.json changes", BASE_BYTES, 1 << 20, 1.0)
+    if search is None:
+        does += f"; the weights of the queries hold the attention factor {context.attention_factor:g}"
+        return Cost("extend", does, BASE_BYTES, facts.weight_bytes, 2)
     plan = rungs(claimed, search.tokens_for(claimed))
     seconds = sum(shape.seconds(size * count + min(size, native), size) for size, count in plan)
     cache = spec.kv_cache_bytes(claimed, 4)
     tried = ", ".join(f"{count} x {size:,}" for size, count in plan)
     does += f"; encodings x tokens read: {tried}"
-    return Cost("extend", does, BASE_BYTES + 2 * facts.weight_bytes + cache, 1 << 20, seconds)
+    # The winner's attention factor may have to be written into the weights.
+    return Cost("extend", does, BASE_BYTES + 2 * facts.weight_bytes + cache, facts.weight_bytes, seconds)
 
 
 def _recover(shape: _Shape, recover: Recover) -> Cost:
