@@ -202,6 +202,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep the checkpoints here, so that later rows can start from them")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    from retrofit.model.load import multiplies_in_bfloat16
+
     if options.books and not (options.books / HELD_OUT).is_file():
         parser.error(f"{options.books} holds no {HELD_OUT}")
     with tempfile.TemporaryDirectory() as temporary:
@@ -221,6 +223,7 @@ def main() -> None:
                 continue
             facts = bench.train(row) if row.start else bench.convert(row)
             facts["own_seconds"] = facts.pop("seconds")
+            facts["bfloat16"] = multiplies_in_bfloat16("cpu")
             facts["seconds"] = facts["own_seconds"] + (start["seconds"] if start else 0.0)
             facts["by_kind"] = measured(bench.score(bench.path(row.name)), original)
             _save(options.out, row.name, facts, measured(original, original), options)
@@ -299,7 +302,13 @@ def table(record: dict[str, Any]) -> str:
     ]
     for name, row in _ranked(record, kinds[0]):
         cells = [f"{_short(f['perplexity'])} ({_short(f['ratio'])})" for f in (row["by_kind"][kind] for kind in kinds)]
-        lines.append(f"| {name} | {row['seconds']:,.0f} | {' | '.join(cells)} |")
+        mark = "\\*" if row.get("bfloat16") else ""
+        lines.append(f"| {name}{mark} | {row['seconds']:,.0f} | {' | '.join(cells)} |")
+    if any(row.get("bfloat16") for row in record["rows"].values()):
+        lines += [
+            "",
+            "\\* on a processor with bfloat16 products, in which the calibration and the training then multiply.",
+        ]
     lines += ["", "![Perplexity against seconds of compute](kv_heads.svg)", "", *_per_token(record, kinds[0])]
     return "\n".join([*lines, *_per_layer(record), ""])
 
