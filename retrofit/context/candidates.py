@@ -3,7 +3,7 @@
 All are fixed frequencies of native types, so that every length comes from one pass and stock engines read the winner.
 Three families: a larger base (`ntk`), `llama3` and `yarn`, the last two with a base of their own as well. A base larger
 by m and a divisor f stretch the slowest rotary pair by m^((d-2)/d) f together, d being the rotated dimensions. Each may
-have any attention factor from 1 to yarn's own formula, which the weights hold (`temperature`).
+have any attention factor around yarn's own formula, which the weights hold (`temperature`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 PUBLISHED: tuple[RopeMethod, ...] = ("yarn", "ntk", "llama3", "linear")
 """Methods whose defaults are always tried; the first is what a winner is compared with to the end."""
-FIRST, SECOND = 16, 4  # the first and the second rung read this part of the window
+FIRST, SECOND = 16, 4  # a pass of the first and the second rung costs this part of one over the whole window
+STEEPEST = 1.5  # times yarn's own excess over 1, the largest attention factor tried
 SHORTEST = 256  # tokens of a pass, or the whole window where that is shorter
 
 
@@ -98,7 +99,7 @@ def candidates(
 
 
 def rungs(length: int, tokens: int) -> tuple[tuple[int, int], ...]:
-    """(tokens of a pass, passes) of each rung within a budget of `tokens`.
+    """(tokens that a pass costs, passes) of each rung within a budget of `tokens`.
 
     Raises: UserError for a budget that does not let two encodings read the whole window.
     """
@@ -133,7 +134,7 @@ def _points(
         for u in _latin(rng, 8, 5):
             total = stretch * _between(0.75, 2.5, u[0])  # a little less than the length asks for, or a good deal more
             share = u[1]  # of it that the divisor does, the rest the base
-            factor = _digits(1 + u[4] * (yarn_attention_factor(stretch) - 1))
+            factor = _digits(1 + u[4] * STEEPEST * (yarn_attention_factor(stretch) - 1))
             yield "ntk", RopeSettings(theta=base(total), attention_factor=factor)
             low = _between(0.5, 4, u[2])
             yield (

@@ -1,11 +1,12 @@
 """The position encoding of a longer window, chosen by measurement: successive halving over `candidates`.
 
 Every trial is one pass over one text: the loss of its beginning (what the window costs at short lengths), of its last
-tokens (what it gives at the new length), and of the answers to questions about facts put into it. In the first rungs
+tokens (what it gives at the new length), and of the answers to questions about facts put into it. In the first rung
 the middle of the text is left out while the tokens keep their positions, so that a pass of a few thousand tokens sees
-the distances of the whole window (the idea of PoSE, arXiv 2309.10400, section 3.2, used to measure); the last rung
-reads it whole. A third of the budget goes to each rung; the best of one go on to the next, and YaRN's defaults with
-them.
+the distances of the whole window (the idea of PoSE, arXiv 2309.10400, section 3.2, used to measure). It does not see
+how far attention spreads over as many tokens, which is what an attention factor is for; so in the second rung all of
+the text is there, but the middle is read with attention to nearby tokens only, for a quarter of the cost. The last rung
+reads it whole. A third of the budget goes to each; the best of one go on to the next, and YaRN's defaults with them.
 
 Successive halving: Jamieson and Talwalkar 2016 (arXiv 1502.07943).
 """
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from retrofit.context.candidates import Candidate, candidates, rungs
+from retrofit.context.frequencies import yarn_attention_factor
 from retrofit.context.temperature import scale_queries
 from retrofit.errors import UserError
 from retrofit.evaluate.haystack import encode
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from retrofit.kernels.registry import Choice
 
 TAIL = 2048  # tokens that the tail loss looks at
+NEAR = 32  # the tokens that see nearby ones only see this part of the window
 FACTS = 6  # put into the text, fewer where they would fill more than a quarter of it
 PLACES = (0.05, 0.85)  # of the first and the last, as shares of what is read
 ORIGINAL = "original"
@@ -48,9 +51,9 @@ ORIGINAL = "original"
 
 @dataclass(frozen=True)
 class Trial:
-    """One pass with one encoding. tokens: read; native: loss of the first tokens, up to the original window; excess:
-    how much more than before the extension, below 0 if less; tail: loss of the last tokens; needle: of the right
-    answers; all in nats per token. objective: what is minimised."""
+    """One pass with one encoding. tokens: what it costs, those of a whole pass; native: loss of the first tokens, up to
+    the original window; excess: how much more than before the extension, below 0 if less; tail: loss of the last
+    tokens; needle: of the right answers; all in nats per token. objective: what is minimised."""
 
     rung: int
     label: str
@@ -82,16 +85,22 @@ class Found:
 
 @dataclass(frozen=True)
 class _Text:
-    """What a rung reads. skip: positions that are left out before the token at index `cut`; cut 0 leaves out none.
+    """What a rung reads: tokens [0, cut), then those up to `resume`, then the rest.
 
-    text_T: bool [T - 1], targets that are text and no inserted fact. questions: (tokens of it, tokens of its answer).
+    cost: tokens that it counts as. skip: positions that are left out before the token at index `cut`. near: how many
+    tokens before them those between cut and resume see. tail: tokens at the end whose loss counts. text_T: bool
+    [T - 1], targets that are text and no inserted fact. questions: (tokens of it, tokens of its answer).
     """
 
     ids_T: Tensor
-    cut: int
-    skip: int
+    cost: int
+    tail: int
     text_T: Tensor
     questions: tuple[tuple[Tensor, Tensor], ...]
+    cut: int = 0
+    resume: int = 0
+    skip: int = 0
+    near: int = 0
 
 
 def search(
@@ -126,8 +135,8 @@ def search(
         question = {"config": config.to_dict(), "checkpoint": identity, "text": sha, "seed": seed}
         kept = Kept(partial, {**question, "dtype": str(model.dtype), "kernel": used})
         for rung, (size, count) in enumerate(plan, start=1):
-            survivors = _advance_to(survivors, trials, min(count, len(pool)))
-            text = _text(tokenizer, ids_T, size, seed)
+            survivors = _advance_to(survivors, trials, min(count, len(pool)), yarn_attention_factor(length / native))
+            text = _text(tokenizer, ids_T, rung, plan, native, seed)
             if progress:
                 progress.start(f"search {rung} of {len(plan)}", len(survivors) * size, "tokens")
             at = _Rung(model, tokenizer, text, rung, native, section, kept)
@@ -145,20 +154,27 @@ def search(
     return Found(chosen.method, chosen.settings, tuple(trials), winner, last[pool[0].label], baseline, read)
 
 
-def _advance_to(survivors: Sequence[Candidate], trials: Sequence[Trial], count: int) -> list[Candidate]:
+def _advance_to(survivors: Sequence[Candidate], trials: Sequence[Trial], count: int, own: float) -> list[Candidate]:
     """The `count` best of the rung before; the first candidate, the reference, is always among them.
 
-    After the first rung the best of each method goes on as well: how far attention spreads, and so what an attention
-    factor is worth, does not show in passes over so few tokens.
+    After the first rung small, middling, large and published attention factors have their turn, each with the best of
+    their own: what one is worth does not show in passes over so few tokens. own: yarn's.
     """
     if not trials:
         return list(survivors)
     objective = {trial.label: trial.objective for trial in trials if trial.rung == trials[-1].rung}
     ranked = sorted(survivors[1:], key=lambda candidate: objective[candidate.label])
     if trials[-1].rung == 1:
-        methods = dict.fromkeys(candidate.method for candidate in ranked)
-        best = [next(candidate for candidate in ranked if candidate.method == method) for method in methods]
-        ranked = [*best, *(candidate for candidate in ranked if candidate not in best)]
+        kinds: dict[int, int] = {}
+
+        def turn(candidate: Candidate) -> int:
+            """The how manyth of its kind it is."""
+            factor = candidate.settings.attention_factor
+            kind = 0 if factor is None else 1 + int((factor - 1) // max((own - 1) / 2, 1e-9))
+            kinds[kind] = kinds.get(kind, 0) + 1
+            return kinds[kind]
+
+        ranked = sorted(ranked, key=turn)
     return [survivors[0], *ranked[: count - 1]]
 
 
@@ -176,8 +192,10 @@ class _Rung:
 
     def original(self) -> float:
         """Native loss of the model as it is, on the beginning of the text."""
-        stop = min(self.text.cut or len(self.text.ids_T), self.native)
-        return float(self._once(ORIGINAL, lambda: self._read(self.text.ids_T[:stop], 0, 0, ()))[0])
+        text = self.text
+        stop = min(text.cut or len(text.ids_T), self.native)
+        beginning = _Text(text.ids_T[:stop], stop, 1, text.text_T[: stop - 1], ())
+        return float(self._once(ORIGINAL, lambda: self._read(beginning))[0])
 
     def trial(self, candidate: Candidate, baseline: float) -> Trial:
         """One pass with the candidate's encoding."""
@@ -185,7 +203,7 @@ class _Rung:
 
         def measure() -> np.ndarray:
             with encoded(self.model, candidate.config, candidate.query_scale):
-                return self._read(text.ids_T, text.cut, text.skip, text.questions)
+                return self._read(text)
 
         native, tail, needle = (float(value) for value in self._once(candidate.label, measure))
         excess = native - baseline
@@ -194,7 +212,7 @@ class _Rung:
             label=candidate.label,
             method=candidate.method,
             settings={name: value for name, value in candidate.settings.model_dump().items() if value is not None},
-            tokens=len(text.ids_T),
+            tokens=text.cost,
             native=native,
             excess=excess,
             tail=tail,
@@ -216,22 +234,27 @@ class _Rung:
             self.kept.put(name, found)
         return found
 
-    def _read(self, ids_T: Tensor, cut: int, skip: int, questions: Sequence[tuple[Tensor, Tensor]]) -> np.ndarray:
+    def _read(self, text: _Text) -> np.ndarray:
         """(native, tail, needle loss) of one pass; the last is 0 without questions."""
-        ids_T = ids_T.to(self.model.device)
-        room = max((len(question) + len(answer) for question, answer in questions), default=0)
+        ids_T = text.ids_T.to(self.model.device)
+        following_T = torch.cat([ids_T[1:], ids_T[:1]])  # after the last token anything will do
+        room = max((len(question) + len(answer) for question, answer in text.questions), default=0)
         reader = Reader(self.model, len(ids_T) + room, rewindable=True)
-        losses = []
-        for part, following in _parts(ids_T, cut):
-            losses += [found for _, found in reader.predicted(part, following)]
-            reader.skip(skip if cut and len(part) == cut else 0)
-        losses_T = torch.cat(losses)[: len(ids_T) - 1]
-        text_T = self.text.text_T[: len(losses_T)]
-        first = min(self.native, cut or self.native)
-        beginning = losses_T[:first][text_T[:first]]
-        ending = min(TAIL, max(1, (len(ids_T) - cut) // 2))
-        end = losses_T[-ending:][text_T[-ending:]]
-        answers = [_answer_loss(reader, *question) for question in questions]
+
+        def read(begin: int, stop: int) -> list[Tensor]:
+            return [found for _, found in reader.predicted(ids_T[begin:stop], following_T[begin:stop])]
+
+        losses = read(0, text.cut)
+        if text.near:
+            with reader.nearby(text.near):
+                losses += read(text.cut, text.resume)
+        if text.skip:
+            reader.skip(text.skip)
+        losses_T = torch.cat([*losses, *read(text.resume, len(ids_T))])[:-1]
+        first = min(self.native, text.cut or self.native)
+        beginning = losses_T[:first][text.text_T[:first]]
+        end = losses_T[-text.tail :][text.text_T[-text.tail :]]
+        answers = [_answer_loss(reader, *question) for question in text.questions]
         return np.array([float(beginning.mean()), float(end.mean()), float(np.mean(answers)) if answers else 0.0])
 
 
@@ -244,18 +267,26 @@ def _answer_loss(reader: Reader, question_T: Tensor, answer_T: Tensor) -> float:
     return loss
 
 
-def _parts(ids_T: Tensor, cut: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(tokens, the token after each) before and after the cut; after the last token anything will do."""
-    following_T = torch.cat([ids_T[1:], ids_T[:1]])
-    for begin, stop in ((0, cut), (cut, len(ids_T))):
-        if stop > begin:
-            yield ids_T[begin:stop], following_T[begin:stop]
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, ids_T: Tensor, size: int, seed: int) -> _Text:
-    """`size` tokens of the text, its middle left out, with facts in the place of some of them."""
-    cut = size // 2 if size < len(ids_T) else 0
-    kept_T = torch.cat([ids_T[:cut], ids_T[len(ids_T) - (size - cut) :]]).clone()
+def _text(
+    tokenizer: PreTrainedTokenizerBase,
+    ids_T: Tensor,
+    rung: int,
+    plan: Sequence[tuple[int, int]],
+    native: int,
+    seed: int,
+) -> _Text:
+    """What a rung reads, with facts in the place of some tokens. The last reads all of the text. The first leaves out
+    its middle but not the positions there, the others read the middle with attention to nearby tokens."""
+    size, length = plan[rung - 1][0], len(ids_T)
+    where: dict[str, int] = {"tail": min(TAIL, max(1, length // 4))}
+    if size < length and rung == 1:
+        cut = size // 2
+        kept_T = torch.cat([ids_T[:cut], ids_T[length - (size - cut) :]])
+        where = {"tail": min(TAIL, max(1, (size - cut) // 2)), "cut": cut, "resume": cut, "skip": length - size}
+    else:
+        kept_T = ids_T.clone()
+        if size < length:
+            where |= {"cut": min(native, size), "resume": length - where["tail"], "near": max(1, length // NEAR)}
     text_T = torch.ones(len(kept_T), dtype=torch.bool)
     rng = random.Random(f"search {seed}")
     questions = []
@@ -267,11 +298,11 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids_T: Tensor, size: int, seed: in
             torch.tensor(encode(tokenizer, part.format(key=key, value=value)))
             for part in (NEEDLE.fact, NEEDLE.question, NEEDLE.answer)
         )
-        at = round(float(share) * size)
-        kept_T[at : at + len(fact)] = fact[: size - at]
+        at = round(float(share) * len(kept_T))
+        kept_T[at : at + len(fact)] = fact[: len(kept_T) - at]
         text_T[at : at + len(fact)] = False
         questions.append((question, answer))
-    return _Text(kept_T, cut, len(ids_T) - size, text_T[1:], tuple(questions))
+    return _Text(kept_T, size, text_T=text_T[1:], questions=tuple(questions), **where)
 
 
 @contextmanager

@@ -17,11 +17,15 @@ from retrofit.errors import UserError
 
 
 class PreallocatedLayer(DynamicLayer):
-    """Keys and values of one full-attention layer in buffers [B, K, length, D]."""
+    """Keys and values of one full-attention layer in buffers [B, K, length, D].
+
+    reach: how many tokens before a chunk the chunk is shown; None shows all. What is kept does not depend on it.
+    """
 
     def __init__(self, length: int) -> None:
         super().__init__()
         self.length = length
+        self.reach: int | None = None
         self.seen = 0
         self.buffers: tuple[Tensor, Tensor] | None = None
 
@@ -33,9 +37,17 @@ class PreallocatedLayer(DynamicLayer):
         assert stop <= self.length, f"{stop} tokens in a cache of {self.length}"
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, self.seen : stop] = states
+        start = self._hidden()
         self.seen = stop
-        self.keys, self.values = (buffer[:, :, :stop] for buffer in self.buffers)
+        self.keys, self.values = (buffer[:, :, start:stop] for buffer in self.buffers)
         return self.keys, self.values
+
+    def _hidden(self) -> int:
+        """Tokens at the beginning that the next chunk is not shown."""
+        return 0 if self.reach is None else max(0, self.seen - self.reach)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen - self._hidden() + query_length, self._hidden()
 
     def get_seq_length(self) -> int:
         return self.seen

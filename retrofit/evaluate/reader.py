@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from retrofit.evaluate.cache import preallocated_cache, rewind
+from retrofit.evaluate.cache import PreallocatedLayer, preallocated_cache, rewind
 
 Head = Callable[[Tensor], Tensor]
 
@@ -57,6 +57,21 @@ class Reader:
         """Leave out `positions` positions: what is read next stands that much further on. Attention still sees all
         that was read; sliding layers count tokens, not positions."""
         self._skips[self.position] = self._skips.get(self.position, 0) + positions
+
+    @contextmanager
+    def nearby(self, tokens: int) -> Iterator[None]:
+        """Inside the block, chunks see that many tokens before them and no more; whoever reads later sees all of them.
+
+        A cheap way to a long cache: what its keys and values took from far away is missing in them.
+        """
+        layers = [layer for layer in self._cache.layers if isinstance(layer, PreallocatedLayer)]
+        for layer in layers:
+            layer.reach = tokens
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.reach = None
 
     def predicted(self, ids_T: Tensor, next_T: Tensor, first: int = 0) -> Iterator[tuple[int, Tensor]]:
         """Read `ids_T`, whose token i is followed by next_T[i]; yields (tokens of the chunk, losses float32 of what
