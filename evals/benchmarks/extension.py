@@ -52,8 +52,12 @@ def main() -> None:
         retrofit.run(recipe, out=options.work / "run", progress=progress)
     except GateError as error:  # what was measured is shown all the same
         print(error, flush=True)
-    yarn = _yarn(recipe, options.work, progress)
     metrics = json.loads(next((options.work / "run").glob("*-evaluate/metrics.json")).read_text(encoding="utf-8"))
+    journal = (options.work / "run" / "journal.jsonl").read_text("utf-8").splitlines()
+    steps = {step["step"]: {"seconds": step["seconds"], "result": step["result"]} for step in map(json.loads, journal)}
+    chosen = (steps["extend"]["result"].get("search") or {}).get("winner", {}).get("label")
+    # What the search found may be YaRN's defaults themselves.
+    yarn = metrics["models"]["extended"] if chosen == "yarn" else _yarn(recipe, options.work, progress)
     record = {
         "command": " ".join(
             [
@@ -64,11 +68,8 @@ def main() -> None:
         ),
         "machine": machine(),
         "models": {"original": metrics["models"]["original"], "yarn": yarn, **metrics["models"]},
-        "steps": [
-            json.loads(line) for line in (options.work / "run" / "journal.jsonl").read_text("utf-8").splitlines()
-        ],
+        "steps": steps,
     }
-    record["steps"] = {step["step"]: {"seconds": step["seconds"], "result": step["result"]} for step in record["steps"]}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "extension.json").write_text(to_json(record) + "\n", encoding="utf-8")
     (options.out / "extension.md").write_text(report(record), encoding="utf-8")
