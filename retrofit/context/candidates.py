@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 PUBLISHED: tuple[RopeMethod, ...] = ("yarn", "ntk", "llama3", "linear")
 """Methods whose defaults are always tried; the first is what a winner is compared with to the end."""
 FIRST, SECOND = 16, 4  # a pass of the first and the second rung costs this part of one over the whole window
+GENTLER = (0.5, 0.75, 0.25)  # of yarn's own excess over 1: attention factors for its other defaults
 STEEPEST = 1.5  # times yarn's own excess over 1, the largest attention factor tried
 SHORTEST = 256  # tokens of a pass, or the whole window where that is shorter
 
@@ -34,13 +35,14 @@ SHORTEST = 256  # tokens of a pass, or the whole window where that is shorter
 @dataclass(frozen=True)
 class Candidate:
     """One position encoding. config: the whole configuration with it; query_scale: as of `Extension`; published: a
-    method's own defaults."""
+    method's own defaults; gentler: yarn's with a smaller attention factor."""
 
     method: RopeMethod
     settings: RopeSettings
     config: PretrainedConfig
     query_scale: float = 1.0
     published: bool = False
+    gentler: bool = False
 
     @property
     def label(self) -> str:
@@ -73,8 +75,8 @@ def candidates(
     found: list[Candidate] = []
     refused: UserError | None = None
     wanted = [(method, RopeSettings()) for method in PUBLISHED]
-    half = _digits(1 + (yarn_attention_factor(stretch) - 1) / 2)
-    wanted.append(("yarn", RopeSettings(attention_factor=half)))
+    excess = yarn_attention_factor(stretch) - 1
+    wanted += [("yarn", RopeSettings(attention_factor=_digits(1 + share * excess))) for share in GENTLER]
     # More than asked for: some cannot be put on this model, or are read differently elsewhere.
     wanted += [one for _, one in zip(range(8 * count), _points(theta, dim, stretch, portable, seed), strict=False)]
     for index, (method, settings) in enumerate(wanted):
@@ -87,8 +89,9 @@ def candidates(
             refused = refused or error
             continue
         published = index < len(PUBLISHED)
+        gentler = not published and index < len(PUBLISHED) + len(GENTLER)
         if not portable or _strange(extended) <= known:
-            found.append(Candidate(method, settings, extended, scale, published))
+            found.append(Candidate(method, settings, extended, scale, published, gentler))
     if not found:
         raise refused or UserError(
             "no method is read alike by transformers, vLLM and llama.cpp on this model",

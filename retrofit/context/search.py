@@ -157,8 +157,9 @@ def search(
 def _advance_to(survivors: Sequence[Candidate], trials: Sequence[Trial], count: int, own: float) -> list[Candidate]:
     """The `count` best of the rung before; the first candidate, the reference, is always among them.
 
-    After the first rung small, middling, large and published attention factors have their turn, each with the best of
-    their own: what one is worth does not show in passes over so few tokens. own: yarn's.
+    What an attention factor is worth does not show in passes over so few tokens as the first rung's. After it go on:
+    yarn's encoding with gentler factors; then of small, middling, large and published factors the best of each in turn.
+    own: yarn's factor.
     """
     if not trials:
         return list(survivors)
@@ -174,7 +175,7 @@ def _advance_to(survivors: Sequence[Candidate], trials: Sequence[Trial], count: 
             kinds[kind] = kinds.get(kind, 0) + 1
             return kinds[kind]
 
-        ranked = sorted(ranked, key=turn)
+        ranked = sorted(ranked, key=lambda candidate: 0 if candidate.gentler else turn(candidate))
     return [survivors[0], *ranked[: count - 1]]
 
 
