@@ -270,6 +270,7 @@ def convert(
     epilog=_examples(
         "retrofit extend embedded --length 32768 --out out/long",
         "retrofit extend ./my-model --factor 2 --method ntk --out out/long",
+        "retrofit extend ./my-model --factor 4 --attention-factor 1.1 --out out/long",
         "retrofit extend ./my-model --factor 4 --method search --text book.txt --out out/long",
     )
 )
@@ -284,6 +285,10 @@ def extend(
             "--method", help="yarn, ntk, llama3, linear, none (only the length), or search (measure which is best)."
         ),
     ] = "yarn",
+    attention_factor: Annotated[
+        float | None,
+        typer.Option("--attention-factor", metavar="A", help="Instead of the method's own; the query weights hold it."),
+    ] = None,
     text: Texts = None,
     tokens: Annotated[
         int | None, typer.Option("--tokens", help="Tokens that search reads; by default 12 times the new length.")
@@ -293,7 +298,7 @@ def extend(
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Write the model with a longer context window; only its position encoding changes."""
+    """Write the model with a longer context window; only positions change, and with a factor the queries."""
     from retrofit.pipeline import show
 
     console = _console(json)
@@ -303,6 +308,7 @@ def extend(
         length=length,
         factor=factor,
         method=method,
+        attention_factor=attention_factor,
         text=text or (),
         tokens=tokens,
         device=device,

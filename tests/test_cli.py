@@ -143,11 +143,14 @@ def test_convert_and_extend_write_folders_that_stock_transformers_loads(tiny: Pa
 
     cli("convert", tiny, "--kv-heads", 2, "--method", "mean", "--out", tmp_path / "two")
     result = json.loads(
-        cli("extend", tmp_path / "two", "--factor", 2, "--method", "ntk", "--out", tmp_path / "long", "--json")
-    )
+        cli(
+            "extend", tmp_path / "two", "--factor", 2, "--method", "ntk", "--attention-factor", 1.2,
+            "--out", tmp_path / "long", "--json",
+        )
+    )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "long")
     assert model.config.num_key_value_heads == 2 and model.config.max_position_embeddings == 1024
-    assert result["report"]["length"] == 1024
+    assert result["report"]["length"] == 1024 and result["report"]["query_scale"] == pytest.approx(1.44)
     record = json.loads((tmp_path / "long" / "retrofit.json").read_text())
     assert [step["step"] for step in record["steps"]] == ["convert", "extend"]
     assert "not empty" in cli("extend", tiny, "--factor", 2, "--out", tmp_path / "long", code=2)

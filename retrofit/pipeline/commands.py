@@ -259,6 +259,7 @@ def extend(
     length: int | None = None,
     factor: float | None = None,
     method: str = "yarn",
+    attention_factor: float | None = None,
     text: Sequence[str] = (),
     tokens: int | None = None,
     device: str = "auto",
@@ -268,11 +269,14 @@ def extend(
 ) -> Written:
     """Write `model` with a window of `length` tokens, or `factor` times its own, to the new folder `out`.
 
-    text, tokens: what the method `search` reads, and how much of it.
+    attention_factor: what cos and sin are multiplied with in effect, instead of the method's own. text, tokens: what
+    the method `search` reads, and how much of it.
     """
     from retrofit.pipeline import single
 
     section: dict[str, Any] = {"length": length, "factor": factor, "method": method}
+    if attention_factor is not None:
+        section["attention_factor"] = attention_factor
     if text or tokens is not None:
         section["search"] = {**({"text": list(text)} if text else {}), "tokens": tokens}
     recipe = single.recipe("context", section, model=str(model), device=device, seed=seed)
