@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 PUBLISHED: tuple[RopeMethod, ...] = ("yarn", "ntk", "llama3", "linear")
 """Methods whose defaults are always tried; the first is what a winner is compared with to the end."""
-FIRST, SECOND = 16, 4  # a pass of the first and the second rung costs this part of one over the whole window
+FIRST, SECOND = 16, 4  # a pass of the first and the second rung counts as this part of one over the whole window
+NEAR = 32  # the second rung's middle sees this part of the window
+TAIL = 2048  # tokens that the tail loss looks at
 GENTLER = (0.5, 0.75, 0.25)  # of yarn's own excess over 1: attention factors for its other defaults
 STEEPEST = 1.5  # times yarn's own excess over 1, the largest attention factor tried
 SHORTEST = 256  # tokens of a pass, or the whole window where that is shorter
@@ -102,7 +104,7 @@ def candidates(
 
 
 def rungs(length: int, tokens: int) -> tuple[tuple[int, int], ...]:
-    """(tokens that a pass costs, passes) of each rung within a budget of `tokens`.
+    """(tokens that a pass counts as, passes) of each rung within a budget of `tokens`.
 
     Raises: UserError for a budget that does not let two encodings read the whole window.
     """

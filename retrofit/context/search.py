@@ -5,7 +5,7 @@ tokens (what it gives at the new length), and of the answers to questions about 
 the middle of the text is left out while the tokens keep their positions, so that a pass of a few thousand tokens sees
 the distances of the whole window (the idea of PoSE, arXiv 2309.10400, section 3.2, used to measure). It does not see
 how far attention spreads over as many tokens, which is what an attention factor is for; so in the second rung all of
-the text is there, but the middle is read with attention to nearby tokens only, for a quarter of the cost. The last rung
+the text is there, but the middle is read with attention to nearby tokens only, in a third of the time. The last rung
 reads it whole. A third of the budget goes to each; the best of one go on to the next, and YaRN's defaults with them.
 
 Successive halving: Jamieson and Talwalkar 2016 (arXiv 1502.07943).
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from retrofit.context.candidates import Candidate, candidates, rungs
+from retrofit.context.candidates import NEAR, TAIL, Candidate, candidates, rungs
 from retrofit.context.frequencies import yarn_attention_factor
 from retrofit.context.temperature import scale_queries
 from retrofit.errors import UserError
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from retrofit.console import Progress
     from retrofit.kernels.registry import Choice
 
-TAIL = 2048  # tokens that the tail loss looks at
-NEAR = 32  # the tokens that see nearby ones only see this part of the window
 FACTS = 6  # put into the text, fewer where they would fill more than a quarter of it
 PLACES = (0.05, 0.85)  # of the first and the last, as shares of what is read
 ORIGINAL = "original"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from retrofit.console import nbytes
-from retrofit.context.candidates import rungs
+from retrofit.context.candidates import NEAR, TAIL, rungs
 from retrofit.model.spec import AttentionSpec
 from retrofit.pipeline.longcontext import further_reading, passes_of, questions_read
 from retrofit.recipe.schema import Context, Convert, Evaluate, Recipe, Recover, TextSource
@@ -298,10 +298,18 @@ def _extend(shape: _Shape, context: Context, native: int, claimed: int) -> Cost:
         does += f"; the weights of the queries hold the attention factor {context.attention_factor:g}"
         return Cost("extend", does, BASE_BYTES, facts.weight_bytes, 2)
     plan = rungs(claimed, search.tokens_for(claimed))
-    seconds = sum(shape.seconds(size * count + min(size, native), size) for size, count in plan)
+    seconds = 0.0
+    for rung, (size, count) in enumerate(plan, start=1):
+        seconds += shape.seconds(min(size, native), size)
+        if size == claimed or rung == 1:
+            seconds += shape.seconds(size * count, size)
+        else:  # all of the window is read, the last tokens see all of it
+            tail = min(TAIL, claimed // 4)
+            seconds += shape.seconds((claimed - tail) * count, 2 * (claimed // NEAR))
+            seconds += shape.seconds(tail * count, 2 * claimed)
     cache = spec.kv_cache_bytes(claimed, 4)
     tried = ", ".join(f"{count} x {size:,}" for size, count in plan)
-    does += f"; encodings x tokens read: {tried}"
+    does += f"; encodings x tokens that each counts as: {tried}"
     # The winner's attention factor may have to be written into the weights.
     return Cost("extend", does, BASE_BYTES + 2 * facts.weight_bytes + cache, facts.weight_bytes, seconds)
 
