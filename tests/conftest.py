@@ -15,3 +15,12 @@ for _name, _value in {
     "TRANSFORMERS_VERBOSITY": "error",
 }.items():
     os.environ.setdefault(_name, _value)
+
+import pytest  # noqa: E402 (after the environment is set)
+
+
+@pytest.fixture
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibration multiplies in float32 on any processor: for tests of identities, which bfloat16 products blur."""
+    for module in ("calibrate", "survey"):
+        monkeypatch.setattr(f"retrofit.kv_heads.{module}.multiplies_in_bfloat16", lambda device: False)

@@ -103,6 +103,7 @@ def with_twin_heads(family: str, folder: Path, maps: str = "any") -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("family", LOSSLESS)
 def test_calibrated_finds_twin_heads_and_loses_nothing(family: str, tmp_path: Path) -> None:
     source = with_twin_heads(family, tmp_path / "source")
