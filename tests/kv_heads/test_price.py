@@ -127,6 +127,7 @@ def test_the_fewest_heads_and_some_in_the_middle_are_probed() -> None:
     assert probe_counts((1, 2, 4, 8, 16)) == (1, 4)
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite", "phi", "gpt_bigcode", "olmoe"])
 def test_a_layer_wise_pass_finds_the_loss_of_the_whole_model(family: str, tmp_path: Path) -> None:
     softcap = {"final_logit_softcapping": 5.0} if family == "gemma2" else {}
