@@ -182,7 +182,7 @@ def _search(record: Mapping[str, Any]) -> list[str]:
     lines = [
         "## The search",
         "",
-        f"{len(found['trials'])} passes, {found['read']:,} tokens read. Losses in nats per token: of the tokens up to "
+        f"{len(found['trials'])} passes, a budget of {found['read']:,} tokens. Losses in nats a token: of those up to "
         f"the original window (before the extension {found['native']:.3f}), of the last ones, of the answers about "
         "hidden facts. The best eight of each rung, and YaRN's defaults:",
         "",

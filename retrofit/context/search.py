@@ -69,7 +69,8 @@ class Trial:
 class Found:
     """What a search chose. native: loss of the unextended model on what the last rung calls native.
 
-    reference: YaRN's defaults, or the first published method the model can hold, in the last rung.
+    reference: YaRN's defaults, or the first published method the model can hold, in the last rung. read: tokens of the
+    budget that the trials took.
     """
 
     method: str

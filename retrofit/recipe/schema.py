@@ -128,7 +128,11 @@ class Search(Section):
     """What `method: search` minimises, and for how long: tail loss at the new length + needle_weight x loss of the
     answers about hidden facts + native_weight x what the loss up to the original window rises, in nats per token."""
 
-    tokens: int | None = Field(None, ge=1, description="read in all; by default twelve times the new length")
+    tokens: int | None = Field(
+        None,
+        ge=1,
+        description="budget: what passes read, but a near-sighted one counts as a quarter; 12 x the length if left out",
+    )
     native_weight: float = Field(1.0, ge=0)
     needle_weight: float = Field(0.1, ge=0)
     portable: bool = Field(

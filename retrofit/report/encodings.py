@@ -27,7 +27,7 @@ def said(run: RunData) -> str:
     by = f"; its objective is {words.number(won['objective'])}, that of `{reference['label']}` "
     return (
         f"`{won['label']}`, the best of {tried} position encodings measured on this model "
-        f"({words.count(got['read'])} tokens read)"
+        f"(a budget of {words.count(got['read'])} tokens)"
         f"{by + words.number(reference['objective']) if won != reference else ''}"
     )
 
@@ -57,7 +57,7 @@ def figures(run: RunData) -> Iterator[Figure]:
     )
     caption = (
         f"{tried} encodings in {last} rounds, the best going on to longer readings. Large marks: the last round, with "
-        "the one chosen and the reference; left and down is better. Small dots: earlier rounds, which read less text, "
+        "the one chosen and the reference; left and down is better. Small dots: earlier rounds, which saw less text, "
         f"so that their height is not quite comparable.{beyond} Before the extension the model's loss at its own "
         f"window was {words.number(got['native'])}; the objective is the tail loss and what the search adds for lost "
         "answers and for the excess."
