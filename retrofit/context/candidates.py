@@ -81,6 +81,10 @@ def candidates(
     wanted += [("yarn", RopeSettings(attention_factor=_digits(1 + share * excess))) for share in GENTLER]
     # More than asked for: some cannot be put on this model, or are read differently elsewhere.
     wanted += [one for _, one in zip(range(8 * count), _points(theta, dim, stretch, portable, seed), strict=False)]
+    clamped = text.get("clip_qkv") is not None  # such queries hold no attention factor
+    if clamped:
+        wanted = [(method, one.model_copy(update={"attention_factor": None})) for method, one in wanted]
+        wanted = [one for index, one in enumerate(wanted) if one not in wanted[:index]]
     for index, (method, settings) in enumerate(wanted):
         if len(found) >= count:
             break
@@ -91,7 +95,7 @@ def candidates(
             refused = refused or error
             continue
         published = index < len(PUBLISHED)
-        gentler = not published and index < len(PUBLISHED) + len(GENTLER)
+        gentler = not clamped and not published and index < len(PUBLISHED) + len(GENTLER)
         if not portable or _strange(extended) <= known:
             found.append(Candidate(method, settings, extended, scale, published, gentler))
     if not found:

@@ -213,6 +213,12 @@ def _lists(settings: RopeSettings, pairs: int) -> dict[str, Any]:
 
 def _with_attention_factor(text: Mapping[str, Any], view: RopeView, extension: Extension, wanted: float) -> Extension:
     """The extension with what the queries must be multiplied with to get the wanted factor."""
+    if text.get("clip_qkv") is not None:
+        raise UserError(
+            "The model clamps its queries after the projection, so their weights cannot hold an attention factor",
+            where="context.attention_factor",
+            fix="leave it out",
+        )
     _, own = spectra.compute(text, view, extension.length)
     scale = (wanted / own) ** 2
     note = (

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from retrofit.errors import UserError
 from retrofit.model.spec import LayerAttention, TensorSlot
 
 if TYPE_CHECKING:
@@ -32,17 +31,9 @@ def query_rules(spec: AttentionSpec, text: Mapping[str, Any], scale: float) -> d
     """{stored tensor: rule} that multiplies the rotated dims of all queries by `scale`.
 
     text: the configuration of the language model. With a norm on queries, its weight is what is multiplied.
-
-    Raises: UserError where the checkpoint clamps queries or shares one norm weight between rotated queries and others.
     """
     rules: dict[str, Rule] = {}
     for layer in extended_layers(spec, text):
-        if layer.clip_qkv is not None:
-            raise UserError(
-                "The model clamps its queries after the projection, so their weights cannot hold an attention factor",
-                where="context.attention_factor",
-                fix="leave it out",
-            )
         if layer.q_norm is not None:
             rules |= _of_norm(layer, scale)
             continue

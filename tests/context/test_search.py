@@ -88,6 +88,12 @@ def test_transformers_alone_has_more_to_choose_from() -> None:
     assert found[0].label == PUBLISHED[0]
 
 
+def test_clamped_queries_are_searched_without_attention_factors() -> None:
+    found = candidates(tiny_config("olmo", clip_qkv=8.0), length=LENGTH, count=24)
+    assert len(found) == 24 == len({candidate.label for candidate in found})
+    assert {candidate.settings.attention_factor for candidate in found} == {None}
+
+
 def test_models_without_a_choice_are_refused() -> None:
     with pytest.raises(UserError, match="no rotary position encoding"):
         candidates(GPTBigCodeConfig(n_positions=512), length=LENGTH, count=4)
