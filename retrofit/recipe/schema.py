@@ -282,6 +282,9 @@ class Recover(Section):
         return self
 
 
+NEEDLE_KEYS = 12  # names that needles in one haystack are told apart by
+
+
 class Needle(Section):
     """Needle in a haystack: lengths x depths x samples, each prompt exactly as long as asked for."""
 
@@ -294,6 +297,12 @@ class Needle(Section):
     )
 
     _ascending = field_validator("lengths")(lambda value: tuple(sorted(set(value))))
+
+    @model_validator(mode="after")
+    def _keys(self) -> Needle:
+        if self.together and (self.test != "needle" or self.depths > NEEDLE_KEYS):
+            raise ValueError(f"`together` needs the test `needle`, with {NEEDLE_KEYS} depths at most: a key for each")
+        return self
 
 
 class Ruler(Section):

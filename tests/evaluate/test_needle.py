@@ -11,10 +11,11 @@ import torch
 from retrofit.errors import UserError
 from retrofit.evaluate.asking import Question, ask
 from retrofit.evaluate.haystack import NOISE, boundaries, encode, filler
-from retrofit.evaluate.needle import WORDINGS, _prompt, depths, needle
+from retrofit.evaluate.needle import KEYS, WORDINGS, _prompt, depths, needle
 from retrofit.evaluate.reader import Reader
 from retrofit.evaluate.ruler import TASKS, problem, ruler
 from retrofit.evaluate.score import reading
+from retrofit.recipe.schema import NEEDLE_KEYS, Needle
 from tests.tiny import BOS_ID, tiny_model, tiny_tokenizer
 
 PROSE = " ".join(
@@ -220,3 +221,11 @@ def test_impossible_tests_are_refused() -> None:
         ruler(model, tokenizer, PROSE, tasks=["common_words"], lengths=[512])
     with pytest.raises(UserError, match="needs prose"):
         filler(tokenizer, " \n", 10)
+
+
+def test_needles_together_are_refused_by_the_recipe_before_anything_is_read() -> None:
+    assert len(KEYS) == NEEDLE_KEYS
+    assert Needle(lengths=(512,), depths=NEEDLE_KEYS, together=True).together
+    for asked in ({"test": "passkey"}, {"depths": NEEDLE_KEYS + 1}):
+        with pytest.raises(ValueError, match="a key for each"):
+            Needle(lengths=(512,), together=True, **asked)
