@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,40 @@ class RunCost:
     device: str
     bytes_per_second: float
     flops_per_second: float
+
+
+def side_by_side(
+    models: Mapping[str, Callable[[], PreTrainedModel]],
+    lengths: Sequence[int],
+    decode_tokens: int = 64,
+    *,
+    rounds: int,
+    seed: int = 0,
+) -> dict[str, RunCost]:
+    """`run_cost` of each model, for comparing: all have their turn, `rounds` times over, and the fastest time of each
+    length counts, so that what else the machine does for a while does not slow one of them alone.
+
+    models: by label, what loads each; one is in memory at a time.
+
+    Raises: as `run_cost`.
+    """
+    found: dict[str, RunCost] = {}
+    for _ in range(rounds):
+        for label, load in models.items():
+            cost = run_cost(load(), lengths, decode_tokens, seed=seed)
+            gc.collect()
+            found[label] = _faster(found[label], cost) if label in found else cost
+    return found
+
+
+def _faster(a: RunCost, b: RunCost) -> RunCost:
+    """Of two measurements of one model, the faster prefill and the faster decoding at each length."""
+    lengths = []
+    for one, other in zip(a.lengths, b.lengths, strict=True):
+        prefill = min(one, other, key=lambda cost: cost.prefill_seconds)
+        speeds = [cost.decode_per_s for cost in (one, other) if cost.decode_per_s is not None]
+        lengths.append(replace(prefill, decode_per_s=max(speeds, default=None)))
+    return replace(a, lengths=tuple(lengths))
 
 
 def run_cost(model: PreTrainedModel, lengths: Sequence[int], decode_tokens: int = 64, *, seed: int = 0) -> RunCost:

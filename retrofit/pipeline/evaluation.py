@@ -72,7 +72,7 @@ def _score(
 
     def work(path: Path) -> Mapping[str, Any]:
         partial = path.with_name(path.name + ".scored")
-        losses, cost, measured = operations.score_folder(
+        losses, kernel, measured = operations.score_folder(
             state.path,
             documents,
             section,
@@ -90,13 +90,12 @@ def _score(
             save_losses(scored, pass_file(path, name))
         shutil.rmtree(partial, ignore_errors=True)
         answers = {"defined": measured.defined, "needle": measured.needle, "ruler": measured.ruler}
-        return {**cost, "answers": jsonable(answers)}
+        return {**kernel, "answers": jsonable(answers)}
 
     native = prepared.plan.positions[0]
     config = {
         "chunk": section.chunk,
         "dtype": section.dtype,
-        **section.model_dump(mode="json", include={"cost_lengths", "decode_tokens"}),
         "kernel": prepared.kernel.name,
         "kernel_asked_for": prepared.kernel.requested != "auto",
         "device": prepared.device,
@@ -153,6 +152,13 @@ def _summary(
     prepared = runner.prepared
     losses = {label: TokenLosses.load(losses_file(runner.folder, label)) for label in states}
     seed = prepared.recipe.seed
+    costs = operations.run_costs(
+        {label: state.path for label, state in states.items()},
+        section,
+        kernel=prepared.recipe.kernel,
+        device=prepared.device,
+        seed=seed,
+    )
     models: dict[str, Any] = {}
     for label, state in states.items():
         rows = table(losses[label], section.lengths, tail=section.tail, resamples=section.resamples, seed=seed)
@@ -162,6 +168,7 @@ def _summary(
             "kv_heads": heads,
             "kv_bytes_per_token": per_token,
             "kv_cache_bytes": by_length,
+            "cost": costs[label],
             "long_context": {
                 **operations.facts(_conclusion(runner, label, losses[label], section, scored[label]["answers"])),
                 **scored[label]["answers"],

@@ -5,6 +5,7 @@ Every folder is written staged, holds a `retrofit.json` that says where it comes
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from retrofit.kv_heads.convert import convert as convert_heads
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, load_model, load_tokenizer, resolve_dtype, working_dtype
 from retrofit.pipeline.longcontext import Measured, measure, native_length
+from retrofit.pipeline.plan import COST_ROUNDS
 from retrofit.pipeline.texts import calibration_text, searched_text
 from retrofit.recipe.schema import Context, Convert, Evaluate, Recover
 from retrofit.recover.data import Teacher
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from retrofit.console import Progress
+    from retrofit.evaluate.cost import RunCost
     from retrofit.model.reexpress import ReexpressReport
 
 PROOF_TOKENS = 256
@@ -247,8 +250,8 @@ def score_folder(
     identity: Mapping[str, str] | None = None,
     partial: Path | None = None,
     progress: Progress | None = None,
-) -> tuple[TokenLosses, dict[str, object], Measured]:
-    """Token losses of a checkpoint folder, what it costs ({"kernel", "reason", "cost"}), and what else was asked for.
+) -> tuple[TokenLosses, dict[str, str], Measured]:
+    """Token losses of a checkpoint folder, the {"kernel", "reason"} it was read with, and what else was asked for.
 
     native: the length the original was made for; by default what the folder records. identity: digests of the
     checkpoint, recorded with the losses. partial: where finished documents are kept until all are.
@@ -291,14 +294,27 @@ def score_folder(
         partial=partial,
         progress=progress,
     )
-    cost: dict[str, object] = {"kernel": choice.name, "reason": choice.reason, "cost": None}
-    if evaluate.cost_lengths:
-        from retrofit.evaluate.cost import run_cost
-
-        cost["cost"] = jsonable(run_cost(model, evaluate.cost_lengths, evaluate.decode_tokens, seed=seed))
     del model
     gc.collect()
-    return losses, cost, measured
+    return losses, {"kernel": choice.name, "reason": choice.reason}, measured
+
+
+def run_costs(
+    folders: Mapping[str, Path], evaluate: Evaluate, *, kernel: str, device: str, seed: int
+) -> Mapping[str, RunCost | None]:
+    """What each checkpoint folder costs to run, measured in turn; None where the recipe asks for no lengths."""
+    if not evaluate.cost_lengths:
+        return dict.fromkeys(folders)
+    from retrofit.evaluate.cost import side_by_side
+
+    def load(folder: Path) -> PreTrainedModel:
+        model = load_model(folder, dtype=working_dtype(evaluate.dtype, folder, device), device=device)
+        apply(model, kernel_for(model, kernel, device))
+        return model
+
+    models = {label: functools.partial(load, folder) for label, folder in folders.items()}
+    rounds = COST_ROUNDS if len(folders) > 1 else 1
+    return side_by_side(models, evaluate.cost_lengths, evaluate.decode_tokens, rounds=rounds, seed=seed)
 
 
 def prove_kernel(folder: Path, document: Document, *, kernel: str, device: str) -> Proof:

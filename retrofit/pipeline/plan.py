@@ -21,6 +21,7 @@ FOLDERS = {name: f"{number}-{name}" for number, name in enumerate(STEPS, start=1
 BASE_BYTES = 700 << 20  # a Python process with torch and transformers imported
 EFFICIENCY = 0.5  # share of matrix-multiplication speed that a whole forward pass reaches
 CALL_SECONDS = 0.001  # of the Python code of one layer
+COST_ROUNDS = 2  # turns that each of several models has when what it costs to run is measured
 MACHINE_SECONDS = 1.0  # of measuring the machine's own speed beside a model's
 PROOF_SECONDS = 5.0  # of loading a model once more and proving its kernel
 TRANSFER_PASSES = 7  # forward and backward twice over the text that is trained on, and what is held out, four times
@@ -344,17 +345,19 @@ def _evaluate(shape: _Shape, recipe: Recipe, evaluate: Evaluate) -> Cost:
     costed = sorted({min(length, window) for length in evaluate.cost_lengths})
     if costed:  # one pass at once holds what the matrices of one layer give
         peak = max(peak, BASE_BYTES + 2 * facts.weight_bytes + shape.prefill_bytes(costed[-1]))
-    piece = shape.seconds(documents * longest, longest) + sum(shape.run_seconds(n, evaluate) for n in costed)
-    piece += MACHINE_SECONDS if costed else 0
+    piece = shape.seconds(documents * longest, longest)
     further = further_reading(evaluate, spec.max_position_embeddings)
     piece += sum(shape.seconds(documents * tokens, context) for tokens, context in further)
     piece += sum(shape.seconds(tokens, context) for tokens, context in questions_read(evaluate))
+    running = MACHINE_SECONDS + sum(shape.run_seconds(n, evaluate) for n in costed) if costed else 0.0
+    turns = models * (COST_ROUNDS if models > 1 else 1)
     lengths = ", ".join(f"{length:,}" for length in evaluate.lengths)
     does = f"{models} models on {documents} documents at {lengths} tokens, one pass each"
     if further or evaluate.needle or evaluate.ruler:
         does += ", then the use of their context"
     disk = models * documents * longest * 8 * (1 + len(passes_of(evaluate, spec.max_position_embeddings)))
-    return Cost("evaluate", does, peak, disk, models * piece + PROOF_SECONDS, pieces=models, piece_seconds=piece)
+    seconds = models * piece + turns * running + PROOF_SECONDS
+    return Cost("evaluate", does, peak, disk, seconds, pieces=models, piece_seconds=piece)
 
 
 def describe_plan(plan: Plan) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from retrofit.console import Console, nbytes, seconds
@@ -10,6 +9,7 @@ from retrofit.evaluate.effective import certificate
 
 if TYPE_CHECKING:
     from retrofit.evaluate.context_use import LongContext
+    from retrofit.evaluate.cost import RunCost
     from retrofit.pipeline.compare import Comparison
     from retrofit.pipeline.single import Evaluation
 
@@ -45,22 +45,22 @@ def evaluation(console: Console, result: Evaluation) -> None:
     _long_context(console, result.long_context)
 
 
-def _cost(console: Console, found: Mapping[str, Any]) -> None:
+def _cost(console: Console, found: RunCost) -> None:
     """What one sequence costs, beside the most that the machine could do."""
     console.table(
-        f"Cost of one sequence, {found['dtype']}, kernel {found['kernel']}; in brackets what memory bandwidth and "
+        f"Cost of one sequence, {found.dtype}, kernel {found.kernel}; in brackets what memory bandwidth and "
         "floating-point speed allow",
         ["tokens", "KV cache", "first token", "prefill tokens/s", "decode tokens/s", "prefill memory"],
         [
             (
-                one["length"],
-                nbytes(one["kv_bytes"]),
-                seconds(one["prefill_seconds"]),
-                f"{one['prefill_per_s']:,.0f} [{one['prefill_bound']:,.0f}]",
-                f"{one['decode_per_s']:.1f} [{one['decode_bound']:.1f}]" if one["decode_per_s"] else "-",
-                nbytes(one["prefill_bytes"]),
+                one.length,
+                nbytes(one.kv_bytes),
+                seconds(one.prefill_seconds),
+                f"{one.prefill_per_s:,.0f} [{one.prefill_bound:,.0f}]",
+                f"{one.decode_per_s:.1f} [{one.decode_bound:.1f}]" if one.decode_per_s else "-",
+                nbytes(one.prefill_bytes),
             )
-            for one in found["lengths"]
+            for one in found.lengths
         ],
     )
 

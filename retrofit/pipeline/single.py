@@ -30,6 +30,7 @@ from retrofit.recipe.schema import Convert, Recipe
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
+    from retrofit.evaluate.cost import RunCost
 
 SECTIONS = ("convert", "context", "recover", "evaluate", "publish")
 
@@ -47,7 +48,7 @@ class Written:
 class Evaluation:
     """What `evaluate` measured. rows: by kind of text and length. kv_cache_bytes: by tokens, for one sequence.
 
-    cost: the fields of `evaluate.cost.RunCost`; None when it was not measured. losses: the file they were kept in.
+    cost: None when it was not measured. losses: the file they were kept in.
     long_context: whether the context is used, as far as that was asked for.
     """
 
@@ -58,7 +59,7 @@ class Evaluation:
     kv_heads: int
     kv_bytes_per_token: int
     kv_cache_bytes: Mapping[str, int]
-    cost: Mapping[str, Any] | None
+    cost: RunCost | None
     claimed_length: int
     losses: Path | None
     long_context: LongContext
@@ -206,7 +207,7 @@ def evaluate(
     folder, spec = prepared.source.folder, prepared.spec
     label = prepared.source.base_model or Path(recipe.model).name
     partial = out.with_name(out.name + ".scored") if out is not None else None
-    losses, cost, measured = operations.score_folder(
+    losses, _, measured = operations.score_folder(
         folder,
         prepared.documents,
         section,
@@ -224,7 +225,9 @@ def evaluate(
             save_losses(scored, pass_file(out, name))
         shutil.rmtree(out.with_name(out.name + ".scored"), ignore_errors=True)
     per_token, by_length, heads = operations.kv_bytes(folder, section.lengths)
-    run_cost: Any = cost["cost"]
+    costs = operations.run_costs(
+        {label: folder}, section, kernel=recipe.kernel, device=prepared.device, seed=recipe.seed
+    )
     return Evaluation(
         model=label,
         rows=tuple(table(losses, section.lengths, tail=section.tail, resamples=section.resamples, seed=recipe.seed)),
@@ -233,7 +236,7 @@ def evaluate(
         kv_heads=heads,
         kv_bytes_per_token=per_token,
         kv_cache_bytes=by_length,
-        cost=run_cost,
+        cost=costs[label],
         claimed_length=spec.max_position_embeddings,
         losses=out,
         long_context=replace(

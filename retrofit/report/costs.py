@@ -102,7 +102,8 @@ def _running(run: RunData) -> Iterator[Figure]:
         f"in the chart, the most that it could do: decoding reads {words.size(cost.weight_bytes)} of weights and the "
         f"whole KV cache for each token, at {words.size(cost.bytes_per_second)}/s measured with a large copy; a "
         f"prefill multiplies, at {words.number(cost.flops_per_second / 1e9)} GFLOP/s measured with large matrices. "
-        "First token after: the time of the prefill. Its memory is what it held at its peak beyond the weights."
+        "First token after: the time of the prefill. Its memory is what it held at its peak beyond the weights. The "
+        "models were measured in turn, twice, and the faster time counts."
     )
     decoded = {model.label: _decoded(model) for model in (run.original, run.final) if model is not None}
     lines = [Line(label, list(found), list(found.values())) for label, found in decoded.items() if found]

@@ -11,6 +11,7 @@ import pytest
 from retrofit.model.families import describe
 from retrofit.pipeline.plan import (
     CALL_SECONDS,
+    COST_ROUNDS,
     EFFICIENCY,
     MACHINE_SECONDS,
     ModelFacts,
@@ -62,15 +63,16 @@ def test_running_is_priced_at_each_length_up_to_the_window() -> None:
             "evaluate"
         )
         assert step is not None
-        return step.piece_seconds
+        return step.seconds
 
     without = seconds("evaluate.cost_lengths=[]")
     prefill = 2 * 134_515_008 * 2048 + 30 * 4 * 9 * 64 * 2048 * 2048 / 2
-    cost = prefill / (100e9 * EFFICIENCY) + MACHINE_SECONDS
+    turns = 3 * COST_ROUNDS  # the original, the converted and the recovered
+    cost = turns * (prefill / (100e9 * EFFICIENCY) + MACHINE_SECONDS)
     assert seconds("evaluate.cost_lengths=[2048]", "evaluate.decode_tokens=0") - without == pytest.approx(cost)
     read = (2 * 134_515_008 + 2 * 3 * 64 * 2 * 30 * 2048) / SPEED.bytes_per_second + CALL_SECONDS * 30
     more = seconds("evaluate.cost_lengths=[2048]", "evaluate.decode_tokens=10") - without
-    assert more == pytest.approx(cost + 10 * read)
+    assert more == pytest.approx(cost + turns * 10 * read)
     beyond = seconds("evaluate.cost_lengths=[16384, 1000000]")
     assert beyond == pytest.approx(seconds("evaluate.cost_lengths=[16384]")), "cut to the window the recipe makes"
 
