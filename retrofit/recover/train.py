@@ -10,7 +10,7 @@ import math
 import resource
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -201,6 +201,11 @@ def peak_bytes(device: str) -> int:
 
 def _arguments(recipe: Recover, work_dir: Path, rows: int, device: str, seed: int) -> TrainingArguments:
     steps = math.ceil(rows / recipe.batch_size)
+    # Newer versions of transformers call it activation checkpointing, and warn of the old name.
+    known = "activation" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient"
+    checkpointing: dict[str, Any] = {f"{known}_checkpointing": recipe.gradient_checkpointing}
+    if recipe.gradient_checkpointing:
+        checkpointing[f"{known}_checkpointing_kwargs"] = {"use_reentrant": False}
     return TrainingArguments(
         output_dir=str(work_dir),
         per_device_train_batch_size=recipe.batch_size,
@@ -210,8 +215,6 @@ def _arguments(recipe: Recover, work_dir: Path, rows: int, device: str, seed: in
         warmup_steps=math.ceil(recipe.warmup_ratio * steps),
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
         save_strategy="steps",
         save_steps=max(1, math.ceil(steps / recipe.checkpoints)),
         save_total_limit=2,
@@ -222,6 +225,7 @@ def _arguments(recipe: Recover, work_dir: Path, rows: int, device: str, seed: in
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         use_cpu=device == "cpu",
+        **checkpointing,
         seed=seed,
         data_seed=seed,
     )
