@@ -334,8 +334,11 @@ def recover(
     loss: Annotated[str, typer.Option("--loss", help="distill or lm.")] = "distill",
     sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens per sequence.")] = 1024,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences per optimizer step.")] = 1,
-    learning_rate: Annotated[float, typer.Option("--learning-rate")] = 3e-4,
-    rank: Annotated[int, typer.Option("--rank", help="LoRA rank; alpha is twice the rank.")] = 16,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option("--learning-rate", help="Its peak; by default 0.576 / hidden size."),
+    ] = None,
+    rank: Annotated[int, typer.Option("--rank", help="LoRA rank; alpha is twice the rank.")] = 64,
     kernel: Kernel = "auto",
     device: Device = "auto",
     seed: Seed = 0,

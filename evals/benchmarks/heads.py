@@ -53,7 +53,7 @@ def rows(distil: Sequence[int]) -> list[Row]:
     repairs = {"calibrated": "none", "+ o_proj": "o_proj", "+ o_proj + transfer": "transfer"}
     for other in (False, True):
         found += [Row(f"{name}{', other text' * other}", repair=r, other_text=other) for name, r in repairs.items()]
-    best = "+ o_proj + transfer"
+    best = "+ o_proj"
     for tokens in distil:
         found.append(Row(f"{best} + distillation, {tokens // 1000}k", start=best, loss="distill", tokens=tokens))
         found.append(Row(f"mean + LM LoRA, {tokens // 1000}k", start="mean", loss="lm", tokens=tokens))

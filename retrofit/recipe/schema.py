@@ -189,8 +189,8 @@ class Adapter(Section):
     """LoRA by peft. attention/mlp: which projections carry an adapter; norms/embeddings (learned positions with them):
     trained in full as well."""
 
-    rank: int = Field(16, ge=1)
-    alpha: int = Field(32, ge=1)
+    rank: int = Field(64, ge=1)
+    alpha: int = Field(128, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     attention: bool = True
     mlp: bool = True
@@ -228,7 +228,9 @@ class Recover(Section):
     )
     stages: tuple[Stage, ...] = ()
     batch_size: int = Field(1, ge=1, description="sequences per optimizer step and process")
-    learning_rate: float = Field(3e-4, gt=0)
+    learning_rate: float | None = Field(
+        None, gt=0, description="the highest one of the schedule; by default 0.576 / hidden size: 1e-3 for 576 channels"
+    )
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)

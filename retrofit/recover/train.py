@@ -22,7 +22,7 @@ from retrofit.errors import UserError
 from retrofit.model.families import describe
 from retrofit.model.load import load_config
 from retrofit.recipe.schema import Recover
-from retrofit.recover.adapters import attach, merge_and_save
+from retrofit.recover.adapters import attach, default_rate, merge_and_save
 from retrofit.recover.data import Packed
 from retrofit.recover.pair import Pair, body, compute_dtype, hidden_states, load_pair
 from retrofit.recover.schedule import Lines, Rows, about, check_lengths, collate, held_out_lines, training_lines
@@ -91,7 +91,11 @@ def recover(
         raise UserError("distillation needs the original model", where="recover.loss", fix="name it, or use loss: lm")
     compute = compute_dtype(device, dtype)
     teacher_of = teacher_folder if recipe.loss == "distill" else None
-    window = describe(load_config(student_folder)).max_position_embeddings
+    spec = describe(load_config(student_folder))
+    window = spec.max_position_embeddings
+    if recipe.learning_rate is None:
+        recipe = recipe.model_copy(update={"learning_rate": default_rate(spec.hidden_size)})
+        _note(notes, progress, f"learning rate {recipe.learning_rate:.2g}, for a width of {spec.hidden_size}")
     native = window if teacher_of is None else describe(load_config(teacher_of)).max_position_embeddings
     check_lengths(recipe, native, window)
     documents = recipe.document_masking
@@ -200,6 +204,7 @@ def peak_bytes(device: str) -> int:
 
 
 def _arguments(recipe: Recover, work_dir: Path, rows: int, device: str, seed: int) -> TrainingArguments:
+    assert recipe.learning_rate is not None
     steps = math.ceil(rows / recipe.batch_size)
     # Newer versions of transformers call it activation checkpointing, and warn of the old name.
     known = "activation" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient"

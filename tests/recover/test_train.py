@@ -95,6 +95,14 @@ def test_the_written_checkpoint_has_the_loss_that_was_measured(folders, rows, tm
     assert report.best_loss == pytest.approx(float(divergence), rel=1e-4)
 
 
+def test_without_a_learning_rate_it_follows_from_the_width(folders, rows, tmp_path) -> None:
+    recipe = RECIPE.model_copy(update={"learning_rate": None, "warmup_ratio": 0.0})
+    report = run(folders, rows, tmp_path, recipe)
+    width = AutoModelForCausalLM.from_pretrained(folders[0]).config.hidden_size
+    assert report.history[1].learning_rate == pytest.approx(0.576 / width)
+    assert any(f"width of {width}" in note for note in report.notes)
+
+
 @pytest.mark.parametrize(("killed_at", "positions"), [(3, "full"), (5, "full"), (8, "full"), (5, "pose")])
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     folders, rows, tmp_path, monkeypatch, killed_at, positions
