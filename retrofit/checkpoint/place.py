@@ -41,9 +41,14 @@ def require_writable(path: str | Path) -> None:
         )
 
 
+def free_space(path: str | Path) -> int:
+    """Free bytes of the disk that holds `path`, or will hold it."""
+    return shutil.disk_usage(existing_ancestor(Path(path))).free
+
+
 def require_free_space(path: str | Path, nbytes: int) -> None:
     """UserError when the disk that holds `path` has less than `nbytes` free."""
-    free = shutil.disk_usage(existing_ancestor(Path(path))).free
+    free = free_space(path)
     if free < nbytes:
         raise UserError(
             f"not enough disk space: {_size(nbytes)} needed, {_size(free)} free",
@@ -73,9 +78,10 @@ def _size(nbytes: int) -> str:
 def folder_lock(path: str | Path) -> Iterator[None]:
     """Hold `path` for this process, whether it exists yet or not; UserError when another one holds it.
 
-    The lock is an advisory lock on `.<name>.lock` beside the folder; the kernel drops it when the process dies.
+    The lock is an advisory lock on `.<name>.lock` beside the folder; the kernel drops it when the process dies. A
+    symbolic link is followed: the folder has one lock, whatever name it goes by.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve()
     require_writable(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.parent / f".{path.name}.lock"
@@ -117,13 +123,20 @@ def staged(final: str | Path, *, overwrite: bool = False, keep: Path | None = No
 
     Everything is flushed to disk before the rename. On an exception the partial folder is removed; after a kill it
     stays and the next call empties it. keep: the folder to stage in instead, on the same disk, which is not emptied:
-    what an interrupted call left there can be gone on from. Raises UserError when `final` holds something and
-    `overwrite` is False, when the place cannot be written, and when the disk fills up inside the block.
+    what an interrupted call left there can be gone on from. A symbolic link `final` stays, and the result is what it
+    points to. Raises UserError when `final` holds something and `overwrite` is False, when the place cannot be written,
+    when `keep` is on another disk, and when the disk fills up inside the block.
     """
-    final = Path(final).absolute()
-    partial = final.with_name(final.name + ".partial") if keep is None else keep.absolute()
+    final = Path(final).resolve()
+    partial = final.with_name(final.name + ".partial") if keep is None else keep.resolve()
     replaced = final.with_name(final.name + ".replaced")
     require_writable(final)
+    if _disk(partial) != _disk(final.parent):
+        raise UserError(
+            "the work folder and the output folder are on different disks",
+            where=f"{partial}, {final}",
+            fix=f"name the output folder by its own path: {final}",
+        )
     if replaced.exists() and not final.exists():  # killed between the two renames below
         replaced.rename(final)
     if final.exists() and not overwrite and (not final.is_dir() or any(final.iterdir())):
@@ -151,6 +164,10 @@ def staged(final: str | Path, *, overwrite: bool = False, keep: Path | None = No
         for leftover in (partial, replaced):
             if leftover.exists() and (final.exists() if leftover == replaced else keep is None):
                 shutil.rmtree(leftover)
+
+
+def _disk(path: Path) -> int:
+    return existing_ancestor(path).stat().st_dev
 
 
 def _sync(folder: Path) -> None:

@@ -13,7 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from retrofit.checkpoint.read import read_json
 from retrofit.errors import UserError
 
 FILE = "retrofit.json"
@@ -83,6 +82,8 @@ def write_provenance(folder: str | Path, record: Mapping[str, Any]) -> Path:
 
 def read_provenance(folder: str | Path) -> dict[str, Any]:
     """The record of a folder. Raises UserError when there is none or it was written by a newer version."""
+    from retrofit.checkpoint.read import read_json  # not above: it needs torch, and the journal's digests do not
+
     path = Path(folder) / FILE
     record = read_json(path, missing="the folder holds no retrofit.json, so it was not written by `retrofit run`")
     if record.get("schema_version") != SCHEMA_VERSION:

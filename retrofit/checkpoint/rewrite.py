@@ -17,7 +17,7 @@ from torch import Tensor
 
 from retrofit.checkpoint.place import require_free_space
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.checkpoint.write import HEADER_RESERVE, ShardWriter, StaleShards, write_config
+from retrofit.checkpoint.write import HEADER_RESERVE, ShardWriter, StaleShards, remove_shards, write_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -73,8 +73,7 @@ def rewrite(
     except StaleShards as stale:
         if progress:
             progress.note(f"{stale} holds something else than what is being written: all weights are written again")
-        for path in Path(out).glob(".shard-*"):
-            path.unlink()
+        remove_shards(out)
         rewritten = work.run(False)
     written = dtype
     if written is None:

@@ -35,6 +35,7 @@ __all__ = [
     "existing_ancestor",
     "folder_lock",
     "parse_size",
+    "remove_shards",
     "require_free_space",
     "require_writable",
     "staged",
@@ -243,7 +244,8 @@ class ShardWriter:
         if length > self.reserve:
             _shift(self._file, 8 + self.reserve, self._offset, length - self.reserve)
         if self._resume:
-            os.fdatasync(self._file.fileno())  # a header on disk means that the data is
+            # A header on disk means that the data is; macOS has no fdatasync.
+            getattr(os, "fdatasync", os.fsync)(self._file.fileno())
         self._file.seek(0)
         _write_all(self._file, memoryview(header))
         self._file.close()
@@ -272,6 +274,16 @@ class ShardWriter:
             else:
                 whole.add(int(path.name.removeprefix(".shard-")))
         return frozenset(whole)
+
+
+def remove_shards(folder: str | Path) -> int:
+    """Remove what a `ShardWriter` left in the folder, whole or not. Returns the number of shards."""
+    folder = Path(folder)
+    (folder / INDEX).unlink(missing_ok=True)
+    shards = [*folder.glob(".shard-*"), *folder.glob("model-*-of-*.safetensors"), *folder.glob(SINGLE)]
+    for path in shards:
+        path.unlink()
+    return len(shards)
 
 
 def _write_back(file: FileIO, offset: int, nbytes: int) -> None:

@@ -24,8 +24,8 @@ from transformers import PretrainedConfig
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.errors import UserError
 from retrofit.kv_heads import moments as moment_files
-from retrofit.kv_heads.averaged import averaged_values, chosen_rows
 from retrofit.kv_heads.grouping import best_groups
+from retrofit.kv_heads.measure import layer_moments
 from retrofit.kv_heads.merge import (
     CALIBRATED,
     Groups,
@@ -35,11 +35,10 @@ from retrofit.kv_heads.merge import (
     apply_maps,
     calibrated_maps,
     group_cost,
-    rotary_indices,
 )
-from retrofit.kv_heads.moments import LayerMoments, MomentSums
+from retrofit.kv_heads.moments import LayerMoments
 from retrofit.kv_heads.outcome import LayerReport, RepairOutcome
-from retrofit.kv_heads.qk_norm import KeyFit, can_fit, fit_keys, project, queries_and_keys
+from retrofit.kv_heads.qk_norm import KeyFit, can_fit, fit_keys
 from retrofit.kv_heads.repairs import LayerFiles, Repair, RepairInputs, repair_layer
 from retrofit.kv_heads.residuals import STREAMS, Shapes, WorkFolder
 from retrofit.kv_heads.stream import LayerRun, LayerStream
@@ -199,22 +198,17 @@ class CalibratedRun:
         return write_layer(merged, target_layer), report
 
     def _moments(self, original: LayerRun, weights: LayerWeights, layer: LayerAttention) -> LayerMoments:
-        sums = MomentSums(layer.kv_heads, rotary_indices(layer.rope, layer.head_dim))
-        stream = self.work.stream("converted", layer.index)
-        for i in range(len(self._batches)):
-            hidden = stream.read(i, self._device)
-            a_TC = original.attention_input(hidden, self._named(i, layer.index)).flatten(0, 1)
-            v_TKD = project(a_TC, weights.v_KDC, weights.v_bias_KD)
-            sums.add(*queries_and_keys(a_TC, weights, layer), v_TKD, hidden.flatten(0, 1))
-        if self._settings.averaged_tokens and self._settings.method.averaged:
-            # Each takes K passes: no more of them than one pass over all of the text costs.
-            tokens = min(self._settings.averaged_tokens, sum(ids.numel() for _, ids in self._batches) // layer.kv_heads)
-            sizes = [(ids.shape[0], ids.shape[1]) for _, ids in self._batches]
-            for i, rows in chosen_rows([kind for kind, _ in self._batches], sizes, tokens).items():
-                hidden, named = stream.read(i, self._device)[rows], self._kwargs[1, sizes[i][1]][layer.index]
-                for averaged_THKD in averaged_values(original, weights, layer, hidden, named):
-                    sums.add_averaged(averaged_THKD)
-        return sums.finish(layer.index)
+        stream, tokens = self.work.stream("converted", layer.index), self._batches[0][1].shape[1]
+        return layer_moments(
+            original,
+            weights,
+            layer,
+            self._batches,
+            lambda i: stream.read(i, self._device),
+            lambda i: self._named(i, layer.index),
+            self._kwargs[1, tokens][layer.index],
+            averaged_tokens=self._settings.averaged_tokens if self._settings.method.averaged else 0,
+        )
 
     def _inputs(self, original: LayerRun, layer: int) -> Iterator[tuple[bool, Tensor]]:
         """What the projections read, batch by batch; about a quarter of each kind of text is held out."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.rewrite import Rule, rewrite
-from retrofit.checkpoint.write import copy_side_files
+from retrofit.checkpoint.write import copy_side_files, remove_shards
 from retrofit.errors import UserError
 from retrofit.kv_heads.merge import contiguous_groups
 from retrofit.kv_heads.outcome import ConvertReport, LayerReport, RepairOutcome
@@ -61,7 +61,8 @@ def convert(
     averaged_tokens: calibration tokens whose attention patterns weigh the values; 0 merges values as they are. dtype:
     of the written weights, the source's own by default. The calibration streams are fp32, their matrix products
     bfloat16 where the processor has them. work: a folder for what a later attempt can go on from, together with the
-    shards in `out`; the caller removes it. moments: a folder for the moments of every layer, made when they are whole.
+    shards in `out` that were written from it; the caller removes it. moments: a folder for the moments of every layer,
+    made when they are whole.
 
     Raises UserError where the architecture or the number of heads does not allow it, where a method that calibrates
     has no or too little text, and where the disk has no room for the streams.
@@ -94,6 +95,7 @@ def convert(
                 work = scratch = Path(tempfile.mkdtemp(prefix=".streams-", dir=out))
             made, reports, notes = _calibrate(
                 checkpoint,
+                out,
                 config,
                 target,
                 text,
@@ -138,6 +140,7 @@ def convert(
 
 def _calibrate(
     checkpoint: Checkpoint,
+    out: Path,
     config: PretrainedConfig,
     target: PretrainedConfig,
     text: CalibrationText,
@@ -152,7 +155,10 @@ def _calibrate(
     moments: Path | None,
     progress: Progress | None,
 ) -> tuple[Made, list[LayerReport], list[str]]:
-    """Changed tensors, read from the work folder when they are asked for; a report of each layer; notes."""
+    """Changed tensors, read from the work folder when they are asked for; a report of each layer; notes.
+
+    Shards in `out` stay only where the calibration that they were written from was already whole.
+    """
     # Imported here: what calibrates needs model classes, and pooling heads should not wait for them.
     from retrofit.kv_heads.baselines import METHODS
     from retrofit.kv_heads.calibrate import CalibratedRun, Settings, pooled_keys
@@ -169,6 +175,9 @@ def _calibrate(
     run = CalibratedRun(
         checkpoint, config, target, settings, text, work=work, device=device, dtype=dtype, progress=progress
     )
+    # Before the first layer is done: a kill must never leave them beside another calibration that is whole.
+    if not run.work.whole_before and (removed := remove_shards(out)) and progress:
+        progress.note(f"{removed} weight files were written from another calibration, and are written again")
     reports = run.all_layers()
     if moments is not None:
         run.work.copy_moments(moments)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import combinations
-from math import comb, factorial
+from math import comb
 
 import networkx
 
@@ -27,12 +27,6 @@ from retrofit.kv_heads.merge import Groups, contiguous_groups
 GroupCost = Callable[[tuple[int, ...]], float]
 _EXHAUSTIVE = 100  # different groups whose true cost is computed
 _TRIED = 3072  # true costs of a search that starts from an estimate, times the cube of the group's size
-
-
-def count_partitions(heads: int, groups: int) -> int:
-    """Partitions of `heads` into `groups` unordered groups of equal size."""
-    size = heads // groups
-    return factorial(heads) // (factorial(size) ** groups * factorial(groups))
 
 
 def partitions(heads: tuple[int, ...], size: int) -> Iterator[Groups]:

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from retrofit.checkpoint.place import link_or_copy, require_writable
+from retrofit.checkpoint.place import free_space, link_or_copy, require_writable
 from retrofit.console import nbytes
 from retrofit.errors import UserError
 from retrofit.kv_heads.outcome import LayerReport
@@ -59,10 +59,12 @@ class DiskTensors:
         return self._shapes[index]
 
     def create(self) -> None:
-        """Reserve the whole file, so that no room is an error now and not in the middle."""
+        """Make the whole file. Where the system can reserve its room, none is an error now and not in the middle."""
         with self.path.open("wb") as file:
-            if self.nbytes:
+            if self.nbytes and hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, self.nbytes)
+            else:  # macOS
+                file.truncate(self.nbytes)
 
     def write(self, index: int, tensor: Tensor) -> None:
         """Write tensor `index`, wherever it is, as float32."""
@@ -136,6 +138,11 @@ class WorkFolder:
     def stream(self, name: str, layer: int) -> DiskTensors:
         """The stream `original` or `converted` as it enters `layer`."""
         return self._streams[name, layer % 2]
+
+    @property
+    def whole_before(self) -> bool:
+        """Whether an earlier attempt finished every layer."""
+        return self.resumed_from == self._layers
 
     @property
     def moments(self) -> Path:
@@ -248,10 +255,7 @@ class WorkFolder:
 def require_room(folder: Path, needed: int) -> None:
     """UserError when the disk of `folder` has less than `needed` bytes for the streams."""
     require_writable(folder)
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = free_space(folder)
     if free < needed:
         raise UserError(
             f"no room for the residual streams of the calibration: {nbytes(needed)} ({needed} bytes) needed, "

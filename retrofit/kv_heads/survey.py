@@ -19,16 +19,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.errors import UserError
-from retrofit.kv_heads.averaged import averaged_values, chosen_rows
-from retrofit.kv_heads.merge import rotary_indices
-from retrofit.kv_heads.moments import MomentSums, save
-from retrofit.kv_heads.qk_norm import project, queries_and_keys
-from retrofit.kv_heads.stream import LayerRun, LayerStream
+from retrofit.kv_heads.measure import layer_moments
+from retrofit.kv_heads.moments import save
+from retrofit.kv_heads.stream import LayerStream
 from retrofit.kv_heads.text import AVERAGED_TOKENS, CalibrationText
-from retrofit.kv_heads.weights import LayerWeights, Reader, read_layer
+from retrofit.kv_heads.weights import Reader, read_layer
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, multiplies_in_bfloat16
-from retrofit.model.spec import AttentionSpec, LayerAttention
+from retrofit.model.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -59,26 +57,27 @@ def survey(
     autocast = torch.bfloat16 if multiplies_in_bfloat16(device) else None
     stream = LayerStream(copy.deepcopy(config), spec, checkpoint.tensor, device=device, autocast=autocast)
     scored = list(scored_NT.split(max(1, TOKENS_PER_BATCH // scored_NT.shape[1])))
-    kinds, seen = zip(*measured.batches(), strict=True) if measured else ((), ())
-    embedded = [stream.embed(ids) for ids in (*seen, *scored)]
+    seen = measured.batches() if measured else []
+    embedded = [stream.embed(ids) for ids in (*(ids for _, ids in seen), *scored)]
     x, kwargs = [hidden for hidden, _ in embedded], [per_layer for _, per_layer in embedded]
-    single = stream.embed(seen[0][:1])[1] if seen else []
+    single = stream.embed(seen[0][1][:1])[1] if seen else []
     stream.free_embeddings()
     if progress:
         progress.start(task, len(spec.layers), "layers")
     for layer in spec.layers:
         with stream.layer(layer.index) as run:
             if moments is not None and seen:
-                named = [per_layer[layer.index] for per_layer in kwargs[: len(seen)]]
-                weights = read_layer(checkpoint.tensor, layer)
-                sums = _moments(run, weights, layer, x[: len(seen)], named)
-                # Each average takes K passes: no more of them than one pass over all of the text costs.
-                tokens = min(averaged_tokens, sum(ids.numel() for ids in seen) // layer.kv_heads)
-                rows_of = chosen_rows(kinds, [(ids.shape[0], ids.shape[1]) for ids in seen], tokens) if tokens else {}
-                for i, rows in rows_of.items():
-                    for averaged_THKD in averaged_values(run, weights, layer, x[i][rows], single[layer.index]):
-                        sums.add_averaged(averaged_THKD)
-                save(moments, layer.index, sums.finish(layer.index))
+                found = layer_moments(
+                    run,
+                    read_layer(checkpoint.tensor, layer),
+                    layer,
+                    seen,
+                    x.__getitem__,
+                    lambda i, index=layer.index: kwargs[i][index],  # type: ignore[misc]
+                    single[layer.index],
+                    averaged_tokens=averaged_tokens,
+                )
+                save(moments, layer.index, found)
             for i, hidden in enumerate(x):
                 x[i], _ = run.forward(hidden, kwargs[i][layer.index])
         if progress:
@@ -140,15 +139,3 @@ class Readout:
                 out.append(total / (len(ids_T) - 1))
         self._given = None
         return torch.tensor(out, dtype=torch.float64)
-
-
-def _moments(
-    run: LayerRun, weights: LayerWeights, layer: LayerAttention, x: list[Tensor], kwargs: list[dict[str, Any]]
-) -> MomentSums:
-    sums = MomentSums(layer.kv_heads, rotary_indices(layer.rope, layer.head_dim))
-    for hidden, named in zip(x, kwargs, strict=True):
-        a_TC = run.attention_input(hidden, named).flatten(0, 1)
-        q, k = queries_and_keys(a_TC, weights, layer)
-        v = project(a_TC, weights.v_KDC, weights.v_bias_KD)
-        sums.add(q, k, v, hidden.flatten(0, 1))
-    return sums

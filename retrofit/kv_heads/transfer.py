@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from retrofit.kv_heads.outcome import RepairOutcome
-from retrofit.kv_heads.weights import LayerWeights, read_layer
+from retrofit.kv_heads.weights import LayerWeights, read_layer, write_layer
 
 if TYPE_CHECKING:
     from retrofit.kv_heads.repairs import Fold, RepairInputs
@@ -51,7 +51,9 @@ class LayerTransfer:
 
     def __call__(self, inputs: RepairInputs, weights: LayerWeights) -> tuple[LayerWeights, RepairOutcome]:
         train, held_out = split(inputs.folds, inputs.layer.index)
-        parameters = inputs.run.attention_parameters()
+        # What `write_layer` does not write (biases of norms) must stay: it would be trained and then lost.
+        written = write_layer(weights, inputs.layer)
+        parameters = {name: p for name, p in inputs.run.attention_parameters().items() if name in written}
         start = _errors(inputs, held_out)
         best, state = dict.fromkeys(start, 1.0), _copy(parameters)
         order = list(_steps(inputs, train, self.passes))

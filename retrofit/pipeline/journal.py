@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from retrofit.checkpoint.provenance import sha256
 from retrofit.errors import UserError
 
 NAME = "journal.jsonl"
@@ -41,12 +42,6 @@ def fingerprint(step: str, version: int, config: object, inputs: Mapping[str, ob
     """sha256 of everything a step's artifact depends on: its own configuration, its inputs, and its code's version."""
     canonical = json.dumps([step, version, config, dict(inputs)], sort_keys=True, default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """sha256 of one file, streamed."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def digests_of(run: Path, paths: Iterable[Path]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from retrofit.checkpoint import place
 from retrofit.checkpoint.place import folder_lock, link_or_copy, require_free_space, require_writable, staged
 from retrofit.errors import UserError
 
@@ -52,6 +53,28 @@ def test_staged_refuses_a_full_folder_and_takes_an_empty_one(tmp_path: Path) -> 
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"), staged(tmp_path / "file"):
         pass
+
+
+def test_staged_follows_a_link_to_an_empty_folder_or_to_none_yet(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "there").mkdir(parents=True)
+    (tmp_path / "work").mkdir()
+    for name, keep in (("there", None), ("not yet", None), ("kept", tmp_path / "work" / "checkpoint")):
+        link = tmp_path / f"link to {name}"
+        link.symlink_to(tmp_path / "disk" / name)
+        with staged(link, keep=keep) as partial:
+            (partial / "a").write_text("1")
+        assert link.is_symlink() and (tmp_path / "disk" / name / "a").read_text() == "1"
+    assert {path.name for path in (tmp_path / "disk").iterdir()} == {"there", "not yet", "kept"}
+
+
+def test_staged_refuses_a_work_folder_on_another_disk_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, "_disk", lambda path: "work" in path.parts)
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with pytest.raises(UserError, match="different disks") as caught, staged(tmp_path / "link", keep=tmp_path / "work"):
+        pass
+    assert str(tmp_path / "out") in str(caught.value.fix) and not (tmp_path / "work").exists()
 
 
 def test_staged_overwrites_when_asked_and_keeps_the_old_one_on_error(tmp_path: Path) -> None:
@@ -133,6 +156,10 @@ def test_folder_in_use(tmp_path: Path) -> None:
             pass
         with folder_lock(tmp_path / "other"):
             pass
+        (tmp_path / "link").symlink_to(tmp_path / "out")
+        with pytest.raises(UserError, match="in use"), folder_lock(tmp_path / "link"):
+            pass
+        (tmp_path / "link").unlink()
     with folder_lock(tmp_path / "out"):
         pass
     assert list(tmp_path.iterdir()) == []

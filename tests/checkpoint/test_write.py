@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from io import FileIO
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from retrofit.checkpoint.read import INDEX, SINGLE, Checkpoint
-from retrofit.checkpoint.write import ShardWriter, copy_side_files, parse_size, write_config
+from retrofit.checkpoint.write import ShardWriter, copy_side_files, parse_size, remove_shards, write_config
 from retrofit.errors import UserError
 
 
@@ -125,6 +126,21 @@ def test_copied_bytes(tmp_path: Path) -> None:
 def test_copy_without_the_kernel_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("os.copy_file_range", raising=False)
     test_copied_bytes(tmp_path)
+
+
+def test_a_writer_that_is_gone_on_from_needs_no_fdatasync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "fdatasync", raising=False)  # as on macOS
+    write(tmp_path / "out", values(), resume=True)
+    assert set(read(tmp_path / "out")) == set(values())
+
+
+@pytest.mark.parametrize("size", [64, "5GB"])
+def test_what_a_writer_left_is_removed_and_nothing_else(size: int | str, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shards = write(folder, values(), max_shard_size=size)
+    (folder / ".shard-00099").write_bytes(b"torn")
+    assert remove_shards(folder) == len(shards) + 1
+    assert [path.name for path in folder.iterdir()] == ["config.json"] and remove_shards(folder) == 0
 
 
 def test_writer_refuses_names_twice_and_nothing(tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ from retrofit.kv_heads.stream import LayerStream
 from retrofit.kv_heads.weights import read_layer, write_layer
 from retrofit.model.families import describe
 from retrofit.model.load import load_config
+from retrofit.pipeline import operations
+from retrofit.recipe.schema import Convert
+from retrofit.recover.data import Teacher
 from tests.tiny import FAMILIES, save_tiny, tiny_model
 
 LOSSLESS = [f for f in FAMILIES if f not in {"qwen3", "gemma3_text", "olmo2", "qwen3_moe", "olmoe"}]
@@ -49,6 +52,17 @@ def test_identity_keeps_every_byte_of_the_weights(family: str, method: str, tmp_
     assert all(torch.equal(before.tensor(n), after.tensor(n)) for n in before.names)
     ids = torch.randint(0, 256, (1, 40))
     assert torch.equal(logits(source, ids), logits(out, ids))
+
+
+def test_a_model_that_has_so_many_heads_already_needs_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unread(*_: object, **__: object) -> CalibrationText:
+        raise AssertionError
+
+    monkeypatch.setattr(operations, "calibration_text", unread)
+    source, section = save_tiny(tmp_path / "source", "llama"), Convert(kv_heads=4)
+    teacher, origin, work = Teacher(source), operations.Origin({}), tmp_path / "work"
+    report = operations.convert(source, tmp_path / "out", section, origin, teacher=teacher, work=work)
+    assert report.tokens == 0 and report.kv_heads_before == report.kv_heads_after == 4
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from retrofit.kv_heads.convert import CalibrationText, convert
+from retrofit.kv_heads.residuals import STATE
+from tests.kv_heads.kill_convert import Notes
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +38,36 @@ def converted(source: Path, out: Path, method: str, limits: list[str]) -> list[s
     assert done.returncode == 0, done.stdout + done.stderr
     said: list[str] = json.loads(done.stdout)[1]
     return said
+
+
+def test_shards_of_another_calibration_are_written_again(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", "llama", max_shard_size="50KB")
+    work, out = tmp_path / "work", tmp_path / "out"
+
+    def one(seed: int) -> CalibrationText:
+        ids = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(seed))
+        return CalibrationText(ids, tuple("ab"[i % 2] for i in range(8)))
+
+    def made(out: Path, work: Path | None, seed: int) -> list[str]:
+        out.mkdir(exist_ok=True)
+        notes = Notes()
+        convert(source, out, kv_heads=2, text=one(seed), max_shard_size="60KB", work=work, progress=notes)
+        return notes.said
+
+    for seed in (1, 2):
+        made(tmp_path / f"fresh-{seed}", None, seed)
+    first, second = contents(tmp_path / "fresh-1"), contents(tmp_path / "fresh-2")
+    assert first.keys() == second.keys() and first != second
+    made(out, work, 1)
+    assert any("were written before, and are kept" in line for line in made(out, work, 1))
+    (out / "model.safetensors.index.json").unlink()  # as a kill leaves it
+    said = made(out, work, 2)  # another key: the calibration starts again
+    assert any("were written from another calibration" in line for line in said), said
+    assert contents(out) == second
+    state = work / "calibration" / STATE
+    state.write_text(state.read_text()[:20])
+    made(out, work, 1)
+    assert contents(out) == first
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ from retrofit.kv_heads.convert import CalibrationText, convert
 from retrofit.kv_heads.outcome import ConvertReport
 from retrofit.kv_heads.stream import LayerStream
 from retrofit.kv_heads.transfer import LayerTransfer, split
+from retrofit.kv_heads.weights import LayerWeights, write_layer
 from retrofit.model.families import describe
 from retrofit.model.load import load_config
 from tests.tiny import FAMILIES, save_tiny
@@ -86,6 +87,27 @@ def test_transfer_brings_the_model_nearer_to_the_original(tmp_path: Path, monkey
     transfer = report.layers[0].repairs[1]
     assert transfer.accepted and transfer.held_out_after < 0.6 * transfer.held_out_before
     assert errors["transfer"] < 0.8 * errors["o_proj"], errors
+
+
+def test_what_is_not_written_is_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_tiny(tmp_path / "source", "phi", qk_layernorm=True)
+    before, unwritten = Checkpoint.open(source), []
+
+    class Watched(LayerTransfer):
+        def __call__(
+            self, inputs: repairs.RepairInputs, weights: LayerWeights
+        ) -> tuple[LayerWeights, repairs.RepairOutcome]:
+            result = super().__call__(inputs, weights)
+            assert result[1].accepted
+            for name in inputs.run.attention_parameters().keys() - write_layer(weights, inputs.layer).keys():
+                unwritten.append(name.split("self_attn.")[1])
+                assert torch.equal(inputs.run.attention_parameters()[name], before.tensor(name)), name
+            return result
+
+    monkeypatch.setattr(repairs, "REPAIRS", {"transfer": (repairs.OutputRidge(), Watched(passes=20.0))})
+    (tmp_path / "out").mkdir()
+    convert(source, tmp_path / "out", kv_heads=1, repair="transfer", text=few_words(), averaged_tokens=0)
+    assert sorted(unwritten) == 2 * ["k_layernorm.bias"] + 2 * ["q_layernorm.bias"]
 
 
 def test_a_descent_that_makes_it_worse_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
