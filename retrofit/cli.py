@@ -383,7 +383,9 @@ def evaluate(
     suite: Annotated[str | None, typer.Option("--suite", help="A bundled suite or a .yaml file.")] = None,
     documents: Annotated[int | None, typer.Option("--documents", help="Documents per text source.")] = None,
     needle: Annotated[str | None, typer.Option("--needle", metavar="N,N", help="Needle test at these lengths.")] = None,
-    depths: Annotated[int, typer.Option("--depths", min=1, help="Depths of the needle, from 0 to 1.")] = 5,
+    depths: Annotated[
+        int | None, typer.Option("--depths", min=1, help="Depths of the needle, from 0 to 1; default 5.")
+    ] = None,
     together: Annotated[
         bool, typer.Option("--together", help="The needles of all depths in one text: one pass a length, harder.")
     ] = False,

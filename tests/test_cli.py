@@ -13,6 +13,10 @@ from typer.testing import CliRunner
 
 import retrofit
 from retrofit.cli import app
+from retrofit.evaluate.losses import TokenLosses
+from retrofit.pipeline import single
+from retrofit.pipeline.prepare import _read_before, _reads
+from retrofit.recipe.schema import TextSource
 from tests.tiny import save_tiny
 
 COMMANDS = [
@@ -121,6 +125,16 @@ def test_inspect_lints_a_folder_whose_architecture_is_not_known(tmp_path: Path) 
     }
 
 
+def test_inspect_reads_an_unknown_architecture_with_the_defaults_of_its_class(tmp_path: Path) -> None:
+    config = {"model_type": "glm", "hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 2048}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "head_dim": 64}))
+    found = json.loads(cli("inspect", tmp_path, "--json"))
+    assert "`glm` is not supported" in found["reason"]
+    last = {one["engine"]: one["last"] for one in found["readings"]}
+    theta, rotary = 10_000.0, 32  # half of the head's dim turns
+    assert list(last.values()) == pytest.approx([theta ** -((rotary - 2) / rotary)] * 3)
+
+
 def test_doctor_names_every_kernel() -> None:
     found = json.loads(cli("doctor", "--json"))
     assert {"eager", "sdpa", "blockwise"} <= {kernel["name"] for kernel in found["kernels"] if kernel["available"]}
@@ -197,6 +211,29 @@ def test_recover_trains_towards_the_original(tiny: Path, tmp_path: Path) -> None
     assert not list(tmp_path.glob("*.work")) and not list(tmp_path.glob("*.partial"))
 
 
+def test_what_a_checkpoint_was_trained_on_is_measured_on_its_held_out_part(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for index in range(12):
+        (tmp_path / "text" / f"{index:02}.txt").write_text(f"{index} little sentences, again and again. " * 40)
+    options = ["--tokens", 128, "--sequence-length", 64, "--rank", 2, "--text", tmp_path / "text"]
+    cli("recover", tiny, "--teacher", tiny, *options, "--out", tmp_path / "recovered")
+    evaluate = ["--text", tmp_path / "text", "--lengths", 64, "--documents", 12, "--out"]
+    for model, name in ((tiny, "before"), (tmp_path / "recovered", "after")):
+        cli("evaluate", model, *evaluate, tmp_path / f"{name}.npz")
+    before, after = (TokenLosses.load(tmp_path / f"{name}.npz") for name in ("before", "after"))
+    assert len(before.documents) == 12 and after.documents == ("11.txt",)
+
+    config = {"text": [{"source": "text", "split": "train"}]}  # as a published record names it
+    assert _reads(config, TextSource(source=str(tmp_path / "text")))
+    assert not _reads(config, TextSource(source=str(tmp_path / "text" / "00.txt")))
+    note = _read_before(
+        single.recipe("evaluate", {"text": [str(tmp_path / "text")], "lengths": [64]}), tmp_path / "recovered"
+    )
+    assert [line.partition(" was read by ")[2] for line in note.values()] == [
+        "`recover` of this model: only its held-out part is measured"
+    ]
+
+
 def test_a_kernel_is_measured_without_touching_a_weight(tiny: Path, tmp_path: Path) -> None:
     short = ["--set", "evaluate.lengths=[64,128]", "--set", "evaluate.cost_lengths=[]", "--set", "evaluate.tail=16"]
     found = cli("run", "kernel-only", "--model", tiny, *short, "--out", tmp_path / "run", "--json")
@@ -213,6 +250,22 @@ def test_a_suite_sets_lengths_and_options_win_over_it(tiny: Path) -> None:
         ("python-stdlib", 32),
         ("all", 32),
     }
+
+
+def test_options_of_evaluate_are_laid_over_the_suite(tiny: Path, tmp_path: Path) -> None:
+    suite = tmp_path / "suite.yaml"
+    needle = {"lengths": [64], "samples": 2, "depths": 3}
+    suite.write_text(yaml.safe_dump({"name": "mine", "dtype": "float32", "needle": needle}))
+    asked: dict[str, object] = {"text": (), "lengths": None, "documents": None, "dtype": "auto"}
+    values = single.evaluate_section(suite, **asked, needle={"lengths": [], "depths": 2, "together": True})
+    assert (
+        values["dtype"] == "float32"
+        and single.evaluate_section(suite, **{**asked, "dtype": "bfloat16"})["dtype"] == "bfloat16"
+    )
+    assert values["needle"] == {**needle, "test": "needle", "depths": 2, "together": True}
+    short = ["--text", "python-docs", "--lengths", 32]
+    assert "where: --depths" in cli("evaluate", tiny, *short, "--depths", 3, code=2)
+    assert "where: --together" in cli("evaluate", tiny, *short, "--suite", "quick", "--together", code=2)
 
 
 def test_only_the_folder_of_a_finished_run_is_published(tiny: Path) -> None:

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m evals.benchmarks.extension --text BOOK.txt
 
-Runs the bundled recipe `extend-4x` (or --recipe) on SmolLM2-135M and beside it the same evaluation of plain YaRN, then
+Runs the bundled recipe `extend-4x` (or --recipe) on SmolLM2-135M and beside it the same recipe with plain YaRN, then
 writes results/extension.json, .md and .svg: perplexity by length with 95% intervals, the needle grid, effective length,
 every trial of the search, and seconds. --text adds documents to the recipe's own. What --work holds is not done again.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,54 +20,59 @@ from typing import Any
 import torch
 
 import retrofit
+from evals.benchmarks.heads import model_name
 from evals.benchmarks.recovery import machine
-from retrofit.console import PlainProgress, jsonable, to_json
-from retrofit.errors import GateError
+from retrofit.console import PlainProgress, to_json
+from retrofit.errors import GateError, UserError
+from retrofit.evaluate.losses import TokenLosses
 from retrofit.evaluate.perplexity import ALL
+from retrofit.pipeline.evaluation import METRICS, losses_file
 from retrofit.recipe.load import load_recipe
-from retrofit.recipe.schema import Recipe, TextSource
+from retrofit.recipe.schema import Context, Recipe, TextSource
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 LABELS = {"original": "original", "yarn": "YaRN", "extended": "search", "recovered": "search + training"}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--recipe", default="extend-4x", help="one that extends the window and trains")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="repeatable")
+    parser.add_argument(
+        "--text", action="append", default=[], metavar="FILE", help="a document to measure on as well; repeatable"
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/extension"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser
 
 
 def main() -> None:
     """Run what is missing and write the results."""
     import sys
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="embedded")
-    parser.add_argument("--recipe", default="extend-4x", help="one that extends the window and trains")
-    parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--text", nargs="*", default=[], metavar="FILE", help="documents to measure on as well")
-    parser.add_argument("--work", type=Path, default=Path("runs/extension"))
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser = _parser()
     options = parser.parse_args()
     progress = PlainProgress(sys.stderr)
     options.work.mkdir(parents=True, exist_ok=True)
     recipe = load_recipe(options.recipe, options.overrides, model=options.model)
-    assert recipe.evaluate
+    assert recipe.model and recipe.evaluate
     text = (*recipe.evaluate.text, *(TextSource(source=file) for file in options.text))
     recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"text": text})})
     try:
         retrofit.run(recipe, out=options.work / "run", progress=progress)
     except GateError as error:  # what was measured is shown all the same
         print(error, flush=True)
-    metrics = json.loads(next((options.work / "run").glob("*-evaluate/metrics.json")).read_text(encoding="utf-8"))
+    metrics = _metrics(options.work / "run")
     journal = (options.work / "run" / "journal.jsonl").read_text("utf-8").splitlines()
     steps = {step["step"]: {"seconds": step["seconds"], "result": step["result"]} for step in map(json.loads, journal)}
     chosen = (steps["extend"]["result"].get("search") or {}).get("winner", {}).get("label")
     # What the search found may be YaRN's defaults themselves.
     yarn = metrics["models"]["extended"] if chosen == "yarn" else _yarn(recipe, options.work, progress)
     record = {
-        "command": " ".join(
-            [
-                f"OMP_NUM_THREADS={torch.get_num_threads()} python -m evals.benchmarks.extension",
-                *(f"--set {one}" for one in options.overrides),
-                *(f"--text {Path(file).name}" for file in options.text),
-            ]
-        ),
+        "command": _command(options, parser),
         "machine": machine(),
+        "model": model_name(recipe.model),
         "models": {"original": metrics["models"]["original"], "yarn": yarn, **metrics["models"]},
         "steps": steps,
     }
@@ -77,34 +83,44 @@ def main() -> None:
     print(report(record))
 
 
+def _command(options: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """What was typed, without places on this machine."""
+    parts = [f"OMP_NUM_THREADS={torch.get_num_threads()} python -m evals.benchmarks.extension"]
+    for name in ("model", "recipe"):
+        value = getattr(options, name)
+        if value != parser.get_default(name):
+            parts.append(f"--{name} {shlex.quote(value)}")
+    parts += [f"--set {shlex.quote(one)}" for one in options.overrides]
+    parts += [f"--text {shlex.quote(Path(file).name)}" for file in options.text]
+    return " ".join(parts)
+
+
+def _metrics(run: Path) -> dict[str, Any]:
+    """What the evaluation of a run found."""
+    return dict(json.loads(next(run.glob(f"*-evaluate/{METRICS}")).read_text(encoding="utf-8")))
+
+
 def _yarn(recipe: Recipe, work: Path, progress: PlainProgress) -> dict[str, Any]:
-    """What the recipe's evaluation finds of YaRN's defaults."""
+    """What the recipe's evaluation finds of YaRN's defaults.
+
+    Raises UserError when the recipe without its training and search measures other documents.
+    """
     kept = work / "yarn.json"
     if kept.exists():
         return dict(json.loads(kept.read_text(encoding="utf-8")))
-    assert recipe.model and recipe.context and recipe.evaluate
-    folder, asked = work / "yarn", recipe.evaluate
-    if not folder.exists():
-        retrofit.extend(
-            recipe.model, length=recipe.context.length, factor=recipe.context.factor, method="yarn", out=folder
+    assert recipe.context
+    context = Context(length=recipe.context.length, factor=recipe.context.factor, method="yarn")
+    plain = recipe.model_copy(update={"context": context, "recover": None, "publish": None, "require": {}})
+    out = work / "yarn-run"
+    retrofit.run(plain, out=out, progress=progress)
+    read = [TokenLosses.load(losses_file(run, "original")).meta["documents_sha256"] for run in (work / "run", out)]
+    if read[0] != read[1]:  # of text that is trained on a part is held out, without a training all of it is measured
+        raise UserError(
+            "plain YaRN was measured on other documents than the recipe",
+            where="evaluate.text",
+            fix="measure on text that neither the search nor the training reads",
         )
-    found = retrofit.evaluate(
-        folder,
-        text=[source.source for source in asked.text],
-        lengths=asked.lengths,
-        documents=asked.documents,
-        needle=asked.needle.lengths if asked.needle else None,
-        depths=asked.needle.depths if asked.needle else 1,
-        together=bool(asked.needle and asked.needle.together),
-        context_gain=asked.context_gain,
-        out=work / "yarn.npz",
-        progress=progress,
-    )
-    result = jsonable(found)
-    assert isinstance(result, dict)
-    result["losses"] = None  # a place on this machine
-    kept.write_text(to_json(result) + "\n", encoding="utf-8")
-    return result
+    return dict(_metrics(out)["models"]["extended"])
 
 
 def report(record: Mapping[str, Any]) -> str:
@@ -113,17 +129,17 @@ def report(record: Mapping[str, Any]) -> str:
     names = [name for name in LABELS if name in models]
     rows = {name: {(row["kind"], row["length"]): row for row in models[name]["rows"]} for name in names}
     kinds = list(dict.fromkeys(kind for kind, _ in rows["original"]))
-    lengths = sorted({length for _, length in rows["original"]})
-    where = record["machine"]
+    lengths = sorted({tokens for _, tokens in rows["original"]})
+    where, (native, length) = record["machine"], _windows(record)
     lines = [
-        "# A window four times as long",
+        f"# A window {length / native:g} times as long",
         "",
         f"`{record['command']}`, threads as in the command, {where['cpu']}, torch {where['torch']}, "
         f"transformers {where['transformers']}.",
         "",
-        "SmolLM2-135M-Instruct, 8,192 to 32,768 positions. Perplexity of the first tokens of documents which neither "
-        "the search nor the training has read, with 95% intervals; in brackets the ratio to the original at that "
-        "length.",
+        f"{record['model']}, {native:,} to {length:,} positions. Perplexity of the first tokens of documents which "
+        "neither the search nor the training has read, with 95% intervals; in brackets the ratio to the original at "
+        "that length.",
         "",
     ]
     for kind in [ALL, *(kind for kind in kinds if kind != ALL)]:
@@ -135,15 +151,21 @@ def report(record: Mapping[str, Any]) -> str:
             f"| tokens | {' | '.join(LABELS[name] for name in names)} |",
             f"|---:|{'---:|' * len(names)}",
         ]
-        for length in lengths:
+        for tokens in lengths:
             cells = []
             for name in names:
-                row, base = rows[name].get((kind, length)), rows["original"][kind, length]
+                row, base = rows[name].get((kind, tokens)), rows["original"][kind, tokens]
                 ratio = f" ({row['ppl'] / base['ppl']:.3f})" if row and name != "original" else ""
                 cells.append(f"{row['ppl']:.2f} [{row['low']:.2f}, {row['high']:.2f}]{ratio}" if row else "")
-            lines.append(f"| {length:,} | {' | '.join(cells)} |")
+            lines.append(f"| {tokens:,} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join([*lines, *_use(models, names), *_search(record), *_time(record)])
+
+
+def _windows(record: Mapping[str, Any]) -> tuple[int, int]:
+    """Positions before and after the extension."""
+    found = record["steps"]["extend"]["result"]
+    return found["before"], found["length"]
 
 
 def _use(models: Mapping[str, Any], names: list[str]) -> list[str]:
@@ -222,7 +244,8 @@ def chart(record: Mapping[str, Any]) -> str:
         if found:
             spans = [(row["low"], row["high"]) for row in found]
             lines.append(Line(label, [row["length"] for row in found], [row["ppl"] for row in found], spans))
-    return perplexity_by_length("extension", lines, native=8192, claimed=32768, alone=True).svg
+    native, length = _windows(record)
+    return perplexity_by_length("extension", lines, native=native, claimed=length, alone=True).svg
 
 
 if __name__ == "__main__":

@@ -6,30 +6,36 @@ Converts SmolLM2-135M from 3 to 1 KV heads in every layer and scores each checkp
 DIR/moby_dick.txt, where the other .txt files of DIR are the calibration text of the same kind. Without --books the
 held-out documentation is scored, after calibration on the rest of the documentation. Rows that end in `, other text`
 are calibrated on text of other kinds only. Writes results/kv_heads.json, .md and .svg, a row at a time; a row that is
-there already is not measured again, so an interrupted benchmark goes on.
+there already, measured with the same settings, is not measured again, so an interrupted benchmark goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import resource
+import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evals.benchmarks.recovery import machine
 from retrofit.console import to_json
+
+if TYPE_CHECKING:
+    from retrofit.recipe.schema import Recover
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 LENGTH = 1024  # tokens of a scored piece, a calibration sequence and a training sequence
 PIECES = 10
 OTHER = ("python-docs", "python-stdlib", "self")
+DISTIL = [50_000, 150_000, 500_000]
 HELD_OUT = "moby_dick.txt"
 SEEN = "calibration text"
 
@@ -60,6 +66,31 @@ def rows(distil: Sequence[int]) -> list[Row]:
     return found
 
 
+def recipe(row: Row) -> Recover:
+    """How a row is trained; the text is left to the benchmark."""
+    from retrofit.recipe.schema import Recover
+
+    return Recover(loss=row.loss, tokens=row.tokens, sequence_length=LENGTH)  # type: ignore[arg-type]
+
+
+def settings(row: Row, chosen: Mapping[str, Row], tokens: int) -> dict[str, Any]:
+    """What a row's numbers depend on, kept with them. tokens: of the calibration. A learning rate of None is that of
+    the model's width."""
+    found = {**vars(row), "calibration_tokens": tokens}
+    if row.start:
+        trained = recipe(row)
+        found["start"] = settings(chosen[row.start], chosen, tokens)
+        found |= {"rank": trained.adapter.rank, "alpha": trained.adapter.alpha, "learning_rate": trained.learning_rate}
+    return found
+
+
+def model_name(model: str) -> str:
+    """A model as a title names it: the last part of a hub id or path."""
+    from retrofit.model.source import EMBEDDED, EMBEDDED_MODEL
+
+    return Path(EMBEDDED_MODEL if model == EMBEDDED else model).name
+
+
 class Bench:
     """Text, model and results of one benchmark."""
 
@@ -71,6 +102,7 @@ class Bench:
         self.folder = resolve(model).folder
         self.tokenizer = load_tokenizer(self.folder)
         self.tokens, self.work = tokens, work
+        self.identity = [model, books is not None]
         same = sorted(str(path) for path in books.glob("*.txt") if path.name != HELD_OUT) if books else ["python-docs"]
         self.same = [TextSource(source=name) for name in same]
         self.other = [TextSource(source=name) for name in OTHER if name not in same]
@@ -120,14 +152,13 @@ class Bench:
 
         return score(load_model(folder, dtype="float32"), self.documents, lengths=(LENGTH,))
 
-    def convert(self, row: Row) -> dict[str, Any]:
-        """Convert as the row says, into the work folder."""
+    def convert(self, row: Row, out: Path) -> dict[str, Any]:
+        """Convert as the row says."""
         from retrofit.kv_heads.convert import convert
 
         text = None
         if row.method not in ("first", "mean"):
             text = self._calibration(self.other if row.other_text else self.same)
-        out = _fresh(self.path(row.name))
         began = cpu_seconds()
         report = convert(self.folder, out, kv_heads=1, method=row.method, repair=row.repair, text=text)  # type: ignore[arg-type]
         seconds = cpu_seconds() - began
@@ -137,26 +168,24 @@ class Bench:
         ]
         return {"seconds": seconds, "layers": layers, "calibrated_on": report.tokens_by_kind}
 
-    def train(self, row: Row) -> dict[str, Any]:
+    def train(self, row: Row, start: Path, out: Path) -> dict[str, Any]:
         """Adapters on the checkpoint of another row, on the calibration text's own sources."""
-        from retrofit.recipe.schema import Recover
         from retrofit.recover.data import training_rows
         from retrofit.recover.train import recover
 
-        assert row.start is not None
-        recipe = Recover(loss=row.loss, tokens=row.tokens, sequence_length=LENGTH, text=tuple(self.same))  # type: ignore[arg-type]
+        section = recipe(row).model_copy(update={"text": tuple(self.same)})
         text = training_rows(self.same, self.tokenizer, row.tokens, LENGTH, seed=1)
         teacher = self.folder if row.loss == "distill" else None
-        out = _fresh(self.path(row.name))
         began = cpu_seconds()
         work = self.work / "training"
-        report = recover(self.path(row.start), teacher, out, recipe, text, None, work_dir=work)
+        report = recover(start, teacher, out, section, text, None, work_dir=work)
         shutil.rmtree(work, ignore_errors=True)
         return {"seconds": cpu_seconds() - began, "steps": report.steps, "compute": report.compute_dtype}
 
-    def path(self, name: str) -> Path:
-        """Where a row's checkpoint is kept."""
-        return self.work / "".join(c if c.isalnum() else "-" for c in name)
+    def path(self, settings: Mapping[str, Any]) -> Path:
+        """Where the checkpoint of a row with these settings is kept."""
+        key = hashlib.sha256(json.dumps([self.identity, settings], sort_keys=True).encode()).hexdigest()[:8]
+        return self.work / ("".join(c if c.isalnum() else "-" for c in settings["name"]) + f"-{key}")
 
 
 def measured(losses: Any, original: Any) -> dict[str, Any]:
@@ -185,49 +214,69 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _fresh(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
-
-
-def main() -> None:
-    """Measure what is not measured yet, and write table and chart."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="any model with 3 KV heads or more")
     parser.add_argument("--books", type=Path, help=f"folder with {HELD_OUT} and other novels")
     parser.add_argument("--tokens", type=int, default=49_152, help="calibration tokens")
-    parser.add_argument("--distil", type=int, nargs="*", default=[50_000, 150_000, 500_000], metavar="TOKENS")
+    parser.add_argument("--distil", type=int, nargs="*", default=DISTIL, metavar="TOKENS")
     parser.add_argument("--only", nargs="*", metavar="ROW", help="names of the rows to measure, in this order")
     parser.add_argument("--work", type=Path, help="keep the checkpoints here, so that later rows can start from them")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    from retrofit.model.load import multiplies_in_bfloat16
+    return parser
 
+
+def main() -> None:
+    """Measure what is not measured yet, and write table and chart."""
+    parser = _parser()
+    options = parser.parse_args()
     if options.books and not (options.books / HELD_OUT).is_file():
         parser.error(f"{options.books} holds no {HELD_OUT}")
+    chosen = {row.name: row for row in rows(options.distil)}
+    names = options.only or list(chosen)
+    for name in names:
+        if name not in chosen:
+            parser.error(f"`{name}` is not a row; there are: {', '.join(chosen)}")
+    others = _others(_load(options.out), options)
+    if others:
+        parser.error(f"{options.out / 'kv_heads.json'} holds results of {others}: use another --out")
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(options.model, options.books, options.tokens, options.work or Path(temporary))
         original = bench.score(bench.folder)
-        chosen = {row.name: row for row in rows(options.distil)}
-        for name in options.only or chosen:
-            if name not in chosen:
-                parser.error(f"`{name}` is not a row; there are: {', '.join(chosen)}")
-            row = chosen[name]
-            known = _load(options.out)["rows"]
-            start = known.get(row.start) if row.start else None
-            if row.name in known:
-                continue
-            if row.start and (start is None or not bench.path(row.start).is_dir()):
-                print(f"{row.name}: left out, {row.start} is not in the work folder", flush=True)
-                continue
-            facts = bench.train(row) if row.start else bench.convert(row)
-            facts["own_seconds"] = facts.pop("seconds")
-            facts["bfloat16"] = multiplies_in_bfloat16("cpu")
-            facts["seconds"] = facts["own_seconds"] + (start["seconds"] if start else 0.0)
-            facts["by_kind"] = measured(bench.score(bench.path(row.name)), original)
-            _save(options.out, row.name, facts, measured(original, original), options)
+        for name in names:
+            _measure(bench, chosen[name], chosen, original, options)
     print(table(_load(options.out)))
+
+
+def _measure(
+    bench: Bench, row: Row, chosen: Mapping[str, Row], original: Any, options: argparse.Namespace
+) -> dict[str, Any]:
+    """The facts of a row: those in the results if they are of its settings, else measured now and added to them."""
+    from retrofit.checkpoint.write import staged
+    from retrofit.model.load import multiplies_in_bfloat16
+
+    own = settings(row, chosen, options.tokens)
+    known = _load(options.out)["rows"].get(row.name)
+    # Results from before settings were kept count as of these.
+    if known and known.get("settings", own) == own:
+        return dict(known)
+    before = 0.0
+    if row.start:
+        before = _measure(bench, chosen[row.start], chosen, original, options)["seconds"]
+        start = bench.path(own["start"])
+        if not start.is_dir():  # its row was measured in another work folder
+            with staged(start) as out:
+                bench.convert(chosen[row.start], out)
+    with staged(bench.path(own), overwrite=True) as out:
+        facts = bench.train(row, start, out) if row.start else bench.convert(row, out)
+    facts["settings"] = own
+    facts["machine"] = machine()
+    facts["own_seconds"] = facts.pop("seconds")
+    facts["bfloat16"] = multiplies_in_bfloat16("cpu")
+    facts["seconds"] = facts["own_seconds"] + before
+    facts["by_kind"] = measured(bench.score(bench.path(own)), original)
+    _save(options, row.name, facts, measured(original, original))
+    return facts
 
 
 def _load(out: Path) -> dict[str, Any]:
@@ -235,16 +284,52 @@ def _load(out: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": {}}
 
 
-def _save(out: Path, name: str, facts: dict[str, Any], original: dict[str, Any], options: argparse.Namespace) -> None:
+def _typed(record: Mapping[str, Any]) -> argparse.Namespace:
+    """The options in the command that results carry."""
+    _, _, given = record["command"].partition("evals.benchmarks.heads")
+    return _parser().parse_args(shlex.split(given))
+
+
+def _others(record: Mapping[str, Any], options: argparse.Namespace) -> str:
+    """What the results are of, where that is not what these options ask for, and so no row can join them."""
+    if not record["rows"]:
+        return ""
+    typed = _typed(record)
+    if (typed.model, bool(typed.books), record["tokens"]) == (options.model, bool(options.books), options.tokens):
+        return ""
+    books = "with" if typed.books else "without"
+    return f"--model {typed.model}, {books} --books, --tokens {record['tokens']}"
+
+
+def _command(options: argparse.Namespace, found: Mapping[str, Any]) -> str:
+    """The command that gives all rows, without places on this machine."""
+    parts = [f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')} python -m evals.benchmarks.heads"]
+    default = _parser().parse_args([])
+    if options.model != default.model:
+        parts.append(f"--model {shlex.quote(options.model)}")
+    if options.books:
+        parts.append("--books DIR")
+    if options.tokens != default.tokens:
+        parts.append(f"--tokens {options.tokens}")
+    trained = {row["settings"]["tokens"] for row in found.values() if "settings" in row} - {0}
+    if not trained <= set(DISTIL):
+        parts.append(f"--distil {' '.join(map(str, sorted(trained)))}")
+    return " ".join(parts)
+
+
+def _save(options: argparse.Namespace, name: str, facts: dict[str, Any], original: dict[str, Any]) -> None:
     """Add a row to the results; two processes may measure rows of the same file, one after the other writes."""
+    out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
+    before = _load(out)
+    found = {**before["rows"], name: facts}
     record = {
-        "command": f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')} python -m evals.benchmarks.heads"
-        + (" --books DIR" if options.books else ""),
-        "machine": machine(),
+        "command": _command(options, found),
+        # Of the first row; those of other machines carry their own.
+        "machine": before.get("machine", facts["machine"]),
         "tokens": options.tokens,
-        "original": original,
-        "rows": {**_load(out)["rows"], name: facts},
+        "original": before.get("original", original),
+        "rows": found,
     }
     path = out / "kv_heads.json"
     partial = path.with_suffix(".partial")
@@ -284,17 +369,21 @@ def table(record: dict[str, Any]) -> str:
     if not record["rows"]:
         return "nothing measured yet"
     kinds = list(record["original"])
-    where = record["machine"]
+    machines = {
+        to_json(where): where for where in (row.get("machine", record["machine"]) for row in record["rows"].values())
+    }
+    where = " and of ".join(
+        f"{one['cpu']}, torch {one['torch']}, transformers {one['transformers']}" for one in machines.values()
+    )
     lines = [
         "# Converting KV heads: every method, each repair, and a short distillation",
         "",
-        f"`{record['command']}`, one thread of {where['cpu']}, torch {where['torch']}, "
-        f"transformers {where['transformers']}.",
+        f"`{record['command']}`, one thread of {where}.",
         "",
-        f"SmolLM2-135M-Instruct, 3 to 1 KV heads in every layer; perplexity on {PIECES} pieces of {LENGTH:,} tokens of "
-        f"each text, and in brackets its ratio to the original's. No fit has seen any of it but the last column, which "
-        f"all rows but those of other text are calibrated on: {record['tokens']:,} tokens. Seconds are of one core's "
-        "time, and of all steps that lead to the row.",
+        f"{model_name(_typed(record).model)}, converted to 1 KV head in every layer; perplexity on {PIECES} pieces of "
+        f"{LENGTH:,} tokens of each text, and in brackets its ratio to the original's. No fit has seen any of it but "
+        "the last column, which all rows but those of other text are calibrated on: "
+        f"{record['tokens']:,} tokens. Seconds are of one core's time, and of all steps that lead to the row.",
         "",
         f"| conversion | seconds | {' | '.join(kinds)} |",
         f"|---|---:|{'---:|' * len(kinds)}",

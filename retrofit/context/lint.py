@@ -110,14 +110,17 @@ def _theta(facts: _Facts) -> Iterator[Finding]:
         if view.parameters.get("rope_theta") is None:
             what = "rope_theta is missing: the class default is used, whatever the model was trained with"
             yield Finding("error", view.where, what, "write rope_theta into rope_parameters", "theta-lost")
-    outside, inside = facts.raw.get("rope_theta"), facts.raw.get("rope_parameters")
-    if outside is None or not isinstance(inside, Mapping):
-        return
-    main = (inside.get("full_attention") or {}) if is_nested(inside) else inside
-    if main.get("rope_theta") not in (None, outside):
+    outside = facts.raw.get("rope_theta")
+    for name in ("rope_parameters", "rope_scaling") if outside is not None else ():
+        inside = facts.raw.get(name)
+        if not isinstance(inside, Mapping):
+            continue
+        main = (inside.get("full_attention") or {}) if is_nested(inside) else inside
+        if main.get("rope_theta") in (None, outside):
+            continue
         what = (
-            f"rope_theta is {outside:g} here and {main['rope_theta']:g} in rope_parameters: transformers 5 reads the "
-            "latter, older readers this one"
+            f"rope_theta is {_shown(outside)} here and {_shown(main['rope_theta'])} in {name}: transformers 5 reads "
+            "the latter, older readers this one"
         )
         yield Finding("error", "rope_theta", what, "keep one value in both places", "theta-conflict")
 
@@ -128,7 +131,7 @@ def _partial(facts: _Facts) -> Iterator[Finding]:
     for view in facts.views:
         if outside is not None and view.parameters.get("partial_rotary_factor") != outside:
             inside = view.parameters["partial_rotary_factor"]
-            what = f"partial_rotary_factor is {outside:g} at the top and {inside:g} here: readers differ"
+            what = f"partial_rotary_factor is {_shown(outside)} at the top and {_shown(inside)} here: readers differ"
             yield Finding("error", view.where, what, "keep one value in both places", "partial-conflict")
 
 
@@ -194,6 +197,10 @@ def _keys(facts: _Facts) -> Iterator[Finding]:
         if kind == "llama3" and _is_number(low) and _is_number(high) and high <= low:
             what = f"high_freq_factor {high:g} is not above low_freq_factor {low:g}: the ramp runs backwards"
             yield Finding("error", view.where, what, "Llama 3.1 uses 1 and 4", "bad-ramp")
+        fast, slow = (view.parameters.get(key, default) for key, default in (("beta_fast", 32), ("beta_slow", 1)))
+        if kind == "yarn" and _is_number(fast) and _is_number(slow) and fast <= slow:
+            what = f"beta_fast {fast:g} is not above beta_slow {slow:g}: the ramp runs backwards"
+            yield Finding("error", view.where, what, "YaRN uses 32 and 1", "bad-ramp")
 
 
 def _original(facts: _Facts) -> Iterator[Finding]:
@@ -286,6 +293,11 @@ def _tokenizer(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[
         what = f"the tokenizer cuts or warns at {limit} tokens; the model claims {window}"
         fix = f'write "model_max_length": {window}'
         yield Finding("warning", "tokenizer_config.json: model_max_length", what, fix, "tokenizer-limit")
+
+
+def _shown(value: object) -> str:
+    """A number as people write it; whatever else stands there as it is."""
+    return f"{value:g}" if _is_number(value) else repr(value)
 
 
 def _is_number(value: object) -> TypeGuard[float]:

@@ -25,9 +25,22 @@ def portable(config: PretrainedConfig | Mapping[str, Any]) -> dict[str, Any]:
     raw = dict(config) if isinstance(config, Mapping) else json.loads(config.to_json_string())
     prefix, text = text_part(raw if isinstance(config, Mapping) else as_dict(config))
     found = views(text)
-    if not found:
+    if not found or "max_position_embeddings" not in text:
         return raw
     return replaced(raw, prefix, rotary_fields(text, found, text["max_position_embeddings"]))
+
+
+def with_theta(raw: Mapping[str, Any], loaded: PretrainedConfig) -> Mapping[str, Any]:
+    """`config.json` that says which theta its model has, also where the stored one leaves that to the model's class.
+
+    Llama 2's, for one, says nothing about RoPE. loaded: the same configuration with its class defaults.
+    """
+    prefix, text = text_part(raw)
+    known = views(as_dict(loaded.get_text_config()))
+    if views(text) or len(known) != 1:
+        return raw
+    theta = {"rope_theta": known[0].parameters["rope_theta"]}
+    return {**raw, "text_config": {**text, **theta}} if prefix else {**raw, **theta}
 
 
 def length_dependent(config: object) -> bool:

@@ -22,7 +22,7 @@ from retrofit.context.fields import as_dict, text_part
 from retrofit.context.frequencies import frequencies
 from retrofit.context.lint import Finding, lint, lint_folder, require_clean
 from retrofit.context.methods import METHODS, Extension, extended
-from retrofit.context.names import length_dependent, portable, replaced
+from retrofit.context.names import length_dependent, portable, replaced, with_theta
 from retrofit.recipe.schema import RopeSettings
 
 if TYPE_CHECKING:
@@ -121,8 +121,8 @@ def write_extended(
     """Write a checkpoint folder with a longer window: weights as hard links (copies across disks), a new config.json.
 
     Learned positions are interpolated, an attention factor multiplies the queries: such weights are written anew. The
-    tokenizer's `model_max_length` is raised
-    to the new window. The new configuration is linted before anything is written; an error in it is a UserError.
+    tokenizer's `model_max_length` is raised to the new window, a theta that the file leaves to the model's class is
+    written. The new configuration is linted before anything is written; an error in it is a UserError.
     """
     from retrofit.checkpoint.place import link_or_copy
     from retrofit.checkpoint.read import Checkpoint
@@ -134,14 +134,15 @@ def write_extended(
 
     source, out = Path(source_folder), Path(out)
     checkpoint = Checkpoint.open(source)
-    extension = plan(checkpoint.config, length=length, factor=factor, method=method, settings=settings)
-    fields = extend_fields(checkpoint.config, length=length, factor=factor, method=method, settings=settings)
+    raw = with_theta(checkpoint.config, load_config(source))
+    extension = plan(raw, length=length, factor=factor, method=method, settings=settings)
+    fields = extend_fields(raw, length=length, factor=factor, method=method, settings=settings)
     require_clean(lint(fields), str(out))
     with staged(out, overwrite=overwrite) as folder:
         if learned.has_table(fields):
             learned.rewrite_table(checkpoint, folder, fields, extension.length)
         elif extension.query_scale != 1:
-            _, text = text_part(checkpoint.config)
+            _, text = text_part(raw)
             rules = query_rules(describe(load_config(source)), text, extension.query_scale)
             rewrite(checkpoint, folder, rules, config=fields)
         else:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from retrofit.context.fields import views
 from retrofit.model.spec import LayerAttention, TensorSlot
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 def extended_layers(spec: AttentionSpec, text: Mapping[str, Any]) -> tuple[LayerAttention, ...]:
     """Layers whose encoding an extension changes: those with RoPE, and where it differs by layer type, full ones."""
-    by_type = all(isinstance(value, Mapping) for value in (text.get("rope_parameters") or {"": 0}).values())
+    by_type = any(view.layer_type for view in views(text))
     return tuple(layer for layer in spec.layers if layer.rope and not (by_type and layer.window))
 
 

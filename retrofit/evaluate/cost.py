@@ -99,12 +99,16 @@ def _faster(a: RunCost, b: RunCost) -> RunCost:
 def run_cost(model: PreTrainedModel, lengths: Sequence[int], decode_tokens: int = 64, *, seed: int = 0) -> RunCost:
     """The cost at every length, clipped to the model's window, each measured once; random tokens, a stock cache.
 
+    With learned positions, which end with the window, what is decoded has its place inside it.
+
     Raises: UserError for a length below one token.
     """
     if not lengths or min(lengths) < 1:
         raise UserError("a cost is measured at one token or more", fix="set evaluate.cost_lengths: [512, 2048]")
     spec, device = describe(model.config), model.device.type
     window = spec.max_position_embeddings
+    if spec.learned_positions:
+        window = max(1, window - decode_tokens)
     speed, read = flops(model.dtype, device), bandwidth(device)
     weights = weights_read(model)
     generator = torch.Generator().manual_seed(seed)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from retrofit.evaluate.cache import PreallocatedLayer, preallocated_cache, rewind
+from retrofit.model.families import describe
 
 Head = Callable[[Tensor], Tensor]
 
@@ -33,6 +34,7 @@ class Reader:
         self.chunk = max(1, min(chunk, capacity))
         self.position = 0
         self._cache = preallocated_cache(model.config, capacity, self.chunk, rewindable=rewindable)
+        self._end = describe(model.config).learned_positions
         self._last: dict[int, Tensor] = {}  # hidden state [1, 1, C] of the last token at positions one returns to
         self._skips: dict[int, int] = {}  # by tokens read before: positions left out there
 
@@ -118,12 +120,13 @@ class Reader:
             return head(hidden_1RC)[0].float()
 
     def greedy(self, tokens: int, stop: frozenset[int] = frozenset()) -> list[int]:
-        """The `tokens` likeliest next tokens one after the other, up to one of `stop`; they are read."""
+        """The `tokens` likeliest next tokens one after the other, up to one of `stop` or where learned positions end;
+        they are read."""
         found: list[int] = []
         for _ in range(tokens):
             token = self.logits(self._last[self.position])[-1].argmax()
             found.append(int(token))
-            if found[-1] in stop:
+            if found[-1] in stop or self.position == self._end:
                 break
             self.read(token[None])
         return found

@@ -109,6 +109,11 @@ class AttentionSpec:
     attention_path: str = "self_attn"
     tied_embeddings: bool = False
 
+    @property
+    def learned_positions(self) -> int | None:
+        """Entries of the table of positions, beyond which nothing can be read; None where positions are computed."""
+        return None if any(layer.rope for layer in self.layers) else self.max_position_embeddings
+
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
         """Bytes the KV cache grows by for each token, windows ignored."""
         return sum(2 * layer.kv_heads * layer.head_dim * bytes_per_value for layer in self.layers)

@@ -85,6 +85,8 @@ def run(
             progress=progress,
         )
         if dry_run:
+            for note in prepared.notes if progress else ():
+                progress.note(note)  # type: ignore[union-attr]
             return prepared.plan
         return runs.run(prepared, folder, from_step=from_step, progress=progress)
 
@@ -112,7 +114,7 @@ def plan(
         source = resolve(require_model(loaded), revision=revision or loaded.revision, weights=False)
         config = load_config(source.folder)
         spec = describe(config)
-        check_surgery(loaded, config, spec)
+        check_surgery(loaded, config, spec, source.folder)
         facts = facts_of(source, config, spec)
         throughput = _measured(loaded) if measure else None
         return make_plan(loaded, facts, *([throughput] if throughput else []))
@@ -197,7 +199,11 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection | U
             folder = Path(model).expanduser()
             if not (folder / "config.json").is_file():
                 raise
-            return Undescribed(str(model), str(error), tuple(lint_folder(folder)), readings(read_config(folder)))
+            try:
+                config: Any = load_config(folder)  # with the defaults of its class, which engines read too
+            except UserError:
+                config = read_config(folder)
+            return Undescribed(str(model), str(error), tuple(lint_folder(folder)), readings(config))
         found = readings(load_config(source.folder))
         return inspect_source(source, findings=lint_folder(source.folder), readings=found)
 
@@ -326,7 +332,7 @@ def evaluate(
     suite: str | Path | None = None,
     documents: int | None = None,
     needle: Sequence[int] | None = None,
-    depths: int = 5,
+    depths: int | None = None,
     together: bool = False,
     ruler: Sequence[int] | None = None,
     context_gain: bool = False,
@@ -344,7 +350,7 @@ def evaluate(
     """Perplexity of `model` at several context lengths, its KV cache, its decoding speed, and the use of its context.
 
     suite: what to measure, from a file; the other arguments win over it. needle, ruler: lengths of these tests;
-    together: the needles of all depths stand in one text.
+    depths (5), together: of the needle test, the needles of all depths in one text.
     definitions: perplexities as others define them, over `document_tokens` tokens of each document. beyond: lengths may
     lie beyond the model's positions. out: where to keep the token losses (.npz); the same call goes on after a stop.
     """
@@ -356,7 +362,7 @@ def evaluate(
         lengths=lengths,
         documents=documents,
         dtype=dtype,
-        needle={"lengths": list(needle), "depths": depths, "together": together} if needle else None,
+        needle={"lengths": list(needle or ()), "depths": depths, "together": together},
         ruler={"lengths": list(ruler)} if ruler else None,
         context_gain=context_gain,
         long_ppl=long_ppl,

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.provenance import digest, versions, write_provenance
-from retrofit.checkpoint.write import staged
+from retrofit.checkpoint.write import staged, write_config
 from retrofit.console import jsonable
-from retrofit.context.rope import write_extended
+from retrofit.context.rope import portable, write_extended
 from retrofit.context.search import Found, search
 from retrofit.evaluate.score import Document, TokenLosses, score, tokenizer_digest
 from retrofit.kernels.registry import Choice, Proof, apply, choose, prove
 from retrofit.kv_heads.convert import ConvertReport
 from retrofit.kv_heads.convert import convert as convert_heads
 from retrofit.model.families import describe
-from retrofit.model.load import load_config, load_model, load_tokenizer, resolve_dtype, working_dtype
+from retrofit.model.load import load_config, load_model, load_tokenizer, read_config, resolve_dtype, working_dtype
 from retrofit.pipeline.longcontext import Measured, measure, native_length
 from retrofit.pipeline.plan import COST_ROUNDS
 from retrofit.pipeline.texts import calibration_text, searched_text
@@ -81,7 +81,7 @@ def convert(
     work: where conversion keeps what it can go on from, on the disk of `out`. moments: where to keep every layer's.
     """
     text = None
-    if convert.calibrates:
+    if convert.calibrates and convert.kv_heads != describe(load_config(source)).layers[0].kv_heads:
         tokenizer = load_tokenizer(source)
         text = calibration_text(convert.calibration, tokenizer, seed=seed, teacher=teacher, progress=progress)
     with staged(out, overwrite=overwrite, keep=work / "checkpoint") as folder:
@@ -100,6 +100,7 @@ def convert(
             moments=moments,
             progress=progress,
         )
+        write_config(folder, portable(read_config(folder)))
         origin.after("convert", dump(convert), facts(report)).write(folder)
     for note in report.notes if progress else ():
         progress.note(note)  # type: ignore[union-attr]
@@ -114,6 +115,7 @@ def reexpress(
 
     with staged(out) as folder:
         report = write_reexpressed(source, folder, target=target, dtype=dtype, progress=progress)
+        write_config(folder, portable(read_config(folder)))
         config = {"target": report.target, "dtype": report.dtype}
         origin.after("reexpress", config, facts(report)).write(folder)
     return report

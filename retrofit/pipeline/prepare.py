@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrofit.checkpoint.provenance import FILE, read_provenance
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.write import parse_size, require_free_space, require_writable
 from retrofit.context import rope
@@ -20,7 +21,7 @@ from retrofit.kernels.registry import Choice, choose
 from retrofit.model import source as sources
 from retrofit.model.families import describe, family_of
 from retrofit.model.inspect import count_parameters
-from retrofit.model.load import load_config, load_tokenizer, resolve_device
+from retrofit.model.load import load_config, load_tokenizer, read_config, resolve_device
 from retrofit.model.source import EMBEDDED, Source
 from retrofit.model.spec import AttentionSpec
 from retrofit.pipeline.journal import NAME as JOURNAL
@@ -37,10 +38,11 @@ from retrofit.pipeline.plan import (
     sampled_tokens,
     steps_of,
 )
-from retrofit.pipeline.texts import scored_documents
+from retrofit.pipeline.texts import require_distinct, scored_documents
 from retrofit.publish.card import require_licence_and_base
 from retrofit.recipe.schema import Context, Recipe, TextSource
-from retrofit.recover.data import Teacher, check_sources
+from retrofit.recover.corpora import BUILT_IN
+from retrofit.recover.data import OWN_SAMPLES, Teacher, check_sources
 from retrofit.recover.files import HUB, kind_of
 from retrofit.recover.schedule import check_lengths
 
@@ -89,13 +91,14 @@ def prepare(
         raise UserError("the recipe has no step", where=recipe.name, fix="add convert, context, recover or evaluate")
     if out is not None:
         require_run_folder(out)
-    check_sources(dict.fromkeys(_all_texts(recipe)))
+    _check_texts(recipe)
     _check_require(recipe)
     device = resolve_device(recipe.device)
     source = sources.resolve(model, revision=revision or recipe.revision, weights=False, progress=progress)
     config = load_config(source.folder)
     spec = describe(config)
-    notes = (*source.notes, *check_surgery(recipe, config, spec, beyond=beyond))
+    found = check_surgery(recipe, config, spec, source.folder, beyond=beyond)
+    notes = (*source.notes, *found)
     if recipe.dtype not in ("auto", source.dtype) and recipe.convert is None:
         raise UserError(
             f"only `convert` writes weights in another dtype, and these are {source.dtype}",
@@ -112,7 +115,11 @@ def prepare(
     if weights:
         source = sources.resolve(model, revision=revision or recipe.revision, progress=progress)
         Checkpoint.open(source.folder).require_finite()
-        documents = _documents(recipe, source, device)
+        read = _read_before(recipe, source.folder)
+        notes = (*notes, *read.values())
+        for note in (*found, *read.values()) if progress else ():
+            progress.note(note)  # type: ignore[union-attr]
+        documents = _documents(recipe, source, device, tuple(read))
     return Prepared(recipe, source, spec, plan, device, kernel, documents, notes)
 
 
@@ -145,6 +152,18 @@ def _all_texts(recipe: Recipe) -> tuple[TextSource, ...]:
     return (*calibration, *(text for section in (search, recover, evaluate) if section for text in section.text))
 
 
+def _check_texts(recipe: Recipe) -> None:
+    """Every text can be read, and no two of a section are taken for one."""
+    convert, recover, evaluate = recipe.convert, recipe.recover, recipe.evaluate
+    if convert and convert.calibrates:
+        require_distinct(convert.calibration.text, "convert.calibration.text")
+    if recover:
+        require_distinct(recover.text, "recover.text")
+    if evaluate:
+        require_distinct(evaluate.text, "evaluate.text")
+    check_sources(dict.fromkeys(_all_texts(recipe)))
+
+
 def _check_require(recipe: Recipe) -> None:
     """Every requirement is about something that this recipe measures."""
     if recipe.evaluate is None:
@@ -173,17 +192,22 @@ def _check_require(recipe: Recipe) -> None:
             )
 
 
-def check_surgery(recipe: Recipe, config: Any, spec: AttentionSpec, *, beyond: bool = False) -> tuple[str, ...]:
-    """The recipe's steps are possible on a model with this configuration. Returns notes for people.
+def check_surgery(
+    recipe: Recipe, config: Any, spec: AttentionSpec, folder: Path, *, beyond: bool = False
+) -> tuple[str, ...]:
+    """The recipe's steps are possible on a model with this configuration, as loaded from `folder`. Returns notes for
+    people.
 
     beyond: lengths may be longer than the window. Raises UserError otherwise.
     """
     if recipe.convert:
         family_of(config).with_kv_heads(config, recipe.convert.kv_heads)
     notes: list[str] = []
+    if recipe.convert and recipe.convert.kv_heads == spec.layers[0].kv_heads:
+        notes.append(f"the model already has {recipe.convert.kv_heads} KV heads: its weights are copied unchanged")
     claimed = claimed_length(recipe, spec.max_position_embeddings)
-    for finding in rope.lint(config):
-        if finding.severity == "error":
+    for finding in _findings(config, folder):
+        if finding.severity == "error" and finding.rule != "theta-lost":
             raise UserError(finding.what, where=f"config.json: {finding.where}", fix=finding.fix)
         notes.append(f"{finding.where}: {finding.what}")
     if recipe.context:
@@ -197,6 +221,16 @@ def check_surgery(recipe: Recipe, config: Any, spec: AttentionSpec, *, beyond: b
         length = recipe.convert.calibration.sequence_length
         _require_within(length, spec.max_position_embeddings, "convert.calibration.sequence_length", extendable=False)
     return tuple(notes)
+
+
+def _findings(config: Any, folder: Path) -> list[rope.Finding]:
+    """Of the linter on config.json as it is stored, where a gap is still seen, and on what became of it.
+
+    A theta left to the model's class (`theta-lost`) is the right one for models like Llama 2: told, not refused.
+    """
+    stored = rope.lint(read_config(folder))
+    known = {(finding.rule, finding.where) for finding in stored}
+    return [*stored, *(finding for finding in rope.lint(config) if (finding.rule, finding.where) not in known)]
 
 
 def _check_context(context: Context, config: Any, claimed: int) -> tuple[str, ...]:
@@ -231,11 +265,40 @@ def _require_within(length: int, claimed: int, where: str, *, extendable: bool =
         )
 
 
-def _documents(recipe: Recipe, source: Source, device: str) -> tuple[Document, ...]:
+def _read_before(recipe: Recipe, folder: Path) -> dict[TextSource, str]:
+    """The evaluated sources that steps recorded in `folder` calibrated or trained on, each with a note on that."""
+    if recipe.evaluate is None or not (folder / FILE).is_file():
+        return {}
+    found: dict[TextSource, str] = {}
+    for source in recipe.evaluate.text:
+        if source.source in (*BUILT_IN, OWN_SAMPLES):  # only their held-out side is ever measured
+            continue
+        steps = [f"`{step['step']}`" for step in read_provenance(folder)["steps"] if _reads(step["config"], source)]
+        if steps:
+            by = " and ".join(dict.fromkeys(steps))
+            found[source] = f"`{source.source}` was read by {by} of this model: only its held-out part is measured"
+    return found
+
+
+def _reads(config: Mapping[str, Any], source: TextSource) -> bool:
+    """Whether a recorded step names this source: by where it is, or by its name alone as a published record does."""
+    sections = (config, config.get("calibration") or {}, config.get("search") or {})
+    recorded = [text for section in sections for text in section.get("text", ()) if text["source"] not in BUILT_IN]
+    if source.source.startswith(HUB):
+        return any((text["source"], text["split"]) == (source.source, source.split) for text in recorded)
+    place = Path(source.source).expanduser().resolve()
+    return any(
+        text["source"] in (source.source, place.name) or Path(text["source"]).expanduser().resolve() == place
+        for text in recorded
+    )
+
+
+def _documents(recipe: Recipe, source: Source, device: str, read: tuple[TextSource, ...]) -> tuple[Document, ...]:
+    """read: sources that earlier steps of the model have read."""
     evaluate = recipe.evaluate
     if evaluate is None:
         return ()
-    trained_on = _all_texts(recipe.model_copy(update={"evaluate": None}))
+    trained_on = (*_all_texts(recipe.model_copy(update={"evaluate": None})), *read)
     tokenizer = load_tokenizer(source.folder)
     documents = scored_documents(
         evaluate.text,
@@ -270,18 +333,19 @@ def public_model(source: Source) -> str:
 
 def public_recipe(recipe: Recipe, source: Source) -> Recipe:
     """The recipe as others can read it: files by their names alone."""
-    values = recipe.model_dump(mode="json")
-    parts = (
-        values["convert"] and values["convert"]["calibration"],
-        values["context"] and values["context"]["search"],
-        values["recover"],
-        values["evaluate"],
-    )
-    for part in parts:
-        for text in part["text"] if part else ():
-            if not text["source"].startswith(HUB):
-                text["source"] = Path(text["source"]).name
+    values = public_texts(recipe.model_dump(mode="json"))
     return Recipe.model_validate({**values, "model": public_model(source)})
+
+
+def public_texts(value: Any) -> Any:
+    """JSON values in which every text source (what has `source` and `split`) goes by its name: no path of this
+    machine."""
+    if isinstance(value, Mapping):
+        found = {key: public_texts(item) for key, item in value.items()}
+        if {"source", "split"} <= found.keys() and not str(found["source"]).startswith(HUB):
+            found["source"] = Path(found["source"]).name
+        return found
+    return [public_texts(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def source_record(source: Source) -> Mapping[str, object]:

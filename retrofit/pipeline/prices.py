@@ -41,7 +41,7 @@ from retrofit.pipeline.plan import (
     sampled_tokens,
 )
 from retrofit.pipeline.prepare import check_surgery, facts_of, require_model, teacher_of
-from retrofit.pipeline.texts import calibration_text
+from retrofit.pipeline.texts import calibration_text, require_distinct, within_window
 from retrofit.recipe.schema import Calibration, Convert, Recipe, TextSource
 from retrofit.recover.data import check_sources
 
@@ -119,7 +119,7 @@ def prices(
     spec = describe(config)
     # Which number of heads is wanted, and what is trained and measured afterwards, is not the list's business.
     alone = recipe.model_copy(update=dict.fromkeys(("convert", "recover", "evaluate", "publish")))
-    notes = [*source.notes, *check_surgery(alone, config, spec)]
+    notes = [*source.notes, *check_surgery(alone, config, spec, source.folder)]
     counts = _possible(config, spec)
     value_bytes = DTYPE_BYTES[source.dtype if recipe.dtype == "auto" else recipe.dtype]
     length = budget.length if budget else claimed_length(recipe, spec.max_position_embeddings)
@@ -132,32 +132,40 @@ def prices(
     read = moments is not None and stored_moments.saved(moments) == tuple(range(len(spec.layers)))
     if moments is not None:
         require_writable(moments)
-    calibration = _calibration(section.calibration, spec, tokens)
+    total = tokens or min(TOKENS, section.calibration.tokens)
+    calibration, shorter = within_window(
+        section.calibration.model_copy(update={"tokens": total}), spec.max_position_embeddings
+    )
+    notes += shorter
     if not read:
         probes.require_enough(calibration)
+        require_distinct(calibration.text, "convert.calibration.text")
         check_sources(calibration.text)
         _estimate(alone, section, calibration, facts_of(source, config, spec), counts, throughput(), progress)
     source = resolve(model, revision=revision or recipe.revision, progress=progress)
     Checkpoint.open(source.folder).require_finite()
+    wanted = section.model_copy(update={"calibration": calibration, "method": "calibrated"})
     with tempfile.TemporaryDirectory(prefix="retrofit-prices-") as work:
         folder = moments if moments and read else Path(work) / "moments"
         if read:
             calibrated = probes.kept(folder, source.folder)
             if calibrated is None:
                 notes.append(f"no loss was measured beside the moments in {folder}: costs are shown, and no losses")
+            else:
+                notes += probes.not_applied(calibrated, probes.options(wanted, recipe.seed), folder)
         else:
-            wanted = section.model_copy(update={"calibration": calibration, "method": "calibrated"})
             teacher = teacher_of(recipe.model_copy(update={"convert": wanted}), source.folder, device)
             text = calibration_text(
                 calibration, load_tokenizer(source.folder), seed=recipe.seed, teacher=teacher, progress=progress
             )
             calibrated = probes.measure(
                 source.folder,
-                section,
+                wanted,
                 *probes.split(text),
                 probe_counts(counts[:-1]),
                 moments=folder,
                 work=Path(work),
+                seed=recipe.seed,
                 device=device,
                 progress=progress,
             )
@@ -223,13 +231,6 @@ def _possible(config: Any, spec: AttentionSpec) -> tuple[int, ...]:
             fix="`retrofit inspect MODEL` lists what is possible",
         )
     return counts
-
-
-def _calibration(section: Calibration, spec: AttentionSpec, tokens: int | None) -> Calibration:
-    """The recipe's text in sequences that fit the window, fewer tokens of it."""
-    total = tokens or min(TOKENS, section.tokens)
-    length = min(section.sequence_length, spec.max_position_embeddings)
-    return section.model_copy(update={"tokens": total, "sequence_length": length})
 
 
 def _estimate(

@@ -9,9 +9,10 @@ import json
 import math
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.provenance import digest
 from retrofit.console import to_json
@@ -32,7 +33,8 @@ FILE = "probes.json"
 @dataclass(frozen=True)
 class Calibrated:
     """What was measured: mean loss of the original and of the probes beyond it, nats per token, on `scored_tokens`
-    tokens of `kinds` that no conversion saw; converted on `tokens` tokens with `repair`."""
+    tokens of `kinds` that no conversion saw; converted on `tokens` tokens with `repair`. options: what was
+    asked for."""
 
     original_loss: float
     probes: tuple[Measured, ...]
@@ -40,6 +42,32 @@ class Calibrated:
     tokens: int
     scored_tokens: int
     kinds: tuple[str, ...]
+    options: Mapping[str, Any]
+
+
+def options(section: Convert, seed: int) -> dict[str, Any]:
+    """What decides about the numbers beside the weights, as JSON values."""
+    calibration = section.calibration.model_dump(mode="json", exclude={"text"})
+    text = [source.model_dump(exclude_defaults=True) for source in section.calibration.text]
+    return {"text": text, **calibration, "repair": section.repair, "seed": seed}
+
+
+def not_applied(calibrated: Calibrated, asked: Mapping[str, Any], folder: Path) -> list[str]:
+    """A note on what is asked for now and is not what was measured, [] without a difference."""
+    kept = calibrated.options
+    differ = [
+        f"{name} {_shown(kept.get(name))}, not {_shown(asked[name])}" for name in asked if kept.get(name) != asked[name]
+    ]
+    if not differ:
+        return []
+    return [
+        f"the moments in {folder} were made with {'; '.join(differ)}: these are the prices of what was measured. "
+        "Name another --moments folder to measure with the options of now"
+    ]
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(source["source"] for source in value) if isinstance(value, list) else str(value)
 
 
 def require_enough(calibration: Calibration) -> None:
@@ -82,6 +110,7 @@ def measure(
     *,
     moments: Path,
     work: Path,
+    seed: int,
     device: str,
     progress: Progress | None,
 ) -> Calibrated:
@@ -122,6 +151,7 @@ def measure(
         tokens=fit.input_ids_NT.numel(),
         scored_tokens=ids_NT.numel(),
         kinds=tuple(dict.fromkeys(scored.kinds)),
+        options=options(section, seed),
     )
 
 
@@ -146,7 +176,9 @@ def kept(folder: Path, source: Path) -> Calibrated | None:
         probes = tuple(Measured(**{**p, "error": float(p["error"])}) for p in record["calibrated"]["probes"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"what was measured cannot be read: {error}", where=str(path), fix="remove the file, measure again"
+            f"what was measured cannot be read: {error}",
+            where=str(path),
+            fix="measure again, into another --moments folder",
         ) from error
     if record.get("weights") != digest(source):
         raise UserError("these moments are of other weights", where=str(folder), fix="name another --moments folder")

@@ -21,7 +21,7 @@ from retrofit.model.load import load_config, load_tokenizer
 from retrofit.pipeline import reporting
 from retrofit.pipeline.evaluation import losses_file
 from retrofit.pipeline.plan import FOLDERS
-from retrofit.pipeline.prepare import public_recipe
+from retrofit.pipeline.prepare import public_recipe, public_texts
 from retrofit.pipeline.runner import FINAL, Runner, State
 from retrofit.publish.card import CardInput, CardModel, Recovery, render_card
 from retrofit.publish.gate import GateResult, check, enforce
@@ -100,7 +100,7 @@ def _write_final(
         "name": card.title,
         "source": state.origin.source,
         "recipe": public_recipe(prepared.recipe, prepared.source).model_dump(mode="json"),
-        "steps": state.origin.steps,
+        "steps": public_texts(state.origin.steps),
         "metrics": runner.entries["evaluate"].result["metrics"],
         "gate": jsonable(results),
         "reload": jsonable(reload),

@@ -64,7 +64,7 @@ def run_data(runner: Runner, results: tuple[GateResult, ...]) -> RunData:
         context=context,
         gate=tuple(_dicts(results)),
         reload=found.get("publish", {}).get("reload"),
-        notes=(*prepared.notes, *_notes(conversion), *_notes(found.get("recover"))),
+        notes=tuple(dict.fromkeys((*prepared.notes, *_notes(conversion), *_notes(found.get("recover"))))),
         commands=(command(recipe, prepared.source),),
     )
 

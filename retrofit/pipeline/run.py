@@ -76,12 +76,13 @@ def run(prepared: Prepared, out: Path, *, from_step: str | None = None, progress
 
 @contextmanager
 def _nothing_left_of_nothing(out: Path) -> Iterator[None]:
-    """A new run folder whose first step was refused is removed again."""
+    """A new run folder whose first step was refused is removed again, unless it holds what a later try goes on from."""
     new = not out.exists()
     try:
         yield
     except UserError:
-        if new and not (out / JOURNAL).exists():
+        begun = any(path.is_file() and path.parent != out for path in out.rglob("*"))
+        if new and not begun and not (out / JOURNAL).exists():
             shutil.rmtree(out, ignore_errors=True)
         raise
 

@@ -15,6 +15,7 @@ from retrofit.errors import UserError
 from retrofit.evaluate.context_use import LongContext
 from retrofit.evaluate.perplexity import Row, table
 from retrofit.kv_heads.moments import saved
+from retrofit.model.families import describe
 from retrofit.model.load import load_config
 from retrofit.model.source import Source, resolve
 from retrofit.pipeline import operations
@@ -22,9 +23,9 @@ from retrofit.pipeline.evaluation import pass_file, save_losses
 from retrofit.pipeline.journal import fingerprint
 from retrofit.pipeline.longcontext import conclude, longest_prompt, native_length
 from retrofit.pipeline.operations import Origin
-from retrofit.pipeline.prepare import prepare, source_record, teacher_of
+from retrofit.pipeline.prepare import prepare, require_model, source_record, teacher_of
 from retrofit.pipeline.runner import VERSIONS
-from retrofit.pipeline.texts import identity
+from retrofit.pipeline.texts import identity, within_window
 from retrofit.recipe.load import load_suite, validate
 from retrofit.recipe.schema import Convert, Recipe
 
@@ -80,7 +81,11 @@ def convert(
     _require_new(out)
     if moments is not None:
         _require_moments(moments, section)
+    recipe, shorter = _fitted(recipe, moments, revision, progress)
+    section = recipe.convert
+    assert section
     prepared = prepare(recipe, revision=revision, out=out, progress=progress)
+    out = out.resolve()  # a link: work where what it names lies
     work = out.with_name(f"{out.name}.work")
     text = identity(section.calibration.text) if section.calibrates else None
     kept = [recipe.dtype, recipe.seed, moments is not None]
@@ -100,8 +105,33 @@ def convert(
             progress=progress,
         )
         shutil.rmtree(work, ignore_errors=True)
-    notes = (*prepared.source.notes, *report.notes)
-    return Written("convert", out, operations.facts(replace(report, notes=notes)))
+    notes = dict.fromkeys((*prepared.notes, *shorter, *report.notes))
+    return Written("convert", out, operations.facts(replace(report, notes=tuple(notes))))
+
+
+def _fitted(
+    recipe: Recipe, moments: Path | None, revision: str | None, progress: Progress | None
+) -> tuple[Recipe, tuple[str, ...]]:
+    """The conversion with calibration sequences that fit the model's window, which no option sets, and notes on that.
+
+    Raises UserError for moments that would not be measured because the model has that many KV heads already.
+    """
+    section = recipe.convert
+    assert section
+    source = resolve(require_model(recipe), revision=revision, weights=False, progress=progress)
+    spec = describe(load_config(source.folder))
+    if moments is not None and section.kv_heads == spec.layers[0].kv_heads:
+        raise UserError(
+            f"the model already has {section.kv_heads} KV heads, so nothing is measured",
+            where="--moments",
+            fix="leave out --moments, or choose fewer --kv-heads",
+        )
+    if not section.calibrates:
+        return recipe, ()
+    calibration, notes = within_window(section.calibration, spec.max_position_embeddings)
+    for note in notes if progress else ():
+        progress.note(note)  # type: ignore[union-attr]
+    return recipe.model_copy(update={"convert": section.model_copy(update={"calibration": calibration})}), notes
 
 
 def reexpress(
@@ -123,6 +153,7 @@ def extend(recipe: Recipe, out: Path, *, revision: str | None, progress: Progres
     assert recipe.context
     _require_new(out)
     prepared = prepare(recipe, revision=revision, out=out, progress=progress)
+    out = out.resolve()  # a link: work where what it names lies
     work = out.with_name(f"{out.name}.work")
     with folder_lock(out):
         report = operations.extend(
@@ -148,6 +179,7 @@ def recover(recipe: Recipe, teacher: str, out: Path, *, progress: Progress | Non
     prepared = prepare(recipe, out=out, progress=progress)
     original = resolve(teacher, progress=progress)
     Checkpoint.open(original.folder).require_finite()
+    out = out.resolve()  # a link: work where what it names lies
     work = out.with_name(f"{out.name}.work")
     with folder_lock(out):
         report = operations.recover(
@@ -174,9 +206,13 @@ def evaluate_section(
     lengths: Sequence[int] | None,
     documents: int | None,
     dtype: str,
+    needle: Mapping[str, Any] | None = None,
     **asked: Any,
 ) -> dict[str, Any]:
-    """The `evaluate` section of a recipe from a suite and options; options win. asked: further keys of the section."""
+    """The `evaluate` section of a recipe from a suite and options; options win, and those of `needle` one by one.
+
+    asked: further keys of the section.
+    """
     values: dict[str, Any] = load_suite(suite).evaluation().model_dump(mode="json") if suite else {"documents": 1}
     if text:
         values["text"] = list(text)
@@ -184,7 +220,22 @@ def evaluate_section(
         values["lengths"] = list(lengths)
     if documents is not None:
         values["documents"] = documents
-    return {**values, **{key: value for key, value in asked.items() if value}, "dtype": dtype}
+    if dtype != "auto":
+        values["dtype"] = dtype
+    if needle := {key: value for key, value in (needle or {}).items() if value}:
+        values["needle"] = _needle(values.get("needle"), needle)
+    return {**values, **{key: value for key, value in asked.items() if value}}
+
+
+def _needle(suite: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The needle test of a suite, if it has one, with the options laid over it."""
+    if not suite and "lengths" not in asked:
+        raise UserError(
+            "there is no needle test to apply this to",
+            where=" and ".join(f"--{name}" for name in asked),
+            fix="add --needle N,N, or a --suite that has a needle test",
+        )
+    return {**(suite or {}), **asked}
 
 
 def evaluate(

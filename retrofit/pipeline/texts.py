@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from retrofit.checkpoint.provenance import sha256
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.console import nbytes
 from retrofit.errors import UserError
 from retrofit.evaluate.score import Document, make_documents
 from retrofit.kv_heads.convert import CalibrationText
 from retrofit.model.load import multiplies_in_bfloat16, resolve_dtype
-from retrofit.pipeline.journal import sha256
 from retrofit.recipe.schema import Calibration, Search, TextSource
 from retrofit.recover.corpora import BUILT_IN
 from retrofit.recover.data import OWN_SAMPLES, Teacher, evaluation_texts, read_texts, training_rows
@@ -40,7 +40,38 @@ def _content(source: str) -> object:
         return f"Python {platform.python_version()}"
     if source == OWN_SAMPLES or source.startswith(HUB):
         return source
-    return {Path(file).name: sha256(Path(file)) for file in text_files(source)}
+    root = Path(source).expanduser()
+    return {
+        file.relative_to(root if root.is_dir() else root.parent).as_posix(): sha256(file) for file in text_files(source)
+    }
+
+
+def require_distinct(sources: Sequence[TextSource], where: str) -> None:
+    """UserError when two sources of one section have one name in results: they would be taken for one kind of text."""
+    known: dict[str, TextSource] = {}
+    for source in sources:
+        other = known.setdefault(kind_of(source.source), source)
+        if _documents_of(other) != _documents_of(source):
+            raise UserError(
+                f"`{other.source}` and `{source.source}` are both called `{kind_of(source.source)}`",
+                where=where,
+                fix="rename one" if other.source != source.source else "keep one of them",
+            )
+
+
+def _documents_of(source: TextSource) -> tuple[object, ...]:
+    """What two sources with the same documents have in common."""
+    named = source.source in (*BUILT_IN, OWN_SAMPLES) or source.source.startswith(HUB)
+    return source.source if named else Path(source.source).expanduser().resolve(), source.field, source.split
+
+
+def within_window(calibration: Calibration, positions: int) -> tuple[Calibration, tuple[str, ...]]:
+    """The calibration in sequences that fit the model's window, and a note where they became shorter."""
+    length = calibration.sequence_length
+    if length <= positions:
+        return calibration, ()
+    note = f"calibrated on sequences of {positions:,} tokens instead of {length:,}: the model has no more positions"
+    return calibration.model_copy(update={"sequence_length": positions}), (note,)
 
 
 def calibration_text(

@@ -70,8 +70,8 @@ def publish(
     hub. The card's `model_id` line is set to `repo_id` so that its lines can be pasted anywhere.
 
     Raises UserError for everything in `require_finished`, a name the hub does not allow, a token that is missing, not
-    accepted (401) or may not write there (403), a public repository when private was asked, and a hub that does not
-    answer after the retries. GateError when the gate was not met.
+    accepted (401) or may not write there (403), a repository that exists and is public when private was asked or the
+    other way round, and a hub that does not answer after the retries. GateError when the gate was not met.
     """
     from huggingface_hub import HfApi
 
@@ -85,11 +85,15 @@ def publish(
     if progress:
         progress.start(f"upload to {repo_id}", finished.nbytes, "B")
     call(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-    if private and not call(lambda: api.repo_info(repo_id)).private:
+    found = bool(call(lambda: api.repo_info(repo_id)).private)
+    if found != private:
+        other = (
+            "leave out --public, or make it public on the hub" if found else "add --public, or make it private first"
+        )
         raise UserError(
-            f"{repo_id} exists and is public",
+            f"{repo_id} exists and is {'private' if found else 'public'}",
             where=f"{api.endpoint}/{repo_id}",
-            fix="add --public, choose another --repo, or make that repository private first",
+            fix=f"choose another --repo, {other}",
         )
     commit = call(lambda: _commit(api, finished, repo_id))
     call(lambda: _verify(api, finished, repo_id))

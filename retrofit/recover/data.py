@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -44,7 +45,7 @@ class Teacher:
 
 
 def check_sources(sources: Iterable[TextSource], *, teacher: bool = True) -> None:
-    """Refuse missing, empty or unreadable text before any work: reads the first document of every source."""
+    """Refuse missing, empty or unreadable text before any work: reads files whole, of a hub dataset the first row."""
     for source in sources:
         if source.source == OWN_SAMPLES:
             if not teacher:
@@ -54,7 +55,10 @@ def check_sources(sources: Iterable[TextSource], *, teacher: bool = True) -> Non
                     fix="name another text source",
                 )
         else:
-            next(read_texts(source, split="all"))
+            texts = read_texts(source, split="all")
+            next(texts)
+            if source.source not in BUILT_IN and not source.source.startswith(HUB):
+                deque(texts, maxlen=0)  # a bad line far down would end the run hours later
 
 
 def read_texts(

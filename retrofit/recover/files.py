@@ -121,17 +121,19 @@ def _hub_loader() -> Callable[..., object]:
 
 
 def _hub_rows(source: TextSource, load_dataset: Callable[..., object]) -> Iterator[Row]:
+    from huggingface_hub.errors import HTTPError
+
     dataset, _, config = source.source.removeprefix(HUB).partition(":")
     try:
         stream = load_dataset(dataset, config or None, split=source.split, streaming=True)
-    except (ValueError, OSError) as error:  # datasets' own errors derive from these two
+        for number, row in enumerate(stream, 1):  # type: ignore[var-annotated, arg-type]
+            yield f"{dataset}:{number}", _text_field(row, source.field, f"{source.source}, row {number}")
+    except (ValueError, OSError, HTTPError) as error:  # datasets' own errors derive from the first two
         raise UserError(
-            f"cannot open the dataset: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            f"cannot read the dataset: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             where=f"text source `{source.source}`, split `{source.split}`",
             fix="check name, configuration (hub:DATASET:CONFIG), split, network and `hf auth login`",
         ) from error
-    for number, row in enumerate(stream, 1):  # type: ignore[var-annotated, arg-type]
-        yield f"{dataset}:{number}", _text_field(row, source.field, f"{source.source}, row {number}")
 
 
 def _text_field(row: dict[str, object], field: str, where: str) -> str:

@@ -30,7 +30,7 @@ MASK_KERNELS = ("sdpa", "eager")
 class Pair:
     """Student and teacher (None for the plain language-model loss), both frozen and in the compute dtype.
 
-    shared_bytes: bytes of the teacher that are the student's own storage. own_bytes: the teacher's rest.
+    shared_bytes: bytes of the teacher that are the student's own storage.
     """
 
     student: PreTrainedModel
@@ -39,7 +39,6 @@ class Pair:
     kernel: str
     kernel_reason: str
     shared_bytes: int
-    own_bytes: int
 
 
 def load_pair(
@@ -69,13 +68,13 @@ def load_pair(
     choice = choice or registry.choose(kernel, spec, device, training=True, dtype=name)
     student = load_model(student_folder, dtype=name, device=device)
     teacher = None
-    shared = own = 0
+    shared = 0
     if teacher_folder is not None:
         teacher = load_model(teacher_folder, dtype=name, device=device).requires_grad_(False)
-        shared, own = share_weights(teacher, student)
+        shared = share_weights(teacher, student)
         registry.apply(teacher, choice)
     registry.apply(student, choice)
-    return Pair(student.requires_grad_(False), teacher, spec, choice.name, choice.reason, shared, own)
+    return Pair(student.requires_grad_(False), teacher, spec, choice.name, choice.reason, shared)
 
 
 def _kernel_with_masks(kernel: str, spec: AttentionSpec, device: str, dtype: str) -> registry.Choice:
@@ -93,10 +92,10 @@ def _kernel_with_masks(kernel: str, spec: AttentionSpec, device: str, dtype: str
     return registry.Choice("auto", choice.name, "packed documents need a mask, which the faster kernels do not read")
 
 
-def share_weights(teacher: nn.Module, student: nn.Module) -> tuple[int, int]:
-    """Let every tensor of the teacher that equals the student's be the student's storage -> (bytes shared, own)."""
+def share_weights(teacher: nn.Module, student: nn.Module) -> int:
+    """Let every tensor of the teacher that equals the student's be the student's storage -> bytes shared."""
     known = dict(student.named_parameters(remove_duplicate=False))
-    shared = own = 0
+    shared = 0
     for name, parameter in teacher.named_parameters():
         other = known.get(name)
         if (
@@ -107,9 +106,7 @@ def share_weights(teacher: nn.Module, student: nn.Module) -> tuple[int, int]:
         ):
             parameter.data = other.data
             shared += parameter.nbytes
-        else:
-            own += parameter.nbytes
-    return shared, own
+    return shared
 
 
 def compute_dtype(device: str, requested: str = "auto") -> torch.dtype:

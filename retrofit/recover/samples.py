@@ -45,8 +45,17 @@ def sample_path(teacher: Teacher) -> Path:
     from retrofit.checkpoint.provenance import digest
     from retrofit.model.gguf import cache_dir
 
-    key = json.dumps([digest(teacher.folder), teacher.tokens, teacher.seed, BATCH, SAMPLE_TOKENS], sort_keys=True)
+    length = sample_length(teacher.folder)
+    key = json.dumps([digest(teacher.folder), teacher.tokens, teacher.seed, BATCH, length], sort_keys=True)
     return cache_dir() / "samples" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+
+def sample_length(folder: Path) -> int:
+    """Tokens of one sample: SAMPLE_TOKENS, or the window of a model that has fewer positions."""
+    from retrofit.model.families import describe
+    from retrofit.model.load import load_config
+
+    return min(SAMPLE_TOKENS, describe(load_config(folder)).max_position_embeddings)
 
 
 def _sample_texts(teacher: Teacher, progress: Progress | None) -> list[str]:
@@ -58,9 +67,9 @@ def _sample_texts(teacher: Teacher, progress: Progress | None) -> list[str]:
     if progress is not None:
         progress.start("sampling the original model", teacher.tokens, "tokens")
     samples: list[str] = []
-    done = 0
+    length, done = sample_length(teacher.folder), 0
     while done < teacher.tokens:
-        batch_BT = sample(model, tokenizer, BATCH, SAMPLE_TOKENS, seed=teacher.seed + len(samples))
+        batch_BT = sample(model, tokenizer, BATCH, length, seed=teacher.seed + len(samples))
         samples += tokenizer.batch_decode(batch_BT, skip_special_tokens=True)
         done += batch_BT.numel()
         if progress is not None:

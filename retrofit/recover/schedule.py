@@ -75,11 +75,6 @@ def check_lengths(recipe: Recover, native: int, claimed: int) -> None:
             where="recover.positions: pose",
             fix="shorten recover.sequence_length, or use positions: full",
         )
-    require_teacher_window(recipe, native)
-
-
-def require_teacher_window(recipe: Recover, native: int) -> None:
-    """Raises UserError when rows are longer than what the original model, the teacher, can read."""
     if recipe.loss == "distill" and recipe.sequence_length > native:
         raise UserError(
             f"the original model reads {native} tokens; of rows of {recipe.sequence_length} it knows nothing to teach",

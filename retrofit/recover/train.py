@@ -211,7 +211,7 @@ def _arguments(recipe: Recover, work_dir: Path, rows: int, device: str, seed: in
     checkpointing: dict[str, Any] = {f"{known}_checkpointing": recipe.gradient_checkpointing}
     if recipe.gradient_checkpointing:
         checkpointing[f"{known}_checkpointing_kwargs"] = {"use_reentrant": False}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(work_dir),
         per_device_train_batch_size=recipe.batch_size,
         max_steps=steps,
@@ -234,6 +234,10 @@ def _arguments(recipe: Recover, work_dir: Path, rows: int, device: str, seed: in
         seed=seed,
         data_seed=seed,
     )
+    # With more than one visible GPU the Trainer would wrap the model in nn.DataParallel, whose replicas our forward
+    # (a closure over the original modules) does not reach, and multiply the batch size. Reading n_gpu sets it.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def _fingerprint(

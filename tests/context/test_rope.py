@@ -266,6 +266,17 @@ def old_names_only(raw):
     return {key: value for key, value in raw.items() if key != "rope_parameters"}
 
 
+def test_a_theta_left_to_the_class_is_written(tmp_path) -> None:
+    """Llama 2's config.json says nothing about RoPE."""
+    source = save_tiny(tmp_path / "source", "llama")
+    raw = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if not k.startswith("rope")}))
+    done = rope.write_extended(source, tmp_path / "out", factor=4, method="ntk")
+    explicit = rope.write_extended(save_tiny(tmp_path / "whole", "llama"), tmp_path / "again", factor=4, method="ntk")
+    assert done.length == explicit.length
+    assert (tmp_path / "out" / "config.json").read_text() == (tmp_path / "again" / "config.json").read_text()
+
+
 @pytest.mark.parametrize("method", rope.METHODS)
 @pytest.mark.parametrize("family", ["llama", "stablelm", "gemma3_text"])
 def test_old_names_load_in_stock_transformers(tmp_path, family: str, method: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -50,6 +52,21 @@ def test_the_weights_hold_the_factor(tmp_path, family: str, method: str) -> None
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(searched, expected, atol=2e-5, rtol=1e-4)
     assert (expected - own).abs().max() > 20 * (got - expected).abs().max()
+
+
+def test_sliding_layers_keep_theirs_in_a_file_of_the_older_names(tmp_path) -> None:
+    """Gemma 3 as the hub has it: one theta for full layers, `rope_local_base_freq` for sliding ones."""
+    source = save_tiny(tmp_path / "source", "gemma3_text")
+    raw = json.loads((source / "config.json").read_text())
+    thetas = {name: value["rope_theta"] for name, value in raw.pop("rope_parameters").items()}
+    raw |= {"rope_theta": thetas["full_attention"], "rope_local_base_freq": thetas["sliding_attention"]}
+    (source / "config.json").write_text(json.dumps(raw))
+    settings = RopeSettings(attention_factor=WANTED)
+    rope.write_extended(source, tmp_path / "out", factor=4, method="yarn", settings=settings)
+    before, after = Checkpoint.open(source), Checkpoint.open(tmp_path / "out")
+    for index, kind in enumerate(raw["layer_types"]):
+        name = f"model.layers.{index}.self_attn.q_norm.weight"
+        assert torch.equal(before.tensor(name), after.tensor(name)) == (kind == "sliding_attention"), index
 
 
 def test_only_queries_are_rewritten(tmp_path) -> None:

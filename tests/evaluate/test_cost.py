@@ -66,6 +66,13 @@ def test_lengths_are_cut_to_the_window_and_measured_once() -> None:
     assert all(one.decode_per_s is None and one.decode_bound > 0 for one in cost.lengths)
 
 
+def test_what_is_decoded_lies_within_learned_positions() -> None:
+    model = tiny_model("gpt_bigcode")
+    window = model.config.max_position_embeddings
+    (cost,) = run_cost(model, [window], 4).lengths
+    assert cost.length == window - 4 and cost.decode_per_s is not None
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_operations_and_bytes_are_those_of_the_matrices(tied: bool) -> None:
     model = tiny_model("llama", tie_word_embeddings=tied)

@@ -93,6 +93,20 @@ def test_empty_text(recipe: Recipe, out: Path, tmp_path: Path) -> None:
     assert "empty" in refused(out, recipe(), "--set", f"recover.text=[{tmp_path}/empty.txt]")
 
 
+def test_two_texts_with_one_name(recipe: Recipe, out: Path, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "notes.txt").write_text("some words " * 400)
+    both = f"[{tmp_path}/a/notes.txt, {tmp_path}/b/notes.txt]"
+    for key in ("evaluate.text", "recover.text"):
+        text = refused(out, recipe(), "--set", f"{key}={both}")
+        assert "a/notes.txt" in text and "b/notes.txt` are both called `notes.txt`" in text
+        assert key in text and "rename one" in text
+    convert = ["--set", "convert.method=calibrated", "--set", "convert.calibration.sequence_length=64"]
+    text = refused(out, recipe(), *convert, "--set", f"convert.calibration.text={both}")
+    assert "convert.calibration.text" in text and "are both called" in text
+
+
 def test_text_shorter_than_the_longest_length(recipe: Recipe, out: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Only a few words.")
     text = refused(out, recipe(), "--set", f"evaluate.text=[{tmp_path}/short.txt]")

@@ -13,7 +13,8 @@ from retrofit.model.families import describe
 from retrofit.model.load import load_config, load_tokenizer
 from retrofit.pipeline import commands, plan, texts
 from retrofit.pipeline.plan import ModelFacts, make_plan, sampled_tokens
-from retrofit.recipe.schema import Calibration, Recipe
+from retrofit.pipeline.prepare import check_surgery
+from retrofit.recipe.schema import Calibration, Recipe, TextSource
 from retrofit.recover import samples
 from retrofit.recover.data import Teacher
 from tests.pipeline.conftest import sentences
@@ -63,6 +64,42 @@ def test_more_samples_are_asked_for_than_a_large_calibration_reads() -> None:
     assert sampled_tokens(large.text, large.tokens) == 250_000
     assert sampled_tokens(calibration(text=["self"]).text, 512) == plan.SAMPLED_TOKENS
     assert sampled_tokens(calibration(text=["python-docs"]).text, 512) == 0
+
+
+def test_what_a_folder_holds_is_told_apart_by_path(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / "books" / folder).mkdir(parents=True)
+        (tmp_path / "books" / folder / "notes.txt").write_text(folder)
+    sources = [
+        TextSource(source=str(tmp_path / "books")),
+        TextSource(source=str(tmp_path / "books" / "a" / "notes.txt")),
+    ]
+    folder, file = (found["content"] for found in texts.identity(sources))
+    assert list(folder) == ["a/notes.txt", "b/notes.txt"] and list(file) == ["notes.txt"]  # type: ignore[call-overload]
+
+
+def test_one_source_under_two_names_is_one_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("words")
+    near, far = TextSource(source="notes.txt"), TextSource(source=str(tmp_path / "notes.txt"))
+    texts.require_distinct([near, far, TextSource(source="python-docs")], "recover.text")
+    with pytest.raises(UserError, match="both called") as caught:
+        texts.require_distinct([near, far.model_copy(update={"field": "body"}), near], "recover.text")
+    assert caught.value.where == "recover.text"
+
+
+def test_convert_calibrates_within_a_short_window_and_says_so(model: Path, texts: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"calibrate": [str(texts / "train")], "tokens": 2048}
+    written = commands.convert(model, out=tmp_path / "out", kv_heads=2, **options)
+    assert "calibrated on sequences of 512 tokens instead of 1,024" in written.report["notes"][0]
+    with pytest.raises(UserError, match="so nothing is measured"):
+        commands.convert(model, out=tmp_path / "b", kv_heads=4, moments=tmp_path / "m", **options)
+    assert not (tmp_path / "m").exists() and not (tmp_path / "b").exists()
+    config = load_config(model)
+    section = {"kv_heads": 4, "method": "mean"}
+    same = Recipe.model_validate({"name": "x", "convert": section, "evaluate": None, "publish": None})
+    notes = check_surgery(same, config, describe(config), model)
+    assert notes == ("the model already has 4 KV heads: its weights are copied unchanged",)
 
 
 def test_convert_keeps_moments_where_it_is_told_to_and_leaves_no_work_folder(texts: Path, tmp_path: Path) -> None:

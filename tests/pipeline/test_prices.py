@@ -77,7 +77,7 @@ def test_rows_are_measured_or_lie_on_the_curve() -> None:
         {g: LayerCost(i, (), 0.1, 0.1, cost * share) for g, cost in costs.items()} for i, share in enumerate((3, 1))
     ]
     found = (Measured(1, 0.64, 0.1), Measured(2, 0.04, 0.1))  # sixteen times the loss at four times the cost
-    calibrated = probes.Calibrated(2.0, found, "o_proj", 12, 4, ("a",))
+    calibrated = probes.Calibrated(2.0, found, "o_proj", 12, 4, ("a",), {})
     rows, curve = module.price_list(spec, layers, calibrated, {g: 100 * g for g in costs}, 4)
     assert curve is not None and curve.exponent == pytest.approx(2)
     assert [(row.kv_heads, row.how) for row in rows] == [
@@ -152,6 +152,20 @@ def test_kept_moments_give_the_same_list_without_a_pass_over_text(
     assert json.loads(done.stdout) == listed
 
 
+def test_kept_moments_say_which_options_they_were_not_made_with(
+    options: list[object], listed: dict[str, object]
+) -> None:
+    assert [note.partition(":")[0] for note in listed["notes"]] == [  # type: ignore[attr-defined]
+        "calibrated on sequences of 512 tokens instead of 1,024"
+    ]
+    kept = options[-2]
+    done = command(*options[:3], "--tokens", 8192, "--calibrate", "python-docs", "--moments", kept, "--json")
+    found = json.loads(done.stdout)
+    text = f"{options[6]}, {options[8]}"
+    assert f"were made with text {text}, not python-docs; tokens 4096, not 8192: these" in found["notes"][-1]
+    assert found["prices"] == listed["prices"]
+
+
 def test_a_budget_picks_and_names_the_next_command(options: list[object], eight: Path) -> None:
     done = command(*options, "--kv-budget", "150KiB@256")
     found = json.loads(done.stdout)
@@ -196,6 +210,11 @@ def test_bad_input_is_told_before_any_work(tmp_path: Path, eight: Path) -> None:
     single = save_tiny(tmp_path / "single", "llama", num_key_value_heads=1)
     assert "nothing to choose" in error(single, "--kv-heads")
     assert "names no model" in error("gqa", "--kv-heads")
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "notes.txt").write_text("words")
+    both = ["--calibrate", tmp_path / "a" / "notes.txt", "--calibrate", tmp_path / "b" / "notes.txt"]
+    assert "are both called `notes.txt`" in error(eight, "--kv-heads", *both)
 
 
 def test_a_family_that_cannot_hold_fewer_heads_is_refused_or_re_expressed(tmp_path: Path) -> None:

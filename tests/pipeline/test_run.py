@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from retrofit.checkpoint.provenance import sha256
+from retrofit.errors import UserError
 from retrofit.evaluate.losses import TokenLosses
 from retrofit.kernels import registry
 from retrofit.recipe.load import load_recipe
@@ -91,6 +92,28 @@ def test_metrics_are_those_of_the_stored_losses(done: SimpleNamespace) -> None:
     cost = {label: found["cost"]["lengths"] for label, found in done.result.models.items()}
     assert [(one["length"], one["decode_tokens"]) for one in cost["original"]] == [(32, 2), (64, 2)]
     assert cost["recovered"][1]["kv_bytes"] * 4 == cost["original"][1]["kv_bytes"]
+
+
+def test_a_converted_configuration_speaks_the_older_names_as_well(done: SimpleNamespace) -> None:
+    config = json.loads((done.folder / "1-convert" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_run_that_stops_keeps_what_a_later_one_goes_on_from(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    out = tmp_path / "run"
+
+    def full(*args: object, **kwargs: object) -> None:
+        (out / "1-convert.work").mkdir()
+        if begun:
+            (out / "1-convert.work" / "stream").write_bytes(b"hours of work")
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr("retrofit.pipeline.surgery.convert", full)
+    assert retrofit("run", recipe(), "--out", out).exit_code == 2
+    assert out.exists() == begun
 
 
 def test_weights_are_linked_and_not_copied_where_they_do_not_change(done: SimpleNamespace) -> None:

@@ -265,6 +265,16 @@ def test_private_is_not_uploaded_into_a_public_repository(hub: HubServer, folder
     assert hub.repos["ann/tiny"].files == {}
 
 
+def test_public_is_not_uploaded_into_a_private_repository(hub: HubServer, folder: Path) -> None:
+    push(hub, folder, private=True)
+    hub.repos["ann/tiny"].files.clear()
+    with pytest.raises(UserError, match="exists and is private") as caught:
+        push(hub, folder, private=False)
+    assert "leave out --public" in str(caught.value) and hub.repos["ann/tiny"].files == {}
+    published, _ = push(hub, folder, "ann/other", private=False)
+    assert not published.private and not hub.repos["ann/other"].private
+
+
 def test_what_arrived_broken_is_noticed(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retrofit.publish.hub.sha256", lambda path: "0" * 64)
     with pytest.raises(UserError, match="differs from the folder"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from retrofit.errors import UserError
 from retrofit.evaluate.losses import Document, TokenLosses
+from retrofit.evaluate.score import score
+from retrofit.model.load import load_model
 from retrofit.publish.card import render_card
-from retrofit.publish.reload import CHILD, TOLERANCES, _compare, reload_and_score
+from retrofit.publish.reload import CHILD, TOLERANCES, ReloadReport, _comparable, _compare, reload_and_score
 from retrofit.publish.snippet import load_snippet
 from tests.publish.cards import card_input
 from tests.tiny import save_tiny, tiny_model
@@ -91,38 +94,73 @@ FOUND = {
 }
 
 
-def recorded_losses() -> TokenLosses:
-    losses = tuple(np.random.default_rng(i).random(50).astype(np.float32) + 1 for i in range(2))
-    return TokenLosses(("a", "b"), ("k", "k"), losses, (1, 1), tuple(np.zeros(50, np.int32) for _ in losses))
+LOSSES = tuple(np.random.default_rng(i).random(50).astype(np.float32) + 1 for i in range(2))
+
+
+def compared(fresh: list[np.ndarray], dtype: str, **change: object) -> ReloadReport:
+    return _compare(("a", "b"), fresh, LOSSES, dtype, {**FOUND, **change})
 
 
 @pytest.mark.parametrize("dtype", sorted(TOLERANCES))
 def test_differences_beyond_the_tolerance_of_the_dtype(dtype: str) -> None:
-    recorded = recorded_losses()
-    same = [losses[:20].copy() for losses in recorded.losses]
-    assert _compare(same, recorded, dtype, FOUND).passed
+    same = [losses[:20].copy() for losses in LOSSES]
+    assert compared(same, dtype).passed
 
     allowed = TOLERANCES[dtype].mean_of(20)
     assert TOLERANCES[dtype].mean == TOLERANCES[dtype].mean_of(2048) < allowed < 0.5 * TOLERANCES[dtype].token
-    assert _compare([same[0], same[1] + 0.9 * allowed], recorded, dtype, FOUND).passed
+    assert compared([same[0], same[1] + 0.9 * allowed], dtype).passed
     shifted = [same[0], same[1] + 1.5 * allowed]  # every token a little: only the mean tells
-    report = _compare(shifted, recorded, dtype, FOUND)
+    report = compared(shifted, dtype)
     assert not report.passed and report.worst == "b"
     assert len(report.problems) == 1 and report.problems[0].startswith("b: mean loss")
 
     spiked = [same[0].copy(), same[1]]
     spiked[0][7] += 2 * TOLERANCES[dtype].token
-    report = _compare(spiked, recorded, dtype, FOUND)
+    report = compared(spiked, dtype)
     assert not report.passed and "token 8" in report.problems[0]
     assert report.max_difference == pytest.approx(2 * TOLERANCES[dtype].token, rel=1e-3)
 
 
 def test_other_findings_fail() -> None:
-    recorded = recorded_losses()
-    same = [losses[:20] for losses in recorded.losses]
-    assert not _compare([same[0], same[1] * np.nan], recorded, "bfloat16", FOUND).passed
+    same = [losses[:20] for losses in LOSSES]
+    assert not compared([same[0], same[1] * np.nan], "bfloat16").passed
     for change in ({"stock": False}, {"new_tokens": 0}, {"loading": {"mismatched_keys": ["x"]}}):
-        assert not _compare(same, recorded, "float32", {**FOUND, **change}).passed
+        assert not compared(same, "float32", **change).passed
+
+
+def test_an_encoding_that_changes_with_the_length_is_compared_at_a_recorded_short_length(tmp_path: Path) -> None:
+    """And only as far as was recorded: documents may be longer than what was scored of them."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+        "original_max_position_embeddings": 32,
+    }
+    shape = {"rope_parameters": rope, "original_max_position_embeddings": 32}
+    folder = save_tiny(tmp_path / "final", "phi3", **shape)
+    (folder / "README.md").write_text(render_card(card_input(snippet=load_snippet(chat=False))))
+    rng = np.random.default_rng(0)
+    documents = [Document(name=f"text {i}", kind="k", input_ids=rng.integers(0, 256, 60), nbytes=60) for i in range(2)]
+    model = load_model(folder)
+    recorded = score(model, [document.cut(48) for document in documents], lengths=[24, 48])
+    assert np.abs(recorded.losses[0][:23] - recorded.by_length[24][0]).max() > 0.01, "the lengths must differ"
+    report = reload_and_score(folder, documents, recorded, tokens=TOKENS)
+    assert report.passed and report.tokens == 2 * 24 and report.notes == ()
+
+    tokens, losses, notes = _comparable(score(model, documents, lengths=[40, 48]), TOKENS)
+    assert tokens == 32 and losses is None and "not compared" in notes[0] and "at most 32" in notes[0]
+    alone = _compare(("a", "b"), [LOSSES[0], LOSSES[1]], losses, "float32", FOUND, notes)
+    assert alone.passed and alone.max_difference is None and alone.notes == notes
+    assert not _compare(("a",), [LOSSES[0] * np.nan], losses, "float32", FOUND, notes).passed
+
+
+def test_a_document_is_compared_as_far_as_it_was_scored(tmp_path: Path) -> None:
+    folder, documents, recorded = prepare(tmp_path, "llama")
+    short = tuple(losses[:20] for losses in recorded.losses)
+    recorded = replace(recorded, losses=short, token_bytes=tuple(np.zeros(20, np.int32) for _ in short))
+    report = reload_and_score(folder, documents, recorded, tokens=TOKENS)
+    assert report.passed and report.tokens == 2 * 21
 
 
 def test_unknown_dtype_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError
 
 from retrofit.console import Silent
 from retrofit.errors import UserError
@@ -246,6 +248,20 @@ def test_bad_files_are_refused_before_any_work(tmp_path: Path) -> None:
     assert caught.value.fix == "did you mean `python-docs`?"
 
 
+def test_files_are_checked_to_their_end(tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a text")
+    (folder / "b.txt").write_bytes("\xe9t\xe9".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        check_sources([source(folder)])
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text('{"text": "a"}\n' * 4999 + "not json\n")
+    with pytest.raises(UserError, match="not a JSON object") as caught:
+        check_sources([source(lines)])
+    assert str(caught.value.where).endswith("rows.jsonl:5000")
+
+
 def test_optional_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -270,6 +286,21 @@ def test_hub_datasets_are_streamed_and_every_tenth_row_is_held_out(monkeypatch: 
     assert calls[0] == ("owner/name", "config", "validation", True)
     limited = list(read_texts(source("hub:owner/name"), split="train", limit_chars=12))
     assert len(limited) == 3
+
+
+@pytest.mark.parametrize("error", [ConnectionError("the connection was lost"), HTTPError("timed out"), OSError()])
+def test_a_hub_stream_that_breaks_off_is_told_and_a_check_reads_one_row(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def load_dataset(*_: object, **__: object) -> Iterator[dict[str, str]]:
+        yield {"text": "row 1"}
+        raise error
+
+    monkeypatch.setattr(files, "_hub_loader", lambda: load_dataset)
+    check_sources([source("hub:owner/name")])
+    with pytest.raises(UserError, match="cannot read the dataset") as caught:
+        list(read_texts(source("hub:owner/name"), split="all"))
+    assert "hub:owner/name" in str(caught.value.where) and "network" in str(caught.value.fix)
 
 
 # ------------------------------------------------------------------------------------------- evaluation and samples
@@ -326,6 +357,14 @@ def test_own_samples_are_seeded_and_cached(tmp_path: Path, monkeypatch: pytest.M
     assert samples.sample_path(Teacher(folder, tokens=192, seed=1)) != cached
     with pytest.raises(UserError, match="original model"):
         check_sources([source("self")], teacher=False)
+
+
+def test_samples_stay_inside_a_small_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(samples, "BATCH", 4)
+    folder = save_tiny(tmp_path / "model", "gpt_bigcode", max_position_embeddings=32)  # learned positions
+    read = list(read_texts(source("self"), split="all", teacher=Teacher(folder, tokens=128)))
+    assert 0 < len(read) <= 4
 
 
 def test_samples_follow_the_models_distribution() -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.console import Silent
 from retrofit.errors import UserError
 from retrofit.recipe.schema import Adapter, Recover, Stage, TextSource
 from retrofit.recover.data import Packed, training_rows
-from retrofit.recover.train import RecoverReport, recover
+from retrofit.recover.train import RecoverReport, _arguments, recover
 from retrofit.recover.watch import Watch
 from tests.tiny import save_tiny, tiny_tokenizer
 
@@ -101,6 +101,17 @@ def test_without_a_learning_rate_it_follows_from_the_width(folders, rows, tmp_pa
     width = AutoModelForCausalLM.from_pretrained(folders[0]).config.hidden_size
     assert report.history[1].learning_rate == pytest.approx(0.576 / width)
     assert any(f"width of {width}" in note for note in report.notes)
+
+
+def test_more_gpus_than_one_do_not_split_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def two_gpus(arguments: TrainingArguments) -> torch.device:
+        arguments._n_gpu = 2
+        return torch.device("cpu")
+
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(two_gpus))
+    arguments = _arguments(RECIPE, tmp_path, 16, "cuda", 0)
+    assert arguments._n_gpu == 1 and arguments.train_batch_size == RECIPE.batch_size
+    assert arguments.max_steps == 8
 
 
 @pytest.mark.parametrize(("killed_at", "positions"), [(3, "full"), (5, "full"), (8, "full"), (5, "pose")])
