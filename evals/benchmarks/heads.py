@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
 import resource
 import shlex
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evals.benchmarks.heads_table import chart, table
 from evals.benchmarks.recovery import machine
 from retrofit.console import to_json
 
@@ -245,7 +245,7 @@ def main() -> None:
         original = bench.score(bench.folder)
         for name in names:
             _measure(bench, chosen[name], chosen, original, options)
-    print(table(_load(options.out)))
+    print(shown(_load(options.out)))
 
 
 def _measure(
@@ -317,6 +317,13 @@ def _command(options: argparse.Namespace, found: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
+def shown(record: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    if not record["rows"]:
+        return "nothing measured yet"
+    return table(record, model_name(_typed(record).model), f"{PIECES} pieces of {LENGTH:,} tokens")
+
+
 def _save(options: argparse.Namespace, name: str, facts: dict[str, Any], original: dict[str, Any]) -> None:
     """Add a row to the results; two processes may measure rows of the same file, one after the other writes."""
     out: Path = options.out
@@ -335,122 +342,9 @@ def _save(options: argparse.Namespace, name: str, facts: dict[str, Any], origina
     partial = path.with_suffix(".partial")
     partial.write_text(to_json(record) + "\n", encoding="utf-8")
     partial.replace(path)
-    (out / "kv_heads.md").write_text(table(record), encoding="utf-8")
+    (out / "kv_heads.md").write_text(shown(record), encoding="utf-8")
     (out / "kv_heads.svg").write_text(chart(record), encoding="utf-8")
     print(f"{name}: {facts['seconds']:.0f} s, {facts['by_kind']}", flush=True)
-
-
-def chart(record: dict[str, Any]) -> str:
-    """Perplexity on the table's text against seconds of compute."""
-    from retrofit.report.charts import perplexity_by_seconds
-    from retrofit.report.drawing import Line
-
-    kind = next(iter(record["original"]))
-    points = {
-        name: (max(row["seconds"], 1.0), row["by_kind"][kind]["perplexity"]) for name, row in record["rows"].items()
-    }
-    families = {
-        "merge alone": ["first", "mean", "procrustes", "real-pca", "calibrated"],
-        "calibrated, same kind of text": [n for n in points if n.startswith(("calibrated", "+")) and "other" not in n],
-        "calibrated, other text": [n for n in points if "other" in n],
-        "mean, then LM LoRA": [n for n in points if n.startswith("mean")],
-    }
-    lines = []
-    for label, names in families.items():
-        found = sorted((points[name] for name in names if name in points), key=lambda point: point[0])
-        if found:
-            lines.append(Line(label, [x for x, _ in found], [y for _, y in found]))
-    level = record["original"][kind]["perplexity"]
-    return perplexity_by_seconds("kv-heads", lines, original=level, alone=True).svg
-
-
-def table(record: dict[str, Any]) -> str:
-    """The result as Markdown."""
-    if not record["rows"]:
-        return "nothing measured yet"
-    kinds = list(record["original"])
-    machines = {
-        to_json(where): where for where in (row.get("machine", record["machine"]) for row in record["rows"].values())
-    }
-    where = " and of ".join(
-        f"{one['cpu']}, torch {one['torch']}, transformers {one['transformers']}" for one in machines.values()
-    )
-    lines = [
-        "# Converting KV heads: every method, each repair, and a short distillation",
-        "",
-        f"`{record['command']}`, one thread of {where}.",
-        "",
-        f"{model_name(_typed(record).model)}, converted to 1 KV head in every layer; perplexity on {PIECES} pieces of "
-        f"{LENGTH:,} tokens of each text, and in brackets its ratio to the original's. No fit has seen any of it but "
-        "the last column, which all rows but those of other text are calibrated on: "
-        f"{record['tokens']:,} tokens. Seconds are of one core's time, and of all steps that lead to the row.",
-        "",
-        f"| conversion | seconds | {' | '.join(kinds)} |",
-        f"|---|---:|{'---:|' * len(kinds)}",
-        "| original | | " + " | ".join(f"{record['original'][kind]['perplexity']:.1f}" for kind in kinds) + " |",
-    ]
-    for name, row in _ranked(record, kinds[0]):
-        cells = [f"{_short(f['perplexity'])} ({_short(f['ratio'])})" for f in (row["by_kind"][kind] for kind in kinds)]
-        mark = "\\*" if row.get("bfloat16") else ""
-        lines.append(f"| {name}{mark} | {row['seconds']:,.0f} | {' | '.join(cells)} |")
-    if any(row.get("bfloat16") for row in record["rows"].values()):
-        lines += [
-            "",
-            "\\* on a processor with bfloat16 products, in which the calibration and the training then multiply.",
-        ]
-    lines += ["", "![Perplexity against seconds of compute](kv_heads.svg)", "", *_per_token(record, kinds[0])]
-    return "\n".join([*lines, *_per_layer(record), ""])
-
-
-def _ranked(record: dict[str, Any], kind: str) -> list[tuple[str, Any]]:
-    """(name, row), the worst first."""
-    return sorted(record["rows"].items(), key=lambda item: -item[1]["by_kind"][kind]["ratio"])
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _per_token(record: dict[str, Any], kind: str) -> list[str]:
-    """Who pays: how the added loss is spread over tokens."""
-    lines = [
-        f"Loss added to each token of {kind} (nats): the median, the share of tokens that got worse, and the share of "
-        "all added loss that the dearest tenth of the tokens carries.",
-        "",
-        "| conversion | mean | median | worse | dearest tenth |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for name, row in _ranked(record, kind):
-        f = row["by_kind"][kind]
-        lines.append(
-            f"| {name} | {math.log(f['ratio']):.2f} | {f['median_added']:.2f} | {f['worse']:.0%} "
-            f"| {f['share_of_dearest_tenth']:.0%} |"
-        )
-    return [*lines, ""]
-
-
-def _per_layer(record: dict[str, Any]) -> list[str]:
-    """Where it is lost: each layer of the row with the most repairs."""
-    repaired = [row for row in record["rows"].values() if any(layer["repairs"] for layer in row.get("layers", ()))]
-    if not repaired:
-        return []
-    row = max(repaired, key=lambda row: len(row["layers"][0]["repairs"]))
-    names = [repair["name"] for repair in row["layers"][0]["repairs"]]
-    lines = [
-        "Layer by layer: share of the keys' and of the values' energy that the merge gives up, and the error of the "
-        "attention output on text left out, as a share of its target's energy, before and after each repair (the "
-        "target includes what the layers before got wrong, most of which no attention can undo).",
-        "",
-        f"| layer | keys | values | {' | '.join(names)} |",
-        f"|---:|---:|---:|{'---:|' * len(names)}",
-    ]
-    for index, layer in enumerate(row["layers"]):
-        cells = [
-            f"{r['held_out_before']:.3f} -> {r['held_out_after']:.3f}" if r["accepted"] else "kept out"
-            for r in layer["repairs"]
-        ]
-        lines.append(f"| {index} | {layer['keys']:.1%} | {layer['values']:.1%} | {' | '.join(cells)} |")
-    return lines
 
 
 if __name__ == "__main__":

@@ -136,6 +136,6 @@ def test_another_machine_is_told_and_the_first_ones_stays(run: Any, tmp_path: Pa
 
 def test_the_results_in_the_repository_are_readable() -> None:
     record = json.loads((RESULTS / "kv_heads.json").read_text())
-    table = heads.table(record)
+    table = heads.shown(record)
     assert "SmolLM2-135M-Instruct, converted to 1 KV head in every layer" in table
     assert heads._typed(record).model == "embedded" and heads._typed(record).books
