@@ -73,7 +73,12 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, model: Path, texts: Path) -> N
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**sections(model, texts), "publish": None}))
     command = [sys.executable, "-m", "retrofit", "run", str(recipe), "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+    def listen() -> None:  # a shell's background job inherits an ignored SIGINT, and Python leaves it ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, preexec_fn=listen)
     journal = tmp_path / "out" / "journal.jsonl"
     until = time.monotonic() + 120
     while not journal.exists() and process.poll() is None and time.monotonic() < until:
