@@ -19,9 +19,9 @@ def chart(record: dict[str, Any]) -> str:
     }
     families = {
         "merge alone": ["first", "mean", "procrustes", "real-pca", "calibrated"],
-        "calibrated, same kind of text": [n for n in points if n.startswith(("calibrated", "+")) and "other" not in n],
-        "calibrated, other text": [n for n in points if "other" in n],
-        "mean, then LM LoRA": [n for n in points if n.startswith("mean")],
+        "calibrated": [n for n in points if n.startswith(("calibrated", "+")) and "other" not in n],
+        "on other text": [n for n in points if "other" in n],
+        "mean + LoRA": [n for n in points if n.startswith("mean")],
     }
     lines = []
     for label, names in families.items():

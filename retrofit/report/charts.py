@@ -87,6 +87,9 @@ def perplexity_by_seconds(
     def draw(axes: Axes) -> None:
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):  # numbers, not the powers of ten that only matplotlib's TeX can set
+            axis.set_major_formatter(lambda value, _: words.count(int(value)))
+            axis.set_minor_formatter(lambda value, _: "")
         for line, style in zip(lines, palette, strict=False):
             drawn: dict[str, Any] = {"color": style.colour, "marker": style.marker, "linestyle": style.dash}
             axes.plot(line.x, line.y, markersize=5, linewidth=1.8, **drawn)
