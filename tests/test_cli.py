@@ -15,7 +15,7 @@ import retrofit
 from retrofit.cli import app
 from retrofit.evaluate.losses import TokenLosses
 from retrofit.pipeline import single
-from retrofit.pipeline.prepare import _read_before, _reads
+from retrofit.pipeline.texts import _reads, read_before
 from retrofit.recipe.schema import TextSource
 from tests.tiny import save_tiny
 
@@ -226,9 +226,7 @@ def test_what_a_checkpoint_was_trained_on_is_measured_on_its_held_out_part(tiny:
     config = {"text": [{"source": "text", "split": "train"}]}  # as a published record names it
     assert _reads(config, TextSource(source=str(tmp_path / "text")))
     assert not _reads(config, TextSource(source=str(tmp_path / "text" / "00.txt")))
-    note = _read_before(
-        single.recipe("evaluate", {"text": [str(tmp_path / "text")], "lengths": [64]}), tmp_path / "recovered"
-    )
+    note = read_before([TextSource(source=str(tmp_path / "text"))], tmp_path / "recovered")
     assert [line.partition(" was read by ")[2] for line in note.values()] == [
         "`recover` of this model: only its held-out part is measured"
     ]

@@ -105,9 +105,6 @@ def _yarn(recipe: Recipe, work: Path, progress: PlainProgress) -> dict[str, Any]
 
     Raises UserError when the recipe without its training and search measures other documents.
     """
-    kept = work / "yarn.json"
-    if kept.exists():
-        return dict(json.loads(kept.read_text(encoding="utf-8")))
     assert recipe.context
     context = Context(length=recipe.context.length, factor=recipe.context.factor, method="yarn")
     plain = recipe.model_copy(update={"context": context, "recover": None, "publish": None, "require": {}})

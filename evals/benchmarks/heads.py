@@ -257,8 +257,7 @@ def _measure(
 
     own = settings(row, chosen, options.tokens)
     known = _load(options.out)["rows"].get(row.name)
-    # Results from before settings were kept count as of these.
-    if known and known.get("settings", own) == own:
+    if known and known["settings"] == own:
         return dict(known)
     before = 0.0
     if row.start:
@@ -311,7 +310,7 @@ def _command(options: argparse.Namespace, found: Mapping[str, Any]) -> str:
         parts.append("--books DIR")
     if options.tokens != default.tokens:
         parts.append(f"--tokens {options.tokens}")
-    trained = {row["settings"]["tokens"] for row in found.values() if "settings" in row} - {0}
+    trained = {row["settings"]["tokens"] for row in found.values()} - {0}
     if not trained <= set(DISTIL):
         parts.append(f"--distil {' '.join(map(str, sorted(trained)))}")
     return " ".join(parts)

@@ -5,12 +5,10 @@ What comes back holds all that the steps need to know of the recipe, the source 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrofit.checkpoint.provenance import FILE, read_provenance
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.write import parse_size, require_free_space, require_writable
 from retrofit.context import rope
@@ -22,7 +20,7 @@ from retrofit.model import source as sources
 from retrofit.model.families import describe, family_of
 from retrofit.model.inspect import count_parameters
 from retrofit.model.load import load_config, load_tokenizer, read_config, resolve_device
-from retrofit.model.source import EMBEDDED, Source
+from retrofit.model.source import Source
 from retrofit.model.spec import AttentionSpec
 from retrofit.pipeline.journal import NAME as JOURNAL
 from retrofit.pipeline.longcontext import definitions_of, longest_prompt
@@ -38,12 +36,11 @@ from retrofit.pipeline.plan import (
     sampled_tokens,
     steps_of,
 )
-from retrofit.pipeline.texts import require_distinct, scored_documents
+from retrofit.pipeline.texts import read_before, require_distinct, scored_documents
 from retrofit.publish.card import require_licence_and_base
 from retrofit.recipe.schema import Context, Recipe, TextSource
-from retrofit.recover.corpora import BUILT_IN
-from retrofit.recover.data import OWN_SAMPLES, Teacher, check_sources
-from retrofit.recover.files import HUB, kind_of
+from retrofit.recover.data import Teacher, check_sources
+from retrofit.recover.files import kind_of
 from retrofit.recover.schedule import check_lengths
 
 if TYPE_CHECKING:
@@ -115,7 +112,7 @@ def prepare(
     if weights:
         source = sources.resolve(model, revision=revision or recipe.revision, progress=progress)
         Checkpoint.open(source.folder).require_finite()
-        read = _read_before(recipe, source.folder)
+        read = read_before(recipe.evaluate.text if recipe.evaluate else (), source.folder)
         notes = (*notes, *read.values())
         for note in (*found, *read.values()) if progress else ():
             progress.note(note)  # type: ignore[union-attr]
@@ -207,7 +204,7 @@ def check_surgery(
         notes.append(f"the model already has {recipe.convert.kv_heads} KV heads: its weights are copied unchanged")
     claimed = claimed_length(recipe, spec.max_position_embeddings)
     for finding in _findings(config, folder):
-        if finding.severity == "error" and finding.rule != "theta-lost":
+        if finding.severity == "error" and (finding.rule != "theta-lost" or recipe.context):
             raise UserError(finding.what, where=f"config.json: {finding.where}", fix=finding.fix)
         notes.append(f"{finding.where}: {finding.what}")
     if recipe.context:
@@ -226,7 +223,8 @@ def check_surgery(
 def _findings(config: Any, folder: Path) -> list[rope.Finding]:
     """Of the linter on config.json as it is stored, where a gap is still seen, and on what became of it.
 
-    A theta left to the model's class (`theta-lost`) is the right one for models like Llama 2: told, not refused.
+    A theta left to the model's class (`theta-lost`) is the right one for many models: told, and refused only where it
+    would have to be written.
     """
     stored = rope.lint(read_config(folder))
     known = {(finding.rule, finding.where) for finding in stored}
@@ -265,34 +263,6 @@ def _require_within(length: int, claimed: int, where: str, *, extendable: bool =
         )
 
 
-def _read_before(recipe: Recipe, folder: Path) -> dict[TextSource, str]:
-    """The evaluated sources that steps recorded in `folder` calibrated or trained on, each with a note on that."""
-    if recipe.evaluate is None or not (folder / FILE).is_file():
-        return {}
-    found: dict[TextSource, str] = {}
-    for source in recipe.evaluate.text:
-        if source.source in (*BUILT_IN, OWN_SAMPLES):  # only their held-out side is ever measured
-            continue
-        steps = [f"`{step['step']}`" for step in read_provenance(folder)["steps"] if _reads(step["config"], source)]
-        if steps:
-            by = " and ".join(dict.fromkeys(steps))
-            found[source] = f"`{source.source}` was read by {by} of this model: only its held-out part is measured"
-    return found
-
-
-def _reads(config: Mapping[str, Any], source: TextSource) -> bool:
-    """Whether a recorded step names this source: by where it is, or by its name alone as a published record does."""
-    sections = (config, config.get("calibration") or {}, config.get("search") or {})
-    recorded = [text for section in sections for text in section.get("text", ()) if text["source"] not in BUILT_IN]
-    if source.source.startswith(HUB):
-        return any((text["source"], text["split"]) == (source.source, source.split) for text in recorded)
-    place = Path(source.source).expanduser().resolve()
-    return any(
-        text["source"] in (source.source, place.name) or Path(text["source"]).expanduser().resolve() == place
-        for text in recorded
-    )
-
-
 def _documents(recipe: Recipe, source: Source, device: str, read: tuple[TextSource, ...]) -> tuple[Document, ...]:
     """read: sources that earlier steps of the model have read."""
     evaluate = recipe.evaluate
@@ -322,41 +292,3 @@ def teacher_of(recipe: Recipe, folder: Path, device: str) -> Teacher:
     if recipe.recover:
         tokens = max(tokens, min(MOST_SAMPLED, sampled_tokens(recipe.recover.text, recipe.recover.tokens)))
     return Teacher(folder, tokens=tokens, seed=recipe.seed, device=device)
-
-
-def public_model(source: Source) -> str:
-    """The source as others can name it: no path of this machine."""
-    if source.repo_id or source.requested == EMBEDDED:
-        return source.repo_id or source.requested
-    return source.base_model or Path(source.requested).name
-
-
-def public_recipe(recipe: Recipe, source: Source) -> Recipe:
-    """The recipe as others can read it: files by their names alone."""
-    values = public_texts(recipe.model_dump(mode="json"))
-    return Recipe.model_validate({**values, "model": public_model(source)})
-
-
-def public_texts(value: Any) -> Any:
-    """JSON values in which every text source (what has `source` and `split`) goes by its name: no path of this
-    machine."""
-    if isinstance(value, Mapping):
-        found = {key: public_texts(item) for key, item in value.items()}
-        if {"source", "split"} <= found.keys() and not str(found["source"]).startswith(HUB):
-            found["source"] = Path(found["source"]).name
-        return found
-    return [public_texts(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def source_record(source: Source) -> Mapping[str, object]:
-    """Where a model comes from, as retrofit.json keeps it."""
-    return {
-        "model": public_model(source),
-        "kind": source.kind,
-        "revision": source.revision,
-        "base_model": source.base_model,
-        "licence": source.licence,
-        "dtype": source.dtype,
-        **({"notes": list(source.notes)} if source.notes else {}),
-        "digests": dict(source.digests),
-    }

@@ -21,7 +21,7 @@ from retrofit.model.load import load_config, load_tokenizer
 from retrofit.pipeline import reporting
 from retrofit.pipeline.evaluation import losses_file
 from retrofit.pipeline.plan import FOLDERS
-from retrofit.pipeline.prepare import public_recipe, public_texts
+from retrofit.pipeline.public import public_recipe, public_texts
 from retrofit.pipeline.runner import FINAL, Runner, State
 from retrofit.publish.card import CardInput, CardModel, Recovery, render_card
 from retrofit.publish.gate import GateResult, check, enforce

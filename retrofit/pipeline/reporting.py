@@ -19,7 +19,7 @@ from retrofit.evaluate.perplexity import Row
 from retrofit.model.source import Source
 from retrofit.pipeline.evaluation import losses_file
 from retrofit.pipeline.plan import STEPS
-from retrofit.pipeline.prepare import public_model
+from retrofit.pipeline.public import public_model
 from retrofit.pipeline.runner import Runner
 from retrofit.recipe.load import dump_recipe, load_recipe
 from retrofit.recipe.schema import Recipe

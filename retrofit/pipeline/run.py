@@ -16,7 +16,8 @@ from retrofit.pipeline.journal import NAME as JOURNAL
 from retrofit.pipeline.journal import Journal
 from retrofit.pipeline.operations import Origin
 from retrofit.pipeline.plan import STEPS, steps_of
-from retrofit.pipeline.prepare import Prepared, source_record
+from retrofit.pipeline.prepare import Prepared
+from retrofit.pipeline.public import source_record
 from retrofit.pipeline.runner import FINAL, Runner, State
 from retrofit.publish.gate import GateResult
 from retrofit.recipe.load import dump_recipe

@@ -23,7 +23,8 @@ from retrofit.pipeline.evaluation import pass_file, save_losses
 from retrofit.pipeline.journal import fingerprint
 from retrofit.pipeline.longcontext import conclude, longest_prompt, native_length
 from retrofit.pipeline.operations import Origin
-from retrofit.pipeline.prepare import prepare, require_model, source_record, teacher_of
+from retrofit.pipeline.prepare import prepare, require_model, teacher_of
+from retrofit.pipeline.public import source_record
 from retrofit.pipeline.runner import VERSIONS
 from retrofit.pipeline.texts import identity, within_window
 from retrofit.recipe.load import load_suite, validate

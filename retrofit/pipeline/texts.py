@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from retrofit.checkpoint.provenance import sha256
+from retrofit.checkpoint.provenance import FILE, read_provenance, sha256
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.console import nbytes
 from retrofit.errors import UserError
@@ -162,6 +162,34 @@ def available_memory() -> int | None:
     lines = info.read_text().splitlines() if info.exists() else []
     found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
     return int(found[0]) * 1024 if found else None
+
+
+def read_before(sources: Sequence[TextSource], folder: Path) -> dict[TextSource, str]:
+    """Those of `sources` that steps recorded in `folder` calibrated or trained on, each with a note on that."""
+    if not (folder / FILE).is_file():
+        return {}
+    found: dict[TextSource, str] = {}
+    for source in sources:
+        if source.source in (*BUILT_IN, OWN_SAMPLES):  # only their held-out side is ever measured
+            continue
+        steps = [f"`{step['step']}`" for step in read_provenance(folder)["steps"] if _reads(step["config"], source)]
+        if steps:
+            by = " and ".join(dict.fromkeys(steps))
+            found[source] = f"`{source.source}` was read by {by} of this model: only its held-out part is measured"
+    return found
+
+
+def _reads(config: Mapping[str, Any], source: TextSource) -> bool:
+    """Whether a recorded step names this source: by where it is, or by its name alone as a published record does."""
+    sections = (config, config.get("calibration") or {}, config.get("search") or {})
+    recorded = [text for section in sections for text in section.get("text", ()) if text["source"] not in BUILT_IN]
+    if source.source.startswith(HUB):
+        return any((text["source"], text["split"]) == (source.source, source.split) for text in recorded)
+    place = Path(source.source).expanduser().resolve()
+    return any(
+        text["source"] in (source.source, place.name) or Path(text["source"]).expanduser().resolve() == place
+        for text in recorded
+    )
 
 
 def scored_documents(

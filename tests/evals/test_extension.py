@@ -95,5 +95,3 @@ def test_yarn_is_the_recipe_without_its_training(
     digests["yarn-run"] = "other"
     with pytest.raises(UserError, match="other documents"):
         extension._yarn(recipe, tmp_path, progress)
-    (tmp_path / "yarn.json").write_text('{"rows": [4]}')
-    assert extension._yarn(recipe, tmp_path, progress) == {"rows": [4]}

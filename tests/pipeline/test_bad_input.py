@@ -162,3 +162,18 @@ def test_gate_not_met(recipe: Recipe, out: Path) -> None:
     assert "ppl_ratio@64" in result.output and "fix:" in result.output
     assert not (out / "final").exists() and not (out / "final.partial").exists()
     assert "ppl_ratio@64" in (out / "report.md").read_text()
+
+
+def test_a_theta_left_to_the_class_is_refused_only_where_it_would_be_written(
+    recipe: Recipe, model: Path, tmp_path: Path, out: Path
+) -> None:
+    other = copy_of(model, tmp_path)
+    config = json.loads((other / "config.json").read_text())
+    del config["rope_parameters"]
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    (other / "config.json").write_text(json.dumps({**config, "rope_scaling": scaling}))
+    said = refused(out, recipe(model=str(other)))
+    assert "rope_theta is missing" in said and "write rope_theta" in said
+    short = recipe(model=str(other), context=None, evaluate={"lengths": [64], "documents": 1, "text": ["python-docs"]})
+    result = retrofit("run", short, "--out", out, "--dry-run")
+    assert result.exit_code == 0 and "rope_theta is missing" in result.output

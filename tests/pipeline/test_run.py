@@ -99,6 +99,12 @@ def test_a_converted_configuration_speaks_the_older_names_as_well(done: SimpleNa
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
 
 
+def test_what_is_published_names_no_path_of_this_machine(done: SimpleNamespace, texts: Path) -> None:
+    said = (done.folder / "final" / "retrofit.json").read_text()
+    assert str(texts) in (done.folder / "3-recover" / "retrofit.json").read_text()
+    assert str(texts) not in said and texts.joinpath("train").name in said
+
+
 @pytest.mark.parametrize("begun", [True, False])
 def test_a_run_that_stops_keeps_what_a_later_one_goes_on_from(
     tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, begun: bool
