@@ -14,6 +14,7 @@ from retrofit.checkpoint.write import parse_size, require_free_space, require_wr
 from retrofit.context import rope
 from retrofit.context.candidates import candidates, rungs
 from retrofit.errors import UserError
+from retrofit.evaluate.reader import varying
 from retrofit.evaluate.score import Document
 from retrofit.kernels.registry import Choice, choose
 from retrofit.model import source as sources
@@ -38,6 +39,7 @@ from retrofit.pipeline.plan import (
 )
 from retrofit.pipeline.texts import read_before, require_distinct, scored_documents
 from retrofit.publish.card import require_licence_and_base
+from retrofit.publish.reload import nothing_to_compare
 from retrofit.recipe.schema import Context, Recipe, TextSource
 from retrofit.recover.data import Teacher, check_sources
 from retrofit.recover.files import kind_of
@@ -103,6 +105,7 @@ def prepare(
             fix="write dtype: auto",
         )
     _check_publish(recipe, source)
+    _check_proof(recipe, config)
     kernel = choose(recipe.kernel, spec, device)
     plan = make_plan(recipe, facts_of(source, config, spec), *([throughput] if throughput else []))
     if out is not None:
@@ -251,6 +254,19 @@ def _check_publish(recipe: Recipe, source: Source) -> None:
         )
     parse_size(section.max_shard_size)
     require_licence_and_base(section.licence or source.licence, section.base_model or source.base_model)
+
+
+def _check_proof(recipe: Recipe, config: Any) -> None:
+    """A length is scored at which the checkpoint, loaded again, can be compared with what was recorded."""
+    context, evaluate = recipe.context, recipe.evaluate
+    if recipe.publish is None or evaluate is None:
+        return
+    if context and not context.searches:  # what is searched for does not change with the length
+        method, settings = str(context.method), context.settings
+        config = rope.extend(config, length=context.length, factor=context.factor, method=method, settings=settings)
+    varies = varying(config.get_text_config())
+    if varies and min(evaluate.lengths) > varies[1]:
+        raise nothing_to_compare(*varies)
 
 
 def _require_within(length: int, claimed: int, where: str, *, extendable: bool = True) -> None:

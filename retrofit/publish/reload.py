@@ -56,8 +56,7 @@ TOLERANCES: Mapping[str, Tolerance] = {
 
 @dataclass(frozen=True)
 class ReloadReport:
-    """What the fresh process found. Differences are in nats, None where nothing recorded can be compared with (`notes`
-    says why); `worst` is the document with the largest of a token."""
+    """What the fresh process found. Differences are in nats; `worst` is the document with the largest of a token."""
 
     passed: bool
     problems: tuple[str, ...]
@@ -66,15 +65,14 @@ class ReloadReport:
     tokens: int
     tolerance_token: float
     tolerance_mean: float
-    max_difference: float | None
-    mean_difference: float | None
+    max_difference: float
+    mean_difference: float
     worst: str
     architecture: str
     generated: str
     new_tokens: int
     seconds: float
     versions: dict[str, str]
-    notes: tuple[str, ...] = ()
 
 
 def reload_and_score(
@@ -93,10 +91,10 @@ def reload_and_score(
     `recorded.meta` names. The folder's README.md must hold the load snippet: it is executed. timeout: seconds.
 
     Of a position encoding that changes with the length, no more tokens than a recorded pass has whose frequencies are
-    the ones of a short text. Without such a pass nothing is compared, which is announced and stands in the report.
+    the ones of a short text.
 
-    Raises UserError when the process fails, when a tensor is missing, unexpected or of another shape, when the class is
-    not one of transformers, or when losses differ by more than the dtype's tolerance.
+    Raises UserError when there is no such pass, when the process fails, when a tensor is missing, unexpected or of
+    another shape, when the class is not one of transformers, or when losses differ by more than the dtype's tolerance.
     """
     folder = Path(folder).absolute()
     dtype = dtype or str(recorded.meta.get("dtype"))
@@ -106,9 +104,7 @@ def reload_and_score(
     if not (folder / "README.md").is_file():
         raise UserError("the folder has no card", where=str(folder), fix="retrofit run RECIPE --from publish")
     snippet = with_model_id(snippet_of((folder / "README.md").read_text(encoding="utf-8")), str(folder))
-    tokens, losses, notes = _comparable(recorded, tokens)
-    for note in notes if progress else ():
-        progress.note(note)  # type: ignore[union-attr]
+    tokens, losses = _comparable(recorded, tokens)
     if progress:
         progress.start("reload in a fresh process", None, "document")
     with tempfile.TemporaryDirectory(prefix="reload-") as work:
@@ -132,7 +128,7 @@ def reload_and_score(
             fresh = [found[key] for key in sorted(ids)]
     if progress:
         progress.finish()
-    report = _compare(recorded.documents, fresh, losses, dtype, result, notes)
+    report = _compare(recorded.documents, fresh, losses, dtype, result)
     if not report.passed:
         listed = "".join(f"\n  - {problem}" for problem in report.problems)
         raise UserError(
@@ -143,27 +139,32 @@ def reload_and_score(
     return report
 
 
-def _comparable(recorded: TokenLosses, tokens: int) -> tuple[int, Sequence[np.ndarray] | None, tuple[str, ...]]:
-    """(tokens to score again, recorded losses of at least so many or None, notes).
+def _comparable(recorded: TokenLosses, tokens: int) -> tuple[int, Sequence[np.ndarray]]:
+    """(tokens to score again, recorded losses of at least so many).
 
     The child reads in chunks, and frequencies follow the highest position of each: beyond `static_until` no pass over a
-    whole length reads as it does.
+    whole length reads as it does. Raises UserError when no length up to there was scored.
     """
     if not recorded.by_length:
-        return tokens, recorded.losses, ()
+        return tokens, recorded.losses
     facts = recorded.meta["frequencies"]
     assert isinstance(facts, Mapping)
     until = int(facts["static_until"])
     inside = [length for length in recorded.by_length if length <= until]
-    if inside:
-        tokens = min(tokens, max(inside))
-        return tokens, recorded.at(tokens), ()
-    scored = ", ".join(f"{length:,}" for length in sorted(recorded.by_length))
-    note = (
-        f"losses were not compared after the reload: `{facts['rope_type']}` positions change beyond {until:,} tokens, "
-        f"and only {scored} were scored; add a length of at most {until:,} to `evaluate.lengths`"
+    if not inside:
+        raise nothing_to_compare(str(facts["rope_type"]), until)
+    tokens = min(tokens, max(inside))
+    return tokens, recorded.at(tokens)
+
+
+def nothing_to_compare(rope_type: str, until: int) -> UserError:
+    """Of positions that change beyond `until` tokens, when only longer texts are scored."""
+    return UserError(
+        f"`{rope_type}` positions change beyond {until:,} tokens, and nothing shorter is scored that the reloaded "
+        "checkpoint could be compared with",
+        where="evaluate.lengths",
+        fix=f"add a length of at most {until}",
     )
-    return min(tokens, until), None, (note,)
 
 
 def _run(job: Mapping[str, Any], work: Path, timeout: float | None) -> dict[str, Any]:
@@ -191,12 +192,11 @@ def _run(job: Mapping[str, Any], work: Path, timeout: float | None) -> dict[str,
 def _compare(
     documents: Sequence[str],
     fresh: Sequence[np.ndarray],
-    recorded: Sequence[np.ndarray] | None,
+    recorded: Sequence[np.ndarray],
     dtype: str,
     result: Mapping[str, Any],
-    notes: tuple[str, ...] = (),
 ) -> ReloadReport:
-    """fresh: losses of every document, which must be finite; recorded: as many or more; None: compare with nothing."""
+    """fresh: losses of every document; recorded: as many or more."""
     tolerance = TOLERANCES[dtype]
     problems = [f"{kind.replace('_', ' ')}: {', '.join(names)}" for kind, names in result["loading"].items() if names]
     if not result["stock"]:
@@ -204,16 +204,14 @@ def _compare(
     if result["new_tokens"] < 1:
         problems.append("the load snippet generated nothing")
     token, mean, worst = 0.0, 0.0, ""
-    for index, (name, new) in enumerate(zip(documents, fresh, strict=True)):
-        if not np.isfinite(new).all():
+    for name, new, all_old in zip(documents, fresh, recorded, strict=True):
+        old = np.asarray(all_old[: len(new)], np.float64)
+        assert len(old) == len(new) > 0, f"{name}: {len(new)} losses against {len(old)} recorded"
+        difference = np.asarray(new, np.float64) - old
+        if not np.isfinite(difference).all():
             problems.append(f"{name}: a loss is not finite")
             token, worst = float("inf"), name
             continue
-        if recorded is None:
-            continue
-        old = np.asarray(recorded[index][: len(new)], np.float64)
-        assert len(old) == len(new) > 0, f"{name}: {len(new)} losses against {len(old)} recorded"
-        difference = np.asarray(new, np.float64) - old
         if np.abs(difference).max() >= token:
             token, worst = float(np.abs(difference).max()), name
         mean = max(mean, abs(float(difference.mean())))
@@ -232,13 +230,12 @@ def _compare(
         tokens=sum(len(array) + 1 for array in fresh),
         tolerance_token=tolerance.token,
         tolerance_mean=tolerance.mean,
-        max_difference=None if recorded is None else token,
-        mean_difference=None if recorded is None else mean,
+        max_difference=token,
+        mean_difference=mean,
         worst=worst,
         architecture=result["architecture"],
         generated=result["generated"].strip(),
         new_tokens=result["new_tokens"],
         seconds=round(result["seconds"], 1),
         versions=result["versions"],
-        notes=notes,
     )

@@ -125,13 +125,11 @@ def _proof(proof: Mapping[str, Any] | None) -> str:
 def _reload(report: Mapping[str, Any] | None) -> str:
     if not report:
         return ""
-    loaded = "A fresh process with stock transformers, without this package, loaded the written checkpoint and scored "
-    if report.get("max_difference") is None:  # nothing recorded at a length it reads
-        return f"{loaded}text again. {' '.join(report.get('notes') or ())}"
     result = "within" if report.get("passed") else "MORE THAN"
     mean = report.get("mean_difference")
     return (
-        f"{loaded}the same tokens again: losses differ by at most {words.number(report.get('max_difference'))}"
+        "A fresh process with stock transformers, without this package, loaded the written checkpoint and scored the "
+        f"same tokens again: losses differ by at most {words.number(report.get('max_difference'))}"
         f"{'' if mean is None else f' (mean {words.number(mean)})'}, {result} the tolerance of "
         f"{words.plain(report.get('tolerance_token'))} for a token."
     )

@@ -177,3 +177,10 @@ def test_a_theta_left_to_the_class_is_refused_only_where_it_would_be_written(
     short = recipe(model=str(other), context=None, evaluate={"lengths": [64], "documents": 1, "text": ["python-docs"]})
     result = retrofit("run", short, "--out", out, "--dry-run")
     assert result.exit_code == 0 and "rope_theta is missing" in result.output
+
+
+def test_lengths_at_which_a_reloaded_model_cannot_be_compared(recipe: Recipe, out: Path) -> None:
+    longrope = {"factor": 2, "method": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    short = {"lengths": [600], "documents": 1, "tail": 16, "text": ["python-docs"]}
+    said = refused(out, recipe(context=longrope, evaluate=short, require={}))
+    assert "change beyond 512 tokens" in said and "at most 512" in said
