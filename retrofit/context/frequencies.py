@@ -14,6 +14,7 @@ import numpy as np
 
 from retrofit.context.fields import RopeView, as_dict, head_dim, original_length, rotary_dim, text_part, views
 from retrofit.errors import UserError
+from retrofit.model.spec import RopeSpec
 
 
 def base_frequencies(theta: float, dim: int) -> np.ndarray:
@@ -97,6 +98,13 @@ def frequencies(
     _, raw = text_part(as_dict(config))
     view = select(raw, layer_type)
     return compute(raw, view, tokens)
+
+
+def of_layer(config: object, rope: RopeSpec) -> np.ndarray:
+    """Inverse frequencies float64 [D/2] of one layer, radians per token, within the original window."""
+    _, raw = text_part(as_dict(config))
+    parameters = {"rope_theta": rope.theta, **rope.parameters, "rope_type": rope.rope_type}
+    return compute(raw, RopeView("rope_parameters", None, parameters))[0]
 
 
 def select(raw: Mapping[str, Any], layer_type: str | None) -> RopeView:

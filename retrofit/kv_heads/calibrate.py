@@ -22,8 +22,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from retrofit.checkpoint.read import Checkpoint
+from retrofit.context.frequencies import of_layer
 from retrofit.errors import UserError
 from retrofit.kv_heads import moments as moment_files
+from retrofit.kv_heads.folding import Turning
 from retrofit.kv_heads.grouping import best_groups
 from retrofit.kv_heads.measure import layer_moments
 from retrofit.kv_heads.merge import (
@@ -51,7 +53,7 @@ from retrofit.model.spec import AttentionSpec, LayerAttention
 if TYPE_CHECKING:
     from retrofit.console import Progress
 
-VERSION = 1  # of the work folder: raise it when the same inputs would give other bytes
+VERSION = 2  # of the work folder: raise it when the same inputs would give other bytes
 TOKENS_PER_COLUMN = 50  # a fit with fewer learns its calibration text
 # Where a norm or a multiplier stands between the output projection and the residual stream, the stream's error so far
 # cannot be written into the projection's target.
@@ -90,6 +92,7 @@ class CalibratedRun:
         autocast = torch.bfloat16 if multiplies_in_bfloat16(device) else None
         self._checkpoint, self._settings, self._dtype = checkpoint, settings, dtype
         self._device, self._progress = device, progress
+        self._config, self._turnings = config, dict[tuple[bytes, int], Turning]()
         self._spec, self._target_spec = describe(config), describe(target)
         self._batches, self._folds = text.batches(), text.folds()
         self.notes = [*text.notes, *_notes(self._spec, settings, text)]
@@ -234,9 +237,27 @@ class CalibratedRun:
         cost = group_cost(moments, weights, layer.rope, keys=calibrate_keys)
         groups = best_groups(layer.kv_heads, self._settings.kv_heads, cost)
         maps, lost = calibrated_maps(
-            moments, weights, groups, layer.rope, method=self._settings.method, keys=calibrate_keys
+            moments,
+            weights,
+            groups,
+            layer.rope,
+            method=self._settings.method,
+            keys=calibrate_keys,
+            turning=self._turning(layer),
         )
         return maps, lost, groups
+
+    def _turning(self, layer: LayerAttention) -> Turning | None:
+        """The rotations of a layer's keys, where pairs of them may share places: a norm fixes every head's magnitudes,
+        and merges for comparison know nothing of it."""
+        if layer.rope is None or layer.qk_norm is not None or self._settings.method is not CALIBRATED:
+            return None
+        frequencies = of_layer(self._config, layer.rope)
+        window = min(layer.window or self._spec.max_position_embeddings, self._spec.max_position_embeddings)
+        key = (frequencies.tobytes(), window)
+        if key not in self._turnings:
+            self._turnings[key] = Turning.over(frequencies, window)
+        return self._turnings[key]
 
     def _key(self, target: PretrainedConfig, text: CalibrationText, autocast: str) -> str:
         """Names everything that the work folder's bytes depend on. Weights are known by their headers and times here;

@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from retrofit.kv_heads.averaged import averaged_values, chosen_rows
-from retrofit.kv_heads.merge import rotary_indices
 from retrofit.kv_heads.moments import LayerMoments, MomentSums
 from retrofit.kv_heads.qk_norm import project, queries_and_keys
 from retrofit.kv_heads.stream import LayerRun
@@ -36,7 +35,7 @@ def layer_moments(
     single: those of a batch of one sequence. averaged_tokens: tokens whose attention patterns average the values, 0 for
     none.
     """
-    sums = MomentSums(layer.kv_heads, rotary_indices(layer.rope, layer.head_dim))
+    sums = MomentSums(layer.kv_heads)
     for i in range(len(batches)):
         x_BTC = hidden(i)
         a_TC = run.attention_input(x_BTC, kwargs(i)).flatten(0, 1)

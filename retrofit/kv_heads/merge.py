@@ -5,8 +5,9 @@ A merge of a layer is four stacks of D x D maps, one per old KV head h in group 
     shared key    k_g = sum_h key_encode_h k_h          query   q' = query_map_h q     (q reads head h)
     shared value  v_g = sum_h value_encode_h v_h        output  W_o' = W_o output_map_h
 
-`first` and `mean` are special cases; `calibrated` is the optimum under the moments (DESIGN of this project: weighted
-complex PCA per rotary pair, weighted real PCA for unrotated dims and jointly for values and output projection).
+`first` and `mean` are special cases; `calibrated` is the optimum under the moments: weighted complex PCA per rotary
+pair, from there the best map across pairs (`folding`), weighted real PCA for unrotated dims and jointly for values and
+output projection.
 
 Constant parts. Attention weights sum to 1, so a constant in the values leaves attention as a constant: where the
 output projection has a bias, values are merged about their mean and the bias takes what that loses. Unrotated key dims
@@ -26,12 +27,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from retrofit.kv_heads.folding import Turning, fold_keys
 from retrofit.kv_heads.moments import LayerMoments
 from retrofit.kv_heads.optimum import complex_pca, joint_pca, query_weight, weighted
 from retrofit.kv_heads.weights import LayerWeights
 from retrofit.model.spec import RopeSpec
 
 Groups = tuple[tuple[int, ...], ...]
+
+_LOSSLESS = 1e-4  # share of the scores' energy below which pairs keep to themselves: their merge is exact, a fit is not
 
 
 @dataclass(frozen=True)
@@ -127,25 +131,36 @@ def merge_keys(
     rope: RopeSpec | None,
     head_dim: int,
     method: MergeMethod = CALIBRATED,
+    turning: Turning | None = None,
 ) -> tuple[Tensor, Tensor, float, float]:
-    """Shared key of one group: key_encode, query_map [s, D, D], the lost and the whole energy of the scores."""
+    """Shared key of one group: key_encode, query_map [s, D, D], the lost and the whole energy of the scores.
+
+    turning: the rotations, where rotary pairs may share their places.
+    """
     x, y, rest = rotary_indices(rope, head_dim)
     index = torch.tensor(heads)
     encode = torch.zeros(len(heads), head_dim, head_dim, dtype=torch.float64)
     query = torch.zeros_like(encode)
     lost = whole = 0.0
     if len(x):
-        gram = moments.key_PKK[:, index][:, :, index]
-        energy = moments.query_energy_KP[index]
+        gram, energy = pair_moments(moments, heads, x, y)
         a, c, lost_P = method.pairs(gram, energy)
         for matrix, z in ((encode, a), (query, c.conj())):
             matrix[:, x, x] = matrix[:, y, y] = z.real
             matrix[:, x, y], matrix[:, y, x] = -z.imag, z.imag
         lost += float(lost_P.sum())
         whole += float((gram.diagonal(dim1=1, dim2=2).real * energy.T).sum())
+        if turning is not None and lost > _LOSSLESS * whole:
+            both = torch.cat((x, y))
+            rotary = both[:, None], both
+            gram_SRSR = moments.key_KDKD[index][:, :, index][:, both][..., both]
+            query_SRR = moments.query_KDD[index][:, *rotary]
+            start_SRR = encode[:, *rotary]
+            encode[:, *rotary], query[:, *rotary], lost, whole = fold_keys(gram_SRSR, query_SRR, start_SRR, turning)
+            lost, whole = 2 * lost, 2 * whole  # the energy of a complex number is twice that of its real part
     if len(rest):
         gram = rest_gram(moments, heads, rest)
-        e, d, lost_rest, whole_rest = method.unrotated(gram, moments.query_rest_KUU[index])
+        e, d, lost_rest, whole_rest = method.unrotated(gram, moments.query_KDD[index][:, rest[:, None], rest])
         encode[:, rest[:, None], rest] = e
         query[:, rest[:, None], rest] = d.mT
         # The rotated part sums |q|^2 |k|^2 over pairs, whose real part has half that energy on average.
@@ -153,11 +168,26 @@ def merge_keys(
     return encode, query, lost, whole
 
 
+def pair_moments(moments: LayerMoments, heads: tuple[int, ...], x_P: Tensor, y_P: Tensor) -> tuple[Tensor, Tensor]:
+    """Of some heads' rotary pairs as complex numbers: E[k_p k_p^H], [P, s, s], and E|q_p|^2, [s, P]."""
+    index = torch.tensor(heads)
+    gram = moments.key_KDKD[index][:, :, index]
+
+    def of(a_P: Tensor, b_P: Tensor) -> Tensor:
+        return gram[:, a_P, :, b_P]
+
+    energy_KD = moments.query_KDD[index].diagonal(dim1=1, dim2=2)
+    return torch.complex(of(x_P, x_P) + of(y_P, y_P), of(y_P, x_P) - of(x_P, y_P)), energy_KD[:, x_P] + energy_KD[
+        :, y_P
+    ]
+
+
 def rest_gram(moments: LayerMoments, heads: tuple[int, ...], rest_U: Tensor) -> Tensor:
     """Covariance of the unrotated dims of some heads' keys, [s U, s U]."""
     index = torch.tensor(heads)
     mean = moments.key_mean_KD[index][:, rest_U].flatten()
-    return moments.key_rest[index][:, :, index].flatten(2, 3).flatten(0, 1) - torch.outer(mean, mean)
+    gram = moments.key_KDKD[index][:, :, index][:, rest_U][..., rest_U]
+    return gram.flatten(2, 3).flatten(0, 1) - torch.outer(mean, mean)
 
 
 def merge_values(
@@ -196,10 +226,11 @@ def calibrated_maps(
     *,
     method: MergeMethod = CALIBRATED,
     keys: bool = True,
+    turning: Turning | None = None,
 ) -> tuple[HeadMaps, MergeCost]:
     """Maps of all groups: by default the optimum for keys and for values and output projection.
 
-    `keys=False` keeps mean pooling for the keys.
+    `keys=False` keeps mean pooling for the keys. turning: as in `merge_keys`.
     """
     kv_heads, head_dim, _ = weights.k_KDC.shape
     maps = mean_maps(kv_heads, len(groups), head_dim)
@@ -210,7 +241,8 @@ def calibrated_maps(
     for heads in groups:
         index = list(heads)
         if keys:
-            stacks[0][index], stacks[1][index], lost, whole = merge_keys(moments, heads, rope, head_dim, method)
+            key, query, lost, whole = merge_keys(moments, heads, rope, head_dim, method, turning)
+            stacks[0][index], stacks[1][index] = key, query
             lost_k, whole_k = lost_k + lost, whole_k + whole
         encode, output, lost, whole = merge_values(moments, heads, metric, centred=centred, method=method)
         stacks[2][index], stacks[3][index] = encode, output
@@ -228,21 +260,23 @@ def group_cost(
 ) -> Callable[[tuple[int, ...]], float]:
     """Predicted cost of one group, as a share of the layer's energy: keys and values add up.
 
-    The same numbers as `merge_keys` and `merge_values` give, in fp32 and from eigenvalues alone, because a search for
-    groups asks for hundreds.
+    The same numbers as `merge_keys` (per rotary pair; folding only lowers them) and `merge_values` give, in fp32 and
+    from eigenvalues alone, because a search for groups asks for hundreds.
     """
     kv_heads, head_dim, _ = weights.k_KDC.shape
     everyone = tuple(range(kv_heads))
-    x, _, rest = rotary_indices(rope, head_dim)
+    x, y, rest = rotary_indices(rope, head_dim)
     gram, _ = value_gram(moments, everyone, centred=weights.o_bias_C is not None)
     values = weighted(gram, output_metric(weights))
     pairs_PKK = torch.zeros(0, kv_heads, kv_heads)
     unrotated = torch.zeros(0, 0)
     if keys and len(x):
-        weight_PK = query_weight(moments.query_energy_KP)
-        pairs_PKK = (weight_PK[:, :, None] * moments.key_PKK * weight_PK[:, None, :]).to(torch.complex64)
+        key_PKK, energy_KP = pair_moments(moments, everyone, x, y)
+        weight_PK = query_weight(energy_KP)
+        pairs_PKK = (weight_PK[:, :, None] * key_PKK * weight_PK[:, None, :]).to(torch.complex64)
     if keys and len(rest):
-        unrotated = 2 * weighted(rest_gram(moments, everyone, rest), moments.query_rest_KUU).float()
+        query_KUU = moments.query_KDD[:, rest[:, None], rest]
+        unrotated = 2 * weighted(rest_gram(moments, everyone, rest), query_KUU).float()
     whole_k = float(pairs_PKK.diagonal(dim1=1, dim2=2).real.sum() + unrotated.trace())
     values = (values / values.trace().clamp_min(1e-300)).float()
 

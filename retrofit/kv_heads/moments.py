@@ -3,7 +3,7 @@
 They are kept on disk, a file a layer (`save`, `load`, `saved`), so that every grouping, every number of KV heads and
 every predicted cost is arithmetic without the model.
 
-Legend: T tokens, H query heads, K KV heads, D head dim, P rotary pairs, U unrotated dims.
+Legend: T tokens, H query heads, K KV heads, D head dim.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ _FILE = re.compile(r"^layer-(\d{3,})\.safetensors$")
 class LayerMoments:
     """Means over tokens, float64.
 
-    key_PKK: complex E[k_p k_p^H] over KV heads, per rotary pair. query_energy_KP: E|q_p|^2 summed over the query
-    heads that read KV head k. key_rest [K, U, K, U] and query_rest_KUU: the same for dims that RoPE leaves alone.
-    value_KDKD: E[v v^T] over all KV heads. key_mean_KD, value_mean_KD: E[k], E[v]. stream_energy: mean over tokens of
-    mean(h^2) of the residual stream that enters the layer, stream_quantiles: its STREAM_QUANTILES over tokens (None
-    and () where the stream was not given).
+    key_KDKD, value_KDKD: E[k k^T], E[v v^T] over all KV heads. query_KDD: E[q q^T] summed over the query heads that
+    read each KV head. key_mean_KD, value_mean_KD: E[k], E[v]. stream_energy: mean over tokens of mean(h^2) of the
+    residual stream that enters the layer, stream_quantiles: its STREAM_QUANTILES over tokens (None and () where the
+    stream was not given).
 
     averaged_KDKD: the values' Gram after attention, E over tokens and query heads of (A_h v)(A_h v)^T for all KV
     heads' v jointly, A_h the attention pattern of query head h; of `averaged_tokens` tokens. averaged_mean_KD: the mean
@@ -43,10 +42,8 @@ class LayerMoments:
     """
 
     tokens: int
-    key_PKK: Tensor
-    query_energy_KP: Tensor
-    key_rest: Tensor
-    query_rest_KUU: Tensor
+    key_KDKD: Tensor
+    query_KDD: Tensor
     value_KDKD: Tensor
     key_mean_KD: Tensor
     value_mean_KD: Tensor
@@ -70,9 +67,8 @@ class LayerMoments:
 class MomentSums:
     """Adds up the moments of a layer from chunks of tokens."""
 
-    def __init__(self, kv_heads: int, indices: tuple[Tensor, Tensor, Tensor]) -> None:
+    def __init__(self, kv_heads: int) -> None:
         self._kv_heads = kv_heads
-        self._x, self._y, self._rest = indices
         self._tokens = 0
         self._sums: list[Tensor] | None = None
         self._energies: list[Tensor] = []
@@ -82,16 +78,11 @@ class MomentSums:
 
     def add(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, stream_TC: Tensor | None = None) -> None:
         """Add a chunk. Chunks are multiplied in fp32 and summed in fp64. stream: the residual stream."""
-        q_TKSD = q_THD.float().unflatten(1, (self._kv_heads, -1))
+        q = q_THD.float().unflatten(1, (self._kv_heads, -1)).permute(1, 0, 2, 3).flatten(1, 2)
         k, v = k_TKD.float(), v_TKD.float()
-        k_PKT = torch.complex(k[..., self._x], k[..., self._y]).permute(2, 1, 0)
-        k_rest = k[..., self._rest].flatten(1)
-        q_rest = q_TKSD[..., self._rest].permute(1, 0, 2, 3).flatten(1, 2)
         parts = [  # what follows is arithmetic on the CPU, wherever the model runs
-            (k_PKT @ k_PKT.mH).to("cpu", torch.complex128),
-            (q_TKSD[..., self._x].square() + q_TKSD[..., self._y].square()).sum((0, 2)).double().cpu(),
-            (k_rest.T @ k_rest).double().cpu(),
-            (q_rest.mT @ q_rest).double().cpu(),
+            (k.flatten(1).T @ k.flatten(1)).double().cpu(),
+            (q.mT @ q).double().cpu(),
             (v.flatten(1).T @ v.flatten(1)).double().cpu(),
             k.sum(0).double().cpu(),
             v.sum(0).double().cpu(),
@@ -114,27 +105,25 @@ class MomentSums:
     def finish(self, layer: int) -> LayerMoments:
         """Raises UserError where a moment is not finite (the weights or the text gave NaN or infinity)."""
         assert self._sums is not None, "no tokens were added"
-        key, energy, key_rest, query_rest, value, key_mean, value_mean = (s / self._tokens for s in self._sums)
-        named = [("keys", key), ("queries", energy), ("keys", key_rest), ("queries", query_rest), ("values", value)]
+        key, query, value, key_mean, value_mean = (s / self._tokens for s in self._sums)
+        named = [("keys", key), ("queries", query), ("values", value)]
         if self._averaged is not None:
             named.append(("averaged values", self._averaged))
         for name, tensor in named:
-            if not bool(torch.isfinite(torch.view_as_real(tensor) if tensor.is_complex() else tensor).all()):
+            if not bool(torch.isfinite(tensor).all()):
                 raise UserError(
                     f"the {name} of the calibration pass are not finite",
                     where=f"layer {layer}",
                     fix="check the checkpoint for NaN weights (`retrofit inspect MODEL`), or calibrate on other text",
                 )
-        k, u = self._kv_heads, len(self._rest)
+        k = self._kv_heads
         d = value.shape[0] // k
         energies = torch.cat(self._energies).double() if self._energies else None
         averaged, averaged_mean = (None, None) if self._averaged is None else self._blended(value, value_mean.flatten())
         return LayerMoments(
             tokens=self._tokens,
-            key_PKK=key,
-            query_energy_KP=energy,
-            key_rest=key_rest.reshape(k, u, k, u),
-            query_rest_KUU=query_rest,
+            key_KDKD=key.reshape(k, d, k, d),
+            query_KDD=query,
             value_KDKD=value.reshape(k, d, k, d),
             key_mean_KD=key_mean,
             value_mean_KD=value_mean,
@@ -171,10 +160,8 @@ def save(folder: str | Path, index: int, moments: LayerMoments) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     averaged = moments.averaged_KDKD
     tensors = {
-        "key": torch.view_as_real(moments.key_PKK),
-        "query_energy": moments.query_energy_KP,
-        "key_rest": _packed(moments.key_rest),
-        "query_rest": moments.query_rest_KUU,
+        "key": _packed(moments.key_KDKD),
+        "query": moments.query_KDD,
         "value": _packed(moments.value_KDKD),
         "key_mean": moments.key_mean_KD,
         "value_mean": moments.value_mean_KD,
@@ -227,14 +214,11 @@ def saved(folder: str | Path) -> tuple[int, ...]:
 
 def _moments(stored: Mapping[str, Tensor], facts: Mapping[str, object]) -> LayerMoments:
     k, d = stored["key_mean"].shape
-    u = stored["query_rest"].shape[1]
     averaged = stored.get("averaged")
     moments = LayerMoments(
         tokens=0,
-        key_PKK=torch.view_as_complex(stored["key"]),
-        query_energy_KP=stored["query_energy"],
-        key_rest=_unpacked(stored["key_rest"], k, u),
-        query_rest_KUU=stored["query_rest"],
+        key_KDKD=_unpacked(stored["key"], k, d),
+        query_KDD=stored["query"],
         value_KDKD=_unpacked(stored["value"], k, d),
         key_mean_KD=stored["key_mean"],
         value_mean_KD=stored["value_mean"],

@@ -60,7 +60,7 @@ def test_biases_go_through_the_maps_exactly(family: str) -> None:
         slots = ((w.q_HDC, w.q_bias_HD), (w.k_KDC, w.k_bias_KD), (w.v_KDC, w.v_bias_KD))
         return tuple(torch.einsum("tc,hdc->thd", a, m) + (0 if b is None else b) for m, b in slots)
 
-    sums = MomentSums(4, rotary_indices(layer.rope, layer.head_dim))
+    sums = MomentSums(4)
     sums.add(*projected(weights))
     groups = ((0, 3), (1, 2))
     maps, _ = calibrated_maps(sums.finish(0), weights, groups, layer.rope)
@@ -90,10 +90,10 @@ def test_a_constant_costs_nothing_where_a_bias_holds_it() -> None:
     rope = RopeSpec("default", 1e4, 2)
 
     def lost(weights: LayerWeights, k: torch.Tensor, v: torch.Tensor) -> tuple[float, float]:
-        sums = MomentSums(2, rotary_indices(rope, 4))
+        sums = MomentSums(2)
         sums.add(q, k - k.mean(0), v - v.mean(0))
         whole = calibrated_maps(sums.finish(0), plain, ((0, 1),), rope)[1]
-        sums = MomentSums(2, rotary_indices(rope, 4))
+        sums = MomentSums(2)
         sums.add(q, k - k.mean(0) + shift * torch.tensor([0.0, 0, 1, 1]), v - v.mean(0) + shift)
         shifted = calibrated_maps(sums.finish(0), weights, ((0, 1),), rope)[1]
         assert whole.keys is not None and shifted.keys is not None

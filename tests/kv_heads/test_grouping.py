@@ -14,7 +14,6 @@ from retrofit.kv_heads.merge import (
     merge_keys,
     merge_values,
     output_metric,
-    rotary_indices,
 )
 from retrofit.kv_heads.moments import LayerMoments, MomentSums
 from retrofit.kv_heads.weights import LayerWeights
@@ -54,7 +53,7 @@ def layer(heads: int, head_dim: int, families: int, rope: RopeSpec | None) -> tu
         torch.randn(heads, head_dim, width) + 1.5 * torch.randn(families, head_dim, width)[member] for _ in "qkv"
     )
     bias = torch.randn(heads, head_dim)
-    sums = MomentSums(heads, rotary_indices(rope, head_dim))
+    sums = MomentSums(heads)
     sums.add(*(torch.einsum("tc,kdc->tkd", stream, w) + bias for w in (q, k, v)))
     return sums.finish(0), LayerWeights(q, k, v, torch.randn(width, heads, head_dim), o_bias_C=torch.zeros(width))
 

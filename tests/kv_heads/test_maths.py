@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from retrofit.errors import UserError
-from retrofit.kv_heads.merge import rotary_indices
+from retrofit.kv_heads.merge import pair_moments, rest_gram, rotary_indices
 from retrofit.kv_heads.moments import MomentSums
 from retrofit.kv_heads.optimum import complex_pca, joint_pca
 from retrofit.kv_heads.refit import RidgeSums, refit
@@ -79,18 +79,19 @@ def test_pairs_follow_the_pairing() -> None:
 def test_moments_match_their_formula_in_any_chunking() -> None:
     t, h, k, d = 60, 4, 2, 6
     q, key, v = torch.randn(t, h, d), torch.randn(t, k, d), torch.randn(t, k, d)
-    indices = rotary_indices(RopeSpec("default", 1e4, rotary_dim=4), d)
-    sums = MomentSums(k, indices)
+    x, y, rest = rotary_indices(RopeSpec("default", 1e4, rotary_dim=4), d)
+    sums = MomentSums(k)
     for part in (slice(0, 7), slice(7, 60)):
         sums.add(q[part], key[part], v[part])
     moments = sums.finish(0)
     kappa = torch.complex(key[..., :2], key[..., 2:4])
     expected = torch.einsum("tkp,tlp->pkl", kappa, kappa.conj()) / t
-    assert torch.allclose(moments.key_PKK, expected.to(torch.complex128), atol=1e-5)
+    key_PKK, energy_KP = pair_moments(moments, (0, 1), x, y)
+    assert torch.allclose(key_PKK, expected.to(torch.complex128), atol=1e-5)
     energy = torch.stack([(q[:, 2 * i : 2 * i + 2, :4].unflatten(-1, (2, 2)) ** 2).sum((1, 2)).mean(0) for i in (0, 1)])
-    assert torch.allclose(moments.query_energy_KP, energy.double(), atol=1e-5)
-    rest = key[..., 4:]
-    assert torch.allclose(moments.key_rest, torch.einsum("tku,tlw->kulw", rest, rest).double() / t, atol=1e-5)
+    assert torch.allclose(energy_KP, energy.double(), atol=1e-5)
+    unrotated = key[..., 4:].flatten(1).double()
+    assert torch.allclose(rest_gram(moments, (0, 1), rest), unrotated.T.cov(correction=0), atol=1e-5)
     assert torch.allclose(moments.value_KDKD, torch.einsum("tku,tlw->kulw", v, v).double() / t, atol=1e-5)
     assert moments.tokens == t
 
@@ -98,7 +99,7 @@ def test_moments_match_their_formula_in_any_chunking() -> None:
 @pytest.mark.parametrize("rope", [None, RopeSpec("default", 10_000.0, 2)])
 @pytest.mark.parametrize("broken", ["queries", "keys", "values"])
 def test_moments_that_are_not_finite_are_a_user_error_naming_the_layer(rope: RopeSpec | None, broken: str) -> None:
-    sums = MomentSums(1, rotary_indices(rope, 2))
+    sums = MomentSums(1)
     sums.add(*(torch.full((3, 1, 2), torch.nan if name == broken else 1.0) for name in ("queries", "keys", "values")))
     with pytest.raises(UserError, match=f"{broken} of the calibration pass are not finite") as caught:
         sums.finish(7)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from retrofit.errors import UserError
-from retrofit.kv_heads.merge import apply_maps, calibrated_maps, group_cost, rotary_indices
+from retrofit.kv_heads.merge import apply_maps, calibrated_maps, group_cost
 from retrofit.kv_heads.moments import LayerMoments, MomentSums, load, save, saved
 from retrofit.kv_heads.weights import LayerWeights
 from retrofit.model.spec import RopeSpec
@@ -22,7 +22,7 @@ def sums_of(tokens: int = T, seed: int = 0) -> tuple[MomentSums, tuple[torch.Ten
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(tokens, heads, D, generator=generator) + 0.3 for heads in (H, K, K))
     stream = torch.randn(tokens, 16, generator=generator) * torch.rand(tokens, 1, generator=generator) * 9
-    sums = MomentSums(K, rotary_indices(ROPE, D))
+    sums = MomentSums(K)
     for part in (slice(0, 7), slice(7, tokens)):
         sums.add(q[part], k[part], v[part], stream[part])
     return sums, (q, k, v, stream)
@@ -111,7 +111,7 @@ def test_moments_that_are_missing_or_torn_are_user_errors(tmp_path: Path) -> Non
 def repeated(tokens: int) -> LayerMoments:
     """Grams of rank one, from one token only (and averaged values of none at all)."""
     sums, (q, k, v, _) = sums_of(8)
-    sums = MomentSums(K, rotary_indices(ROPE, D))
+    sums = MomentSums(K)
     sums.add(*(tensor[:1].expand(tokens, -1, -1) for tensor in (q, k, v)))
     return sums.finish(0)
 
@@ -134,7 +134,7 @@ def test_a_gram_of_rank_one_merges_without_loss_and_with_finite_weights() -> Non
 
 
 def test_moments_of_nothing_but_zeros_still_merge() -> None:
-    sums = MomentSums(K, rotary_indices(ROPE, D))
+    sums = MomentSums(K)
     sums.add(torch.zeros(5, H, D), torch.zeros(5, K, D), torch.zeros(5, K, D))
     maps, _ = calibrated_maps(sums.finish(0), weights(), ((0, 1),), ROPE)
     assert all(tensor.isfinite().all() for tensor in vars(maps).values())

@@ -12,7 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from retrofit.errors import UserError
-from retrofit.kv_heads.merge import rotary_indices
 from retrofit.kv_heads.moments import LayerMoments, MomentSums, load, save, saved
 from retrofit.kv_heads.price import Measured, fit_curve, layer_costs, probe_counts
 from retrofit.kv_heads.survey import survey
@@ -43,7 +42,7 @@ def weights() -> LayerWeights:
 
 
 def moments() -> LayerMoments:
-    sums = MomentSums(K, rotary_indices(ROPE, D))
+    sums = MomentSums(K)
     sums.add(*tokens())
     return sums.finish(3)
 

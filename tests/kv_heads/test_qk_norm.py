@@ -132,7 +132,7 @@ def fit(
 ) -> tuple[Any, ...]:
     _, layer, weights = layer_of(family, edit)
     chunks = inputs(tokens, 60)
-    sums = MomentSums(4, rotary_indices(layer.rope, layer.head_dim))
+    sums = MomentSums(4)
     for held_out, a in chunks():
         if not held_out:
             sums.add(*queries_and_keys(a, weights, layer), project(a, weights.v_KDC, weights.v_bias_KD))
