@@ -5,7 +5,9 @@ torch and transformers are imported by the functions, not by this module: `retro
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -544,4 +546,6 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
 
 def main() -> None:
     """Entry point of the `retrofit` command."""
+    # Else Python goes through every object of torch and transformers once more before it ends, for a second.
+    atexit.register(gc.freeze)
     app()

@@ -47,12 +47,10 @@ def averaged_values(
                 v_KDC=weights.v_KDC.roll(-roll, 0),
                 v_bias_KD=None if v_bias is None else v_bias.roll(-roll, 0),
             )
-            tensors = write_layer(rolled, layer)
-            run.load({name: tensors[name] for name in names})
+            run.load(write_layer(rolled, layer, names))
             out_TN = run.head_outputs(hidden_TC[None], kwargs)[0, ::step]
             seen[:, torch.arange(heads), (reads + roll) % kv_heads] = out_TN.unflatten(1, (heads, head_dim))
-        tensors = write_layer(weights, layer)
-        run.load({name: tensors[name] for name in names})
+        run.load(write_layer(weights, layer, names))
         yield seen
 
 

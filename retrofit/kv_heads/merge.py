@@ -102,13 +102,6 @@ def mean_maps(kv_heads: int, groups: int, head_dim: int) -> HeadMaps:
     return HeadMaps(pooled, eye, pooled, eye, eye.new_zeros(kv_heads, head_dim))
 
 
-def first_maps(kv_heads: int, groups: int, head_dim: int) -> HeadMaps:
-    """The first KV head of each group stands for the group."""
-    eye = torch.eye(head_dim, dtype=torch.float64).expand(kv_heads, -1, -1)
-    keep = (torch.arange(kv_heads) % (kv_heads // groups) == 0).double()[:, None, None]
-    return HeadMaps(eye * keep, eye, eye * keep, eye, eye.new_zeros(kv_heads, head_dim))
-
-
 def rotary_indices(rope: RopeSpec | None, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Dims (x_P, y_P, rest_U): pair i is the complex number x_i + j y_i; the rest is not rotated."""
     rotary = 0 if rope is None else rope.rotary_dim

@@ -1,28 +1,34 @@
 """Methods that look at weights alone: each changed tensor is computed when the writer comes to it, and not kept.
 
 A layer is read without the tensors that pooling leaves alone, so the cost is that of its keys and values.
+
+Legend: K KV heads, G groups, S heads of a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.kv_heads.merge import HeadMaps, apply_maps, contiguous_groups, first_maps, mean_maps
-from retrofit.kv_heads.weights import read_layer, write_layer
+from retrofit.kv_heads.heap import give_back
+from retrofit.kv_heads.weights import LayerWeights, read_layer, write_layer
 from retrofit.model.spec import AttentionSpec, LayerAttention
 
-PoolingMaps = Callable[[int, int, int], HeadMaps]
+Shares = Callable[[int], Sequence[float]]
 
-# (KV heads, groups, head dim) to maps that leave queries, output projection and the order of heads as they are.
-POOLING: Mapping[str, PoolingMaps] = {"first": first_maps, "mean": mean_maps}
+# Heads of a group to the share that each has in the new one. Mean pooling: GQA, arXiv 2305.13245, section 2.1.
+POOLING: Mapping[str, Shares] = {
+    "first": lambda size: (1.0, *(0.0,) * (size - 1)),
+    "mean": lambda size: (1 / size,) * size,
+}
 
 
 def pooled_tensors(
-    checkpoint: Checkpoint, spec: AttentionSpec, target: AttentionSpec, maps: PoolingMaps, kv_heads: int
+    checkpoint: Checkpoint, spec: AttentionSpec, target: AttentionSpec, shares: Shares, kv_heads: int
 ) -> dict[str, Callable[[], Tensor]]:
     """{changed tensor: what makes it}. A layer's tensors are made together, and kept until another layer is asked
     for (they may lie in several shards)."""
@@ -32,7 +38,8 @@ def pooled_tensors(
     def make(layer: LayerAttention, name: str) -> Tensor:
         if layer.index not in last:
             last.clear()
-            last[layer.index] = _pooled(checkpoint, layer, target.layers[layer.index], maps, kv_heads)
+            give_back()
+            last[layer.index] = _pooled(checkpoint, layer, target.layers[layer.index], shares, kv_heads)
         return last[layer.index][name]
 
     for layer in spec.layers:
@@ -52,7 +59,7 @@ def _changed(layer: LayerAttention, kv_heads: int) -> list[str]:
 
 
 def _pooled(
-    checkpoint: Checkpoint, layer: LayerAttention, target: LayerAttention, maps: PoolingMaps, kv_heads: int
+    checkpoint: Checkpoint, layer: LayerAttention, target: LayerAttention, shares: Shares, kv_heads: int
 ) -> dict[str, Tensor]:
     changed = _changed(layer, kv_heads)
     unread = {slot.name for slot in (layer.q, layer.o) if slot.name not in changed}
@@ -70,9 +77,31 @@ def _pooled(
         of_model_width = (name == layer.q.name) == (name in transposed)  # the side that is no head's
         return torch.empty((0, columns) if of_model_width else (rows, 0))
 
-    weights = read_layer(read, layer)
-    merged = apply_maps(
-        weights, maps(layer.kv_heads, kv_heads, layer.head_dim), contiguous_groups(layer.kv_heads, kv_heads)
-    )
-    tensors = write_layer(merged, target)
+    tensors = write_layer(pool(read_layer(read, layer), shares(layer.kv_heads // kv_heads)), target)
     return {name: tensors[name] for name in changed}
+
+
+def pool(weights: LayerWeights, share_S: Sequence[float]) -> LayerWeights:
+    """Each group of len(share_S) neighbouring KV heads as one; norm weights of keys are averaged."""
+    k_norm, key, value = weights.k_norm_KD, _pool(weights.k_KDC, share_S), _pool(weights.v_KDC, share_S)
+    assert key is not None and value is not None
+    return replace(
+        weights,
+        k_KDC=key,
+        v_KDC=value,
+        k_bias_KD=_pool(weights.k_bias_KD, share_S),
+        v_bias_KD=_pool(weights.v_bias_KD, share_S),
+        k_norm_KD=None if k_norm is None else k_norm.unflatten(0, (-1, len(share_S))).mean(1),
+    )
+
+
+def _pool(tensor: Tensor | None, share_S: Sequence[float]) -> Tensor | None:
+    """[K, ...] to [G, ...], summed in float64; a group at a time, which stays in the processor's cache."""
+    if tensor is None:
+        return None
+    groups = tensor.unflatten(0, (-1, len(share_S)))
+    pooled = tensor.new_empty(len(groups), *tensor.shape[1:])
+    for new, heads in zip(pooled, groups, strict=True):
+        weighted = torch.stack([head.double().mul_(share) for share, head in zip(share_S, heads, strict=True)])
+        new.copy_(weighted.sum(0))
+    return pooled

@@ -54,11 +54,13 @@ class RidgeSums:
             float(weight_T.sum(dtype=torch.float64)),
         )
 
-    def error(self, w_CN: Tensor) -> float:
-        """Weighted mean squared error of `w` on these tokens: tr(W G W^T) - 2 tr(W C^T) + energy, per unit of
-        weight."""
-        fitted = float(((w_CN @ self.gram_NN) * w_CN).sum()) - 2 * float((w_CN * self.cross_CN).sum())
-        return max(fitted + self.energy, 0.0) / self.weight
+    def residual(self, w_CN: Tensor) -> Tensor:
+        """C - W G, what the gradient of the squared error is made of."""
+        return self.cross_CN - w_CN @ self.gram_NN
+
+    def squared_error(self, w_CN: Tensor, residual_CN: Tensor) -> float:
+        """Weighted squared error of `w` on these tokens, whose residual is R: energy - tr(W (C + R)^T)."""
+        return max(self.energy - float((w_CN * (self.cross_CN + residual_CN)).sum()), 0.0)
 
 
 @dataclass(frozen=True)
@@ -77,23 +79,45 @@ class Ridge:
     held_out_after: float
 
 
-def _steps(sums: RidgeSums, start_CN: Tensor) -> list[Tensor]:
-    """W - W_0 of the ridge for each of LAMBDAS, from one eigendecomposition, fp32."""
-    values, vectors = torch.linalg.eigh(sums.gram_NN)
-    values = values.clamp_min(0)
-    scale = values.mean().clamp_min(1e-300)
-    residual = ((sums.cross_CN - start_CN @ sums.gram_NN) @ vectors).float()
-    basis = vectors.T.float().contiguous()
-    return [(residual / (values + lam * scale).float()) @ basis for lam in LAMBDAS]
+@dataclass(frozen=True)
+class _Solution:
+    """The ridge for every lambda at once, from one eigendecomposition G = V diag(e) V^T:
 
+    W - W_0 = A diag(d) V^T,   A = (C - W_0 G) V,   d = 1 / (e + lambda mean(e)).
+    """
 
-def _ratios(steps: list[Tensor], held_out: RidgeSums, start_CN: Tensor) -> Tensor:
-    """Error on `held_out` after each step over the error at the start, [lambdas]."""
-    gram = held_out.gram_NN.float()
-    residual = (held_out.cross_CN - start_CN @ held_out.gram_NN).float()
-    before = max(held_out.error(start_CN) * held_out.weight, 1e-300)
-    gains = [float(((step @ gram) * step).sum()) - 2 * float((step * residual).sum()) for step in steps]
-    return (1 + torch.tensor(gains, dtype=torch.float64) / before).clamp_min(1e-12)
+    values_N: Tensor
+    vectors_NN: Tensor
+    residual_CN: Tensor  # A, fp32
+
+    @classmethod
+    def of(cls, sums: RidgeSums, start_CN: Tensor) -> _Solution:
+        values, vectors = torch.linalg.eigh(sums.gram_NN)
+        return cls(values.clamp_min(0), vectors, (sums.residual(start_CN) @ vectors).float())
+
+    def damped(self, strength: float) -> Tensor:
+        """Eigenvalues and lambda, [N]."""
+        return self.values_N + strength * self.values_N.mean().clamp_min(1e-300)
+
+    def step(self, strength: float) -> Tensor:
+        """W - W_0, fp32."""
+        return (self.residual_CN / self.damped(strength).float()) @ self.vectors_NN.T.float()
+
+    def on_unseen(self, held_out: RidgeSums, start_CN: Tensor) -> tuple[float, Tensor]:
+        """Squared error on `held_out` at the start, as a share of its target's energy, and for each of LAMBDAS what
+        part of it the step leaves.
+
+        With S the step and R the start's residual there, tr(S G S^T) = d^T (V^T G V * A^T A) d and
+        tr(S R^T) = d . colsum(A * R V): no step is written out.
+        """
+        vectors, a_CN = self.vectors_NN.float(), self.residual_CN
+        residual_CN = held_out.residual(start_CN)
+        before = held_out.squared_error(start_CN, residual_CN)
+        linear_N = (a_CN * (residual_CN.float() @ vectors)).sum(0, dtype=torch.float64)
+        square_NN = (vectors.T @ (held_out.gram_NN.float() @ vectors)).mul_(a_CN.T @ a_CN).double()
+        inverse_LN = torch.stack([1 / self.damped(strength) for strength in LAMBDAS])
+        gain_L = ((inverse_LN @ square_NN) * inverse_LN).sum(1) - 2 * inverse_LN @ linear_N
+        return before / max(held_out.energy, 1e-300), (1 + gain_L / max(before, 1e-300)).clamp_min(1e-12)
 
 
 def _total(parts: list[RidgeSums]) -> RidgeSums:
@@ -110,13 +134,15 @@ def refit(sums: Mapping[tuple[str, int], RidgeSums], start_CN: Tensor) -> Ridge:
     assert len(parts) >= 2, "a repair is never accepted on the text it was fitted on"
     unseen_text, unseen_kind, before = [], [], []
     for part in parts:
-        steps = _steps(_total([s for (_, p), s in sums.items() if p != part]), start_CN)
+        trial = _Solution.of(_total([s for (_, p), s in sums.items() if p != part]), start_CN)
         for held_out in (s for (_, p), s in sums.items() if p == part):
-            unseen_text.append(_ratios(steps, held_out, start_CN))
-            before.append(held_out.error(start_CN) * held_out.weight / max(held_out.energy, 1e-300))
+            at_start, ratio_L = trial.on_unseen(held_out, start_CN)
+            before.append(at_start)
+            unseen_text.append(ratio_L)
     for kind in kinds if len(kinds) > 1 else []:
-        steps = _steps(_total([s for (k, _), s in sums.items() if k != kind]), start_CN)
-        unseen_kind.append(_ratios(steps, _total([s for (k, _), s in sums.items() if k == kind]), start_CN))
+        trial = _Solution.of(_total([s for (k, _), s in sums.items() if k != kind]), start_CN)
+        held_out = _total([s for (k, _), s in sums.items() if k == kind])
+        unseen_kind.append(trial.on_unseen(held_out, start_CN)[1])
     within = torch.stack(unseen_text)
     helps = torch.cat([within, *(r[None] for r in unseen_kind)]).amax(0) < 1.0
     share = sum(before) / len(before)
@@ -124,5 +150,5 @@ def refit(sums: Mapping[tuple[str, int], RidgeSums], start_CN: Tensor) -> Ridge:
         return Ridge(start_CN, False, None, share, share)
     best = int(within.log().mean(0).masked_fill(~helps, torch.inf).argmin())
     after = sum(b * float(r) for b, r in zip(before, within[:, best], strict=True)) / len(before)
-    step = _steps(_total(list(sums.values())), start_CN)[best]
+    step = _Solution.of(_total(list(sums.values())), start_CN).step(LAMBDAS[best])
     return Ridge(start_CN + step, True, LAMBDAS[best], share, after)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from retrofit.kernels import registry
+from retrofit.kv_heads.heap import give_back
 from retrofit.model.families.experts import EXPERTS
 from retrofit.model.spec import AttentionSpec
 
@@ -135,6 +136,7 @@ class LayerStream:
             yield LayerRun(self, module, self._spec, index)
         finally:
             _free(module)
+            give_back()
 
 
 class LayerRun:

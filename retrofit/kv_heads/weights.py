@@ -5,7 +5,7 @@ Legend: H query heads, K KV heads, D head dim, C model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -106,12 +106,17 @@ def read_layer(read: Reader, layer: LayerAttention) -> LayerWeights:
     )
 
 
-def write_layer(weights: LayerWeights, layer: LayerAttention) -> dict[str, Tensor]:
-    """Stored tensors of a layer by name. Fused tensors are put together again in the order of their rows."""
+def write_layer(
+    weights: LayerWeights, layer: LayerAttention, names: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """Stored tensors of a layer by name. Fused tensors are put together again in the order of their rows.
+
+    names: what to write, everything by default.
+    """
     parts: dict[str, list[tuple[TensorSlot, Tensor]]] = {}
 
     def put(slot: TensorSlot | None, tensor: Tensor | None) -> None:
-        if slot is not None and tensor is not None:
+        if slot is not None and tensor is not None and (names is None or slot.name in names):
             parts.setdefault(slot.name, []).append((slot, tensor))
 
     put(layer.q, weights.q_HDC.flatten(0, 1))
@@ -144,4 +149,4 @@ def write_layer(weights: LayerWeights, layer: LayerAttention) -> dict[str, Tenso
             out[norm_name] = norm[0].contiguous()
         else:
             out[norm_name] = norm.contiguous() if layer.qk_norm_weights == "stacked" else norm.flatten()
-    return out
+    return out if names is None else {name: tensor for name, tensor in out.items() if name in names}

@@ -10,7 +10,7 @@ from retrofit.errors import UserError
 from retrofit.kv_heads.merge import pair_moments, rest_gram, rotary_indices
 from retrofit.kv_heads.moments import MomentSums
 from retrofit.kv_heads.optimum import complex_pca, joint_pca
-from retrofit.kv_heads.refit import RidgeSums, refit
+from retrofit.kv_heads.refit import LAMBDAS, RidgeSums, _Solution, refit
 from retrofit.model.spec import RopeSpec
 
 
@@ -118,9 +118,10 @@ def test_ridge_sums_give_the_weighted_error_of_a_plain_loop() -> None:
     plain = sum(float(weight[t]) * float(((w.float() @ z[t] - y[t]) ** 2).sum()) for t in range(40)) / float(
         weight.sum()
     )
-    assert RidgeSums.of(z, y, weight).error(w) == pytest.approx(plain, rel=1e-4)
     halves = RidgeSums.of(z[:11], y[:11], weight[:11]) + RidgeSums.of(z[11:], y[11:], weight[11:])
-    assert halves.error(w) == pytest.approx(plain, rel=1e-4)
+    for sums in (RidgeSums.of(z, y, weight), halves):
+        error = sums.squared_error(w, sums.residual(w)) / sums.weight
+        assert error == pytest.approx(plain, rel=1e-4)
 
 
 def test_a_refit_finds_the_projection_that_every_kind_shares() -> None:
@@ -143,6 +144,20 @@ def test_a_refit_that_only_helps_its_own_kind_is_kept_out() -> None:
     assert not result.accepted
     assert result.w_CN is start
     assert result.held_out_after == result.held_out_before
+
+
+def test_every_strength_is_judged_by_the_step_that_it_takes() -> None:
+    start, truth = torch.randn(2, 3, 6, dtype=torch.float64)
+    fitted, unseen = (ridge_data(truth, 40, 0.3) for _ in range(2))
+    trial = _Solution.of(fitted, start)
+    at_start, ratio_L = trial.on_unseen(unseen, start)
+
+    def lost(w_CN: torch.Tensor) -> float:
+        return unseen.squared_error(w_CN, unseen.residual(w_CN))
+
+    assert at_start == pytest.approx(lost(start) / unseen.energy)
+    want = [lost(start + trial.step(strength)) / lost(start) for strength in LAMBDAS]
+    assert ratio_L.tolist() == pytest.approx(want, rel=1e-4)
 
 
 def test_a_refit_agrees_with_the_normal_equations() -> None:
