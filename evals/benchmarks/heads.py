@@ -139,7 +139,7 @@ class Bench:
     def _calibration(self, sources: Sequence[Any]) -> Any:
         from retrofit.pipeline.texts import calibration_text
         from retrofit.recipe.schema import Calibration
-        from retrofit.recover.data import Teacher
+        from retrofit.recover.samples import Teacher
 
         section = Calibration(text=tuple(sources), tokens=self.tokens, sequence_length=LENGTH)
         teacher = Teacher(self.folder, tokens=self.tokens // 3)

@@ -15,9 +15,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from retrofit.kernels.blockwise import visible_window, window_mask
+from retrofit.kernels import attention_interface
 
 NAME = "products"
 ROWS = 512  # rows of scores that exist at a time, near the best on processors with 1 to 2 MiB of L2 cache
@@ -97,33 +97,10 @@ def _runs(q: Tensor, k: Tensor, window: int | None) -> list[tuple[int, int, slic
     ]
 
 
-def products_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function of transformers' AttentionInterface -> (out [B, T, H, D], None); whole sequences only.
-
-    attention_mask: None or what `window_mask` returned.
-
-    Raises: UserError as `blockwise_attention_forward`.
-    """
-    window = visible_window(NAME, module, attention_mask, dropout, sliding_window, softcap, **kwargs)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    dtype = value.dtype
-    return attention(query.to(dtype), key.to(dtype), value, scale, window).transpose(1, 2), None
-
-
 def register() -> None:
-    """Make `products` known to transformers; doing it again changes nothing."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    """Make `products` known to transformers. Queries and keys that RoPE left in another dtype take the values'."""
 
-    AttentionInterface.register(NAME, products_attention_forward)
-    AttentionMaskInterface.register(NAME, window_mask)
+    def cast(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        return attention(q.to(v.dtype), k.to(v.dtype), v, scale, window)
+
+    attention_interface.register(NAME, cast)

@@ -41,7 +41,8 @@ from retrofit.kv_heads.merge import (
 from retrofit.kv_heads.moments import LayerMoments
 from retrofit.kv_heads.outcome import LayerReport, RepairOutcome
 from retrofit.kv_heads.qk_norm import KeyFit, can_fit, fit_keys
-from retrofit.kv_heads.repairs import LayerFiles, Repair, RepairInputs, repair_layer
+from retrofit.kv_heads.repair_inputs import LayerFiles, RepairInputs
+from retrofit.kv_heads.repairs import Repair, repair_layer
 from retrofit.kv_heads.residuals import STREAMS, Shapes, WorkFolder
 from retrofit.kv_heads.stream import LayerRun, LayerStream
 from retrofit.kv_heads.text import AVERAGED_TOKENS, CalibrationText

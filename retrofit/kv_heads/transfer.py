@@ -21,16 +21,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from retrofit.kv_heads.outcome import RepairOutcome
+from retrofit.kv_heads.repair_inputs import Fold, RepairInputs
 from retrofit.kv_heads.weights import LayerWeights, read_layer, write_layer
-
-if TYPE_CHECKING:
-    from retrofit.kv_heads.repairs import Fold, RepairInputs
 
 STEP_TOKENS = 2048
 CHECKS = 3  # how often a descent is measured on held-out text

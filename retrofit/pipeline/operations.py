@@ -27,7 +27,7 @@ from retrofit.pipeline.longcontext import Measured, measure, native_length
 from retrofit.pipeline.plan import COST_ROUNDS
 from retrofit.pipeline.texts import calibration_text, searched_text
 from retrofit.recipe.schema import Context, Convert, Evaluate, Recover
-from retrofit.recover.data import Teacher
+from retrofit.recover.samples import Teacher
 from retrofit.recover.schedule import recovery_rows
 from retrofit.recover.train import RecoverReport
 from retrofit.recover.train import recover as train

@@ -41,8 +41,9 @@ from retrofit.pipeline.texts import read_before, require_distinct, scored_docume
 from retrofit.publish.card import require_licence_and_base
 from retrofit.publish.reload import nothing_to_compare
 from retrofit.recipe.schema import Context, Recipe, TextSource
-from retrofit.recover.data import Teacher, check_sources
+from retrofit.recover.data import check_sources
 from retrofit.recover.files import kind_of
+from retrofit.recover.samples import Teacher
 from retrofit.recover.schedule import check_lengths
 
 if TYPE_CHECKING:

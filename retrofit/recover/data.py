@@ -22,6 +22,7 @@ from retrofit.errors import UserError
 from retrofit.recipe.schema import TextSource
 from retrofit.recover.corpora import BUILT_IN, Split, Text, built_in_texts
 from retrofit.recover.files import HUB, kind_of, rows
+from retrofit.recover.samples import Teacher, own_samples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,16 +33,6 @@ OWN_SAMPLES = "self"
 HELD_OUT_EVERY = 10
 CHARS_PER_TOKEN = 12  # generous: how much text is read for a number of tokens
 SEGMENTS = 16  # no single document makes up more than this fraction of a source's share in one piece
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """The original model, for the source `self`: a checkpoint folder and how many tokens to sample from it."""
-
-    folder: Path
-    tokens: int = 20_480
-    seed: int = 0
-    device: str = "cpu"
 
 
 def check_sources(sources: Iterable[TextSource], *, teacher: bool = True) -> None:
@@ -81,8 +72,6 @@ def read_texts(
     if source.source == OWN_SAMPLES:
         if teacher is None:
             raise UserError("the model's own samples need the original model", where="text source `self`")
-        from retrofit.recover.samples import own_samples
-
         read: Callable[[], Iterator[tuple[str, str]]] = own_samples(teacher, progress)
     else:
         _did_you_mean(source.source)

@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +21,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from retrofit.console import Progress
-    from retrofit.recover.data import Teacher
 
 BATCH = 40
 SAMPLE_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The original model, for the source `self`: a checkpoint folder and how many tokens to sample from it."""
+
+    folder: Path
+    tokens: int = 20_480
+    seed: int = 0
+    device: str = "cpu"
 
 
 def own_samples(teacher: Teacher, progress: Progress | None = None) -> Callable[[], Iterator[tuple[str, str]]]:

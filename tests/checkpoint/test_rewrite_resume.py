@@ -9,6 +9,7 @@ import torch
 
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.rewrite import rewrite
+from retrofit.console import Silent
 from tests.checkpoint.test_rewrite import CONFIG, loaded, source
 
 
@@ -25,22 +26,6 @@ def test_made_tensors_stand_in_place_without_reading_the_old_ones(
     assert report.changed == ("layers.1.k.weight",)
     with pytest.raises(ValueError, match="ghost"):
         rewrite(checkpoint, tmp_path / "out", {}, made={"ghost": lambda: torch.ones(1)}, config=CONFIG)
-
-
-class Told:
-    """A Progress that keeps its notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def start(self, task: str, total: int | None, unit: str) -> None: ...
-
-    def advance(self, n: int, **fields: float | str) -> None: ...
-
-    def finish(self) -> None: ...
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def interrupted(checkpoint: Checkpoint, out: Path) -> None:
@@ -70,7 +55,7 @@ def test_whole_shards_of_an_interrupted_call_are_kept(end: str, tmp_path: Path) 
     if end == "torn":
         parts[0].write_bytes(parts[0].read_bytes()[:-1])
     before = {path.stat().st_ino for path in out.iterdir()}
-    told = Told()
+    told = Silent()
     rewrite(checkpoint, out, {}, made=made, config=CONFIG, max_shard_size="300B", resume=True, progress=told)
     whole = len(parts) - 1 - (end == "torn")  # the last one was being written
     assert told.notes == [f"{whole} weight files were written before, and are kept"]
@@ -85,7 +70,7 @@ def test_shards_of_another_layout_are_announced_and_written_again(tmp_path: Path
     out = tmp_path / "out"
     interrupted(checkpoint, out)
     made = {"layers.0.q.weight": lambda: torch.ones(2, 6)}  # another shape in the first shard
-    told = Told()
+    told = Silent()
     rewrite(checkpoint, out, {}, made=made, config=CONFIG, max_shard_size="300B", resume=True, progress=told)
     assert any("something else" in note for note in told.notes)
     assert torch.equal(loaded(out)["layers.0.q.weight"], torch.ones(2, 6).bfloat16())

@@ -10,13 +10,14 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from retrofit.errors import UserError
-from retrofit.kernels import blockwise, gemm_tile
+from retrofit.kernels import attention_interface, blockwise, gemm_tile
 from retrofit.kernels.registry import Choice, using
 from tests.tiny import FAMILIES, VARIANTS, VOCAB_SIZE, tiny_model
 
 SHAPES = [(1, 1), (1, 9), (7, 7), (5, 12), (16, 40), (33, 33), (70, 71)]
 WINDOWS = [None, 1, 2, 5, 16, 33, 100]
 BLOCKWISE = Choice("blockwise", "blockwise", "test")
+FORWARD = attention_interface.attention_function("blockwise", blockwise.attention)
 
 
 def visible(queries: int, keys: int, window: int | None) -> Tensor:
@@ -229,7 +230,7 @@ def test_the_mask_says_the_window_and_a_chunked_mask_is_refused() -> None:
     )
 
     def window(function: object, local_size: int | None, queries: int = 12, keys: int = 30) -> int:
-        return int(blockwise.window_mask(1, queries, keys, keys - queries, 0, function, local_size))
+        return int(attention_interface.window_mask(1, queries, keys, keys - queries, 0, function, local_size))
 
     assert window(causal_mask_function, None) == 0
     assert window(sliding_window_causal_mask_function(8), 8) == 8
@@ -237,9 +238,9 @@ def test_the_mask_says_the_window_and_a_chunked_mask_is_refused() -> None:
     assert window(chunked_causal_mask_function(8, torch.zeros(1, dtype=torch.long)), 8) == -1
     q, k, v = random_qkv(12, 30)
     with pytest.raises(UserError, match="neither causal nor"):
-        blockwise.blockwise_attention_forward(torch.nn.Module(), q, k, v, torch.tensor(-1))
+        FORWARD(torch.nn.Module(), q, k, v, torch.tensor(-1))
     # The layer itself may not know its window.
-    out, _ = blockwise.blockwise_attention_forward(torch.nn.Module(), q, k, v, torch.tensor(8), scaling=0.3)
+    out, _ = FORWARD(torch.nn.Module(), q, k, v, torch.tensor(8), scaling=0.3)
     torch.testing.assert_close(out.transpose(1, 2), reference(q, k, v, 0.3, 8), rtol=0, atol=2e-6)
 
 
@@ -261,6 +262,6 @@ def test_refuses_what_it_cannot_express() -> None:
     module = torch.nn.Module()
     for name, value in {"dropout": 0.1, "s_aux": q, "position_bias": q, "is_causal": False}.items():
         with pytest.raises(UserError, match="cannot express"):
-            blockwise.blockwise_attention_forward(module, q, k, v, None, **{name: value})
+            FORWARD(module, q, k, v, None, **{name: value})
     with pytest.raises(UserError, match="one head dim"):
         blockwise.attention(q, k, v[..., :8], 1.0)

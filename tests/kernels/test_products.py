@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from retrofit.errors import UserError
-from retrofit.kernels import products
+from retrofit.kernels import attention_interface, products
 from retrofit.kernels.registry import Choice, using
 from tests.tiny import tiny_model
 
 PRODUCTS = Choice("auto", "products", "test")
+FORWARD = attention_interface.attention_function("products", products.attention)
 
 
 def plain(
@@ -68,7 +69,7 @@ def test_the_mask_goes_before_the_window_of_the_layer() -> None:
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(1, 2, 20, 8, generator=generator) for _ in range(3))
     for mask, layer, window in ((torch.tensor(5), None, 5), (torch.tensor(0), 5, None), (None, 5, 5)):
-        out, _ = products.products_attention_forward(nn.Module(), q, k, v, mask, scaling=0.3, sliding_window=layer)
+        out, _ = FORWARD(nn.Module(), q, k, v, mask, scaling=0.3, sliding_window=layer)
         torch.testing.assert_close(out.transpose(1, 2), plain(q, k, v, 0.3, window))
 
 
@@ -88,4 +89,4 @@ def test_refuses_what_it_cannot_express() -> None:
         (None, {"is_causal": False}),
     ):
         with pytest.raises(UserError, match="products kernel cannot express"):
-            products.products_attention_forward(nn.Module(), q, q, q, mask, **refused)
+            FORWARD(nn.Module(), q, q, q, mask, **refused)

@@ -14,7 +14,8 @@ from retrofit.kv_heads.calibrate import CalibratedRun, Settings
 from retrofit.kv_heads.convert import CalibrationText, convert
 from retrofit.kv_heads.moments import load, saved
 from retrofit.kv_heads.outcome import RepairOutcome
-from retrofit.kv_heads.repairs import OutputRidge, RepairInputs
+from retrofit.kv_heads.repair_inputs import RepairInputs
+from retrofit.kv_heads.repairs import OutputRidge
 from retrofit.kv_heads.weights import LayerWeights, read_layer
 from retrofit.model.families import describe, family_of
 from retrofit.model.load import load_config

@@ -18,7 +18,7 @@ from retrofit.model.families import describe
 from retrofit.model.load import load_config
 from retrofit.pipeline import operations
 from retrofit.recipe.schema import Convert
-from retrofit.recover.data import Teacher
+from retrofit.recover.samples import Teacher
 from tests.tiny import FAMILIES, save_tiny, tiny_model
 
 LOSSLESS = [f for f in FAMILIES if f not in {"qwen3", "gemma3_text", "olmo2", "qwen3_moe", "olmoe"}]

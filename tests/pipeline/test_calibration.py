@@ -16,7 +16,7 @@ from retrofit.pipeline.plan import ModelFacts, make_plan, sampled_tokens
 from retrofit.pipeline.prepare import check_surgery
 from retrofit.recipe.schema import Calibration, Recipe, TextSource
 from retrofit.recover import samples
-from retrofit.recover.data import Teacher
+from retrofit.recover.samples import Teacher
 from tests.pipeline.conftest import sentences
 from tests.tiny import save_tiny
 

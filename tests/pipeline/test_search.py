@@ -13,7 +13,7 @@ from retrofit.model.load import load_config, load_tokenizer
 from retrofit.pipeline import operations
 from retrofit.pipeline.texts import searched_text
 from retrofit.recipe.schema import Search, TextSource
-from retrofit.recover.data import Teacher
+from retrofit.recover.samples import Teacher
 from tests.pipeline.conftest import retrofit, sentences
 
 

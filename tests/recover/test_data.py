@@ -25,7 +25,8 @@ from retrofit.recover.corpora import (
     stdlib_texts,
     without_excerpts,
 )
-from retrofit.recover.data import Teacher, check_sources, evaluation_texts, read_texts, training_rows
+from retrofit.recover.data import check_sources, evaluation_texts, read_texts, training_rows
+from retrofit.recover.samples import Teacher
 from tests.tiny import BOS_ID, EOS_ID, save_tiny, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
