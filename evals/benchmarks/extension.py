@@ -139,9 +139,7 @@ def report(record: Mapping[str, Any]) -> str:
         "that length.",
         "",
     ]
-    for kind in [ALL, *(kind for kind in kinds if kind != ALL)]:
-        if not any(k == kind for k, _ in rows["original"]):
-            continue
+    for kind in [kind for kind in kinds if kind != ALL or len(kinds) > 2]:  # one kind is all of them
         lines += [
             f"## {'All texts together' if kind == ALL else kind}",
             "",
@@ -167,18 +165,20 @@ def _windows(record: Mapping[str, Any]) -> tuple[int, int]:
 
 def _use(models: Mapping[str, Any], names: list[str]) -> list[str]:
     """Needle grid and effective length."""
-    lines = ["## Whether the context is used", "", "| | effective length | stopped by |", "|---|---:|---|"]
-    for name in names:
-        found = models[name]["long_context"].get("effective")
-        if found:
-            lines.append(f"| {LABELS[name]} | {found['length']:,} | {found['stopped_by'] or ''} |")
+    lines = ["## Whether the context is used"]
+    certified = {name: models[name]["long_context"].get("effective") for name in names}
+    if any(certified.values()):
+        lines += ["", "| | effective length | stopped by |", "|---|---:|---|"]
+    for name, one in certified.items():
+        if one:
+            lines.append(f"| {LABELS[name]} | {one['length']:,} | {one['stopped_by'] or ''} |")
     cells = {name: (models[name]["long_context"].get("needle") or {}).get("cells", []) for name in names}
     places = sorted({(cell["length"], cell["depth"]) for found in cells.values() for cell in found})
     if places:
         lines += [
             "",
-            "Needle in a haystack: share of the answer's tokens that are the likeliest, and the answer's loss in nats "
-            "per token.",
+            "Needle in a haystack, the facts of all depths in one text: whether the generated answer is the right one, "
+            "and the right answer's loss in nats per token.",
             "",
             f"| tokens | depth | {' | '.join(LABELS[name] for name in names)} |",
             f"|---:|---:|{'---:|' * len(names)}",
@@ -187,9 +187,9 @@ def _use(models: Mapping[str, Any], names: list[str]) -> list[str]:
         shown = []
         for name in names:
             found = [cell["answer"] for cell in cells[name] if (cell["length"], cell["depth"]) == (length, depth)]
-            match = sum(answer["token_match"] for answer in found) / max(len(found), 1)
+            exact = sum(answer["starts"] for answer in found) / max(len(found), 1)
             loss = sum(answer["loss"] for answer in found) / max(len(found), 1)
-            shown.append(f"{match:.0%}, {loss:.2f}" if found else "")
+            shown.append(f"{exact:.0%}, {loss:.2f}" if found else "")
         lines.append(f"| {length:,} | {depth:.2f} | {' | '.join(shown)} |")
     return [*lines, ""]
 

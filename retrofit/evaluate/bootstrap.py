@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_MIN_DOCUMENTS = 5
+MIN_DOCUMENTS = 5
 _MIN_BLOCKS = 8
 _BLOCKS = (512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
 
@@ -68,7 +68,7 @@ def _units(losses: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, str]:
     arrays = [np.asarray(array, np.float64) for array in losses if len(array)]
     assert arrays, "no losses"
     unit = "document"
-    if len(arrays) < _MIN_DOCUMENTS:
+    if len(arrays) < MIN_DOCUMENTS:
         length = next((n for n in _BLOCKS if sum(-(-len(a) // n) for a in arrays) >= _MIN_BLOCKS), _BLOCKS[-1])
         arrays = [a[start : start + length] for a in arrays for start in range(0, len(a), length)]
         unit = f"block of {length} tokens"

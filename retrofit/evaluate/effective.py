@@ -1,8 +1,14 @@
 """Effective length: the longest context that a model is shown to use, and the tests that show it.
 
-A length counts when it and every shorter measured one pass what can be asked of them: the tail of the text is predicted
-no worse than at the native length, the context beyond the native one helps on the same tokens, and the needle is found
-about as often as within the native length. numpy only.
+Up to the native length a window is taken as given. A longer length counts when it and every shorter measured one pass
+what can be asked of them: the tail of the text is predicted about as well as at the native length, the context beyond
+the native one helps on the same tokens, and the needle is found about as often as within the native length. numpy only.
+
+The tokens before L and those before the native length are different ones, and a text may simply get harder. So what is
+compared is how much more the model loses on either than the original model, which reads them with its native context:
+r(L) = mean(loss with context L - original's loss with the native context), and the tail's ratio is exp(r(L) -
+r(native)). Without the original's losses TailPPL(L) / TailPPL(native) is taken over five documents or more; fewer say
+nothing of the model, and the test counts as not made.
 """
 
 from __future__ import annotations
@@ -12,31 +18,39 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from retrofit.evaluate.bootstrap import ratio_interval
+from retrofit.evaluate.bootstrap import MIN_DOCUMENTS, ratio_interval
 from retrofit.evaluate.perplexity import prefix_ppl, tail
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from retrofit.evaluate.longppl import ContextGain
     from retrofit.evaluate.losses import TokenLosses
 
+TAIL_MARGIN = 0.05  # how much worse the tail may be predicted
 NEEDLE_SHARE = 0.85  # of the score at the native length that a longer one must keep
+NEEDLE_FOUND = 0.5  # score at the native length below which longer ones say nothing
+AGAINST_ORIGINAL = "that of the original, which reads the same tokens with its native context"
+AGAINST_NATIVE = "that of the last tokens before the native length, over the same documents"
 
 
 @dataclass(frozen=True)
 class LengthTests:
     """The tests of one length. A test that was not made is None; it neither passes nor fails.
 
-    tail: TailPPL(L) / TailPPL(native) [low, high], paired by document; passes unless its whole interval lies above 1.
-    gain: ContextGain(L) in nats [low, high], beyond the native length only; passes when its interval lies above 0.
-    needle: score at L; passes from `needle_bound` on. margins: how far each passed (or, below 0, failed): nats for tail
-    (-ln low) and gain (low), score for the needle.
+    beyond: whether the length is above the native one; only then tail and gain are tested. tail: how much worse the
+    tail is predicted than at the native length [low, high], 1 if as well; passes when its whole interval lies below 1 +
+    TAIL_MARGIN. gain: ContextGain(L) in nats [low, high]; passes when its interval lies above 0. needle: score at L;
+    passes from `needle_bound` on. margins: how far each passed (or, below 0, did not): nats for tail and gain, score
+    for the needle.
     """
 
     length: int
-    tail: float
-    tail_low: float
-    tail_high: float
-    tail_passed: bool
+    beyond: bool
+    tail: float | None
+    tail_low: float | None
+    tail_high: float | None
+    tail_passed: bool | None
     gain: float | None
     gain_low: float | None
     gain_high: float | None
@@ -48,21 +62,24 @@ class LengthTests:
 
     @property
     def passed(self) -> bool:
-        """Every test that was made passed."""
-        return self.tail_passed and self.gain_passed is not False and self.needle_passed is not False
+        """Every test that was made passed, and beyond the native length one on text was made."""
+        made = [passed for passed in (self.tail_passed, self.gain_passed) if passed is not None]
+        return all(made) and self.needle_passed is not False and bool(made or not self.beyond)
 
 
 @dataclass(frozen=True)
 class EffectiveLength:
     """length: the effective one, 0 when not even the shortest passed. native: what the original was made for.
 
-    tests: of every measured length up to the longest, the certificate. not_tested: what was never looked at, in words;
+    tail: tokens of a tail. control: what it is set against, empty where it was not tested. tests: of every measured
+    length up to the longest, the certificate. not_tested: what was never looked at, in words;
     a certificate with an entry here is worth less. stopped_by: the first length that failed and its failed tests.
     """
 
     length: int
     native: int
     tail: int
+    control: str
     unit: str
     documents: int
     tests: tuple[LengthTests, ...]
@@ -76,6 +93,7 @@ def effective_length(
     native: int,
     *,
     size: int,
+    original: tuple[TokenLosses, TokenLosses] | None = None,
     gains: Sequence[ContextGain] = (),
     needle: Mapping[int, float] | None = None,
     resamples: int = 2000,
@@ -83,24 +101,25 @@ def effective_length(
 ) -> EffectiveLength:
     """The certificate of one model.
 
-    lengths: those measured. native: the length TailPPL is compared with; the longest measured one that is not above it
-    is taken, or the shortest of all. size: tokens of a tail. gains: rows of all documents (kind `all`), by length.
-    needle: score in [0, 1] by length.
+    lengths: those measured. native: the original's; where it was not measured, the longest below it stands for it.
+    size: tokens of a tail. original: losses of the original on the same documents, with all of the context and under
+    `native_windows(native, lengths, size)`. gains: rows of all documents (kind `all`), by length. needle: score in
+    [0, 1] by length.
     """
     measured = sorted(set(lengths))
-    reference = max((n for n in measured if n <= native), default=measured[0])
-    base = tail(losses.at(reference), reference, size)
+    reference = max((n for n in measured if n <= native), default=None)
     by_length = {row.length: row for row in gains}
     bound = _needle_bound(needle, native)
     tests: list[LengthTests] = []
     unit = ""
     for length in measured:
-        short = min(size, length - 1, reference - 1)
-        ends = [array[-short:] for array in losses.at(length)]
-        found = ratio_interval(ends, [array[-short:] for array in base], resamples=resamples, seed=seed)
-        unit = found.unit
+        pairs = reference and length > native and _tails(losses, original, length, native, reference, size)
+        ratio = ratio_interval(*pairs, resamples=resamples, seed=seed) if pairs else None
         row, score = by_length.get(length), (needle or {}).get(length)
-        margins = {"tail": -math.log(found.low)}
+        margins: dict[str, float] = {}
+        if ratio is not None:
+            unit = ratio.unit
+            margins["tail"] = math.log((1 + TAIL_MARGIN) / ratio.high)
         if row is not None:
             margins["gain"] = row.low
         if score is not None and bound is not None:
@@ -108,11 +127,11 @@ def effective_length(
         tests.append(
             LengthTests(
                 length=length,
-                tail=found.value,
-                tail_low=found.low,
-                tail_high=found.high,
-                # A shorter text has had less context; only beyond the native length can the tail have got worse.
-                tail_passed=length <= reference or found.low <= 1.0,
+                beyond=length > native,
+                tail=ratio.value if ratio else None,
+                tail_low=ratio.low if ratio else None,
+                tail_high=ratio.high if ratio else None,
+                tail_passed=ratio.high <= 1 + TAIL_MARGIN if ratio else None,
                 gain=row.gain if row else None,
                 gain_low=row.low if row else None,
                 gain_high=row.high if row else None,
@@ -134,12 +153,31 @@ def effective_length(
         length=good,
         native=native,
         tail=size,
+        control="" if not unit else AGAINST_NATIVE if original is None else AGAINST_ORIGINAL,
         unit=unit,
         documents=len(losses.documents),
         tests=tuple(tests),
-        not_tested=tuple(_not_tested(tests, native, reference)),
+        not_tested=tuple(_not_tested(tests, native, reference, needle)),
         stopped_by=_why(failed) if failed else None,
     )
+
+
+def _tails(
+    losses: TokenLosses,
+    original: tuple[TokenLosses, TokenLosses] | None,
+    length: int,
+    native: int,
+    reference: int,
+    size: int,
+) -> tuple[list[np.ndarray], list[np.ndarray]] | None:
+    """What is compared of the tails before `length` and before `reference`; None where it says nothing of the model."""
+    short = min(size, length - native, reference - 1)
+    long, base = (list(tail(losses.at(n), n, short)) for n in (length, reference))
+    if original is not None:
+        plain, near = original
+        long = [a - b[length - 1 - short : length - 1] for a, b in zip(long, near.losses, strict=True)]
+        base = [a - b for a, b in zip(base, tail(plain.at(reference), reference, short), strict=True)]
+    return (long, base) if original is not None or len(long) >= MIN_DOCUMENTS else None
 
 
 def certificate(found: EffectiveLength) -> str:
@@ -163,10 +201,10 @@ def certificate(found: EffectiveLength) -> str:
 
 def _passed(test: LengthTests, found: EffectiveLength) -> list[str]:
     reasons = []
-    if test.length > found.native:
+    if test.tail is not None:
         reasons.append(
-            f"the last {found.tail:,} tokens have {test.tail:.3f} times the perplexity at the native length "
-            f"({test.tail_low:.3f} to {test.tail_high:.3f})"
+            f"the last {found.tail:,} tokens are predicted as well as at the native length: {test.tail:.3f} times the "
+            f"perplexity ({test.tail_low:.3f} to {test.tail_high:.3f}), set against {found.control}"
         )
     if test.gain is not None:
         reasons.append(
@@ -176,7 +214,7 @@ def _passed(test: LengthTests, found: EffectiveLength) -> list[str]:
     if test.needle is not None:
         needed = f", {test.needle_bound:.2f} are needed" if test.needle_bound is not None else ""
         reasons.append(f"{test.needle:.2f} of the needle's tokens are found{needed}")
-    return reasons or [f"it lies within the native length of {found.native:,}"]
+    return reasons or [f"it lies within the native length of {found.native:,}, which is taken as given"]
 
 
 def _and(parts: Sequence[str]) -> str:
@@ -218,31 +256,49 @@ def short_context(
 
 
 def _needle_bound(needle: Mapping[int, float] | None, native: int) -> float | None:
-    """The score to keep: a share of that at the longest measured length within the native one (or the shortest)."""
-    if not needle:
+    """The score to keep: a share of that at the longest measured length within the native one; None where the model
+    finds too little there."""
+    within = max((n for n in needle or {} if n <= native), default=None)
+    if not needle or within is None or needle[within] < NEEDLE_FOUND:
         return None
-    return NEEDLE_SHARE * needle[max((n for n in needle if n <= native), default=min(needle))]
+    return NEEDLE_SHARE * needle[within]
 
 
-def _not_tested(tests: Sequence[LengthTests], native: int, reference: int) -> list[str]:
+def _not_tested(
+    tests: Sequence[LengthTests], native: int, reference: int | None, needle: Mapping[int, float] | None
+) -> list[str]:
     found = []
-    if reference != native:
+    if reference is None:
+        found.append(f"nothing was measured within the native length, {native}")
+    elif reference != native:
         found.append(f"the native length, {native}, was not measured; {reference} stands for it")
     beyond = [test for test in tests if test.length > native]
     for name, missing in (
+        ("tail", [test.length for test in beyond if test.tail is None]),
         ("context gain", [test.length for test in beyond if test.gain is None]),
-        ("needle", [test.length for test in tests if test.needle is None]),
+        ("needle", [test.length for test in beyond if test.needle is None]),
     ):
         if missing:
             found.append(f"{name} at {', '.join(map(str, missing))}")
+    if needle and _needle_bound(needle, native) is None:
+        within = max((n for n in needle if n <= native), default=None)
+        why = f"the model finds {needle[within]:.2f} of the needles there" if within else "none was asked for there"
+        found.append(f"the needle against that within the native length ({why})")
     return found
 
 
 def _why(test: LengthTests) -> str:
     reasons = []
-    if not test.tail_passed:
+    if test.tail_passed is None and test.gain_passed is None and test.beyond:
         reasons.append(
-            f"the tail is predicted worse ({test.tail:.3f} times the perplexity, at least {test.tail_low:.3f})"
+            f"no test on text was made, which takes a pass with the native context (context_gain) or {MIN_DOCUMENTS} "
+            "documents"
+        )
+    if test.tail_passed is False:
+        reasons.append(
+            "the tail is not shown to be predicted as well as at the native length "
+            f"({test.tail:.3f} times the perplexity, "
+            f"{test.tail_low:.3f} to {test.tail_high:.3f}; up to {1 + TAIL_MARGIN} passes)"
         )
     if test.gain_passed is False:
         reasons.append(

@@ -1,6 +1,7 @@
 """What a longer context gives, from two stored passes over the same tokens: all of the context, and a short one.
 
-ContextGain(L) is the mean of loss with the native context minus loss with context L over the same tokens. LongPPL
+ContextGain(L) is the mean of loss with the native context minus loss with context L, over the last tokens before L,
+which have nearly all of that context. LongPPL
 (Fang et al. 2025, "What is Wrong with Perplexity for Long-context Language Modeling?") is the perplexity of the key
 tokens alone: those that the long context makes predictable. numpy only.
 """
@@ -15,7 +16,7 @@ import numpy as np
 
 from retrofit.evaluate.bootstrap import difference_interval, perplexity_interval
 from retrofit.evaluate.perplexity import ALL
-from retrofit.evaluate.windows import Windows
+from retrofit.evaluate.windows import Tails, Windows
 
 if TYPE_CHECKING:
     from retrofit.evaluate.losses import TokenLosses
@@ -27,9 +28,8 @@ MIN_KEYS = 20  # key tokens below which an interval says nothing
 
 @dataclass(frozen=True)
 class ContextGain:
-    """mean(loss with native context - loss with context) in nats over tokens at positions (max(native, L / 2), L].
-
-    So every token has more than the native context and at least half of L. gain [low, high]: with its 95% interval.
+    """mean(loss with native context - loss with context L) in nats over the last tokens before L, each of which has
+    more than the native context. gain [low, high]: with its 95% interval.
     """
 
     kind: str
@@ -60,9 +60,10 @@ class LongPPL:
     keys_from: str
 
 
-def native_windows(native: int) -> Windows:
-    """Windows that give every token beyond the first `native` a context of native / 2 to native - 1 tokens."""
-    return Windows(native, max(1, native // 2))
+def native_windows(native: int, lengths: Sequence[int], size: int) -> Tails:
+    """Windows that give the last `size` tokens before each length beyond the native one almost the native context: at
+    most a sixteenth less. With much less than that, a model that uses no more than the native would seem to gain."""
+    return Tails(native, max(1, native // 16), size=size, ends=tuple(n for n in lengths if n > native))
 
 
 def short_windows(short_context: int = SHORT_CONTEXT) -> Windows:
@@ -72,17 +73,24 @@ def short_windows(short_context: int = SHORT_CONTEXT) -> Windows:
 
 
 def context_gains(
-    full: TokenLosses, short: TokenLosses, native: int, lengths: Sequence[int], *, resamples: int = 2000, seed: int = 0
+    full: TokenLosses,
+    short: TokenLosses,
+    native: int,
+    lengths: Sequence[int],
+    *,
+    size: int,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> list[ContextGain]:
     """ContextGain at every length beyond `native`, by kind and for all documents.
 
-    full: losses with all of the context. short: losses of the same tokens under `native_windows(native)`.
+    full: losses with all of the context. short: losses under `native_windows(native, lengths, size)`.
     """
     rows = []
     for kind in _kinds(full):
         full_kind, short_kind = (one if kind == ALL else one.of_kind(kind) for one in (full, short))
         for length in sorted(n for n in lengths if n > native):
-            first = max(native, length // 2)  # loss i is that of the token at position i + 1 (0-based)
+            first = max(native, length - size)  # loss i is that of the token at position i + 1 (0-based)
             long = [array[first - 1 :] for array in full_kind.at(length)]
             cut = [array[first - 1 : length - 1] for array in short_kind.losses]
             found = difference_interval(cut, long, resamples=resamples, seed=seed)

@@ -3,7 +3,8 @@
 A grid of lengths x depths. Each prompt has exactly the length asked for, answer included, in the model's own tokens:
 opening, prose up to the depth, the needle, the rest of the prose, the question. The question repeats the needle's
 words, so that a small base model can answer by continuing, without examples. Beside the greedy answer each cell has the
-loss of the right answer and its margin over a wrong one of the same form: a signal where exact match gives none.
+loss of the right answer and its margin over a wrong one of the same form, the other needles' where there are any: a
+signal where exact match gives none.
 
 The prose before a needle is the same for every depth: it is read once, and the cache goes back to it. Or all depths'
 needles stand together in one haystack, each with a key of its own (RULER's multi-key retrieval, arXiv 2404.06654): one
@@ -51,26 +52,31 @@ DIGITS = 5
 
 @dataclass(frozen=True)
 class Cell:
-    """One needle. depth: share of the prose that stands before it; position: its first token. answer: what came."""
+    """One needle. depth: share of the prose that stands before it; position: its first token. answer: what came.
+
+    found: the generated answer is the right one, or with needles together, the right one is preferred to that of every
+    other needle, as chance does for one of them.
+    """
 
     length: int
     depth: float
     sample: int
     position: int
     answer: Answer
+    found: bool
 
 
 @dataclass(frozen=True)
 class NeedleResult:
-    """Every cell of one test. scores: mean share of answer tokens found, by length; what effective length looks at.
-
-    read: tokens that passes read.
+    """Every cell of one test. scores: share of needles found by length, what effective length looks at. read: tokens
+    that passes read.
     """
 
     test: str
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
     samples: int
+    together: bool
     seed: int
     cells: tuple[Cell, ...]
     scores: Mapping[int, float]
@@ -140,14 +146,15 @@ def needle(
                         read += len(prompt.ids) - shared
                         for one in prompt.needles:
                             answer = ask(reader, tokenizer, one.question)
-                            cells.append(Cell(length, one.depth, sample, one.position, answer))
+                            found = answer.margin > 0 if len(prompt.needles) > 1 else answer.starts
+                            cells.append(Cell(length, one.depth, sample, one.position, answer, found))
                             if progress:
                                 progress.advance(1, tokens=length)
     if progress:
         progress.finish()
     cells.sort(key=lambda cell: (cell.length, cell.depth, cell.sample))
-    scores = {n: float(np.mean([cell.answer.token_match for cell in cells if cell.length == n])) for n in lengths}
-    return NeedleResult(test, tuple(lengths), tuple(depths), samples, seed, tuple(cells), scores, read, used)
+    scores = {n: float(np.mean([cell.found for cell in cells if cell.length == n])) for n in lengths}
+    return NeedleResult(test, tuple(lengths), tuple(depths), samples, together, seed, tuple(cells), scores, read, used)
 
 
 @dataclass(frozen=True)
@@ -181,15 +188,17 @@ def _prompt(
     rng = random.Random(f"{seed}/{sample}/{length}/{'/'.join(map(str, depths))}")
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     start = bos + encode(tokenizer, wording.opening)
+    keys = rng.sample(KEYS, len(depths))
+    values = [_number(rng) for _ in keys]
     facts, questions, asked = [], [], []
-    for key in rng.sample(KEYS, len(depths)):
-        value = _number(rng)
+    for i, (key, value) in enumerate(zip(keys, values, strict=True)):
         facts.append(encode(tokenizer, wording.fact.format(key=key, value=value)))
         text, right = (part.format(key=key, value=value) for part in (wording.question, wording.answer))
         answer = encode(tokenizer, right)
-        wrong = _like(tokenizer, wording, rng, key, value, len(answer))
-        questions.append(Question(text, (value,), (right,), (wrong,), len(answer) + EXTRA_TOKENS))
-        asked.append(len(encode(tokenizer, text)) + len(answer))
+        others = tuple(wording.answer.format(key=key, value=other) for other in values[:i] + values[i + 1 :])
+        wrong = others or (_like(tokenizer, wording, rng, key, value, len(answer)),)
+        questions.append(Question(text, (value,), (right,), wrong, len(answer) + EXTRA_TOKENS))
+        asked.append(max(len(encode(tokenizer, text)) + len(encode(tokenizer, one)) for one in (right, *wrong)))
     room = length - len(start) - sum(map(len, facts)) - max(asked)
     if room < 1:
         raise UserError(

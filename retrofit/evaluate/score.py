@@ -140,7 +140,7 @@ def _score_document(
         name = f"{index}@{length}"
         losses = kept.get(name)
         if losses is None:
-            losses = np.empty(spans[-1].stop - 1, np.float32)
+            losses = np.full(spans[-1].stop - 1, np.nan, np.float32)  # of tokens that no span scores
             reader = Reader(model, max(span.tokens for span in spans), chunk=chunk, rows=rows)
             with frequencies_of(model, length):
                 for span in spans:

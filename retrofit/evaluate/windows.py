@@ -71,6 +71,24 @@ class Windows:
         return sum(span.tokens for span in self.spans(total))
 
 
+@dataclass(frozen=True)
+class Tails(Windows):
+    """Only the last `size` tokens before each of `ends`, and none that stand in the first `length` tokens."""
+
+    size: int = 1
+    ends: tuple[int, ...] = ()
+
+    def spans(self, total: int) -> Iterator[Span]:
+        """The passes over a document of `total` tokens; tokens that none of them scores have no loss."""
+        done = self.length
+        for end in sorted(end for end in self.ends if self.length < end <= total):
+            done = max(done, end - self.size)
+            while done < end:
+                stop = min(done + self.stride, end)
+                yield Span(stop - self.length, stop, done)
+                done = stop
+
+
 def rolling(length: int) -> Windows:
     """lm-evaluation-harness's windows: `length` tokens are read and `length` predicted.
 

@@ -21,7 +21,7 @@ from retrofit.evaluate.perplexity import table
 from retrofit.evaluate.reader import varying
 from retrofit.model.load import load_config
 from retrofit.pipeline import operations
-from retrofit.pipeline.longcontext import conclude, passes_of
+from retrofit.pipeline.longcontext import NATIVE, conclude, passes_of
 from retrofit.pipeline.metrics import metrics
 from retrofit.pipeline.plan import FOLDERS
 from retrofit.pipeline.runner import Runner, State
@@ -115,6 +115,8 @@ def _further_reading(section: Evaluate, native: int, seed: int, varies: bool) ->
     found: dict[str, object] = {"lengths": section.lengths} if varies or section.definitions else {}
     if passes_of(section, native):
         found |= {"passes": passes_of(section, native), "native": native}
+    if NATIVE in passes_of(section, native):
+        found |= {"ends": [n for n in section.lengths if n > native], "tail": section.tail}
     if section.definitions:
         found |= {"definitions": section.definitions, "stride": section.stride}
     if section.needle or section.ruler:
@@ -136,14 +138,28 @@ def save_losses(losses: TokenLosses, path: Path) -> None:
 
 
 def _conclusion(
-    runner: Runner, label: str, losses: TokenLosses, section: Evaluate, answers: Mapping[str, Any]
+    runner: Runner, label: str, losses: Mapping[str, TokenLosses], section: Evaluate, answers: Mapping[str, Any]
 ) -> LongContext:
     """What the stored arrays and answers of one model say about its use of context."""
-    file, native = losses_file(runner.folder, label), runner.prepared.plan.positions[0]
-    passes = {name: TokenLosses.load(pass_file(file, name)) for name in passes_of(section, native)}
+    native = runner.prepared.plan.positions[0]
+
+    def further(label: str) -> dict[str, TokenLosses]:
+        file = losses_file(runner.folder, label)
+        return {name: TokenLosses.load(pass_file(file, name)) for name in passes_of(section, native)}
+
+    first = next(iter(losses))
+    before = further(first).get(NATIVE)
     needle = answers["needle"]
     scores = {int(length): score for length, score in needle["scores"].items()} if needle else None
-    return conclude(losses, passes, section, native, needle=scores, seed=runner.prepared.recipe.seed)
+    return conclude(
+        losses[label],
+        further(label),
+        section,
+        native,
+        needle=scores,
+        original=None if before is None else (losses[first], before),
+        seed=runner.prepared.recipe.seed,
+    )
 
 
 def _summary(
@@ -170,7 +186,7 @@ def _summary(
             "kv_cache_bytes": by_length,
             "cost": costs[label],
             "long_context": {
-                **operations.facts(_conclusion(runner, label, losses[label], section, scored[label]["answers"])),
+                **operations.facts(_conclusion(runner, label, losses, section, scored[label]["answers"])),
                 **scored[label]["answers"],
             },
             **{key: value for key, value in scored[label].items() if key != "answers"},

@@ -65,12 +65,19 @@ def passes_of(section: Evaluate, native: int) -> tuple[str, ...]:
     return (*([NATIVE] if gain else []), *([SHORT] if keys else []))
 
 
+def _windows(section: Evaluate, native: int) -> dict[str, Windows]:
+    return {NATIVE: native_windows(native, section.lengths, section.tail), SHORT: short_windows()}
+
+
 def further_reading(section: Evaluate, native: int) -> tuple[tuple[int, int], ...]:
     """(tokens, context) of everything read of one document of each source, beyond the plain pass; for a plan."""
     longest = max(section.lengths)
-    windows = {NATIVE: native_windows(native), SHORT: short_windows()}
-    passes = [windows[name] for name in passes_of(section, native)]
-    found = [(moving.cost(longest) - moving.length, moving.length) for moving in passes]  # the first one is known
+    windows = _windows(section, native)
+    # The first window of a pass over everything is known.
+    found = [
+        (windows[name].cost(longest) - (windows[name].length if name == SHORT else 0), windows[name].length)
+        for name in passes_of(section, native)
+    ]
     total = max(longest, section.document_tokens or 0)
     for name in section.definitions:
         for length in section.lengths:
@@ -135,7 +142,7 @@ def measure(
         return score(model, documents, partial=folder, **options, **how)  # type: ignore[arg-type]
 
     cut = [document.cut(max(section.lengths)) for document in documents]
-    windows = {NATIVE: native_windows(native), SHORT: short_windows()}
+    windows = _windows(section, native)
     passes = {name: rescore(name, cut, windows=windows[name], known=losses) for name in passes_of(section, native)}
     defined = []
     for name, length, texts, moving in definitions_of(section, documents, tokenizer):
@@ -210,14 +217,20 @@ def conclude(
     native: int,
     *,
     needle: Mapping[int, float] | None = None,
+    original: tuple[TokenLosses, TokenLosses] | None = None,
     seed: int = 0,
 ) -> LongContext:
-    """What stored arrays say of one model. passes: those of `Measured`. needle: its scores by length."""
+    """What stored arrays say of one model. passes: those of `Measured`. needle: its scores by length. original: plain
+    losses of the model before it was extended, and those with the native context, where they were measured."""
     resamples = section.resamples
     gains: tuple[ContextGain, ...] = ()
     keyed: tuple[LongPPL, ...] = ()
     if NATIVE in passes:
-        gains = tuple(context_gains(losses, passes[NATIVE], native, section.lengths, resamples=resamples, seed=seed))
+        gains = tuple(
+            context_gains(
+                losses, passes[NATIVE], native, section.lengths, size=section.tail, resamples=resamples, seed=seed
+            )
+        )
     if SHORT in passes:
         keyed = tuple(long_ppl(losses, passes[SHORT], section.lengths, resamples=resamples, seed=seed))
     effective = None
@@ -227,6 +240,7 @@ def conclude(
             section.lengths,
             native,
             size=section.tail,
+            original=original,
             gains=[row for row in gains if row.kind == ALL],
             needle=needle,
             resamples=resamples,

@@ -96,12 +96,14 @@ def _write_final(
         folder, prepared.documents, losses, tokens=section.reload_tokens, progress=runner.progress
     )
     reload = {key: value for key, value in asdict(report).items() if key != "seconds"}
+    evaluated: Any = runner.entries["evaluate"].result
     record = {
         "name": card.title,
         "source": state.origin.source,
         "recipe": public_recipe(prepared.recipe, prepared.source).model_dump(mode="json"),
         "steps": public_texts(state.origin.steps),
-        "metrics": runner.entries["evaluate"].result["metrics"],
+        "metrics": evaluated["metrics"],
+        "effective_length": evaluated["models"][label]["long_context"]["effective"],
         "gate": jsonable(results),
         "reload": jsonable(reload),
         "versions": versions(),

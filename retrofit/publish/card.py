@@ -132,6 +132,7 @@ def render_card(card: CardInput) -> str:
         tables=[(ALL if kind == ALL else _name(kind), _table(card, kind)) for kind in _kinds(card)],
         documents=_documents(card),
         certificate=certificate(card.effective) if card.effective else "",
+        tests=_tests(card.effective) if card.effective else [],
         kv_table=_kv_table(card),
         limits=_limits(card),
         chart_alt=f"Perplexity by context length: {', '.join(model.label for model in card.models)}",
@@ -140,6 +141,30 @@ def render_card(card: CardInput) -> str:
     if left:
         raise _unknown([f"the text holds a placeholder ({place})" for place in left])
     return text
+
+
+def _tests(effective: EffectiveLength) -> list[str]:
+    """The certificate as a table: every length, every test, what it needed."""
+
+    def cell(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
+        return "–" if value is None else f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+
+    lines = [
+        "| context length | passed | tail, times the perplexity | context gain, nats a token | needle (needed) |",
+        "|---:|:---:|---:|---:|---:|",
+    ]
+    for test in effective.tests:
+        needle = "–" if test.needle is None else f"{test.needle:.2f}"
+        needed = "" if test.needle_bound is None else f" ({test.needle_bound:.2f})"
+        cells = (
+            f"{test.length:,}",
+            "yes" if test.passed else "no",
+            cell(test.tail, test.tail_low, test.tail_high),
+            cell(test.gain, test.gain_low, test.gain_high, "+"),
+            needle + needed,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _unknown(problems: Sequence[str]) -> UserError:

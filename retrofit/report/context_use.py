@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from retrofit.evaluate.effective import certificate
+from retrofit.evaluate.effective import TAIL_MARGIN, certificate
 from retrofit.report import charts, words
 from retrofit.report.data import ModelResult, RunData
 from retrofit.report.parts import Figure, Number, Table
@@ -93,23 +94,31 @@ def _certificates(models: Sequence[ModelResult]) -> Iterator[Figure]:
             words.interval(test.tail, test.tail_low, test.tail_high),
             words.interval(test.gain, test.gain_low, test.gain_high),
             _needle_cell(test),
-            _margins(test, found.native),
+            _margins(test),
         )
         for label, found in certified
         for test in found.tests
     ]
-    _, found = certified[0]
+    _, found = certified[-1]
     said = "\n".join(
         f"{label}: effective length {words.count(one.length)} tokens. {certificate(one)}" for label, one in certified
     )
-    headers = ("context length", "model", "result", "tail against native", "context gain, nats", "needle", "margins")
+    control = next((one.control for _, one in certified if one.control), "")
+    tail = (
+        f"the last {words.count(found.tail)} tokens before it are predicted as well as at that length (ratio of "
+        f"perplexities, set against {control}; interval below {1 + TAIL_MARGIN}), "
+        if control
+        else ""
+    )
+    unit = next((one.unit for _, one in certified if one.unit), "")
+    resampled = f"Bootstrap over each {unit}, {words.count(found.documents)} documents." if unit else ""
+    headers = ("context length", "model", "result", "tail", "context gain, nats", "needle", "margins")
     yield Figure(
         "context",
         "Effective length",
-        f"{said}\nA length passes when the last {words.count(found.tail)} tokens before it are predicted no worse than "
-        f"at the native length of {words.count(found.native)} (interval not wholly above 1), context beyond the native "
+        f"{said}\nA length beyond the native {words.count(found.native)} passes when {tail}context beyond the native "
         "one lowers the loss of the same tokens (interval above 0), and the needle is found nearly as often as within "
-        f"it. A margin is by how much. Bootstrap over each {found.unit}, {words.count(found.documents)} documents.",
+        f"it; a test that was not made stands as {words.NONE}. A margin is by how much it passed. {resampled}",
         Table(headers, tuple(rows)),
     )
 
@@ -121,15 +130,9 @@ def _needle_cell(test: LengthTests) -> str:
     return f"{test.needle:.2f}{needed}"
 
 
-def _margins(test: LengthTests, native: int) -> str:
-    """Only of tests that can fail: up to the native length the tail has nothing to prove."""
+def _margins(test: LengthTests) -> str:
     units = {"tail": " nats", "gain": " nats", "needle": ""}
-    found = [
-        f"{name} {value:+.3f}{units[name]}"
-        for name, value in test.margins.items()
-        if name != "tail" or test.length > native
-    ]
-    return ", ".join(found) or words.NONE
+    return ", ".join(f"{name} {value:+.3f}{units[name]}" for name, value in test.margins.items()) or words.NONE
 
 
 def _gains(models: Sequence[ModelResult]) -> Iterator[Figure]:
@@ -157,32 +160,55 @@ def _needles(models: Sequence[ModelResult]) -> Iterator[Figure]:
             continue
         title = f"{'Passkey' if found.test == 'passkey' else 'Needle'} in a haystack: {model.label}"
         grid = _grid(found)
-        cells = {place: (share, f"{share:.0%}\n{loss:.2g} nats") for place, (share, _, loss, _) in grid.items()}
+        cells = {place: (one.found, f"{one.found:.0%}\n{one.loss:.2g} nats") for place, one in grid.items()}
         rows = [
-            (words.count(length), f"{depth:.0%}", f"{share:.0%}", f"{exact:.0%}", words.number(loss), f"{margin:+.2f}")
-            for (length, depth), (share, exact, loss, margin) in grid.items()
+            (
+                words.count(length),
+                f"{depth:.0%}",
+                f"{one.found:.0%}",
+                f"{one.exact:.0%}",
+                words.number(one.loss),
+                f"{one.margin:+.2f}",
+            )
+            for (length, depth), one in grid.items()
         ]
-        headers = ("context length", "depth", "tokens found", "exact answers", "answer loss, nats", "margin, nats")
+        headers = ("context length", "depth", "found", "exact answers", "answer loss, nats", "margin, nats")
+        together = found.together and len(found.depths) > 1
+        counts = (
+            f"The facts of all depths stand in one text. Found: the right answer loses less than that of every other "
+            f"fact, which chance does once in {len(found.depths)}"
+            if together
+            else "Found: the generated answer is the right one"
+        )
         yield Figure(
             "context",
             title,
-            "A fact is put into a text at each depth (0%: its beginning) and asked for at its end. Share of the "
-            "answer's tokens that are found, and the loss of the right answer; the darker, the less is found. Margin, "
-            "in the data: how much more a wrong answer loses.",
+            f"A fact is put into a text at each depth (0%: its beginning) and asked for at its end. {counts}; below it "
+            "the loss of the right answer; the darker, the less is found. Exact answers are generated ones. Margin: "
+            "how much more the likeliest wrong answer loses.",
             Table(headers, tuple(rows)),
             charts.heat_map(f"needle-{model.label}", found.lengths, found.depths, cells, title=title),
         )
 
 
-def _grid(found: NeedleResult) -> dict[tuple[int, float], tuple[float, float, float, float]]:
-    """By (length, depth): means of tokens found, exact answers, answer loss and margin over the samples."""
+@dataclass(frozen=True)
+class _Found:
+    """Means over the samples of one length and depth."""
+
+    found: float
+    exact: float
+    loss: float
+    margin: float
+
+
+def _grid(needle: NeedleResult) -> dict[tuple[int, float], _Found]:
+    """By (length, depth)."""
     grid = {}
-    for length in found.lengths:
-        for depth in found.depths:
-            answers = [cell.answer for cell in found.cells if (cell.length, cell.depth) == (length, depth)]
-            values = [(a.token_match, float(a.starts), a.loss, a.margin) for a in answers]
-            share, exact, loss, margin = (float(value) for value in np.mean(values, axis=0))
-            grid[length, depth] = (share, exact, loss, margin)
+    for length in needle.lengths:
+        for depth in needle.depths:
+            cells = [cell for cell in needle.cells if (cell.length, cell.depth) == (length, depth)]
+            values = [(cell.found, cell.answer.starts, cell.answer.loss, cell.answer.margin) for cell in cells]
+            grid[length, depth] = _Found(*(float(value) for value in np.mean(values, axis=0)))
     return grid
 
 

@@ -53,7 +53,9 @@ def test_a_person_finds_what_was_done() -> None:
 
 def test_the_effective_length_is_told_with_what_shows_it() -> None:
     text = render_card(card_input(effective=effective("recovered")))
-    assert "**Effective length: 16,384 tokens.** 16,384 tokens pass: the last 1,024 tokens have 0.981 times" in text
+    assert "**Effective length: 16,384 tokens.** 16,384 tokens pass: the last 1,024 tokens are predicted as" in text
+    assert "| 16,384 | yes | 0.981 (0.952 to 1.010) | +0.041 (+0.031 to +0.051) | 0.90 (0.77) |" in text
+    assert "| 2,048 | yes | – | – | 0.90 (0.77) |" in text
     assert "0.90 of the needle's tokens are found, 0.77 are needed" in text and "finds a fact far back" not in text
     less = render_card(card_input(effective=effective("original")))
     assert "Not beyond, at 16384 tokens" in less

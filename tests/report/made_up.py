@@ -8,7 +8,7 @@ from retrofit.evaluate.asking import Answer
 from retrofit.evaluate.context_use import LongContext
 from retrofit.evaluate.cost import LengthCost, RunCost
 from retrofit.evaluate.definitions import Defined
-from retrofit.evaluate.effective import EffectiveLength, LengthTests, ShortContext
+from retrofit.evaluate.effective import AGAINST_ORIGINAL, EffectiveLength, LengthTests, ShortContext
 from retrofit.evaluate.longppl import ContextGain, LongPPL
 from retrofit.evaluate.needle import Cell, NeedleResult
 from retrofit.evaluate.perplexity import Row
@@ -59,23 +59,26 @@ def effective(label: str) -> EffectiveLength:
 
     def tests(length: int) -> LengthTests:
         past = length > NATIVE
-        tail = 9.2 if past and broken else 0.981 if past else 1.0 + 0.02 * math.log2(NATIVE / length)
-        low, high = tail * 0.97, tail * 1.03
+        tail = None if not past else 9.2 if broken else 0.981
+        low, high = (None, None) if tail is None else (tail * 0.97, tail * 1.03)
         gain = None if not past else (-2.1 if broken else 0.041)
         needle = 0.05 if past and broken else 0.9
         passed = not (past and broken)
-        margins = {"tail": -math.log(low), "needle": needle - 0.765}
+        margins = {} if high is None else {"tail": math.log(1.05 / high)}
+        margins["needle"] = needle - 0.765
         if gain is not None:
             margins["gain"] = gain - 0.01
         return LengthTests(
-            length, tail, low, high, passed,
+            length, past, tail, low, high, passed if past else None,
             gain, gain - 0.01 if gain else None, gain + 0.01 if gain else None, passed if past else None,
             needle, 0.765, passed, margins,
         )  # fmt: skip
 
     certified = 8192 if broken else 16384
-    why = "16384 tokens: the tail is predicted worse (9.200 times the perplexity, at least 8.924)" if broken else None
-    return EffectiveLength(certified, NATIVE, 1024, UNIT, 4, tuple(tests(n) for n in LENGTHS), (), why)
+    why = "16384 tokens: the tail is not shown to be predicted as well as at the native length" if broken else None
+    return EffectiveLength(
+        certified, NATIVE, 1024, AGAINST_ORIGINAL, UNIT, 4, tuple(tests(n) for n in LENGTHS), (), why
+    )
 
 
 def needle(label: str) -> NeedleResult:
@@ -87,9 +90,9 @@ def needle(label: str) -> NeedleResult:
             share = 0.0 if lost else 1.0 if depth > 0.3 else 0.8
             answer = Answer(("41837",), "41837" if share == 1 else "4183", share, share == 1, 4.2 - 4 * share,
                             3.1 * share, share)  # fmt: skip
-            cells.append(Cell(length, depth, 0, int(depth * length), answer))
-    scores = {n: sum(c.answer.token_match for c in cells if c.length == n) / 5 for n in (2048, 8192, 16384)}
-    return NeedleResult("needle", (2048, 8192, 16384), DEPTHS, 1, 0, tuple(cells), scores, 90_000, "blockwise")
+            cells.append(Cell(length, depth, 0, int(depth * length), answer, answer.starts))
+    scores = {n: sum(c.found for c in cells if c.length == n) / 5 for n in (2048, 8192, 16384)}
+    return NeedleResult("needle", (2048, 8192, 16384), DEPTHS, 1, False, 0, tuple(cells), scores, 90_000, "blockwise")
 
 
 def long_context(label: str) -> LongContext:
