@@ -102,20 +102,23 @@ def _long_context(console: Console, found: LongContext) -> None:
             [(r.kind, r.length, f"{r.ppl:.3f}" if r.ppl else "-", r.key_tokens, r.tokens) for r in found.long_ppl],
         )
     if found.needle:
-        cells = [(cell.length, f"{cell.depth:.2f}", cell.position, cell.answer) for cell in found.needle.cells]
+        together = found.needle.together and len(found.needle.depths) > 1
+        counts = "preferred to every other needle's answer" if together else "answered exactly"
         console.table(
-            f"{found.needle.test}: exact match, share of answer tokens found, loss in nats per token",
-            ["length", "depth", "at token", "match", "found", "loss", "margin", "answer"],
+            f"{found.needle.test}, found: {counts}; loss of the right answer in nats per token and margin over a wrong one",
+            ["length", "depth", "at token", "found", "exact match", "loss", "margin", "answer"],
             [
                 (
-                    *where,
-                    "yes" if a.starts else "no",
-                    f"{a.token_match:.2f}",
-                    f"{a.loss:.2f}",
-                    f"{a.margin:+.2f}",
-                    a.answered,
+                    cell.length,
+                    f"{cell.depth:.2f}",
+                    cell.position,
+                    "yes" if cell.found else "no",
+                    "yes" if cell.answer.starts else "no",
+                    f"{cell.answer.loss:.2f}",
+                    f"{cell.answer.margin:+.2f}",
+                    cell.answer.answered,
                 )
-                for *where, a in cells
+                for cell in found.needle.cells
             ],
         )
     if found.ruler:
