@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,8 +74,9 @@ def extended(
     view = chosen[0]
     original, used = _history(text, view, before, method)
     step = length / before
-    notes = _notes(text, found, method, used, step, settings)
-    extension = Extension(method, original, before, length, used * step, step, notes)
+    total = _total(text, view, before, length, used)
+    notes = _notes(text, found, method, used, total, step, settings)
+    extension = Extension(method, original, before, length, total, step, notes)
     new = RopeView(view.where, view.layer_type, _parameters(text, view, extension, settings))
     if settings.attention_factor is not None:
         extension = _with_attention_factor(text, new, extension, settings.attention_factor)
@@ -152,6 +154,18 @@ def _history(text: Mapping[str, Any], view: RopeView, before: int, method: str) 
             fix="write the window it had before that extension there",
         )
     return (round(before / used) if known is None else known), used
+
+
+def _total(text: Mapping[str, Any], view: RopeView, before: int, length: int, used: float) -> float:
+    """The factor of the new window, whatever scale the file paired with the old one.
+
+    A scale that reaches further already stays: the weights may have been trained with it. Not where the window was
+    never raised to it, as Qwen's instructions have it: those weights know the original length alone.
+    """
+    known = original_length(text, view.parameters)
+    if known is None or view.rope_type not in ("linear", "yarn"):
+        return used * length / before  # of llama3 the window may be longer than original x factor, as Llama 3.1's is
+    return max(length / known, used if before > known else 1.0)
 
 
 def _parameters(
@@ -250,13 +264,16 @@ def _notes(
     found: tuple[RopeView, ...],
     method: str,
     used: float,
+    total: float,
     step: float,
     settings: RopeSettings,
 ) -> tuple[str, ...]:
     notes = []
     if used != 1 and method not in ("none", "longrope"):
+        told = f"The model was already extended by {method} x {used:g}; "
+        composed = math.isclose(total, used * step)
         notes.append(
-            f"The model was already extended by {method} x {used:g}; composed with x {step:g} from its original length."
+            told + (f"composed with x {step:g} from its original length." if composed else f"it is x {total:g} now.")
         )
     if len(found) > 1:
         notes.append("Sliding-window layers keep their own encoding; only full-attention layers are extended.")

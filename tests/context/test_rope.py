@@ -16,6 +16,17 @@ from tests.tiny import FAMILIES, save_tiny, tiny_config, tiny_model
 
 FACTOR = 4.0
 WINDOW = 512
+LLAMA31 = {
+    "max_position_embeddings": 131072,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
 
 
 def rotary(model):
@@ -188,6 +199,28 @@ def test_composition_equals_one_extension(method: str) -> None:
         return
     assert (done.original, done.before, done.factor, done.step) == (512, 1024, 8.0, 4.0)
     assert method == "longrope" or "already extended" in done.notes[0]
+
+
+@pytest.mark.parametrize(("length", "factor"), [(65536, 2.0), (131072, 4.0), (262144, 8.0)])
+def test_a_scale_written_for_a_window_that_was_left_alone_is_not_applied_twice(length: int, factor: float) -> None:
+    """Qwen's own instructions for YaRN: factor 4 beside the window of 32768."""
+    parameters = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6}
+    qwen = tiny_config("qwen3", max_position_embeddings=32768, rope_parameters=parameters)
+    after = rope.extend(qwen, length=length, method="yarn")
+    assert after.rope_parameters["factor"] == factor == rope.plan(qwen, length=length, method="yarn").factor
+    assert not [one for one in rope.lint(after) if one.rule == "window-mismatch"]
+
+
+@pytest.mark.parametrize("method", ["linear", "yarn"])
+def test_a_scale_of_its_own_follows_from_the_original_length_when_extended_further(method: str) -> None:
+    wide = rope.extend(tiny_config("llama"), length=1024, method=method, settings=RopeSettings(scale=8.0))
+    factors = [rope.plan(wide, length=n, method=method).factor for n in (2048, 4096, 8192)]
+    assert factors == [8.0, 8.0, 16.0]  # up to 4096 tokens the encoding that is there reaches
+
+
+def test_llama_3_1_is_extended_by_the_step() -> None:
+    after = rope.extend(tiny_config("llama", **LLAMA31), factor=2, method="llama3")
+    assert after.rope_parameters["factor"] == 16.0 and after.max_position_embeddings == 262144
 
 
 @pytest.mark.parametrize(("first", "second"), [("ntk", "yarn"), ("yarn", "llama3"), ("linear", "ntk")])
