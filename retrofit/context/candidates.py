@@ -54,12 +54,13 @@ class Candidate:
 
 
 def candidates(
-    config: PretrainedConfig, *, length: int, count: int, portable: bool = True, seed: int = 0
+    config: PretrainedConfig, *, length: int, count: int, portable: bool = True, seed: int = 0, held: float = 1.0
 ) -> tuple[Candidate, ...]:
     """Up to `count` different encodings of a window of `length` tokens, the published ones first.
 
     portable: only those that transformers, vLLM and llama.cpp read alike, as far as the linter knows; otherwise yarn's
-    scale is free as well. The same arguments give the same candidates.
+    scale is free as well. held: what earlier extensions multiplied the queries with. The same arguments give the same
+    candidates.
 
     Raises: UserError where no method can extend this model.
     """
@@ -90,7 +91,7 @@ def candidates(
             break
         try:
             extended = extend(config, length=length, method=method, settings=settings)
-            scale = plan(config, length=length, method=method, settings=settings).query_scale
+            scale = plan(config, length=length, method=method, settings=settings, held=held).query_scale
         except UserError as error:
             refused = refused or error
             continue

@@ -46,8 +46,12 @@ def extended(
     factor: float | None,
     method: str,
     settings: RopeSettings,
+    held: float = 1.0,
 ) -> tuple[dict[str, Any], Extension]:
-    """(the position fields of the extended configuration under all names, what was done)."""
+    """(the position fields of the extended configuration under all names, what was done).
+
+    held: what the queries are multiplied with already, by the attention factors of earlier extensions.
+    """
     _require_method(method, settings)
     before = text.get("max_position_embeddings", text.get("n_positions"))
     if not isinstance(before, int) or isinstance(before, bool) or before < 1:
@@ -78,8 +82,8 @@ def extended(
     notes = _notes(text, found, method, used, total, step, settings)
     extension = Extension(method, original, before, length, total, step, notes)
     new = RopeView(view.where, view.layer_type, _parameters(text, view, extension, settings))
-    if settings.attention_factor is not None:
-        extension = _with_attention_factor(text, new, extension, settings.attention_factor)
+    extension = _with_written_factor(text, view, extension, settings)
+    extension = _with_attention_factor(text, new, extension, settings.attention_factor, held)
     merged = tuple(new if one is view else one for one in found)
     # `none` claims the length for the model itself: nothing was extended, so there is no other original length.
     fields = rotary_fields(text, merged, length, None if method == "none" else original)
@@ -203,6 +207,9 @@ def _parameters(
         scaled |= {key: got[key] for key in keep if got.get(key) is not None}
         given = ("beta_fast", "beta_slow")
         scaled |= {key: getattr(settings, key) for key in given if getattr(settings, key) is not None}
+        written = _written_factor(text, view) if view.rope_type == "yarn" else None
+        if written is not None and settings.attention_factor is None:
+            scaled["attention_factor"] = written
     if method == "longrope":
         return scaled | _lists(settings, dim // 2)
     if text.get("model_type") in LONGROPE_ONLY:
@@ -225,8 +232,40 @@ def _lists(settings: RopeSettings, pairs: int) -> dict[str, Any]:
     return found
 
 
-def _with_attention_factor(text: Mapping[str, Any], view: RopeView, extension: Extension, wanted: float) -> Extension:
-    """The extension with what the queries must be multiplied with to get the wanted factor."""
+def _written_factor(text: Mapping[str, Any], view: RopeView) -> float | None:
+    """The attention factor that the configuration writes out, where it is not the one its encoding has by itself."""
+    written = view.parameters.get("attention_factor")
+    if written is None:
+        return None
+    bare = {key: value for key, value in view.parameters.items() if key != "attention_factor"}
+    _, own = spectra.compute(text, RopeView(view.where, view.layer_type, bare))
+    return None if math.isclose(written, own, rel_tol=1e-6) else float(written)
+
+
+def _with_written_factor(
+    text: Mapping[str, Any], view: RopeView, extension: Extension, settings: RopeSettings
+) -> Extension:
+    """The extension with a note on what becomes of an attention factor that the configuration writes out."""
+    if extension.method != view.rope_type or settings.attention_factor is not None:
+        return extension
+    written = _written_factor(text, view)
+    if written is None:
+        return extension
+    said = f"The configuration writes the attention factor {written:g} out: "
+    kept = "it is kept. vLLM and llama.cpp compute the encoding's own; to change it in all, give `attention_factor`."
+    note = said + (kept if extension.method == "yarn" else "it went with the lists that the new ones stand in for.")
+    return replace(extension, notes=(*extension.notes, note))
+
+
+def _with_attention_factor(
+    text: Mapping[str, Any], view: RopeView, extension: Extension, wanted: float | None, held: float
+) -> Extension:
+    """The extension with what the queries must be multiplied with to get the wanted factor, None for the encoding's.
+
+    held: what they are multiplied with already, which is divided out.
+    """
+    if extension.method == "none" or (wanted is None and held == 1):
+        return extension
     if text.get("clip_qkv") is not None:
         raise UserError(
             "The model clamps its queries after the projection, so their weights cannot hold an attention factor",
@@ -234,12 +273,16 @@ def _with_attention_factor(text: Mapping[str, Any], view: RopeView, extension: E
             fix="leave it out",
         )
     _, own = spectra.compute(text, view, extension.length)
-    scale = (wanted / own) ** 2
-    note = (
-        f"Attention factor {wanted:g} instead of {own:.4g}: the weights that make the queries hold it (x {scale:.4g}), "
-        "because engines compute the encoding's own whatever the configuration says."
-    )
-    return replace(extension, query_scale=scale, notes=(*extension.notes, note))
+    scale, notes = 1.0, list(extension.notes)
+    if held != 1:
+        notes.append(f"An earlier extension's attention factor is divided out of the queries, which held x {held:.4g}.")
+    if wanted is not None:
+        scale = (wanted / own) ** 2
+        notes.append(
+            f"Attention factor {wanted:g} instead of {own:.4g}: the weights that make the queries hold it "
+            f"(x {scale:.4g}), because engines compute the encoding's own whatever the configuration says."
+        )
+    return replace(extension, query_scale=scale / held, notes=tuple(notes))
 
 
 def _as_longrope(

@@ -88,10 +88,14 @@ def plan(
     factor: float | None = None,
     method: str,
     settings: RopeSettings = DEFAULTS,
+    held: float = 1.0,
 ) -> Extension:
-    """What `extend` would do, without doing it; raises the same errors. Needs no torch."""
+    """What `extend` would do, without doing it; raises the same errors. Needs no torch.
+
+    held: what earlier extensions multiplied the queries with (`temperature.held_scale`).
+    """
     _, text = text_part(as_dict(config))
-    return extended(text, length=length, factor=factor, method=method, settings=settings)[1]
+    return extended(text, length=length, factor=factor, method=method, settings=settings, held=held)[1]
 
 
 def extend_fields(
@@ -116,11 +120,13 @@ def write_extended(
     factor: float | None = None,
     method: str,
     settings: RopeSettings = DEFAULTS,
+    held: float | None = None,
     overwrite: bool = False,
 ) -> Extension:
     """Write a checkpoint folder with a longer window: weights as hard links (copies across disks), a new config.json.
 
-    Learned positions are interpolated, an attention factor multiplies the queries: such weights are written anew. The
+    Learned positions are interpolated, an attention factor multiplies the queries: such weights are written anew.
+    held: what earlier extensions multiplied the queries with; by default what the source's record says. The
     tokenizer's `model_max_length` is raised to the new window, a theta that the file leaves to the model's class is
     written. The new configuration is linted before anything is written; an error in it is a UserError.
     """
@@ -128,14 +134,15 @@ def write_extended(
     from retrofit.checkpoint.read import Checkpoint
     from retrofit.checkpoint.rewrite import rewrite
     from retrofit.checkpoint.write import copy_side_files, staged, write_config
-    from retrofit.context.temperature import query_rules
+    from retrofit.context.temperature import held_scale, query_rules
     from retrofit.model.families import describe
     from retrofit.model.load import load_config
 
     source, out = Path(source_folder), Path(out)
     checkpoint = Checkpoint.open(source)
     raw = with_theta(checkpoint.config, load_config(source))
-    extension = plan(raw, length=length, factor=factor, method=method, settings=settings)
+    held = held_scale(source) if held is None else held
+    extension = plan(raw, length=length, factor=factor, method=method, settings=settings, held=held)
     fields = extend_fields(raw, length=length, factor=factor, method=method, settings=settings)
     require_clean(lint(fields), str(out))
     with staged(out, overwrite=overwrite) as folder:

@@ -109,6 +109,7 @@ def search(
     *,
     section: Search,
     seed: int = 0,
+    held: float = 1.0,
     kernel: Choice | None = None,
     identity: Mapping[str, str] | None = None,
     partial: Path | None = None,
@@ -116,22 +117,22 @@ def search(
 ) -> Found:
     """The best encoding of a window of T tokens for `model`, whose own is put back afterwards.
 
-    ids_T: a text as long as the window, BOS included. partial: a folder where finished trials are kept, for the next
-    call with the same question; identity: digests of the checkpoint, part of that question. The weights of the
-    objective are not: they say what is made of the losses.
+    ids_T: a text as long as the window, BOS included. held: what earlier extensions multiplied the queries with.
+    partial: a folder where finished trials are kept, for the next call with the same question; identity: digests of
+    the checkpoint, part of that question. The weights of the objective are not: they say what is made of the losses.
 
     Raises: UserError for a model without rotary positions, too small a budget, or losses that are not finite.
     """
     length = len(ids_T)
     plan = rungs(length, section.tokens_for(length))
     config = model.config
-    pool = candidates(config, length=length, count=plan[0][1], portable=section.portable, seed=seed)
+    pool = candidates(config, length=length, count=plan[0][1], portable=section.portable, seed=seed, held=held)
     native = int(config.get_text_config().max_position_embeddings)
     sha = hashlib.sha256(ids_T.numpy().tobytes()).hexdigest()
     trials: list[Trial] = []
     survivors = list(pool)
     with reading(model, kernel, progress) as used:
-        question = {"config": config.to_dict(), "checkpoint": identity, "text": sha, "seed": seed}
+        question = {"config": config.to_dict(), "checkpoint": identity, "text": sha, "seed": seed, "held": held}
         kept = Kept(partial, {**question, "dtype": str(model.dtype), "kernel": used})
         for rung, (size, count) in enumerate(plan, start=1):
             survivors = _advance_to(survivors, trials, min(count, len(pool)), yarn_attention_factor(length / native))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from retrofit.checkpoint.write import staged, write_config
 from retrofit.console import jsonable
 from retrofit.context.rope import portable, write_extended
 from retrofit.context.search import Found, search
+from retrofit.context.temperature import held_scale
 from retrofit.evaluate.score import Document, TokenLosses, score, tokenizer_digest
 from retrofit.kernels.registry import Choice, Proof, apply, choose, prove
 from retrofit.kv_heads.convert import ConvertReport
@@ -143,14 +145,24 @@ def extend(
     """
     found = None
     method, settings = str(context.method), context.settings
+    # The record of a run's own folders begins at the run's original, which may have been extended before.
+    held = math.prod(held_scale(folder) for folder in {source, teacher.folder})
     if context.searches:
         found = _search(
-            source, context, teacher=teacher, kernel=kernel, device=device, seed=seed, work=work, progress=progress
+            source,
+            context,
+            teacher=teacher,
+            kernel=kernel,
+            device=device,
+            seed=seed,
+            held=held,
+            work=work,
+            progress=progress,
         )
         method, settings = found.method, found.settings
     with staged(out, overwrite=overwrite) as folder:
         extension = write_extended(
-            source, folder, length=context.length, factor=context.factor, method=method, settings=settings
+            source, folder, length=context.length, factor=context.factor, method=method, settings=settings, held=held
         )
         result = {**facts(extension), **({"search": facts(found)} if found else {})}
         origin.after("extend", dump(context), result).write(folder)
@@ -165,6 +177,7 @@ def _search(
     kernel: str,
     device: str,
     seed: int,
+    held: float,
     work: Path,
     progress: Progress | None,
 ) -> Found:
@@ -183,6 +196,7 @@ def _search(
         ids_T,
         section=section,
         seed=seed,
+        held=held,
         kernel=None if choice.requested == "auto" else choice,
         identity=digest(source),
         partial=work,

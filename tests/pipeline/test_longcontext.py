@@ -39,6 +39,21 @@ def test_the_native_length_is_that_of_the_original(model: Path, extended: Path) 
     assert [native_length(load_config(folder)) for folder in (model, extended)] == [512, 512]
 
 
+def test_a_run_divides_out_the_factor_that_its_original_was_extended_with(
+    model: Path, recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    asked = ("--factor", 2, "--method", "yarn", "--attention-factor", 1.3)
+    assert retrofit("extend", model, *asked, "--out", first).exit_code == 0
+    file = recipe(model=str(first), context={"factor": 2}, recover=None, evaluate=None, publish=None, require={})
+    assert retrofit("run", file, "--out", tmp_path / "run").exit_code == 0
+    scales = [
+        json.loads((folder / "retrofit.json").read_text())["steps"][-1]["result"]["query_scale"]
+        for folder in (first, tmp_path / "run" / "2-extend")
+    ]
+    assert scales[0] > 1.4 and scales[0] * scales[1] == pytest.approx(1)
+
+
 def test_everything_at_once(extended: Path, book: Path, tmp_path: Path) -> None:
     file = tmp_path / "l.npz"
     asked = ["--lengths", "256,512,1024", "--needle", "512,1024", "--depths", 2, "--context-gain"]
