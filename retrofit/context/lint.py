@@ -231,12 +231,15 @@ def _window(facts: _Facts) -> Iterator[Finding]:
             continue
         if view.layer_type == "sliding_attention" or abs(factor * original - window) < 1:
             continue
+        if kind == "llama3" and original != window:
+            continue  # where its ramp lies, not what the window grew from: Llama 3.1 has 8 x 8192 beside 131072
         # vLLM derives yarn's window as original x factor; a claim above that was never scaled for.
         severity: Literal["error", "warning"] = "error" if window > factor * original and kind == "yarn" else "warning"
         what = f"the window {window} is not factor x original = {factor:g} x {original} = {factor * original:g}"
         if original == window and factor > 1:
             what += "; if the window is the enlarged one, the original length is lost and the frequencies are wrong"
-        yield Finding(severity, where, what, "make the three agree", "window-mismatch")
+        fix = "write the original length" if kind == "llama3" else "make the three agree"
+        yield Finding(severity, where, what, fix, "window-mismatch")
 
 
 def _dependent(facts: _Facts) -> Iterator[Finding]:
