@@ -78,15 +78,19 @@ def extended(
     view = chosen[0]
     original, used = _history(text, view, before, method)
     step = length / before
-    total = _total(text, view, before, length, used)
-    notes = _notes(text, found, method, used, total, step, settings)
-    extension = Extension(method, original, before, length, total, step, notes)
-    new = RopeView(view.where, view.layer_type, _parameters(text, view, extension, settings))
+    scale = _total(text, view, before, length, used)
+    trained = _trained_with_llama3(text, view)
+    notes = _notes(text, found, method, 1.0 if trained else used, scale, step, settings)
+    if trained:
+        extension = Extension(method, before, before, length, step, step, notes)
+    else:
+        extension = Extension(method, original, before, length, scale, step, notes)
+    new = RopeView(view.where, view.layer_type, _parameters(text, view, extension, settings, original, scale))
     extension = _with_written_factor(text, view, extension, settings)
     extension = _with_attention_factor(text, new, extension, settings.attention_factor, held)
     merged = tuple(new if one is view else one for one in found)
     # `none` claims the length for the model itself: nothing was extended, so there is no other original length.
-    fields = rotary_fields(text, merged, length, None if method == "none" else original)
+    fields = rotary_fields(text, merged, length, None if method == "none" or trained else original)
     if text.get("model_type") in HEAD_DIM_NEEDED and text.get("head_dim") is None:
         fields["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
     return fields, extension
@@ -160,6 +164,12 @@ def _history(text: Mapping[str, Any], view: RopeView, before: int, method: str) 
     return (round(before / used) if known is None else known), used
 
 
+def _trained_with_llama3(text: Mapping[str, Any], view: RopeView) -> bool:
+    """Whether llama3 is the encoding that the model was trained with, as Llama 3.1: its file has the original length
+    inside the rotary parameters alone, that of an extension at the top as well."""
+    return view.rope_type == "llama3" and text.get("original_max_position_embeddings") is None
+
+
 def _total(text: Mapping[str, Any], view: RopeView, before: int, length: int, used: float) -> float:
     """The factor of the new window, whatever scale the file paired with the old one.
 
@@ -173,10 +183,15 @@ def _total(text: Mapping[str, Any], view: RopeView, before: int, length: int, us
 
 
 def _parameters(
-    text: Mapping[str, Any], view: RopeView, extension: Extension, settings: RopeSettings
+    text: Mapping[str, Any],
+    view: RopeView,
+    extension: Extension,
+    settings: RopeSettings,
+    original: int,
+    scale: float,
 ) -> dict[str, Any]:
-    """The rotary parameters of one set of layers after the extension."""
-    got, method, original = view.parameters, extension.method, extension.original
+    """The rotary parameters of one set of layers after the extension. original, scale: as the encoding counts them."""
+    got, method = view.parameters, extension.method
     theta = got.get("rope_theta")
     if theta is None:
         raise UserError(
@@ -196,7 +211,7 @@ def _parameters(
             raise UserError("ntk needs more than one rotary pair", where=f"rotary dim {dim}", fix="use another method")
         larger = settings.theta or spectra.ntk_theta(float(theta), dim, extension.step)
         return {**common, "rope_type": "default", "rope_theta": larger}
-    scaled: dict[str, Any] = {**common, "rope_type": method, "factor": settings.scale or extension.factor}
+    scaled: dict[str, Any] = {**common, "rope_type": method, "factor": settings.scale or scale}
     if method != "linear":
         scaled["original_max_position_embeddings"] = original
     if method == "llama3":

@@ -92,7 +92,7 @@ def plan(
 ) -> Extension:
     """What `extend` would do, without doing it; raises the same errors. Needs no torch.
 
-    held: what earlier extensions multiplied the queries with (`temperature.held_scale`).
+    held: what earlier extensions multiplied the queries with (`record.held_scale`).
     """
     _, text = text_part(as_dict(config))
     return extended(text, length=length, factor=factor, method=method, settings=settings, held=held)[1]
@@ -134,7 +134,8 @@ def write_extended(
     from retrofit.checkpoint.read import Checkpoint
     from retrofit.checkpoint.rewrite import rewrite
     from retrofit.checkpoint.write import copy_side_files, staged, write_config
-    from retrofit.context.temperature import held_scale, query_rules
+    from retrofit.context.record import held_scale
+    from retrofit.context.temperature import query_rules
     from retrofit.model.families import describe
     from retrofit.model.load import load_config
 

@@ -8,15 +8,12 @@ rotated dims of every query multiplied by (wanted / own)^2 all engines compute t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from retrofit.checkpoint.provenance import FILE, read_provenance
 from retrofit.context.fields import views
 from retrofit.model.spec import LayerAttention, TensorSlot
 
@@ -29,15 +26,6 @@ def extended_layers(spec: AttentionSpec, text: Mapping[str, Any]) -> tuple[Layer
     """Layers whose encoding an extension changes: those with RoPE, and where it differs by layer type, full ones."""
     by_type = any(view.layer_type for view in views(text))
     return tuple(layer for layer in spec.layers if layer.rope and not (by_type and layer.window))
-
-
-def held_scale(folder: Path) -> float:
-    """What the extensions that a checkpoint folder records have multiplied its queries with, 1 where none is recorded.
-
-    A further extension computes its attention factor anew, so this has to be divided out first.
-    """
-    steps = read_provenance(folder).get("steps", ()) if (folder / FILE).is_file() else ()
-    return math.prod(step["result"].get("query_scale", 1.0) for step in steps if step["step"] == "extend")
 
 
 def query_rules(spec: AttentionSpec, text: Mapping[str, Any], scale: float) -> dict[str, Rule]:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from retrofit.checkpoint.provenance import digest, versions, write_provenance
 from retrofit.checkpoint.write import staged, write_config
 from retrofit.console import jsonable
+from retrofit.context.record import held_scale
 from retrofit.context.rope import portable, write_extended
 from retrofit.context.search import Found, search
-from retrofit.context.temperature import held_scale
 from retrofit.evaluate.score import Document, TokenLosses, score, tokenizer_digest
 from retrofit.kernels.registry import Choice, Proof, apply, choose, prove
 from retrofit.kv_heads.convert import ConvertReport

@@ -221,6 +221,9 @@ def test_a_scale_of_its_own_follows_from_the_original_length_when_extended_furth
 def test_llama_3_1_is_extended_by_the_step() -> None:
     after = rope.extend(tiny_config("llama", **LLAMA31), factor=2, method="llama3")
     assert after.rope_parameters["factor"] == 16.0 and after.max_position_embeddings == 262144
+    assert after.rope_parameters["original_max_position_embeddings"] == 8192
+    done = rope.plan(tiny_config("llama", **LLAMA31), factor=2, method="llama3")
+    assert (done.original, done.factor) == (131072, 2.0)  # its window is the original one
 
 
 @pytest.mark.parametrize(("first", "second"), [("ntk", "yarn"), ("yarn", "llama3"), ("linear", "ntk")])
