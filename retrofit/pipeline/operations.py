@@ -19,13 +19,14 @@ from retrofit.console import jsonable
 from retrofit.context.record import held_scale
 from retrofit.context.rope import portable, write_extended
 from retrofit.context.search import Found, search
+from retrofit.evaluate.reader import require_positions
 from retrofit.evaluate.score import Document, TokenLosses, score, tokenizer_digest
 from retrofit.kernels.registry import Choice, Proof, apply, choose, prove
 from retrofit.kv_heads.convert import ConvertReport
 from retrofit.kv_heads.convert import convert as convert_heads
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, load_model, load_tokenizer, read_config, resolve_dtype, working_dtype
-from retrofit.pipeline.longcontext import Measured, measure, native_length
+from retrofit.pipeline.longcontext import Measured, longest_prompt, measure, native_length
 from retrofit.pipeline.plan import COST_ROUNDS
 from retrofit.pipeline.texts import calibration_text, searched_text
 from retrofit.recipe.schema import Context, Convert, Evaluate, Recover
@@ -271,7 +272,10 @@ def score_folder(
 
     native: the length the original was made for; by default what the folder records. identity: digests of the
     checkpoint, recorded with the losses. partial: where finished documents are kept until all are.
+
+    Raises UserError, before anything is read, where learned positions end before the longest length.
     """
+    require_positions(load_config(folder), longest_prompt(evaluate), str(folder))
     model = load_model(folder, dtype=working_dtype(evaluate.dtype, folder, device), device=device)
     tokenizer = load_tokenizer(folder)
     choice = kernel_for(model, kernel, device)

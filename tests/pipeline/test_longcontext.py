@@ -41,6 +41,15 @@ def test_the_native_length_is_that_of_the_original(model: Path, extended: Path) 
     assert [native_length(load_config(folder)) for folder in (model, extended)] == [512, 512]
 
 
+def test_learned_positions_end_before_any_pass(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = save_tiny(tmp_path / "table", "gpt_bigcode")
+    monkeypatch.setattr(operations, "load_model", None)
+    asked = ("--text", book, "--lengths", "256", "--needle", "1024", "--beyond")
+    result = retrofit("evaluate", table, *asked)
+    assert result.exit_code == 2, result.output
+    assert "512 learned positions" in result.output and "retrofit extend MODEL --length 1024" in result.output
+
+
 def test_llama3_counts_as_an_extension_where_it_is_one(tmp_path: Path) -> None:
     """Llama 3.1 was trained with it: `original_max_position_embeddings` inside is no window it ever had."""
     llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
