@@ -12,7 +12,7 @@ from retrofit.context import learned
 from retrofit.context.fields import RopeView, original_length, rotary_dim, views
 from retrofit.context.names import rotary_fields
 from retrofit.errors import UserError
-from retrofit.recipe.schema import ROPE_SETTINGS, RopeSettings
+from retrofit.recipe.schema import MOST_TOKENS, ROPE_SETTINGS, RopeSettings
 
 METHODS = tuple(ROPE_SETTINGS)
 LONGROPE_ONLY = ("phi3",)
@@ -117,13 +117,19 @@ def _target(before: int, length: int | None, factor: float | None) -> int:
         raise UserError("Give exactly one of `length` and `factor`", where="context", fix="for example `length: 16384`")
     if length is None:
         exact = before * float(factor)  # type: ignore[arg-type]
-        length = round(exact)
-        if abs(exact - length) > 1e-6:
+        length = round(exact) if exact <= MOST_TOKENS else MOST_TOKENS + 1  # infinity, and what is no number, as well
+        if length <= MOST_TOKENS and abs(exact - length) > 1e-6:
             raise UserError(
                 f"{factor:g} x {before} tokens is {exact:g}, not a whole number",
                 where="context.factor",
                 fix=f"write `length: {length}` instead",
             )
+    if length > MOST_TOKENS:
+        raise UserError(
+            f"A window of more than {MOST_TOKENS} tokens: engines count positions in 32 bits",
+            where="context",
+            fix="ask for fewer tokens",
+        )
     if length <= before:
         raise UserError(
             f"The model already has a window of {before} tokens; {length} is not longer",
