@@ -70,7 +70,7 @@ class Found:
     """What a search chose. native: loss of the unextended model on what the last rung calls native.
 
     reference: YaRN's defaults, or the first published method the model can hold, in the last rung. read: tokens of the
-    budget that the trials took.
+    budget that the trials took. text: what they read, and whether that was joined or repeated.
     """
 
     method: str
@@ -80,6 +80,7 @@ class Found:
     reference: Trial
     native: float
     read: int
+    text: str
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def search(
     ids_T: Tensor,
     *,
     section: Search,
+    name: str = "",
     seed: int = 0,
     held: float = 1.0,
     kernel: Choice | None = None,
@@ -117,9 +119,10 @@ def search(
 ) -> Found:
     """The best encoding of a window of T tokens for `model`, whose own is put back afterwards.
 
-    ids_T: a text as long as the window, BOS included. held: what earlier extensions multiplied the queries with.
-    partial: a folder where finished trials are kept, for the next call with the same question; identity: digests of
-    the checkpoint, part of that question. The weights of the objective are not: they say what is made of the losses.
+    ids_T: a text as long as the window, BOS included; name: what it is, for the record. held: what earlier extensions
+    multiplied the queries with. partial: a folder where finished trials are kept, for the next call with the same
+    question; identity: digests of the checkpoint, part of that question. The weights of the objective are not: they
+    say what is made of the losses.
 
     Raises: UserError for a model without rotary positions, too small a budget, or losses that are not finite.
     """
@@ -151,7 +154,7 @@ def search(
     winner = min(last.values(), key=lambda trial: trial.objective)
     chosen = next(candidate for candidate in survivors if candidate.label == winner.label)
     read = sum(trial.tokens for trial in trials)
-    return Found(chosen.method, chosen.settings, tuple(trials), winner, last[pool[0].label], baseline, read)
+    return Found(chosen.method, chosen.settings, tuple(trials), winner, last[pool[0].label], baseline, read, name)
 
 
 def _advance_to(survivors: Sequence[Candidate], trials: Sequence[Trial], count: int, own: float) -> list[Candidate]:

@@ -196,6 +196,7 @@ def _search(
         tokenizer,
         ids_T,
         section=section,
+        name=name,
         seed=seed,
         held=held,
         kernel=None if choice.requested == "auto" else choice,
