@@ -127,8 +127,9 @@ def write_extended(
 
     Learned positions are interpolated, an attention factor multiplies the queries: such weights are written anew.
     held: what earlier extensions multiplied the queries with; by default what the source's record says. The
-    tokenizer's `model_max_length` is raised to the new window, a theta that the file leaves to the model's class is
-    written. The new configuration is linted before anything is written; an error in it is a UserError.
+    tokenizer's `model_max_length` is raised to the new window, and generation's `max_length` where it was the old one;
+    a theta that the file leaves to the model's class is written. The new configuration is linted before anything is
+    written; an error in it is a UserError.
     """
     from retrofit.checkpoint.place import link_or_copy
     from retrofit.checkpoint.read import Checkpoint
@@ -158,15 +159,18 @@ def write_extended(
                 link_or_copy(path, folder / path.name)
             write_config(folder, fields)
         copy_side_files(source, folder)
-        _raise_tokenizer_length(folder / "tokenizer_config.json", extension.length)
+        _raise(folder / "tokenizer_config.json", "model_max_length", extension.length)
+        # Any other limit of what is generated was somebody's choice.
+        _raise(folder / "generation_config.json", "max_length", extension.length, only=extension.before)
     return extension
 
 
-def _raise_tokenizer_length(path: Path, length: int) -> None:
+def _raise(path: Path, name: str, length: int, *, only: int | None = None) -> None:
+    """Write `length` in the place of a smaller number of the file. only: of this one."""
     if not path.is_file():
         return
     settings = json.loads(path.read_text(encoding="utf-8"))
-    limit = settings.get("model_max_length")
-    if isinstance(limit, (int, float)) and limit < length:
-        settings["model_max_length"] = length
+    limit = settings.get(name)
+    if isinstance(limit, (int, float)) and limit < length and only in (None, limit):
+        settings[name] = length
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -155,6 +155,13 @@ def test_tokenizer_limit_below_the_window(tmp_path) -> None:
     assert lint_folder(tmp_path) == []
 
 
+def test_generation_limit_left_at_the_original_window(tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(raw(YARN)))
+    for limit, rules in ((512, ["generation-limit"]), (2048, []), (20, [])):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"max_length": limit}))
+        assert [one.rule for one in lint_folder(tmp_path)] == rules
+
+
 @pytest.mark.parametrize("content", [None, "{", "[]"])
 def test_unreadable_folder(tmp_path, content: str | None) -> None:
     if content is not None:

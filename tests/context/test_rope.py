@@ -301,6 +301,15 @@ def test_saved_folder_loads_the_same_frequencies(tmp_path, family: str, method: 
     assert weights.stat().st_ino == (source / "model.safetensors").stat().st_ino
 
 
+@pytest.mark.parametrize(("before", "after"), [(512, 1024), (20, 20)])
+def test_generation_follows_the_window_where_it_had_the_old_one(tmp_path, before: int, after: int) -> None:
+    source = save_tiny(tmp_path / "source", "llama")
+    (source / "generation_config.json").write_text(json.dumps({"max_length": before}))
+    rope.write_extended(source, tmp_path / "out", length=1024, method="yarn")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"max_length": after}
+    assert json.loads((source / "generation_config.json").read_text()) == {"max_length": before}
+
+
 def old_names_only(raw):
     """config.json as an engine reads it that knows nothing of rope_parameters."""
     return {key: value for key, value in raw.items() if key != "rope_parameters"}
