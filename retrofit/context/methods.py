@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from retrofit.context import frequencies as spectra
 from retrofit.context import learned
 from retrofit.context.fields import RopeView, original_length, rotary_dim, views
@@ -78,7 +80,7 @@ def extended(
     view = chosen[0]
     original, used = _history(text, view, before, method)
     step = length / before
-    scale = _total(text, view, before, length, used)
+    scale = _total(text, view, method, before, length, used)
     trained = _trained_with_llama3(text, view)
     notes = _notes(text, found, method, 1.0 if trained else used, scale, step, settings)
     if trained:
@@ -150,12 +152,16 @@ def _history(text: Mapping[str, Any], view: RopeView, before: int, method: str) 
             present = "none"
     elif kind in ("linear", "yarn", "llama3"):
         present, used = kind, float(view.parameters.get("factor") or before / (known or before))
+    elif method != "longrope" and known is not None and (found := _written_as_longrope(text, view, known)):
+        present, used = found, float(view.parameters["factor"])
     elif kind == "longrope":  # its lists are absolute: they stand in the place of those that are there
         present, used = kind, before / (known or before)
     else:
         present, used = kind, 1.0
     if present != method:
         fix = f"use `method: {present}`" if present in METHODS else "start from a checkpoint with plain RoPE"
+        if present == "longrope":
+            fix += " with both lists"
         raise UserError(
             f"The model's window is already extended by `{present}`; `{method}` on top would undo that",
             where=f"config.json: {view.where}",
@@ -176,14 +182,14 @@ def _trained_with_llama3(text: Mapping[str, Any], view: RopeView) -> bool:
     return view.rope_type == "llama3" and text.get("original_max_position_embeddings") is None
 
 
-def _total(text: Mapping[str, Any], view: RopeView, before: int, length: int, used: float) -> float:
+def _total(text: Mapping[str, Any], view: RopeView, method: str, before: int, length: int, used: float) -> float:
     """The factor of the new window, whatever scale the file paired with the old one.
 
     A scale that reaches further already stays: the weights may have been trained with it. Not where the window was
     never raised to it, as Qwen's instructions have it: those weights know the original length alone.
     """
     known = original_length(text, view.parameters)
-    if known is None or view.rope_type not in ("linear", "yarn"):
+    if known is None or view.rope_type == "default" or method not in ("linear", "yarn"):
         return used * length / before  # of llama3 the window may be longer than original x factor, as Llama 3.1's is
     return max(length / known, used if before > known else 1.0)
 
@@ -321,6 +327,24 @@ def _as_longrope(
         "attention_factor": scale,
         "original_max_position_embeddings": original,
     }
+
+
+def _written_as_longrope(text: Mapping[str, Any], view: RopeView, original: int) -> str | None:
+    """The method whose defaults `_as_longrope` wrote as these lists; None for any other lists."""
+    got = view.parameters
+    if view.rope_type != "longrope" or text.get("model_type") not in LONGROPE_ONLY or got.get("factor") is None:
+        return None
+    if got.get("short_factor") != got.get("long_factor"):
+        return None
+    spectrum, scale = spectra.compute(text, view)
+    common = {key: got[key] for key in ("rope_theta", "partial_rotary_factor", "factor") if key in got}
+    for method in ("yarn", "linear", "llama3"):
+        ramp = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if method == "llama3" else {}
+        asked = {**common, **ramp, "rope_type": method, "original_max_position_embeddings": original}
+        wanted, own = spectra.compute(text, RopeView(view.where, view.layer_type, asked))
+        if math.isclose(scale, own, rel_tol=1e-6) and np.allclose(spectrum, wanted, rtol=1e-6, atol=0.0):
+            return method
+    return None
 
 
 def _notes(

@@ -5,7 +5,9 @@ is what stock transformers 5 reads (`rope_parameters`) and, with the same values
 `rope_scaling`) that other engines and older releases look for. The original length and theta are always explicit.
 
 An already extended model is extended further with the method it has, from its true original length; another method on
-top of it is refused, because its weights were trained with the first. Models with learned positions get a longer table.
+top of it is refused, because its weights were trained with the first. phi3 knows longrope only: there a method is known
+by the lists that its defaults give, and any other lists are followed by new lists alone. Models with learned positions
+get a longer table.
 """
 
 from __future__ import annotations

@@ -201,6 +201,21 @@ def test_composition_equals_one_extension(method: str) -> None:
     assert method == "longrope" or "already extended" in done.notes[0]
 
 
+@pytest.mark.parametrize("method", ["linear", "yarn", "llama3"])
+def test_phi3_is_extended_further_by_the_method_that_its_lists_were_written_for(method: str) -> None:
+    half = rope.extend(tiny_config("phi3"), factor=2, method=method)
+    once, twice = (rope.extend(config, length=4096, method=method) for config in (tiny_config("phi3"), half))
+    np.testing.assert_allclose(rope.frequencies(twice)[0], rope.frequencies(once)[0], rtol=1e-9)
+    assert rope.frequencies(twice)[1] == pytest.approx(rope.frequencies(once)[1])
+    other = "yarn" if method != "yarn" else "linear"
+    with pytest.raises(UserError, match=f"already extended by `{method}`"):
+        rope.plan(half, factor=2, method=other)
+    half.rope_parameters["short_factor"] = half.rope_parameters["long_factor"] = [1.5] * 7 + [4.0]
+    with pytest.raises(UserError, match="already extended by `longrope`") as caught:
+        rope.plan(half, factor=2, method=method)
+    assert "longrope` with both lists" in caught.value.fix
+
+
 @pytest.mark.parametrize(("length", "factor"), [(65536, 2.0), (131072, 4.0), (262144, 8.0)])
 def test_a_scale_written_for_a_window_that_was_left_alone_is_not_applied_twice(length: int, factor: float) -> None:
     """Qwen's own instructions for YaRN: factor 4 beside the window of 32768."""
