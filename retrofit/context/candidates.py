@@ -17,7 +17,7 @@ import numpy as np
 from retrofit.context.engines import differences
 from retrofit.context.fields import as_dict, rotary_dim, text_part, views
 from retrofit.context.frequencies import yarn_attention_factor
-from retrofit.context.rope import extend, plan
+from retrofit.context.rope import extend_and_plan
 from retrofit.errors import UserError
 from retrofit.recipe.schema import RopeMethod, RopeSettings
 
@@ -90,15 +90,14 @@ def candidates(
         if len(found) >= count:
             break
         try:
-            extended = extend(config, length=length, method=method, settings=settings)
-            scale = plan(config, length=length, method=method, settings=settings, held=held).query_scale
+            extended, done = extend_and_plan(config, length=length, method=method, settings=settings, held=held)
         except UserError as error:
             refused = refused or error
             continue
         published = index < len(PUBLISHED)
         gentler = not clamped and not published and index < len(PUBLISHED) + len(GENTLER)
         if not portable or _strange(extended) <= known:
-            found.append(Candidate(method, settings, extended, scale, published, gentler))
+            found.append(Candidate(method, settings, extended, done.query_scale, published, gentler))
     if not found:
         raise refused or UserError(
             "no method is read alike by transformers, vLLM and llama.cpp on this model",

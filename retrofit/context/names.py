@@ -43,17 +43,6 @@ def with_theta(raw: Mapping[str, Any], loaded: PretrainedConfig) -> Mapping[str,
     return {**raw, "text_config": {**text, **theta}} if prefix else {**raw, **theta}
 
 
-def length_dependent(config: object) -> bool:
-    """True when the encoding of a prefix changes with the total length, so that losses at one length say nothing
-    about another: `dynamic`, and `longrope` whose two factor lists differ."""
-    _, text = text_part(as_dict(config))
-    return any(
-        view.rope_type == "dynamic"
-        or (view.rope_type == "longrope" and view.parameters.get("short_factor") != view.parameters.get("long_factor"))
-        for view in views(text)
-    )
-
-
 def rotary_fields(
     text: Mapping[str, Any], found: tuple[RopeView, ...], length: int, original: int | None = None
 ) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from retrofit.context.fields import as_dict, text_part
 from retrofit.context.frequencies import frequencies
 from retrofit.context.lint import Finding, lint, lint_folder, require_clean
 from retrofit.context.methods import METHODS, Extension, extended
-from retrofit.context.names import length_dependent, portable, replaced, with_theta
+from retrofit.context.names import portable, replaced, with_theta
 from retrofit.recipe.schema import RopeSettings
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ __all__ = [
     "Reading",
     "RopeSettings",
     "extend",
+    "extend_and_plan",
     "extend_fields",
     "frequencies",
-    "length_dependent",
     "lint",
     "lint_folder",
     "plan",
@@ -67,20 +67,33 @@ def extend(
     Raises UserError: unknown method, length not above the present window, a factor that gives no whole number of
     tokens, an encoding this method cannot be put on.
     """
+    return extend_and_plan(config, length=length, factor=factor, method=method, settings=settings)[0]
+
+
+def extend_and_plan(
+    config: PretrainedConfig,
+    *,
+    length: int | None = None,
+    factor: float | None = None,
+    method: str,
+    settings: RopeSettings = DEFAULTS,
+    held: float = 1.0,
+) -> tuple[PretrainedConfig, Extension]:
+    """What `extend` gives, and what `plan` says of it; raises the same errors."""
     result = copy.deepcopy(config)
     text = result.get_text_config()
-    fields, _ = extended(as_dict(text), length=length, factor=factor, method=method, settings=settings)
+    fields, done = extended(as_dict(text), length=length, factor=factor, method=method, settings=settings, held=held)
     if learned.has_table(as_dict(text)):
         for name, value in fields.items():
             setattr(text, name, value)
-        return result
+        return result, done
     for name in ("max_position_embeddings", "original_max_position_embeddings", "rope_parameters", "head_dim"):
         if name in fields:
             setattr(text, name, fields[name])
     if hasattr(text, "rope_theta"):
         text.rope_theta = fields["rope_theta"]
     text.validate_rope()
-    return result
+    return result, done
 
 
 def plan(

@@ -11,6 +11,7 @@ import pytest
 from retrofit.context import rope
 from retrofit.context.fields import as_dict, views
 from retrofit.errors import UserError
+from retrofit.evaluate.reader import varying
 from retrofit.recipe.schema import RopeSettings
 from tests.tiny import FAMILIES, save_tiny, tiny_config, tiny_model
 
@@ -110,7 +111,7 @@ def test_model_computes_the_formula(family: str, method: str) -> None:
     assert got_scale == pytest.approx(scale)
     assert (method == "none") == np.allclose(wanted, plain(old["rope_theta"], dim), rtol=1e-3)
     assert not [one for one in rope.lint(after) if one.severity == "error"]
-    assert not rope.length_dependent(after)
+    assert not varying(after)
 
 
 def tiny_model_from(config):
@@ -166,7 +167,7 @@ def test_length_dependent_types_match_transformers(over) -> None:
         got, got_scale = rope.frequencies(config, tokens=tokens)
         np.testing.assert_allclose(got, wanted.numpy(), rtol=2e-6)
         assert got_scale == pytest.approx(scale)
-    assert rope.length_dependent(config)
+    assert varying(config)
 
 
 def test_gemma3_sliding_layers_stay() -> None:
@@ -416,7 +417,7 @@ def test_longrope_takes_its_short_factors_to_the_original_length_and_its_long_on
         ours, ours_scale = rope.frequencies(model.config, layer_type, tokens=last + 1)
         np.testing.assert_allclose(got, ours, rtol=2e-6)
         assert ours_scale == pytest.approx(own)
-    assert rope.length_dependent(model.config)
+    assert varying(model.config)
 
 
 def test_settings_reach_the_model() -> None:

@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import GPTBigCodeConfig
 
+from retrofit.context import rope
 from retrofit.context import search as searching
 from retrofit.context.candidates import PUBLISHED, candidates, rungs
 from retrofit.context.engines import differences
+from retrofit.context.methods import extended
 from retrofit.context.rope import extend
 from retrofit.context.search import encoded, search
 from retrofit.errors import UserError
@@ -78,6 +80,18 @@ def test_candidates_are_read_alike_everywhere(family: str) -> None:
     assert methods["ntk"] >= 3 and methods["yarn"] >= 3
     thetas = [candidate.settings.theta for candidate in found if candidate.method == "ntk" and not candidate.published]
     assert max(thetas) > 2 * min(thetas)
+
+
+def test_an_encoding_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, object]] = []
+
+    def counted(text, *, method, settings, **how):
+        asked.append((method, settings))
+        return extended(text, method=method, settings=settings, **how)
+
+    monkeypatch.setattr(rope, "extended", counted)
+    found = candidates(tiny_config("llama"), length=LENGTH, count=24)
+    assert len(found) == 24 and max(asked.count(one) for one in asked) == 1
 
 
 def test_transformers_alone_has_more_to_choose_from() -> None:
