@@ -197,6 +197,22 @@ def test_the_last_rung_is_the_loss_of_one_plain_pass() -> None:
     assert found.reference.needle == pytest.approx(np.mean(answers), abs=1e-4)
 
 
+def test_every_token_that_passes_read_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read = tiny_model("llama", max_position_embeddings=512), []
+    hidden = Reader.hidden
+
+    def counted(self: Reader, ids_T: torch.Tensor):
+        read.append(len(ids_T))
+        return hidden(self, ids_T)
+
+    monkeypatch.setattr(Reader, "hidden", counted)
+    found = search(model, tiny_tokenizer(), text(), section=SECTION, name="book")
+    assert found.tokens_read == sum(read) > found.read and found.text == "book"
+    assert len(found.baselines) == 3 and found.baselines[-1] == found.native
+    for trial in found.trials:
+        assert trial.excess == pytest.approx(trial.native - found.baselines[trial.rung - 1])
+
+
 def test_the_second_rung_reads_the_middle_with_attention_to_nearby_tokens() -> None:
     model, tokenizer, ids = tiny_model("llama", max_position_embeddings=512), tiny_tokenizer(), text()
     plan = rungs(LENGTH, SECTION.tokens)
