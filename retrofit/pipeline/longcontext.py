@@ -53,7 +53,8 @@ class Measured:
 def native_length(config: PretrainedConfig) -> int:
     """Tokens that the original was made for: the original length an extended checkpoint records, or its window."""
     spec = describe(config)
-    recorded = first_original(Path(config.name_or_path))
+    folder = config.name_or_path  # of a configuration made in code: empty
+    recorded = first_original(Path(folder)) if folder else None
     if recorded is not None:
         return recorded
     # With llama3 the length inside belongs to the encoding, which Llama 3.1 was trained with; a larger theta, and
