@@ -17,7 +17,7 @@ import numpy as np
 from retrofit.context.engines import differences
 from retrofit.context.fields import as_dict, rotary_dim, text_part, views
 from retrofit.context.frequencies import yarn_attention_factor
-from retrofit.context.rope import extend, plan
+from retrofit.context.rope import extend_and_plan
 from retrofit.errors import UserError
 from retrofit.recipe.schema import RopeMethod, RopeSettings
 
@@ -54,12 +54,13 @@ class Candidate:
 
 
 def candidates(
-    config: PretrainedConfig, *, length: int, count: int, portable: bool = True, seed: int = 0
+    config: PretrainedConfig, *, length: int, count: int, portable: bool = True, seed: int = 0, held: float = 1.0
 ) -> tuple[Candidate, ...]:
     """Up to `count` different encodings of a window of `length` tokens, the published ones first.
 
     portable: only those that transformers, vLLM and llama.cpp read alike, as far as the linter knows; otherwise yarn's
-    scale is free as well. The same arguments give the same candidates.
+    scale is free as well. held: what earlier extensions multiplied the queries with. The same arguments give the same
+    candidates.
 
     Raises: UserError where no method can extend this model.
     """
@@ -89,15 +90,14 @@ def candidates(
         if len(found) >= count:
             break
         try:
-            extended = extend(config, length=length, method=method, settings=settings)
-            scale = plan(config, length=length, method=method, settings=settings).query_scale
+            extended, done = extend_and_plan(config, length=length, method=method, settings=settings, held=held)
         except UserError as error:
             refused = refused or error
             continue
         published = index < len(PUBLISHED)
         gentler = not clamped and not published and index < len(PUBLISHED) + len(GENTLER)
         if not portable or _strange(extended) <= known:
-            found.append(Candidate(method, settings, extended, scale, published, gentler))
+            found.append(Candidate(method, settings, extended, done.query_scale, published, gentler))
     if not found:
         raise refused or UserError(
             "no method is read alike by transformers, vLLM and llama.cpp on this model",

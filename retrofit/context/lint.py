@@ -72,10 +72,13 @@ def lint(config: object) -> list[Finding]:
 
 
 def lint_folder(path: str | Path) -> list[Finding]:
-    """`lint` on the folder's config.json as stored, and the tokenizer's limit against the window it claims."""
+    """`lint` on the folder's config.json as stored, and other files' limits against the window it claims."""
     folder = Path(path)
     raw = _read(folder / "config.json", required=True)
-    return [*lint(raw), *_tokenizer(raw, _read(folder / "tokenizer_config.json", required=False))]
+    tokenizer, generation = (
+        _read(folder / name, required=False) for name in ("tokenizer_config.json", "generation_config.json")
+    )
+    return [*lint(raw), *_tokenizer(raw, tokenizer), *_generation(raw, generation)]
 
 
 def require_clean(findings: Sequence[Finding], where: str) -> None:
@@ -231,12 +234,15 @@ def _window(facts: _Facts) -> Iterator[Finding]:
             continue
         if view.layer_type == "sliding_attention" or abs(factor * original - window) < 1:
             continue
+        if kind == "llama3" and original != window:
+            continue  # where its ramp lies, not what the window grew from: Llama 3.1 has 8 x 8192 beside 131072
         # vLLM derives yarn's window as original x factor; a claim above that was never scaled for.
         severity: Literal["error", "warning"] = "error" if window > factor * original and kind == "yarn" else "warning"
         what = f"the window {window} is not factor x original = {factor:g} x {original} = {factor * original:g}"
         if original == window and factor > 1:
             what += "; if the window is the enlarged one, the original length is lost and the frequencies are wrong"
-        yield Finding(severity, where, what, "make the three agree", "window-mismatch")
+        fix = "write the original length" if kind == "llama3" else "make the three agree"
+        yield Finding(severity, where, what, fix, "window-mismatch")
 
 
 def _dependent(facts: _Facts) -> Iterator[Finding]:
@@ -293,6 +299,17 @@ def _tokenizer(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[
         what = f"the tokenizer cuts or warns at {limit} tokens; the model claims {window}"
         fix = f'write "model_max_length": {window}'
         yield Finding("warning", "tokenizer_config.json: model_max_length", what, fix, "tokenizer-limit")
+
+
+def _generation(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[Finding]:
+    """A limit equal to the original window was left behind by an extension; any other may be meant."""
+    _, text = text_part(raw)
+    window, limit = text.get("max_position_embeddings"), settings.get("max_length")
+    originals = [original_length(text, view.parameters) for view in views(text)]
+    if isinstance(window, int) and _is_number(limit) and limit < window and limit in originals:
+        what = f"generation stops at the {limit} tokens of the original window; the model claims {window}"
+        fix = f'write "max_length": {window}'
+        yield Finding("warning", "generation_config.json: max_length", what, fix, "generation-limit")
 
 
 def _shown(value: object) -> str:

@@ -43,17 +43,6 @@ def with_theta(raw: Mapping[str, Any], loaded: PretrainedConfig) -> Mapping[str,
     return {**raw, "text_config": {**text, **theta}} if prefix else {**raw, **theta}
 
 
-def length_dependent(config: object) -> bool:
-    """True when the encoding of a prefix changes with the total length, so that losses at one length say nothing
-    about another: `dynamic`, and `longrope` whose two factor lists differ."""
-    _, text = text_part(as_dict(config))
-    return any(
-        view.rope_type == "dynamic"
-        or (view.rope_type == "longrope" and view.parameters.get("short_factor") != view.parameters.get("long_factor"))
-        for view in views(text)
-    )
-
-
 def rotary_fields(
     text: Mapping[str, Any], found: tuple[RopeView, ...], length: int, original: int | None = None
 ) -> dict[str, Any]:
@@ -77,8 +66,10 @@ def rotary_fields(
         inside = ("rope_theta", "partial_rotary_factor")
         fields["rope_scaling"] = {key: value for key, value in parameters.items() if key not in inside}
     known = original if original is not None else original_length(text, full.parameters)
-    # llama.cpp's converter looks for llama3's original length at the top only, and takes 8192 when it is not there.
-    at_top = "original_max_position_embeddings" in text or full.rope_type in ("default", "linear", "llama3")
+    # llama.cpp's converter looks for llama3's original length at the top only, and takes 8192 when it is not there. A
+    # model that was trained with llama3, as Llama 3.1, has none there: it was not extended.
+    of_all = full.rope_type in ("default", "linear") or (full.rope_type == "llama3" and original is not None)
+    at_top = "original_max_position_embeddings" in text or of_all
     if known is not None and known < length and at_top:
         fields["original_max_position_embeddings"] = known
     return fields

@@ -5,7 +5,9 @@ is what stock transformers 5 reads (`rope_parameters`) and, with the same values
 `rope_scaling`) that other engines and older releases look for. The original length and theta are always explicit.
 
 An already extended model is extended further with the method it has, from its true original length; another method on
-top of it is refused, because its weights were trained with the first. Models with learned positions get a longer table.
+top of it is refused, because its weights were trained with the first. phi3 knows longrope only: there a method is known
+by the lists that its defaults give, and any other lists are followed by new lists alone. Models with learned positions
+get a longer table.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from retrofit.context.fields import as_dict, text_part
 from retrofit.context.frequencies import frequencies
 from retrofit.context.lint import Finding, lint, lint_folder, require_clean
 from retrofit.context.methods import METHODS, Extension, extended
-from retrofit.context.names import length_dependent, portable, replaced, with_theta
+from retrofit.context.names import portable, replaced, with_theta
 from retrofit.recipe.schema import RopeSettings
 
 if TYPE_CHECKING:
@@ -35,9 +37,9 @@ __all__ = [
     "Reading",
     "RopeSettings",
     "extend",
+    "extend_and_plan",
     "extend_fields",
     "frequencies",
-    "length_dependent",
     "lint",
     "lint_folder",
     "plan",
@@ -65,20 +67,33 @@ def extend(
     Raises UserError: unknown method, length not above the present window, a factor that gives no whole number of
     tokens, an encoding this method cannot be put on.
     """
+    return extend_and_plan(config, length=length, factor=factor, method=method, settings=settings)[0]
+
+
+def extend_and_plan(
+    config: PretrainedConfig,
+    *,
+    length: int | None = None,
+    factor: float | None = None,
+    method: str,
+    settings: RopeSettings = DEFAULTS,
+    held: float = 1.0,
+) -> tuple[PretrainedConfig, Extension]:
+    """What `extend` gives, and what `plan` says of it; raises the same errors."""
     result = copy.deepcopy(config)
     text = result.get_text_config()
-    fields, _ = extended(as_dict(text), length=length, factor=factor, method=method, settings=settings)
+    fields, done = extended(as_dict(text), length=length, factor=factor, method=method, settings=settings, held=held)
     if learned.has_table(as_dict(text)):
         for name, value in fields.items():
             setattr(text, name, value)
-        return result
+        return result, done
     for name in ("max_position_embeddings", "original_max_position_embeddings", "rope_parameters", "head_dim"):
         if name in fields:
             setattr(text, name, fields[name])
     if hasattr(text, "rope_theta"):
         text.rope_theta = fields["rope_theta"]
     text.validate_rope()
-    return result
+    return result, done
 
 
 def plan(
@@ -88,10 +103,14 @@ def plan(
     factor: float | None = None,
     method: str,
     settings: RopeSettings = DEFAULTS,
+    held: float = 1.0,
 ) -> Extension:
-    """What `extend` would do, without doing it; raises the same errors. Needs no torch."""
+    """What `extend` would do, without doing it; raises the same errors. Needs no torch.
+
+    held: what earlier extensions multiplied the queries with (`record.held_scale`).
+    """
     _, text = text_part(as_dict(config))
-    return extended(text, length=length, factor=factor, method=method, settings=settings)[1]
+    return extended(text, length=length, factor=factor, method=method, settings=settings, held=held)[1]
 
 
 def extend_fields(
@@ -116,18 +135,22 @@ def write_extended(
     factor: float | None = None,
     method: str,
     settings: RopeSettings = DEFAULTS,
+    held: float | None = None,
     overwrite: bool = False,
 ) -> Extension:
     """Write a checkpoint folder with a longer window: weights as hard links (copies across disks), a new config.json.
 
-    Learned positions are interpolated, an attention factor multiplies the queries: such weights are written anew. The
-    tokenizer's `model_max_length` is raised to the new window, a theta that the file leaves to the model's class is
-    written. The new configuration is linted before anything is written; an error in it is a UserError.
+    Learned positions are interpolated, an attention factor multiplies the queries: such weights are written anew.
+    held: what earlier extensions multiplied the queries with; by default what the source's record says. The
+    tokenizer's `model_max_length` is raised to the new window, and generation's `max_length` where it was the old one;
+    a theta that the file leaves to the model's class is written. The new configuration is linted before anything is
+    written; an error in it is a UserError.
     """
     from retrofit.checkpoint.place import link_or_copy
     from retrofit.checkpoint.read import Checkpoint
     from retrofit.checkpoint.rewrite import rewrite
     from retrofit.checkpoint.write import copy_side_files, staged, write_config
+    from retrofit.context.record import held_scale
     from retrofit.context.temperature import query_rules
     from retrofit.model.families import describe
     from retrofit.model.load import load_config
@@ -135,7 +158,8 @@ def write_extended(
     source, out = Path(source_folder), Path(out)
     checkpoint = Checkpoint.open(source)
     raw = with_theta(checkpoint.config, load_config(source))
-    extension = plan(raw, length=length, factor=factor, method=method, settings=settings)
+    held = held_scale(source) if held is None else held
+    extension = plan(raw, length=length, factor=factor, method=method, settings=settings, held=held)
     fields = extend_fields(raw, length=length, factor=factor, method=method, settings=settings)
     require_clean(lint(fields), str(out))
     with staged(out, overwrite=overwrite) as folder:
@@ -150,15 +174,18 @@ def write_extended(
                 link_or_copy(path, folder / path.name)
             write_config(folder, fields)
         copy_side_files(source, folder)
-        _raise_tokenizer_length(folder / "tokenizer_config.json", extension.length)
+        _raise(folder / "tokenizer_config.json", "model_max_length", extension.length)
+        # Any other limit of what is generated was somebody's choice.
+        _raise(folder / "generation_config.json", "max_length", extension.length, only=extension.before)
     return extension
 
 
-def _raise_tokenizer_length(path: Path, length: int) -> None:
+def _raise(path: Path, name: str, length: int, *, only: int | None = None) -> None:
+    """Write `length` in the place of a smaller number of the file. only: of this one."""
     if not path.is_file():
         return
     settings = json.loads(path.read_text(encoding="utf-8"))
-    limit = settings.get("model_max_length")
-    if isinstance(limit, (int, float)) and limit < length:
-        settings["model_max_length"] = length
+    limit = settings.get(name)
+    if isinstance(limit, (int, float)) and limit < length and only in (None, limit):
+        settings[name] = length
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -70,7 +70,9 @@ class Found:
     """What a search chose. native: loss of the unextended model on what the last rung calls native.
 
     reference: YaRN's defaults, or the first published method the model can hold, in the last rung. read: tokens of the
-    budget that the trials took.
+    budget that the trials took, by the weights of their rungs; tokens_read: those that passes read, each counted once a
+    pass, with the questions and the passes of the unextended model. text: what they read, and whether that was joined
+    or repeated. baselines: as native, of every rung.
     """
 
     method: str
@@ -80,6 +82,9 @@ class Found:
     reference: Trial
     native: float
     read: int
+    tokens_read: int
+    text: str
+    baselines: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,11 @@ class _Text:
     skip: int = 0
     near: int = 0
 
+    @property
+    def tokens_read(self) -> int:
+        """Tokens of one pass, and of the questions after it; the last token of an answer is not read."""
+        return len(self.ids_T) + sum(len(question) + len(answer) - 1 for question, answer in self.questions)
+
 
 def search(
     model: PreTrainedModel,
@@ -108,7 +118,9 @@ def search(
     ids_T: Tensor,
     *,
     section: Search,
+    name: str = "",
     seed: int = 0,
+    held: float = 1.0,
     kernel: Choice | None = None,
     identity: Mapping[str, str] | None = None,
     partial: Path | None = None,
@@ -116,22 +128,25 @@ def search(
 ) -> Found:
     """The best encoding of a window of T tokens for `model`, whose own is put back afterwards.
 
-    ids_T: a text as long as the window, BOS included. partial: a folder where finished trials are kept, for the next
-    call with the same question; identity: digests of the checkpoint, part of that question. The weights of the
-    objective are not: they say what is made of the losses.
+    ids_T: a text as long as the window, BOS included; name: what it is, for the record. held: what earlier extensions
+    multiplied the queries with. partial: a folder where finished trials are kept, for the next call with the same
+    question; identity: digests of the checkpoint, part of that question. The weights of the objective are not: they
+    say what is made of the losses.
 
     Raises: UserError for a model without rotary positions, too small a budget, or losses that are not finite.
     """
     length = len(ids_T)
     plan = rungs(length, section.tokens_for(length))
     config = model.config
-    pool = candidates(config, length=length, count=plan[0][1], portable=section.portable, seed=seed)
+    pool = candidates(config, length=length, count=plan[0][1], portable=section.portable, seed=seed, held=held)
     native = int(config.get_text_config().max_position_embeddings)
     sha = hashlib.sha256(ids_T.numpy().tobytes()).hexdigest()
     trials: list[Trial] = []
+    baselines: list[float] = []
+    tokens_read = 0
     survivors = list(pool)
     with reading(model, kernel, progress) as used:
-        question = {"config": config.to_dict(), "checkpoint": identity, "text": sha, "seed": seed}
+        question = {"config": config.to_dict(), "checkpoint": identity, "text": sha, "seed": seed, "held": held}
         kept = Kept(partial, {**question, "dtype": str(model.dtype), "kernel": used})
         for rung, (size, count) in enumerate(plan, start=1):
             survivors = _advance_to(survivors, trials, min(count, len(pool)), yarn_attention_factor(length / native))
@@ -139,9 +154,10 @@ def search(
             if progress:
                 progress.start(f"search {rung} of {len(plan)}", len(survivors) * size, "tokens")
             at = _Rung(model, tokenizer, text, rung, native, section, kept)
-            baseline = at.original()
+            baselines.append(at.original())
+            tokens_read += len(at.beginning.ids_T) + len(survivors) * text.tokens_read
             for candidate in survivors:
-                trials.append(at.trial(candidate, baseline))
+                trials.append(at.trial(candidate, baselines[-1]))
                 if progress:
                     progress.advance(size, encoding=candidate.label, objective=trials[-1].objective)
     if progress:
@@ -150,7 +166,18 @@ def search(
     winner = min(last.values(), key=lambda trial: trial.objective)
     chosen = next(candidate for candidate in survivors if candidate.label == winner.label)
     read = sum(trial.tokens for trial in trials)
-    return Found(chosen.method, chosen.settings, tuple(trials), winner, last[pool[0].label], baseline, read)
+    return Found(
+        method=chosen.method,
+        settings=chosen.settings,
+        trials=tuple(trials),
+        winner=winner,
+        reference=last[pool[0].label],
+        native=baselines[-1],
+        read=read,
+        tokens_read=tokens_read,
+        text=name,
+        baselines=tuple(baselines),
+    )
 
 
 def _advance_to(survivors: Sequence[Candidate], trials: Sequence[Trial], count: int, own: float) -> list[Candidate]:
@@ -190,12 +217,16 @@ class _Rung:
     section: Search
     kept: Kept
 
-    def original(self) -> float:
-        """Native loss of the model as it is, on the beginning of the text."""
+    @property
+    def beginning(self) -> _Text:
+        """What of the text the unextended model reads: up to its window."""
         text = self.text
         stop = min(text.cut or len(text.ids_T), self.native)
-        beginning = _Text(text.ids_T[:stop], stop, 1, text.text_T[: stop - 1], ())
-        return float(self._once(ORIGINAL, lambda: self._read(beginning))[0])
+        return _Text(text.ids_T[:stop], stop, 1, text.text_T[: stop - 1], ())
+
+    def original(self) -> float:
+        """Native loss of the model as it is, on the beginning of the text."""
+        return float(self._once(ORIGINAL, lambda: self._read(self.beginning))[0])
 
     def trial(self, candidate: Candidate, baseline: float) -> Trial:
         """One pass with the candidate's encoding."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from retrofit.errors import UserError
 from retrofit.evaluate.cache import PreallocatedLayer, preallocated_cache, rewind
 from retrofit.model.families import describe
 
@@ -40,6 +41,8 @@ class Reader:
 
     def hidden(self, ids_T: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Read `ids_T`; yields (offset in ids_T, hidden states [1, t, C]) of every chunk."""
+        if self._end is not None and self.position + len(ids_T) > self._end:
+            require_positions(self.model.config, self.position + len(ids_T))
         base = self.model.get_decoder()
         for start in range(0, len(ids_T), self.chunk):
             part = ids_T[None, start : start + self.chunk]
@@ -164,6 +167,19 @@ def head_of(model: PreTrainedModel) -> Iterator[Head]:
         yield lambda hidden_BTC: model(inputs_embeds=hidden_BTC, use_cache=False).logits
     finally:
         setattr(model, name, base)
+
+
+def require_positions(config: PreTrainedConfig, tokens: int, where: str = "") -> None:
+    """Raises UserError when `tokens` are more than a table of learned positions holds; RoPE's go on, whatever comes
+    out."""
+    end = describe(config).learned_positions
+    if end is not None and tokens > end:
+        raise UserError(
+            f"{tokens} tokens are more than the {end} learned positions of the model",
+            where=where,
+            fix=f"ask for at most {end}, or extend it: retrofit extend MODEL --length {tokens} --method linear "
+            "--out DIR",
+        )
 
 
 def varying(config: PreTrainedConfig) -> tuple[str, int] | None:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from retrofit.errors import UserError
 from retrofit.evaluate.documents import make_documents, tokenizer_digest
 from retrofit.evaluate.losses import Document, TokenLosses, documents_digest
-from retrofit.evaluate.reader import Reader, frequencies_of, varying
+from retrofit.evaluate.reader import Reader, frequencies_of, require_positions, varying
 from retrofit.evaluate.resume import Kept
 from retrofit.evaluate.windows import Span, Windows
 from retrofit.kernels.registry import Choice, scoring_kernel, using
@@ -242,21 +242,12 @@ def _require_scorable(model: PreTrainedModel, documents: Sequence[Document], pla
 
 
 def _require_positions(model: PreTrainedModel, documents: Sequence[Document], plans: Sequence[Plan]) -> None:
-    """Learned positions end; RoPE's go on, whatever comes out."""
     try:
-        spec = describe(model.config)
+        describe(model.config)
     except UserError:
         return  # of an architecture that is not described here; it fails by itself if it must
-    if any(layer.rope is not None for layer in spec.layers):
-        return
     for document, plan in zip(documents, plans, strict=True):
-        longest = max(span.tokens for _, spans in plan for span in spans)
-        if longest > spec.max_position_embeddings:
-            raise UserError(
-                f"{longest} tokens are more than the {spec.max_position_embeddings} learned positions of the model",
-                where=document.name,
-                fix=f"ask for at most {spec.max_position_embeddings}",
-            )
+        require_positions(model.config, max(span.tokens for _, spans in plan for span in spans), document.name)
 
 
 def _require_finite(losses: Tensor, first: int, document: Document, dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from retrofit.context.record import first_original
 from retrofit.evaluate.context_use import LongContext
 from retrofit.evaluate.definitions import STRIDE, Defined, prepared, value
 from retrofit.evaluate.effective import effective_length
@@ -52,9 +53,16 @@ class Measured:
 def native_length(config: PretrainedConfig) -> int:
     """Tokens that the original was made for: the original length an extended checkpoint records, or its window."""
     spec = describe(config)
-    recorded = [layer.rope.parameters.get("original_max_position_embeddings") for layer in spec.layers if layer.rope]
-    recorded.append(getattr(config, "original_max_position_embeddings", None))  # a larger theta has it here only
-    return min((length for length in recorded if isinstance(length, int)), default=spec.max_position_embeddings)
+    folder = config.name_or_path  # of a configuration made in code: empty
+    recorded = first_original(Path(folder)) if folder else None
+    if recorded is not None:
+        return recorded
+    # With llama3 the length inside belongs to the encoding, which Llama 3.1 was trained with; a larger theta, and
+    # llama3 on a model that was extended by it, have theirs at the top.
+    ropes = [layer.rope for layer in spec.layers if layer.rope and layer.rope.rope_type != "llama3"]
+    lengths = [rope.parameters.get("original_max_position_embeddings") for rope in ropes]
+    lengths.append(getattr(config, "original_max_position_embeddings", None))
+    return min((length for length in lengths if isinstance(length, int)), default=spec.max_position_embeddings)
 
 
 def passes_of(section: Evaluate, native: int) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,17 @@ from typing import TYPE_CHECKING, Any
 from retrofit.checkpoint.provenance import digest, versions, write_provenance
 from retrofit.checkpoint.write import staged, write_config
 from retrofit.console import jsonable
+from retrofit.context.record import held_scale
 from retrofit.context.rope import portable, write_extended
 from retrofit.context.search import Found, search
+from retrofit.evaluate.reader import require_positions
 from retrofit.evaluate.score import Document, TokenLosses, score, tokenizer_digest
 from retrofit.kernels.registry import Choice, Proof, apply, choose, prove
 from retrofit.kv_heads.convert import ConvertReport
 from retrofit.kv_heads.convert import convert as convert_heads
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, load_model, load_tokenizer, read_config, resolve_dtype, working_dtype
-from retrofit.pipeline.longcontext import Measured, measure, native_length
+from retrofit.pipeline.longcontext import Measured, longest_prompt, measure, native_length
 from retrofit.pipeline.plan import COST_ROUNDS
 from retrofit.pipeline.texts import calibration_text, searched_text
 from retrofit.recipe.schema import Context, Convert, Evaluate, Recover
@@ -143,14 +146,24 @@ def extend(
     """
     found = None
     method, settings = str(context.method), context.settings
+    # The record of a run's own folders begins at the run's original, which may have been extended before.
+    held = math.prod(held_scale(folder) for folder in {source, teacher.folder})
     if context.searches:
         found = _search(
-            source, context, teacher=teacher, kernel=kernel, device=device, seed=seed, work=work, progress=progress
+            source,
+            context,
+            teacher=teacher,
+            kernel=kernel,
+            device=device,
+            seed=seed,
+            held=held,
+            work=work,
+            progress=progress,
         )
         method, settings = found.method, found.settings
     with staged(out, overwrite=overwrite) as folder:
         extension = write_extended(
-            source, folder, length=context.length, factor=context.factor, method=method, settings=settings
+            source, folder, length=context.length, factor=context.factor, method=method, settings=settings, held=held
         )
         result = {**facts(extension), **({"search": facts(found)} if found else {})}
         origin.after("extend", dump(context), result).write(folder)
@@ -165,6 +178,7 @@ def _search(
     kernel: str,
     device: str,
     seed: int,
+    held: float,
     work: Path,
     progress: Progress | None,
 ) -> Found:
@@ -182,7 +196,9 @@ def _search(
         tokenizer,
         ids_T,
         section=section,
+        name=name,
         seed=seed,
+        held=held,
         kernel=None if choice.requested == "auto" else choice,
         identity=digest(source),
         partial=work,
@@ -257,7 +273,10 @@ def score_folder(
 
     native: the length the original was made for; by default what the folder records. identity: digests of the
     checkpoint, recorded with the losses. partial: where finished documents are kept until all are.
+
+    Raises UserError, before anything is read, where learned positions end before the longest length.
     """
+    require_positions(load_config(folder), longest_prompt(evaluate), str(folder))
     model = load_model(folder, dtype=working_dtype(evaluate.dtype, folder, device), device=device)
     tokenizer = load_tokenizer(folder)
     choice = kernel_for(model, kernel, device)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from retrofit.console import Progress
 
 # What a step writes depends on its code too: raise its number when the same inputs would give another artifact.
-VERSIONS = {"convert": 2, "extend": 2, "recover": 2, "evaluate": 2, "publish": 1}
+VERSIONS = {"convert": 2, "extend": 3, "recover": 2, "evaluate": 2, "publish": 1}
 FINAL = "final"
 
 Work = Callable[[Path], Mapping[str, Any]]

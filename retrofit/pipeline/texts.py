@@ -120,7 +120,8 @@ def searched_text(
 ) -> tuple[Tensor, str]:
     """(`length` tokens that a search of position encodings reads, BOS included; what they are).
 
-    The beginning of the first document that is long enough, else text packed from several. Nothing held out is read.
+    The beginning of the first document that is long enough, else text packed from several, read again where it does
+    not suffice. Nothing held out is read.
     """
     import torch
 
@@ -133,9 +134,13 @@ def searched_text(
             ids = bos + tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
             if len(ids) >= length:
                 return torch.tensor(ids[:length]), text.name
-    row = max(16, length // 8)
-    packed = training_rows(search.text, tokenizer, length, row, seed, teacher=teacher, progress=progress)
-    return packed.ids_NT.flatten()[:length], "text packed from several documents, none being long enough"
+    name, row = "text packed from several documents, none being long enough", max(16, length // 8)
+    try:
+        packed = training_rows(search.text, tokenizer, length, row, seed, teacher=teacher, repeat=False)
+    except UserError:  # too little, as the other reading announces; whatever else it was, that meets it again
+        packed = training_rows(search.text, tokenizer, length, row, seed, teacher=teacher, progress=progress)
+        name += "; there was too little, so parts of it stand in it more than once"
+    return packed.ids_NT.flatten()[:length], name
 
 
 def _within_memory(sources: Sequence[TextSource], teacher: Teacher) -> tuple[tuple[TextSource, ...], tuple[str, ...]]:

@@ -39,10 +39,15 @@ _REQUIRE_KEY = re.compile(r"^(ppl|ppl_ratio|tail_ppl|tail_ppl_ratio|kv_ratio|ker
 _REQUIRE_VALUE = re.compile(r"^\s*(<=|>=|<|>)\s*([0-9.]+(?:[eE][+-]?\d+)?)\s*$")
 
 
-class Section(BaseModel):
-    """Base of every part of a recipe: unknown keys are errors, values do not change after validation."""
+MOST_TOKENS = 2**31 - 1
+"""The longest window: engines count positions in 32 bits."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+class Section(BaseModel):
+    """Base of every part of a recipe: unknown keys and numbers that are not finite are errors, values do not change
+    after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TextSource(Section):
@@ -152,8 +157,8 @@ class Context(RopeSettings):
     Learned positions know `linear` only.
     """
 
-    length: int | None = Field(None, ge=16)
-    factor: float | None = Field(None, ge=1)
+    length: int | None = Field(None, ge=16, le=MOST_TOKENS)
+    factor: float | None = Field(None, ge=1, le=MOST_TOKENS)
     method: RopeMethod = "yarn"
     search: Search | None = None
 

@@ -68,7 +68,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("window-not-int", "error", raw(YARN, max_position_embeddings="2048")),
     ("window-mismatch", "error", raw(YARN, max_position_embeddings=4096)),
     ("window-mismatch", "warning", raw(YARN, max_position_embeddings=512)),
-    ("window-mismatch", "warning", raw(LLAMA3, max_position_embeddings=4096)),
+    ("window-mismatch", "warning", raw(LLAMA3, max_position_embeddings=512)),
     ("length-dependent", "warning", raw({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})),
     ("length-dependent", "warning", raw({**LONGROPE, "long_factor": [3.0] * 8})),
     ("truncate-ignored", "error", raw({**NESTED, "full_attention": {**YARN, "truncate": False}}, **GEMMA)),
@@ -93,6 +93,8 @@ def test_silent_failure_is_found(rule: str, severity: str, config: dict[str, Any
         raw(YARN),
         raw(LLAMA3, original_max_position_embeddings=512),
         raw({"rope_type": "default", "rope_theta": 1e4}),
+        raw({**LLAMA3, "factor": 8.0, "original_max_position_embeddings": 8192}, max_position_embeddings=131072),
+        raw({**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192}, max_position_embeddings=131072),
         raw(rope_theta=1e4),
         raw(rope_scaling=without(YARN, "rope_theta"), rope_theta=1e4),
         raw(YARN, rope_scaling=without(YARN, "rope_theta"), rope_theta=1e4),
@@ -151,6 +153,13 @@ def test_tokenizer_limit_below_the_window(tmp_path) -> None:
     assert [one.rule for one in lint_folder(tmp_path)] == ["tokenizer-limit"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 2048}))
     assert lint_folder(tmp_path) == []
+
+
+def test_generation_limit_left_at_the_original_window(tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(raw(YARN)))
+    for limit, rules in ((512, ["generation-limit"]), (2048, []), (20, [])):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"max_length": limit}))
+        assert [one.rule for one in lint_folder(tmp_path)] == rules
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]"])

@@ -11,11 +11,23 @@ import pytest
 from retrofit.context import rope
 from retrofit.context.fields import as_dict, views
 from retrofit.errors import UserError
+from retrofit.evaluate.reader import varying
 from retrofit.recipe.schema import RopeSettings
 from tests.tiny import FAMILIES, save_tiny, tiny_config, tiny_model
 
 FACTOR = 4.0
 WINDOW = 512
+LLAMA31 = {
+    "max_position_embeddings": 131072,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
 
 
 def rotary(model):
@@ -99,7 +111,7 @@ def test_model_computes_the_formula(family: str, method: str) -> None:
     assert got_scale == pytest.approx(scale)
     assert (method == "none") == np.allclose(wanted, plain(old["rope_theta"], dim), rtol=1e-3)
     assert not [one for one in rope.lint(after) if one.severity == "error"]
-    assert not rope.length_dependent(after)
+    assert not varying(after)
 
 
 def tiny_model_from(config):
@@ -155,7 +167,7 @@ def test_length_dependent_types_match_transformers(over) -> None:
         got, got_scale = rope.frequencies(config, tokens=tokens)
         np.testing.assert_allclose(got, wanted.numpy(), rtol=2e-6)
         assert got_scale == pytest.approx(scale)
-    assert rope.length_dependent(config)
+    assert varying(config)
 
 
 def test_gemma3_sliding_layers_stay() -> None:
@@ -190,6 +202,46 @@ def test_composition_equals_one_extension(method: str) -> None:
     assert method == "longrope" or "already extended" in done.notes[0]
 
 
+@pytest.mark.parametrize("method", ["linear", "yarn", "llama3"])
+def test_phi3_is_extended_further_by_the_method_that_its_lists_were_written_for(method: str) -> None:
+    half = rope.extend(tiny_config("phi3"), factor=2, method=method)
+    once, twice = (rope.extend(config, length=4096, method=method) for config in (tiny_config("phi3"), half))
+    np.testing.assert_allclose(rope.frequencies(twice)[0], rope.frequencies(once)[0], rtol=1e-9)
+    assert rope.frequencies(twice)[1] == pytest.approx(rope.frequencies(once)[1])
+    other = "yarn" if method != "yarn" else "linear"
+    with pytest.raises(UserError, match=f"already extended by `{method}`"):
+        rope.plan(half, factor=2, method=other)
+    half.rope_parameters["short_factor"] = half.rope_parameters["long_factor"] = [1.5] * 7 + [4.0]
+    with pytest.raises(UserError, match="already extended by `longrope`") as caught:
+        rope.plan(half, factor=2, method=method)
+    assert "longrope` with both lists" in caught.value.fix
+
+
+@pytest.mark.parametrize(("length", "factor"), [(65536, 2.0), (131072, 4.0), (262144, 8.0)])
+def test_a_scale_written_for_a_window_that_was_left_alone_is_not_applied_twice(length: int, factor: float) -> None:
+    """Qwen's own instructions for YaRN: factor 4 beside the window of 32768."""
+    parameters = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6}
+    qwen = tiny_config("qwen3", max_position_embeddings=32768, rope_parameters=parameters)
+    after = rope.extend(qwen, length=length, method="yarn")
+    assert after.rope_parameters["factor"] == factor == rope.plan(qwen, length=length, method="yarn").factor
+    assert not [one for one in rope.lint(after) if one.rule == "window-mismatch"]
+
+
+@pytest.mark.parametrize("method", ["linear", "yarn"])
+def test_a_scale_of_its_own_follows_from_the_original_length_when_extended_further(method: str) -> None:
+    wide = rope.extend(tiny_config("llama"), length=1024, method=method, settings=RopeSettings(scale=8.0))
+    factors = [rope.plan(wide, length=n, method=method).factor for n in (2048, 4096, 8192)]
+    assert factors == [8.0, 8.0, 16.0]  # up to 4096 tokens the encoding that is there reaches
+
+
+def test_llama_3_1_is_extended_by_the_step() -> None:
+    after = rope.extend(tiny_config("llama", **LLAMA31), factor=2, method="llama3")
+    assert after.rope_parameters["factor"] == 16.0 and after.max_position_embeddings == 262144
+    assert after.rope_parameters["original_max_position_embeddings"] == 8192
+    done = rope.plan(tiny_config("llama", **LLAMA31), factor=2, method="llama3")
+    assert (done.original, done.factor) == (131072, 2.0)  # its window is the original one
+
+
 @pytest.mark.parametrize(("first", "second"), [("ntk", "yarn"), ("yarn", "llama3"), ("linear", "ntk")])
 def test_another_method_on_top_is_refused(first: str, second: str) -> None:
     extended = rope.extend(tiny_config("llama"), factor=2, method=first)
@@ -205,6 +257,10 @@ def test_another_method_on_top_is_refused(first: str, second: str) -> None:
         ({"length": 100}, "not longer"),
         ({"factor": 1}, "not longer"),
         ({"factor": 1.0013}, "not a whole number"),
+        ({"factor": math.inf}, "32 bits"),
+        ({"factor": math.nan}, "32 bits"),
+        ({"factor": 1e300}, "32 bits"),
+        ({"length": 10**30}, "32 bits"),
         ({}, "exactly one"),
         ({"length": 1024, "factor": 2}, "exactly one"),
     ],
@@ -259,6 +315,15 @@ def test_saved_folder_loads_the_same_frequencies(tmp_path, family: str, method: 
     weights = out / "model.safetensors"
     assert weights.read_bytes() == (source / "model.safetensors").read_bytes()
     assert weights.stat().st_ino == (source / "model.safetensors").stat().st_ino
+
+
+@pytest.mark.parametrize(("before", "after"), [(512, 1024), (20, 20)])
+def test_generation_follows_the_window_where_it_had_the_old_one(tmp_path, before: int, after: int) -> None:
+    source = save_tiny(tmp_path / "source", "llama")
+    (source / "generation_config.json").write_text(json.dumps({"max_length": before}))
+    rope.write_extended(source, tmp_path / "out", length=1024, method="yarn")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"max_length": after}
+    assert json.loads((source / "generation_config.json").read_text()) == {"max_length": before}
 
 
 def old_names_only(raw):
@@ -352,7 +417,7 @@ def test_longrope_takes_its_short_factors_to_the_original_length_and_its_long_on
         ours, ours_scale = rope.frequencies(model.config, layer_type, tokens=last + 1)
         np.testing.assert_allclose(got, ours, rtol=2e-6)
         assert ours_scale == pytest.approx(own)
-    assert rope.length_dependent(model.config)
+    assert varying(model.config)
 
 
 def test_settings_reach_the_model() -> None:

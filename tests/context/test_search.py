@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import GPTBigCodeConfig
 
+from retrofit.context import rope
 from retrofit.context import search as searching
 from retrofit.context.candidates import PUBLISHED, candidates, rungs
 from retrofit.context.engines import differences
+from retrofit.context.methods import extended
 from retrofit.context.rope import extend
 from retrofit.context.search import encoded, search
 from retrofit.errors import UserError
@@ -78,6 +80,18 @@ def test_candidates_are_read_alike_everywhere(family: str) -> None:
     assert methods["ntk"] >= 3 and methods["yarn"] >= 3
     thetas = [candidate.settings.theta for candidate in found if candidate.method == "ntk" and not candidate.published]
     assert max(thetas) > 2 * min(thetas)
+
+
+def test_an_encoding_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, object]] = []
+
+    def counted(text, *, method, settings, **how):
+        asked.append((method, settings))
+        return extended(text, method=method, settings=settings, **how)
+
+    monkeypatch.setattr(rope, "extended", counted)
+    found = candidates(tiny_config("llama"), length=LENGTH, count=24)
+    assert len(found) == 24 and max(asked.count(one) for one in asked) == 1
 
 
 def test_transformers_alone_has_more_to_choose_from() -> None:
@@ -181,6 +195,22 @@ def test_the_last_rung_is_the_loss_of_one_plain_pass() -> None:
             logits = longer(whole[None]).logits[0, -len(answer) - 1 : -1].float()
         answers.append(float(torch.nn.functional.cross_entropy(logits, answer)))
     assert found.reference.needle == pytest.approx(np.mean(answers), abs=1e-4)
+
+
+def test_every_token_that_passes_read_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read = tiny_model("llama", max_position_embeddings=512), []
+    hidden = Reader.hidden
+
+    def counted(self: Reader, ids_T: torch.Tensor):
+        read.append(len(ids_T))
+        return hidden(self, ids_T)
+
+    monkeypatch.setattr(Reader, "hidden", counted)
+    found = search(model, tiny_tokenizer(), text(), section=SECTION, name="book")
+    assert found.tokens_read == sum(read) > found.read and found.text == "book"
+    assert len(found.baselines) == 3 and found.baselines[-1] == found.native
+    for trial in found.trials:
+        assert trial.excess == pytest.approx(trial.native - found.baselines[trial.rung - 1])
 
 
 def test_the_second_rung_reads_the_middle_with_attention_to_nearby_tokens() -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from retrofit.checkpoint.provenance import write_provenance
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.context import rope
+from retrofit.context.candidates import candidates
 from retrofit.context.engines import differences
 from retrofit.context.search import encoded
 from retrofit.errors import UserError
@@ -18,6 +20,7 @@ from tests.tiny import FAMILIES, save_tiny, tiny_config
 
 WANTED = 1.31
 LEARNED = ("gpt_bigcode",)
+BASE = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 512}
 
 
 def rotary_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -83,6 +86,41 @@ def test_only_queries_are_rewritten(tmp_path) -> None:
     expected = (before.tensor(name).float() * written.query_scale).bfloat16()
     assert torch.equal(after.tensor(name), expected) and written.query_scale < 1
     assert not differences(AutoConfig.from_pretrained(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("again", [None, 1.0, 1.2])
+def test_a_further_extension_divides_the_earlier_factor_out(tmp_path, again: float | None) -> None:
+    source = save_tiny(tmp_path / "source", "llama")
+    first, then = RopeSettings(attention_factor=1.3), RopeSettings(attention_factor=again)
+    done = rope.write_extended(source, tmp_path / "half", factor=2, method="yarn", settings=first)
+    write_provenance(tmp_path / "half", {"steps": [{"step": "extend", "result": {"query_scale": done.query_scale}}]})
+    twice = rope.write_extended(tmp_path / "half", tmp_path / "twice", factor=2, method="yarn", settings=then)
+    rope.write_extended(source, tmp_path / "once", factor=4, method="yarn", settings=then)
+    assert any("divided out" in note for note in twice.notes)
+    once, got = (Checkpoint.open(tmp_path / name) for name in ("once", "twice"))
+    for name in once.names:
+        torch.testing.assert_close(got.tensor(name), once.tensor(name), rtol=1e-5, atol=1e-7)
+    # And so does the search of one.
+    config = AutoConfig.from_pretrained(tmp_path / "half")
+    assert candidates(config, length=2048, count=1, held=done.query_scale)[0].query_scale == 1 / done.query_scale
+
+
+def test_a_factor_that_the_configuration_writes_out_is_kept_or_said_to_go() -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 256}
+    written = tiny_config("llama", rope_parameters={**yarn, "attention_factor": 1.0})
+    after, done = (do(written, factor=2, method="yarn") for do in (rope.extend, rope.plan))
+    assert after.rope_parameters["attention_factor"] == 1.0 and "attention factor 1 out: it is kept" in done.notes[-1]
+    other = rope.extend(written, factor=2, method="yarn", settings=RopeSettings(attention_factor=1.2))
+    assert "attention_factor" not in other.rope_parameters
+    own = tiny_config(
+        "llama", rope_parameters={**yarn, "attention_factor": rope.frequencies({**BASE, "rope_parameters": yarn})[1]}
+    )
+    assert "attention_factor" not in rope.extend(own, factor=2, method="yarn").rope_parameters
+    lists = {"short_factor": [1.0] * 8, "long_factor": [1.0] * 8}
+    longrope = tiny_config("llama", rope_parameters={**yarn, **lists, "rope_type": "longrope", "attention_factor": 1.5})
+    settings = RopeSettings(short_factor=(1.0,) * 8, long_factor=(2.0,) * 8)
+    done = rope.plan(longrope, factor=2, method="longrope", settings=settings)
+    assert "attention factor 1.5 out: it went" in done.notes[-1]
 
 
 def test_clamped_queries_are_refused(tmp_path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from retrofit.errors import UserError
 from retrofit.evaluate.losses import Document, TokenLosses
+from retrofit.evaluate.reader import Reader
 from retrofit.evaluate.score import score
 from retrofit.kernels.registry import choose
 from retrofit.model.families import describe
@@ -112,6 +113,14 @@ def test_a_loss_that_is_not_finite_names_document_and_token() -> None:
     with pytest.raises(UserError, match=rf"token {first + 1} is not a finite number") as error:
         score(model, [doc], chunk=1)
     assert "broken.txt" in error.value.where
+
+
+def test_reading_past_learned_positions_names_the_command_that_extends() -> None:
+    model = tiny_model("gpt_bigcode")
+    reader = Reader(model, 600)
+    with pytest.raises(UserError, match="512 learned positions") as caught:
+        reader.read(torch.full((513,), 5))
+    assert "retrofit extend MODEL --length 513" in str(caught.value.fix) and reader.position == 0
 
 
 def test_length_dependent_encodings_are_refused_beyond_their_static_length() -> None:

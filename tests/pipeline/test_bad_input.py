@@ -184,3 +184,20 @@ def test_lengths_at_which_a_reloaded_model_cannot_be_compared(recipe: Recipe, ou
     short = {"lengths": [600], "documents": 1, "tail": 16, "text": ["python-docs"]}
     said = refused(out, recipe(context=longrope, evaluate=short, require={}))
     assert "change beyond 512 tokens" in said and "at most 512" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--factor", "inf"), "finite"),
+        (("--factor", "nan"), "finite"),
+        (("--factor", "1e300"), "2147483647"),
+        (("--length", 10**30), "2147483647"),
+        (("--factor", 2, "--attention-factor", "inf"), "finite"),
+        (("--factor", 2, "--attention-factor", "nan"), "finite"),
+    ],
+)
+def test_numbers_without_an_end(model: Path, tmp_path: Path, options: tuple[object, ...], words: str) -> None:
+    result = retrofit("extend", model, *options, "--method", "yarn", "--out", tmp_path / "long")
+    assert result.exit_code == 2 and words in result.output
+    assert not list(tmp_path.iterdir())

@@ -13,12 +13,14 @@ import pytest
 
 from retrofit import bundled
 from retrofit.evaluate.losses import TokenLosses
+from retrofit.model.families import describe
 from retrofit.model.load import load_config
 from retrofit.pipeline import operations
 from retrofit.pipeline.longcontext import further_reading, native_length, questions_read
 from retrofit.recipe.load import load_suite
 from retrofit.recipe.schema import Evaluate
 from tests.pipeline.conftest import retrofit, sections, sentences
+from tests.tiny import save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,47 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_native_length_is_that_of_the_original(model: Path, extended: Path) -> None:
     assert [native_length(load_config(folder)) for folder in (model, extended)] == [512, 512]
+
+
+def test_learned_positions_end_before_any_pass(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = save_tiny(tmp_path / "table", "gpt_bigcode")
+    monkeypatch.setattr(operations, "load_model", None)
+    asked = ("--text", book, "--lengths", "256", "--needle", "1024", "--beyond")
+    result = retrofit("evaluate", table, *asked)
+    assert result.exit_code == 2, result.output
+    assert "512 learned positions" in result.output and "retrofit extend MODEL --length 1024" in result.output
+
+
+def test_llama3_counts_as_an_extension_where_it_is_one(tmp_path: Path) -> None:
+    """Llama 3.1 was trained with it: `original_max_position_embeddings` inside is no window it ever had."""
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    parameters = {**llama3, "rope_theta": 5e5, "original_max_position_embeddings": 128}
+    trained = save_tiny(tmp_path / "trained", "llama", max_position_embeddings=2048, rope_parameters=parameters)
+    plain = save_tiny(tmp_path / "plain", "llama")
+    assert retrofit("convert", trained, "--kv-heads", 2, "--method", "mean", "--out", tmp_path / "heads").exit_code == 0
+    for source in (trained, plain):
+        asked = ("--factor", 2, "--method", "llama3", "--out", tmp_path / f"long-{source.name}")
+        assert retrofit("extend", source, *asked).exit_code == 0
+    folders = [trained, tmp_path / "heads", tmp_path / "long-trained", tmp_path / "long-plain"]
+    assert [native_length(load_config(folder)) for folder in folders] == [2048, 2048, 2048, 512]
+    assert describe(load_config(trained)).max_position_embeddings == 2048  # what a plan calls native
+    (tmp_path / "long-plain" / "retrofit.json").unlink()
+    assert native_length(load_config(tmp_path / "long-plain")) == 512  # its config.json alone says so too
+
+
+def test_a_run_divides_out_the_factor_that_its_original_was_extended_with(
+    model: Path, recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    asked = ("--factor", 2, "--method", "yarn", "--attention-factor", 1.3)
+    assert retrofit("extend", model, *asked, "--out", first).exit_code == 0
+    file = recipe(model=str(first), context={"factor": 2}, recover=None, evaluate=None, publish=None, require={})
+    assert retrofit("run", file, "--out", tmp_path / "run").exit_code == 0
+    scales = [
+        json.loads((folder / "retrofit.json").read_text())["steps"][-1]["result"]["query_scale"]
+        for folder in (first, tmp_path / "run" / "2-extend")
+    ]
+    assert scales[0] > 1.4 and scales[0] * scales[1] == pytest.approx(1)
 
 
 def test_everything_at_once(extended: Path, book: Path, tmp_path: Path) -> None:

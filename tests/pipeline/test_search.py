@@ -34,6 +34,7 @@ def test_a_window_is_searched_for_and_the_search_is_on_record(model: Path, book:
     found = step["result"]["search"]
     assert step["result"]["method"] == found["method"] == found["winner"]["method"]
     assert found["winner"]["objective"] <= found["reference"]["objective"]
+    assert found["text"] == "book.txt"
     assert {trial["tokens"] for trial in found["trials"]} == {256, 1024}
     config = load_config(out)
     assert config.max_position_embeddings == 1024
@@ -93,5 +94,5 @@ def test_short_documents_are_packed_and_read_again_and_that_is_said(model: Path,
     tokenizer = load_tokenizer(model)
     section = Search(text=tuple(TextSource(source=str(tmp_path / f"{index}.txt")) for index in range(3)))
     ids, name = searched_text(section, tokenizer, 1024, seed=0, teacher=Teacher(model), progress=progress)
-    assert len(ids) == 1024 and "packed from several documents" in name
+    assert len(ids) == 1024 and "packed from several documents" in name and "more than once" in name
     assert any("it is read" in note for note in progress.notes)
