@@ -279,7 +279,7 @@ def evaluate(
             save_losses(losses, out)
             for name, scored in measured.passes.items():
                 save_losses(scored, pass_file(out, name))
-    per_token, by_length, heads = operations.kv_bytes(folder, section.lengths)
+    per_token, by_length, heads = operations.kv_bytes(folder, (*section.lengths, spec.max_position_embeddings))
     costs = operations.run_costs(
         {label: folder}, section, kernel=recipe.kernel, device=prepared.device, seed=recipe.seed
     )
