@@ -187,6 +187,14 @@ def test_evaluate_keeps_losses_that_compare_reads(tiny: Path, tmp_path: Path) ->
     assert "of different texts" in _compare_with_another_text(tiny, tmp_path)
 
 
+@pytest.mark.parametrize("kernel", ["auto", "eager"])
+def test_a_class_without_sdpa_is_evaluated(tmp_path: Path, kernel: str) -> None:
+    model = save_tiny(tmp_path / "gemma2", "gemma2")
+    (tmp_path / "book.txt").write_text("It was the best of times, it was the worst of times. " * 5)
+    options = ("--text", tmp_path / "book.txt", "--lengths", "64", "--kernel", kernel, "--json")
+    assert json.loads(cli("evaluate", model, *options))["kernel"] == "eager"
+
+
 def _compare_with_another_text(tiny: Path, tmp_path: Path) -> str:
     text = tmp_path / "another.txt"
     text.write_text("Call me Ishmael. Some years ago, never mind how long precisely. " * 20)

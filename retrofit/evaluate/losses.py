@@ -106,17 +106,31 @@ class TokenLosses:
             arrays = self.by_length[self._pass_for(length)]
         return tuple(array[: length - 1] for array in arrays)
 
-    def _pass_for(self, length: int) -> int:
-        """The stored pass whose frequencies are those of `length`."""
+    def holds(self, length: int) -> bool:
+        """Whether `at` has an answer."""
+        long_enough = all(len(array) + 1 >= length for array in self.losses)
+        return long_enough and (not self.by_length or bool(self._passes_for(length)))
+
+    def _frequencies(self) -> Mapping[str, Any]:
         facts = self.meta.get("frequencies")
         assert isinstance(facts, Mapping)
+        return facts
+
+    def _passes_for(self, length: int) -> list[int]:
+        """The stored passes whose frequencies are those of `length`."""
+        facts = self._frequencies()
         until = int(facts["static_until"])
         same = [n for n in self.by_length if n >= length and (n <= until) == (length <= until)]
         if length > until and facts["rope_type"] == "dynamic":
             same = [n for n in same if n == length]
+        return same
+
+    def _pass_for(self, length: int) -> int:
+        same = self._passes_for(length)
         if not same:
+            rope_type = self._frequencies()["rope_type"]
             raise UserError(
-                f"`{facts['rope_type']}` positions change with the length, and {length} tokens were not scored",
+                f"`{rope_type}` positions change with the length, and {length} tokens were not scored",
                 fix=f"use one of {', '.join(map(str, sorted(self.by_length)))}, or evaluate with that length",
             )
         return min(same)

@@ -98,13 +98,14 @@ def load_config(folder: str | Path) -> PretrainedConfig:
 
 
 def load_model(
-    folder: str | Path, *, dtype: str = "auto", device: str = "cpu", kernel: str = "sdpa"
+    folder: str | Path, *, dtype: str = "auto", device: str = "cpu", kernel: str | None = None
 ) -> PreTrainedModel:
     """The stock model of a checkpoint folder in eval mode.
 
-    dtype: "auto" (as stored), "float32", "bfloat16" or "float16". kernel: a name transformers knows; others are
-    applied afterwards by `retrofit.kernels`. Raises UserError when the weights are not whole: every parameter must come
-    from the checkpoint, with the shape the configuration asks for.
+    dtype: "auto" (as stored), "float32", "bfloat16" or "float16". kernel: a name transformers knows, by default sdpa,
+    or eager for a class without sdpa (Gemma 2); others are applied afterwards by `retrofit.kernels`. Raises UserError
+    when the weights are not whole: every parameter must come from the checkpoint, with the shape the configuration
+    asks for.
     """
     from transformers import AutoModelForCausalLM
 

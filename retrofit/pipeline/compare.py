@@ -38,13 +38,16 @@ class Compared:
 class Comparison:
     """All rows of a comparison. a, b: what was compared, as people call it.
 
-    rows: perplexities, for one tokenizer. bits: bits per byte on the same bytes, when those were asked for.
+    rows: perplexities, for one tokenizer. bits: bits per byte on the same bytes, when those were asked for. read: the
+    dtype and kernel that each was read with. notes: what else than the model may make a difference.
     """
 
     a: str
     b: str
     rows: tuple[Compared, ...]
     bits: tuple[ComparedBits, ...] = ()
+    read: tuple[str, str] = ("", "")
+    notes: tuple[str, ...] = ()
 
 
 def compare(
@@ -58,22 +61,20 @@ def compare(
 ) -> Comparison:
     """Compare two stored results: run folders (their last model), or .npz files of token losses.
 
-    lengths: by default powers of two up to the shorter of the two, from 512 on, and that length itself. bits: compare
-    bits per byte on the same bytes and nothing else; the only comparison that two tokenizers allow.
-    Raises UserError when tokenizers, texts or windows differ, when a document is shorter than a length, and for losses
-    that are not of the checkpoint that their run now holds.
+    lengths: by default powers of two up to the shorter of the two, from 512 on, and that length itself; of positions
+    that change with the length, those that both hold. bits: compare bits per byte on the same bytes and nothing else;
+    the only comparison that two tokenizers allow.
+    Raises UserError when tokenizers, texts or windows differ, when a document is shorter than a length, when a length
+    is not held, and for losses that are not of the checkpoint that their run now holds.
     """
     path_a, path_b = stored_losses(a), stored_losses(b)
     losses_a, losses_b = TokenLosses.load(path_a), TokenLosses.load(path_b)
     where = f"{path_a} and {path_b}"
     if bits:
         _require_same_texts(losses_a, losses_b, where)
-        return Comparison(
-            _label(a, losses_a), _label(b, losses_b), (), _bits(losses_a, losses_b, where, resamples, seed)
-        )
+        return _comparison(a, b, losses_a, losses_b, bits=_bits(losses_a, losses_b, where, resamples, seed))
     _require_same(losses_a, losses_b, where)
-    shortest = min(len(array) + 1 for array in (*losses_a.losses, *losses_b.losses))
-    chosen = sorted(set(lengths)) if lengths else default_lengths(shortest)
+    chosen = sorted(set(lengths)) if lengths else _held(losses_a, losses_b, where)
     rows = []
     for kind in (*dict.fromkeys(losses_a.kinds), ALL):
         kind_a, kind_b = (one if kind == ALL else one.of_kind(kind) for one in (losses_a, losses_b))
@@ -95,7 +96,38 @@ def compare(
                     bpb_b=bits_per_byte(kind_b, length),
                 )
             )
-    return Comparison(_label(a, losses_a), _label(b, losses_b), tuple(rows))
+    return _comparison(a, b, losses_a, losses_b, tuple(rows))
+
+
+def _comparison(
+    a: Path,
+    b: Path,
+    losses_a: TokenLosses,
+    losses_b: TokenLosses,
+    rows: tuple[Compared, ...] = (),
+    bits: tuple[ComparedBits, ...] = (),
+) -> Comparison:
+    both = [(what, str(losses_a.meta.get(what)), str(losses_b.meta.get(what))) for what in ("dtype", "kernel")]
+    notes = tuple(
+        f"a was read with {what} {of_a}, b with {of_b}: part of the difference may be rounding"
+        for what, of_a, of_b in both
+        if of_a != of_b
+    )
+    read_a, read_b = (", ".join(f"{one[0]} {one[i]}" for one in both) for i in (1, 2))
+    return Comparison(_label(a, losses_a), _label(b, losses_b), rows, bits, (read_a, read_b), notes)
+
+
+def _held(a: TokenLosses, b: TokenLosses, where: str) -> list[int]:
+    """The lengths to compare at when none is named: usual ones, or those that both were scored at."""
+    usual = default_lengths(min(len(array) + 1 for array in (*a.losses, *b.losses)))
+    held = [n for n in sorted({*usual, *a.by_length, *b.by_length}) if a.holds(n) and b.holds(n)]
+    if not held:
+        raise UserError(
+            "the positions change with the length, and no length was scored in both",
+            where=where,
+            fix="evaluate both models with the same --lengths",
+        )
+    return held
 
 
 def default_lengths(longest: int) -> list[int]:

@@ -51,6 +51,7 @@ def evaluate(runner: Runner, states: Mapping[str, State], section: Evaluate) -> 
         **section.model_dump(mode="json"),
         "kernel": runner.prepared.kernel.name,
         "seed": runner.prepared.recipe.seed,
+        "window": runner.prepared.plan.positions[1],
     }
     inputs = {
         "losses": {label: runner.entries[f"evaluate:{label}"].digests for label in states},
@@ -178,7 +179,7 @@ def _summary(
     models: dict[str, Any] = {}
     for label, state in states.items():
         rows = table(losses[label], section.lengths, tail=section.tail, resamples=section.resamples, seed=seed)
-        per_token, by_length, heads = operations.kv_bytes(state.path, section.lengths)
+        per_token, by_length, heads = operations.kv_bytes(state.path, (*section.lengths, prepared.plan.positions[1]))
         models[label] = {
             "rows": [asdict(row) for row in rows],
             "kv_heads": heads,

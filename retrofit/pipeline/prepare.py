@@ -174,7 +174,13 @@ def _check_require(recipe: Recipe) -> None:
         metric, _, kind = key.partition("/")
         name, _, length = metric.partition("@")
         lengths = ", ".join(str(value) for value in recipe.evaluate.lengths)
-        if name in ("kv_ratio", "kernel_max_diff"):
+        if name == "effective_length" and not (recipe.evaluate.context_gain or recipe.evaluate.needle):
+            raise UserError(
+                "nothing certifies an effective length",
+                where=f"require.{key}",
+                fix="add evaluate.context_gain: true, or a needle test",
+            )
+        if name in ("kv_ratio", "kernel_max_diff", "effective_length"):
             if length or kind:
                 raise UserError(
                     f"`{name}` has no length and no kind of text", where=f"require.{key}", fix=f"write {name}"

@@ -148,7 +148,9 @@ def _long_context(console: Console, found: LongContext) -> None:
 def comparison(console: Console, result: Comparison) -> None:
     """`retrofit compare`."""
     console.result(result)
-    console.say(f"a: {result.a}\nb: {result.b}")
+    console.say(f"a: {result.a}, {result.read[0]}\nb: {result.b}, {result.read[1]}")
+    for note in result.notes:
+        console.say(f"note: {note}")
     if result.bits:
         console.table(
             "Bits per byte on the same bytes, and b / a with its paired 95% interval",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from retrofit.model.source import Source, resolve
 from retrofit.pipeline import operations
 from retrofit.pipeline.evaluation import pass_file, save_losses
 from retrofit.pipeline.journal import fingerprint
+from retrofit.pipeline.kept import kept, require_own
 from retrofit.pipeline.longcontext import conclude, longest_prompt, native_length
 from retrofit.pipeline.operations import Origin
 from retrofit.pipeline.prepare import prepare, require_model, teacher_of
@@ -80,6 +81,8 @@ def convert(
     section = recipe.convert
     assert section
     _require_new(out)
+    work = _work(out)
+    require_own(work, "convert")
     if moments is not None:
         _require_moments(moments, section)
     recipe, shorter = _fitted(recipe, moments, revision, progress)
@@ -87,11 +90,10 @@ def convert(
     assert section
     prepared = prepare(recipe, revision=revision, out=out, progress=progress)
     out = out.resolve()  # a link: work where what it names lies
-    work = out.with_name(f"{out.name}.work")
     text = identity(section.calibration.text) if section.calibrates else None
-    kept = [recipe.dtype, recipe.seed, moments is not None]
-    inputs = {"checkpoint": dict(prepared.source.digests), "text": text, "options": kept}
-    with folder_lock(out):
+    options = [recipe.dtype, recipe.seed, moments is not None]
+    inputs = {"checkpoint": dict(prepared.source.digests), "text": text, "options": options}
+    with folder_lock(out), kept(work, "convert"):
         report = operations.convert(
             prepared.source.folder,
             out,
@@ -105,7 +107,6 @@ def convert(
             moments=moments,
             progress=progress,
         )
-        shutil.rmtree(work, ignore_errors=True)
     notes = dict.fromkeys((*prepared.notes, *shorter, *report.notes))
     return Written("convert", out, operations.facts(replace(report, notes=tuple(notes))))
 
@@ -153,10 +154,12 @@ def extend(recipe: Recipe, out: Path, *, revision: str | None, progress: Progres
     """`retrofit extend`. A search goes on after an interruption, from the folder `<out>.work`."""
     assert recipe.context
     _require_new(out)
+    work = _work(out)
+    if recipe.context.searches:
+        require_own(work, "extend")
     prepared = prepare(recipe, revision=revision, out=out, progress=progress)
     out = out.resolve()  # a link: work where what it names lies
-    work = out.with_name(f"{out.name}.work")
-    with folder_lock(out):
+    with folder_lock(out), kept(work, "extend") if recipe.context.searches else nullcontext():
         report = operations.extend(
             prepared.source.folder,
             out,
@@ -166,10 +169,9 @@ def extend(recipe: Recipe, out: Path, *, revision: str | None, progress: Progres
             kernel=recipe.kernel,
             device=prepared.device,
             seed=recipe.seed,
-            work=work,
+            work=work / "search",
             progress=progress,
         )
-        shutil.rmtree(work, ignore_errors=True)
     return Written("extend", out, report)
 
 
@@ -177,12 +179,13 @@ def recover(recipe: Recipe, teacher: str, out: Path, *, progress: Progress | Non
     """`retrofit recover`."""
     assert recipe.recover
     _require_new(out)
+    work = _work(out)
+    require_own(work, "recover")
     prepared = prepare(recipe, out=out, progress=progress)
     original = resolve(teacher, progress=progress)
     Checkpoint.open(original.folder).require_finite()
     out = out.resolve()  # a link: work where what it names lies
-    work = out.with_name(f"{out.name}.work")
-    with folder_lock(out):
+    with folder_lock(out), kept(work, "recover"):
         report = operations.recover(
             prepared.source.folder,
             original.folder,
@@ -196,7 +199,6 @@ def recover(recipe: Recipe, teacher: str, out: Path, *, progress: Progress | Non
             work=work,
             progress=progress,
         )
-        shutil.rmtree(work, ignore_errors=True)
     return Written("recover", out, operations.facts(report))
 
 
@@ -245,8 +247,10 @@ def evaluate(
     """`retrofit evaluate`. beyond: lengths may lie beyond the window; how it breaks there is worth seeing."""
     section = recipe.evaluate
     assert section and recipe.model
-    if out is not None:
+    partial = out.with_name(f"{out.name}.scored") if out is not None else None
+    if out is not None and partial is not None:
         _require_file(out)
+        require_own(partial, "evaluate")
     longest = longest_prompt(section)
     prepared = prepare(recipe, revision=revision, beyond=True, weights=False, progress=progress)
     if longest > prepared.spec.max_position_embeddings:
@@ -258,25 +262,24 @@ def evaluate(
     prepared = prepare(recipe, revision=revision, beyond=True, progress=progress)
     folder, spec = prepared.source.folder, prepared.spec
     label = prepared.source.base_model or Path(recipe.model).name
-    partial = out.with_name(out.name + ".scored") if out is not None else None
-    losses, _, measured = operations.score_folder(
-        folder,
-        prepared.documents,
-        section,
-        label=label,
-        kernel=recipe.kernel,
-        device=prepared.device,
-        seed=recipe.seed,
-        identity=prepared.source.digests if out is not None else None,
-        partial=partial,
-        progress=progress,
-    )
-    if out is not None:
-        save_losses(losses, out)
-        for name, scored in measured.passes.items():
-            save_losses(scored, pass_file(out, name))
-        shutil.rmtree(out.with_name(out.name + ".scored"), ignore_errors=True)
-    per_token, by_length, heads = operations.kv_bytes(folder, section.lengths)
+    with kept(partial, "evaluate") if partial else nullcontext():
+        losses, _, measured = operations.score_folder(
+            folder,
+            prepared.documents,
+            section,
+            label=label,
+            kernel=recipe.kernel,
+            device=prepared.device,
+            seed=recipe.seed,
+            identity=prepared.source.digests if out is not None else None,
+            partial=partial,
+            progress=progress,
+        )
+        if out is not None:
+            save_losses(losses, out)
+            for name, scored in measured.passes.items():
+                save_losses(scored, pass_file(out, name))
+    per_token, by_length, heads = operations.kv_bytes(folder, (*section.lengths, spec.max_position_embeddings))
     costs = operations.run_costs(
         {label: folder}, section, kernel=recipe.kernel, device=prepared.device, seed=recipe.seed
     )
@@ -322,6 +325,12 @@ def _origin(source: Source) -> Origin:
         record = read_provenance(source.folder)
         return Origin(record["source"], tuple(record["steps"]))
     return Origin(source_record(source))
+
+
+def _work(out: Path) -> Path:
+    """Where a command keeps what it goes on from: beside its output, or beside what a link of that name points to."""
+    out = out.resolve()
+    return out.with_name(f"{out.name}.work")
 
 
 def _require_new(out: Path) -> None:

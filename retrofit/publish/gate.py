@@ -8,13 +8,12 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from retrofit.errors import GateError
+from retrofit.recipe.schema import BOUND
 
-_BOUND = re.compile(r"^\s*(<=|>=|<|>)\s*([0-9.]+(?:[eE][+-]?\d+)?)\s*$")
 _COMPARE: Mapping[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
     ">=": operator.ge,
@@ -40,7 +39,7 @@ def check(require: Mapping[str, str], metrics: Mapping[str, float]) -> list[Gate
 
 
 def _check(metric: str, bound: str, metrics: Mapping[str, float]) -> GateResult:
-    match = _BOUND.match(bound)
+    match = BOUND.match(bound)
     limit = _number(match[2]) if match else None
     if match is None or limit is None:
         return GateResult(metric, bound, None, False, f"`{bound}` is not a bound")

@@ -35,8 +35,10 @@ RULER_TASKS: tuple[RulerTask, ...] = (
     "frequent_words",
 )
 
-_REQUIRE_KEY = re.compile(r"^(ppl|ppl_ratio|tail_ppl|tail_ppl_ratio|kv_ratio|kernel_max_diff)(@\d+)?(/[\w.-]+)?$")
-_REQUIRE_VALUE = re.compile(r"^\s*(<=|>=|<|>)\s*([0-9.]+(?:[eE][+-]?\d+)?)\s*$")
+_REQUIRE_KEY = re.compile(
+    r"^(ppl|ppl_ratio|tail_ppl|tail_ppl_ratio|kv_ratio|kernel_max_diff|effective_length)(@\d+)?(/[\w.-]+)?$"
+)
+BOUND = re.compile(r"^\s*(<=|>=|<|>)\s*([0-9.]+(?:[eE][+-]?\d+)?)\s*$")
 
 
 MOST_TOKENS = 2**31 - 1
@@ -393,9 +395,9 @@ class Recipe(Section):
             if not _REQUIRE_KEY.match(key):
                 raise ValueError(
                     f"`{key}` is not a metric; write ppl, ppl_ratio, tail_ppl or tail_ppl_ratio with @LENGTH and "
-                    "optionally /SOURCE, or kv_ratio, kernel_max_diff"
+                    "optionally /SOURCE, or kv_ratio, kernel_max_diff, effective_length"
                 )
-            if not _REQUIRE_VALUE.match(bound):
+            if not BOUND.match(bound):
                 raise ValueError(f"`{bound}` is not a bound; write for example '<= 1.5'")
         return value
 

@@ -54,12 +54,21 @@ def verdict(run: RunData) -> str:
     if grew(run):
         changes.append(f"reads {words.count(run.claimed_length)} tokens instead of {words.count(run.native_length)}")
     changed = " and ".join(changes) if changes else "keeps its KV cache and its window"
-    name, costs = title_of(run), _costs(run)
+    name = title_of(run)
     if run.final is None and run.original is not None:
         return f"{name} was measured as it is; nothing was changed."
-    if not costs:
-        return f"{name} {'now ' if changes else ''}{changed}; how well it predicts text was not compared."
-    return f"{name} {'now ' if changes else ''}{changed}; {costs}."
+    said = [_used(run), _costs(run) or "how well it predicts text was not compared"]
+    return f"{name} {'now ' if changes else ''}{changed}; {'; '.join(filter(None, said))}."
+
+
+def _used(run: RunData) -> str:
+    """How much of the window is certified to be used, where that is less than all of it."""
+    found = run.final.effective if run.final else None
+    if found is None or not run.claimed_length or found.length >= run.claimed_length:
+        return ""
+    return (
+        f"of its window of {words.count(run.claimed_length)} tokens, {words.count(found.length)} are shown to be used"
+    )
 
 
 def _costs(run: RunData) -> str:

@@ -7,8 +7,8 @@ import torch
 from transformers.utils import logging
 
 from retrofit.errors import UserError
-from retrofit.model.load import load_tokenizer, quiet, resolve_device, resolve_dtype, stored_dtype
-from tests.tiny import save_tiny
+from retrofit.model.load import load_model, load_tokenizer, quiet, resolve_device, resolve_dtype, stored_dtype
+from tests.tiny import FAMILIES, save_tiny, tiny_model
 
 
 def test_device(monkeypatch):
@@ -32,6 +32,14 @@ def test_auto_dtype_is_the_stored_one(tmp_path, dtype):
     assert stored_dtype(folder) == dtype, "without weights, from config.json"
     with pytest.raises(UserError, match="`int4` is not a dtype"):
         resolve_dtype("int4", folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_read_from_its_folder(tmp_path, family):
+    loaded = load_model(save_tiny(tmp_path, family))
+    expected = tiny_model(family).state_dict()
+    assert not loaded.training
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
 
 
 def test_missing_tokenizer(tmp_path):

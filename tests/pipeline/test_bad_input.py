@@ -136,6 +136,7 @@ def test_a_folder_that_is_not_a_run(recipe: Recipe, out: Path) -> None:
 def test_requirements_on_what_is_not_measured(recipe: Recipe, out: Path) -> None:
     assert "nothing is measured at 256" in refused(out, recipe(require={"ppl@256": "<= 3"}))
     assert "needs a length" in refused(out, recipe(require={"ppl": "<= 3"}))
+    assert "certifies an effective length" in refused(out, recipe(require={"effective_length": ">= 64"}))
     assert "no text `prose`" in refused(out, recipe(require={"ppl@64/prose": "<= 3"}))
 
 

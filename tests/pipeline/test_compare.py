@@ -59,6 +59,31 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(tmp_path: Path, meta
         compare(a, b)
 
 
+def dynamic(lengths: list[int]) -> TokenLosses:
+    losses, meta = made_up(2, max(lengths)), {"rope_type": "dynamic", "static_until": 64}
+    passes = {n: tuple(array[: n - 1] for array in losses.losses) for n in lengths}
+    return replace(losses, by_length=passes, meta={**META, "frequencies": meta})
+
+
+def test_lengths_are_by_default_those_that_both_hold(tmp_path: Path) -> None:
+    for name, lengths in (("a", [100, 300, 700]), ("b", [300, 600, 700]), ("c", [200])):
+        dynamic(lengths).save(tmp_path / f"{name}.npz")
+    plain = save(tmp_path / "plain.npz", made_up(2, 700))
+    assert {row.length for row in compare(tmp_path / "a.npz", tmp_path / "b.npz").rows} == {300, 700}
+    assert {row.length for row in compare(tmp_path / "a.npz", plain).rows} == {100, 300, 700}
+    with pytest.raises(UserError, match="no length was scored in both"):
+        compare(tmp_path / "a.npz", tmp_path / "c.npz")
+
+
+def test_dtype_and_kernel_of_both_are_told_and_a_difference_is_noted(tmp_path: Path) -> None:
+    a = save(tmp_path / "a.npz", made_up(2, 256), dtype="float32", kernel="blockwise")
+    b = save(tmp_path / "b.npz", made_up(2, 256), dtype="bfloat16", kernel="blockwise")
+    shown = " ".join(retrofit("compare", a, b).output.split())
+    assert "dtype float32, kernel blockwise" in shown and "dtype bfloat16, kernel blockwise" in shown
+    assert "a was read with dtype float32, b with bfloat16" in shown
+    assert not compare(a, a).notes
+
+
 def test_a_file_of_another_revision_of_the_program_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "a.npz", made_up(2, 256))
     with np.load(path) as stored:

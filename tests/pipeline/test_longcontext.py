@@ -19,6 +19,7 @@ from retrofit.pipeline import operations
 from retrofit.pipeline.longcontext import further_reading, native_length, questions_read
 from retrofit.recipe.load import load_suite
 from retrofit.recipe.schema import Evaluate
+from retrofit.recover.corpora import BUILT_IN, built_in_texts
 from tests.pipeline.conftest import retrofit, sections, sentences
 from tests.tiny import save_tiny
 
@@ -191,6 +192,11 @@ def test_bundled_suites_are_valid() -> None:
     suites = {name: load_suite(name).evaluation() for name in bundled.names("suites")}
     assert {"quick", "long", "context", "ruler", "papers"} <= set(suites)
     assert suites["context"].context_gain and suites["ruler"].ruler and suites["papers"].definitions
+    longest = {source: max(len(text.text) for text in built_in_texts(source, "held_out")) for source in BUILT_IN}
+    for name, suite in suites.items():
+        tokens = max(*suite.lengths, suite.document_tokens or 0)
+        for text in suite.text:  # four characters a token: what SmolLM2's tokenizer makes of code and documentation
+            assert longest[text.source] >= 4 * tokens, f"{name}: no held-out text of {text.source} has {tokens} tokens"
 
 
 def test_a_run_keeps_the_passes_and_concludes_from_them(

@@ -92,6 +92,8 @@ def test_metrics_are_those_of_the_stored_losses(done: SimpleNamespace) -> None:
     cost = {label: found["cost"]["lengths"] for label, found in done.result.models.items()}
     assert [(one["length"], one["decode_tokens"]) for one in cost["original"]] == [(32, 2), (64, 2)]
     assert cost["recovered"][1]["kv_bytes"] * 4 == cost["original"][1]["kv_bytes"]
+    cache = done.result.models["recovered"]["kv_cache_bytes"]
+    assert cache["1024"] == 1024 * done.result.models["recovered"]["kv_bytes_per_token"], "of the whole window"
 
 
 def test_a_converted_configuration_speaks_the_older_names_as_well(done: SimpleNamespace) -> None:

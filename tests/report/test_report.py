@@ -13,7 +13,7 @@ from retrofit.console import jsonable
 from retrofit.evaluate.context_use import LongContext, restored
 from retrofit.kernels.registry import Proof
 from retrofit.publish.reload import ReloadReport
-from retrofit.report import charts, summary, words
+from retrofit.report import charts, costs, summary, words
 from retrofit.report.data import ModelResult, RunData, StepRecord, loss_by_position
 from retrofit.report.drawing import STYLES, Line
 from retrofit.report.figures import card_picture, figures
@@ -43,6 +43,21 @@ def test_verdict_and_key_numbers() -> None:
     assert shown["Perplexity against the original, python-docs"] == ("1.5×", "10.4 → 15.6 at 8,192 tokens")
     assert shown["Decoding speed"] == ("1.23×", "16.3 → 20.0 tokens/s after 2,048 tokens")
     assert "76.5" in shown["Perplexity at 16,384 tokens"][1]
+
+
+def test_the_verdict_says_how_much_of_the_window_is_used() -> None:
+    recovered = run().models[2]
+    short = LongContext(8192, effective=replace(effective("recovered"), length=8192))
+    data = run(models=(*run().models[:2], replace(recovered, long_context=short)))
+    said = "reads 16,384 tokens instead of 8,192; of its window of 16,384 tokens, 8,192 are shown to be used; its "
+    assert said in summary.verdict(data)
+
+
+def test_the_cache_is_computed_up_to_the_window() -> None:
+    shown = dict(row[:2] for row in costs.memory(run()).rows)
+    assert "16,384 (the window)" in shown and "8,192" in shown
+    (cache,) = (one for one in costs.figures(run()) if one.title == "Memory of the KV cache")
+    assert "Computed from the configuration" in cache.caption
 
 
 def test_comparison_table_holds_the_rows() -> None:

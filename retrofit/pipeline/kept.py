@@ -1,0 +1,65 @@
+"""The folder beside an output in which a command keeps what its next call goes on from, for that command alone.
+
+An empty file in it names the command: what stands there without one is somebody's own, and is neither used nor removed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from retrofit.errors import UserError
+
+_KEY = ".retrofit-"
+
+
+def require_own(folder: Path, command: str) -> None:
+    """UserError when `folder` holds anything but what `command` kept there."""
+    if not folder.exists() or (folder / f"{_KEY}{command}").is_file():
+        return
+    other = next((path.name.removeprefix(_KEY) for path in folder.glob(f"{_KEY}*")), None) if folder.is_dir() else None
+    if other is not None:
+        raise UserError(
+            f"an interrupted `retrofit {other}` keeps its work there",
+            where=str(folder),
+            fix=f"finish it with the same `retrofit {other}`, or give another --out; remove the folder to give it up",
+        )
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise UserError(
+            f"`retrofit {command}` keeps unfinished work there, and it holds something else",
+            where=str(folder),
+            fix="give another --out, or move what is there",
+        )
+
+
+@contextmanager
+def kept(folder: Path, command: str) -> Iterator[Path]:
+    """The folder for the unfinished work of `command`; removed when the block ends well, or leaves nothing in it.
+
+    Raises UserError as `require_own` does.
+    """
+    require_own(folder, command)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{_KEY}{command}").touch()
+    try:
+        yield folder
+    except BaseException:
+        if len(list(folder.iterdir())) == 1:
+            _remove(folder, command)
+        raise
+    _remove(folder, command)
+
+
+def _remove(folder: Path, command: str) -> None:
+    """The key goes last: whatever a kill leaves is known as the command's own."""
+    key = folder / f"{_KEY}{command}"
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path != key:
+            path.unlink()
+    key.unlink()
+    if not folder.is_symlink():
+        folder.rmdir()
