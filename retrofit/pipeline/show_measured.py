@@ -105,7 +105,7 @@ def _long_context(console: Console, found: LongContext) -> None:
         together = found.needle.together and len(found.needle.depths) > 1
         counts = "preferred to every other needle's answer" if together else "answered exactly"
         console.table(
-            f"{found.needle.test}, found: {counts}; loss of the right answer in nats per token and margin over a wrong one",
+            f"{found.needle.test}, found: {counts}; loss in nats per token, margin over a wrong answer",
             ["length", "depth", "at token", "found", "exact match", "loss", "margin", "answer"],
             [
                 (
