@@ -16,6 +16,9 @@ from pathlib import Path
 
 from retrofit.errors import UserError
 
+MARKER = ".retrofit-staging"
+"""In folders that a staged write may remove: those it made itself, and those it was told to replace."""
+
 
 def existing_ancestor(path: Path) -> Path:
     """The path itself, or the nearest folder above it that exists."""
@@ -119,13 +122,14 @@ def _is_file(descriptor: int, path: Path) -> bool:
 
 @contextmanager
 def staged(final: str | Path, *, overwrite: bool = False, keep: Path | None = None) -> Iterator[Path]:
-    """Yield an empty `<final>.partial` folder and rename it to `final` when the block ends without an exception.
+    """Yield a new `<final>.partial` folder and rename it to `final` when the block ends without an exception.
 
-    Everything is flushed to disk before the rename. On an exception the partial folder is removed; after a kill it
-    stays and the next call empties it. keep: the folder to stage in instead, on the same disk, which is not emptied:
-    what an interrupted call left there can be gone on from. A symbolic link `final` stays, and the result is what it
-    points to. Raises UserError when `final` holds something and `overwrite` is False, when the place cannot be written,
-    when `keep` is on another disk, and when the disk fills up inside the block.
+    It holds nothing but the MARKER that says whose it is. Everything is flushed to disk before the rename. On an
+    exception the partial folder is removed; after a kill it stays and the next call empties it. keep: the folder to
+    stage in instead, on the same disk, which is not emptied: what an interrupted call left there can be gone on from.
+    A symbolic link `final` stays, and the result is what it points to. Raises UserError when `final` holds something
+    and `overwrite` is False (also when it was filled inside the block), when the place cannot be written or holds a
+    folder of that name that is not ours, when `keep` is on another disk, and when the disk fills up inside the block.
     """
     final = Path(final).resolve()
     partial = final.with_name(final.name + ".partial") if keep is None else keep.resolve()
@@ -137,22 +141,28 @@ def staged(final: str | Path, *, overwrite: bool = False, keep: Path | None = No
             where=f"{partial}, {final}",
             fix=f"name the output folder by its own path: {final}",
         )
+    for leftover in (replaced,) if keep else (partial, replaced):
+        _require_ours(leftover)
     if replaced.exists() and not final.exists():  # killed between the two renames below
         replaced.rename(final)
-    if final.exists() and not overwrite and (not final.is_dir() or any(final.iterdir())):
-        raise UserError(
-            "the output folder exists and is not empty", where=str(final), fix="remove it, or give another folder"
-        )
+        (final / MARKER).unlink(missing_ok=True)
+    if not overwrite and _holds_something(final):
+        raise _not_empty(final)
     for leftover in (replaced,) if keep else (partial, replaced):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+        _remove(leftover)
     partial.mkdir(parents=True, exist_ok=keep is not None)
+    if keep is None:
+        (partial / MARKER).touch()
     try:
         yield partial
         _sync(partial)
-        if final.exists():
+        if overwrite and final.exists():
+            (final / MARKER).touch()
             final.rename(replaced)
-        partial.replace(final)
+        if _holds_something(final):
+            raise _not_empty(final)
+        partial.replace(final)  # an empty folder gives way
+        (final / MARKER).unlink(missing_ok=True)
         _sync_folder(final.parent)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -161,9 +171,42 @@ def staged(final: str | Path, *, overwrite: bool = False, keep: Path | None = No
             "the disk is full", where=str(final.parent), fix="free space there, or write to another disk"
         ) from error
     finally:
-        for leftover in (partial, replaced):
-            if leftover.exists() and (final.exists() if leftover == replaced else keep is None):
-                shutil.rmtree(leftover)
+        if keep is None:
+            _remove(partial)
+        if final.exists():
+            _remove(replaced)
+
+
+def _holds_something(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+def _not_empty(final: Path) -> UserError:
+    return UserError(
+        "the output folder exists and is not empty", where=str(final), fix="remove it, or give another folder"
+    )
+
+
+def _require_ours(folder: Path) -> None:
+    """UserError unless the folder is absent, empty, or was left by a staged write that was killed."""
+    if _holds_something(folder) and not (folder / MARKER).is_file():
+        raise UserError(
+            "a folder of this name is needed for the time of writing, and this one was not made for that",
+            where=str(folder),
+            fix="rename or remove it, or give another output folder",
+        )
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of ours, its marker last: a kill in between leaves a folder that is still known as ours."""
+    if not folder.exists():
+        return
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARKER:
+            path.unlink()
+    shutil.rmtree(folder)
 
 
 def _disk(path: Path) -> int:

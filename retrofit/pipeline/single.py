@@ -81,7 +81,7 @@ def convert(
     assert section
     _require_new(out)
     if moments is not None:
-        _require_moments(moments, section)
+        _require_moments(moments, section, out)
     recipe, shorter = _fitted(recipe, moments, revision, progress)
     section = recipe.convert
     assert section
@@ -332,8 +332,16 @@ def _require_new(out: Path) -> None:
         )
 
 
-def _require_moments(folder: Path, section: Convert) -> None:
+def _require_moments(folder: Path, section: Convert, out: Path) -> None:
     require_writable(folder)
+    place, checkpoint = folder.resolve(), out.resolve()
+    for taken in (checkpoint, checkpoint.with_name(f"{checkpoint.name}.work")):
+        if place.is_relative_to(taken) or taken.is_relative_to(place):
+            raise UserError(
+                "moments and checkpoint are folders of their own, neither inside the other",
+                where=f"--moments {folder}, --out {out}",
+                fix=f"give for example --moments {out}-moments",
+            )
     if not section.calibrates:
         raise UserError(
             f"the method `{section.method}` measures no moments", where="--moments", fix="leave out --moments"

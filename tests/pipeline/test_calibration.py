@@ -116,3 +116,11 @@ def test_convert_keeps_moments_where_it_is_told_to_and_leaves_no_work_folder(tex
         commands.convert(model, out=tmp_path / "b", moments=tmp_path / "other", **options)
     with pytest.raises(UserError, match="measures no moments"):
         commands.convert(model, out=tmp_path / "b", kv_heads=2, method="mean", moments=tmp_path / "m")
+
+
+@pytest.mark.parametrize("place", ["out", "out/moments", "out.work/moments", "."])
+def test_moments_never_share_a_folder_with_the_checkpoint(place: str, model: Path, texts: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"kv_heads": 2, "calibrate": [str(texts / "train")], "tokens": 2048}
+    with pytest.raises(UserError, match="neither inside the other"):
+        commands.convert(model, out=tmp_path / "out", moments=tmp_path / place, **options)
+    assert not any(tmp_path.iterdir())
