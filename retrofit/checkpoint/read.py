@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retrofit.checkpoint.cast import beyond, fits
 from retrofit.errors import UserError
 
 SINGLE = "model.safetensors"
@@ -133,8 +134,11 @@ class Checkpoint:
                 done += count
         return buffer.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
-    def require_finite(self, names: Iterable[str] | None = None) -> None:
-        """Read every floating tensor once, one at a time; UserError names the first that holds a NaN or infinity."""
+    def require_finite(self, names: Iterable[str] | None = None, *, written: torch.dtype | None = None) -> None:
+        """Read every floating tensor once, one at a time; UserError names the first that holds a NaN or infinity.
+
+        written: the dtype the weights will be written in, in which none may become infinite either.
+        """
         for name in self.names if names is None else names:
             dtype = self.dtype(name)
             if not dtype.is_floating_point or prod(self.shape(name)) == 0:
@@ -142,6 +146,8 @@ class Checkpoint:
             tensor = self.tensor(name)
             low, high = torch.aminmax(tensor.float() if dtype.itemsize == 1 else tensor)
             if torch.isfinite(low) and torch.isfinite(high):
+                if written is not None and not fits(low, high, written):
+                    raise beyond(name, written, str(self.folder / self.shard_of(name)))
                 continue
             bad = int((~torch.isfinite(tensor.float())).sum())
             raise UserError(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from retrofit.checkpoint.cast import narrowed
 from retrofit.checkpoint.place import require_free_space
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.write import HEADER_RESERVE, ShardWriter, StaleShards, remove_shards, write_config
@@ -60,7 +61,8 @@ def rewrite(
     from, and the rest stays as stored. resume: `out` may hold whole shards of an earlier call with the same arguments,
     which are kept.
 
-    Raises ValueError for a rule without a tensor or a name written twice, UserError when the disk is too small.
+    Raises ValueError for a rule without a tensor or a name written twice, UserError when the disk is too small and for
+    values that the dtype cannot hold.
     """
     made = made or {}
     missing = sorted((rules.keys() | made.keys()) - source.entries.keys())
@@ -123,7 +125,7 @@ class _Pass:
                     writer.add(name, self._cast(self.made[name](), name))
                 elif self._target(name) != source.dtype(name):
                     changed.append(name)
-                    writer.add(name, source.tensor(name).to(self._target(name)))
+                    writer.add(name, self._cast(source.tensor(name), name))
                 else:
                     copied.append(name)
                     writer.copy(name, entry.dtype, entry.shape, files[entry.shard], entry.offset, entry.nbytes)
@@ -143,7 +145,7 @@ class _Pass:
         return self.dtype if self.dtype is not None and stored.is_floating_point else stored
 
     def _cast(self, tensor: Tensor, name: str) -> Tensor:
-        return tensor.to(self._target(name)) if tensor.is_floating_point() else tensor
+        return narrowed(tensor, self._target(name), name)
 
 
 def _held(out: str | Path) -> int:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from retrofit.checkpoint.cast import narrowed
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.context.frequencies import of_layer
 from retrofit.errors import UserError
@@ -139,7 +140,8 @@ class CalibratedRun:
             self._embed()
         for layer in layers[work.layers_done :]:
             tensors, report = self._layer(layer)
-            work.finish_layer(report, {name: tensor.to(self._written(name)) for name, tensor in tensors.items()})
+            cast = {name: narrowed(tensor, self._written(name), name) for name, tensor in tensors.items()}
+            work.finish_layer(report, cast)
             if self._progress:
                 self._progress.advance(1, **{"keys lost": report.keys or 0.0, "values lost": report.values or 0.0})
         if self._progress:

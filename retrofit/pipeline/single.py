@@ -16,7 +16,7 @@ from retrofit.evaluate.context_use import LongContext
 from retrofit.evaluate.perplexity import Row, table
 from retrofit.kv_heads.moments import saved
 from retrofit.model.families import describe
-from retrofit.model.load import load_config
+from retrofit.model.load import load_config, resolve_dtype
 from retrofit.model.source import Source, resolve
 from retrofit.pipeline import operations
 from retrofit.pipeline.evaluation import pass_file, save_losses
@@ -141,7 +141,8 @@ def reexpress(
     """`retrofit convert --reexpress-only`."""
     _require_new(out)
     source = resolve(model, revision=revision, reexpress=False, progress=progress)
-    Checkpoint.open(source.folder).require_finite()
+    written = None if dtype == "auto" else resolve_dtype(dtype, source.folder)
+    Checkpoint.open(source.folder).require_finite(written=written)
     with folder_lock(out):
         report = operations.reexpress(
             source.folder, out, _origin(source), target=target, dtype=dtype, progress=progress

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.rewrite import rewrite
+from retrofit.errors import UserError
 
 CONFIG = {"model_type": "llama"}
 
@@ -91,6 +92,22 @@ def test_cast(tmp_path: Path) -> None:
     assert after["x"].dtype == torch.bfloat16
     assert torch.equal(after["layers.0.q.weight"], before["layers.0.q.weight"].bfloat16())
     assert Checkpoint.open(tmp_path / "out").config["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("through", ["a cast alone", "a rule", "made"])
+def test_no_cast_makes_an_infinity(through: str, tmp_path: Path) -> None:
+    checkpoint = source(tmp_path / "in", torch.float32)
+    (tmp_path / "out").mkdir()
+    name, large = "layers.1.k.weight", torch.full((8, 6), 1e5)
+    rules = {name: lambda name, t: [(name, large)]} if through == "a rule" else {}
+    made = {name: lambda: large} if through == "made" else {}
+    if through == "a cast alone":
+        save_file({**loaded(tmp_path / "in"), name: large}, tmp_path / "in" / "model.safetensors")
+        checkpoint = Checkpoint.open(tmp_path / "in")
+    with pytest.raises(UserError, match=r"`layers\.1\.k\.weight` has values beyond the largest float16"):
+        rewrite(checkpoint, tmp_path / "out", rules, made=made, config=CONFIG, dtype=torch.float16)
+    rewrite(checkpoint, tmp_path / "out", rules, made=made, config=CONFIG, dtype=torch.bfloat16)
+    assert float(loaded(tmp_path / "out")[name].max()) == pytest.approx(1e5, rel=0.01)
 
 
 def test_same_inputs_same_bytes(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from retrofit.checkpoint.cast import narrowed
 from retrofit.checkpoint.place import folder_lock, require_free_space, require_writable, staged
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.write import ShardWriter, copy_side_files, write_config
@@ -56,7 +57,7 @@ def write(
     """Write the checkpoint `source` as `reexpression` says into the (existing, staged) folder `out`.
 
     dtype: of the written weights, the source's own by default. Raises UserError when the source lacks a tensor or
-    holds one that the re-expression does not know, before anything is written.
+    holds one that the re-expression does not know, before anything is written, and for values beyond the dtype.
     """
     started = time.monotonic()
     checkpoint = Checkpoint.open(source)
@@ -70,7 +71,9 @@ def write(
     with ShardWriter(out, max_shard_size) as writer:
         for name, made in reexpression.tensors.items():
             held = {one: held[one] if one in held else checkpoint.tensor(stored[one]) for one in made.sources}
-            writer.add(name, made.make(*held.values()).to(written, copy=True).contiguous())
+            tensor = made.make(*held.values())
+            cast = narrowed(tensor, written, name)
+            writer.add(name, (cast.clone() if cast is tensor else cast).contiguous())
             if progress:
                 progress.advance(1)
         writer.close()
