@@ -27,6 +27,7 @@ from retrofit.pipeline.longcontext import Measured, measure, native_length
 from retrofit.pipeline.plan import COST_ROUNDS
 from retrofit.pipeline.texts import calibration_text, searched_text
 from retrofit.recipe.schema import Context, Convert, Evaluate, Recover
+from retrofit.recover.data import require_known
 from retrofit.recover.samples import Teacher
 from retrofit.recover.schedule import recovery_rows
 from retrofit.recover.train import RecoverReport
@@ -220,6 +221,7 @@ def recover(
     """
     tokenizer = load_tokenizer(student)
     rows, held_out = recovery_rows(section, tokenizer, seed, teacher=samples, progress=progress)
+    require_known(rows.ids_NT, student)
     with staged(out, overwrite=overwrite) as folder:
         report = train(
             student,

@@ -124,3 +124,15 @@ def test_moments_never_share_a_folder_with_the_checkpoint(place: str, model: Pat
     with pytest.raises(UserError, match="neither inside the other"):
         commands.convert(model, out=tmp_path / "out", moments=tmp_path / place, **options)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_tokenizer_of_another_model_is_told_before_any_work(texts: Path, tmp_path: Path) -> None:
+    small = save_tiny(tmp_path / "small", "llama", vocab_size=100, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    text = [str(texts / "train")]
+    for call in (
+        lambda out: commands.convert(small, out=out, kv_heads=2, calibrate=text, tokens=2048),
+        lambda out: commands.recover(small, teacher=small, out=out, text=text, tokens=256, sequence_length=64),
+    ):
+        with pytest.raises(UserError, match="knows ids below 100"):
+            call(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
