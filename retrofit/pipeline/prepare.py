@@ -23,6 +23,7 @@ from retrofit.model.inspect import count_parameters
 from retrofit.model.load import load_config, load_tokenizer, read_config, resolve_device, resolve_dtype
 from retrofit.model.source import Source
 from retrofit.model.spec import AttentionSpec
+from retrofit.model.whole import require_complete
 from retrofit.pipeline.journal import NAME as JOURNAL
 from retrofit.pipeline.longcontext import definitions_of, longest_prompt
 from retrofit.pipeline.plan import (
@@ -116,7 +117,10 @@ def prepare(
     if weights:
         source = sources.resolve(model, revision=revision or recipe.revision, progress=progress)
         written = None if recipe.dtype == "auto" else resolve_dtype(recipe.dtype, source.folder)
-        Checkpoint.open(source.folder).require_finite(written=written)
+        checkpoint = Checkpoint.open(source.folder)
+        if recipe.convert or recipe.recover:  # these go by stored names; transformers itself finds others too
+            require_complete(checkpoint, config, spec)
+        checkpoint.require_finite(written=written)
         read = read_before(recipe.evaluate.text if recipe.evaluate else (), source.folder)
         notes = (*notes, *read.values())
         for note in (*found, *read.values()) if progress else ():

@@ -27,6 +27,7 @@ from retrofit.model.families import describe, family_of
 from retrofit.model.load import load_config, load_tokenizer, resolve_device
 from retrofit.model.source import resolve
 from retrofit.model.spec import AttentionSpec
+from retrofit.model.whole import require_complete
 from retrofit.pipeline import probes
 from retrofit.pipeline.budget import Budget, within
 from retrofit.pipeline.plan import (
@@ -143,7 +144,9 @@ def prices(
         check_sources(calibration.text)
         _estimate(alone, section, calibration, facts_of(source, config, spec), counts, throughput(), progress)
     source = resolve(model, revision=revision or recipe.revision, progress=progress)
-    Checkpoint.open(source.folder).require_finite()
+    checkpoint = Checkpoint.open(source.folder)
+    require_complete(checkpoint, config, spec)
+    checkpoint.require_finite()
     wanted = section.model_copy(update={"calibration": calibration, "method": "calibrated"})
     with tempfile.TemporaryDirectory(prefix="retrofit-prices-") as work:
         folder = moments if moments and read else Path(work) / "moments"

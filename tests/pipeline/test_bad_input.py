@@ -81,6 +81,14 @@ def test_weights_that_are_not_finite(recipe: Recipe, out: Path, model: Path, tmp
     assert "model.layers.1.self_attn.k_proj.weight" in refused(out, recipe(), "--model", other)
 
 
+def test_weights_that_are_not_whole(recipe: Recipe, out: Path, model: Path, tmp_path: Path) -> None:
+    other = copy_of(model, tmp_path)
+    weights = load_file(other / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    assert "lacks 1 tensors" in refused(out, recipe(recover=None), "--model", other)
+
+
 def test_weights_that_the_dtype_cannot_hold(recipe: Recipe, out: Path, model: Path, tmp_path: Path) -> None:
     other = copy_of(model, tmp_path)
     weights = load_file(other / "model.safetensors")
