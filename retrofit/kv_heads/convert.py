@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from retrofit.checkpoint.provenance import digest
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.rewrite import Rule, rewrite
 from retrofit.checkpoint.write import copy_side_files, remove_shards
@@ -162,6 +163,7 @@ def _calibrate(
     # Imported here: what calibrates needs model classes, and pooling heads should not wait for them.
     from retrofit.kv_heads.baselines import METHODS
     from retrofit.kv_heads.calibrate import CalibratedRun, Settings, pooled_keys
+    from retrofit.kv_heads.moments import Origin
     from retrofit.kv_heads.repairs import REPAIRS
 
     settings = Settings(
@@ -180,7 +182,7 @@ def _calibrate(
         progress.note(f"{removed} weight files were written from another calibration, and are written again")
     reports = run.all_layers()
     if moments is not None:
-        run.work.copy_moments(moments)
+        run.work.copy_moments(moments, Origin(digest(checkpoint.folder), f"converted to {kv_heads} KV heads"))
 
     def read(layer: int, name: str) -> Callable[[], Tensor]:
         return lambda: run.work.tensor(layer, name)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrofit.checkpoint.provenance import digest
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.write import require_free_space, require_writable
 from retrofit.console import nbytes
@@ -151,7 +152,13 @@ def prices(
     with tempfile.TemporaryDirectory(prefix="retrofit-prices-") as work:
         folder = moments if moments and read else Path(work) / "moments"
         if read:
-            calibrated = probes.kept(folder, source.folder)
+            origin = stored_moments.Origin.of(folder, digest(source.folder))
+            if origin.stream != probes.ORIGINAL:
+                notes.append(
+                    f"the moments in {folder} are of a model {origin.stream} layer by layer: each layer is priced on "
+                    "what the converted ones before it gave"
+                )
+            calibrated = probes.kept(folder)
             if calibrated is None:
                 notes.append(f"no loss was measured beside the moments in {folder}: costs are shown, and no losses")
             else:
@@ -281,13 +288,7 @@ def _costs(
     found: list[Mapping[int, LayerCost]] = []
     for layer in spec.layers:
         seen, weights = stored_moments.load(moments, layer.index), read_layer(read, layer)
-        if seen.value_mean_KD.shape != weights.v_KDC.shape[:2]:
-            raise UserError(
-                f"these moments are of a model with {seen.value_mean_KD.shape[0]} KV heads of dim "
-                f"{seen.value_mean_KD.shape[1]}, this one has {layer.kv_heads} of dim {layer.head_dim}",
-                where=f"{moments}, layer {layer.index}",
-                fix="name the moments of this model",
-            )
+        assert seen.value_mean_KD.shape == weights.v_KDC.shape[:2]  # of these weights: `Origin`
         found.append(layer_costs(seen, weights, layer, counts))
         if progress:
             progress.advance(1)

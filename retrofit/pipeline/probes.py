@@ -18,6 +18,7 @@ from retrofit.checkpoint.provenance import digest
 from retrofit.console import to_json
 from retrofit.errors import UserError
 from retrofit.kv_heads.convert import convert as convert_heads
+from retrofit.kv_heads.moments import Origin
 from retrofit.kv_heads.price import Measured
 from retrofit.kv_heads.survey import survey
 from retrofit.kv_heads.text import CalibrationText
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 HELD_OUT = 3  # every third sequence of a kind is scored, and no conversion sees it
 FILE = "probes.json"
+ORIGINAL = "original"
 
 
 @dataclass(frozen=True)
@@ -161,25 +163,23 @@ def keep(calibrated: Calibrated, moments: Path, folder: Path, source: Path) -> N
     All at the end: a folder of moments alone would be taken for one where nothing was to be measured.
     """
     shutil.copytree(moments, folder, dirs_exist_ok=True)
-    record = {"weights": digest(source), "calibrated": calibrated}
-    (folder / FILE).write_text(to_json(record) + "\n", encoding="utf-8")
+    Origin(digest(source), ORIGINAL).write(folder)
+    (folder / FILE).write_text(to_json(calibrated) + "\n", encoding="utf-8")
 
 
-def kept(folder: Path, source: Path) -> Calibrated | None:
-    """What was measured beside the moments in `folder`, None where nothing was. UserError for other weights."""
+def kept(folder: Path) -> Calibrated | None:
+    """What was measured beside the moments in `folder`, None where nothing was."""
     path = folder / FILE
     if not path.is_file():
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        found = Calibrated(**record["calibrated"])
-        probes = tuple(Measured(**{**p, "error": float(p["error"])}) for p in record["calibrated"]["probes"])
+        found = Calibrated(**record)
+        probes = tuple(Measured(**{**p, "error": float(p["error"])}) for p in record["probes"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"what was measured cannot be read: {error}",
             where=str(path),
             fix="measure again, into another --moments folder",
         ) from error
-    if record.get("weights") != digest(source):
-        raise UserError("these moments are of other weights", where=str(folder), fix="name another --moments folder")
     return replace(found, probes=probes, kinds=tuple(found.kinds))

@@ -14,7 +14,7 @@ from retrofit.checkpoint.write import folder_lock, require_writable
 from retrofit.errors import UserError
 from retrofit.evaluate.context_use import LongContext
 from retrofit.evaluate.perplexity import Row, table
-from retrofit.kv_heads.moments import saved
+from retrofit.kv_heads.moments import ORIGIN, saved
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, resolve_dtype
 from retrofit.model.source import Source, resolve
@@ -347,7 +347,8 @@ def _require_moments(folder: Path, section: Convert, out: Path) -> None:
         raise UserError(
             f"the method `{section.method}` measures no moments", where="--moments", fix="leave out --moments"
         )
-    if folder.exists() and (not folder.is_dir() or len(list(folder.iterdir())) != len(saved(folder))):
+    held = {path.name for path in folder.iterdir()} - {ORIGIN} if folder.is_dir() else set()
+    if folder.exists() and (not folder.is_dir() or len(held) != len(saved(folder))):
         raise UserError(
             "the folder holds something else than moments", where=f"--moments {folder}", fix="give another folder"
         )

@@ -186,14 +186,29 @@ def test_moments_of_other_weights_and_of_no_loss(options: list[object], tmp_path
     assert done.exit_code == 2 and "of other weights" in done.output
     alone = tmp_path / "alone"
     alone.mkdir()
-    for path in kept.glob("layer-*"):
+    for path in (*kept.glob("layer-*"), kept / "moments.json"):
         (alone / path.name).write_bytes(path.read_bytes())
     found = json.loads(command("plan", eight, "--kv-heads", "--moments", alone, "--json").stdout)
     assert [row["increase"] for row in found["prices"]] == [0.0, None, None, None]
     assert found["prices"][3]["cost"] > 0 and "no loss was measured" in found["notes"][-1]
     four = save_tiny(tmp_path / "four", "llama")
     done = command("plan", four, "--kv-heads", "--moments", alone)
-    assert done.exit_code == 2 and "8 KV heads" in done.output
+    assert done.exit_code == 2 and "of other weights" in done.output
+    (alone / "moments.json").unlink()
+    done = command("plan", eight, "--kv-heads", "--moments", alone)
+    assert done.exit_code == 2 and "do not say which weights" in done.output
+
+
+def test_moments_that_a_conversion_kept_price_its_own_model_alone(texts: Path, tmp_path: Path, eight: Path) -> None:
+    kept = tmp_path / "moments"
+    text = ["--calibrate", texts / "train", "--tokens", 4096]
+    done = command("convert", eight, "--kv-heads", 2, "--out", tmp_path / "out", "--moments", kept, *text)
+    assert done.exit_code == 0, done.output
+    found = json.loads(command("plan", eight, "--kv-heads", "--moments", kept, "--json").stdout)
+    assert any("a model converted to 2 KV heads layer by layer" in note for note in found["notes"])
+    other = save_tiny(tmp_path / "other", "llama", seed=1, num_attention_heads=8, num_key_value_heads=8)
+    done = command("plan", other, "--kv-heads", "--moments", kept)
+    assert done.exit_code == 2 and "of other weights" in done.output
 
 
 def test_bad_input_is_told_before_any_work(tmp_path: Path, eight: Path) -> None:
