@@ -318,13 +318,24 @@ def _notes(spec: AttentionSpec, settings: Settings, text: CalibrationText) -> li
         )
     if settings.repairs and len(text.tokens_by_kind) == 1:
         notes.append("one kind of calibration text: the repair was checked on other sequences of the same kind only")
-    layer, tokens = spec.layers[0], text.input_ids_NT.numel()
+    tokens = text.input_ids_NT.numel()
+    normed = [layer for layer in spec.layers if fits_keys(layer, settings.method)]
+    if normed:
+        columns = normed[0].kv_heads // settings.kv_heads * normed[0].head_dim + (normed[0].k_bias is not None)
+        notes += _few_tokens("the merge of normalised keys", columns, tokens)
+    layer = spec.layers[0]
     for repair in settings.repairs:
         columns = repair.columns(layer.query_heads, layer.head_dim, layer.o_bias is not None)
-        if tokens < TOKENS_PER_COLUMN * columns:
-            notes.append(
-                f"the repair {repair.name} fits {columns:,} columns on {tokens:,} calibration tokens, "
-                f"{tokens / columns:.1f} a column; with fewer than {TOKENS_PER_COLUMN} it learns its calibration text: "
-                f"raise convert.calibration.tokens (--tokens) to {TOKENS_PER_COLUMN * columns:,}"
-            )
+        notes += _few_tokens(f"the repair {repair.name}", columns, tokens)
     return notes
+
+
+def _few_tokens(what: str, columns: int, tokens: int) -> list[str]:
+    """A note on a least-squares fit with too little text, [] where there is enough."""
+    if tokens >= TOKENS_PER_COLUMN * columns:
+        return []
+    return [
+        f"{what} fits {columns:,} columns on {tokens:,} calibration tokens, {tokens / columns:.1f} a column; with fewer "
+        f"than {TOKENS_PER_COLUMN} it learns its calibration text: raise convert.calibration.tokens (--tokens) to "
+        f"{TOKENS_PER_COLUMN * columns:,}"
+    ]

@@ -21,6 +21,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from retrofit.console import heads
 from retrofit.errors import UserError
 from retrofit.kv_heads.grouping import best_groups
 from retrofit.kv_heads.merge import Groups, group_cost, output_metric, value_gram
@@ -107,7 +108,7 @@ def fit_curve(costs: Mapping[int, float], measured: Sequence[Measured]) -> Curve
     usable = sorted((m for m in measured if m.increase > 0 and costs[m.kv_heads] > 0), key=lambda m: m.kv_heads)
     if not usable:
         return None
-    notes = [f"{m.kv_heads} KV heads lost nothing that was measurable" for m in measured if m not in usable]
+    notes = [f"{heads(m.kv_heads)} lost nothing that was measurable" for m in measured if m not in usable]
     dearest = usable[0]
     x, y = math.log(costs[dearest.kv_heads]), math.log(dearest.increase)
     exponent = 1.0
@@ -119,7 +120,7 @@ def fit_curve(costs: Mapping[int, float], measured: Sequence[Measured]) -> Curve
         if run > 0 and rise > 0:
             exponent, points = rise / run, (dearest.kv_heads, other.kv_heads)
         else:
-            notes.append(f"{other.kv_heads} KV heads lost no less than {dearest.kv_heads}")
+            notes.append(f"{heads(other.kv_heads)} lost no less than {dearest.kv_heads}")
     return Curve(y - exponent * x, exponent, points, "; ".join(notes) or None)
 
 

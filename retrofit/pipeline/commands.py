@@ -148,11 +148,12 @@ def prices(
 
     limit = None if budget is None else parse_budget(budget)
     text = {"text": list(calibrate)} if calibrate else {}
+    pinned = "" if revision is None else f" --revision {shlex.quote(revision)}"
     if recipe is None:
         section = {"kv_heads": 1, "calibration": text}
         loaded = single.recipe("convert", section, model=None if model is None else str(model), device=device)
         options = "".join(f" --calibrate {shlex.quote(source)}" for source in calibrate)
-        name = shlex.quote(str(model))
+        name = shlex.quote(str(model)) + pinned
         command = f"retrofit convert {name} --kv-heads {{kv_heads}}{options} --out out/kv{{kv_heads}}"
     else:
         loaded = _recipe(recipe, overrides, None if model is None else str(model))
@@ -163,7 +164,7 @@ def prices(
             calibration = {**asked.calibration.model_dump(), **text}
             convert = {**asked.model_dump(), "calibration": calibration}
             loaded = Recipe.model_validate({**loaded.model_dump(), "convert": convert})
-        named = "" if model is None else f" --model {shlex.quote(str(model))}"
+        named = ("" if model is None else f" --model {shlex.quote(str(model))}") + pinned
         values = [*overrides, *([f"convert.calibration.text={json.dumps(list(calibrate))}"] if calibrate else [])]
         options = "".join(f" --set {shlex.quote(value)}" for value in values)
         name = loaded.name if isinstance(recipe, Recipe) else shlex.quote(str(recipe))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from retrofit.checkpoint.provenance import digest
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.write import require_free_space, require_writable
-from retrofit.console import nbytes
+from retrofit.console import heads, nbytes
 from retrofit.console import seconds as duration
 from retrofit.errors import UserError
 from retrofit.kv_heads import moments as stored_moments
@@ -162,6 +162,7 @@ def prices(
             if calibrated is None:
                 notes.append(f"no loss was measured beside the moments in {folder}: costs are shown, and no losses")
             else:
+                notes += calibrated.notes
                 notes += probes.not_applied(calibrated, probes.options(wanted, recipe.seed), folder)
         else:
             teacher = teacher_of(recipe.model_copy(update={"convert": wanted}), source.folder, device)
@@ -179,6 +180,7 @@ def prices(
                 device=device,
                 progress=progress,
             )
+            notes += calibrated.notes
             if moments is not None:
                 probes.keep(calibrated, folder, moments, source.folder)
         layers = _costs(source.folder, spec, counts, folder, progress)
@@ -235,8 +237,7 @@ def _possible(config: Any, spec: AttentionSpec) -> tuple[int, ...]:
     counts = tuple(c.kv_heads for c in family_of(config).conversions(spec) if c.possible)
     if counts == (spec.layers[0].kv_heads,):
         raise UserError(
-            f"there is nothing to choose: the model has {counts[0]} KV head{'s' if counts[0] > 1 else ''} and can "
-            "have no fewer",
+            f"there is nothing to choose: the model has {heads(counts[0])} and can have no fewer",
             where="num_key_value_heads of config.json",
             fix="`retrofit inspect MODEL` lists what is possible",
         )
@@ -271,9 +272,9 @@ def _estimate(
         sampled = sampled_tokens(calibration.text, calibration.tokens)
         if sampled:
             does += f" (of its own samples {sampled:,} are drawn first, and kept)"
-        heads = " and ".join(map(str, probed))
+        tried = " and ".join(heads(count) for count in probed)
         progress.note(
-            f"about {duration(seconds)}: {does}, and probes with {heads} KV heads "
+            f"about {duration(seconds)}: {does}, and probes with {tried} "
             f"({throughput.how}); at most {nbytes(facts.weight_bytes)} of temporary files"
         )
 

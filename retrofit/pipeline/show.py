@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrofit.console import Console, nbytes, seconds
+from retrofit.console import Console, heads, nbytes, seconds
 from retrofit.model.inspect import Inspection
 from retrofit.pipeline.plan import Plan, describe_plan
 
@@ -88,7 +88,8 @@ def prices(console: Console, result: PriceList) -> None:
     if result.budget and result.kv_heads:
         size = next(price.kv_cache_bytes for price in result.prices if price.kv_heads == result.kv_heads)
         console.say(
-            f"\n{result.kv_heads} KV heads fit {nbytes(result.budget.nbytes)} at {result.budget.length:,} tokens "
+            f"\n{heads(result.kv_heads)} {'fits' if result.kv_heads == 1 else 'fit'} {nbytes(result.budget.nbytes)} at "
+            f"{result.budget.length:,} tokens "
             f"({nbytes(size)}):\n  {result.command}"
         )
 
@@ -97,9 +98,7 @@ def _how_calibrated(result: PriceList) -> list[str]:
     measured, curve = result.calibrated, result.curve
     assert measured
     repair = "the merge and the closed-form repair" if measured.repair != "none" else "the merge alone"
-    probes = ", ".join(
-        f"{p.kv_heads} KV heads {p.increase:+.3f} (standard error {p.error:.3f})" for p in measured.probes
-    )
+    probes = ", ".join(f"{heads(p.kv_heads)} {p.increase:+.3f} (standard error {p.error:.3f})" for p in measured.probes)
     lines = [
         f"measured: {probes}, converted on {measured.tokens:,} tokens of {', '.join(measured.kinds)} and scored on "
         f"{measured.scored_tokens:,} others (original {measured.original_loss:.3f} nats/token)",
@@ -108,7 +107,7 @@ def _how_calibrated(result: PriceList) -> list[str]:
     ]
     if curve is None:
         return [*lines, "no probe lost anything that was measurable: nothing is predicted"]
-    through = "both points" if len(curve.points) > 1 else f"{curve.points[0]} KV heads (exponent 1 assumed)"
+    through = "both points" if len(curve.points) > 1 else f"{heads(curve.points[0])} (exponent 1 assumed)"
     return [*lines, f"predicted: loss = {math.exp(curve.log_scale):.3g} cost^{curve.exponent:.2f}, through {through}"]
 
 

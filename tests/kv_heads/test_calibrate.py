@@ -75,6 +75,13 @@ def test_a_fit_with_few_tokens_a_column_is_announced_with_what_to_raise(tmp_path
     assert not any("a column" in note for note in notes[70])
 
 
+def test_keys_that_are_fitted_through_a_norm_say_when_the_text_is_too_short(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", "qwen3", attention_bias=True)
+    (tmp_path / "out").mkdir()
+    report = convert(source, tmp_path / "out", kv_heads=2, repair="none", text=text())
+    assert any("normalised keys fits 33 columns on 384 calibration tokens" in note for note in report.notes)
+
+
 class Doubled:
     """A repair that doubles the queries, and notes what it was given. accepted: what it says of itself."""
 
