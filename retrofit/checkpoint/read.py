@@ -10,6 +10,7 @@ File format: https://huggingface.co/docs/safetensors#format (8 bytes little-endi
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -100,6 +101,14 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """What most bytes are stored in."""
+        sizes: Counter[torch.dtype] = Counter()
+        for entry in self.entries.values():
+            sizes[DTYPES[entry.dtype]] += entry.nbytes
+        return sizes.most_common(1)[0][0]
 
     @property
     def shards(self) -> tuple[str, ...]:

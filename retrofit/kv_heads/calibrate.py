@@ -335,7 +335,7 @@ def _few_tokens(what: str, columns: int, tokens: int) -> list[str]:
     if tokens >= TOKENS_PER_COLUMN * columns:
         return []
     return [
-        f"{what} fits {columns:,} columns on {tokens:,} calibration tokens, {tokens / columns:.1f} a column; with fewer "
-        f"than {TOKENS_PER_COLUMN} it learns its calibration text: raise convert.calibration.tokens (--tokens) to "
-        f"{TOKENS_PER_COLUMN * columns:,}"
+        f"{what} fits {columns:,} columns on {tokens:,} calibration tokens, {tokens / columns:.1f} a column; with "
+        f"fewer than {TOKENS_PER_COLUMN} it learns its calibration text: raise convert.calibration.tokens (--tokens) "
+        f"to {TOKENS_PER_COLUMN * columns:,}"
     ]

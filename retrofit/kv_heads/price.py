@@ -98,11 +98,6 @@ def layer_costs(
     return found
 
 
-def total_costs(layers: Sequence[Mapping[int, LayerCost]]) -> dict[int, float]:
-    """The cost of the whole model by number of KV heads."""
-    return {count: sum(layer[count].cost for layer in layers) for count in layers[0]}
-
-
 def fit_curve(costs: Mapping[int, float], measured: Sequence[Measured]) -> Curve | None:
     """The curve through one or two measured points; None where none of them lost anything that was measurable."""
     usable = sorted((m for m in measured if m.increase > 0 and costs[m.kv_heads] > 0), key=lambda m: m.kv_heads)

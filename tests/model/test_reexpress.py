@@ -264,6 +264,15 @@ def test_variants_that_no_target_holds_are_refused(source: str, fields: dict[str
     assert where in str(caught.value.where)
 
 
+def test_matrices_decide_the_dtype_of_a_mixed_checkpoint(tmp_path: Path) -> None:
+    folder = save(tmp_path / "source", *_case("gpt_neox"))
+    stored = load_file(folder / "model.safetensors")
+    mixed = {name: t.bfloat16() if t.ndim == 2 else t for name, t in stored.items()}
+    assert sum(t.dtype == torch.float32 for t in mixed.values()) > len(mixed) / 2
+    save_file(mixed, folder / "model.safetensors", metadata={"format": "pt"})
+    assert reexpress(folder, tmp_path / "out").dtype == "bfloat16"
+
+
 def test_other_refusals_write_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
     windows = {**_NEOX, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}

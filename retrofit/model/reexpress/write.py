@@ -56,15 +56,16 @@ def write(
 ) -> ReexpressReport:
     """Write the checkpoint `source` as `reexpression` says into the (existing, staged) folder `out`.
 
-    dtype: of the written weights, the source's own by default. Raises UserError when the source lacks a tensor or
-    holds one that the re-expression does not know, before anything is written, and for values beyond the dtype.
+    dtype: of the written weights, by default that of most of the source's bytes. Raises UserError when the source lacks
+    a tensor or holds one that the re-expression does not know, before anything is written, and for values beyond dtype.
     """
     started = time.monotonic()
     checkpoint = Checkpoint.open(source)
     stored = stored_names(reexpression, checkpoint)
-    dtypes = [checkpoint.dtype(name) for name in stored.values()]
-    written = dtype or max(set(dtypes), key=dtypes.count)
-    require_free_space(out, checkpoint.nbytes * written.itemsize // max(set(dtypes), key=dtypes.count).itemsize)
+    own = checkpoint.main_dtype
+    assert own.is_floating_point  # `resolve` reads no other models
+    written = dtype or own
+    require_free_space(out, checkpoint.nbytes * written.itemsize // own.itemsize)
     if progress:
         progress.start(f"re-express as {reexpression.target}", len(reexpression.tensors), "tensors")
     held: dict[str, Tensor] = {}
