@@ -23,10 +23,9 @@ from transformers import PretrainedConfig
 
 from retrofit.checkpoint.cast import narrowed
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.context.frequencies import of_layer
 from retrofit.errors import UserError
 from retrofit.kv_heads import moments as moment_files
-from retrofit.kv_heads.folding import Turning
+from retrofit.kv_heads.folding import Turnings
 from retrofit.kv_heads.grouping import best_groups
 from retrofit.kv_heads.measure import layer_moments
 from retrofit.kv_heads.merge import (
@@ -94,7 +93,7 @@ class CalibratedRun:
         autocast = torch.bfloat16 if multiplies_in_bfloat16(device) else None
         self._checkpoint, self._settings, self._dtype = checkpoint, settings, dtype
         self._device, self._progress = device, progress
-        self._config, self._turnings = config, dict[tuple[bytes, int], Turning]()
+        self._turnings = Turnings(config)
         self._spec, self._target_spec = describe(config), describe(target)
         self._batches, self._folds = text.batches(), text.folds()
         self.notes = [*text.notes, *_notes(self._spec, settings, text)]
@@ -246,21 +245,10 @@ class CalibratedRun:
             layer.rope,
             method=self._settings.method,
             keys=calibrate_keys,
-            turning=self._turning(layer),
+            # Merges for comparison know nothing of pairs that share places.
+            turning=self._turnings.of(layer.index) if self._settings.method is CALIBRATED else None,
         )
         return maps, lost, groups
-
-    def _turning(self, layer: LayerAttention) -> Turning | None:
-        """The rotations of a layer's keys, where pairs of them may share places: a norm fixes every head's magnitudes,
-        and merges for comparison know nothing of it."""
-        if layer.rope is None or layer.qk_norm is not None or self._settings.method is not CALIBRATED:
-            return None
-        frequencies = of_layer(self._config, layer.rope)
-        window = min(layer.window or self._spec.max_position_embeddings, self._spec.max_position_embeddings)
-        key = (frequencies.tobytes(), window)
-        if key not in self._turnings:
-            self._turnings[key] = Turning.over(frequencies, window)
-        return self._turnings[key]
 
     def _key(self, target: PretrainedConfig, text: CalibrationText, autocast: str) -> str:
         """Names everything that the work folder's bytes depend on. Weights are known by their headers and times here;

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 
 from retrofit.console import heads
 from retrofit.errors import UserError
+from retrofit.kv_heads.folding import Turning
 from retrofit.kv_heads.grouping import best_groups
-from retrofit.kv_heads.merge import Groups, group_cost, output_metric, value_gram
+from retrofit.kv_heads.merge import Groups, group_cost, merge_keys, output_metric, value_gram
 from retrofit.kv_heads.moments import LayerMoments
 from retrofit.kv_heads.optimum import weighted
 from retrofit.kv_heads.qk_norm import can_fit
@@ -70,9 +71,14 @@ class Curve:
 
 
 def layer_costs(
-    moments: LayerMoments, weights: LayerWeights, layer: LayerAttention, counts: Sequence[int]
+    moments: LayerMoments,
+    weights: LayerWeights,
+    layer: LayerAttention,
+    counts: Sequence[int],
+    turning: Turning | None = None,
 ) -> dict[int, LayerCost]:
-    """The cost of one layer at each number of KV heads in `counts`.
+    """The cost of one layer at each number of KV heads in `counts`: of the groups that the conversion would choose,
+    keys merged as it does. turning: the layer's rotations, where its rotary pairs may share places.
 
     Raises UserError for moments that were kept without the residual stream's energy.
     """
@@ -92,10 +98,18 @@ def layer_costs(
     found = {}
     for count in counts:
         groups = best_groups(layer.kv_heads, count, both)
-        total, values = sum(map(both, groups)), sum(map(values_alone, groups))
-        keys = max(0.0, total - values) if calibrated_keys else None
-        found[count] = LayerCost(layer.index, groups, keys, values, total * share)
+        values = sum(map(values_alone, groups))
+        keys = _keys_lost(moments, groups, layer, turning) if calibrated_keys else None
+        found[count] = LayerCost(layer.index, groups, keys, values, (values + (keys or 0.0)) * share)
     return found
+
+
+def _keys_lost(moments: LayerMoments, groups: Groups, layer: LayerAttention, turning: Turning | None) -> float:
+    """Share of the scores' energy; a group of one loses nothing."""
+    if all(len(group) == 1 for group in groups):
+        return 0.0
+    merged = [merge_keys(moments, group, layer.rope, layer.head_dim, turning=turning) for group in groups]
+    return max(0.0, sum(lost for *_, lost, _ in merged)) / max(sum(whole for *_, whole in merged), 1e-300)
 
 
 def fit_curve(costs: Mapping[int, float], measured: Sequence[Measured]) -> Curve | None:

@@ -22,6 +22,7 @@ from retrofit.console import heads, nbytes
 from retrofit.console import seconds as duration
 from retrofit.errors import UserError
 from retrofit.kv_heads import moments as stored_moments
+from retrofit.kv_heads.folding import Turnings
 from retrofit.kv_heads.price import Curve, LayerCost, fit_curve, layer_costs, probe_counts
 from retrofit.kv_heads.weights import read_layer
 from retrofit.model.families import describe, family_of
@@ -59,7 +60,7 @@ class Price:
 
     kv_cache_bytes: for one sequence of `PriceList.length` tokens. increase: of the loss, nats per token, against the
     original; ratio: of the perplexities (None where nothing was measured). how: "original", "measured" or "predicted".
-    layers: what each layer pays.
+    error: standard error of the increase, of a predicted one that of the nearest measured. layers: what each one pays.
     """
 
     kv_heads: int
@@ -69,7 +70,13 @@ class Price:
     increase: float | None
     ratio: float | None
     how: str
+    error: float | None
     layers: tuple[LayerCost, ...]
+
+    @property
+    def tells(self) -> bool:
+        """Whether the increase can be told from zero on the text that was scored."""
+        return self.increase is None or self.error is None or not abs(self.increase) < 2 * self.error
 
     def dearest(self, count: int = 3) -> list[tuple[int, float]]:
         """(layer, share of the whole cost) of the layers that pay most."""
@@ -183,7 +190,7 @@ def prices(
             notes += calibrated.notes
             if moments is not None:
                 probes.keep(calibrated, folder, moments, source.folder)
-        layers = _costs(source.folder, spec, counts, folder, progress)
+        layers = _costs(source.folder, spec, Turnings(config), counts, folder, progress)
     listed, curve = price_list(spec, layers, calibrated, caches, value_bytes)
     if curve and curve.note:
         notes.append(curve.note)
@@ -217,6 +224,9 @@ def price_list(
         increase = measured[count].increase if how == "measured" else 0.0 if how == "original" else None
         if how == "predicted" and curve:
             increase = curve(costs[count])
+        error = None
+        if measured and increase is not None and how != "original":
+            error = measured[min(measured, key=lambda other: abs(math.log(other / count)))].error
         rows.append(
             Price(
                 kv_heads=count,
@@ -226,6 +236,7 @@ def price_list(
                 increase=increase,
                 ratio=None if increase is None else math.exp(min(increase, 50.0)),
                 how=how if increase is not None else "not measured",
+                error=error,
                 layers=tuple(layer[count] for layer in layers),
             )
         )
@@ -280,7 +291,12 @@ def _estimate(
 
 
 def _costs(
-    folder: Path, spec: AttentionSpec, counts: tuple[int, ...], moments: Path, progress: Progress | None
+    folder: Path,
+    spec: AttentionSpec,
+    turnings: Turnings,
+    counts: tuple[int, ...],
+    moments: Path,
+    progress: Progress | None,
 ) -> list[Mapping[int, LayerCost]]:
     """Every layer's cost at every number of KV heads, from its moments and its weights: no pass over text."""
     read = Checkpoint.open(folder).tensor
@@ -290,7 +306,7 @@ def _costs(
     for layer in spec.layers:
         seen, weights = stored_moments.load(moments, layer.index), read_layer(read, layer)
         assert seen.value_mean_KD.shape == weights.v_KDC.shape[:2]  # of these weights: `Origin`
-        found.append(layer_costs(seen, weights, layer, counts))
+        found.append(layer_costs(seen, weights, layer, counts, turnings.of(layer.index)))
         if progress:
             progress.advance(1)
     if progress:

@@ -73,13 +73,15 @@ def prices(console: Console, result: PriceList) -> None:
                 price.kv_heads,
                 nbytes(price.kv_bytes_per_token),
                 nbytes(price.kv_cache_bytes),
-                "-" if price.increase is None else f"{price.increase:+.3f}",
+                "-" if price.increase is None else f"{price.increase:+.3f}{'' if price.tells else ' ~'}",
                 "-" if price.ratio is None else f"x {price.ratio:,.2f}",
                 price.how,
                 dearest or "-",
             )
         )
     console.table(f"{result.model}: what fewer KV heads cost", columns, rows)
+    if not all(price.tells for price in result.prices):
+        console.say("~: below two standard errors, not to be told from zero on the text that was scored")
     if result.calibrated:
         for line in _how_calibrated(result):
             console.say(line)
