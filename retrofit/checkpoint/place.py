@@ -16,9 +16,6 @@ from pathlib import Path
 
 from retrofit.errors import UserError
 
-MARKER = ".retrofit-staging"
-"""In folders that a staged write may remove: those it made itself, and those it was told to replace."""
-
 
 def existing_ancestor(path: Path) -> Path:
     """The path itself, or the nearest folder above it that exists."""
@@ -122,10 +119,10 @@ def _is_file(descriptor: int, path: Path) -> bool:
 
 @contextmanager
 def staged(final: str | Path, *, overwrite: bool = False, keep: Path | None = None) -> Iterator[Path]:
-    """Yield a new `<final>.partial` folder and rename it to `final` when the block ends without an exception.
+    """Yield an empty `<final>.partial` folder and rename it to `final` when the block ends without an exception.
 
-    It holds nothing but the MARKER that says whose it is. Everything is flushed to disk before the rename. On an
-    exception the partial folder is removed; after a kill it stays and the next call empties it. keep: the folder to
+    Everything is flushed to disk before the rename. On an exception the partial folder is removed; after a kill it
+    stays and the next call empties it: a mark beside it says that it is ours. keep: the folder to
     stage in instead, on the same disk, which is not emptied: what an interrupted call left there can be gone on from.
     A symbolic link `final` stays, and the result is what it points to. Raises UserError when `final` holds something
     and `overwrite` is False (also when it was filled inside the block), when the place cannot be written or holds a
@@ -145,24 +142,23 @@ def staged(final: str | Path, *, overwrite: bool = False, keep: Path | None = No
         _require_ours(leftover)
     if replaced.exists() and not final.exists():  # killed between the two renames below
         replaced.rename(final)
-        (final / MARKER).unlink(missing_ok=True)
+        _mark(replaced).unlink(missing_ok=True)  # an empty one has none
     if not overwrite and _holds_something(final):
         raise _not_empty(final)
     for leftover in (replaced,) if keep else (partial, replaced):
         _remove(leftover)
     partial.mkdir(parents=True, exist_ok=keep is not None)
     if keep is None:
-        (partial / MARKER).touch()
+        _mark(partial).write_text(_inode(partial))
     try:
         yield partial
         _sync(partial)
         if overwrite and final.exists():
-            (final / MARKER).touch()
+            _mark(replaced).write_text(_inode(final))
             final.rename(replaced)
         if _holds_something(final):
             raise _not_empty(final)
         partial.replace(final)  # an empty folder gives way
-        (final / MARKER).unlink(missing_ok=True)
         _sync_folder(final.parent)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -189,7 +185,8 @@ def _not_empty(final: Path) -> UserError:
 
 def _require_ours(folder: Path) -> None:
     """UserError unless the folder is absent, empty, or was left by a staged write that was killed."""
-    if _holds_something(folder) and not (folder / MARKER).is_file():
+    mark = _mark(folder)
+    if _holds_something(folder) and not (mark.is_file() and mark.read_text() == _inode(folder)):
         raise UserError(
             "a folder of this name is needed for the time of writing, and this one was not made for that",
             where=str(folder),
@@ -197,16 +194,21 @@ def _require_ours(folder: Path) -> None:
         )
 
 
+def _mark(folder: Path) -> Path:
+    """Beside a folder that a staged write may remove: one it made itself, or was told to replace. It holds the folder's
+    inode, so that another one of the same name is not taken for it."""
+    return folder.with_name(f".{folder.name}.staging")
+
+
+def _inode(folder: Path) -> str:
+    return str(folder.stat().st_ino)
+
+
 def _remove(folder: Path) -> None:
-    """Remove a folder of ours, its marker last: a kill in between leaves a folder that is still known as ours."""
-    if not folder.exists():
-        return
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != MARKER:
-            path.unlink()
-    shutil.rmtree(folder)
+    """Remove a folder of ours, and its mark last."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    _mark(folder).unlink(missing_ok=True)
 
 
 def _disk(path: Path) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from retrofit.checkpoint import place
-from retrofit.checkpoint.place import MARKER, folder_lock, link_or_copy, require_free_space, require_writable, staged
+from retrofit.checkpoint.place import folder_lock, link_or_copy, require_free_space, require_writable, staged
 from retrofit.errors import UserError
 
 
@@ -35,11 +35,11 @@ def test_staged_leaves_nothing_after_an_error(tmp_path: Path) -> None:
 
 
 def test_staged_empties_what_a_kill_left(tmp_path: Path) -> None:
-    (tmp_path / "out.partial" / "deep").mkdir(parents=True)
-    for name in ("old", "deep/old", MARKER):
-        (tmp_path / "out.partial" / name).write_text("")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "old").write_text("")
+    (tmp_path / ".out.partial.staging").write_text(str((tmp_path / "out.partial").stat().st_ino))
     with staged(tmp_path / "out") as partial:
-        assert [path.name for path in partial.iterdir()] == [MARKER]
+        assert list(partial.iterdir()) == []
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -93,11 +93,11 @@ def test_staged_overwrites_when_asked_and_keeps_the_old_one_on_error(tmp_path: P
 
 def test_staged_restores_after_a_kill_between_the_renames(tmp_path: Path) -> None:
     (tmp_path / "out.replaced").mkdir()
-    for name in ("a", MARKER):
-        (tmp_path / "out.replaced" / name).write_text("1")
+    (tmp_path / "out.replaced" / "a").write_text("1")
+    (tmp_path / ".out.replaced.staging").write_text(str((tmp_path / "out.replaced").stat().st_ino))
     with pytest.raises(RuntimeError), staged(tmp_path / "out", overwrite=True):
         raise RuntimeError
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+    assert (tmp_path / "out" / "a").read_text() == "1" and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("name", ["out.partial", "out.replaced"])
@@ -105,6 +105,7 @@ def test_staged_restores_after_a_kill_between_the_renames(tmp_path: Path) -> Non
 def test_staged_removes_no_folder_that_is_not_its_own(name: str, overwrite: bool, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.tex").write_text("years of work")
+    (tmp_path / f".{name}.staging").write_text("1")  # of a folder that was ours, and is gone
     with pytest.raises(UserError, match="not made for that") as caught, staged(tmp_path / "out", overwrite=overwrite):
         pass
     assert caught.value.where == str(tmp_path / name)
@@ -131,7 +132,7 @@ def test_a_full_disk_is_a_user_error(tmp_path: Path) -> None:
 def test_killed_process_leaves_no_final_folder(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\n"
-        "from retrofit.checkpoint.place import MARKER, folder_lock, staged\n"
+        "from retrofit.checkpoint.place import folder_lock, staged\n"
         "with folder_lock(sys.argv[1]), staged(sys.argv[1]) as p:\n"
         "    (p / 'a').write_text('1')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -140,7 +141,7 @@ def test_killed_process_leaves_no_final_folder(tmp_path: Path) -> None:
     assert killed.returncode == -signal.SIGKILL and (tmp_path / "out.partial" / "a").exists()
     assert not (tmp_path / "out").exists()
     with folder_lock(tmp_path / "out"), staged(tmp_path / "out") as partial:  # the lock died with its owner
-        assert [path.name for path in partial.iterdir()] == [MARKER]
+        assert list(partial.iterdir()) == []
 
 
 def test_no_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
