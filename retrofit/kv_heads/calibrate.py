@@ -24,6 +24,7 @@ from transformers import PretrainedConfig
 from retrofit.checkpoint.cast import narrowed
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.errors import UserError
+from retrofit.kv_heads import VERSION
 from retrofit.kv_heads import moments as moment_files
 from retrofit.kv_heads.folding import Turnings
 from retrofit.kv_heads.grouping import best_groups
@@ -54,7 +55,6 @@ from retrofit.model.spec import AttentionSpec, LayerAttention
 if TYPE_CHECKING:
     from retrofit.console import Progress
 
-VERSION = 2  # of the work folder: raise it when the same inputs would give other bytes
 TOKENS_PER_COLUMN = 50  # a fit with fewer learns its calibration text
 # Where a norm or a multiplier stands between the output projection and the residual stream, the stream's error so far
 # cannot be written into the projection's target.
