@@ -25,7 +25,7 @@ from retrofit.model.families import describe
 from retrofit.model.load import load_config, load_model, load_tokenizer, read_config, resolve_dtype, working_dtype
 from retrofit.pipeline.longcontext import Measured, measure, native_length
 from retrofit.pipeline.plan import COST_ROUNDS
-from retrofit.pipeline.texts import calibration_text, searched_text
+from retrofit.pipeline.texts import calibration_text, merged, searched_text
 from retrofit.recipe.schema import Context, Convert, Evaluate, Recover
 from retrofit.recover.data import require_known
 from retrofit.recover.samples import Teacher
@@ -220,7 +220,8 @@ def recover(
     samples: the original model, for the text source `self`. work: where training keeps what it can go on from.
     """
     tokenizer = load_tokenizer(student)
-    rows, held_out = recovery_rows(section, tokenizer, seed, teacher=samples, progress=progress)
+    read = section.model_copy(update={"text": merged(section.text)})
+    rows, held_out = recovery_rows(read, tokenizer, seed, teacher=samples, progress=progress)
     require_known(rows.ids_NT, student)
     with staged(out, overwrite=overwrite) as folder:
         report = train(

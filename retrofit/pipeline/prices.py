@@ -44,7 +44,7 @@ from retrofit.pipeline.plan import (
     sampled_tokens,
 )
 from retrofit.pipeline.prepare import check_surgery, facts_of, require_model, teacher_of
-from retrofit.pipeline.texts import calibration_text, require_distinct, within_window
+from retrofit.pipeline.texts import calibration_text, merged, require_distinct, within_window
 from retrofit.recipe.schema import Calibration, Convert, Recipe, TextSource
 from retrofit.recover.data import check_sources
 
@@ -142,9 +142,8 @@ def prices(
     if moments is not None:
         require_writable(moments)
     total = tokens or min(TOKENS, section.calibration.tokens)
-    calibration, shorter = within_window(
-        section.calibration.model_copy(update={"tokens": total}), spec.max_position_embeddings
-    )
+    asked = {"tokens": total, "text": merged(section.calibration.text)}
+    calibration, shorter = within_window(section.calibration.model_copy(update=asked), spec.max_position_embeddings)
     notes += shorter
     if not read:
         probes.require_enough(calibration)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,10 +200,26 @@ def written(console: Console, result: Written) -> None:
     by_kind = result.report.get("tokens_by_kind")
     if by_kind:
         console.say("calibrated on " + ", ".join(f"{tokens:,} tokens of {kind}" for kind, tokens in by_kind.items()))
+    for line in _kept_out(result.report.get("layers", ())):
+        console.say(line)
     for note in result.report.get("notes", ()):
         console.say(f"note: {note}")
     console.say(f"written: {result.folder}")
     console.say(f'load it with AutoModelForCausalLM.from_pretrained("{result.folder}")')
+
+
+def _kept_out(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each repair that some layers did without."""
+    out: dict[str, list[str]] = {}
+    for layer in layers:
+        for repair in layer["repairs"]:
+            out.setdefault(repair["name"], []).extend([] if repair["accepted"] else [str(layer["index"])])
+    return [
+        f"the repair {name} was kept out of {len(indices)} of {len(layers)} layers, no better on text it had not seen: "
+        f"{', '.join(indices)}"
+        for name, indices in out.items()
+        if indices
+    ]
 
 
 def _search(console: Console, found: Mapping[str, Any]) -> None:

@@ -59,6 +59,15 @@ def require_distinct(sources: Sequence[TextSource], where: str) -> None:
             )
 
 
+def merged(sources: Sequence[TextSource]) -> tuple[TextSource, ...]:
+    """The sources, each with other documents: those that are one under two names are one, with their weights added."""
+    found: dict[tuple[object, ...], TextSource] = {}
+    for source in sources:
+        known = found.get(key := _documents_of(source))
+        found[key] = source if known is None else known.model_copy(update={"weight": known.weight + source.weight})
+    return tuple(found.values())
+
+
 def _documents_of(source: TextSource) -> tuple[object, ...]:
     """What two sources with the same documents have in common."""
     named = source.source in (*BUILT_IN, OWN_SAMPLES) or source.source.startswith(HUB)
@@ -90,7 +99,7 @@ def calibration_text(
     """
     import torch
 
-    sources, notes = _within_memory(calibration.text, teacher)
+    sources, notes = _within_memory(merged(calibration.text), teacher)
     total = sum(source.weight for source in sources)
     parts, kinds = [], []
     for index, source in enumerate(sources):
