@@ -255,12 +255,12 @@ class WorkFolder:
 
 
 def require_room(folder: Path, needed: int) -> None:
-    """UserError when the disk of `folder` has less than `needed` bytes for the streams."""
+    """UserError when the disk of `folder` has less than `needed` bytes for a calibration."""
     require_writable(folder)
     free = free_space(folder)
     if free < needed:
         raise UserError(
-            f"no room for the residual streams of the calibration: {nbytes(needed)} ({needed} bytes) needed, "
+            f"no room for the residual streams and layers of a conversion: {nbytes(needed)} ({needed} bytes) needed, "
             f"{nbytes(free)} free",
             where=str(folder),
             fix="lower `convert.calibration.tokens`, free space there, or write to another disk",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.provenance import digest, versions, write_provenance
+from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.write import staged, write_config
 from retrofit.console import jsonable
 from retrofit.context.rope import portable, write_extended
@@ -21,6 +22,8 @@ from retrofit.evaluate.score import Document, TokenLosses, score, tokenizer_dige
 from retrofit.kernels.registry import Choice, Proof, apply, choose, prove
 from retrofit.kv_heads.convert import ConvertReport
 from retrofit.kv_heads.convert import convert as convert_heads
+from retrofit.kv_heads.residuals import require_room
+from retrofit.kv_heads.room import held, room_needed
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, load_model, load_tokenizer, read_config, resolve_dtype, working_dtype
 from retrofit.pipeline.longcontext import Measured, measure, native_length
@@ -82,9 +85,20 @@ def convert(
     work: where conversion keeps what it can go on from, on the disk of `out`. moments: where to keep every layer's.
     """
     text = None
-    if convert.calibrates and convert.kv_heads != describe(load_config(source)).layers[0].kv_heads:
+    spec, calibration = describe(load_config(source)), convert.calibration
+    if convert.calibrates and convert.kv_heads != spec.layers[0].kv_heads:
+        needed = room_needed(
+            spec,
+            convert.kv_heads,
+            calibration.tokens + len(calibration.text) * calibration.sequence_length,  # sequences are whole
+            repairs=convert.repair != "none",
+            moments=moments is not None,
+            value_bytes=resolve_dtype(dtype, source).itemsize,
+            checkpoint_bytes=Checkpoint.open(source).nbytes,
+        )
+        require_room(work, needed - held(work))  # before the model writes its samples, which takes minutes
         tokenizer = load_tokenizer(source)
-        text = calibration_text(convert.calibration, tokenizer, seed=seed, teacher=teacher, progress=progress)
+        text = calibration_text(calibration, tokenizer, seed=seed, teacher=teacher, progress=progress)
     with staged(out, overwrite=overwrite, keep=work / "checkpoint") as folder:
         report = convert_heads(
             source,

@@ -9,10 +9,11 @@ import pytest
 
 from retrofit.console import Console
 from retrofit.errors import UserError
+from retrofit.kv_heads import residuals
 from retrofit.kv_heads.moments import saved
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, load_tokenizer
-from retrofit.pipeline import commands, plan, show, single, texts
+from retrofit.pipeline import commands, operations, plan, show, single, texts
 from retrofit.pipeline.plan import ModelFacts, make_plan, sampled_tokens
 from retrofit.pipeline.prepare import check_surgery
 from retrofit.pipeline.texts import calibration_text, merged
@@ -179,3 +180,16 @@ def test_layers_that_did_without_a_repair_are_named(capsys: pytest.CaptureFixtur
     said = capsys.readouterr().out
     assert "the repair transfer was kept out of 1 of 2 layers, no better on text it had not seen: 0\n" in said
     assert "o_proj" not in said
+
+
+def test_room_is_asked_for_before_the_model_writes_its_samples(
+    model: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("text was made")
+
+    monkeypatch.setattr(operations, "calibration_text", never)
+    monkeypatch.setattr(residuals, "free_space", lambda _: 1000)
+    with pytest.raises(UserError, match="no room for the residual streams"):
+        commands.convert(model, out=tmp_path / "out", kv_heads=2, calibrate=[str(texts / "train")], tokens=2048)
+    assert not any(tmp_path.iterdir())
