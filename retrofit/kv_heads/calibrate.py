@@ -64,7 +64,8 @@ _NORM_OR_SCALE_AFTER_ATTENTION = frozenset({"gemma2", "gemma3_text", "olmo2", "g
 @dataclass(frozen=True)
 class Settings:
     """What a calibrated conversion does beside the text. averaged_tokens: tokens whose attention patterns average the
-    values (0: values are merged as they are). keep_moments: leave the moments of every layer in the work folder."""
+    values (0: values are merged as they are). keep_moments: leave the moments of every layer in the work folder.
+    read_with: the configuration whose rotations keys are merged for, the model's own by default."""
 
     kv_heads: int
     method: MergeMethod
@@ -72,6 +73,7 @@ class Settings:
     repairs: tuple[Repair, ...]
     averaged_tokens: int = AVERAGED_TOKENS
     keep_moments: bool = False
+    read_with: PretrainedConfig | None = None
 
 
 class CalibratedRun:
@@ -93,7 +95,7 @@ class CalibratedRun:
         autocast = torch.bfloat16 if multiplies_in_bfloat16(device) else None
         self._checkpoint, self._settings, self._dtype = checkpoint, settings, dtype
         self._device, self._progress = device, progress
-        self._turnings = Turnings(config)
+        self._turnings = Turnings(settings.read_with or config)
         self._spec, self._target_spec = describe(config), describe(target)
         self._batches, self._folds = text.batches(), text.folds()
         self.notes = [*text.notes, *_notes(self._spec, settings, text)]
@@ -263,6 +265,7 @@ class CalibratedRun:
             {name: list(entry.shape) for name, entry in self._checkpoint.entries.items()},
             target.to_dict(),
             [settings.method_name, repairs, settings.averaged_tokens, settings.keep_moments],
+            None if settings.read_with is None else settings.read_with.to_dict(),
             text.digest(),
             [str(self._dtype), self._device, autocast],
         ]

@@ -55,6 +55,7 @@ def convert(
     max_shard_size: str = "5GB",
     work: Path | None = None,
     moments: Path | None = None,
+    read_with: PretrainedConfig | None = None,
     progress: Progress | None = None,
 ) -> ConvertReport:
     """Write `source` with `kv_heads` KV heads per layer into the (existing, staged) folder `out`.
@@ -63,7 +64,8 @@ def convert(
     of the written weights, the source's own by default. The calibration streams are fp32, their matrix products
     bfloat16 where the processor has them. work: a folder for what a later attempt can go on from, together with the
     shards in `out` that were written from it; the caller removes it. moments: a folder for the moments of every layer,
-    made when they are whole.
+    made when they are whole. read_with: the source's configuration as it will be after the heads, where its window is
+    extended next; keys are merged for the distances and rotations of that one.
 
     Raises UserError where the architecture or the number of heads does not allow it, where a method that calibrates
     has no or too little text, and where the disk has no room for the streams.
@@ -108,6 +110,7 @@ def convert(
                 dtype=dtype,
                 work=work / "calibration",
                 moments=moments,
+                read_with=read_with,
                 progress=progress,
             )
         rewrite(
@@ -154,6 +157,7 @@ def _calibrate(
     dtype: torch.dtype | None,
     work: Path,
     moments: Path | None,
+    read_with: PretrainedConfig | None,
     progress: Progress | None,
 ) -> tuple[Made, list[LayerReport], list[str]]:
     """Changed tensors, read from the work folder when they are asked for; a report of each layer; notes.
@@ -173,6 +177,7 @@ def _calibrate(
         repairs=REPAIRS[repair],
         averaged_tokens=averaged_tokens,
         keep_moments=moments is not None,
+        read_with=read_with,
     )
     run = CalibratedRun(
         checkpoint, config, target, settings, text, work=work, device=device, dtype=dtype, progress=progress

@@ -16,6 +16,7 @@ from retrofit.checkpoint.provenance import digest, versions, write_provenance
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.write import staged, write_config
 from retrofit.console import jsonable
+from retrofit.context.rope import extend as extended
 from retrofit.context.rope import portable, write_extended
 from retrofit.context.search import Found, search
 from retrofit.evaluate.score import Document, TokenLosses, score, tokenizer_digest
@@ -76,6 +77,7 @@ def convert(
     seed: int = 0,
     work: Path,
     moments: Path | None = None,
+    context: Context | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -83,9 +85,13 @@ def convert(
     """Write `source` with fewer KV heads to `out`.
 
     work: where conversion keeps what it can go on from, on the disk of `out`. moments: where to keep every layer's.
+    context: what the run does to the window next; what a search will find is not known yet.
     """
-    text = None
-    spec, calibration = describe(load_config(source)), convert.calibration
+    config, text, read_with = load_config(source), None, None
+    spec, calibration = describe(config), convert.calibration
+    if context and not context.searches:
+        method, settings = str(context.method), context.settings
+        read_with = extended(config, length=context.length, factor=context.factor, method=method, settings=settings)
     if convert.calibrates and convert.kv_heads != spec.layers[0].kv_heads:
         needed = room_needed(
             spec,
@@ -113,6 +119,7 @@ def convert(
             max_shard_size=max_shard_size,
             work=work,
             moments=moments,
+            read_with=read_with,
             progress=progress,
         )
         write_config(folder, portable(read_config(folder)))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from retrofit.checkpoint.read import Checkpoint
+from retrofit.context.rope import extend
 from retrofit.kv_heads.baselines import METHODS
 from retrofit.kv_heads.calibrate import CalibratedRun, Settings
 from retrofit.kv_heads.convert import CalibrationText, convert
@@ -41,6 +42,21 @@ def test_moments_are_kept_where_asked_and_the_work_folder_holds_no_streams(tmp_p
     names = {path.name for path in (tmp_path / "work" / "calibration").iterdir()}
     assert names == {"state.json", "layer-000.safetensors", "layer-001.safetensors", "moments"}
     assert not list((tmp_path / "out").glob(".*")), "nothing but the checkpoint"
+
+
+def test_keys_are_merged_for_the_window_that_they_will_be_read_in(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", "llama")
+    config = load_config(source)
+    longer = extend(config, factor=8.0, method="yarn")
+    found = {}
+    for name, read_with in (("own", None), ("same", config), ("longer", longer)):
+        (tmp_path / name).mkdir()
+        convert(source, tmp_path / name, kv_heads=1, repair="none", text=text(), averaged_tokens=0, read_with=read_with)
+        written = Checkpoint.open(tmp_path / name)
+        found[name] = {part: written.tensor(f"model.layers.0.self_attn.{part}_proj.weight") for part in "kv"}
+        assert written.config["max_position_embeddings"] == config.max_position_embeddings
+    assert torch.equal(found["own"]["k"], found["same"]["k"]) and torch.equal(found["own"]["v"], found["longer"]["v"])
+    assert not torch.allclose(found["own"]["k"], found["longer"]["k"], atol=1e-3)
 
 
 def test_averaged_values_change_the_values_and_nothing_of_the_keys(tmp_path: Path) -> None:
