@@ -122,11 +122,11 @@ def staged(final: str | Path, *, overwrite: bool = False, keep: Path | None = No
     """Yield an empty `<final>.partial` folder and rename it to `final` when the block ends without an exception.
 
     Everything is flushed to disk before the rename. On an exception the partial folder is removed; after a kill it
-    stays and the next call empties it: a mark beside it says that it is ours. keep: the folder to
-    stage in instead, on the same disk, which is not emptied: what an interrupted call left there can be gone on from.
-    A symbolic link `final` stays, and the result is what it points to. Raises UserError when `final` holds something
-    and `overwrite` is False (also when it was filled inside the block), when the place cannot be written or holds a
-    folder of that name that is not ours, when `keep` is on another disk, and when the disk fills up inside the block.
+    stays and the next call empties it: a mark beside it says that it is ours. keep: the folder to stage in instead, on
+    the same disk, which is not emptied: what an interrupted call left there can be gone on from. A symbolic link
+    `final` stays, and the result is what it points to. Raises UserError when `final` holds something and `overwrite` is
+    False (also when it was filled inside the block), when the place cannot be written or holds a folder of a name that
+    is needed and not ours, when `keep` is on another disk, and when the disk fills up inside the block.
     """
     final = Path(final).resolve()
     partial = final.with_name(final.name + ".partial") if keep is None else keep.resolve()

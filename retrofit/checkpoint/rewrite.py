@@ -57,8 +57,7 @@ def rewrite(
     place; None drops the tensor. Names without a rule are copied. made: {stored name: function that makes what stands
     in its place}; the stored tensor is not read. dtype: what floating tensors are cast to; when None a rule's results
     are cast to the dtype of the tensor they came from, and the rest stays as stored; config.json then names the one of
-    most bytes. resume: `out` may hold whole shards of an earlier call with the same arguments,
-    which are kept.
+    most bytes. resume: `out` may hold whole shards of an earlier call with the same arguments, which are kept.
 
     Raises ValueError for a rule without a tensor or a name written twice, UserError when the disk is too small and for
     values that the dtype cannot hold.
