@@ -18,7 +18,8 @@ from tests.tiny import save_tiny
 @pytest.mark.parametrize("repair", ["none", "o_proj"])
 def test_streams_layers_and_moments_are_counted(repair: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, work = save_tiny(tmp_path / "source", "qwen2", num_hidden_layers=3), tmp_path / "work"
-    most, dropped = [], WorkFolder.drop_streams
+    most: list[int] = []
+    dropped = WorkFolder.drop_streams
     monkeypatch.setattr(WorkFolder, "drop_streams", lambda self: (most.append(held(work)), dropped(self)))
     ids = torch.randint(0, 256, (16, 256), generator=torch.Generator().manual_seed(1))
     (tmp_path / "out").mkdir()

@@ -28,7 +28,8 @@ def test_reexpress_only_writes_the_same_function_and_its_record(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    stages, stage = [], place.staged
+    stages: list[object] = []
+    stage = place.staged
     for module in (operations, reexpress):
         counted = lambda *args, **named: stages.append(args) or stage(*args, **named)  # noqa: E731
         monkeypatch.setattr(module, "staged", counted, raising=False)
