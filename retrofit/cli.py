@@ -217,13 +217,16 @@ def convert(
         int | None, typer.Option("--kv-heads", metavar="G", min=1, help="KV heads per layer afterwards.")
     ] = None,
     method: Annotated[
-        str, typer.Option("--method", help="calibrated, mean or first; to compare: procrustes, real-pca.")
-    ] = "calibrated",
-    repair: Annotated[str, typer.Option("--repair", help="none, o_proj, or transfer (slower, better).")] = "o_proj",
+        str | None,
+        typer.Option("--method", help="calibrated (default), mean or first; to compare: procrustes, real-pca."),
+    ] = None,
+    repair: Annotated[
+        str | None, typer.Option("--repair", help="none, o_proj (default), or transfer (slower, better).")
+    ] = None,
     calibrate: Annotated[
         list[str] | None, typer.Option("--calibrate", metavar="TEXT", help="Text to calibrate on; may be repeated.")
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="Calibration tokens.")] = 49_152,
+    tokens: Annotated[int | None, typer.Option("--tokens", help="Calibration tokens; default 49152.")] = None,
     moments: Annotated[
         Path | None,
         typer.Option("--moments", metavar="DIR", help="Keep what calibration measured in every layer in this folder."),

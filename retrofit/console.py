@@ -266,6 +266,11 @@ def nbytes(value: float) -> str:
     raise AssertionError("unreachable")
 
 
+def heads(count: int) -> str:
+    """ "1 KV head", "2 KV heads"."""
+    return f"{count} KV head{'' if count == 1 else 's'}"
+
+
 def jsonable(value: object) -> object:
     """Dataclasses, pydantic models, arrays, paths and tuples as JSON values; NaN and infinities become strings."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -122,10 +122,11 @@ def staged(final: str | Path, *, overwrite: bool = False, keep: Path | None = No
     """Yield an empty `<final>.partial` folder and rename it to `final` when the block ends without an exception.
 
     Everything is flushed to disk before the rename. On an exception the partial folder is removed; after a kill it
-    stays and the next call empties it. keep: the folder to stage in instead, on the same disk, which is not emptied:
-    what an interrupted call left there can be gone on from. A symbolic link `final` stays, and the result is what it
-    points to. Raises UserError when `final` holds something and `overwrite` is False, when the place cannot be written,
-    when `keep` is on another disk, and when the disk fills up inside the block.
+    stays and the next call empties it: a mark beside it says that it is ours. keep: the folder to stage in instead, on
+    the same disk, which is not emptied: what an interrupted call left there can be gone on from. A symbolic link
+    `final` stays, and the result is what it points to. Raises UserError when `final` holds something and `overwrite` is
+    False (also when it was filled inside the block), when the place cannot be written or holds a folder of a name that
+    is needed and not ours, when `keep` is on another disk, and when the disk fills up inside the block.
     """
     final = Path(final).resolve()
     partial = final.with_name(final.name + ".partial") if keep is None else keep.resolve()
@@ -137,22 +138,27 @@ def staged(final: str | Path, *, overwrite: bool = False, keep: Path | None = No
             where=f"{partial}, {final}",
             fix=f"name the output folder by its own path: {final}",
         )
+    for leftover in (replaced,) if keep else (partial, replaced):
+        _require_ours(leftover)
     if replaced.exists() and not final.exists():  # killed between the two renames below
         replaced.rename(final)
-    if final.exists() and not overwrite and (not final.is_dir() or any(final.iterdir())):
-        raise UserError(
-            "the output folder exists and is not empty", where=str(final), fix="remove it, or give another folder"
-        )
+        _mark(replaced).unlink(missing_ok=True)  # an empty one has none
+    if not overwrite and _holds_something(final):
+        raise _not_empty(final)
     for leftover in (replaced,) if keep else (partial, replaced):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+        _remove(leftover)
     partial.mkdir(parents=True, exist_ok=keep is not None)
+    if keep is None:
+        _mark(partial).write_text(_inode(partial))
     try:
         yield partial
         _sync(partial)
-        if final.exists():
+        if overwrite and final.exists():
+            _mark(replaced).write_text(_inode(final))
             final.rename(replaced)
-        partial.replace(final)
+        if _holds_something(final):
+            raise _not_empty(final)
+        partial.replace(final)  # an empty folder gives way
         _sync_folder(final.parent)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -161,9 +167,48 @@ def staged(final: str | Path, *, overwrite: bool = False, keep: Path | None = No
             "the disk is full", where=str(final.parent), fix="free space there, or write to another disk"
         ) from error
     finally:
-        for leftover in (partial, replaced):
-            if leftover.exists() and (final.exists() if leftover == replaced else keep is None):
-                shutil.rmtree(leftover)
+        if keep is None:
+            _remove(partial)
+        if final.exists():
+            _remove(replaced)
+
+
+def _holds_something(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+def _not_empty(final: Path) -> UserError:
+    return UserError(
+        "the output folder exists and is not empty", where=str(final), fix="remove it, or give another folder"
+    )
+
+
+def _require_ours(folder: Path) -> None:
+    """UserError unless the folder is absent, empty, or was left by a staged write that was killed."""
+    mark = _mark(folder)
+    if _holds_something(folder) and not (mark.is_file() and mark.read_text() == _inode(folder)):
+        raise UserError(
+            "a folder of this name is needed for the time of writing, and this one was not made for that",
+            where=str(folder),
+            fix="rename or remove it, or give another output folder",
+        )
+
+
+def _mark(folder: Path) -> Path:
+    """Beside a folder that a staged write may remove: one it made itself, or was told to replace. It holds the folder's
+    inode, so that another one of the same name is not taken for it."""
+    return folder.with_name(f".{folder.name}.staging")
+
+
+def _inode(folder: Path) -> str:
+    return str(folder.stat().st_ino)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of ours, and its mark last."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    _mark(folder).unlink(missing_ok=True)
 
 
 def _disk(path: Path) -> int:

@@ -10,6 +10,7 @@ File format: https://huggingface.co/docs/safetensors#format (8 bytes little-endi
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retrofit.checkpoint.cast import beyond, fits
 from retrofit.errors import UserError
 
 SINGLE = "model.safetensors"
@@ -101,6 +103,14 @@ class Checkpoint:
         return sum(entry.nbytes for entry in self.entries.values())
 
     @property
+    def main_dtype(self) -> torch.dtype:
+        """What most bytes are stored in."""
+        sizes: Counter[torch.dtype] = Counter()
+        for entry in self.entries.values():
+            sizes[DTYPES[entry.dtype]] += entry.nbytes
+        return sizes.most_common(1)[0][0]
+
+    @property
     def shards(self) -> tuple[str, ...]:
         """File names of the weights."""
         return tuple(sorted({entry.shard for entry in self.entries.values()}))
@@ -133,8 +143,11 @@ class Checkpoint:
                 done += count
         return buffer.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
-    def require_finite(self, names: Iterable[str] | None = None) -> None:
-        """Read every floating tensor once, one at a time; UserError names the first that holds a NaN or infinity."""
+    def require_finite(self, names: Iterable[str] | None = None, *, written: torch.dtype | None = None) -> None:
+        """Read every floating tensor once, one at a time; UserError names the first that holds a NaN or infinity.
+
+        written: the dtype the weights will be written in, in which none may become infinite either.
+        """
         for name in self.names if names is None else names:
             dtype = self.dtype(name)
             if not dtype.is_floating_point or prod(self.shape(name)) == 0:
@@ -142,6 +155,8 @@ class Checkpoint:
             tensor = self.tensor(name)
             low, high = torch.aminmax(tensor.float() if dtype.itemsize == 1 else tensor)
             if torch.isfinite(low) and torch.isfinite(high):
+                if written is not None and not fits(low, high, written):
+                    raise beyond(name, written, str(self.folder / self.shard_of(name)))
                 continue
             bad = int((~torch.isfinite(tensor.float())).sum())
             raise UserError(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from retrofit.checkpoint.cast import narrowed
 from retrofit.checkpoint.place import require_free_space
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.write import HEADER_RESERVE, ShardWriter, StaleShards, remove_shards, write_config
@@ -45,7 +46,6 @@ def rewrite(
     *,
     config: Mapping[str, Any] | PretrainedConfig,
     made: Mapping[str, Callable[[], Tensor]] | None = None,
-    extra: Mapping[str, Callable[[], Tensor]] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: str | int = "5GB",
     resume: bool = False,
@@ -55,19 +55,19 @@ def rewrite(
 
     rules: {stored name: rule}. A rule takes (name, tensor) and yields the (name, tensor) pairs that stand in its
     place; None drops the tensor. Names without a rule are copied. made: {stored name: function that makes what stands
-    in its place}; the stored tensor is not read. extra: {new name: function that makes the tensor}, written last.
-    dtype: what floating tensors are cast to; when None a rule's results are cast to the dtype of the tensor they came
-    from, and the rest stays as stored. resume: `out` may hold whole shards of an earlier call with the same arguments,
-    which are kept.
+    in its place}; the stored tensor is not read. dtype: what floating tensors are cast to; when None a rule's results
+    are cast to the dtype of the tensor they came from, and the rest stays as stored; config.json then names the one of
+    most bytes. resume: `out` may hold whole shards of an earlier call with the same arguments, which are kept.
 
-    Raises ValueError for a rule without a tensor or a name written twice, UserError when the disk is too small.
+    Raises ValueError for a rule without a tensor or a name written twice, UserError when the disk is too small and for
+    values that the dtype cannot hold.
     """
     made = made or {}
     missing = sorted((rules.keys() | made.keys()) - source.entries.keys())
     if missing:
         raise ValueError(f"rules for tensors that the checkpoint does not hold: {missing}")
     require_free_space(out, source.nbytes - (_held(out) if resume else 0))
-    work = _Pass(source, Path(out), rules, made, extra or {}, dtype, max_shard_size, progress)
+    work = _Pass(source, Path(out), rules, made, dtype, max_shard_size, progress)
     try:
         rewritten = work.run(resume)
     except StaleShards as stale:
@@ -75,11 +75,8 @@ def rewrite(
             progress.note(f"{stale} holds something else than what is being written: all weights are written again")
         remove_shards(out)
         rewritten = work.run(False)
-    written = dtype
-    if written is None:
-        floating = [source.dtype(name) for name in source.names if source.dtype(name).is_floating_point]
-        written = max(set(floating), key=floating.count) if floating else None
-    write_config(out, config, written)
+    own = source.main_dtype
+    write_config(out, config, dtype or (own if own.is_floating_point else None))
     return rewritten
 
 
@@ -91,7 +88,6 @@ class _Pass:
     out: Path
     rules: Mapping[str, Rule | None]
     made: Mapping[str, Callable[[], Tensor]]
-    extra: Mapping[str, Callable[[], Tensor]]
     dtype: torch.dtype | None
     max_shard_size: str | int
     progress: Progress | None
@@ -123,16 +119,12 @@ class _Pass:
                     writer.add(name, self._cast(self.made[name](), name))
                 elif self._target(name) != source.dtype(name):
                     changed.append(name)
-                    writer.add(name, source.tensor(name).to(self._target(name)))
+                    writer.add(name, self._cast(source.tensor(name), name))
                 else:
                     copied.append(name)
                     writer.copy(name, entry.dtype, entry.shape, files[entry.shard], entry.offset, entry.nbytes)
                 if progress:
                     progress.advance(entry.nbytes)
-            for name, make in self.extra.items():
-                tensor = make()
-                cast = self.dtype is not None and tensor.is_floating_point()
-                writer.add(name, tensor.to(self.dtype) if cast else tensor)
             shards = writer.close()
         if progress:
             progress.finish()
@@ -143,7 +135,7 @@ class _Pass:
         return self.dtype if self.dtype is not None and stored.is_floating_point else stored
 
     def _cast(self, tensor: Tensor, name: str) -> Tensor:
-        return tensor.to(self._target(name)) if tensor.is_floating_point() else tensor
+        return narrowed(tensor, self._target(name), name)
 
 
 def _held(out: str | Path) -> int:

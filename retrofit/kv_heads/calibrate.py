@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from retrofit.checkpoint.cast import narrowed
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.context.frequencies import of_layer
 from retrofit.errors import UserError
+from retrofit.kv_heads import VERSION
 from retrofit.kv_heads import moments as moment_files
-from retrofit.kv_heads.folding import Turning
+from retrofit.kv_heads.folding import Turnings
 from retrofit.kv_heads.grouping import best_groups
 from retrofit.kv_heads.measure import layer_moments
 from retrofit.kv_heads.merge import (
@@ -54,7 +55,6 @@ from retrofit.model.spec import AttentionSpec, LayerAttention
 if TYPE_CHECKING:
     from retrofit.console import Progress
 
-VERSION = 2  # of the work folder: raise it when the same inputs would give other bytes
 TOKENS_PER_COLUMN = 50  # a fit with fewer learns its calibration text
 # Where a norm or a multiplier stands between the output projection and the residual stream, the stream's error so far
 # cannot be written into the projection's target.
@@ -64,7 +64,8 @@ _NORM_OR_SCALE_AFTER_ATTENTION = frozenset({"gemma2", "gemma3_text", "olmo2", "g
 @dataclass(frozen=True)
 class Settings:
     """What a calibrated conversion does beside the text. averaged_tokens: tokens whose attention patterns average the
-    values (0: values are merged as they are). keep_moments: leave the moments of every layer in the work folder."""
+    values (0: values are merged as they are). keep_moments: leave the moments of every layer in the work folder.
+    read_with: the configuration whose rotations keys are merged for, the model's own by default."""
 
     kv_heads: int
     method: MergeMethod
@@ -72,6 +73,7 @@ class Settings:
     repairs: tuple[Repair, ...]
     averaged_tokens: int = AVERAGED_TOKENS
     keep_moments: bool = False
+    read_with: PretrainedConfig | None = None
 
 
 class CalibratedRun:
@@ -93,7 +95,7 @@ class CalibratedRun:
         autocast = torch.bfloat16 if multiplies_in_bfloat16(device) else None
         self._checkpoint, self._settings, self._dtype = checkpoint, settings, dtype
         self._device, self._progress = device, progress
-        self._config, self._turnings = config, dict[tuple[bytes, int], Turning]()
+        self._turnings = Turnings(settings.read_with or config)
         self._spec, self._target_spec = describe(config), describe(target)
         self._batches, self._folds = text.batches(), text.folds()
         self.notes = [*text.notes, *_notes(self._spec, settings, text)]
@@ -139,7 +141,8 @@ class CalibratedRun:
             self._embed()
         for layer in layers[work.layers_done :]:
             tensors, report = self._layer(layer)
-            work.finish_layer(report, {name: tensor.to(self._written(name)) for name, tensor in tensors.items()})
+            cast = {name: narrowed(tensor, self._written(name), name) for name, tensor in tensors.items()}
+            work.finish_layer(report, cast)
             if self._progress:
                 self._progress.advance(1, **{"keys lost": report.keys or 0.0, "values lost": report.values or 0.0})
         if self._progress:
@@ -244,21 +247,10 @@ class CalibratedRun:
             layer.rope,
             method=self._settings.method,
             keys=calibrate_keys,
-            turning=self._turning(layer),
+            # Merges for comparison know nothing of pairs that share places.
+            turning=self._turnings.of(layer.index) if self._settings.method is CALIBRATED else None,
         )
         return maps, lost, groups
-
-    def _turning(self, layer: LayerAttention) -> Turning | None:
-        """The rotations of a layer's keys, where pairs of them may share places: a norm fixes every head's magnitudes,
-        and merges for comparison know nothing of it."""
-        if layer.rope is None or layer.qk_norm is not None or self._settings.method is not CALIBRATED:
-            return None
-        frequencies = of_layer(self._config, layer.rope)
-        window = min(layer.window or self._spec.max_position_embeddings, self._spec.max_position_embeddings)
-        key = (frequencies.tobytes(), window)
-        if key not in self._turnings:
-            self._turnings[key] = Turning.over(frequencies, window)
-        return self._turnings[key]
 
     def _key(self, target: PretrainedConfig, text: CalibrationText, autocast: str) -> str:
         """Names everything that the work folder's bytes depend on. Weights are known by their headers and times here;
@@ -273,6 +265,7 @@ class CalibratedRun:
             {name: list(entry.shape) for name, entry in self._checkpoint.entries.items()},
             target.to_dict(),
             [settings.method_name, repairs, settings.averaged_tokens, settings.keep_moments],
+            None if settings.read_with is None else settings.read_with.to_dict(),
             text.digest(),
             [str(self._dtype), self._device, autocast],
         ]
@@ -316,13 +309,24 @@ def _notes(spec: AttentionSpec, settings: Settings, text: CalibrationText) -> li
         )
     if settings.repairs and len(text.tokens_by_kind) == 1:
         notes.append("one kind of calibration text: the repair was checked on other sequences of the same kind only")
-    layer, tokens = spec.layers[0], text.input_ids_NT.numel()
+    tokens = text.input_ids_NT.numel()
+    normed = [layer for layer in spec.layers if fits_keys(layer, settings.method)]
+    if normed:
+        columns = normed[0].kv_heads // settings.kv_heads * normed[0].head_dim + (normed[0].k_bias is not None)
+        notes += _few_tokens("the merge of normalised keys", columns, tokens)
+    layer = spec.layers[0]
     for repair in settings.repairs:
         columns = repair.columns(layer.query_heads, layer.head_dim, layer.o_bias is not None)
-        if tokens < TOKENS_PER_COLUMN * columns:
-            notes.append(
-                f"the repair {repair.name} fits {columns:,} columns on {tokens:,} calibration tokens, "
-                f"{tokens / columns:.1f} a column; with fewer than {TOKENS_PER_COLUMN} it learns its calibration text: "
-                f"raise convert.calibration.tokens (--tokens) to {TOKENS_PER_COLUMN * columns:,}"
-            )
+        notes += _few_tokens(f"the repair {repair.name}", columns, tokens)
     return notes
+
+
+def _few_tokens(what: str, columns: int, tokens: int) -> list[str]:
+    """A note on a least-squares fit with too little text, [] where there is enough."""
+    if tokens >= TOKENS_PER_COLUMN * columns:
+        return []
+    return [
+        f"{what} fits {columns:,} columns on {tokens:,} calibration tokens, {tokens / columns:.1f} a column; with "
+        f"fewer than {TOKENS_PER_COLUMN} it learns its calibration text: raise convert.calibration.tokens (--tokens) "
+        f"to {TOKENS_PER_COLUMN * columns:,}"
+    ]

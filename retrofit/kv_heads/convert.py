@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from retrofit.checkpoint.provenance import digest
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.rewrite import Rule, rewrite
 from retrofit.checkpoint.write import copy_side_files, remove_shards
@@ -54,6 +55,7 @@ def convert(
     max_shard_size: str = "5GB",
     work: Path | None = None,
     moments: Path | None = None,
+    read_with: PretrainedConfig | None = None,
     progress: Progress | None = None,
 ) -> ConvertReport:
     """Write `source` with `kv_heads` KV heads per layer into the (existing, staged) folder `out`.
@@ -62,7 +64,8 @@ def convert(
     of the written weights, the source's own by default. The calibration streams are fp32, their matrix products
     bfloat16 where the processor has them. work: a folder for what a later attempt can go on from, together with the
     shards in `out` that were written from it; the caller removes it. moments: a folder for the moments of every layer,
-    made when they are whole.
+    made when they are whole. read_with: the source's configuration as it will be after the heads, where its window is
+    extended next; keys are merged for the distances and rotations of that one.
 
     Raises UserError where the architecture or the number of heads does not allow it, where a method that calibrates
     has no or too little text, and where the disk has no room for the streams.
@@ -107,6 +110,7 @@ def convert(
                 dtype=dtype,
                 work=work / "calibration",
                 moments=moments,
+                read_with=read_with,
                 progress=progress,
             )
         rewrite(
@@ -153,6 +157,7 @@ def _calibrate(
     dtype: torch.dtype | None,
     work: Path,
     moments: Path | None,
+    read_with: PretrainedConfig | None,
     progress: Progress | None,
 ) -> tuple[Made, list[LayerReport], list[str]]:
     """Changed tensors, read from the work folder when they are asked for; a report of each layer; notes.
@@ -162,6 +167,7 @@ def _calibrate(
     # Imported here: what calibrates needs model classes, and pooling heads should not wait for them.
     from retrofit.kv_heads.baselines import METHODS
     from retrofit.kv_heads.calibrate import CalibratedRun, Settings, pooled_keys
+    from retrofit.kv_heads.moments import Origin
     from retrofit.kv_heads.repairs import REPAIRS
 
     settings = Settings(
@@ -171,6 +177,7 @@ def _calibrate(
         repairs=REPAIRS[repair],
         averaged_tokens=averaged_tokens,
         keep_moments=moments is not None,
+        read_with=read_with,
     )
     run = CalibratedRun(
         checkpoint, config, target, settings, text, work=work, device=device, dtype=dtype, progress=progress
@@ -180,7 +187,7 @@ def _calibrate(
         progress.note(f"{removed} weight files were written from another calibration, and are written again")
     reports = run.all_layers()
     if moments is not None:
-        run.work.copy_moments(moments)
+        run.work.copy_moments(moments, Origin(digest(checkpoint.folder), f"converted to {kv_heads} KV heads"))
 
     def read(layer: int, name: str) -> Callable[[], Tensor]:
         return lambda: run.work.tensor(layer, name)

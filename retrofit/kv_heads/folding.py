@@ -17,10 +17,17 @@ Legend: S heads of a group, R rotary dims (first all x, then all y), P = R / 2 p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from retrofit.context.frequencies import of_layer
+from retrofit.model.families import describe
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _ROUNDS = 8  # the tenth gains less than a hundredth of the first
 _DISTANCES = 4096  # whose rotations exist at a time
@@ -64,6 +71,26 @@ class Turning:
         mirrored = torch.complex(xx - yy, yx + xy) * plus / 2
         upper = torch.cat((turned.real + mirrored.real, mirrored.imag - turned.imag), -1)
         return torch.cat((upper, torch.cat((turned.imag + mirrored.imag, turned.real - mirrored.real), -1)), -2)
+
+
+class Turnings:
+    """The rotations of a model's layers, those that are alike once. config: the one that the converted model will be
+    read with."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self._config, self._spec = config, describe(config)
+        self._known: dict[tuple[bytes, int], Turning] = {}
+
+    def of(self, index: int) -> Turning | None:
+        """Of layer `index`, where rotary pairs of its keys may share places: a norm fixes every head's magnitudes."""
+        layer, positions = self._spec.layers[index], self._spec.max_position_embeddings
+        if layer.rope is None or layer.qk_norm is not None:
+            return None
+        frequencies, window = of_layer(self._config, layer.rope), min(layer.window or positions, positions)
+        key = (frequencies.tobytes(), window)
+        if key not in self._known:
+            self._known[key] = Turning.over(frequencies, window)
+        return self._known[key]
 
 
 def fold_keys(

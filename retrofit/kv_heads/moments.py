@@ -1,7 +1,7 @@
 """Second moments of one layer's queries, keys and values before RoPE: all that a merge needs to know of the text.
 
 They are kept on disk, a file a layer (`save`, `load`, `saved`), so that every grouping, every number of KV heads and
-every predicted cost is arithmetic without the model.
+every predicted cost is arithmetic without the model. Beside them stands whose they are (`Origin`).
 
 Legend: T tokens, H query heads, K KV heads, D head dim.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,12 +19,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from retrofit.checkpoint.read import read_json
 from retrofit.errors import UserError
 
 STREAM_QUANTILES = (0.5, 0.9, 0.99, 1.0)
 # Rows of averaged values for each of a Gram's columns, below which the plain Gram is mixed in.
 _ROWS_PER_COLUMN = 8
+ORIGIN = "moments.json"
 _FILE = re.compile(r"^layer-(\d{3,})\.safetensors$")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Whose moments a folder holds. weights: digests of the checkpoint. stream: "original", or "converted to 2 KV
+    heads" where the layers before each were converted when it was measured."""
+
+    weights: Mapping[str, str]
+    stream: str
+
+    def write(self, folder: Path) -> None:
+        """Keep it beside the moments in `folder`."""
+        (folder / ORIGIN).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def of(cls, folder: Path, weights: Mapping[str, str]) -> Origin:
+        """What `write` left in `folder`. Raises UserError unless the moments there are of `weights`."""
+        another, path = "name another --moments folder", folder / ORIGIN
+        if not path.is_file():
+            raise UserError("these moments do not say which weights they are of", where=str(folder), fix=another)
+        record = read_json(path, missing="")
+        if record.get("weights") != dict(weights):
+            raise UserError("these moments are of other weights", where=str(folder), fix=another)
+        return cls(dict(weights), str(record.get("stream")))
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from retrofit.console import heads
 from retrofit.errors import UserError
+from retrofit.kv_heads.folding import Turning
 from retrofit.kv_heads.grouping import best_groups
-from retrofit.kv_heads.merge import Groups, group_cost, output_metric, value_gram
+from retrofit.kv_heads.merge import Groups, group_cost, merge_keys, output_metric, value_gram
 from retrofit.kv_heads.moments import LayerMoments
 from retrofit.kv_heads.optimum import weighted
 from retrofit.kv_heads.qk_norm import can_fit
@@ -69,9 +71,14 @@ class Curve:
 
 
 def layer_costs(
-    moments: LayerMoments, weights: LayerWeights, layer: LayerAttention, counts: Sequence[int]
+    moments: LayerMoments,
+    weights: LayerWeights,
+    layer: LayerAttention,
+    counts: Sequence[int],
+    turning: Turning | None = None,
 ) -> dict[int, LayerCost]:
-    """The cost of one layer at each number of KV heads in `counts`.
+    """The cost of one layer at each number of KV heads in `counts`: of the groups that the conversion would choose,
+    keys merged as it does. turning: the layer's rotations, where its rotary pairs may share places.
 
     Raises UserError for moments that were kept without the residual stream's energy.
     """
@@ -91,15 +98,18 @@ def layer_costs(
     found = {}
     for count in counts:
         groups = best_groups(layer.kv_heads, count, both)
-        total, values = sum(map(both, groups)), sum(map(values_alone, groups))
-        keys = max(0.0, total - values) if calibrated_keys else None
-        found[count] = LayerCost(layer.index, groups, keys, values, total * share)
+        values = sum(map(values_alone, groups))
+        keys = _keys_lost(moments, groups, layer, turning) if calibrated_keys else None
+        found[count] = LayerCost(layer.index, groups, keys, values, (values + (keys or 0.0)) * share)
     return found
 
 
-def total_costs(layers: Sequence[Mapping[int, LayerCost]]) -> dict[int, float]:
-    """The cost of the whole model by number of KV heads."""
-    return {count: sum(layer[count].cost for layer in layers) for count in layers[0]}
+def _keys_lost(moments: LayerMoments, groups: Groups, layer: LayerAttention, turning: Turning | None) -> float:
+    """Share of the scores' energy; a group of one loses nothing."""
+    if all(len(group) == 1 for group in groups):
+        return 0.0
+    merged = [merge_keys(moments, group, layer.rope, layer.head_dim, turning=turning) for group in groups]
+    return max(0.0, sum(lost for *_, lost, _ in merged)) / max(sum(whole for *_, whole in merged), 1e-300)
 
 
 def fit_curve(costs: Mapping[int, float], measured: Sequence[Measured]) -> Curve | None:
@@ -107,7 +117,7 @@ def fit_curve(costs: Mapping[int, float], measured: Sequence[Measured]) -> Curve
     usable = sorted((m for m in measured if m.increase > 0 and costs[m.kv_heads] > 0), key=lambda m: m.kv_heads)
     if not usable:
         return None
-    notes = [f"{m.kv_heads} KV heads lost nothing that was measurable" for m in measured if m not in usable]
+    notes = [f"{heads(m.kv_heads)} lost nothing that was measurable" for m in measured if m not in usable]
     dearest = usable[0]
     x, y = math.log(costs[dearest.kv_heads]), math.log(dearest.increase)
     exponent = 1.0
@@ -119,7 +129,7 @@ def fit_curve(costs: Mapping[int, float], measured: Sequence[Measured]) -> Curve
         if run > 0 and rise > 0:
             exponent, points = rise / run, (dearest.kv_heads, other.kv_heads)
         else:
-            notes.append(f"{other.kv_heads} KV heads lost no less than {dearest.kv_heads}")
+            notes.append(f"{heads(other.kv_heads)} lost no less than {dearest.kv_heads}")
     return Curve(y - exponent * x, exponent, points, "; ".join(notes) or None)
 
 

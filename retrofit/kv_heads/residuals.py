@@ -32,6 +32,7 @@ from torch import Tensor
 from retrofit.checkpoint.place import free_space, link_or_copy, require_writable
 from retrofit.console import nbytes
 from retrofit.errors import UserError
+from retrofit.kv_heads.moments import Origin
 from retrofit.kv_heads.outcome import LayerReport
 
 STATE = "state.json"
@@ -178,13 +179,14 @@ class WorkFolder:
         with safe_open(self._layer(layer), "pt") as file:
             return file.get_tensor(name)
 
-    def copy_moments(self, to: Path) -> None:
+    def copy_moments(self, to: Path, origin: Origin) -> None:
         """Give all layers' moments a place of their own, whole or not at all."""
         partial = to.with_name(f".{to.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for path in sorted(self.moments.glob("layer-*.safetensors")):
             link_or_copy(path, partial / path.name)
+        origin.write(partial)
         if to.exists():
             shutil.rmtree(to)
         partial.replace(to)
@@ -253,12 +255,12 @@ class WorkFolder:
 
 
 def require_room(folder: Path, needed: int) -> None:
-    """UserError when the disk of `folder` has less than `needed` bytes for the streams."""
+    """UserError when the disk of `folder` has less than `needed` bytes for a calibration."""
     require_writable(folder)
     free = free_space(folder)
     if free < needed:
         raise UserError(
-            f"no room for the residual streams of the calibration: {nbytes(needed)} ({needed} bytes) needed, "
+            f"no room for the residual streams and layers of a conversion: {nbytes(needed)} ({needed} bytes) needed, "
             f"{nbytes(free)} free",
             where=str(folder),
             fix="lower `convert.calibration.tokens`, free space there, or write to another disk",

@@ -52,6 +52,9 @@ class LayerTransfer:
         written = write_layer(weights, inputs.layer)
         parameters = {name: p for name, p in inputs.run.attention_parameters().items() if name in written}
         start = _errors(inputs, held_out)
+        before = sum(start.values()) / len(start)
+        if min(start.values()) == 0.0:  # nothing is asked of this layer, or it gives it already
+            return weights, RepairOutcome(self.name, False, before, before)
         best, state = dict.fromkeys(start, 1.0), _copy(parameters)
         order = list(_steps(inputs, train, self.passes))
         optimizer = torch.optim.Adam(
@@ -75,7 +78,6 @@ class LayerTransfer:
             p.requires_grad_(False)
             p.data.copy_(state[name])
             p.grad = None
-        before = sum(start.values()) / len(start)
         after = sum(start[kind] * best[kind] for kind in start) / len(start)
         accepted = after < before
         return read_layer(state.__getitem__, inputs.layer) if accepted else weights, RepairOutcome(

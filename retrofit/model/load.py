@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("float32", "bfloat16", "float16")
-_HEADER_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -191,10 +189,7 @@ def stored_dtype(folder: str | Path) -> str:
 
     folder = Path(folder)
     if (folder / SINGLE).is_file() or ((folder / INDEX).is_file() and any(folder.glob("*.safetensors"))):
-        sizes: Counter[str] = Counter()
-        for entry in Checkpoint.open(folder).entries.values():
-            sizes[_HEADER_DTYPES.get(entry.dtype, entry.dtype)] += entry.nbytes
-        stored = sizes.most_common(1)[0][0]
+        stored = str(Checkpoint.open(folder).main_dtype).removeprefix("torch.")
         if stored in DTYPES:
             return stored
         if stored == "float64":

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from retrofit.console import nbytes
+from retrofit.console import heads, nbytes
 from retrofit.errors import UserError
 
 _BUDGET = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|[KMGT]i?B)\s*@\s*(\d+(?:\.\d+)?)\s*([kKmM]?)\s*$")
@@ -50,15 +50,14 @@ def within(budget: Budget, caches: Mapping[int, int]) -> int:
     where = f"--kv-budget {nbytes(budget.nbytes)} at {budget.length:,} tokens"
     if caches[own] <= budget.nbytes:
         raise UserError(
-            f"the model is inside this budget as it is: its {own} KV heads need {nbytes(caches[own])}",
+            f"the model is inside this budget as it is: its {heads(own)} need {nbytes(caches[own])}",
             where=where,
             fix=f"convert nothing, or name a budget below {nbytes(caches[own])}",
         )
     if caches[fewest] > budget.nbytes:
         tokens = budget.length * budget.nbytes // caches[fewest]
-        heads = "KV head needs" if fewest == 1 else "KV heads need"
         raise UserError(
-            f"even {fewest} {heads} {nbytes(caches[fewest])}",
+            f"even {heads(fewest)} need{'s' if fewest == 1 else ''} {nbytes(caches[fewest])}",
             where=where,
             fix=f"allow {nbytes(caches[fewest])}" + (f", or about {tokens:,} tokens" if tokens else ""),
         )

@@ -10,7 +10,7 @@ import json
 import shlex
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,11 +148,12 @@ def prices(
 
     limit = None if budget is None else parse_budget(budget)
     text = {"text": list(calibrate)} if calibrate else {}
+    pinned = "" if revision is None else f" --revision {shlex.quote(revision)}"
     if recipe is None:
         section = {"kv_heads": 1, "calibration": text}
         loaded = single.recipe("convert", section, model=None if model is None else str(model), device=device)
         options = "".join(f" --calibrate {shlex.quote(source)}" for source in calibrate)
-        name = shlex.quote(str(model))
+        name = shlex.quote(str(model)) + pinned
         command = f"retrofit convert {name} --kv-heads {{kv_heads}}{options} --out out/kv{{kv_heads}}"
     else:
         loaded = _recipe(recipe, overrides, None if model is None else str(model))
@@ -163,7 +164,7 @@ def prices(
             calibration = {**asked.calibration.model_dump(), **text}
             convert = {**asked.model_dump(), "calibration": calibration}
             loaded = Recipe.model_validate({**loaded.model_dump(), "convert": convert})
-        named = "" if model is None else f" --model {shlex.quote(str(model))}"
+        named = ("" if model is None else f" --model {shlex.quote(str(model))}") + pinned
         values = [*overrides, *([f"convert.calibration.text={json.dumps(list(calibrate))}"] if calibrate else [])]
         options = "".join(f" --set {shlex.quote(value)}" for value in values)
         name = loaded.name if isinstance(recipe, Recipe) else shlex.quote(str(recipe))
@@ -213,10 +214,10 @@ def convert(
     *,
     out: str | Path,
     kv_heads: int | None = None,
-    method: str = "calibrated",
-    repair: str = "o_proj",
+    method: str | None = None,
+    repair: str | None = None,
     calibrate: Sequence[str] = (),
-    tokens: int = 49_152,
+    tokens: int | None = None,
     moments: str | Path | None = None,
     reexpress_only: bool = False,
     target: str | None = None,
@@ -228,7 +229,8 @@ def convert(
 ) -> Written:
     """Write `model` with `kv_heads` KV heads per layer to the new folder `out`; the same call goes on after a stop.
 
-    moments: a new folder for what calibration measured in every layer.
+    method, repair, tokens: as a recipe has them by default ("calibrated", "o_proj", 49,152); what the method does not
+    read is refused. moments: a new folder for what calibration measured in every layer.
     reexpress_only: write the same function as an architecture that can share KV heads (`target`, where there is a
     choice), and leave the heads as they are.
     """
@@ -240,13 +242,17 @@ def convert(
             where="convert",
             fix="add either --kv-heads G or --reexpress-only",
         )
+    text = {"--repair": repair, "--calibrate": calibrate or None, "--tokens": tokens}
     if reexpress_only:
+        _refuse_unread({"--method": method, **text, "--moments": moments}, "a re-expression")
         with _quiet():
             return single.reexpress(
                 str(model), Path(out), target=target, dtype=dtype, revision=revision, progress=progress
             )
-    calibration = {"tokens": tokens, **({"text": list(calibrate)} if calibrate else {})}
-    section = {"kv_heads": kv_heads, "method": method, "repair": repair, "calibration": calibration}
+    if method in ("mean", "first"):
+        _refuse_unread(text, f"the method `{method}`")
+    calibration = _given(tokens=tokens, text=list(calibrate) or None)
+    section = {"kv_heads": kv_heads, **_given(method=method, repair=repair), "calibration": calibration}
     recipe = single.recipe("convert", section, model=str(model), dtype=dtype, device=device, seed=seed)
     with _quiet():
         return single.convert(
@@ -462,6 +468,17 @@ def _measured(recipe: Recipe) -> Throughput:
     from retrofit.pipeline.throughput import measure
 
     return measure(resolve_device(recipe.device))
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _refuse_unread(options: Mapping[str, Any], reader: str) -> None:
+    """UserError when one of the options is given, none of which `reader` reads."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise UserError(f"{reader} does not read {', '.join(given)}", where="convert", fix="leave it out")
 
 
 @contextmanager

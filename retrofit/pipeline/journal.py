@@ -38,7 +38,7 @@ class Entry:
     result: Mapping[str, object] = field(default_factory=dict)
 
 
-def fingerprint(step: str, version: int, config: object, inputs: Mapping[str, object]) -> str:
+def fingerprint(step: str, version: str, config: object, inputs: Mapping[str, object]) -> str:
     """sha256 of everything a step's artifact depends on: its own configuration, its inputs, and its code's version."""
     canonical = json.dumps([step, version, config, dict(inputs)], sort_keys=True, default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.provenance import digest, versions, write_provenance
+from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.write import staged, write_config
 from retrofit.console import jsonable
 from retrofit.context.record import held_scale
+from retrofit.context.rope import extend as extended
 from retrofit.context.rope import portable, write_extended
 from retrofit.context.search import Found, search
 from retrofit.evaluate.reader import require_positions
@@ -24,12 +26,15 @@ from retrofit.evaluate.score import Document, TokenLosses, score, tokenizer_dige
 from retrofit.kernels.registry import Choice, Proof, apply, choose, prove
 from retrofit.kv_heads.convert import ConvertReport
 from retrofit.kv_heads.convert import convert as convert_heads
+from retrofit.kv_heads.residuals import require_room
+from retrofit.kv_heads.room import held, room_needed
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, load_model, load_tokenizer, read_config, resolve_dtype, working_dtype
 from retrofit.pipeline.longcontext import Measured, longest_prompt, measure, native_length
 from retrofit.pipeline.plan import COST_ROUNDS
-from retrofit.pipeline.texts import calibration_text, searched_text
+from retrofit.pipeline.texts import calibration_text, merged, searched_text
 from retrofit.recipe.schema import Context, Convert, Evaluate, Recover
+from retrofit.recover.data import require_known
 from retrofit.recover.samples import Teacher
 from retrofit.recover.schedule import recovery_rows
 from retrofit.recover.train import RecoverReport
@@ -75,6 +80,7 @@ def convert(
     seed: int = 0,
     work: Path,
     moments: Path | None = None,
+    context: Context | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -82,11 +88,26 @@ def convert(
     """Write `source` with fewer KV heads to `out`.
 
     work: where conversion keeps what it can go on from, on the disk of `out`. moments: where to keep every layer's.
+    context: what the run does to the window next; what a search will find is not known yet.
     """
-    text = None
-    if convert.calibrates and convert.kv_heads != describe(load_config(source)).layers[0].kv_heads:
+    config, text, read_with = load_config(source), None, None
+    spec, calibration = describe(config), convert.calibration
+    if context and not context.searches:
+        method, settings = str(context.method), context.settings
+        read_with = extended(config, length=context.length, factor=context.factor, method=method, settings=settings)
+    if convert.calibrates and convert.kv_heads != spec.layers[0].kv_heads:
+        needed = room_needed(
+            spec,
+            convert.kv_heads,
+            calibration.tokens + len(calibration.text) * calibration.sequence_length,  # sequences are whole
+            repairs=convert.repair != "none",
+            moments=moments is not None,
+            value_bytes=resolve_dtype(dtype, source).itemsize,
+            checkpoint_bytes=Checkpoint.open(source).nbytes,
+        )
+        require_room(work, needed - held(work))  # before the model writes its samples, which takes minutes
         tokenizer = load_tokenizer(source)
-        text = calibration_text(convert.calibration, tokenizer, seed=seed, teacher=teacher, progress=progress)
+        text = calibration_text(calibration, tokenizer, seed=seed, teacher=teacher, progress=progress)
     with staged(out, overwrite=overwrite, keep=work / "checkpoint") as folder:
         report = convert_heads(
             source,
@@ -101,6 +122,7 @@ def convert(
             max_shard_size=max_shard_size,
             work=work,
             moments=moments,
+            read_with=read_with,
             progress=progress,
         )
         write_config(folder, portable(read_config(folder)))
@@ -235,7 +257,9 @@ def recover(
     samples: the original model, for the text source `self`. work: where training keeps what it can go on from.
     """
     tokenizer = load_tokenizer(student)
-    rows, held_out = recovery_rows(section, tokenizer, seed, teacher=samples, progress=progress)
+    read = section.model_copy(update={"text": merged(section.text)})
+    rows, held_out = recovery_rows(read, tokenizer, seed, teacher=samples, progress=progress)
+    require_known(rows.ids_NT, student)
     with staged(out, overwrite=overwrite) as folder:
         report = train(
             student,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from retrofit.console import nbytes
 from retrofit.context.candidates import NEAR, TAIL, rungs
+from retrofit.model.families.experts import EXPERTS
 from retrofit.model.spec import AttentionSpec
 from retrofit.pipeline.longcontext import further_reading, passes_of, questions_read
 from retrofit.recipe.schema import Context, Convert, Evaluate, Recipe, Recover, TextSource
@@ -330,6 +331,8 @@ def _recover(shape: _Shape, recover: Recover) -> Cost:
     )
     steps = max(1, recover.tokens // rows)
     does = f"{recover.loss}, LoRA rank {adapter.rank}, {recover.tokens:,} tokens in {steps:,} steps of {rows:,}"
+    if adapter.mlp and spec.family in EXPERTS:
+        does += "; the experts carry no adapters"
     return Cost("recover", does, peak, facts.weight_bytes + 12 * trained, seconds)
 
 

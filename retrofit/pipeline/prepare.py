@@ -20,9 +20,10 @@ from retrofit.kernels.registry import Choice, choose
 from retrofit.model import source as sources
 from retrofit.model.families import describe, family_of
 from retrofit.model.inspect import count_parameters
-from retrofit.model.load import load_config, load_tokenizer, read_config, resolve_device
+from retrofit.model.load import load_config, load_tokenizer, read_config, resolve_device, resolve_dtype
 from retrofit.model.source import Source
 from retrofit.model.spec import AttentionSpec
+from retrofit.model.whole import require_complete
 from retrofit.pipeline.journal import NAME as JOURNAL
 from retrofit.pipeline.longcontext import definitions_of, longest_prompt
 from retrofit.pipeline.plan import (
@@ -115,7 +116,11 @@ def prepare(
     documents: tuple[Document, ...] = ()
     if weights:
         source = sources.resolve(model, revision=revision or recipe.revision, progress=progress)
-        Checkpoint.open(source.folder).require_finite()
+        written = None if recipe.dtype == "auto" else resolve_dtype(recipe.dtype, source.folder)
+        checkpoint = Checkpoint.open(source.folder)
+        if recipe.convert or recipe.recover:  # these go by stored names; transformers itself finds others too
+            require_complete(checkpoint, config, spec)
+        checkpoint.require_finite(written=written)
         read = read_before(recipe.evaluate.text if recipe.evaluate else (), source.folder)
         notes = (*notes, *read.values())
         for note in (*found, *read.values()) if progress else ():

@@ -15,18 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrofit.checkpoint.provenance import digest
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.write import require_free_space, require_writable
-from retrofit.console import nbytes
+from retrofit.console import heads, nbytes
 from retrofit.console import seconds as duration
 from retrofit.errors import UserError
 from retrofit.kv_heads import moments as stored_moments
+from retrofit.kv_heads.folding import Turnings
 from retrofit.kv_heads.price import Curve, LayerCost, fit_curve, layer_costs, probe_counts
 from retrofit.kv_heads.weights import read_layer
 from retrofit.model.families import describe, family_of
 from retrofit.model.load import load_config, load_tokenizer, resolve_device
 from retrofit.model.source import resolve
 from retrofit.model.spec import AttentionSpec
+from retrofit.model.whole import require_complete
 from retrofit.pipeline import probes
 from retrofit.pipeline.budget import Budget, within
 from retrofit.pipeline.plan import (
@@ -41,7 +44,7 @@ from retrofit.pipeline.plan import (
     sampled_tokens,
 )
 from retrofit.pipeline.prepare import check_surgery, facts_of, require_model, teacher_of
-from retrofit.pipeline.texts import calibration_text, require_distinct, within_window
+from retrofit.pipeline.texts import calibration_text, merged, require_distinct, within_window
 from retrofit.recipe.schema import Calibration, Convert, Recipe, TextSource
 from retrofit.recover.data import check_sources
 
@@ -57,7 +60,7 @@ class Price:
 
     kv_cache_bytes: for one sequence of `PriceList.length` tokens. increase: of the loss, nats per token, against the
     original; ratio: of the perplexities (None where nothing was measured). how: "original", "measured" or "predicted".
-    layers: what each layer pays.
+    error: standard error of the increase, of a predicted one that of the nearest measured. layers: what each one pays.
     """
 
     kv_heads: int
@@ -67,7 +70,13 @@ class Price:
     increase: float | None
     ratio: float | None
     how: str
+    error: float | None
     layers: tuple[LayerCost, ...]
+
+    @property
+    def tells(self) -> bool:
+        """Whether the increase can be told from zero on the text that was scored."""
+        return self.increase is None or self.error is None or not abs(self.increase) < 2 * self.error
 
     def dearest(self, count: int = 3) -> list[tuple[int, float]]:
         """(layer, share of the whole cost) of the layers that pay most."""
@@ -133,9 +142,8 @@ def prices(
     if moments is not None:
         require_writable(moments)
     total = tokens or min(TOKENS, section.calibration.tokens)
-    calibration, shorter = within_window(
-        section.calibration.model_copy(update={"tokens": total}), spec.max_position_embeddings
-    )
+    asked = {"tokens": total, "text": merged(section.calibration.text)}
+    calibration, shorter = within_window(section.calibration.model_copy(update=asked), spec.max_position_embeddings)
     notes += shorter
     if not read:
         probes.require_enough(calibration)
@@ -143,15 +151,24 @@ def prices(
         check_sources(calibration.text)
         _estimate(alone, section, calibration, facts_of(source, config, spec), counts, throughput(), progress)
     source = resolve(model, revision=revision or recipe.revision, progress=progress)
-    Checkpoint.open(source.folder).require_finite()
+    checkpoint = Checkpoint.open(source.folder)
+    require_complete(checkpoint, config, spec)
+    checkpoint.require_finite()
     wanted = section.model_copy(update={"calibration": calibration, "method": "calibrated"})
     with tempfile.TemporaryDirectory(prefix="retrofit-prices-") as work:
         folder = moments if moments and read else Path(work) / "moments"
         if read:
-            calibrated = probes.kept(folder, source.folder)
+            origin = stored_moments.Origin.of(folder, digest(source.folder))
+            if origin.stream != probes.ORIGINAL:
+                notes.append(
+                    f"the moments in {folder} are of a model {origin.stream} layer by layer: each layer is priced on "
+                    "what the converted ones before it gave"
+                )
+            calibrated = probes.kept(folder)
             if calibrated is None:
                 notes.append(f"no loss was measured beside the moments in {folder}: costs are shown, and no losses")
             else:
+                notes += calibrated.notes
                 notes += probes.not_applied(calibrated, probes.options(wanted, recipe.seed), folder)
         else:
             teacher = teacher_of(recipe.model_copy(update={"convert": wanted}), source.folder, device)
@@ -169,9 +186,10 @@ def prices(
                 device=device,
                 progress=progress,
             )
+            notes += calibrated.notes
             if moments is not None:
                 probes.keep(calibrated, folder, moments, source.folder)
-        layers = _costs(source.folder, spec, counts, folder, progress)
+        layers = _costs(source.folder, spec, Turnings(config), counts, folder, progress)
     listed, curve = price_list(spec, layers, calibrated, caches, value_bytes)
     if curve and curve.note:
         notes.append(curve.note)
@@ -205,6 +223,9 @@ def price_list(
         increase = measured[count].increase if how == "measured" else 0.0 if how == "original" else None
         if how == "predicted" and curve:
             increase = curve(costs[count])
+        error = None
+        if measured and increase is not None and how != "original":
+            error = measured[min(measured, key=lambda other: abs(math.log(other / count)))].error
         rows.append(
             Price(
                 kv_heads=count,
@@ -214,6 +235,7 @@ def price_list(
                 increase=increase,
                 ratio=None if increase is None else math.exp(min(increase, 50.0)),
                 how=how if increase is not None else "not measured",
+                error=error,
                 layers=tuple(layer[count] for layer in layers),
             )
         )
@@ -225,8 +247,7 @@ def _possible(config: Any, spec: AttentionSpec) -> tuple[int, ...]:
     counts = tuple(c.kv_heads for c in family_of(config).conversions(spec) if c.possible)
     if counts == (spec.layers[0].kv_heads,):
         raise UserError(
-            f"there is nothing to choose: the model has {counts[0]} KV head{'s' if counts[0] > 1 else ''} and can "
-            "have no fewer",
+            f"there is nothing to choose: the model has {heads(counts[0])} and can have no fewer",
             where="num_key_value_heads of config.json",
             fix="`retrofit inspect MODEL` lists what is possible",
         )
@@ -261,15 +282,20 @@ def _estimate(
         sampled = sampled_tokens(calibration.text, calibration.tokens)
         if sampled:
             does += f" (of its own samples {sampled:,} are drawn first, and kept)"
-        heads = " and ".join(map(str, probed))
+        tried = " and ".join(heads(count) for count in probed)
         progress.note(
-            f"about {duration(seconds)}: {does}, and probes with {heads} KV heads "
+            f"about {duration(seconds)}: {does}, and probes with {tried} "
             f"({throughput.how}); at most {nbytes(facts.weight_bytes)} of temporary files"
         )
 
 
 def _costs(
-    folder: Path, spec: AttentionSpec, counts: tuple[int, ...], moments: Path, progress: Progress | None
+    folder: Path,
+    spec: AttentionSpec,
+    turnings: Turnings,
+    counts: tuple[int, ...],
+    moments: Path,
+    progress: Progress | None,
 ) -> list[Mapping[int, LayerCost]]:
     """Every layer's cost at every number of KV heads, from its moments and its weights: no pass over text."""
     read = Checkpoint.open(folder).tensor
@@ -278,14 +304,8 @@ def _costs(
     found: list[Mapping[int, LayerCost]] = []
     for layer in spec.layers:
         seen, weights = stored_moments.load(moments, layer.index), read_layer(read, layer)
-        if seen.value_mean_KD.shape != weights.v_KDC.shape[:2]:
-            raise UserError(
-                f"these moments are of a model with {seen.value_mean_KD.shape[0]} KV heads of dim "
-                f"{seen.value_mean_KD.shape[1]}, this one has {layer.kv_heads} of dim {layer.head_dim}",
-                where=f"{moments}, layer {layer.index}",
-                fix="name the moments of this model",
-            )
-        found.append(layer_costs(seen, weights, layer, counts))
+        assert seen.value_mean_KD.shape == weights.v_KDC.shape[:2]  # of these weights: `Origin`
+        found.append(layer_costs(seen, weights, layer, counts, turnings.of(layer.index)))
         if progress:
             progress.advance(1)
     if progress:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.provenance import digest
-from retrofit.console import to_json
+from retrofit.console import heads, to_json
 from retrofit.errors import UserError
 from retrofit.kv_heads.convert import convert as convert_heads
+from retrofit.kv_heads.moments import Origin
 from retrofit.kv_heads.price import Measured
 from retrofit.kv_heads.survey import survey
 from retrofit.kv_heads.text import CalibrationText
@@ -28,13 +29,14 @@ if TYPE_CHECKING:
 
 HELD_OUT = 3  # every third sequence of a kind is scored, and no conversion sees it
 FILE = "probes.json"
+ORIGINAL = "original"
 
 
 @dataclass(frozen=True)
 class Calibrated:
     """What was measured: mean loss of the original and of the probes beyond it, nats per token, on `scored_tokens`
     tokens of `kinds` that no conversion saw; converted on `tokens` tokens with `repair`. options: what was
-    asked for."""
+    asked for. notes: what was not done as asked, and what the probes' conversions warn of."""
 
     original_loss: float
     probes: tuple[Measured, ...]
@@ -43,6 +45,7 @@ class Calibrated:
     scored_tokens: int
     kinds: tuple[str, ...]
     options: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def options(section: Convert, seed: int) -> dict[str, Any]:
@@ -98,7 +101,7 @@ def split(text: CalibrationText) -> tuple[CalibrationText, CalibrationText]:
 
 
 def _rows(text: CalibrationText, rows: list[int]) -> CalibrationText:
-    return CalibrationText(text.input_ids_NT[rows], tuple(text.kinds[row] for row in rows))
+    return CalibrationText(text.input_ids_NT[rows], tuple(text.kinds[row] for row in rows), text.notes)
 
 
 def measure(
@@ -126,10 +129,10 @@ def measure(
         task="moments of the original",
         progress=progress,
     )
-    probes = []
+    probes, notes = [], dict.fromkeys(fit.notes)
     for count in counts:
         with tempfile.TemporaryDirectory(dir=work) as made:
-            convert_heads(
+            report = convert_heads(
                 folder,
                 Path(made),
                 kv_heads=count,
@@ -141,6 +144,8 @@ def measure(
                 progress=progress,
             )
             after_N = survey(Path(made), ids_NT, device=device, task=f"score {count} KV heads", progress=progress)
+        warned = [note for note in report.notes if note not in fit.notes]
+        notes |= dict.fromkeys(f"the probe with {heads(count)}, on two thirds of the text: {note}" for note in warned)
         increase_N = after_N - before_N
         error = float(increase_N.std() / math.sqrt(len(increase_N))) if len(increase_N) > 1 else math.nan
         probes.append(Measured(count, float(increase_N.mean()), error))
@@ -152,6 +157,7 @@ def measure(
         scored_tokens=ids_NT.numel(),
         kinds=tuple(dict.fromkeys(scored.kinds)),
         options=options(section, seed),
+        notes=tuple(notes),
     )
 
 
@@ -161,25 +167,23 @@ def keep(calibrated: Calibrated, moments: Path, folder: Path, source: Path) -> N
     All at the end: a folder of moments alone would be taken for one where nothing was to be measured.
     """
     shutil.copytree(moments, folder, dirs_exist_ok=True)
-    record = {"weights": digest(source), "calibrated": calibrated}
-    (folder / FILE).write_text(to_json(record) + "\n", encoding="utf-8")
+    Origin(digest(source), ORIGINAL).write(folder)
+    (folder / FILE).write_text(to_json(calibrated) + "\n", encoding="utf-8")
 
 
-def kept(folder: Path, source: Path) -> Calibrated | None:
-    """What was measured beside the moments in `folder`, None where nothing was. UserError for other weights."""
+def kept(folder: Path) -> Calibrated | None:
+    """What was measured beside the moments in `folder`, None where nothing was."""
     path = folder / FILE
     if not path.is_file():
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        found = Calibrated(**record["calibrated"])
-        probes = tuple(Measured(**{**p, "error": float(p["error"])}) for p in record["calibrated"]["probes"])
+        found = Calibrated(**record)
+        probes = tuple(Measured(**{**p, "error": float(p["error"])}) for p in record["probes"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"what was measured cannot be read: {error}",
             where=str(path),
             fix="measure again, into another --moments folder",
         ) from error
-    if record.get("weights") != digest(source):
-        raise UserError("these moments are of other weights", where=str(folder), fix="name another --moments folder")
-    return replace(found, probes=probes, kinds=tuple(found.kinds))
+    return replace(found, probes=probes, kinds=tuple(found.kinds), notes=tuple(found.notes))

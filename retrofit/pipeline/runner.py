@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrofit import kv_heads
 from retrofit.console import seconds as duration
 from retrofit.pipeline.journal import Entry, Journal, digests_of, fingerprint
 from retrofit.pipeline.measure import peak_bytes, reset_peak
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from retrofit.console import Progress
 
 # What a step writes depends on its code too: raise its number when the same inputs would give another artifact.
-VERSIONS = {"convert": 2, "extend": 3, "recover": 2, "evaluate": 2, "publish": 1}
+VERSIONS = {"convert": f"3, heads {kv_heads.VERSION}", "extend": "3", "recover": "2", "evaluate": "3", "publish": "1"}
 FINAL = "final"
 
 Work = Callable[[Path], Mapping[str, Any]]

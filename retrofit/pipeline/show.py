@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrofit.console import Console, nbytes, seconds
+from retrofit.console import Console, heads, nbytes, seconds
 from retrofit.model.inspect import Inspection
 from retrofit.pipeline.plan import Plan, describe_plan
 
@@ -73,13 +73,15 @@ def prices(console: Console, result: PriceList) -> None:
                 price.kv_heads,
                 nbytes(price.kv_bytes_per_token),
                 nbytes(price.kv_cache_bytes),
-                "-" if price.increase is None else f"{price.increase:+.3f}",
+                "-" if price.increase is None else f"{price.increase:+.3f}{'' if price.tells else ' ~'}",
                 "-" if price.ratio is None else f"x {price.ratio:,.2f}",
                 price.how,
                 dearest or "-",
             )
         )
     console.table(f"{result.model}: what fewer KV heads cost", columns, rows)
+    if not all(price.tells for price in result.prices):
+        console.say("~: below two standard errors, not to be told from zero on the text that was scored")
     if result.calibrated:
         for line in _how_calibrated(result):
             console.say(line)
@@ -88,7 +90,8 @@ def prices(console: Console, result: PriceList) -> None:
     if result.budget and result.kv_heads:
         size = next(price.kv_cache_bytes for price in result.prices if price.kv_heads == result.kv_heads)
         console.say(
-            f"\n{result.kv_heads} KV heads fit {nbytes(result.budget.nbytes)} at {result.budget.length:,} tokens "
+            f"\n{heads(result.kv_heads)} {'fits' if result.kv_heads == 1 else 'fit'} {nbytes(result.budget.nbytes)} at "
+            f"{result.budget.length:,} tokens "
             f"({nbytes(size)}):\n  {result.command}"
         )
 
@@ -97,9 +100,7 @@ def _how_calibrated(result: PriceList) -> list[str]:
     measured, curve = result.calibrated, result.curve
     assert measured
     repair = "the merge and the closed-form repair" if measured.repair != "none" else "the merge alone"
-    probes = ", ".join(
-        f"{p.kv_heads} KV heads {p.increase:+.3f} (standard error {p.error:.3f})" for p in measured.probes
-    )
+    probes = ", ".join(f"{heads(p.kv_heads)} {p.increase:+.3f} (standard error {p.error:.3f})" for p in measured.probes)
     lines = [
         f"measured: {probes}, converted on {measured.tokens:,} tokens of {', '.join(measured.kinds)} and scored on "
         f"{measured.scored_tokens:,} others (original {measured.original_loss:.3f} nats/token)",
@@ -108,7 +109,7 @@ def _how_calibrated(result: PriceList) -> list[str]:
     ]
     if curve is None:
         return [*lines, "no probe lost anything that was measurable: nothing is predicted"]
-    through = "both points" if len(curve.points) > 1 else f"{curve.points[0]} KV heads (exponent 1 assumed)"
+    through = "both points" if len(curve.points) > 1 else f"{heads(curve.points[0])} (exponent 1 assumed)"
     return [*lines, f"predicted: loss = {math.exp(curve.log_scale):.3g} cost^{curve.exponent:.2f}, through {through}"]
 
 
@@ -199,10 +200,26 @@ def written(console: Console, result: Written) -> None:
     by_kind = result.report.get("tokens_by_kind")
     if by_kind:
         console.say("calibrated on " + ", ".join(f"{tokens:,} tokens of {kind}" for kind, tokens in by_kind.items()))
+    for line in _kept_out(result.report.get("layers", ())):
+        console.say(line)
     for note in result.report.get("notes", ()):
         console.say(f"note: {note}")
     console.say(f"written: {result.folder}")
     console.say(f'load it with AutoModelForCausalLM.from_pretrained("{result.folder}")')
+
+
+def _kept_out(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each repair that some layers did without."""
+    out: dict[str, list[str]] = {}
+    for layer in layers:
+        for repair in layer["repairs"]:
+            out.setdefault(repair["name"], []).extend([] if repair["accepted"] else [str(layer["index"])])
+    return [
+        f"the repair {name} was kept out of {len(indices)} of {len(layers)} layers, no better on text it had not seen: "
+        f"{', '.join(indices)}"
+        for name, indices in out.items()
+        if indices
+    ]
 
 
 def _search(console: Console, found: Mapping[str, Any]) -> None:

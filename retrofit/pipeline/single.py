@@ -14,9 +14,9 @@ from retrofit.checkpoint.write import folder_lock, require_writable
 from retrofit.errors import UserError
 from retrofit.evaluate.context_use import LongContext
 from retrofit.evaluate.perplexity import Row, table
-from retrofit.kv_heads.moments import saved
+from retrofit.kv_heads.moments import ORIGIN, saved
 from retrofit.model.families import describe
-from retrofit.model.load import load_config
+from retrofit.model.load import load_config, resolve_dtype
 from retrofit.model.source import Source, resolve
 from retrofit.pipeline import operations
 from retrofit.pipeline.evaluation import pass_file, save_losses
@@ -84,7 +84,7 @@ def convert(
     work = _work(out)
     require_own(work, "convert")
     if moments is not None:
-        _require_moments(moments, section)
+        _require_moments(moments, section, out)
     recipe, shorter = _fitted(recipe, moments, revision, progress)
     section = recipe.convert
     assert section
@@ -142,7 +142,8 @@ def reexpress(
     """`retrofit convert --reexpress-only`."""
     _require_new(out)
     source = resolve(model, revision=revision, reexpress=False, progress=progress)
-    Checkpoint.open(source.folder).require_finite()
+    written = None if dtype == "auto" else resolve_dtype(dtype, source.folder)
+    Checkpoint.open(source.folder).require_finite(written=written)
     with folder_lock(out):
         report = operations.reexpress(
             source.folder, out, _origin(source), target=target, dtype=dtype, progress=progress
@@ -341,13 +342,22 @@ def _require_new(out: Path) -> None:
         )
 
 
-def _require_moments(folder: Path, section: Convert) -> None:
+def _require_moments(folder: Path, section: Convert, out: Path) -> None:
     require_writable(folder)
+    place, checkpoint = folder.resolve(), out.resolve()
+    for taken in (checkpoint, checkpoint.with_name(f"{checkpoint.name}.work")):
+        if place.is_relative_to(taken) or taken.is_relative_to(place):
+            raise UserError(
+                "moments and checkpoint are folders of their own, neither inside the other",
+                where=f"--moments {folder}, --out {out}",
+                fix=f"give for example --moments {out}-moments",
+            )
     if not section.calibrates:
         raise UserError(
             f"the method `{section.method}` measures no moments", where="--moments", fix="leave out --moments"
         )
-    if folder.exists() and (not folder.is_dir() or len(list(folder.iterdir())) != len(saved(folder))):
+    held = {path.name for path in folder.iterdir()} - {ORIGIN} if folder.is_dir() else set()
+    if folder.exists() and (not folder.is_dir() or len(held) != len(saved(folder))):
         raise UserError(
             "the folder holds something else than moments", where=f"--moments {folder}", fix="give another folder"
         )

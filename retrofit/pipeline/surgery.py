@@ -23,7 +23,9 @@ def convert(runner: Runner, state: State, section: Convert) -> State:
     work_folder, moments = runner.folder / f"{FOLDERS['convert']}.work", runner.folder / MOMENTS
     config = {**_dump(section), **_common(recipe)}
     text = identity(section.calibration.text) if section.calibrates else None
-    inputs = {"checkpoint": state.identity, "text": text}
+    # Keys are merged for the rotations that the run ends with.
+    context = recipe.context if section.calibrates and recipe.context and not recipe.context.searches else None
+    inputs = {"checkpoint": state.identity, "text": text, "context": context and _dump(context)}
 
     def work(path: Path) -> Mapping[str, Any]:
         report = operations.convert(
@@ -37,6 +39,7 @@ def convert(runner: Runner, state: State, section: Convert) -> State:
             seed=recipe.seed,
             work=work_folder / fingerprint("convert", VERSIONS["convert"], config, inputs)[:16],
             moments=moments if section.calibrates else None,
+            context=context,
             max_shard_size=shard_size(recipe),
             overwrite=True,
             progress=runner.progress,

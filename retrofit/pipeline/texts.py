@@ -16,7 +16,7 @@ from retrofit.kv_heads.convert import CalibrationText
 from retrofit.model.load import multiplies_in_bfloat16, resolve_dtype
 from retrofit.recipe.schema import Calibration, Search, TextSource
 from retrofit.recover.corpora import BUILT_IN
-from retrofit.recover.data import OWN_SAMPLES, evaluation_texts, read_texts, training_rows
+from retrofit.recover.data import OWN_SAMPLES, evaluation_texts, read_texts, require_known, training_rows
 from retrofit.recover.files import HUB, kind_of, text_files
 from retrofit.recover.samples import Teacher, sample_path
 
@@ -59,6 +59,15 @@ def require_distinct(sources: Sequence[TextSource], where: str) -> None:
             )
 
 
+def merged(sources: Sequence[TextSource]) -> tuple[TextSource, ...]:
+    """The sources, each with other documents: those that are one under two names are one, with their weights added."""
+    found: dict[tuple[object, ...], TextSource] = {}
+    for source in sources:
+        known = found.get(key := _documents_of(source))
+        found[key] = source if known is None else known.model_copy(update={"weight": known.weight + source.weight})
+    return tuple(found.values())
+
+
 def _documents_of(source: TextSource) -> tuple[object, ...]:
     """What two sources with the same documents have in common."""
     named = source.source in (*BUILT_IN, OWN_SAMPLES) or source.source.startswith(HUB)
@@ -85,11 +94,12 @@ def calibration_text(
     """Packed sequences of every source by its weight, each labelled with its kind.
 
     No text is read twice: fits are checked on text that they have not seen. The model's own samples are left out,
-    with a note, where the model does not fit into memory. Raises UserError for a source with too little text.
+    with a note, where the model does not fit into memory. Raises UserError for a source with too little text, and for a
+    tokenizer that is not the model's.
     """
     import torch
 
-    sources, notes = _within_memory(calibration.text, teacher)
+    sources, notes = _within_memory(merged(calibration.text), teacher)
     total = sum(source.weight for source in sources)
     parts, kinds = [], []
     for index, source in enumerate(sources):
@@ -106,7 +116,9 @@ def calibration_text(
         ).ids_NT
         parts.append(part)
         kinds += [kind_of(source.source)] * len(part)
-    return CalibrationText(torch.cat(parts), tuple(kinds), notes)
+    ids_NT = torch.cat(parts)
+    require_known(ids_NT, teacher.folder)
+    return CalibrationText(ids_NT, tuple(kinds), notes)
 
 
 def searched_text(

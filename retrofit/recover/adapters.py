@@ -14,6 +14,7 @@ from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.rewrite import Rewritten, rewrite
 from retrofit.checkpoint.write import copy_side_files
 from retrofit.errors import UserError
+from retrofit.model.families.experts import EXPERTS
 from retrofit.model.spec import AttentionSpec
 from retrofit.recipe.schema import Adapter
 from retrofit.recover.fused import fuse
@@ -88,6 +89,17 @@ def target_modules(model: nn.Module, adapter: Adapter, spec: AttentionSpec) -> l
                 if isinstance(module, nn.Linear) and name.startswith(root) and not name.startswith(attention)
             }
     return sorted(names)
+
+
+def about_experts(adapter: Adapter, spec: AttentionSpec) -> tuple[str, ...]:
+    """A note on what of the MLPs carries no adapter although it is asked for; () where all of it does.
+
+    The class stacks experts in one parameter and no linear modules; peft's adapters on parameters would have to be
+    merged expert by expert into a checkpoint that stores them apart.
+    """
+    if not adapter.mlp or spec.family not in EXPERTS:
+        return ()
+    return ("the experts carry no adapters (adapter.mlp): attention, and linear layers outside the experts, do",)
 
 
 def full_modules(model: PreTrainedModel, adapter: Adapter) -> list[str]:

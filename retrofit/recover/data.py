@@ -140,6 +140,20 @@ def training_rows(
     return Packed(ids_NT[order], documents_NT[order])
 
 
+def require_known(ids_NT: torch.Tensor, folder: Path) -> None:
+    """UserError when the tokenizer gave ids that the model in `folder` has no embedding for."""
+    from retrofit.model.families import describe
+    from retrofit.model.load import load_config
+
+    size, largest = describe(load_config(folder)).vocab_size, int(ids_NT.max())
+    if largest >= size:
+        raise UserError(
+            f"the tokenizer gives the token id {largest}, and the model knows ids below {size} (vocab_size)",
+            where=str(folder),
+            fix="put the tokenizer files that belong to these weights into the folder",
+        )
+
+
 def evaluation_texts(
     sources: Sequence[TextSource],
     count: int,

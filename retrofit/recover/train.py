@@ -22,7 +22,7 @@ from retrofit.errors import UserError
 from retrofit.model.families import describe
 from retrofit.model.load import load_config
 from retrofit.recipe.schema import Recover
-from retrofit.recover.adapters import attach, default_rate, merge_and_save
+from retrofit.recover.adapters import about_experts, attach, default_rate, merge_and_save
 from retrofit.recover.data import Packed
 from retrofit.recover.pair import Pair, body, compute_dtype, hidden_states, load_pair
 from retrofit.recover.schedule import Lines, Rows, about, check_lengths, collate, held_out_lines, training_lines
@@ -107,7 +107,7 @@ def recover(
     measured = None if held_out is None else held_out_lines(held_out, recipe, window, seed)
     model = student_with_adapters(pair, recipe, seed)
     _check_sight(model, lines, recipe, compute, device)
-    for text in about(recipe, window, pair.spec):
+    for text in (*about(recipe, window, pair.spec), *about_experts(recipe.adapter, pair.spec)):
         _note(notes, progress, text)
     objective = Objective(pair, recipe)
     fingerprint = _fingerprint(student_folder, teacher_of, recipe, lines, measured, seed, compute, pair.kernel)

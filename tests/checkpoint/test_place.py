@@ -37,6 +37,7 @@ def test_staged_leaves_nothing_after_an_error(tmp_path: Path) -> None:
 def test_staged_empties_what_a_kill_left(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "old").write_text("")
+    (tmp_path / ".out.partial.staging").write_text(str((tmp_path / "out.partial").stat().st_ino))
     with staged(tmp_path / "out") as partial:
         assert list(partial.iterdir()) == []
     assert list((tmp_path / "out").iterdir()) == []
@@ -93,9 +94,33 @@ def test_staged_overwrites_when_asked_and_keeps_the_old_one_on_error(tmp_path: P
 def test_staged_restores_after_a_kill_between_the_renames(tmp_path: Path) -> None:
     (tmp_path / "out.replaced").mkdir()
     (tmp_path / "out.replaced" / "a").write_text("1")
+    (tmp_path / ".out.replaced.staging").write_text(str((tmp_path / "out.replaced").stat().st_ino))
     with pytest.raises(RuntimeError), staged(tmp_path / "out", overwrite=True):
         raise RuntimeError
-    assert (tmp_path / "out" / "a").read_text() == "1"
+    assert (tmp_path / "out" / "a").read_text() == "1" and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["out.partial", "out.replaced"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_staged_removes_no_folder_that_is_not_its_own(name: str, overwrite: bool, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.tex").write_text("years of work")
+    (tmp_path / f".{name}.staging").write_text("1")  # of a folder that was ours, and is gone
+    with pytest.raises(UserError, match="not made for that") as caught, staged(tmp_path / "out", overwrite=overwrite):
+        pass
+    assert caught.value.where == str(tmp_path / name)
+    assert (tmp_path / name / "thesis.tex").read_text() == "years of work" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("keep", [None, "work"])
+def test_staged_does_not_replace_what_came_while_it_wrote(keep: str | None, tmp_path: Path) -> None:
+    final, work = tmp_path / "out", tmp_path / keep if keep else None
+    with pytest.raises(UserError, match="exists and is not empty"), staged(final, keep=work) as partial:
+        (partial / "a").write_text("1")
+        final.mkdir()
+        (final / "moments").write_text("hours of work")
+    assert [path.name for path in final.iterdir()] == ["moments"] and not (tmp_path / "out.partial").exists()
+    assert work is None or (work / "a").read_text() == "1"
 
 
 def test_a_full_disk_is_a_user_error(tmp_path: Path) -> None:

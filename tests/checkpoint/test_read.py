@@ -207,3 +207,16 @@ def test_require_finite_names_the_tensor(tmp_path: Path, dtype: torch.dtype, bad
         checkpoint.require_finite()
     assert SINGLE in str(caught.value)
     checkpoint.require_finite(["a.weight", "a.bias"])
+
+
+def test_require_finite_looks_at_the_dtype_that_will_be_written(tmp_path: Path) -> None:
+    values = tensors(torch.float32)
+    values["b.weight"][1, 2, 0] = 65_519.0  # rounds to the largest float16
+    checkpoint = Checkpoint.open(single(tmp_path / "good", values))
+    checkpoint.require_finite(written=torch.float16)
+    values["b.weight"][1, 2, 0] = -65_520.0
+    checkpoint = Checkpoint.open(single(tmp_path / "large", values))
+    checkpoint.require_finite(written=torch.bfloat16)
+    with pytest.raises(UserError, match=r"`b.weight` has values beyond the largest float16") as caught:
+        checkpoint.require_finite(written=torch.float16)
+    assert SINGLE in str(caught.value.where) and "bfloat16 or float32" in str(caught.value.fix)

@@ -1,4 +1,4 @@
-"""Rules over a checkpoint: identity, change, drop, extra, cast; determinism and bounded memory."""
+"""Rules over a checkpoint: identity, change, drop, cast; determinism and bounded memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.rewrite import rewrite
+from retrofit.errors import UserError
+from retrofit.model.load import stored_dtype
 
 CONFIG = {"model_type": "llama"}
 
@@ -61,7 +63,7 @@ def test_stock_transformers_reads_what_was_rewritten(tmp_path: Path, tied: bool)
     assert torch.equal(before(ids).logits, after(ids).logits)
 
 
-def test_rules_change_split_drop_and_add(tmp_path: Path) -> None:
+def test_rules_change_split_and_drop(tmp_path: Path) -> None:
     checkpoint = source(tmp_path / "in")
     (tmp_path / "out").mkdir()
     rules = {
@@ -69,14 +71,12 @@ def test_rules_change_split_drop_and_add(tmp_path: Path) -> None:
         "layers.1.q.weight": lambda name, t: [("layers.1.q1", t[:4]), ("layers.1.q2", t[4:])],
         "layers.2.v.weight": None,
     }
-    extra = {"layers.0.k.bias": lambda: torch.ones(4, dtype=torch.bfloat16)}
-    report = rewrite(checkpoint, tmp_path / "out", rules, extra=extra, config=CONFIG)
+    report = rewrite(checkpoint, tmp_path / "out", rules, config=CONFIG)
     before, after = loaded(tmp_path / "in"), loaded(tmp_path / "out")
     assert torch.equal(after["layers.0.k.weight"], before["layers.0.k.weight"][:4] * 2)
     assert after["layers.0.k.weight"].dtype == torch.bfloat16
     assert torch.equal(torch.cat([after["layers.1.q1"], after["layers.1.q2"]]), before["layers.1.q.weight"])
     assert "layers.2.v.weight" not in after and "layers.1.q.weight" not in after
-    assert torch.equal(after["layers.0.k.bias"], torch.ones(4, dtype=torch.bfloat16))
     assert report.dropped == ("layers.2.v.weight",)
     assert set(report.changed) == {"layers.0.k.weight", "layers.1.q.weight"}
 
@@ -84,13 +84,40 @@ def test_rules_change_split_drop_and_add(tmp_path: Path) -> None:
 def test_cast(tmp_path: Path) -> None:
     checkpoint = source(tmp_path / "in", torch.float32)
     (tmp_path / "out").mkdir()
-    extra = {"x": lambda: torch.ones(2)}
-    rewrite(checkpoint, tmp_path / "out", {}, extra=extra, config=CONFIG, dtype=torch.bfloat16)
+    rewrite(checkpoint, tmp_path / "out", {}, config=CONFIG, dtype=torch.bfloat16)
     before, after = loaded(tmp_path / "in"), loaded(tmp_path / "out")
     assert after["steps"].dtype == torch.int64
-    assert after["x"].dtype == torch.bfloat16
     assert torch.equal(after["layers.0.q.weight"], before["layers.0.q.weight"].bfloat16())
     assert Checkpoint.open(tmp_path / "out").config["dtype"] == "bfloat16"
+
+
+def test_the_dtype_of_most_bytes_is_the_checkpoint_s(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    source(folder)
+    norms = {f"norm.{i}": torch.ones(6) for i in range(20)}  # more tensors and fewer bytes
+    save_file({**loaded(folder), **norms}, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint.open(folder)
+    (tmp_path / "out").mkdir()
+    rewrite(checkpoint, tmp_path / "out", {}, config=CONFIG)
+    after = Checkpoint.open(tmp_path / "out")
+    assert after.config["dtype"] == stored_dtype(folder) == "bfloat16" and checkpoint.main_dtype == torch.bfloat16
+    assert after.dtype("norm.0") == torch.float32 and after.dtype("layers.0.q.weight") == torch.bfloat16
+
+
+@pytest.mark.parametrize("through", ["a cast alone", "a rule", "made"])
+def test_no_cast_makes_an_infinity(through: str, tmp_path: Path) -> None:
+    checkpoint = source(tmp_path / "in", torch.float32)
+    (tmp_path / "out").mkdir()
+    name, large = "layers.1.k.weight", torch.full((8, 6), 1e5)
+    rules = {name: lambda name, t: [(name, large)]} if through == "a rule" else {}
+    made = {name: lambda: large} if through == "made" else {}
+    if through == "a cast alone":
+        save_file({**loaded(tmp_path / "in"), name: large}, tmp_path / "in" / "model.safetensors")
+        checkpoint = Checkpoint.open(tmp_path / "in")
+    with pytest.raises(UserError, match=r"`layers\.1\.k\.weight` has values beyond the largest float16"):
+        rewrite(checkpoint, tmp_path / "out", rules, made=made, config=CONFIG, dtype=torch.float16)
+    rewrite(checkpoint, tmp_path / "out", rules, made=made, config=CONFIG, dtype=torch.bfloat16)
+    assert float(loaded(tmp_path / "out")[name].max()) == pytest.approx(1e5, rel=0.01)
 
 
 def test_same_inputs_same_bytes(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from retrofit.checkpoint.read import Checkpoint
+from retrofit.context.rope import extend
 from retrofit.kv_heads.baselines import METHODS
 from retrofit.kv_heads.calibrate import CalibratedRun, Settings
 from retrofit.kv_heads.convert import CalibrationText, convert
@@ -43,6 +44,21 @@ def test_moments_are_kept_where_asked_and_the_work_folder_holds_no_streams(tmp_p
     assert not list((tmp_path / "out").glob(".*")), "nothing but the checkpoint"
 
 
+def test_keys_are_merged_for_the_window_that_they_will_be_read_in(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", "llama")
+    config = load_config(source)
+    longer = extend(config, factor=8.0, method="yarn")
+    found = {}
+    for name, read_with in (("own", None), ("same", config), ("longer", longer)):
+        (tmp_path / name).mkdir()
+        convert(source, tmp_path / name, kv_heads=1, repair="none", text=text(), averaged_tokens=0, read_with=read_with)
+        written = Checkpoint.open(tmp_path / name)
+        found[name] = {part: written.tensor(f"model.layers.0.self_attn.{part}_proj.weight") for part in "kv"}
+        assert written.config["max_position_embeddings"] == config.max_position_embeddings
+    assert torch.equal(found["own"]["k"], found["same"]["k"]) and torch.equal(found["own"]["v"], found["longer"]["v"])
+    assert not torch.allclose(found["own"]["k"], found["longer"]["k"], atol=1e-3)
+
+
 def test_averaged_values_change_the_values_and_nothing_of_the_keys(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source", "llama")
     found = []
@@ -73,6 +89,13 @@ def test_a_fit_with_few_tokens_a_column_is_announced_with_what_to_raise(tmp_path
         notes[sequences] = convert(source, out, kv_heads=2, text=text(sequences), averaged_tokens=0).notes
     assert any("64 columns on 384 calibration tokens, 6.0 a column" in note and "3,200" in note for note in notes[8])
     assert not any("a column" in note for note in notes[70])
+
+
+def test_keys_that_are_fitted_through_a_norm_say_when_the_text_is_too_short(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", "qwen3", attention_bias=True)
+    (tmp_path / "out").mkdir()
+    report = convert(source, tmp_path / "out", kv_heads=2, repair="none", text=text())
+    assert any("normalised keys fits 33 columns on 384 calibration tokens" in note for note in report.notes)
 
 
 class Doubled:

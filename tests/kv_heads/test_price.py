@@ -7,11 +7,14 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from retrofit.errors import UserError
+from retrofit.kv_heads.folding import Turning
+from retrofit.kv_heads.merge import calibrated_maps
 from retrofit.kv_heads.moments import LayerMoments, MomentSums, load, save, saved
 from retrofit.kv_heads.price import Measured, fit_curve, layer_costs, probe_counts
 from retrofit.kv_heads.survey import survey
@@ -73,6 +76,21 @@ def test_costs_match_a_plain_reference_from_the_tokens() -> None:
     assert found[4].cost == 0 and found[4].values == 0 and found[4].keys == 0
     assert 0 < found[2].cost < found[1].cost
     assert (0, 1) in found[2].groups
+
+
+def test_keys_are_priced_as_the_conversion_folds_them() -> None:
+    sums = MomentSums(K)
+    q, k, v, stream = tokens()
+    k[..., 1] = k[..., 0] + 0.1 * k[..., 1]  # a direction in a pair of near frequency
+    sums.add(q, k, v, stream)
+    seen, turning = sums.finish(3), Turning.over(np.array([1e-3, 9e-4, 8e-4]), 64)
+    pairs, folded = (layer_costs(seen, weights(), LAYER, (1, 2, 4), way) for way in (None, turning))
+    for count in (1, 2):
+        assert folded[count].groups == pairs[count].groups and folded[count].values == pairs[count].values
+        _, wanted = calibrated_maps(seen, weights(), folded[count].groups, ROPE, turning=turning)
+        assert folded[count].keys == pytest.approx(wanted.keys)
+        assert folded[count].cost < pairs[count].cost
+    assert folded[4].cost == 0
 
 
 def test_a_few_massive_tokens_do_not_own_the_cost() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from retrofit.errors import UserError
+from retrofit.kv_heads.moments import Origin
 from retrofit.kv_heads.outcome import LayerReport, RepairOutcome
 from retrofit.kv_heads.residuals import STATE, DiskTensors, Shapes, WorkFolder, require_room
 
@@ -136,5 +137,8 @@ def test_moments_get_a_place_of_their_own(tmp_path: Path) -> None:
     (work.moments / "layer-000.safetensors").write_bytes(b"moments")
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "layer-009.safetensors").write_bytes(b"of another run")
-    work.copy_moments(tmp_path / "kept")
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["layer-000.safetensors"]
+    work.copy_moments(tmp_path / "kept", Origin({"config.json": "abc"}, "converted to 2 KV heads"))
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["layer-000.safetensors", "moments.json"]
+    assert Origin.of(tmp_path / "kept", {"config.json": "abc"}).stream == "converted to 2 KV heads"
+    with pytest.raises(UserError, match="of other weights"):
+        Origin.of(tmp_path / "kept", {"config.json": "xyz"})

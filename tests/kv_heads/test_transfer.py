@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.kv_heads import repairs
 from retrofit.kv_heads.convert import CalibrationText, convert
-from retrofit.kv_heads.outcome import ConvertReport
+from retrofit.kv_heads.outcome import ConvertReport, RepairOutcome
 from retrofit.kv_heads.stream import LayerStream
 from retrofit.kv_heads.transfer import LayerTransfer, split
 from retrofit.kv_heads.weights import LayerWeights, write_layer
@@ -119,3 +120,16 @@ def test_a_descent_that_makes_it_worse_is_kept_out(tmp_path: Path, monkeypatch: 
         assert layer.repairs[1].held_out_after == layer.repairs[1].held_out_before
     before, after = Checkpoint.open(tmp_path / "o_proj"), Checkpoint.open(tmp_path / "transfer")
     assert all(torch.equal(before.tensor(name), after.tensor(name)) for name in before.names)
+
+
+@pytest.mark.parametrize("zero", [("o_proj",), ("k_proj", "v_proj")])
+def test_a_layer_that_gives_nothing_has_nothing_to_train(
+    zero: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_tiny(tmp_path / "source", "llama")
+    stored = load_file(source / "model.safetensors")
+    changed = {f"model.layers.0.self_attn.{name}.weight" for name in zero}
+    stored = {name: torch.zeros_like(t) if name in changed else t for name, t in stored.items()}
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    report = converted(source, tmp_path / "out", "transfer", monkeypatch)
+    assert report.layers[0].repairs[1] == RepairOutcome("transfer", False, 0.0, 0.0)

@@ -12,13 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from retrofit.checkpoint.place import staged
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.errors import UserError
 from retrofit.kv_heads.convert import CalibrationText, convert
 from retrofit.model.families import describe, family_of
 from retrofit.model.families.refused import OPTIONAL, REEXPRESSED
 from retrofit.model.load import load_config
-from retrofit.model.reexpress import reexpress, reexpression_of
+from retrofit.model.reexpress import reexpress as write_reexpressed
+from retrofit.model.reexpress import reexpression_of
 from retrofit.model.reexpress.base import partial_factor
 from retrofit.model.source import resolve
 from tests.tiny import VOCAB_SIZE, randomise, tiny_tokenizer
@@ -87,6 +89,11 @@ def save(folder: Path, source: str, fields: dict[str, Any], *, dtype: str = "flo
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def reexpress(source: Path, out: Path, **options: Any) -> Any:
+    with staged(out) as folder:
+        return write_reexpressed(source, folder, **options)
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -262,6 +269,15 @@ def test_variants_that_no_target_holds_are_refused(source: str, fields: dict[str
     with pytest.raises(UserError) as caught:
         reexpression_of(AutoConfig.for_model(source, **fields))
     assert where in str(caught.value.where)
+
+
+def test_matrices_decide_the_dtype_of_a_mixed_checkpoint(tmp_path: Path) -> None:
+    folder = save(tmp_path / "source", *_case("gpt_neox"))
+    stored = load_file(folder / "model.safetensors")
+    mixed = {name: t.bfloat16() if t.ndim == 2 else t for name, t in stored.items()}
+    assert sum(t.dtype == torch.float32 for t in mixed.values()) > len(mixed) / 2
+    save_file(mixed, folder / "model.safetensors", metadata={"format": "pt"})
+    assert reexpress(folder, tmp_path / "out").dtype == "bfloat16"
 
 
 def test_other_refusals_write_nothing(tmp_path: Path) -> None:

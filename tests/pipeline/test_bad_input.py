@@ -81,6 +81,23 @@ def test_weights_that_are_not_finite(recipe: Recipe, out: Path, model: Path, tmp
     assert "model.layers.1.self_attn.k_proj.weight" in refused(out, recipe(), "--model", other)
 
 
+def test_weights_that_are_not_whole(recipe: Recipe, out: Path, model: Path, tmp_path: Path) -> None:
+    other = copy_of(model, tmp_path)
+    weights = load_file(other / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    assert "lacks 1 tensors" in refused(out, recipe(recover=None), "--model", other)
+
+
+def test_weights_that_the_dtype_cannot_hold(recipe: Recipe, out: Path, model: Path, tmp_path: Path) -> None:
+    other = copy_of(model, tmp_path)
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e5
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    said = refused(out, recipe(dtype="float16"), "--model", other)
+    assert "model.layers.0.mlp.up_proj.weight" in said and "bfloat16 or float32" in said
+
+
 def test_no_disk_space(recipe: Recipe, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(out.parent)
     monkeypatch.setattr(place.shutil, "disk_usage", lambda _: usage._replace(free=1000))

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 
+from retrofit.console import Console
 from retrofit.errors import UserError
+from retrofit.kv_heads import residuals
 from retrofit.kv_heads.moments import saved
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, load_tokenizer
-from retrofit.pipeline import commands, plan, texts
+from retrofit.pipeline import commands, operations, plan, show, single, texts
 from retrofit.pipeline.plan import ModelFacts, make_plan, sampled_tokens
 from retrofit.pipeline.prepare import check_surgery
+from retrofit.pipeline.texts import calibration_text, merged
 from retrofit.recipe.schema import Calibration, Recipe, TextSource
 from retrofit.recover import samples
 from retrofit.recover.samples import Teacher
@@ -116,3 +119,77 @@ def test_convert_keeps_moments_where_it_is_told_to_and_leaves_no_work_folder(tex
         commands.convert(model, out=tmp_path / "b", moments=tmp_path / "other", **options)
     with pytest.raises(UserError, match="measures no moments"):
         commands.convert(model, out=tmp_path / "b", kv_heads=2, method="mean", moments=tmp_path / "m")
+
+
+@pytest.mark.parametrize("place", ["out", "out/moments", "out.work/moments", "."])
+def test_moments_never_share_a_folder_with_the_checkpoint(place: str, model: Path, texts: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"kv_heads": 2, "calibrate": [str(texts / "train")], "tokens": 2048}
+    with pytest.raises(UserError, match="neither inside the other"):
+        commands.convert(model, out=tmp_path / "out", moments=tmp_path / place, **options)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_tokenizer_of_another_model_is_told_before_any_work(texts: Path, tmp_path: Path) -> None:
+    small = save_tiny(tmp_path / "small", "llama", vocab_size=100, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    text = [str(texts / "train")]
+    for call in (
+        lambda out: commands.convert(small, out=out, kv_heads=2, calibrate=text, tokens=2048),
+        lambda out: commands.recover(small, teacher=small, out=out, text=text, tokens=256, sequence_length=64),
+    ):
+        with pytest.raises(UserError, match="knows ids below 100"):
+            call(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_one_source_under_two_names_is_read_once(model: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(texts)
+    names = [{"source": "train", "weight": 2}, "python-docs", "./train", str(texts / "train")]
+    sources = merged(calibration(text=names).text)
+    assert [(source.source, source.weight) for source in sources] == [("train", 4), ("python-docs", 1)]
+    tokenizer, teacher = load_tokenizer(model), Teacher(model)
+    found = calibration_text(calibration(text=["train", "./train"], tokens=4096), tokenizer, seed=0, teacher=teacher)
+    assert len({tuple(row) for row in found.input_ids_NT.tolist()}) == len(found.input_ids_NT) == 64
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"kv_heads": 2, "method": "mean", "repair": "transfer"}, "`mean` does not read --repair"),
+        ({"kv_heads": 2, "method": "first", "calibrate": ["nowhere"], "tokens": 512}, "read --calibrate, --tokens"),
+        (
+            {"reexpress_only": True, "method": "mean", "moments": "m"},
+            "a re-expression does not read --method, --moments",
+        ),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(
+    options: dict[str, Any], said: str, model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=said):
+        commands.convert(model, out=tmp_path / "out", **options)
+    assert not any(tmp_path.iterdir())
+
+
+def test_layers_that_did_without_a_repair_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    outcomes = [[("o_proj", True), ("transfer", False)], [("o_proj", True), ("transfer", True)]]
+    layers = [
+        {"index": i, "repairs": [{"name": name, "accepted": kept} for name, kept in repairs]}
+        for i, repairs in enumerate(outcomes)
+    ]
+    show.written(Console("plain"), single.Written("convert", tmp_path, {"layers": layers}))
+    said = capsys.readouterr().out
+    assert "the repair transfer was kept out of 1 of 2 layers, no better on text it had not seen: 0\n" in said
+    assert "o_proj" not in said
+
+
+def test_room_is_asked_for_before_the_model_writes_its_samples(
+    model: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("text was made")
+
+    monkeypatch.setattr(operations, "calibration_text", never)
+    monkeypatch.setattr(residuals, "free_space", lambda _: 1000)
+    with pytest.raises(UserError, match="no room for the residual streams"):
+        commands.convert(model, out=tmp_path / "out", kv_heads=2, calibrate=[str(texts / "train")], tokens=2048)
+    assert not any(tmp_path.iterdir())

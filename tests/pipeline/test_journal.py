@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from retrofit import kv_heads
 from retrofit.errors import UserError
+from retrofit.pipeline import runner
 from retrofit.pipeline.journal import Entry, Journal, digests_of, fingerprint
 
 
@@ -70,12 +72,16 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, entry: Entry) -> N
 
 
 def test_the_fingerprint_depends_on_every_part_and_not_on_order() -> None:
-    base = fingerprint("convert", 1, {"a": 1, "b": 2}, {"x": "1"})
-    assert base == fingerprint("convert", 1, {"b": 2, "a": 1}, {"x": "1"})
+    base = fingerprint("convert", "1", {"a": 1, "b": 2}, {"x": "1"})
+    assert base == fingerprint("convert", "1", {"b": 2, "a": 1}, {"x": "1"})
     others = [
-        fingerprint("extend", 1, {"a": 1, "b": 2}, {"x": "1"}),
-        fingerprint("convert", 2, {"a": 1, "b": 2}, {"x": "1"}),
-        fingerprint("convert", 1, {"a": 1, "b": 3}, {"x": "1"}),
-        fingerprint("convert", 1, {"a": 1, "b": 2}, {"x": "2"}),
+        fingerprint("extend", "1", {"a": 1, "b": 2}, {"x": "1"}),
+        fingerprint("convert", "2", {"a": 1, "b": 2}, {"x": "1"}),
+        fingerprint("convert", "1", {"a": 1, "b": 3}, {"x": "1"}),
+        fingerprint("convert", "1", {"a": 1, "b": 2}, {"x": "2"}),
     ]
     assert len({base, *others}) == 5
+
+
+def test_a_changed_conversion_is_another_step() -> None:
+    assert str(kv_heads.VERSION) in runner.VERSIONS["convert"].split()

@@ -131,3 +131,13 @@ def test_checkpointing_costs_a_pass_and_saves_memory() -> None:
         for on in ("false", "true")
     )
     assert without and with_ and without.peak_bytes > with_.peak_bytes and without.seconds < with_.seconds
+
+
+def test_experts_without_adapters_are_told_of() -> None:
+    recipe = load_recipe("quickstart")
+    said = []
+    for family in ("llama", "mixtral"):
+        step = make_plan(recipe, ModelFacts("tiny", describe(tiny_config(family)), 10**6, "float32")).of("recover")
+        assert step is not None
+        said.append("the experts carry no adapters" in step.does)
+    assert said == [False, True]

@@ -56,7 +56,8 @@ def test_the_most_heads_that_fit_are_chosen() -> None:
 
 def test_every_third_sequence_of_a_kind_is_scored_and_not_fitted() -> None:
     ids = torch.arange(8)[:, None].expand(8, 16)
-    fit, scored = probes.split(CalibrationText(ids, tuple("aaaaabbb")))
+    fit, scored = probes.split(CalibrationText(ids, tuple("aaaaabbb"), ("not calibrated on `self`",)))
+    assert fit.notes == ("not calibrated on `self`",)
     assert scored.input_ids_NT[:, 0].tolist() == [2, 7] and scored.kinds == ("a", "b")
     assert fit.input_ids_NT[:, 0].tolist() == [0, 1, 3, 4, 5, 6]
 
@@ -87,6 +88,8 @@ def test_rows_are_measured_or_lie_on_the_curve() -> None:
         (1, "measured"),
     ]
     assert [row.increase for row in rows] == pytest.approx([0, 0.01, 0.04, 0.64])
+    assert [row.error for row in rows] == [None, 0.1, 0.1, 0.1]
+    assert [row.tells for row in rows] == [True, False, False, True]
     assert rows[3].ratio == pytest.approx(math.exp(0.64)) and rows[0].ratio == 1
     assert rows[3].dearest(1) == [(0, pytest.approx(0.75))] and rows[0].dearest() == []
     unmeasured, none = module.price_list(spec, layers, None, {g: 100 * g for g in costs}, 4)
@@ -155,9 +158,13 @@ def test_kept_moments_give_the_same_list_without_a_pass_over_text(
 def test_kept_moments_say_which_options_they_were_not_made_with(
     options: list[object], listed: dict[str, object]
 ) -> None:
-    assert [note.partition(":")[0] for note in listed["notes"]] == [  # type: ignore[attr-defined]
-        "calibrated on sequences of 512 tokens instead of 1,024"
+    notes: list[str] = listed["notes"]  # type: ignore[assignment]
+    assert [note.partition(":")[0] for note in notes] == [
+        "calibrated on sequences of 512 tokens instead of 1,024",
+        "the probe with 1 KV head, on two thirds of the text",
+        "the probe with 2 KV heads, on two thirds of the text",
     ]
+    assert all("fits 64 columns on 3,072 calibration tokens, 48.0 a column" in note for note in notes[1:])
     kept = options[-2]
     done = command(*options[:3], "--tokens", 8192, "--calibrate", "python-docs", "--moments", kept, "--json")
     found = json.loads(done.stdout)
@@ -176,7 +183,7 @@ def test_a_budget_picks_and_names_the_next_command(options: list[object], eight:
     done = command("plan", "gqa", "--model", *options[1:-1], "--kv-budget", "70KiB@256")
     named = f"--set 'convert.calibration.text={json.dumps(text)}'"
     assert f"retrofit run gqa --model {eight} {named} --set convert.kv_heads=2" in done.output
-    assert "measured: 1 KV heads" in done.output and "before any recovery" in done.output
+    assert "measured: 1 KV head +" in done.output.replace("head -", "head +") and "before any recovery" in done.output
 
 
 def test_moments_of_other_weights_and_of_no_loss(options: list[object], tmp_path: Path, eight: Path) -> None:
@@ -186,14 +193,29 @@ def test_moments_of_other_weights_and_of_no_loss(options: list[object], tmp_path
     assert done.exit_code == 2 and "of other weights" in done.output
     alone = tmp_path / "alone"
     alone.mkdir()
-    for path in kept.glob("layer-*"):
+    for path in (*kept.glob("layer-*"), kept / "moments.json"):
         (alone / path.name).write_bytes(path.read_bytes())
     found = json.loads(command("plan", eight, "--kv-heads", "--moments", alone, "--json").stdout)
     assert [row["increase"] for row in found["prices"]] == [0.0, None, None, None]
     assert found["prices"][3]["cost"] > 0 and "no loss was measured" in found["notes"][-1]
     four = save_tiny(tmp_path / "four", "llama")
     done = command("plan", four, "--kv-heads", "--moments", alone)
-    assert done.exit_code == 2 and "8 KV heads" in done.output
+    assert done.exit_code == 2 and "of other weights" in done.output
+    (alone / "moments.json").unlink()
+    done = command("plan", eight, "--kv-heads", "--moments", alone)
+    assert done.exit_code == 2 and "do not say which weights" in done.output
+
+
+def test_moments_that_a_conversion_kept_price_its_own_model_alone(texts: Path, tmp_path: Path, eight: Path) -> None:
+    kept = tmp_path / "moments"
+    text = ["--calibrate", texts / "train", "--tokens", 4096]
+    done = command("convert", eight, "--kv-heads", 2, "--out", tmp_path / "out", "--moments", kept, *text)
+    assert done.exit_code == 0, done.output
+    found = json.loads(command("plan", eight, "--kv-heads", "--moments", kept, "--json").stdout)
+    assert any("a model converted to 2 KV heads layer by layer" in note for note in found["notes"])
+    other = save_tiny(tmp_path / "other", "llama", seed=1, num_attention_heads=8, num_key_value_heads=8)
+    done = command("plan", other, "--kv-heads", "--moments", kept)
+    assert done.exit_code == 2 and "of other weights" in done.output
 
 
 def test_bad_input_is_told_before_any_work(tmp_path: Path, eight: Path) -> None:
@@ -231,3 +253,12 @@ def test_the_probe_needs_room_for_a_checkpoint(eight: Path, texts: Path, monkeyp
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1, used=1, free=1))
     with pytest.raises(UserError, match="free"):
         retrofit.prices(eight, tokens=4096, calibrate=[str(texts / "train")], measure=False)
+
+
+def test_the_next_command_is_for_the_same_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(module, "prices", lambda recipe, **options: said.append(options["command"]))
+    retrofit.prices("someone/model", revision="v1.0", measure=False)
+    retrofit.prices("someone/model", recipe="gqa", revision="v1.0", measure=False)
+    assert said[0].startswith("retrofit convert someone/model --revision v1.0 --kv-heads {kv_heads}")
+    assert said[1].startswith("retrofit run gqa --model someone/model --revision v1.0 --set")

@@ -9,8 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import retrofit
+from retrofit.checkpoint import place
 from retrofit.checkpoint.provenance import read_provenance
 from retrofit.errors import UserError
+from retrofit.model import reexpress
+from retrofit.pipeline import operations
 from tests.model.test_reexpress import FIRST, ids, load, save
 
 
@@ -21,14 +24,22 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return save(tmp_path / "source", "gpt2", fields)
 
 
-def test_reexpress_only_writes_the_same_function_and_its_record(source: Path, tmp_path: Path) -> None:
+def test_reexpress_only_writes_the_same_function_and_its_record(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
+    stages: list[object] = []
+    stage = place.staged
+    for module in (operations, reexpress):
+        counted = lambda *args, **named: stages.append(args) or stage(*args, **named)  # noqa: E731
+        monkeypatch.setattr(module, "staged", counted, raising=False)
     done = retrofit.convert(source, reexpress_only=True, out=out)
+    assert len(stages) == 1
     assert done.step == "reexpress" and "gpt2 was re-expressed as gpt_bigcode" in done.report["notes"][0]
     with torch.no_grad():
         assert torch.allclose(load(source)(ids()).logits, load(out)(ids()).logits, atol=1e-4)
     assert [step["step"] for step in read_provenance(out)["steps"]] == ["reexpress"]
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache").exists() and list(tmp_path.glob("*.partial")) == []
     with pytest.raises(UserError, match="not empty"):
         retrofit.convert(source, reexpress_only=True, out=out)
 

@@ -13,7 +13,7 @@ from retrofit.checkpoint.read import Checkpoint
 from retrofit.errors import UserError
 from retrofit.model.families import describe
 from retrofit.recipe.schema import Adapter
-from retrofit.recover.adapters import attach, merge_and_save, target_modules
+from retrofit.recover.adapters import about_experts, attach, merge_and_save, target_modules
 from retrofit.recover.fused import fuse
 from retrofit.recover.pair import head_of, load_pair
 from tests.tiny import FAMILIES, save_tiny, tiny_model
@@ -176,3 +176,14 @@ def test_the_teacher_shares_what_is_equal(tmp_path: Path) -> None:
         # Training the student's adapters does not move the teacher.
         noise(attach(pair.student, Adapter(rank=2), pair.spec, 0))
         assert torch.equal(pair.teacher(IDS).logits, original(IDS).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_without_adapters_are_told_of(family: str) -> None:
+    model = tiny_model(family)
+    spec = describe(model.config)
+    stacked = [name for name, p in model.named_parameters() if p.dim() == 3]
+    targets = target_modules(model, Adapter(), spec)
+    assert not any(".experts" in name for name in targets)
+    assert bool(about_experts(Adapter(), spec)) == bool(stacked)
+    assert about_experts(Adapter(mlp=False), spec) == ()

@@ -1,7 +1,7 @@
 """The same function as another architecture, exactly: for models whose own class cannot hold fewer KV heads.
 
     reexpression_of(config)              # what a GPT-NeoX, GPT-J, GPT-2 or OPT configuration becomes; None for others
-    reexpress(folder, out)               # the checkpoint, written anew, tensor by tensor
+    reexpress(folder, out)               # the checkpoint, written anew, tensor by tensor, into a staged folder
 
 Every target is a stock class of transformers and one of `retrofit.model.families`.
 """
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrofit.checkpoint.write import staged
 from retrofit.errors import UserError
 from retrofit.model.families.refused import OPTIONAL, REEXPRESSED
 from retrofit.model.reexpress import gpt_bigcode, others, phi
@@ -67,7 +66,7 @@ def reexpress(
     max_shard_size: str = "5GB",
     progress: Progress | None = None,
 ) -> ReexpressReport:
-    """Write the checkpoint `source_folder` as another architecture to the new folder `out`, staged.
+    """Write the checkpoint `source_folder` as another architecture into the (existing, staged) folder `out`.
 
     target: the wanted `model_type` (the only one there is, by default). dtype: "auto" is the source's own.
     Raises UserError as `reexpression_of` does, for a model that has no need of it, and for a broken checkpoint.
@@ -86,10 +85,7 @@ def reexpress(
             else "convert it as it is (`retrofit inspect MODEL` says whether it can be)",
         )
     chosen = None if dtype == "auto" else resolve_dtype(dtype, source_folder)
-    with staged(Path(out)) as folder:
-        return write(
-            reexpression, source_folder, folder, dtype=chosen, max_shard_size=max_shard_size, progress=progress
-        )
+    return write(reexpression, source_folder, Path(out), dtype=chosen, max_shard_size=max_shard_size, progress=progress)
 
 
 __all__ = ["Made", "ReexpressReport", "Reexpression", "cached", "reexpress", "reexpression_of"]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from retrofit.checkpoint.cast import narrowed
 from retrofit.checkpoint.place import folder_lock, require_free_space, require_writable, staged
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.write import ShardWriter, copy_side_files, write_config
@@ -55,22 +56,25 @@ def write(
 ) -> ReexpressReport:
     """Write the checkpoint `source` as `reexpression` says into the (existing, staged) folder `out`.
 
-    dtype: of the written weights, the source's own by default. Raises UserError when the source lacks a tensor or
-    holds one that the re-expression does not know, before anything is written.
+    dtype: of the written weights, by default that of most of the source's bytes. Raises UserError when the source lacks
+    a tensor or holds one that the re-expression does not know, before anything is written, and for values beyond dtype.
     """
     started = time.monotonic()
     checkpoint = Checkpoint.open(source)
     stored = stored_names(reexpression, checkpoint)
-    dtypes = [checkpoint.dtype(name) for name in stored.values()]
-    written = dtype or max(set(dtypes), key=dtypes.count)
-    require_free_space(out, checkpoint.nbytes * written.itemsize // max(set(dtypes), key=dtypes.count).itemsize)
+    own = checkpoint.main_dtype
+    assert own.is_floating_point  # `resolve` reads no other models
+    written = dtype or own
+    require_free_space(out, checkpoint.nbytes * written.itemsize // own.itemsize)
     if progress:
         progress.start(f"re-express as {reexpression.target}", len(reexpression.tensors), "tensors")
     held: dict[str, Tensor] = {}
     with ShardWriter(out, max_shard_size) as writer:
         for name, made in reexpression.tensors.items():
             held = {one: held[one] if one in held else checkpoint.tensor(stored[one]) for one in made.sources}
-            writer.add(name, made.make(*held.values()).to(written, copy=True).contiguous())
+            tensor = made.make(*held.values())
+            cast = narrowed(tensor, written, name)
+            writer.add(name, (cast.clone() if cast is tensor else cast).contiguous())
             if progress:
                 progress.advance(1)
         writer.close()
