@@ -226,7 +226,8 @@ def _search(console: Console, found: Mapping[str, Any]) -> None:
     """The encodings that were compared over the whole window, the best first."""
     last = [trial for trial in found["trials"] if trial["rung"] == found["winner"]["rung"]]
     console.table(
-        f"search: {len(found['trials'])} passes, {found['read']:,} tokens read; nats per token over the whole window",
+        f"search: {len(found['trials'])} passes, {found['tokens_read']:,} tokens read (a budget of {found['read']:,}); "
+        "nats per token over the whole window",
         ["encoding", "original window", "last tokens", "answers", "objective"],
         [
             (trial["label"], *(f"{trial[name]:.3f}" for name in ("native", "tail", "needle", "objective")))
