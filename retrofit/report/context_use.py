@@ -111,7 +111,11 @@ def _certificates(models: Sequence[ModelResult]) -> Iterator[Figure]:
         else ""
     )
     unit = next((one.unit for _, one in certified if one.unit), "")
-    resampled = f"Bootstrap over each {unit}, {words.count(found.documents)} documents." if unit else ""
+    resampled = (
+        f"Bootstrap over each {unit}, {words.count(found.documents)} document{'s' * (found.documents != 1)}."
+        if unit
+        else ""
+    )
     headers = ("context length", "model", "result", "tail", "context gain, nats", "needle", "margins")
     yield Figure(
         "context",
