@@ -327,7 +327,7 @@ def extend(
 @app.command(
     epilog=_examples(
         "retrofit recover out/mqa --teacher embedded --tokens 200000 --out out/recovered",
-        "retrofit recover out/long --teacher embedded --loss lm --text book.txt --tokens 1000000 --out out/recovered",
+        "retrofit recover out/long --teacher embedded --positions pose --sequence-length 2048 --tokens 98304 --out used",
     )
 )
 def recover(
@@ -344,6 +344,20 @@ def recover(
         typer.Option("--learning-rate", help="Its peak; by default 0.576 / hidden size."),
     ] = None,
     rank: Annotated[int, typer.Option("--rank", help="LoRA rank; alpha is twice the rank.")] = 64,
+    norms: Annotated[bool, typer.Option("--norms", help="Train the norms as well.")] = False,
+    positions: Annotated[
+        str, typer.Option("--positions", help="full, or pose: short rows whose positions skip ahead up to the window.")
+    ] = "full",
+    short_share: Annotated[
+        float | None,
+        typer.Option("--short-share", help="With pose: share of rows at ordinary positions; default 0.35."),
+    ] = None,
+    document_masking: Annotated[
+        bool, typer.Option("--document-masking", help="Packed documents do not see each other.")
+    ] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, slower.")
+    ] = False,
     kernel: Kernel = "auto",
     device: Device = "auto",
     seed: Seed = 0,
@@ -364,6 +378,11 @@ def recover(
         batch_size=batch_size,
         learning_rate=learning_rate,
         rank=rank,
+        norms=norms,
+        positions=positions,
+        short_share=short_share,
+        document_masking=document_masking,
+        gradient_checkpointing=gradient_checkpointing,
         kernel=kernel,
         device=device,
         seed=seed,

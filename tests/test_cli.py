@@ -219,6 +219,20 @@ def test_recover_trains_towards_the_original(tiny: Path, tmp_path: Path) -> None
     assert not list(tmp_path.glob("*.work")) and not list(tmp_path.glob("*.partial"))
 
 
+def test_recover_takes_positions_and_what_is_trained_from_options(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for index in range(12):
+        (tmp_path / "text" / f"{index}.txt").write_text(f"{index} little sentences, again and again. " * 40)
+    options = ["--tokens", 256, "--sequence-length", 64, "--text", tmp_path / "text", "--out", tmp_path / "long"]
+    command = ["recover", tiny, "--teacher", tiny, *options]
+    assert "add --positions pose" in cli(*command, "--short-share", 0.5, code=2)
+    cli(*command, "--positions", "pose", "--short-share", 0.5, "--norms", "--gradient-checkpointing")
+    (step,) = json.loads((tmp_path / "long" / "retrofit.json").read_text())["steps"]
+    section = step["config"]
+    assert (section["positions"], section["short_share"], section["gradient_checkpointing"]) == ("pose", 0.5, True)
+    assert section["adapter"]["norms"] and not section["document_masking"]
+
+
 def test_what_a_checkpoint_was_trained_on_is_measured_on_its_held_out_part(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     for index in range(12):

@@ -308,6 +308,11 @@ def recover(
     batch_size: int = 1,
     learning_rate: float | None = None,
     rank: int = 64,
+    norms: bool = False,
+    positions: str = "full",
+    short_share: float | None = None,
+    document_masking: bool = False,
+    gradient_checkpointing: bool = False,
     kernel: str = "auto",
     device: str = "auto",
     seed: int = 0,
@@ -316,13 +321,23 @@ def recover(
     """Train `model` to follow `teacher` (the model before the surgery) and write the merged checkpoint to `out`."""
     from retrofit.pipeline import single
 
+    if short_share is not None and positions != "pose":
+        raise UserError(
+            "short rows are a share of rows that skip positions, and none do",
+            where="--short-share",
+            fix="add --positions pose, or leave --short-share out",
+        )
     section = {
         "loss": loss,
         "tokens": tokens,
         "sequence_length": sequence_length,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
-        "adapter": {"rank": rank, "alpha": 2 * rank},
+        "positions": positions,
+        "document_masking": document_masking,
+        "gradient_checkpointing": gradient_checkpointing,
+        "adapter": {"rank": rank, "alpha": 2 * rank, "norms": norms},
+        **({} if short_share is None else {"short_share": short_share}),
         **({"text": list(text)} if text else {}),
     }
     recipe = single.recipe("recover", section, model=str(model), kernel=kernel, device=device, seed=seed)
