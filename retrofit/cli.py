@@ -327,7 +327,7 @@ def extend(
 @app.command(
     epilog=_examples(
         "retrofit recover out/mqa --teacher embedded --tokens 200000 --out out/recovered",
-        "retrofit recover out/long --teacher embedded --positions pose --sequence-length 2048 --tokens 98304 --out used",
+        "retrofit recover out/long --teacher embedded --positions pose --tokens 98304 --out out/used",
     )
 )
 def recover(
