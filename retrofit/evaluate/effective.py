@@ -113,8 +113,10 @@ def effective_length(
     tests: list[LengthTests] = []
     unit = ""
     for length in measured:
-        pairs = reference and length > native and _tails(losses, original, length, native, reference, size)
-        ratio = ratio_interval(*pairs, resamples=resamples, seed=seed) if pairs else None
+        ratio = None
+        if reference is not None and length > native:
+            pair = _tails(losses, original, length, native, reference, size)
+            ratio = ratio_interval(*pair, resamples=resamples, seed=seed) if pair else None
         row, score = by_length.get(length), (needle or {}).get(length)
         margins: dict[str, float] = {}
         if ratio is not None:

@@ -28,8 +28,9 @@ _TEXTS: tuple[tuple[str, str], ...] = (
     (
         "Effective length",
         "the longest measured context that the model is shown to use: at it and at every shorter measured one the end "
-        "of the text is predicted no worse than at the native length, the context beyond the native one lowers the "
-        "loss of the same tokens, and a fact put into the text is found nearly as often as within the native window.",
+        "of the text is predicted as well as at the native length (set against the original, which reads the same "
+        "tokens with its native context), the context beyond the native one lowers the loss of the same tokens, and a "
+        "fact put into the text is found nearly as often as within the native window.",
     ),
     (
         "Context gain",
