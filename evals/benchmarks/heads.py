@@ -5,8 +5,9 @@
 Converts SmolLM2-135M from 3 to 1 KV heads in every layer and scores each checkpoint on prose that no fit has seen:
 DIR/moby_dick.txt, where the other .txt files of DIR are the calibration text of the same kind. Without --books the
 held-out documentation is scored, after calibration on the rest of the documentation. Rows that end in `, other text`
-are calibrated on text of other kinds only. Writes results/kv_heads.json, .md and .svg, a row at a time; a row that is
-there already, measured with the same settings, is not measured again, so an interrupted benchmark goes on.
+are calibrated on the built-in kinds of text other than that; --also FILE adds rows whose mix has the FILE too. Writes
+results/kv_heads.json, .md and .svg, a row at a time; a row that is there already, measured with the same settings, is
+not measured again, so an interrupted benchmark goes on.
 """
 
 from __future__ import annotations
@@ -42,23 +43,28 @@ SEEN = "calibration text"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. start: the row whose checkpoint it goes on from. tokens: of its training."""
+    """One line of the table. other_text: calibrated on other kinds of text than the table's; also: and on a file of
+    this name. start: the row whose checkpoint it goes on from. tokens: of its training."""
 
     name: str
     method: str = "calibrated"
     repair: str = "none"
     other_text: bool = False
+    also: str = ""
     start: str | None = None
     loss: str = ""
     tokens: int = 0
 
 
-def rows(distil: Sequence[int]) -> list[Row]:
+def rows(distil: Sequence[int], also: Sequence[Path] = ()) -> list[Row]:
     """Every row, cheap ones first."""
     found = [Row("first", "first"), Row("mean", "mean"), Row("procrustes", "procrustes"), Row("real-pca", "real-pca")]
     repairs = {"calibrated": "none", "+ o_proj": "o_proj", "+ o_proj + transfer": "transfer"}
-    for other in (False, True):
-        found += [Row(f"{name}{', other text' * other}", repair=r, other_text=other) for name, r in repairs.items()]
+    for name, repair in repairs.items():
+        found += [Row(name, repair=repair), Row(f"{name}, other text", repair=repair, other_text=True)]
+        for file in also:
+            named = f"{name}, other text with {file.stem}"
+            found.append(Row(named, repair=repair, other_text=True, also=file.name))
     best = "+ o_proj"
     for tokens in distil:
         found.append(Row(f"{best} + distillation, {tokens // 1000}k", start=best, loss="distill", tokens=tokens))
@@ -77,6 +83,8 @@ def settings(row: Row, chosen: Mapping[str, Row], tokens: int) -> dict[str, Any]
     """What a row's numbers depend on, kept with them. tokens: of the calibration. A learning rate of None is that of
     the model's width."""
     found = {**vars(row), "calibration_tokens": tokens}
+    if not row.also:
+        del found["also"]
     if row.start:
         trained = recipe(row)
         found["start"] = settings(chosen[row.start], chosen, tokens)
@@ -94,7 +102,7 @@ def model_name(model: str) -> str:
 class Bench:
     """Text, model and results of one benchmark."""
 
-    def __init__(self, model: str, books: Path | None, tokens: int, work: Path) -> None:
+    def __init__(self, model: str, books: Path | None, tokens: int, work: Path, also: Sequence[Path] = ()) -> None:
         from retrofit.model.load import load_tokenizer
         from retrofit.model.source import resolve
         from retrofit.recipe.schema import TextSource
@@ -102,6 +110,7 @@ class Bench:
         self.folder = resolve(model).folder
         self.tokenizer = load_tokenizer(self.folder)
         self.tokens, self.work = tokens, work
+        self.also = {path.name: TextSource(source=str(path)) for path in also}
         self.identity = [model, books is not None]
         same = sorted(str(path) for path in books.glob("*.txt") if path.name != HELD_OUT) if books else ["python-docs"]
         self.same = [TextSource(source=name) for name in same]
@@ -158,7 +167,8 @@ class Bench:
 
         text = None
         if row.method not in ("first", "mean"):
-            text = self._calibration(self.other if row.other_text else self.same)
+            also = [self.also[row.also]] if row.also else []
+            text = self._calibration([*self.other, *also] if row.other_text else self.same)
         began = cpu_seconds()
         report = convert(self.folder, out, kv_heads=1, method=row.method, repair=row.repair, text=text)  # type: ignore[arg-type]
         seconds = cpu_seconds() - began
@@ -218,6 +228,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="any model with 3 KV heads or more")
     parser.add_argument("--books", type=Path, help=f"folder with {HELD_OUT} and other novels")
+    parser.add_argument(
+        "--also",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="text for the mix of other kinds; repeatable",
+    )
     parser.add_argument("--tokens", type=int, default=49_152, help="calibration tokens")
     parser.add_argument("--distil", type=int, nargs="*", default=DISTIL, metavar="TOKENS")
     parser.add_argument("--only", nargs="*", metavar="ROW", help="names of the rows to measure, in this order")
@@ -232,7 +250,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.books and not (options.books / HELD_OUT).is_file():
         parser.error(f"{options.books} holds no {HELD_OUT}")
-    chosen = {row.name: row for row in rows(options.distil)}
+    for file in options.also:
+        if not file.is_file():
+            parser.error(f"--also: there is no {file}")
+    chosen = {row.name: row for row in rows(options.distil, options.also)}
     names = options.only or list(chosen)
     for name in names:
         if name not in chosen:
@@ -241,7 +262,7 @@ def main() -> None:
     if others:
         parser.error(f"{options.out / 'kv_heads.json'} holds results of {others}: use another --out")
     with tempfile.TemporaryDirectory() as temporary:
-        bench = Bench(options.model, options.books, options.tokens, options.work or Path(temporary))
+        bench = Bench(options.model, options.books, options.tokens, options.work or Path(temporary), options.also)
         original = bench.score(bench.folder)
         for name in names:
             _measure(bench, chosen[name], chosen, original, options)
@@ -310,6 +331,11 @@ def _command(options: argparse.Namespace, found: Mapping[str, Any]) -> str:
         parts.append("--books DIR")
     if options.tokens != default.tokens:
         parts.append(f"--tokens {options.tokens}")
+    parts += [
+        f"--also {shlex.quote(name)}"
+        for name in dict.fromkeys(r["settings"].get("also") for r in found.values())
+        if name
+    ]
     trained = {row["settings"]["tokens"] for row in found.values()} - {0}
     if not trained <= set(DISTIL):
         parts.append(f"--distil {' '.join(map(str, sorted(trained)))}")

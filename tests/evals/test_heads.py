@@ -26,7 +26,7 @@ class FakeBench(heads.Bench):
 
     did: list[tuple[str, ...]]
 
-    def __init__(self, model: str, books: Path | None, tokens: int, work: Path) -> None:
+    def __init__(self, model: str, books: Path | None, tokens: int, work: Path, also: Any) -> None:
         self.identity, self.work, self.folder = [model, books is not None], work, work
         self.did.append(("begun",))
 
@@ -120,6 +120,24 @@ def test_the_recorded_command_gives_the_same_rows(run: Any, tmp_path: Path, monk
     assert "my model, converted to 1 KV head" in table
     did, record = run(*options, "--only", "mean")
     assert did == [] and record["command"].endswith("--distil 20000")
+
+
+def test_a_file_adds_rows_whose_mix_of_other_text_has_it(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "wiki.txt"
+    with pytest.raises(SystemExit):
+        run("--also", str(file))
+    assert "--also: there is no " in capsys.readouterr().err
+    file.write_text("text")
+    name = "+ o_proj, other text with wiki"
+    did, record = run("--also", str(file), "--only", name, "+ o_proj, other text")
+    assert did == [("convert", name), ("convert", "+ o_proj, other text")]
+    assert record["rows"][name]["settings"]["also"] == "wiki.txt"
+    assert "also" not in record["rows"]["+ o_proj, other text"]["settings"]
+    assert record["command"].endswith(" --also wiki.txt") and str(tmp_path) not in json.dumps(record)
+    did, _ = run("--also", str(file), "--only", name)
+    assert did == []
 
 
 def test_another_machine_is_told_and_the_first_ones_stays(run: Any, tmp_path: Path, monkeypatch: Any) -> None:
