@@ -39,7 +39,7 @@ from retrofit.pipeline.plan import (
     steps_of,
 )
 from retrofit.pipeline.texts import read_before, require_distinct, scored_documents
-from retrofit.publish.card import require_licence_and_base
+from retrofit.publish.card_input import require_licence_and_base
 from retrofit.publish.reload import nothing_to_compare
 from retrofit.recipe.schema import Context, Recipe, TextSource
 from retrofit.recover.data import check_sources
