@@ -26,13 +26,12 @@ from retrofit.model.spec import AttentionSpec
 from retrofit.model.whole import require_complete
 from retrofit.pipeline.journal import NAME as JOURNAL
 from retrofit.pipeline.longcontext import definitions_of, longest_prompt
+from retrofit.pipeline.passes import ModelFacts, Throughput
 from retrofit.pipeline.plan import (
     FOLDERS,
     MOST_SAMPLED,
     SAMPLED_TOKENS,
-    ModelFacts,
     Plan,
-    Throughput,
     claimed_length,
     make_plan,
     sampled_tokens,
