@@ -35,7 +35,7 @@ MACHINE_SECONDS = 1.0  # of measuring the machine's own speed beside a model's
 PROOF_SECONDS = 5.0  # of loading a model once more and proving its kernel
 TRANSFER_PASSES = 7  # forward and backward twice over the text that is trained on, and what is held out, four times
 BATCH_TOKENS = 8192  # of a calibration batch
-SAMPLED_TOKENS = 20_480  # of the original's own text, as `recover.data.Teacher` asks for: one batch
+SAMPLED_TOKENS = 20_480  # of the original's own text, as `recover.samples.Teacher` asks for: one batch
 MOST_SAMPLED = 65_536  # for training, which may read them again
 SAMPLE_ROWS = 40  # texts that it writes at a time
 
