@@ -49,7 +49,7 @@ def train(folder: Path, steps: int) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from retrofit.recipe.schema import TextSource
-    from retrofit.recover.data import training_rows
+    from retrofit.recover.packing import training_rows
 
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
@@ -127,7 +127,7 @@ def make_tokenizer() -> Any:
 def held_out(tokenizer: Any) -> dict[str, Any]:
     """Sequences [N, LENGTH] of each kind that neither training nor calibration saw."""
     from retrofit.recipe.schema import TextSource
-    from retrofit.recover.data import training_rows
+    from retrofit.recover.packing import training_rows
 
     return {
         kind: training_rows([TextSource(source=kind)], tokenizer, SCORED, LENGTH, seed=1, split="held_out").ids_NT

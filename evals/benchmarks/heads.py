@@ -180,7 +180,7 @@ class Bench:
 
     def train(self, row: Row, start: Path, out: Path) -> dict[str, Any]:
         """Adapters on the checkpoint of another row, on the calibration text's own sources."""
-        from retrofit.recover.data import training_rows
+        from retrofit.recover.packing import training_rows
         from retrofit.recover.train import recover
 
         section = recipe(row).model_copy(update={"text": tuple(self.same)})

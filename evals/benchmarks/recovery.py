@@ -87,7 +87,7 @@ def measure(case: str, length: int, options: argparse.Namespace) -> dict[str, An
     from retrofit.model.load import load_tokenizer
     from retrofit.model.source import resolve
     from retrofit.recipe.schema import TextSource
-    from retrofit.recover.data import training_rows
+    from retrofit.recover.packing import training_rows
     from retrofit.recover.pair import compute_dtype
 
     torch.set_num_threads(1)

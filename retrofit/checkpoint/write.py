@@ -6,8 +6,6 @@ the format allows) when the file is complete, so no tensor is held back and no b
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
 import os
 import re
@@ -23,6 +21,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from retrofit.checkpoint.place import existing_ancestor, folder_lock, require_free_space, require_writable, staged
+from retrofit.checkpoint.raw import copy_bytes, shift, write_all, write_back
 from retrofit.checkpoint.read import DTYPES, INDEX, SINGLE, read_header
 from retrofit.errors import UserError
 
@@ -42,7 +41,6 @@ __all__ = [
     "write_config",
 ]
 
-CHUNK_BYTES = 8 << 20
 HEADER_RESERVE = 16 << 10
 FLUSH_BYTES = 64 << 20
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -172,14 +170,14 @@ class ShardWriter:
         dense = tensor.detach().to("cpu").contiguous()
         file = self._begin(name, _DTYPE_NAMES[dense.dtype], tuple(dense.shape), dense.nbytes)
         if dense.nbytes and file:
-            _write_all(file, dense.reshape(-1).view(torch.uint8).numpy().data)
+            write_all(file, dense.reshape(-1).view(torch.uint8).numpy().data)
             self._start_flush(file)
 
     def copy(self, name: str, dtype: str, shape: tuple[int, ...], source: FileIO, offset: int, nbytes: int) -> None:
         """Copy the bytes of a stored tensor without decoding them. `dtype` is the safetensors name ("BF16")."""
         file = self._begin(name, dtype, shape, nbytes)
         if file:
-            _copy_bytes(source, offset, file, nbytes)
+            copy_bytes(source, offset, file, nbytes)
             self._start_flush(file)
 
     def close(self) -> tuple[str, ...]:
@@ -242,12 +240,12 @@ class ShardWriter:
                     raise StaleShards(str(part))
             return
         if length > self.reserve:
-            _shift(self._file, 8 + self.reserve, self._offset, length - self.reserve)
+            shift(self._file, 8 + self.reserve, self._offset, length - self.reserve)
         if self._resume:
             # A header on disk means that the data is; macOS has no fdatasync.
             getattr(os, "fdatasync", os.fsync)(self._file.fileno())
         self._file.seek(0)
-        _write_all(self._file, memoryview(header))
+        write_all(self._file, memoryview(header))
         self._file.close()
         self._file = None
 
@@ -255,7 +253,7 @@ class ShardWriter:
         """Let the disk begin with what was written since the last call: waiting for all of it at the end takes
         longer."""
         if self._offset - self._flushed >= FLUSH_BYTES:
-            _write_back(file, 8 + self.reserve + self._flushed, self._offset - self._flushed)
+            write_back(file, 8 + self.reserve + self._flushed, self._offset - self._flushed)
             self._flushed = self._offset
 
     def _found(self) -> frozenset[int]:
@@ -284,55 +282,6 @@ def remove_shards(folder: str | Path) -> int:
     for path in shards:
         path.unlink()
     return len(shards)
-
-
-def _write_back(file: FileIO, offset: int, nbytes: int) -> None:
-    """Start writing a range of a file to disk and return at once; nothing where the system has no such call."""
-    start = getattr(ctypes.CDLL(None), "sync_file_range", None)
-    if start is not None:
-        start(file.fileno(), ctypes.c_int64(offset), ctypes.c_int64(nbytes), 2)  # SYNC_FILE_RANGE_WRITE
-
-
-def _write_all(file: FileIO, view: memoryview) -> None:
-    """A raw write stops at 2 GiB and at signals; go on until all is written."""
-    while view:
-        view = view[file.write(view) :]
-
-
-def _copy_bytes(source: FileIO, offset: int, target: FileIO, nbytes: int) -> None:
-    """Copy to the target's position inside the kernel where that is possible, else through a small buffer."""
-    if hasattr(os, "copy_file_range"):
-        try:
-            while nbytes:
-                copied = os.copy_file_range(source.fileno(), target.fileno(), nbytes, offset_src=offset)
-                if not copied:
-                    break
-                offset, nbytes = offset + copied, nbytes - copied
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
-                raise
-    buffer = memoryview(bytearray(min(CHUNK_BYTES, nbytes)))
-    source.seek(offset)
-    while nbytes:
-        count = source.readinto(buffer[: min(CHUNK_BYTES, nbytes)])
-        if not count:
-            raise UserError("the file became shorter while it was read", where=str(source.name))
-        _write_all(target, buffer[:count])
-        nbytes -= count
-
-
-def _shift(file: FileIO, start: int, nbytes: int, by: int) -> None:
-    """Move `nbytes` at `start` towards the end by `by` bytes, last chunk first."""
-    done = nbytes
-    while done:
-        count = min(CHUNK_BYTES, done)
-        done -= count
-        file.seek(start + done)
-        chunk = b""
-        while len(chunk) < count:
-            chunk += file.read(count - len(chunk)) or b""
-        file.seek(start + done + by)
-        _write_all(file, memoryview(chunk))
 
 
 def copy_side_files(source: str | Path, out: str | Path) -> tuple[str, ...]:

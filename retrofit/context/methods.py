@@ -7,18 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from retrofit.context import frequencies as spectra
 from retrofit.context import learned
-from retrofit.context.fields import RopeView, original_length, rotary_dim, views
+from retrofit.context.fields import RopeView, rotary_dim, views
+from retrofit.context.history import history, total_factor, trained_with_llama3
+from retrofit.context.longrope import LONGROPE_ONLY, as_longrope, lists
 from retrofit.context.names import rotary_fields
 from retrofit.errors import UserError
 from retrofit.recipe.schema import MOST_TOKENS, ROPE_SETTINGS, RopeSettings
 
 METHODS = tuple(ROPE_SETTINGS)
-LONGROPE_ONLY = ("phi3",)
-"""Families whose configuration class knows no other rope_type than default and longrope."""
 HEAD_DIM_NEEDED = ("mixtral",)
 """Families whose class leaves head_dim empty and whose scaled encodings fail on that."""
 
@@ -78,10 +76,10 @@ def extended(
             fix="leave `context` out of the recipe",
         )
     view = chosen[0]
-    original, used = _history(text, view, before, method)
+    original, used = history(text, view, before, method)
     step = length / before
-    scale = _total(text, view, method, before, length, used)
-    trained = _trained_with_llama3(text, view)
+    scale = total_factor(text, view, method, before, length, used)
+    trained = trained_with_llama3(text, view)
     notes = _notes(text, found, method, 1.0 if trained else used, scale, step, settings)
     if trained:
         extension = Extension(method, before, before, length, step, step, notes)
@@ -141,59 +139,6 @@ def _target(before: int, length: int | None, factor: float | None) -> int:
     return length
 
 
-def _history(text: Mapping[str, Any], view: RopeView, before: int, method: str) -> tuple[int, float]:
-    """(true original length, factor already applied) of the encoding that is there; refuses what cannot compose."""
-    kind, known = view.rope_type, original_length(text, view.parameters)
-    if kind == "default":
-        if known is None or known >= before:
-            return before, 1.0
-        present, used = "ntk", before / known
-        if method == "none":  # a longer claim for the same base
-            present = "none"
-    elif kind in ("linear", "yarn", "llama3"):
-        present, used = kind, float(view.parameters.get("factor") or before / (known or before))
-    elif method != "longrope" and known is not None and (found := _written_as_longrope(text, view, known)):
-        present, used = found, float(view.parameters["factor"])
-    elif kind == "longrope":  # its lists are absolute: they stand in the place of those that are there
-        present, used = kind, before / (known or before)
-    else:
-        present, used = kind, 1.0
-    if present != method:
-        fix = f"use `method: {present}`" if present in METHODS else "start from a checkpoint with plain RoPE"
-        if present == "longrope":
-            fix += " with both lists"
-        raise UserError(
-            f"The model's window is already extended by `{present}`; `{method}` on top would undo that",
-            where=f"config.json: {view.where}",
-            fix=f"{fix}, or start from the checkpoint before that extension",
-        )
-    if known is None and kind in ("yarn", "llama3", "longrope"):
-        raise UserError(
-            f"The model is extended by `{kind}` but its original length is not recorded",
-            where=f"config.json: {view.where}.original_max_position_embeddings",
-            fix="write the window it had before that extension there",
-        )
-    return (round(before / used) if known is None else known), used
-
-
-def _trained_with_llama3(text: Mapping[str, Any], view: RopeView) -> bool:
-    """Whether llama3 is the encoding that the model was trained with, as Llama 3.1: its file has the original length
-    inside the rotary parameters alone, that of an extension at the top as well."""
-    return view.rope_type == "llama3" and text.get("original_max_position_embeddings") is None
-
-
-def _total(text: Mapping[str, Any], view: RopeView, method: str, before: int, length: int, used: float) -> float:
-    """The factor of the new window, whatever scale the file paired with the old one.
-
-    A scale that reaches further already stays: the weights may have been trained with it. Not where the window was
-    never raised to it, as Qwen's instructions have it: those weights know the original length alone.
-    """
-    known = original_length(text, view.parameters)
-    if known is None or view.rope_type == "default" or method not in ("linear", "yarn"):
-        return used * length / before  # of llama3 the window may be longer than original x factor, as Llama 3.1's is
-    return max(length / known, used if before > known else 1.0)
-
-
 def _parameters(
     text: Mapping[str, Any],
     view: RopeView,
@@ -238,25 +183,10 @@ def _parameters(
         if written is not None and settings.attention_factor is None:
             scaled["attention_factor"] = written
     if method == "longrope":
-        return scaled | _lists(settings, dim // 2)
+        return scaled | lists(settings, dim // 2)
     if text.get("model_type") in LONGROPE_ONLY:
-        return _as_longrope(text, view, scaled, original, common)
+        return as_longrope(text, view, scaled, original, common)
     return scaled
-
-
-def _lists(settings: RopeSettings, pairs: int) -> dict[str, Any]:
-    """The factors of LongRoPE (arXiv 2402.13753): divisors of the frequencies, one per rotary pair."""
-    found: dict[str, Any] = {}
-    for name in ("short_factor", "long_factor"):
-        values = list(getattr(settings, name))
-        if len(values) != pairs:
-            raise UserError(
-                f"`{name}` has {len(values)} numbers, the model {pairs} rotary pairs",
-                where=f"context.{name}",
-                fix=f"write {pairs} numbers, that of the fastest pair first",
-            )
-        found[name] = values
-    return found
 
 
 def _written_factor(text: Mapping[str, Any], view: RopeView) -> float | None:
@@ -310,41 +240,6 @@ def _with_attention_factor(
             f"(x {scale:.4g}), because engines compute the encoding's own whatever the configuration says."
         )
     return replace(extension, query_scale=scale / held, notes=tuple(notes))
-
-
-def _as_longrope(
-    text: Mapping[str, Any], view: RopeView, scaled: dict[str, Any], original: int, common: dict[str, Any]
-) -> dict[str, Any]:
-    """The same spectrum as longrope with equal lists and an explicit attention factor: exact and length-independent."""
-    wanted, scale = spectra.compute(text, RopeView(view.where, view.layer_type, scaled))
-    stretch = (spectra.base_frequencies(common["rope_theta"], 2 * len(wanted)) / wanted).tolist()
-    return {
-        **common,
-        "rope_type": "longrope",
-        "factor": scaled["factor"],
-        "short_factor": stretch,
-        "long_factor": list(stretch),
-        "attention_factor": scale,
-        "original_max_position_embeddings": original,
-    }
-
-
-def _written_as_longrope(text: Mapping[str, Any], view: RopeView, original: int) -> str | None:
-    """The method whose defaults `_as_longrope` wrote as these lists; None for any other lists."""
-    got = view.parameters
-    if view.rope_type != "longrope" or text.get("model_type") not in LONGROPE_ONLY or got.get("factor") is None:
-        return None
-    if got.get("short_factor") != got.get("long_factor"):
-        return None
-    spectrum, scale = spectra.compute(text, view)
-    common = {key: got[key] for key in ("rope_theta", "partial_rotary_factor", "factor") if key in got}
-    for method in ("yarn", "linear", "llama3"):
-        ramp = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if method == "llama3" else {}
-        asked = {**common, **ramp, "rope_type": method, "original_max_position_embeddings": original}
-        wanted, own = spectra.compute(text, RopeView(view.where, view.layer_type, asked))
-        if math.isclose(scale, own, rel_tol=1e-6) and np.allclose(spectrum, wanted, rtol=1e-6, atol=0.0):
-            return method
-    return None
 
 
 def _notes(

@@ -14,7 +14,6 @@ Successive halving: Jamieson and Talwalkar 2016 (arXiv 1502.07943).
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,12 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from retrofit.context.candidates import NEAR, TAIL, Candidate, candidates, rungs
+from retrofit.context.candidates import Candidate, candidates, rungs
 from retrofit.context.frequencies import yarn_attention_factor
+from retrofit.context.search_text import RungText, rung_text
 from retrofit.context.temperature import scale_queries
 from retrofit.errors import UserError
-from retrofit.evaluate.haystack import encode
-from retrofit.evaluate.needle import DIGITS, KEYS, NEEDLE
 from retrofit.evaluate.reader import Reader
 from retrofit.evaluate.resume import Kept
 from retrofit.evaluate.score import reading
@@ -42,8 +40,6 @@ if TYPE_CHECKING:
     from retrofit.console import Progress
     from retrofit.kernels.registry import Choice
 
-FACTS = 6  # put into the text, fewer where they would fill more than a quarter of it
-PLACES = (0.05, 0.85)  # of the first and the last, as shares of what is read
 ORIGINAL = "original"
 
 
@@ -87,31 +83,6 @@ class Found:
     baselines: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class _Text:
-    """What a rung reads: tokens [0, cut), then those up to `resume`, then the rest.
-
-    cost: tokens that it counts as. skip: positions that are left out before the token at index `cut`. near: how many
-    tokens before them those between cut and resume see. tail: tokens at the end whose loss counts. text_T: bool
-    [T - 1], targets that are text and no inserted fact. questions: (tokens of it, tokens of its answer).
-    """
-
-    ids_T: Tensor
-    cost: int
-    tail: int
-    text_T: Tensor
-    questions: tuple[tuple[Tensor, Tensor], ...]
-    cut: int = 0
-    resume: int = 0
-    skip: int = 0
-    near: int = 0
-
-    @property
-    def tokens_read(self) -> int:
-        """Tokens of one pass, and of the questions after it; the last token of an answer is not read."""
-        return len(self.ids_T) + sum(len(question) + len(answer) - 1 for question, answer in self.questions)
-
-
 def search(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -150,7 +121,7 @@ def search(
         kept = Kept(partial, {**question, "dtype": str(model.dtype), "kernel": used})
         for rung, (size, count) in enumerate(plan, start=1):
             survivors = _advance_to(survivors, trials, min(count, len(pool)), yarn_attention_factor(length / native))
-            text = _text(tokenizer, ids_T, rung, plan, native, seed)
+            text = rung_text(tokenizer, ids_T, rung, plan, native, seed)
             if progress:
                 progress.start(f"search {rung} of {len(plan)}", len(survivors) * size, "tokens")
             at = _Rung(model, tokenizer, text, rung, native, section, kept)
@@ -211,18 +182,18 @@ class _Rung:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    text: _Text
+    text: RungText
     number: int
     native: int
     section: Search
     kept: Kept
 
     @property
-    def beginning(self) -> _Text:
+    def beginning(self) -> RungText:
         """What of the text the unextended model reads: up to its window."""
         text = self.text
         stop = min(text.cut or len(text.ids_T), self.native)
-        return _Text(text.ids_T[:stop], stop, 1, text.text_T[: stop - 1], ())
+        return RungText(text.ids_T[:stop], stop, 1, text.text_T[: stop - 1], ())
 
     def original(self) -> float:
         """Native loss of the model as it is, on the beginning of the text."""
@@ -265,7 +236,7 @@ class _Rung:
             self.kept.put(name, found)
         return found
 
-    def _read(self, text: _Text) -> np.ndarray:
+    def _read(self, text: RungText) -> np.ndarray:
         """(native, tail, needle loss) of one pass; the last is 0 without questions."""
         ids_T = text.ids_T.to(self.model.device)
         following_T = torch.cat([ids_T[1:], ids_T[:1]])  # after the last token anything will do
@@ -296,44 +267,6 @@ def _answer_loss(reader: Reader, question_T: Tensor, answer_T: Tensor) -> float:
     loss = float(reader.losses(answer_T.to(reader.model.device)).mean())
     reader.rewind(before)
     return loss
-
-
-def _text(
-    tokenizer: PreTrainedTokenizerBase,
-    ids_T: Tensor,
-    rung: int,
-    plan: Sequence[tuple[int, int]],
-    native: int,
-    seed: int,
-) -> _Text:
-    """What a rung reads, with facts in the place of some tokens. The last reads all of the text. The first leaves out
-    its middle but not the positions there, the others read the middle with attention to nearby tokens."""
-    size, length = plan[rung - 1][0], len(ids_T)
-    where: dict[str, int] = {"tail": min(TAIL, max(1, length // 4))}
-    if size < length and rung == 1:
-        cut = size // 2
-        kept_T = torch.cat([ids_T[:cut], ids_T[length - (size - cut) :]])
-        where = {"tail": min(TAIL, max(1, (size - cut) // 2)), "cut": cut, "resume": cut, "skip": length - size}
-    else:
-        kept_T = ids_T.clone()
-        if size < length:
-            where |= {"cut": min(native, size), "resume": length - where["tail"], "near": max(1, length // NEAR)}
-    text_T = torch.ones(len(kept_T), dtype=torch.bool)
-    rng = random.Random(f"search {seed}")
-    questions = []
-    longest = len(encode(tokenizer, NEEDLE.fact.format(key=max(KEYS, key=len), value="9" * DIGITS)))
-    count = max(2, min(FACTS, size // (4 * longest)))
-    for key, share in zip(rng.sample(KEYS, count), np.linspace(*PLACES, count), strict=True):
-        value = str(rng.randrange(10 ** (DIGITS - 1), 10**DIGITS))
-        fact, question, answer = (
-            torch.tensor(encode(tokenizer, part.format(key=key, value=value)))
-            for part in (NEEDLE.fact, NEEDLE.question, NEEDLE.answer)
-        )
-        at = round(float(share) * len(kept_T))
-        kept_T[at : at + len(fact)] = fact[: len(kept_T) - at]
-        text_T[at : at + len(fact)] = False
-        questions.append((question, answer))
-    return _Text(kept_T, size, text_T=text_T[1:], questions=tuple(questions), **where)
 
 
 @contextmanager

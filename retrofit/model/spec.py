@@ -93,8 +93,23 @@ class LayerAttention:
 
 
 @dataclass(frozen=True)
+class MLP:
+    """What stands beside the attention in a layer, as far as a training's memory depends on it.
+
+    width: values of its hidden layer for each token; with experts, of all those that a token passes. adaptable: how
+    much of that comes from linear modules, which can carry adapters; stacked experts cannot. gated: three matrices and
+    not two. kept: tensors of that width that the backward pass needs.
+    """
+
+    width: int
+    adaptable: int
+    gated: bool
+    kept: int
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
-    """The attention of a whole model.
+    """The attention of a whole model, and what stands beside it.
 
     module paths (`layers_path`, `attention_path`) are those of the transformers class, for hooks and layer-wise work:
     `model.layers` + `.{i}.` + `self_attn`.
@@ -105,6 +120,7 @@ class AttentionSpec:
     hidden_size: int
     vocab_size: int
     max_position_embeddings: int
+    mlp: MLP
     layers_path: str = "model.layers"
     attention_path: str = "self_attn"
     tied_embeddings: bool = False

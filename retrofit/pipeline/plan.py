@@ -15,54 +15,29 @@ from retrofit.context.candidates import NEAR, TAIL, rungs
 from retrofit.model.families.experts import EXPERTS
 from retrofit.model.spec import AttentionSpec
 from retrofit.pipeline.longcontext import further_reading, passes_of, questions_read
+from retrofit.pipeline.passes import (
+    ASSUMED,
+    BASE_BYTES,
+    CALL_SECONDS,
+    DTYPE_BYTES,
+    EFFICIENCY,
+    ModelFacts,
+    Shape,
+    Throughput,
+)
+from retrofit.pipeline.training_memory import trained_parameters, training_memory
 from retrofit.recipe.schema import Context, Convert, Evaluate, Recipe, Recover, TextSource
 
 STEPS = ("convert", "extend", "recover", "evaluate", "publish")
 FOLDERS = {name: f"{number}-{name}" for number, name in enumerate(STEPS, start=1)}
-BASE_BYTES = 700 << 20  # a Python process with torch and transformers imported
-EFFICIENCY = 0.5  # share of matrix-multiplication speed that a whole forward pass reaches
-CALL_SECONDS = 0.001  # of the Python code of one layer
 COST_ROUNDS = 2  # turns that each of several models has when what it costs to run is measured
 MACHINE_SECONDS = 1.0  # of measuring the machine's own speed beside a model's
 PROOF_SECONDS = 5.0  # of loading a model once more and proving its kernel
 TRANSFER_PASSES = 7  # forward and backward twice over the text that is trained on, and what is held out, four times
 BATCH_TOKENS = 8192  # of a calibration batch
-SAMPLED_TOKENS = 20_480  # of the original's own text, as `recover.data.Teacher` asks for: one batch
+SAMPLED_TOKENS = 20_480  # of the original's own text, as `recover.samples.Teacher` asks for: one batch
 MOST_SAMPLED = 65_536  # for training, which may read them again
 SAMPLE_ROWS = 40  # texts that it writes at a time
-RECOMPUTED = 7  # activations of one layer that exist while it is computed again and its gradients are formed
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """Floating-point operations per second of large matrix products, and how the numbers were made.
-
-    float32: of the moments and refits of a conversion; flops: of training and scoring, in bfloat16 where it is faster.
-    """
-
-    flops: float
-    float32: float
-    how: str
-    bytes_per_second: float = 10e9
-
-
-ASSUMED = Throughput(50e9, 50e9, "assumed 50 GFLOP/s, not measured on this machine")
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a plan needs to know of a model. parameters: of the whole model; dtype: of the stored weights."""
-
-    model: str
-    spec: AttentionSpec
-    parameters: int
-    dtype: str
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the weights as stored."""
-        return self.parameters * DTYPE_BYTES.get(self.dtype, 2)
 
 
 @dataclass(frozen=True)
@@ -147,7 +122,7 @@ def make_plan(recipe: Recipe, facts: ModelFacts, throughput: Throughput = ASSUME
     native = before.max_position_embeddings
     claimed = claimed_length(recipe, native)
     bytes_per_value = DTYPE_BYTES.get(facts.dtype, 2)
-    shape = _Shape(facts, after, throughput)
+    shape = Shape(facts, after, throughput)
     costs = []
     for step in steps_of(recipe):
         if step == "convert" and recipe.convert:
@@ -179,71 +154,7 @@ def make_plan(recipe: Recipe, facts: ModelFacts, throughput: Throughput = ASSUME
     )
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """Prices of passes over one model."""
-
-    facts: ModelFacts
-    after: AttentionSpec
-    throughput: Throughput
-
-    @property
-    def matmul_parameters(self) -> int:
-        """Parameters that a token is multiplied with: all but an untied embedding table."""
-        spec = self.facts.spec
-        return self.facts.parameters - (0 if spec.tied_embeddings else spec.vocab_size * spec.hidden_size)
-
-    @property
-    def layer_parameters(self) -> int:
-        """Parameters of one decoder layer."""
-        spec = self.facts.spec
-        tables = (1 if spec.tied_embeddings else 2) * spec.vocab_size * spec.hidden_size
-        return max(0, self.facts.parameters - tables) // len(spec.layers)
-
-    def activation_bytes(self, recover: Recover) -> int:
-        """What the backward pass of one training step needs.
-
-        Without gradient checkpointing every layer keeps the outputs of its matrices (one value for each row of
-        weights, in the dtype of the products) and the norms' and residuals' tensors, about 16 bytes of each channel.
-        With it, a layer keeps its input; one at a time is computed again, its gradients beside it.
-        """
-        width, layers = self.facts.spec.hidden_size, len(self.facts.spec.layers)
-        value = 2 if self.throughput.flops > self.throughput.float32 else 4  # training is in bfloat16 where it is fast
-        layer = value * self.layer_parameters // width + 16 * width
-        kept = layers * value * width + RECOMPUTED * layer if recover.gradient_checkpointing else layers * layer
-        return recover.batch_size * recover.sequence_length * kept
-
-    def flops(self, tokens: int, context: int) -> float:
-        """Of one forward pass over `tokens` tokens in sequences of `context`: matrices, and causal attention."""
-        scores = sum(4 * layer.query_heads * layer.head_dim for layer in self.after.layers)
-        return tokens * (2 * self.matmul_parameters + scores * context / 2)
-
-    def run_seconds(self, tokens: int, evaluate: Evaluate) -> float:
-        """Of a prefill of `tokens` tokens and decoding after it: weights and cache are read for each token."""
-        spec = self.facts.spec
-        read = self.facts.weight_bytes + spec.kv_cache_bytes(tokens, DTYPE_BYTES.get(self.facts.dtype, 2))
-        each = read / self.throughput.bytes_per_second + CALL_SECONDS * len(spec.layers)
-        return self.seconds(tokens, tokens) + evaluate.decode_tokens * each
-
-    def prefill_bytes(self, tokens: int) -> int:
-        """What one pass over `tokens` tokens holds beside the weights: the outputs of a layer, and the cache."""
-        spec = self.facts.spec
-        return 4 * tokens * (self.layer_parameters // spec.hidden_size) + spec.kv_cache_bytes(tokens, 4)
-
-    def attention_flops(self, tokens: int, context: int) -> float:
-        """Of one forward pass through the attention of every layer alone."""
-        width = self.facts.spec.hidden_size
-        matrices = sum(4 * width * x.head_dim * (x.query_heads + x.kv_heads) for x in self.after.layers)
-        scores = sum(4 * x.query_heads * x.head_dim for x in self.after.layers)
-        return tokens * (matrices + scores * context / 2)
-
-    def seconds(self, tokens: int, context: int, passes: float = 1, *, float32: bool = False) -> float:
-        """Of `passes` forward passes."""
-        speed = self.throughput.float32 if float32 else self.throughput.flops
-        return passes * self.flops(tokens, context) / (speed * EFFICIENCY)
-
-
-def _convert(shape: _Shape, convert: Convert) -> Cost:
+def _convert(shape: Shape, convert: Convert) -> Cost:
     spec, facts = shape.facts.spec, shape.facts
     heads = f"{spec.layers[0].kv_heads} to {convert.kv_heads} KV heads in {len(spec.layers)} layers, {convert.method}"
     if not convert.calibrates:
@@ -287,7 +198,7 @@ def sampled_tokens(text: Sequence[TextSource], tokens: int) -> int:
     return max(SAMPLED_TOKENS, math.ceil(1.25 * tokens * own / total)) if own else 0
 
 
-def _extend(shape: _Shape, context: Context, native: int, claimed: int) -> Cost:
+def _extend(shape: Shape, context: Context, native: int, claimed: int) -> Cost:
     facts, spec = shape.facts, shape.after
     does = f"{context.method}: {native:,} to {claimed:,} positions"
     if not any(layer.rope for layer in spec.layers):
@@ -316,15 +227,13 @@ def _extend(shape: _Shape, context: Context, native: int, claimed: int) -> Cost:
     return Cost("extend", does, BASE_BYTES + 2 * facts.weight_bytes + cache, facts.weight_bytes, seconds)
 
 
-def _recover(shape: _Shape, recover: Recover) -> Cost:
+def _recover(shape: Shape, recover: Recover) -> Cost:
     spec, facts, adapter = shape.after, shape.facts, recover.adapter
     rows = recover.batch_size * recover.sequence_length
     # Forward and backward through the frozen weights, the recomputation, the teacher's forward for distillation.
     passes = 2 + recover.gradient_checkpointing + (recover.loss == "distill")
-    logits = 2 * min(rows, recover.row_chunk) * spec.vocab_size * 4
-    trained = int(facts.parameters * 0.002 * adapter.rank)
-    teacher = facts.weight_bytes // 4 if recover.loss == "distill" else 0
-    peak = BASE_BYTES + facts.weight_bytes + teacher + shape.activation_bytes(recover) + logits + 16 * trained
+    memory = training_memory(spec, facts.spec, facts.parameters, recover, shape.training_bytes)
+    trained = trained_parameters(spec, adapter)
     held_out = (recover.evals + 1) * recover.eval_tokens
     seconds = shape.seconds(recover.tokens, recover.sequence_length, passes) + shape.seconds(
         held_out, recover.sequence_length, passes=2
@@ -333,10 +242,10 @@ def _recover(shape: _Shape, recover: Recover) -> Cost:
     does = f"{recover.loss}, LoRA rank {adapter.rank}, {recover.tokens:,} tokens in {steps:,} steps of {rows:,}"
     if adapter.mlp and spec.family in EXPERTS:
         does += "; the experts carry no adapters"
-    return Cost("recover", does, peak, facts.weight_bytes + 12 * trained, seconds)
+    return Cost("recover", does, BASE_BYTES + memory.total, facts.weight_bytes + 12 * trained, seconds)
 
 
-def _evaluate(shape: _Shape, recipe: Recipe, evaluate: Evaluate) -> Cost:
+def _evaluate(shape: Shape, recipe: Recipe, evaluate: Evaluate) -> Cost:
     spec, facts = shape.facts.spec, shape.facts
     longest = max(evaluate.lengths)
     documents = evaluate.documents * len(evaluate.text)

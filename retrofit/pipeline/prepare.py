@@ -26,20 +26,19 @@ from retrofit.model.spec import AttentionSpec
 from retrofit.model.whole import require_complete
 from retrofit.pipeline.journal import NAME as JOURNAL
 from retrofit.pipeline.longcontext import definitions_of, longest_prompt
+from retrofit.pipeline.passes import ModelFacts, Throughput
 from retrofit.pipeline.plan import (
     FOLDERS,
     MOST_SAMPLED,
     SAMPLED_TOKENS,
-    ModelFacts,
     Plan,
-    Throughput,
     claimed_length,
     make_plan,
     sampled_tokens,
     steps_of,
 )
 from retrofit.pipeline.texts import read_before, require_distinct, scored_documents
-from retrofit.publish.card import require_licence_and_base
+from retrofit.publish.card_input import require_licence_and_base
 from retrofit.publish.reload import nothing_to_compare
 from retrofit.recipe.schema import Context, Recipe, TextSource
 from retrofit.recover.data import check_sources

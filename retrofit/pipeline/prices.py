@@ -32,17 +32,8 @@ from retrofit.model.spec import AttentionSpec
 from retrofit.model.whole import require_complete
 from retrofit.pipeline import probes
 from retrofit.pipeline.budget import Budget, within
-from retrofit.pipeline.plan import (
-    ASSUMED,
-    DTYPE_BYTES,
-    ModelFacts,
-    Plan,
-    Throughput,
-    claimed_length,
-    converted_spec,
-    make_plan,
-    sampled_tokens,
-)
+from retrofit.pipeline.passes import ASSUMED, DTYPE_BYTES, ModelFacts, Throughput
+from retrofit.pipeline.plan import Plan, claimed_length, converted_spec, make_plan, sampled_tokens
 from retrofit.pipeline.prepare import check_surgery, facts_of, require_model, teacher_of
 from retrofit.pipeline.texts import calibration_text, merged, require_distinct, within_window
 from retrofit.recipe.schema import Calibration, Convert, Recipe, TextSource

@@ -23,7 +23,8 @@ from retrofit.pipeline.evaluation import losses_file
 from retrofit.pipeline.plan import FOLDERS
 from retrofit.pipeline.public import public_recipe, public_texts
 from retrofit.pipeline.runner import FINAL, Runner, State
-from retrofit.publish.card import CardInput, CardModel, Recovery, render_card
+from retrofit.publish.card import render_card
+from retrofit.publish.card_input import CardInput, CardModel, Recovery
 from retrofit.publish.gate import GateResult, check, enforce
 from retrofit.publish.reload import reload_and_score
 from retrofit.publish.snippet import load_snippet

@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrofit.checkpoint.place import folder_lock
 from retrofit.checkpoint.provenance import FILE, read_provenance
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.checkpoint.write import folder_lock, require_writable
 from retrofit.errors import UserError
 from retrofit.evaluate.context_use import LongContext
 from retrofit.evaluate.perplexity import Row, table
-from retrofit.kv_heads.moments import ORIGIN, saved
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, resolve_dtype
 from retrofit.model.source import Source, resolve
@@ -24,12 +23,13 @@ from retrofit.pipeline.journal import fingerprint
 from retrofit.pipeline.kept import kept, require_own
 from retrofit.pipeline.longcontext import conclude, longest_prompt, native_length
 from retrofit.pipeline.operations import Origin
+from retrofit.pipeline.outputs import require_file, require_moments, require_new, work_folder
 from retrofit.pipeline.prepare import prepare, require_model, teacher_of
 from retrofit.pipeline.public import source_record
 from retrofit.pipeline.runner import VERSIONS
 from retrofit.pipeline.texts import identity, within_window
 from retrofit.recipe.load import load_suite, validate
-from retrofit.recipe.schema import Convert, Recipe
+from retrofit.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -80,11 +80,11 @@ def convert(
     """`retrofit convert`. The same call goes on after an interruption, from the folder `<out>.work`."""
     section = recipe.convert
     assert section
-    _require_new(out)
-    work = _work(out)
+    require_new(out)
+    work = work_folder(out)
     require_own(work, "convert")
     if moments is not None:
-        _require_moments(moments, section, out)
+        require_moments(moments, section, out)
     recipe, shorter = _fitted(recipe, moments, revision, progress)
     section = recipe.convert
     assert section
@@ -140,7 +140,7 @@ def reexpress(
     model: str, out: Path, *, target: str | None, dtype: str, revision: str | None, progress: Progress | None
 ) -> Written:
     """`retrofit convert --reexpress-only`."""
-    _require_new(out)
+    require_new(out)
     source = resolve(model, revision=revision, reexpress=False, progress=progress)
     written = None if dtype == "auto" else resolve_dtype(dtype, source.folder)
     Checkpoint.open(source.folder).require_finite(written=written)
@@ -154,8 +154,8 @@ def reexpress(
 def extend(recipe: Recipe, out: Path, *, revision: str | None, progress: Progress | None) -> Written:
     """`retrofit extend`. A search goes on after an interruption, from the folder `<out>.work`."""
     assert recipe.context
-    _require_new(out)
-    work = _work(out)
+    require_new(out)
+    work = work_folder(out)
     if recipe.context.searches:
         require_own(work, "extend")
     prepared = prepare(recipe, revision=revision, out=out, progress=progress)
@@ -179,8 +179,8 @@ def extend(recipe: Recipe, out: Path, *, revision: str | None, progress: Progres
 def recover(recipe: Recipe, teacher: str, out: Path, *, progress: Progress | None) -> Written:
     """`retrofit recover`."""
     assert recipe.recover
-    _require_new(out)
-    work = _work(out)
+    require_new(out)
+    work = work_folder(out)
     require_own(work, "recover")
     prepared = prepare(recipe, out=out, progress=progress)
     original = resolve(teacher, progress=progress)
@@ -250,7 +250,7 @@ def evaluate(
     assert section and recipe.model
     partial = out.with_name(f"{out.name}.scored") if out is not None else None
     if out is not None and partial is not None:
-        _require_file(out)
+        require_file(out)
         require_own(partial, "evaluate")
     longest = longest_prompt(section)
     prepared = prepare(recipe, revision=revision, beyond=True, weights=False, progress=progress)
@@ -326,44 +326,3 @@ def _origin(source: Source) -> Origin:
         record = read_provenance(source.folder)
         return Origin(record["source"], tuple(record["steps"]))
     return Origin(source_record(source))
-
-
-def _work(out: Path) -> Path:
-    """Where a command keeps what it goes on from: beside its output, or beside what a link of that name points to."""
-    out = out.resolve()
-    return out.with_name(f"{out.name}.work")
-
-
-def _require_new(out: Path) -> None:
-    require_writable(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(
-            "the output folder exists and is not empty", where=str(out), fix="remove it, or give another --out"
-        )
-
-
-def _require_moments(folder: Path, section: Convert, out: Path) -> None:
-    require_writable(folder)
-    place, checkpoint = folder.resolve(), out.resolve()
-    for taken in (checkpoint, checkpoint.with_name(f"{checkpoint.name}.work")):
-        if place.is_relative_to(taken) or taken.is_relative_to(place):
-            raise UserError(
-                "moments and checkpoint are folders of their own, neither inside the other",
-                where=f"--moments {folder}, --out {out}",
-                fix=f"give for example --moments {out}-moments",
-            )
-    if not section.calibrates:
-        raise UserError(
-            f"the method `{section.method}` measures no moments", where="--moments", fix="leave out --moments"
-        )
-    held = {path.name for path in folder.iterdir()} - {ORIGIN} if folder.is_dir() else set()
-    if folder.exists() and (not folder.is_dir() or len(held) != len(saved(folder))):
-        raise UserError(
-            "the folder holds something else than moments", where=f"--moments {folder}", fix="give another folder"
-        )
-
-
-def _require_file(out: Path) -> None:
-    require_writable(out.parent)
-    if out.suffix != ".npz":
-        raise UserError("token losses are kept in a .npz file", where=f"--out {out}", fix=f"write --out {out}.npz")

@@ -16,8 +16,9 @@ from retrofit.kv_heads.convert import CalibrationText
 from retrofit.model.load import multiplies_in_bfloat16, resolve_dtype
 from retrofit.recipe.schema import Calibration, Search, TextSource
 from retrofit.recover.corpora import BUILT_IN
-from retrofit.recover.data import OWN_SAMPLES, evaluation_texts, read_texts, require_known, training_rows
+from retrofit.recover.data import OWN_SAMPLES, evaluation_texts, read_texts, require_known
 from retrofit.recover.files import HUB, kind_of, text_files
+from retrofit.recover.packing import training_rows
 from retrofit.recover.samples import Teacher, sample_path
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import torch
 
 from retrofit.evaluate.machine import SIZE, flops
 from retrofit.model.load import multiplies_in_bfloat16
-from retrofit.pipeline.plan import Throughput
+from retrofit.pipeline.passes import Throughput
 
 
 def measure(device: str = "cpu", seconds: float = 0.2) -> Throughput:

@@ -6,25 +6,18 @@ Front matter: https://huggingface.co/docs/hub/model-cards (a converted checkpoin
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 import jinja2
 
-from retrofit.errors import UserError
 from retrofit.evaluate.effective import certificate
+from retrofit.publish.card_input import CardInput, require_known, unknown
 from retrofit.publish.snippet import placeholders
 
 if TYPE_CHECKING:
     from retrofit.evaluate.effective import EffectiveLength
-    from retrofit.evaluate.perplexity import Row
 
-LICENCE_ID = re.compile(r"^[a-z0-9][a-z0-9.+-]*$")
-HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 ALL = "all"
 _METHODS = {
     "first": "the first head of each group was kept",
@@ -44,79 +37,9 @@ _ROPE = {
 _LOSSES = {"distill": "distilled from the original model", "lm": "trained on plain text"}
 
 
-@dataclass(frozen=True)
-class Recovery:
-    """The training behind the card: loss (`distill` | `lm`), tokens in all, LoRA rank, names of the text sources."""
-
-    loss: str
-    tokens: int
-    rank: int
-    sources: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class CardModel:
-    """Perplexities of one model; label is `original`, `converted` or `recovered`."""
-
-    label: str
-    rows: Sequence[Row]
-
-
-@dataclass(frozen=True)
-class CardInput:
-    """What a card says.
-
-    base_model: hub id of the source. revision: its commit, if it came from the hub. licence: hub licence id.
-    kv_heads, kv_bytes_per_token: (before, after). kv_cache_bytes: {tokens: (before, after)}. conversion: method, None
-    when the heads were left. context_method: None when the window was left; encodings_tried: by the search that found
-    it. effective: how much of the window the published model is shown to use, None when that was not asked for.
-    models: the original first, the published one last. chart: path inside the folder. snippet: what `reload` executes.
-    notes: fallbacks and other limits.
-    """
-
-    title: str
-    base_model: str | None
-    licence: str | None
-    architecture: str
-    dtype: str
-    layers: int
-    kv_heads: tuple[int, int]
-    native_length: int
-    claimed_length: int
-    models: tuple[CardModel, ...]
-    kv_bytes_per_token: tuple[int, int]
-    kv_cache_bytes: Mapping[int, tuple[int, int]]
-    recipe_yaml: str
-    commands: tuple[str, ...]
-    versions: Mapping[str, str]
-    snippet: str
-    conversion: str | None = None
-    context_method: str | None = None
-    encodings_tried: int = 0
-    effective: EffectiveLength | None = None
-    recovery: Recovery | None = None
-    revision: str | None = None
-    chart: str | None = None
-    kernel: str | None = None
-    licence_name: str | None = None
-    licence_link: str | None = None
-    languages: tuple[str, ...] = ()
-    tags: tuple[str, ...] = ()
-    notes: tuple[str, ...] = field(default=())
-
-
-def require_licence_and_base(licence: str | None, base_model: str | None) -> None:
-    """UserError unless both are known; cheap, so that a run asks before hours of work and not at its end."""
-    problems = _identity_problems(licence, base_model)
-    if problems:
-        raise _unknown(problems)
-
-
 def render_card(card: CardInput) -> str:
     """README.md of the checkpoint. Raises UserError that lists every value which is not known."""
-    problems = _problems(card)
-    if problems:
-        raise _unknown(problems)
+    require_known(card)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("retrofit.publish"),
         undefined=jinja2.StrictUndefined,
@@ -139,7 +62,7 @@ def render_card(card: CardInput) -> str:
     )
     left = placeholders(text)
     if left:
-        raise _unknown([f"the text holds a placeholder ({place})" for place in left])
+        raise unknown([f"the text holds a placeholder ({place})" for place in left])
     return text
 
 
@@ -165,46 +88,6 @@ def _tests(effective: EffectiveLength) -> list[str]:
         )
         lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def _unknown(problems: Sequence[str]) -> UserError:
-    listed = "".join(f"\n  - {problem}" for problem in problems)
-    return UserError(f"the model card cannot be written:{listed}", where="README.md", fix="give the values named above")
-
-
-def _identity_problems(licence: str | None, base_model: str | None) -> list[str]:
-    problems = []
-    if not licence:
-        problems.append("the licence is not known; give it with --set publish.licence=ID (for example apache-2.0)")
-    elif not LICENCE_ID.match(licence) or licence in ("unknown", "none"):
-        problems.append(
-            f"`{licence}` is not a licence id of the hub; give one with --set publish.licence=ID, from "
-            "https://huggingface.co/docs/hub/repositories-licenses"
-        )
-    if not base_model:
-        problems.append("the base model is not known; give its hub id with --set publish.base_model=ORG/NAME")
-    elif not HUB_ID.match(base_model):
-        problems.append(f"`{base_model}` is not a hub id; give --set publish.base_model=ORG/NAME")
-    return problems
-
-
-def _problems(card: CardInput) -> list[str]:
-    problems = _identity_problems(card.licence, card.base_model)
-    for name in ("title", "architecture", "dtype", "recipe_yaml", "commands", "versions", "snippet", "kv_cache_bytes"):
-        if not getattr(card, name):
-            problems.append(f"{name} is empty")
-    if not card.models or not all(model.rows for model in card.models):
-        return [*problems, "no perplexity was measured; keep `evaluate` in the recipe"]
-    places = {(row.kind, row.length) for row in card.models[-1].rows}
-    for model in card.models:
-        missing = sorted(places - {(row.kind, row.length) for row in model.rows})
-        problems += [f"perplexity of the {model.label} model at {n} tokens on {k} is missing" for k, n in missing]
-        problems += [
-            f"perplexity of the {model.label} model at {row.length} tokens on {row.kind} is not finite"
-            for row in model.rows
-            if not all(math.isfinite(value) for value in (row.ppl, row.low, row.high))
-        ]
-    return problems
 
 
 def _front_matter(card: CardInput) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from retrofit.checkpoint.provenance import FILE, digest, read_provenance
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.errors import GateError, UserError
-from retrofit.publish.card import LICENCE_ID
+from retrofit.publish.card_input import LICENCE_ID
 from retrofit.publish.snippet import front_matter, placeholders, snippet_of
 
 CARD = "README.md"

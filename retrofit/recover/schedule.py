@@ -19,7 +19,8 @@ from torch.utils.data import Dataset
 from retrofit.context.positions import document_positions, pose_positions
 from retrofit.errors import UserError
 from retrofit.recipe.schema import Recover
-from retrofit.recover.data import Packed, read_texts, training_rows
+from retrofit.recover.data import read_texts
+from retrofit.recover.packing import Packed, training_rows
 from retrofit.recover.samples import Teacher
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from retrofit.model.families import describe
 from retrofit.model.load import load_config
 from retrofit.recipe.schema import Recover
 from retrofit.recover.adapters import about_experts, attach, default_rate, merge_and_save
-from retrofit.recover.data import Packed
+from retrofit.recover.packing import Packed
 from retrofit.recover.pair import Pair, body, compute_dtype, hidden_states, load_pair
 from retrofit.recover.schedule import Lines, Rows, about, check_lengths, collate, held_out_lines, training_lines
 from retrofit.recover.trainer import HeldOut, Objective, RecoveryTrainer, autocast

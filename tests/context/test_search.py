@@ -16,6 +16,7 @@ from retrofit.context.engines import differences
 from retrofit.context.methods import extended
 from retrofit.context.rope import extend
 from retrofit.context.search import encoded, search
+from retrofit.context.search_text import rung_text
 from retrofit.errors import UserError
 from retrofit.evaluate.reader import Reader
 from retrofit.evaluate.score import reading
@@ -177,7 +178,7 @@ def test_the_search_keeps_its_reference_and_takes_the_least_objective(tmp_path, 
 def test_the_last_rung_is_the_loss_of_one_plain_pass() -> None:
     model, tokenizer, ids = tiny_model("llama", max_position_embeddings=512), tiny_tokenizer(), text()
     found = search(model, tokenizer, ids, section=SECTION)
-    read = searching._text(tokenizer, ids, 3, rungs(LENGTH, SECTION.tokens), 512, 0)
+    read = rung_text(tokenizer, ids, 3, rungs(LENGTH, SECTION.tokens), 512, 0)
     config = extend(model.config, length=LENGTH, method="yarn")
     longer = type(model)(config).eval()
     longer.load_state_dict(model.state_dict())
@@ -216,7 +217,7 @@ def test_every_token_that_passes_read_is_counted(monkeypatch: pytest.MonkeyPatch
 def test_the_second_rung_reads_the_middle_with_attention_to_nearby_tokens() -> None:
     model, tokenizer, ids = tiny_model("llama", max_position_embeddings=512), tiny_tokenizer(), text()
     plan = rungs(LENGTH, SECTION.tokens)
-    read = searching._text(tokenizer, ids, 2, plan, 512, 0)
+    read = rung_text(tokenizer, ids, 2, plan, 512, 0)
     assert len(read.ids_T) == LENGTH and read.cost == plan[1][0] == 512 and not read.skip
     assert (read.cut, read.resume, read.near, read.tail) == (512, 1536, 64, 512)
     config = extend(model.config, length=LENGTH, method="yarn")

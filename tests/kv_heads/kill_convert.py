@@ -58,7 +58,7 @@ def mortal(limit: str) -> None:
     residuals.DiskTensors.write = dying("stream", limit, residuals.DiskTensors.write, half_a_stream)  # type: ignore[method-assign]
     residuals.WorkFolder._commit = dying("commit", limit, residuals.WorkFolder._commit, nothing)  # type: ignore[method-assign]
     residuals.WorkFolder.copy_moments = dying("copy", limit, residuals.WorkFolder.copy_moments, nothing)  # type: ignore[method-assign]
-    write._write_all = dying("tensor", limit, write._write_all, half_a_tensor)
+    write.write_all = dying("tensor", limit, write.write_all, half_a_tensor)
     write.ShardWriter.close = dying("close", limit, write.ShardWriter.close, nothing)  # type: ignore[method-assign]
     rewriting.write_config = dying("config", limit, rewriting.write_config, nothing)
 

@@ -92,6 +92,24 @@ def test_slots_and_norms_cover_every_attention_parameter_once(family, over):
 
 
 @cases
+def test_mlp_is_as_wide_as_the_module(family, over):
+    model = tiny_model(family, **over)
+    spec, active = describe(model.config), getattr(model.config, "num_experts_per_tok", 0)
+    root = f"{spec.layers_path}.{len(spec.layers) - 1}."
+    stacked = linear = 0
+    for name, parameter in model.named_parameters():
+        router = parameter.shape[0] in (1, getattr(model.config, "num_experts", 0) or active + 1)
+        if not name.startswith(root) or f".{spec.attention_path}." in name:
+            continue
+        if parameter.dim() == 3:  # experts, all of them in one parameter
+            stacked += parameter.numel() // parameter.shape[0] * active
+        elif parameter.dim() == 2 and not (active and router):
+            linear += parameter.numel()
+    each = (3 if spec.mlp.gated else 2) * spec.hidden_size
+    assert (stacked + linear, linear) == (each * spec.mlp.width, each * spec.mlp.adaptable)
+
+
+@cases
 def test_values_equal_what_the_module_holds(family, over):
     model = tiny_model(family, **over)
     spec = describe(model.config)

@@ -14,7 +14,8 @@ from retrofit.kv_heads.moments import saved
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, load_tokenizer
 from retrofit.pipeline import commands, operations, plan, show, single, texts
-from retrofit.pipeline.plan import ModelFacts, make_plan, sampled_tokens
+from retrofit.pipeline.passes import ModelFacts
+from retrofit.pipeline.plan import make_plan, sampled_tokens
 from retrofit.pipeline.prepare import check_surgery
 from retrofit.pipeline.texts import calibration_text, merged
 from retrofit.recipe.schema import Calibration, Recipe, TextSource

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from retrofit.evaluate.perplexity import Row
-from retrofit.publish.card import CardInput, CardModel, Recovery
+from retrofit.publish.card_input import CardInput, CardModel, Recovery
 from retrofit.publish.snippet import load_snippet
 
 

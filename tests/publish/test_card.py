@@ -10,7 +10,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from retrofit.errors import UserError
-from retrofit.publish.card import CardModel, render_card, require_licence_and_base
+from retrofit.publish.card import render_card
+from retrofit.publish.card_input import CardModel, require_licence_and_base
 from retrofit.publish.snippet import front_matter, load_snippet, placeholders, snippet_of, with_model_id
 from retrofit.recipe.schema import RopeMethod
 from tests.publish.cards import card_input, row, rows

@@ -11,7 +11,7 @@ from retrofit.errors import UserError
 from retrofit.model.families import describe
 from retrofit.recipe.load import RecipeError, validate
 from retrofit.recipe.schema import Recover, TextSource
-from retrofit.recover.data import Packed, training_rows
+from retrofit.recover.packing import Packed, training_rows
 from retrofit.recover.samples import Teacher
 from retrofit.recover.schedule import (
     Rows,

@@ -13,7 +13,7 @@ from retrofit.checkpoint.read import Checkpoint
 from retrofit.console import Silent
 from retrofit.errors import UserError
 from retrofit.recipe.schema import Adapter, Recover, Stage, TextSource
-from retrofit.recover.data import Packed, training_rows
+from retrofit.recover.packing import Packed, training_rows
 from retrofit.recover.train import RecoverReport, _arguments, recover
 from retrofit.recover.watch import Watch
 from tests.tiny import save_tiny, tiny_tokenizer

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from retrofit.errors import UserError
+from retrofit.model.families.experts import EXPERTS
 from retrofit.model.spec import (
+    MLP,
     AttentionSpec,
     LayerAttention,
     Pairing,
@@ -65,6 +67,8 @@ class Family(ABC):
     always hidden_size / query heads). rope_by_layer_type: rope_parameters hold one entry per layer type.
     no_rope_layers: the field of that name holds 0 for layers without RoPE. learned_positions: there is no RoPE at all.
     layers_path, attention_path: where the transformers class has its layers, and a layer its attention.
+    mlp_gated: silu(gate) * up, three matrices (else two, around an activation). mlp_width, shared_expert_width: fields
+    with the width of the MLP or of one expert, and of the expert that every token passes. mlp_kept: as `MLP.kept`.
     """
 
     name: str
@@ -84,6 +88,10 @@ class Family(ABC):
     clip_qkv: bool = False
     layers_path: str = "model.layers"
     attention_path: str = "self_attn"
+    mlp_gated: bool = True
+    mlp_width: str = "intermediate_size"
+    mlp_kept: int = 4  # gate, its activation, up, and their product
+    shared_expert_width: str | None = None
 
     @abstractmethod
     def tensors(self, config: Any, index: int, head_dim: int) -> dict[str, Any]:
@@ -107,10 +115,19 @@ class Family(ABC):
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
             max_position_embeddings=config.max_position_embeddings,
+            mlp=self.mlp(config),
             layers_path=self.layers_path,
             attention_path=self.attention_path,
             tied_embeddings=bool(config.tie_word_embeddings),
         )
+
+    def mlp(self, config: Any) -> MLP:
+        """The MLP of a layer; where some layers have experts and others do not, of those that have."""
+        width = getattr(config, self.mlp_width) or 4 * config.hidden_size
+        if self.name not in EXPERTS:
+            return MLP(width, width, self.mlp_gated, self.mlp_kept)
+        shared = getattr(config, self.shared_expert_width) if self.shared_expert_width else 0
+        return MLP(config.num_experts_per_tok * width + shared, shared, self.mlp_gated, self.mlp_kept)
 
     def conversions(self, spec: AttentionSpec) -> tuple[Conversion, ...]:
         """Every number of KV heads from 1 to the model's own, possible or with the reason why it is not."""

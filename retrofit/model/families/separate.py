@@ -27,6 +27,7 @@ class Separate(Family):
         return slots
 
 
+_PLAIN_MLP: dict[str, Any] = {"mlp_gated": False, "mlp_kept": 2}  # before and after the activation
 _ATTENTION_BIAS: dict[str, Any] = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
 _HEAD_NORM = QKNormTable("head", "q_norm.weight", "k_norm.weight")
 
@@ -50,6 +51,8 @@ TABLE: tuple[Separate, ...] = (
     Separate("olmo2", **_ATTENTION_BIAS, qk_norm=QKNormTable("full", "q_norm.weight", "k_norm.weight")),
     Separate(
         "phi",
+        mlp_gated=False,
+        mlp_kept=5,  # its GELU is composed of several operations
         qkv_bias=True,
         o_bias=True,
         o="dense",
@@ -79,7 +82,7 @@ TABLE: tuple[Separate, ...] = (
             eps="layer_norm_eps",
         ),
     ),
-    Separate("starcoder2", qkv_bias="use_bias", o_bias="use_bias", window="all"),
+    Separate("starcoder2", **_PLAIN_MLP, qkv_bias="use_bias", o_bias="use_bias", window="all"),
     Separate(
         "cohere",
         **_ATTENTION_BIAS,
@@ -95,8 +98,14 @@ TABLE: tuple[Separate, ...] = (
         ),
     ),
     Separate("mixtral", window="all"),
-    Separate("qwen2_moe", qkv_bias="qkv_bias", window="layer_types"),
-    Separate("qwen3_moe", **_ATTENTION_BIAS, window="all", qk_norm=_HEAD_NORM),
+    Separate(
+        "qwen2_moe",
+        mlp_width="moe_intermediate_size",
+        shared_expert_width="shared_expert_intermediate_size",
+        qkv_bias="qkv_bias",
+        window="layer_types",
+    ),
+    Separate("qwen3_moe", mlp_width="moe_intermediate_size", **_ATTENTION_BIAS, window="all", qk_norm=_HEAD_NORM),
     Separate("olmoe", **_ATTENTION_BIAS, clip_qkv=True, qk_norm=QKNormTable("full", "q_norm.weight", "k_norm.weight")),
     Separate("granite", **_ATTENTION_BIAS, scaling="attention_multiplier"),
     Separate(

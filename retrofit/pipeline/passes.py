@@ -1,0 +1,100 @@
+"""What passes over a model cost: operations from its shape, over a stated throughput. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from retrofit.model.spec import AttentionSpec
+from retrofit.recipe.schema import Evaluate
+
+BASE_BYTES = 700 << 20  # a Python process with torch and transformers imported
+EFFICIENCY = 0.5  # share of matrix-multiplication speed that a whole forward pass reaches
+CALL_SECONDS = 0.001  # of the Python code of one layer
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Floating-point operations per second of large matrix products, and how the numbers were made.
+
+    float32: of the moments and refits of a conversion; flops: of training and scoring, in bfloat16 where it is faster.
+    """
+
+    flops: float
+    float32: float
+    how: str
+    bytes_per_second: float = 10e9
+
+
+ASSUMED = Throughput(50e9, 50e9, "assumed 50 GFLOP/s, not measured on this machine")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a plan needs to know of a model. parameters: of the whole model; dtype: of the stored weights."""
+
+    model: str
+    spec: AttentionSpec
+    parameters: int
+    dtype: str
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as stored."""
+        return self.parameters * DTYPE_BYTES.get(self.dtype, 2)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Prices of passes over one model."""
+
+    facts: ModelFacts
+    after: AttentionSpec
+    throughput: Throughput
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Parameters that a token is multiplied with: all but an untied embedding table."""
+        spec = self.facts.spec
+        return self.facts.parameters - (0 if spec.tied_embeddings else spec.vocab_size * spec.hidden_size)
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one decoder layer."""
+        spec = self.facts.spec
+        tables = (1 if spec.tied_embeddings else 2) * spec.vocab_size * spec.hidden_size
+        return max(0, self.facts.parameters - tables) // len(spec.layers)
+
+    @property
+    def training_bytes(self) -> int:
+        """Bytes of a number in training: it runs in bfloat16 where that is faster."""
+        return 2 if self.throughput.flops > self.throughput.float32 else 4
+
+    def flops(self, tokens: int, context: int) -> float:
+        """Of one forward pass over `tokens` tokens in sequences of `context`: matrices, and causal attention."""
+        scores = sum(4 * layer.query_heads * layer.head_dim for layer in self.after.layers)
+        return tokens * (2 * self.matmul_parameters + scores * context / 2)
+
+    def run_seconds(self, tokens: int, evaluate: Evaluate) -> float:
+        """Of a prefill of `tokens` tokens and decoding after it: weights and cache are read for each token."""
+        spec = self.facts.spec
+        read = self.facts.weight_bytes + spec.kv_cache_bytes(tokens, DTYPE_BYTES.get(self.facts.dtype, 2))
+        each = read / self.throughput.bytes_per_second + CALL_SECONDS * len(spec.layers)
+        return self.seconds(tokens, tokens) + evaluate.decode_tokens * each
+
+    def prefill_bytes(self, tokens: int) -> int:
+        """What one pass over `tokens` tokens holds beside the weights: the outputs of a layer, and the cache."""
+        spec = self.facts.spec
+        return 4 * tokens * (self.layer_parameters // spec.hidden_size) + spec.kv_cache_bytes(tokens, 4)
+
+    def attention_flops(self, tokens: int, context: int) -> float:
+        """Of one forward pass through the attention of every layer alone."""
+        width = self.facts.spec.hidden_size
+        matrices = sum(4 * width * x.head_dim * (x.query_heads + x.kv_heads) for x in self.after.layers)
+        scores = sum(4 * x.query_heads * x.head_dim for x in self.after.layers)
+        return tokens * (matrices + scores * context / 2)
+
+    def seconds(self, tokens: int, context: int, passes: float = 1, *, float32: bool = False) -> float:
+        """Of `passes` forward passes."""
+        speed = self.throughput.float32 if float32 else self.throughput.flops
+        return passes * self.flops(tokens, context) / (speed * EFFICIENCY)
