@@ -280,10 +280,11 @@ def evaluate(
             save_losses(losses, out)
             for name, scored in measured.passes.items():
                 save_losses(scored, pass_file(out, name))
+        # Still in the block: a kill while costs are measured must not make everything before them be read again.
+        costs = operations.run_costs(
+            {label: folder}, section, kernel=recipe.kernel, device=prepared.device, seed=recipe.seed
+        )
     per_token, by_length, heads = operations.kv_bytes(folder, (*section.lengths, spec.max_position_embeddings))
-    costs = operations.run_costs(
-        {label: folder}, section, kernel=recipe.kernel, device=prepared.device, seed=recipe.seed
-    )
     return Evaluation(
         model=label,
         rows=tuple(table(losses, section.lengths, tail=section.tail, resamples=section.resamples, seed=recipe.seed)),
