@@ -26,7 +26,7 @@ from retrofit.evaluate.score import Document, TokenLosses, score, tokenizer_dige
 from retrofit.kernels.registry import Choice, Proof, apply, choose, prove
 from retrofit.kv_heads.convert import ConvertReport
 from retrofit.kv_heads.convert import convert as convert_heads
-from retrofit.kv_heads.residuals import require_room
+from retrofit.kv_heads.disk import require_room
 from retrofit.kv_heads.room import held, room_needed
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, load_model, load_tokenizer, read_config, resolve_dtype, working_dtype
