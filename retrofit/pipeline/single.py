@@ -17,6 +17,7 @@ from retrofit.evaluate.perplexity import Row, table
 from retrofit.kv_heads.moments import ORIGIN, saved
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, resolve_dtype
+from retrofit.model.reexpress import FORMAT
 from retrofit.model.source import Source, resolve
 from retrofit.pipeline import operations
 from retrofit.pipeline.evaluation import pass_file, save_losses
@@ -139,14 +140,24 @@ def _fitted(
 def reexpress(
     model: str, out: Path, *, target: str | None, dtype: str, revision: str | None, progress: Progress | None
 ) -> Written:
-    """`retrofit convert --reexpress-only`."""
+    """`retrofit convert --reexpress-only`. The same call goes on after an interruption, from `<out>.work`."""
     _require_new(out)
+    work = _work(out)
+    require_own(work, "convert")
     source = resolve(model, revision=revision, reexpress=False, progress=progress)
     written = None if dtype == "auto" else resolve_dtype(dtype, source.folder)
     Checkpoint.open(source.folder).require_finite(written=written)
-    with folder_lock(out):
+    out = out.resolve()  # a link: work where what it names lies
+    inputs = {"checkpoint": dict(source.digests)}
+    with folder_lock(out), kept(work, "convert"):
         report = operations.reexpress(
-            source.folder, out, _origin(source), target=target, dtype=dtype, progress=progress
+            source.folder,
+            out,
+            _origin(source),
+            target=target,
+            dtype=dtype,
+            work=work / fingerprint("reexpress", str(FORMAT), [target, dtype], inputs)[:16],
+            progress=progress,
         )
     return Written("reexpress", out, operations.facts(report))
 
