@@ -163,7 +163,10 @@ def plan(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """What each step of a recipe would do, and its memory, disk and time; or what fewer KV heads would cost."""
+    """What each step of a recipe would do, and its memory, disk and time; or what fewer KV heads would cost.
+
+    A price list that was interrupted goes on with the same command.
+    """
     from retrofit.pipeline import show
 
     console = _console(json)

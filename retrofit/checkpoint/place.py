@@ -123,7 +123,8 @@ def staged(final: str | Path, *, overwrite: bool = False, keep: Path | None = No
 
     Everything is flushed to disk before the rename. On an exception the partial folder is removed; after a kill it
     stays and the next call empties it: a mark beside it says that it is ours. keep: the folder to stage in instead, on
-    the same disk, which is not emptied: what an interrupted call left there can be gone on from. A symbolic link
+    the same disk, which is not emptied: what an interrupted call left there can be gone on from; it is removed when
+    nothing is in it. A symbolic link
     `final` stays, and the result is what it points to. Raises UserError when `final` holds something and `overwrite` is
     False (also when it was filled inside the block), when the place cannot be written or holds a folder of a name that
     is needed and not ours, when `keep` is on another disk, and when the disk fills up inside the block.
@@ -169,6 +170,8 @@ def staged(final: str | Path, *, overwrite: bool = False, keep: Path | None = No
     finally:
         if keep is None:
             _remove(partial)
+        elif partial.is_dir() and not any(partial.iterdir()):
+            partial.rmdir()
         if final.exists():
             _remove(replaced)
 

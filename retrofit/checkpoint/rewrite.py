@@ -18,7 +18,7 @@ from torch import Tensor
 from retrofit.checkpoint.cast import narrowed
 from retrofit.checkpoint.place import require_free_space
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.checkpoint.write import HEADER_RESERVE, ShardWriter, StaleShards, remove_shards, write_config
+from retrofit.checkpoint.write import HEADER_RESERVE, KEPT, ShardWriter, going_on, held, write_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -66,15 +66,9 @@ def rewrite(
     missing = sorted((rules.keys() | made.keys()) - source.entries.keys())
     if missing:
         raise ValueError(f"rules for tensors that the checkpoint does not hold: {missing}")
-    require_free_space(out, source.nbytes - (_held(out) if resume else 0))
+    require_free_space(out, source.nbytes - (held(out) if resume else 0))
     work = _Pass(source, Path(out), rules, made, dtype, max_shard_size, progress)
-    try:
-        rewritten = work.run(resume)
-    except StaleShards as stale:
-        if progress:
-            progress.note(f"{stale} holds something else than what is being written: all weights are written again")
-        remove_shards(out)
-        rewritten = work.run(False)
+    rewritten = going_on(work.run, out, resume, progress)
     own = source.main_dtype
     write_config(out, config, dtype or (own if own.is_floating_point else None))
     return rewritten
@@ -104,7 +98,7 @@ class _Pass:
             writer = ShardWriter(self.out, self.max_shard_size, header_reserve=_reserve(source), resume=resume)
             stack.enter_context(writer)
             if progress and writer.kept:
-                progress.note(f"{writer.kept} weight files were written before, and are kept")
+                progress.note(KEPT.format(writer.kept))
             for name in source.names:
                 entry = source.entries[name]
                 rule = self.rules.get(name)
@@ -136,11 +130,6 @@ class _Pass:
 
     def _cast(self, tensor: Tensor, name: str) -> Tensor:
         return narrowed(tensor, self._target(name), name)
-
-
-def _held(out: str | Path) -> int:
-    """Bytes of weights that an interrupted call left."""
-    return sum(path.stat().st_size for path in Path(out).glob("*") if path.is_file())
 
 
 def _reserve(source: Checkpoint) -> int:

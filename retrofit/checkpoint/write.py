@@ -10,11 +10,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,11 +28,16 @@ from retrofit.errors import UserError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from retrofit.console import Progress
+
 __all__ = [
+    "KEPT",
     "ShardWriter",
     "copy_side_files",
     "existing_ancestor",
     "folder_lock",
+    "going_on",
+    "held",
     "parse_size",
     "remove_shards",
     "require_free_space",
@@ -41,8 +46,11 @@ __all__ = [
     "write_config",
 ]
 
+T = TypeVar("T")
+
 HEADER_RESERVE = 16 << 10
 FLUSH_BYTES = 64 << 20
+KEPT = "{} weight files were written before, and are kept"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)?\s*$", re.IGNORECASE)
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -272,6 +280,23 @@ class ShardWriter:
             else:
                 whole.add(int(path.name.removeprefix(".shard-")))
         return frozenset(whole)
+
+
+def held(folder: str | Path) -> int:
+    """Bytes of weights that an interrupted writer left in the folder."""
+    return sum(path.stat().st_size for path in Path(folder).glob("*") if path.is_file())
+
+
+def going_on(write: Callable[[bool], T], folder: str | Path, resume: bool, progress: Progress | None) -> T:
+    """What `write(resume)` gives; written again from the start, and announced, where shards that an interrupted writer
+    left in the folder hold something else."""
+    try:
+        return write(resume)
+    except StaleShards as stale:
+        if progress:
+            progress.note(f"{stale} holds something else than what is being written: all weights are written again")
+        remove_shards(folder)
+        return write(False)
 
 
 def remove_shards(folder: str | Path) -> int:

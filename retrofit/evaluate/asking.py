@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from retrofit.evaluate.haystack import encode
+from retrofit.evaluate.resume import DISCARDED, Kept
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from retrofit.console import Progress
     from retrofit.evaluate.reader import Reader
 
 EXTRA_TOKENS = 4  # generated beyond the answer, so that a longer number does not pass for the right one
@@ -87,6 +91,40 @@ def ask(reader: Reader, tokenizer: PreTrainedTokenizerBase, question: Question) 
         margin=min(wrong) - loss,
         token_match=sum(matches) / len(matches),
     )
+
+
+def kept_answers(
+    partial: Path | None,
+    model: PreTrainedModel,
+    haystacks: Iterable[tuple[Sequence[int], Sequence[Question]]],
+    *,
+    kernel: str,
+    chunk: int,
+    meta: Mapping[str, object] | None,
+    progress: Progress | None,
+) -> Kept:
+    """What an earlier call with these haystacks and questions has finished; nothing where `partial` is None.
+
+    meta: what else the answers depend on, above all the digests of the model and its tokenizer.
+    """
+    asked = hashlib.sha256()
+    for ids, questions in haystacks:
+        asked.update(repr((list(ids), list(questions))).encode())
+    how = {"dtype": str(model.dtype), "device": str(model.device), "kernel": kernel, "chunk": chunk}
+    kept = Kept(partial, {**(meta or {}), **how, "haystacks_sha256": asked.hexdigest()})
+    if kept.discarded and progress:
+        progress.note(f"{DISCARDED}; asked anew")
+    return kept
+
+
+def answered(kept: Kept, name: str, answers: Callable[[], Sequence[Answer]]) -> tuple[Answer, ...]:
+    """The answers about one haystack: those that were kept under `name`, or else what `answers` finds, then kept."""
+    found = kept.get_values(name)
+    if found is None:
+        now = tuple(answers())
+        kept.put_values(name, [asdict(answer) for answer in now])
+        return now
+    return tuple(Answer(**{**one, "expected": tuple(one["expected"])}) for one in found)
 
 
 def _tensor(reader: Reader, ids: Sequence[int]) -> torch.Tensor:

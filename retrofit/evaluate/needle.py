@@ -6,9 +6,10 @@ words, so that a small base model can answer by continuing, without examples. Be
 loss of the right answer and its margin over a wrong one of the same form, the other needles' where there are any: a
 signal where exact match gives none.
 
-The prose before a needle is the same for every depth: it is read once, and the cache goes back to it. Or all depths'
-needles stand together in one haystack, each with a key of its own (RULER's multi-key retrieval, arXiv 2404.06654): one
-pass a length, and a harder test, because the other needles look like the one asked for.
+The prose before a needle is the same for every depth: it is read once, and the cache goes back to it, to the end of a
+chunk, so that a haystack is read in the same chunks, and answered with the same bits, whatever was read before. Or all
+depths' needles stand together in one haystack, each with a key of its own (RULER's multi-key retrieval, arXiv
+2404.06654): one pass a length, and a harder test, because the other needles look like the one asked for.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial as bound
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from retrofit.errors import UserError
-from retrofit.evaluate.asking import EXTRA_TOKENS, Answer, Question, ask
+from retrofit.evaluate.asking import EXTRA_TOKENS, Answer, Question, answered, ask, kept_answers
 from retrofit.evaluate.haystack import Wording, boundaries, encode, filler
 from retrofit.evaluate.reader import Reader, frequencies_of
 from retrofit.evaluate.score import reading
@@ -69,7 +72,7 @@ class Cell:
 @dataclass(frozen=True)
 class NeedleResult:
     """Every cell of one test. scores: share of needles found by length, what effective length looks at. read: tokens
-    that passes read.
+    that passes read, also those before an interruption.
     """
 
     test: str
@@ -102,11 +105,14 @@ def needle(
     seed: int = 0,
     chunk: int = 512,
     kernel: Choice | None = None,
+    meta: Mapping[str, object] | None = None,
+    partial: Path | None = None,
     progress: Progress | None = None,
 ) -> NeedleResult:
     """Ask for a needle at every length and depth. prose: what it is hidden in; repeated when it is too short.
 
-    together: the needles of all depths stand in one haystack.
+    together: the needles of all depths stand in one haystack. partial: a folder where the answers about each haystack
+    are kept until all are, for the next call with the same question; meta: digests of model and tokenizer, part of it.
 
     Raises: UserError for an unknown test, a length in which the question alone has no room, or needles together that
     have no keys, or not enough.
@@ -125,31 +131,34 @@ def needle(
             fix=f"use the test `needle` with up to {len(KEYS)} depths, or leave `together` out",
         )
     hidden = [tuple(depths)] if together else [(depth,) for depth in depths]
-    prompts = {
-        n: [[_prompt(tokenizer, wording, hay, ends, n, some, s, seed) for some in hidden] for s in range(samples)]
+    prompts = {  # of a sample from the deepest needle up: what stands before the next one is still in the cache
+        n: [
+            prompt
+            for s in range(samples)
+            for prompt in sorted(
+                (_prompt(tokenizer, wording, hay, ends, n, some, s, seed) for some in hidden),
+                key=lambda prompt: -prompt.needles[0].position,
+            )
+        ]
         for n in lengths
     }
     if progress:
         progress.start(test, len(lengths) * len(depths) * samples, "questions")
     with reading(model, kernel, progress) as used:
+        asked = ((p.ids, [one.question for one in p.needles]) for some in prompts.values() for p in some)
+        kept = kept_answers(partial, model, asked, kernel=used, chunk=chunk, meta=meta, progress=progress)
         for length in lengths:
-            reader = Reader(model, length + EXTRA_TOKENS, chunk=chunk, rewindable=True)
-            held: list[int] = []
-            with frequencies_of(model, length):
-                for sample in range(samples):
-                    # From the deepest needle up: what stands before the next one is still in the cache.
-                    for prompt in sorted(prompts[length][sample], key=lambda prompt: -prompt.needles[0].position):
-                        shared = min(_shared(prompt.ids, held), len(prompt.ids) - 1)
-                        reader.rewind(shared)
-                        reader.read(torch.tensor(prompt.ids[shared:], device=model.device))
-                        held = prompt.ids
-                        read += len(prompt.ids) - shared
-                        for one in prompt.needles:
-                            answer = ask(reader, tokenizer, one.question)
-                            found = answer.margin > 0 if len(prompt.needles) > 1 else answer.starts
-                            cells.append(Cell(length, one.depth, sample, one.position, answer, found))
-                            if progress:
-                                progress.advance(1, tokens=length)
+            haystacks = _Haystacks(model, tokenizer, length, chunk)
+            before: list[int] = []
+            for index, prompt in enumerate(prompts[length]):
+                read += len(prompt.ids) - haystacks.read_before(prompt.ids, before)
+                before = prompt.ids
+                answers = answered(kept, f"{length}-{index}", bound(haystacks.answers, prompt))
+                for one, answer in zip(prompt.needles, answers, strict=True):
+                    found = answer.margin > 0 if len(prompt.needles) > 1 else answer.starts
+                    cells.append(Cell(length, one.depth, prompt.sample, one.position, answer, found))
+                if progress:
+                    progress.advance(len(answers), tokens=length)
     if progress:
         progress.finish()
     cells.sort(key=lambda cell: (cell.length, cell.depth, cell.sample))
@@ -172,6 +181,30 @@ class _Prompt:
 
     ids: list[int]
     needles: tuple[_Hidden, ...]
+    sample: int
+
+
+class _Haystacks:
+    """Haystacks of one length, read one after another through one cache."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, chunk: int) -> None:
+        self._model, self._tokenizer, self._length = model, tokenizer, length
+        self._reader = Reader(model, length + EXTRA_TOKENS, chunk=chunk, rewindable=True)
+        self._held: list[int] = []
+
+    def read_before(self, ids: Sequence[int], before: Sequence[int]) -> int:
+        """How many tokens of `ids` need no reading where `before` was read: whole chunks, and not all of them."""
+        shared = min(_shared(ids, before), len(ids) - 1)
+        return shared - shared % self._reader.chunk
+
+    def answers(self, prompt: _Prompt) -> list[Answer]:
+        """Read a haystack and ask about each of its needles."""
+        shared = self.read_before(prompt.ids, self._held)
+        with frequencies_of(self._model, self._length):
+            self._reader.rewind(shared)
+            self._reader.read(torch.tensor(prompt.ids[shared:], device=self._model.device))
+            self._held = prompt.ids
+            return [ask(self._reader, self._tokenizer, one.question) for one in prompt.needles]
 
 
 def _prompt(
@@ -214,7 +247,7 @@ def _prompt(
         needles.append(_Hidden(depth, len(ids), question))
         ids += fact
         done = at
-    return _Prompt(ids + hay[done:room], tuple(needles))
+    return _Prompt(ids + hay[done:room], tuple(needles), sample)
 
 
 def _number(rng: random.Random) -> str:

@@ -1,4 +1,7 @@
-"""What a stopped evaluation keeps: one array for every document that is finished. numpy only."""
+"""What a stopped evaluation keeps: the losses of every document and the answers to every haystack that are finished.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,24 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from retrofit.checkpoint.provenance import versions
+
+VERSION = 4
+"""Of what an evaluation measures: raise it when the same model and text would give other numbers. What a stopped
+evaluation kept, and the journal of a run, know evaluations by it."""
+DISCARDED = "what was kept of an earlier evaluation answers another question"
 _KEY = "key.json"
 
 
 class Kept:
-    """Finished arrays in a folder, good for exactly one question (`key`); another question starts anew.
+    """Finished arrays and values in a folder, good for exactly one question (`key`); another question starts anew.
 
-    folder: None keeps nothing. A file is whole or absent, whatever is killed when.
+    folder: None keeps nothing. A file is whole or absent, whatever is killed when. Another version of this code, or of
+    the packages that it computes with, asks another question.
     """
 
     def __init__(self, folder: Path | None, key: Mapping[str, object]) -> None:
@@ -23,7 +34,8 @@ class Kept:
         self.discarded = False
         if folder is None:
             return
-        text = json.dumps(dict(key), sort_keys=True, default=str)
+        question = {**key, "code": VERSION, "versions": versions()}
+        text = json.dumps(question, sort_keys=True, default=str)
         stored = folder / _KEY
         if folder.exists() and not (stored.is_file() and stored.read_text(encoding="utf-8") == text):
             self.discarded = stored.is_file()
@@ -47,7 +59,15 @@ class Kept:
             np.save(file, array, allow_pickle=False)
         partial.replace(self.folder / f"{name}.npy")
 
-    def remove(self) -> None:
-        """The whole result is safe elsewhere."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+    def get_values(self, name: str) -> Any | None:
+        """The JSON values of that name, if they are finished."""
+        path = self.folder / f"{name}.json" if self.folder else None
+        return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else None
+
+    def put_values(self, name: str, values: object) -> None:
+        """Keep finished JSON values; numbers come back as they were."""
+        if self.folder is None:
+            return
+        partial = self.folder / f"{name}.partial"
+        partial.write_text(json.dumps(values), encoding="utf-8")
+        partial.replace(self.folder / f"{name}.json")

@@ -12,16 +12,17 @@ import itertools
 import random
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial as bound
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from retrofit.errors import UserError
-from retrofit.evaluate.asking import Answer, Question, ask
+from retrofit.evaluate.asking import Answer, Question, answered, ask, kept_answers
 from retrofit.evaluate.haystack import boundaries, encode, filler
 from retrofit.evaluate.reader import Reader, frequencies_of
 from retrofit.evaluate.score import reading
@@ -87,9 +88,14 @@ def ruler(
     seed: int = 0,
     chunk: int = 512,
     kernel: Choice | None = None,
+    meta: Mapping[str, object] | None = None,
+    partial: Path | None = None,
     progress: Progress | None = None,
 ) -> RulerResult:
     """Every task at every length. prose: haystack and source of words.
+
+    partial: a folder where the answers about each text are kept until all are, for the next call with the same
+    question; meta: digests of model and tokenizer, part of that question.
 
     Raises: UserError for an unknown task, or a length too short for one.
     """
@@ -106,11 +112,11 @@ def ruler(
     if progress:
         progress.start("ruler", sum(len(found.ids) for found in problems.values()), "tokens")
     with reading(model, kernel, progress) as used:
+        asked = ((found.ids, found.questions) for found in problems.values())
+        kept = kept_answers(partial, model, asked, kernel=used, chunk=chunk, meta=meta, progress=progress)
         for (task, length, sample), found in problems.items():
-            reader = Reader(model, length, chunk=chunk, rewindable=True)
-            with frequencies_of(model, length):
-                reader.read(torch.tensor(found.ids, device=model.device))
-                answers += [(task, length, sample, ask(reader, tokenizer, asked)) for asked in found.questions]
+            read = bound(_read_and_ask, model, tokenizer, found, length, chunk)
+            answers += [(task, length, sample, one) for one in answered(kept, f"{task}@{length}-{sample}", read)]
             if progress:
                 progress.advance(len(found.ids), task=task)
     if progress:
@@ -121,6 +127,15 @@ def ruler(
         for length in lengths
     ]
     return RulerResult(tuple(rows), tuple(answers), samples, seed, used)
+
+
+def _read_and_ask(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, found: Problem, length: int, chunk: int
+) -> list[Answer]:
+    reader = Reader(model, length, chunk=chunk, rewindable=True)
+    with frequencies_of(model, length):
+        reader.read(torch.tensor(found.ids, device=model.device))
+        return [ask(reader, tokenizer, question) for question in found.questions]
 
 
 def problem(
@@ -218,9 +233,9 @@ def _common_words(tokenizer: PreTrainedTokenizerBase, prose: str, length: int, r
         "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
         "appear most often.\n"
     )
-    few = partial(text, 6, 1)
+    few = bound(text, 6, 1)
     room = _room(tokenizer, length, _start(tokenizer, opening), [question])
-    many = partial(text, 30, 3)  # in long texts
+    many = bound(text, 30, 3)  # in long texts
     listing = many if length >= 4096 and len(encode(tokenizer, many(COMMON_WORDS))) <= room else few
     return _filled(tokenizer, prose, length, opening, listing, (COMMON_WORDS, len(others)), question)
 

@@ -23,7 +23,7 @@ from retrofit.errors import UserError
 from retrofit.evaluate.documents import make_documents, tokenizer_digest
 from retrofit.evaluate.losses import Document, TokenLosses, documents_digest
 from retrofit.evaluate.reader import Reader, frequencies_of, require_positions, varying
-from retrofit.evaluate.resume import Kept
+from retrofit.evaluate.resume import DISCARDED, Kept
 from retrofit.evaluate.windows import Span, Windows
 from retrofit.kernels.registry import Choice, scoring_kernel, using
 from retrofit.model.families import describe
@@ -76,9 +76,9 @@ def score(
             "texts_sha256": [document.text_sha256 for document in documents],
             **(meta or {}),
         }
-        kept = Kept(partial, {**facts, "rows": logits_rows, "lengths": list(lengths)})
+        kept = Kept(partial, {**facts, "device": str(model.device), "rows": logits_rows, "lengths": list(lengths)})
         if kept.discarded and progress:
-            progress.note("what was kept of an earlier evaluation answers another question; scored anew")
+            progress.note(f"{DISCARDED}; scored anew")
         if progress:
             progress.start("score", sum(span.tokens for plan in plans for _, spans in plan for span in spans), "tokens")
         passes = [

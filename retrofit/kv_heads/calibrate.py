@@ -9,8 +9,6 @@ Legend: N sequences, B sequences of a batch, T tokens, C model width, H query he
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +22,8 @@ from transformers import PretrainedConfig
 from retrofit.checkpoint.cast import narrowed
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.errors import UserError
-from retrofit.kv_heads import VERSION
 from retrofit.kv_heads import moments as moment_files
+from retrofit.kv_heads.disk import work_key
 from retrofit.kv_heads.folding import Turnings
 from retrofit.kv_heads.grouping import best_groups
 from retrofit.kv_heads.measure import layer_moments
@@ -253,23 +251,17 @@ class CalibratedRun:
         return maps, lost, groups
 
     def _key(self, target: PretrainedConfig, text: CalibrationText, autocast: str) -> str:
-        """Names everything that the work folder's bytes depend on. Weights are known by their headers and times here;
-        whoever chooses the folder knows them by their digests."""
-        folder, settings = self._checkpoint.folder, self._settings
-        stats = [(folder / shard).stat() for shard in self._checkpoint.shards]
+        """Names everything that the work folder's bytes depend on."""
+        settings = self._settings
         repairs = [repr(repair) for repair in settings.repairs]
-        parts = [
-            VERSION,
-            torch.__version__,
-            [[s.st_size, s.st_mtime_ns] for s in stats],
-            {name: list(entry.shape) for name, entry in self._checkpoint.entries.items()},
+        return work_key(
+            self._checkpoint,
             target.to_dict(),
             [settings.method_name, repairs, settings.averaged_tokens, settings.keep_moments],
             None if settings.read_with is None else settings.read_with.to_dict(),
             text.digest(),
             [str(self._dtype), self._device, autocast],
-        ]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+        )
 
 
 def plain_residual(spec: AttentionSpec) -> bool:

@@ -200,7 +200,7 @@ def save(folder: str | Path, index: int, moments: LayerMoments) -> Path:
         "stream_energy": moments.stream_energy,
         "stream_quantiles": moments.stream_quantiles,
     }
-    path = _path(folder, index)
+    path = layer_file(folder, index)
     partial = path.with_name(f".{path.name}.partial")
     save_file(
         {name: tensor.float().contiguous() for name, tensor in tensors.items()},
@@ -213,7 +213,7 @@ def save(folder: str | Path, index: int, moments: LayerMoments) -> Path:
 
 def load(folder: str | Path, index: int) -> LayerMoments:
     """The moments that `save` wrote, in float64. Raises UserError when there are none or the file is broken."""
-    path = _path(Path(folder), index)
+    path = layer_file(Path(folder), index)
     if not path.is_file():
         raise UserError(
             f"there are no moments of layer {index}",
@@ -255,7 +255,8 @@ def _moments(stored: Mapping[str, Tensor], facts: Mapping[str, object]) -> Layer
     return replace(moments, **values)  # type: ignore[arg-type]
 
 
-def _path(folder: Path, index: int) -> Path:
+def layer_file(folder: Path, index: int) -> Path:
+    """Where the moments of a layer lie in a folder of moments."""
     return folder / f"layer-{index:03d}.safetensors"
 
 

@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from retrofit.checkpoint.heap import give_back
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.kv_heads.heap import give_back
 from retrofit.kv_heads.weights import LayerWeights, read_layer, write_layer
 from retrofit.model.spec import AttentionSpec, LayerAttention
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from retrofit.kv_heads.residuals import DiskTensors
+from retrofit.kv_heads.disk import DiskTensors
 from retrofit.kv_heads.stream import LayerRun
 from retrofit.kv_heads.weights import LayerWeights, write_layer
 from retrofit.model.spec import LayerAttention

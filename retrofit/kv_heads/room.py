@@ -31,11 +31,21 @@ def room_needed(
     )
 
 
+def survey_room(spec: AttentionSpec, tokens: int, *, moments: bool) -> int:
+    """The most bytes that one pass over the layers has on disk: the stream of `tokens` tokens into a layer and out of
+    it, and the moments of all layers."""
+    grams = sum(_grams(layer.kv_heads, layer.head_dim) for layer in spec.layers) if moments else 0
+    return _FLOAT32 * (2 * spec.hidden_size * tokens + grams)
+
+
 def _layer(heads: int, before: int, dim: int, width: int, after: int, moments: bool, value_bytes: int) -> int:
     projections = 2 * (heads + after) * dim * (width + 1)
-    # The triangles of keys, values and averaged values, and the queries of each KV head.
-    grams = 3 * (before * dim) * (before * dim + 1) // 2 + before * dim * (dim + 3) if moments else 0
-    return projections * value_bytes + grams * _FLOAT32
+    return projections * value_bytes + (_grams(before, dim) * _FLOAT32 if moments else 0)
+
+
+def _grams(heads: int, dim: int) -> int:
+    """Values in a layer's moments: triangles of keys, values and averaged values, and the queries of each KV head."""
+    return 3 * (heads * dim) * (heads * dim + 1) // 2 + heads * dim * (dim + 3)
 
 
 def held(folder: Path) -> int:

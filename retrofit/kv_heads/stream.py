@@ -18,8 +18,8 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from retrofit.checkpoint.heap import give_back
 from retrofit.kernels import registry
-from retrofit.kv_heads.heap import give_back
 from retrofit.model.families.experts import EXPERTS
 from retrofit.model.spec import AttentionSpec
 

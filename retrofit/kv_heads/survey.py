@@ -1,6 +1,7 @@
 """One pass over a model, layer by layer: the moments of every layer on some text, and the loss on other text.
 
-Memory is that of one layer, the residual streams of the text, and the head for some rows of logits at a time.
+The residual stream lies on disk (`disk.StreamFolder`): memory is one layer, its Grams, a batch, and the head for some
+rows of logits at a time. A pass that was killed goes on at its layer.
 
 Legend: N sequences, B sequences of a batch, T tokens, C model width, V vocabulary, R rows of a chunk.
 """
@@ -8,6 +9,9 @@ Legend: N sequences, B sequences of a batch, T tokens, C model width, V vocabula
 from __future__ import annotations
 
 import copy
+import tempfile
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +23,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.errors import UserError
+from retrofit.kv_heads.disk import StreamFolder, work_key
 from retrofit.kv_heads.measure import layer_moments
-from retrofit.kv_heads.moments import save
+from retrofit.kv_heads.moments import load, save
 from retrofit.kv_heads.stream import LayerStream
 from retrofit.kv_heads.text import AVERAGED_TOKENS, CalibrationText
 from retrofit.kv_heads.weights import Reader, read_layer
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
 
 TOKENS_PER_BATCH = 4096
 ROWS = 256
+STREAM = "original"
 
 
 def survey(
@@ -43,48 +49,69 @@ def survey(
     moments: str | Path | None = None,
     averaged_tokens: int = AVERAGED_TOKENS,
     device: str = "cpu",
+    work: Path | None = None,
     task: str = "read the model",
     progress: Progress | None = None,
 ) -> Tensor:
     """Mean loss in nats per token of each sequence of `scored_NT`, [N], float64.
 
     measured: text whose moments in every layer are written to the folder `moments`; averaged_tokens: as in `convert`.
-    The stream is fp32, its matrix products bfloat16 where the processor has them. Raises UserError for moments or
-    losses that are not finite.
+    The stream is fp32, its matrix products bfloat16 where the processor has them. work: a folder for the stream, which
+    a later call with the same arguments goes on from; the caller removes it. Raises UserError for moments or losses
+    that are not finite, and where the disk has no room for the stream.
     """
     checkpoint, config = Checkpoint.open(folder), load_config(folder)
     spec = describe(config)
     autocast = torch.bfloat16 if multiplies_in_bfloat16(device) else None
-    stream = LayerStream(copy.deepcopy(config), spec, checkpoint.tensor, device=device, autocast=autocast)
     scored = list(scored_NT.split(max(1, TOKENS_PER_BATCH // scored_NT.shape[1])))
-    seen = measured.batches() if measured else []
-    embedded = [stream.embed(ids) for ids in (*(ids for _, ids in seen), *scored)]
-    x, kwargs = [hidden for hidden, _ in embedded], [per_layer for _, per_layer in embedded]
-    single = stream.embed(seen[0][1][:1])[1] if seen else []
-    stream.free_embeddings()
-    if progress:
-        progress.start(task, len(spec.layers), "layers")
-    for layer in spec.layers:
-        with stream.layer(layer.index) as run:
-            if moments is not None and seen:
-                found = layer_moments(
-                    run,
-                    read_layer(checkpoint.tensor, layer),
-                    layer,
-                    seen,
-                    x.__getitem__,
-                    lambda i, index=layer.index: kwargs[i][index],  # type: ignore[misc]
-                    single[layer.index],
-                    averaged_tokens=averaged_tokens,
-                )
-                save(moments, layer.index, found)
-            for i, hidden in enumerate(x):
-                x[i], _ = run.forward(hidden, kwargs[i][layer.index])
+    seen = measured.batches() if measured and moments is not None else []
+    batches = [*(ids for _, ids in seen), *scored]
+    key = work_key(
+        checkpoint,
+        config.to_dict(),
+        [CalibrationText(scored_NT, ("",) * len(scored_NT)).digest(), measured.digest() if measured and seen else None],
+        [averaged_tokens, device, str(autocast)],
+    )
+    with ExitStack() as stack:
+        if work is None:
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="retrofit-stream-"))) / "stream"
+        on_disk = StreamFolder(
+            work,
+            key,
+            (STREAM,),
+            [(*ids.shape, spec.hidden_size) for ids in batches],
+            layers=len(spec.layers),
+            whole=partial(load, moments) if moments is not None and seen else lambda index: None,
+            to_the_end=True,
+            say=progress.note if progress else lambda _: None,
+        )
         if progress:
-            progress.advance(1)
-    del stream
-    readout = Readout(config, spec, checkpoint.tensor, device=device)
-    losses_N = torch.cat([readout.losses(h, ids) for h, ids in zip(x[len(seen) :], scored, strict=True)])
+            if on_disk.resumed_from:
+                progress.note(f"{task}: goes on after {on_disk.resumed_from} of {len(spec.layers)} layers")
+            progress.start(task, len(spec.layers), "layers")
+            progress.advance(on_disk.layers_done)
+        stream = LayerStream(copy.deepcopy(config), spec, checkpoint.tensor, device=device, autocast=autocast)
+        kwargs = _embedded(stream, on_disk, batches) if on_disk.layers_done < len(spec.layers) else {}
+        for layer in spec.layers[on_disk.layers_done :]:
+            x, after = (on_disk.stream(STREAM, layer.index + i) for i in (0, 1))
+            named = [kwargs[tuple(ids.shape)][layer.index] for ids in batches]
+            with stream.layer(layer.index) as run:
+                if moments is not None and seen:
+                    single = kwargs[1, seen[0][1].shape[1]][layer.index]
+                    weights, hidden = read_layer(checkpoint.tensor, layer), partial(x.read, device=device)
+                    found = layer_moments(
+                        run, weights, layer, seen, hidden, named.__getitem__, single, averaged_tokens=averaged_tokens
+                    )
+                    save(moments, layer.index, found)
+                for i in range(len(batches)):
+                    after.write(i, run.forward(x.read(i, device), named[i])[0])
+            on_disk.finished(layer.index)
+            if progress:
+                progress.advance(1)
+        del stream
+        readout = Readout(config, spec, checkpoint.tensor, device=device)
+        last, first = on_disk.stream(STREAM, len(spec.layers)), len(seen)
+        losses_N = torch.cat([readout.losses(last.read(first + i, device), ids) for i, ids in enumerate(scored)])
     if progress:
         progress.finish()
     if not bool(torch.isfinite(losses_N).all()):
@@ -94,6 +121,25 @@ def survey(
             fix="check the checkpoint for NaN weights (`retrofit inspect MODEL`), or give other text",
         )
     return losses_N
+
+
+def _embedded(
+    stream: LayerStream, on_disk: StreamFolder, batches: list[Tensor]
+) -> dict[tuple[int, ...], list[dict[str, Any]]]:
+    """Every layer's keyword arguments by the shape of a batch, of one sequence too; a fresh start also writes the
+    stream into layer 0."""
+    fresh, kwargs = on_disk.resumed_from is None, {}
+    for i, ids in enumerate(batches):
+        if fresh or tuple(ids.shape) not in kwargs:
+            hidden, kwargs[tuple(ids.shape)] = stream.embed(ids)
+            if fresh:
+                on_disk.stream(STREAM, 0).write(i, hidden)
+    single = batches[0][:1]  # for averaged values
+    kwargs[tuple(single.shape)] = stream.embed(single)[1]
+    stream.free_embeddings()
+    if fresh:
+        on_disk.started()
+    return kwargs
 
 
 class Readout:

@@ -139,7 +139,8 @@ def prices(
 
     recipe: take model, calibration text, repair, seed and dtype from it. budget: bytes at a length (`2GiB@32k`), which
     picks the most KV heads that fit. tokens: of the calibration text. moments: a folder that keeps what was measured;
-    the same call then needs no pass over text. measure: time a small matrix product for the estimate.
+    the same call then needs no pass over text. measure: time a small matrix product for the estimate. A call that was
+    killed is gone on from by the same call.
     Raises UserError for bad input, before any long work.
     """
     from retrofit.pipeline import single

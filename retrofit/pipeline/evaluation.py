@@ -72,7 +72,6 @@ def _score(
     prepared = runner.prepared
 
     def work(path: Path) -> Mapping[str, Any]:
-        partial = path.with_name(path.name + ".scored")
         losses, kernel, measured = operations.score_folder(
             state.path,
             documents,
@@ -89,7 +88,6 @@ def _score(
         save_losses(losses, path)
         for name, scored in measured.passes.items():
             save_losses(scored, pass_file(path, name))
-        shutil.rmtree(partial, ignore_errors=True)
         answers = {"defined": measured.defined, "needle": measured.needle, "ruler": measured.ruler}
         return {**kernel, "answers": jsonable(answers)}
 
@@ -105,7 +103,10 @@ def _score(
     inputs = {"checkpoint": state.identity, "documents": documents_digest(documents)}
     file = f"{LOSSES}/{label}.npz"
     also = tuple(str(pass_file(Path(file), name)) for name in passes_of(section, native))
-    return runner.step(f"evaluate:{label}", file, config, inputs, work, also=also).result
+    partial = runner.folder / f"{file}.scored"
+    entry = runner.step(f"evaluate:{label}", file, config, inputs, work, also=also)
+    shutil.rmtree(partial, ignore_errors=True)  # not before the journal knows of the losses
+    return entry.result
 
 
 def _further_reading(section: Evaluate, native: int, seed: int, varies: bool) -> dict[str, object]:

@@ -36,17 +36,18 @@ def require_own(folder: Path, command: str) -> None:
 
 @contextmanager
 def kept(folder: Path, command: str) -> Iterator[Path]:
-    """The folder for the unfinished work of `command`; removed when the block ends well, or leaves nothing in it.
+    """The folder for the unfinished work of `command`; removed when the block ends well, or leaves no file in it.
 
     Raises UserError as `require_own` does.
     """
     require_own(folder, command)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{_KEY}{command}").touch()
+    key = folder / f"{_KEY}{command}"
+    key.touch()
     try:
         yield folder
     except BaseException:
-        if len(list(folder.iterdir())) == 1:
+        if all(path == key or (path.is_dir() and not path.is_symlink()) for path in folder.rglob("*")):
             _remove(folder, command)
         raise
     _remove(folder, command)

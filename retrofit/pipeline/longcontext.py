@@ -141,14 +141,18 @@ def measure(
     partial: Path | None = None,
     progress: Progress | None = None,
 ) -> Measured:
-    """Everything that `section` asks for beyond `losses`, the plain pass over the first tokens of the documents."""
+    """Everything that `section` asks for beyond `losses`, the plain pass over the first tokens of the documents.
+
+    partial: a folder in which every pass and test keeps what is finished, for the next call with the same question.
+    """
     from retrofit.evaluate.score import score
 
     def rescore(name: str, documents: Sequence[Document], **how: object) -> TokenLosses:
+        options = {"chunk": section.chunk, "kernel": kernel, "meta": facts, "progress": progress}
         folder = partial / name if partial else None
-        options = {"chunk": section.chunk, "kernel": kernel, "meta": dict(_facts(losses)), "progress": progress}
         return score(model, documents, partial=folder, **options, **how)  # type: ignore[arg-type]
 
+    facts = dict(_facts(losses))
     cut = [document.cut(max(section.lengths)) for document in documents]
     windows = _windows(section, native)
     passes = {name: rescore(name, cut, windows=windows[name], known=losses) for name in passes_of(section, native)}
@@ -161,7 +165,8 @@ def measure(
         else:
             found = rescore(f"{name}@{length}", texts, windows=moving)
         defined.append(value(name, found, length, moving))
-    return Measured(passes, tuple(defined), *_asked(model, tokenizer, section, kernel, seed, progress))
+    asked = _asked(model, tokenizer, section, kernel, seed, facts, partial, progress)
+    return Measured(passes, tuple(defined), *asked)
 
 
 def _asked(
@@ -170,6 +175,8 @@ def _asked(
     section: Evaluate,
     kernel: Choice | None,
     seed: int,
+    facts: Mapping[str, object],
+    partial: Path | None,
     progress: Progress | None,
 ) -> tuple[NeedleResult | None, RulerResult | None]:
     if not section.needle and not section.ruler:
@@ -194,6 +201,8 @@ def _asked(
             seed=seed,
             chunk=section.chunk,
             kernel=kernel,
+            meta=facts,
+            partial=partial / "needle" if partial else None,
             progress=progress,
         )
         if asked
@@ -210,6 +219,8 @@ def _asked(
             seed=seed,
             chunk=section.chunk,
             kernel=kernel,
+            meta=facts,
+            partial=partial / "ruler" if partial else None,
             progress=progress,
         )
         if tasks

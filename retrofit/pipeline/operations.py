@@ -26,7 +26,7 @@ from retrofit.evaluate.score import Document, TokenLosses, score, tokenizer_dige
 from retrofit.kernels.registry import Choice, Proof, apply, choose, prove
 from retrofit.kv_heads.convert import ConvertReport
 from retrofit.kv_heads.convert import convert as convert_heads
-from retrofit.kv_heads.residuals import require_room
+from retrofit.kv_heads.disk import require_room
 from retrofit.kv_heads.room import held, room_needed
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, load_model, load_tokenizer, read_config, resolve_dtype, working_dtype
@@ -133,13 +133,23 @@ def convert(
 
 
 def reexpress(
-    source: Path, out: Path, origin: Origin, *, target: str | None, dtype: str, progress: Progress | None = None
+    source: Path,
+    out: Path,
+    origin: Origin,
+    *,
+    target: str | None,
+    dtype: str,
+    work: Path,
+    progress: Progress | None = None,
 ) -> ReexpressReport:
-    """Write `source` as another architecture, the same function, to `out`."""
+    """Write `source` as another architecture, the same function, to `out`.
+
+    work: where the shards are kept that it can go on from, on the disk of `out`.
+    """
     from retrofit.model.reexpress import reexpress as write_reexpressed
 
-    with staged(out) as folder:
-        report = write_reexpressed(source, folder, target=target, dtype=dtype, progress=progress)
+    with staged(out, keep=work / "checkpoint") as folder:
+        report = write_reexpressed(source, folder, target=target, dtype=dtype, resume=True, progress=progress)
         write_config(folder, portable(read_config(folder)))
         config = {"target": report.target, "dtype": report.dtype}
         origin.after("reexpress", config, facts(report)).write(folder)

@@ -4,12 +4,14 @@ One pass over the original gives the moments of every layer, from which the cost
 arithmetic. One or two numbers are then really converted, on the same few tokens and as `retrofit convert` does it
 (repair included), and scored on sequences that the conversion did not see: the curve from cost to loss goes through
 them. So the list says what a converted checkpoint has lost before any recovery.
+
+All of it is kept on the way, layer by layer, in a folder beside the moments or in the cache: a call that was killed is
+gone on from by the same call.
 """
 
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.provenance import digest
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.checkpoint.write import require_free_space, require_writable
+from retrofit.checkpoint.write import require_writable
 from retrofit.console import heads, nbytes
 from retrofit.console import seconds as duration
 from retrofit.errors import UserError
@@ -26,16 +28,17 @@ from retrofit.kv_heads.folding import Turnings
 from retrofit.kv_heads.price import Curve, LayerCost, fit_curve, layer_costs, probe_counts
 from retrofit.kv_heads.weights import read_layer
 from retrofit.model.families import describe, family_of
-from retrofit.model.load import load_config, load_tokenizer, resolve_device
+from retrofit.model.load import load_config, resolve_device
 from retrofit.model.source import resolve
 from retrofit.model.spec import AttentionSpec
 from retrofit.model.whole import require_complete
 from retrofit.pipeline import probes
 from retrofit.pipeline.budget import Budget, within
+from retrofit.pipeline.measured import measured
 from retrofit.pipeline.passes import ASSUMED, DTYPE_BYTES, ModelFacts, Throughput
 from retrofit.pipeline.plan import Plan, claimed_length, converted_spec, make_plan, sampled_tokens
-from retrofit.pipeline.prepare import check_surgery, facts_of, require_model, teacher_of
-from retrofit.pipeline.texts import calibration_text, merged, require_distinct, within_window
+from retrofit.pipeline.prepare import check_surgery, facts_of, require_model
+from retrofit.pipeline.texts import merged, require_distinct, within_window
 from retrofit.recipe.schema import Calibration, Convert, Recipe, TextSource
 from retrofit.recover.data import check_sources
 
@@ -107,7 +110,8 @@ def prices(
     """The price list of the recipe's model under the recipe's calibration and repair.
 
     command: what to type for `{kv_heads}` KV heads. tokens: of the calibration text, a third of it for scoring.
-    moments: a folder of moments; they are read if it holds them and written otherwise, and so is what was measured.
+    moments: a folder of moments; they are read if it holds them and written otherwise, and so is what was measured. A
+    call that was killed is gone on from, in the folder `<moments>.work` or, without one, in the cache.
     throughput: asked only when there is an estimate to make.
     Raises UserError, before any long work, for a model or a budget with nothing to choose from.
     """
@@ -140,47 +144,27 @@ def prices(
         probes.require_enough(calibration)
         require_distinct(calibration.text, "convert.calibration.text")
         check_sources(calibration.text)
-        _estimate(alone, section, calibration, facts_of(source, config, spec), counts, throughput(), progress)
+        if progress:
+            _estimate(alone, section, calibration, facts_of(source, config, spec), counts, throughput(), progress)
     source = resolve(model, revision=revision or recipe.revision, progress=progress)
     checkpoint = Checkpoint.open(source.folder)
     require_complete(checkpoint, config, spec)
     checkpoint.require_finite()
     wanted = section.model_copy(update={"calibration": calibration, "method": "calibrated"})
-    with tempfile.TemporaryDirectory(prefix="retrofit-prices-") as work:
-        folder = moments if moments and read else Path(work) / "moments"
-        if read:
-            origin = stored_moments.Origin.of(folder, digest(source.folder))
-            if origin.stream != probes.ORIGINAL:
-                notes.append(
-                    f"the moments in {folder} are of a model {origin.stream} layer by layer: each layer is priced on "
-                    "what the converted ones before it gave"
-                )
-            calibrated = probes.kept(folder)
-            if calibrated is None:
-                notes.append(f"no loss was measured beside the moments in {folder}: costs are shown, and no losses")
-            else:
-                notes += calibrated.notes
-                notes += probes.not_applied(calibrated, probes.options(wanted, recipe.seed), folder)
-        else:
-            teacher = teacher_of(recipe.model_copy(update={"convert": wanted}), source.folder, device)
-            text = calibration_text(
-                calibration, load_tokenizer(source.folder), seed=recipe.seed, teacher=teacher, progress=progress
-            )
-            calibrated = probes.measure(
-                source.folder,
-                wanted,
-                *probes.split(text),
-                probe_counts(counts[:-1]),
-                moments=folder,
-                work=Path(work),
-                seed=recipe.seed,
-                device=device,
-                progress=progress,
-            )
-            notes += calibrated.notes
-            if moments is not None:
-                probes.keep(calibrated, folder, moments, source.folder)
-        layers = _costs(source.folder, spec, Turnings(config), counts, folder, progress)
+    turnings = Turnings(config)
+
+    def price(folder: Path) -> list[Mapping[int, LayerCost]]:
+        return _costs(source.folder, spec, turnings, counts, folder, progress)
+
+    if moments is not None and read:
+        calibrated, more = _read(moments, source.folder, probes.options(wanted, recipe.seed))
+        notes += more
+        layers = price(moments)
+    else:
+        calibrated, layers = measured(
+            recipe, wanted, source, counts, price, moments=moments, device=device, progress=progress
+        )
+        notes += calibrated.notes
     listed, curve = price_list(spec, layers, calibrated, caches, value_bytes)
     if curve and curve.note:
         notes.append(curve.note)
@@ -195,6 +179,26 @@ def prices(
         command=None if chosen is None else command.replace("{kv_heads}", str(chosen)),
         notes=tuple(notes),
     )
+
+
+def _read(moments: Path, folder: Path, asked: Mapping[str, Any]) -> tuple[probes.Calibrated | None, list[str]]:
+    """What an earlier call or a conversion measured, and notes on it. folder: of the weights.
+
+    Raises UserError for moments of other weights.
+    """
+    notes = []
+    origin = stored_moments.Origin.of(moments, digest(folder))
+    if origin.stream != probes.ORIGINAL:
+        notes.append(
+            f"the moments in {moments} are of a model {origin.stream} layer by layer: each layer is priced on what the "
+            "converted ones before it gave"
+        )
+    calibrated = probes.kept(moments)
+    if calibrated is None:
+        notes.append(f"no loss was measured beside the moments in {moments}: costs are shown, and no losses")
+    else:
+        notes += [*calibrated.notes, *probes.not_applied(calibrated, asked, moments)]
+    return calibrated, notes
 
 
 def price_list(
@@ -252,9 +256,9 @@ def _estimate(
     facts: ModelFacts,
     counts: tuple[int, ...],
     throughput: Throughput,
-    progress: Progress | None,
+    progress: Progress,
 ) -> None:
-    """Say how long it takes, and check that there is room for the probes' checkpoints."""
+    """Say how long it takes."""
 
     def plan_of(calibration: Calibration) -> Plan:
         update = {"kv_heads": min(counts), "calibration": calibration, "method": "calibrated"}
@@ -265,19 +269,17 @@ def _estimate(
     # Sampling the original for the source `self` is done once, and kept.
     unsampled = plan_of(calibration.model_copy(update={"text": (TextSource(source="python-docs"),)}))
     probed = probe_counts(counts[:-1])
-    require_free_space(Path(tempfile.gettempdir()), int(1.1 * facts.weight_bytes))
-    if progress:
-        # The original's pass with its moments is half of a conversion, each probe a whole one and its scoring.
-        seconds = unsampled.seconds * (0.5 + len(probed) * 1.25) + whole.seconds - unsampled.seconds
-        does = f"one pass over {calibration.tokens:,} tokens"
-        sampled = sampled_tokens(calibration.text, calibration.tokens)
-        if sampled:
-            does += f" (of its own samples {sampled:,} are drawn first, and kept)"
-        tried = " and ".join(heads(count) for count in probed)
-        progress.note(
-            f"about {duration(seconds)}: {does}, and probes with {tried} "
-            f"({throughput.how}); at most {nbytes(facts.weight_bytes)} of temporary files"
-        )
+    # The original's pass with its moments is half of a conversion, each probe a whole one and its scoring.
+    seconds = unsampled.seconds * (0.5 + len(probed) * 1.25) + whole.seconds - unsampled.seconds
+    does = f"one pass over {calibration.tokens:,} tokens"
+    sampled = sampled_tokens(calibration.text, calibration.tokens)
+    if sampled:
+        does += f" (of its own samples {sampled:,} are drawn first, and kept)"
+    tried = " and ".join(heads(count) for count in probed)
+    progress.note(
+        f"about {duration(seconds)}: {does}, and probes with {tried} ({throughput.how}); until the list is whole, what "
+        f"is done lies on disk, a checkpoint of at most {nbytes(facts.weight_bytes)} among it"
+    )
 
 
 def _costs(

@@ -8,17 +8,19 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrofit.checkpoint.provenance import digest
+import torch
+
+from retrofit.checkpoint.place import link_or_copy
 from retrofit.console import heads, to_json
 from retrofit.errors import UserError
+from retrofit.evaluate.resume import Kept
 from retrofit.kv_heads.convert import convert as convert_heads
-from retrofit.kv_heads.moments import Origin
+from retrofit.kv_heads.moments import Origin, layer_file, saved
 from retrofit.kv_heads.price import Measured
 from retrofit.kv_heads.survey import survey
 from retrofit.kv_heads.text import CalibrationText
@@ -115,36 +117,46 @@ def measure(
     work: Path,
     seed: int,
     device: str,
+    identity: Mapping[str, str],
     progress: Progress | None,
 ) -> Calibrated:
-    """Moments of the original into `moments`, and the loss of the probes beyond its own."""
+    """Moments of the original into `moments`, and the loss of the probes beyond its own.
+
+    work: a folder for what the next call with the same question goes on from, layer by layer; the caller removes it.
+    identity: digests of the weights, part of that question.
+    """
+    texts = {"fit": fit.digest(), "scored": scored.digest()}
+    kept = Kept(work / "losses", {"weights": identity, "device": device, **texts, **options(section, seed)})
+    if kept.discarded and progress:
+        progress.note("what was kept of an earlier price list answers another question; measured anew")
     ids_NT = scored.input_ids_NT
-    before_N = survey(
-        folder,
-        ids_NT,
-        measured=fit,
-        moments=moments,
-        averaged_tokens=section.calibration.averaged_tokens,
-        device=device,
-        task="moments of the original",
-        progress=progress,
-    )
+    original = kept.get_values(ORIGINAL)
+    if original is None:
+        losses_N = survey(
+            folder,
+            ids_NT,
+            measured=fit,
+            moments=moments,
+            averaged_tokens=section.calibration.averaged_tokens,
+            device=device,
+            work=work / ORIGINAL,
+            task="moments of the original",
+            progress=progress,
+        )
+        original = {"losses": losses_N.tolist()}
+        kept.put_values(ORIGINAL, original)
+    shutil.rmtree(work / ORIGINAL, ignore_errors=True)
+    before_N = torch.tensor(original["losses"], dtype=torch.float64)
     probes, notes = [], dict.fromkeys(fit.notes)
     for count in counts:
-        with tempfile.TemporaryDirectory(dir=work) as made:
-            report = convert_heads(
-                folder,
-                Path(made),
-                kv_heads=count,
-                method="calibrated",
-                repair=section.repair,
-                text=fit,
-                averaged_tokens=section.calibration.averaged_tokens,
-                device=device,
-                progress=progress,
-            )
-            after_N = survey(Path(made), ids_NT, device=device, task=f"score {count} KV heads", progress=progress)
-        warned = [note for note in report.notes if note not in fit.notes]
+        probe, name = work / f"probe-{count}", f"probe-{count}"
+        found = kept.get_values(name)
+        if found is None:
+            found = _probe(folder, section, fit, ids_NT, count, work=probe, device=device, progress=progress)
+            kept.put_values(name, found)
+        shutil.rmtree(probe, ignore_errors=True)
+        after_N = torch.tensor(found["losses"], dtype=torch.float64)
+        warned = [note for note in found["notes"] if note not in fit.notes]
         notes |= dict.fromkeys(f"the probe with {heads(count)}, on two thirds of the text: {note}" for note in warned)
         increase_N = after_N - before_N
         error = float(increase_N.std() / math.sqrt(len(increase_N))) if len(increase_N) > 1 else math.nan
@@ -161,14 +173,53 @@ def measure(
     )
 
 
-def keep(calibrated: Calibrated, moments: Path, folder: Path, source: Path) -> None:
-    """Copy the moments to `folder` and write what was measured beside them. source: the folder of the weights.
+def _probe(
+    folder: Path,
+    section: Convert,
+    fit: CalibrationText,
+    scored_NT: torch.Tensor,
+    count: int,
+    *,
+    work: Path,
+    device: str,
+    progress: Progress | None,
+) -> dict[str, list[Any]]:
+    """{"losses": of each scored sequence after a conversion to `count` KV heads, "notes": on that conversion}."""
+    made = work / "checkpoint"
+    made.mkdir(parents=True, exist_ok=True)
+    report = convert_heads(
+        folder,
+        made,
+        kv_heads=count,
+        method="calibrated",
+        repair=section.repair,
+        text=fit,
+        averaged_tokens=section.calibration.averaged_tokens,
+        device=device,
+        work=work,
+        progress=progress,
+    )
+    after_N = survey(
+        made, scored_NT, device=device, work=work / "scored", task=f"score {count} KV heads", progress=progress
+    )
+    return {"losses": after_N.tolist(), "notes": list(report.notes)}
 
-    All at the end: a folder of moments alone would be taken for one where nothing was to be measured.
+
+def keep(calibrated: Calibrated, moments: Path, folder: Path, weights: Mapping[str, str]) -> None:
+    """Copy the moments to `folder`, with what was measured beside them. weights: digests of the checkpoint.
+
+    The moments come last and one by one: until all are there, nothing is read from the folder.
     """
-    shutil.copytree(moments, folder, dirs_exist_ok=True)
-    Origin(digest(source), ORIGINAL).write(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("layer-*.safetensors"):
+        path.unlink()
+    Origin(weights, ORIGINAL).write(folder)
     (folder / FILE).write_text(to_json(calibrated) + "\n", encoding="utf-8")
+    for path in (layer_file(moments, layer) for layer in saved(moments)):
+        partial = folder / f".{path.name}.partial"
+        partial.unlink(missing_ok=True)
+        link_or_copy(path, partial)
+        partial.replace(folder / path.name)
 
 
 def kept(folder: Path) -> Calibrated | None:

@@ -14,8 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrofit import kv_heads
 from retrofit.console import seconds as duration
+from retrofit.evaluate.resume import VERSION as EVALUATION
+from retrofit.kv_heads import VERSION as HEADS
 from retrofit.pipeline.journal import Entry, Journal, digests_of, fingerprint
 from retrofit.pipeline.measure import peak_bytes, reset_peak
 from retrofit.pipeline.operations import Origin
@@ -25,7 +26,13 @@ if TYPE_CHECKING:
     from retrofit.console import Progress
 
 # What a step writes depends on its code too: raise its number when the same inputs would give another artifact.
-VERSIONS = {"convert": f"3, heads {kv_heads.VERSION}", "extend": "3", "recover": "2", "evaluate": "3", "publish": "1"}
+VERSIONS = {
+    "convert": f"3, heads {HEADS}",
+    "extend": "3",
+    "recover": "2",
+    "evaluate": str(EVALUATION),
+    "publish": "1",
+}
 FINAL = "final"
 
 Work = Callable[[Path], Mapping[str, Any]]

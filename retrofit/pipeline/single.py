@@ -16,6 +16,7 @@ from retrofit.evaluate.context_use import LongContext
 from retrofit.evaluate.perplexity import Row, table
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, resolve_dtype
+from retrofit.model.reexpress import FORMAT
 from retrofit.model.source import Source, resolve
 from retrofit.pipeline import operations
 from retrofit.pipeline.evaluation import pass_file, save_losses
@@ -139,14 +140,24 @@ def _fitted(
 def reexpress(
     model: str, out: Path, *, target: str | None, dtype: str, revision: str | None, progress: Progress | None
 ) -> Written:
-    """`retrofit convert --reexpress-only`."""
+    """`retrofit convert --reexpress-only`. The same call goes on after an interruption, from `<out>.work`."""
     require_new(out)
+    work = work_folder(out)
+    require_own(work, "convert")
     source = resolve(model, revision=revision, reexpress=False, progress=progress)
     written = None if dtype == "auto" else resolve_dtype(dtype, source.folder)
     Checkpoint.open(source.folder).require_finite(written=written)
-    with folder_lock(out):
+    out = out.resolve()  # a link: work where what it names lies
+    inputs = {"checkpoint": dict(source.digests)}
+    with folder_lock(out), kept(work, "convert"):
         report = operations.reexpress(
-            source.folder, out, _origin(source), target=target, dtype=dtype, progress=progress
+            source.folder,
+            out,
+            _origin(source),
+            target=target,
+            dtype=dtype,
+            work=work / fingerprint("reexpress", str(FORMAT), [target, dtype], inputs)[:16],
+            progress=progress,
         )
     return Written("reexpress", out, operations.facts(report))
 
@@ -280,10 +291,11 @@ def evaluate(
             save_losses(losses, out)
             for name, scored in measured.passes.items():
                 save_losses(scored, pass_file(out, name))
+        # Still in the block: a kill while costs are measured must not make everything before them be read again.
+        costs = operations.run_costs(
+            {label: folder}, section, kernel=recipe.kernel, device=prepared.device, seed=recipe.seed
+        )
     per_token, by_length, heads = operations.kv_bytes(folder, (*section.lengths, spec.max_position_embeddings))
-    costs = operations.run_costs(
-        {label: folder}, section, kernel=recipe.kernel, device=prepared.device, seed=recipe.seed
-    )
     return Evaluation(
         model=label,
         rows=tuple(table(losses, section.lengths, tail=section.tail, resamples=section.resamples, seed=recipe.seed)),

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from retrofit.checkpoint import rewrite as rewriting
 from retrofit.checkpoint import write
 from retrofit.checkpoint.write import staged
-from retrofit.kv_heads import averaged, baselines, calibrate, moments, residuals  # noqa: F401 - imported once
+from retrofit.kv_heads import averaged, baselines, calibrate, disk, moments, residuals  # noqa: F401 - imported once
 from retrofit.kv_heads.convert import CalibrationText, convert
 
 
@@ -40,7 +41,7 @@ def dying(event: str, limit: str, function: Callable[..., Any], half: Callable[.
     return called
 
 
-def half_a_stream(self: residuals.DiskTensors, index: int, tensor: torch.Tensor) -> None:
+def half_a_stream(self: disk.DiskTensors, index: int, tensor: torch.Tensor) -> None:
     with self.path.open("r+b") as file:
         file.seek(self._offsets[index])
         file.write(bytes(tensor.numel() * 2))
@@ -55,7 +56,7 @@ def nothing(*_: Any, **__: Any) -> None:
 
 
 def mortal(limit: str) -> None:
-    residuals.DiskTensors.write = dying("stream", limit, residuals.DiskTensors.write, half_a_stream)  # type: ignore[method-assign]
+    disk.DiskTensors.write = dying("stream", limit, disk.DiskTensors.write, half_a_stream)  # type: ignore[method-assign]
     residuals.WorkFolder._commit = dying("commit", limit, residuals.WorkFolder._commit, nothing)  # type: ignore[method-assign]
     residuals.WorkFolder.copy_moments = dying("copy", limit, residuals.WorkFolder.copy_moments, nothing)  # type: ignore[method-assign]
     write.write_all = dying("tensor", limit, write.write_all, half_a_tensor)
@@ -102,23 +103,29 @@ def attempt(source: Path, out: Path, method: str, limit: str) -> None:
         Path(f"{out}.said").write_text(json.dumps(notes.said))
 
 
+def hunted(attempt: Callable[[str], None], limits: list[str]) -> list[str]:
+    """Attempts that die at each of `limits`, and one that does not; says which there were."""
+    for limit in (told := [*limits, "never"]):
+        if (child := os.fork()) == 0:
+            code = 1
+            try:
+                attempt(limit)
+                code = 0
+            finally:
+                if code:
+                    traceback.print_exc()
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        assert killed if limit != "never" else status == 0, f"{limit}: status {status}"
+    return told
+
+
 def main() -> None:
     """See the module's docstring."""
     source, out, method, *limits = sys.argv[1:]
     torch.set_num_threads(1)
-    told = []
-    for limit in [*limits, "never"]:
-        if (child := os.fork()) == 0:
-            code = 1
-            try:
-                attempt(Path(source), Path(out), method, limit)
-                code = 0
-            finally:
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        assert killed == (limit != "never"), f"{limit}: status {status}"
-        told.append(limit)
+    told = hunted(lambda limit: attempt(Path(source), Path(out), method, limit), limits)
     sys.stdout.write(json.dumps([told, json.loads(Path(f"{out}.said").read_text())]))
 
 

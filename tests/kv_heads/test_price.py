@@ -4,6 +4,7 @@ layer-wise pass finds."""
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from retrofit.errors import UserError
+from retrofit.kv_heads.disk import DiskTensors
 from retrofit.kv_heads.folding import Turning
 from retrofit.kv_heads.merge import calibrated_maps
 from retrofit.kv_heads.moments import LayerMoments, MomentSums, load, save, saved
@@ -158,3 +160,19 @@ def test_a_layer_wise_pass_finds_the_loss_of_the_whole_model(family: str, tmp_pa
     found = survey(source, ids, measured=seen, moments=tmp_path / "moments")
     assert torch.allclose(found.float(), want, atol=1e-4)
     assert saved(tmp_path / "moments") == (0, 1) and load(tmp_path / "moments", 1).tokens == 300
+
+
+def test_a_pass_over_the_layers_holds_a_batch_and_not_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_tiny(tmp_path / "source", "llama")
+    ids = torch.randint(0, 256, (24, 512), generator=torch.Generator().manual_seed(1))
+    read, alive, most = DiskTensors.read, [], [0]
+
+    def counted(self: DiskTensors, index: int, device: str = "cpu") -> torch.Tensor:
+        tensor = read(self, index, device)
+        alive.append(weakref.ref(tensor))
+        most.append(sum(one() is not None for one in alive))
+        return tensor
+
+    monkeypatch.setattr(DiskTensors, "read", counted)
+    survey(source, ids[12:], measured=CalibrationText(ids[:12], ("a", "b") * 6), moments=tmp_path / "moments")
+    assert len(alive) > 10 and max(most) <= 2

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from retrofit.errors import UserError
+from retrofit.kv_heads.disk import STATE, DiskTensors, require_room
 from retrofit.kv_heads.moments import Origin
 from retrofit.kv_heads.outcome import LayerReport, RepairOutcome
-from retrofit.kv_heads.residuals import STATE, DiskTensors, Shapes, WorkFolder, require_room
+from retrofit.kv_heads.residuals import Shapes, WorkFolder
 
 SHAPES = Shapes.of([(2, 5), (1, 5)], 4, 6)
 REPORT = LayerReport(0, ((0, 2), (1, 3)), 0.5, None, 0.25, (RepairOutcome("o_proj", True, 0.2, 0.1),))
@@ -114,7 +115,7 @@ def test_a_folder_of_another_conversion_is_started_again_and_announced(tmp_path:
     one_layer(tmp_path / "w")
     said: list[str] = []
     assert opened(tmp_path / "w", said, key="other").resumed_from is None
-    assert "belongs to another conversion" in said[0]
+    assert "belongs to another model, text or conversion" in said[0]
 
 
 def test_no_room_is_found_before_any_work_and_says_what_to_lower(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from retrofit.kv_heads.convert import CalibrationText, convert
-from retrofit.kv_heads.residuals import STATE
+from retrofit.kv_heads.disk import STATE
 from tests.kv_heads.kill_convert import Notes
 from tests.tiny import save_tiny
 

@@ -9,7 +9,7 @@ import pytest
 
 from retrofit.console import Console
 from retrofit.errors import UserError
-from retrofit.kv_heads import residuals
+from retrofit.kv_heads import disk
 from retrofit.kv_heads.moments import saved
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, load_tokenizer
@@ -190,7 +190,7 @@ def test_room_is_asked_for_before_the_model_writes_its_samples(
         raise AssertionError("text was made")
 
     monkeypatch.setattr(operations, "calibration_text", never)
-    monkeypatch.setattr(residuals, "free_space", lambda _: 1000)
+    monkeypatch.setattr(disk, "free_space", lambda _: 1000)
     with pytest.raises(UserError, match="no room for the residual streams"):
         commands.convert(model, out=tmp_path / "out", kv_heads=2, calibrate=[str(texts / "train")], tokens=2048)
     assert not any(tmp_path.iterdir())

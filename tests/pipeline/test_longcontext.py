@@ -21,6 +21,7 @@ from retrofit.recipe.load import load_suite
 from retrofit.recipe.schema import Evaluate
 from retrofit.recover.corpora import BUILT_IN, built_in_texts
 from tests.pipeline.conftest import retrofit, sections, sentences
+from tests.pipeline.test_resume import killed_run
 from tests.tiny import save_tiny
 
 
@@ -186,6 +187,54 @@ def test_a_killed_evaluation_goes_on_with_the_same_numbers(
         first, second = (TokenLosses.load(tmp_path / f"{stem}{name}.npz") for stem in ("whole", "killed"))
         np.testing.assert_array_equal(first.losses[0], second.losses[0])
         assert dict(first.meta) == dict(second.meta)
+
+
+def test_a_run_killed_while_it_asks_ends_with_the_same_answers(
+    recipe: Callable[..., Path], model: Path, texts: Path, tmp_path: Path
+) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text(sentences(5, 400))
+    asked = {"needle": {"lengths": [512], "depths": 2}, "ruler": {"lengths": [960], "tasks": ["niah_single"]}}
+    section = {**sections(model, texts)["evaluate"], "text": [str(book)], "lengths": [256, 600], "cost_lengths": []}
+    file = recipe(
+        convert=None, recover=None, publish=None, require={}, evaluate={**section, "context_gain": True, **asked}
+    )
+    calm, hunted = tmp_path / "calm", tmp_path / "hunted"
+    assert killed_run(file, calm, []) == ["done"]
+    # Of two models in turn: after the first haystack of two, after both, and in RULER's only text.
+    limits = ["needle:2", "needle:3", "ruler:1", "needle:2", "ruler:2"]
+    assert killed_run(file, hunted, limits) == [limit.partition(":")[0] for limit in limits] + ["done"]
+    found = [json.loads((run / "4-evaluate" / "metrics.json").read_text())["models"] for run in (calm, hunted)]
+    assert found[0] == found[1] and len(found[0]["extended"]["long_context"]["needle"]["cells"]) == 2
+    assert not list(hunted.rglob("*.scored"))
+
+
+def test_what_was_asked_before_a_stop_is_not_asked_again(
+    extended: Path, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retrofit.evaluate import needle as module
+    from retrofit.pipeline import single
+
+    out, kept = tmp_path / "l.npz", tmp_path / "l.npz.scored"
+    command = ["evaluate", extended, "--text", book, "--lengths", "64", "--needle", "512", "--depths", 3, "--out", out]
+    real, calls = module.ask, itertools.count(1)
+
+    def stopped(*args: object) -> object:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "ask", stopped)
+    assert retrofit(*command).exit_code != 0
+    assert sorted(path.name for path in (kept / "needle").glob("*-*")) == ["512-0.json", "512-1.json"]
+    assert json.loads((kept / "needle" / "key.json").read_text())["checkpoint"], "known by the model's digests"
+    costs = single.operations.run_costs
+    monkeypatch.setattr(single.operations, "run_costs", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert retrofit(*command).exit_code != 0 and next(calls) == 5  # the third question, and this call
+    assert len(list((kept / "needle").glob("*-*"))) == 3, "a stop while costs are measured loses no answers"
+    monkeypatch.setattr(single.operations, "run_costs", costs)
+    assert retrofit(*command).exit_code == 0 and next(calls) == 6
+    assert out.is_file() and not kept.exists()
 
 
 def test_bundled_suites_are_valid() -> None:

@@ -16,7 +16,7 @@ from retrofit.errors import UserError
 from retrofit.model.families.refused import OPTIONAL, REEXPRESSED
 from retrofit.model.reexpress import gpt_bigcode, others, phi
 from retrofit.model.reexpress.base import Made, Reexpression
-from retrofit.model.reexpress.write import ReexpressReport, cached, write
+from retrofit.model.reexpress.write import FORMAT, ReexpressReport, cached, write
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -64,11 +64,13 @@ def reexpress(
     target: str | None = None,
     dtype: str = "auto",
     max_shard_size: str = "5GB",
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> ReexpressReport:
     """Write the checkpoint `source_folder` as another architecture into the (existing, staged) folder `out`.
 
-    target: the wanted `model_type` (the only one there is, by default). dtype: "auto" is the source's own.
+    target: the wanted `model_type` (the only one there is, by default). dtype: "auto" is the source's own. resume:
+    `out` may hold what an earlier call with the same arguments left.
     Raises UserError as `reexpression_of` does, for a model that has no need of it, and for a broken checkpoint.
     """
     from retrofit.model.load import load_config, resolve_dtype
@@ -85,7 +87,15 @@ def reexpress(
             else "convert it as it is (`retrofit inspect MODEL` says whether it can be)",
         )
     chosen = None if dtype == "auto" else resolve_dtype(dtype, source_folder)
-    return write(reexpression, source_folder, Path(out), dtype=chosen, max_shard_size=max_shard_size, progress=progress)
+    return write(
+        reexpression,
+        source_folder,
+        Path(out),
+        dtype=chosen,
+        max_shard_size=max_shard_size,
+        resume=resume,
+        progress=progress,
+    )
 
 
-__all__ = ["Made", "ReexpressReport", "Reexpression", "cached", "reexpress", "reexpression_of"]
+__all__ = ["FORMAT", "Made", "ReexpressReport", "Reexpression", "cached", "reexpress", "reexpression_of"]

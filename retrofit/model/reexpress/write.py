@@ -1,4 +1,7 @@
-"""Writing a re-expressed checkpoint: one target tensor in memory at a time, with the source tensors it is made of."""
+"""Writing a re-expressed checkpoint: one target tensor in memory at a time, with the source tensors it is made of.
+
+Shards that an interrupted call finished are kept.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,22 @@ import torch
 from torch import Tensor
 
 from retrofit.checkpoint.cast import narrowed
+from retrofit.checkpoint.heap import give_back
 from retrofit.checkpoint.place import folder_lock, require_free_space, require_writable, staged
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.checkpoint.write import ShardWriter, copy_side_files, write_config
+from retrofit.checkpoint.write import KEPT, ShardWriter, copy_side_files, going_on, held, write_config
 from retrofit.errors import UserError
 from retrofit.model.gguf import cache_dir
 from retrofit.model.load import load_tokenizer
-from retrofit.model.reexpress.base import Reexpression
+from retrofit.model.reexpress.base import Made, Reexpression
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
 
 FORMAT = 1
-"""Of what `cached` writes: raised when the same source would give other bytes."""
+"""Of what `write` writes: raised when the same source would give other bytes."""
 
+GIVE_BACK_BYTES = 16 << 20
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
 _CARDS = ("README.md",)
 
@@ -52,11 +57,13 @@ def write(
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: str = "5GB",
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> ReexpressReport:
     """Write the checkpoint `source` as `reexpression` says into the (existing, staged) folder `out`.
 
-    dtype: of the written weights, by default that of most of the source's bytes. Raises UserError when the source lacks
+    dtype: of the written weights, by default that of most of the source's bytes. resume: `out` may hold what an earlier
+    call with the same arguments left, whose whole shards are kept. Raises UserError when the source lacks
     a tensor or holds one that the re-expression does not know, before anything is written, and for values beyond dtype.
     """
     started = time.monotonic()
@@ -65,19 +72,32 @@ def write(
     own = checkpoint.main_dtype
     assert own.is_floating_point  # `resolve` reads no other models
     written = dtype or own
-    require_free_space(out, checkpoint.nbytes * written.itemsize // own.itemsize)
-    if progress:
-        progress.start(f"re-express as {reexpression.target}", len(reexpression.tensors), "tensors")
-    held: dict[str, Tensor] = {}
-    with ShardWriter(out, max_shard_size) as writer:
-        for name, made in reexpression.tensors.items():
-            held = {one: held[one] if one in held else checkpoint.tensor(stored[one]) for one in made.sources}
-            tensor = made.make(*held.values())
-            cast = narrowed(tensor, written, name)
-            writer.add(name, (cast.clone() if cast is tensor else cast).contiguous())
-            if progress:
-                progress.advance(1)
-        writer.close()
+    size = checkpoint.nbytes * written.itemsize // own.itemsize
+    require_free_space(out, size - (held(out) if resume else 0))
+
+    def weights(resume: bool) -> int:
+        if progress:
+            progress.start(f"re-express as {reexpression.target}", len(reexpression.tensors), "tensors")
+        read: dict[str, Tensor] = {}
+        given_back = 0
+        with ShardWriter(out, max_shard_size, resume=resume) as writer:
+            if progress and writer.kept:
+                progress.note(KEPT.format(writer.kept))
+            for name, made in reexpression.tensors.items():
+                read = {one: read[one] for one in made.sources if one in read}  # the others go before the next come
+                for one in made.sources:
+                    if one not in read:
+                        read[one] = checkpoint.tensor(stored[one])
+                writer.add(name, _made(made, read, written, name))
+                if writer.nbytes - given_back >= GIVE_BACK_BYTES:
+                    give_back()
+                    given_back = writer.nbytes
+                if progress:
+                    progress.advance(1)
+            writer.close()
+        return writer.nbytes
+
+    nbytes = going_on(weights, out, resume, progress)
     write_config(out, reexpression.config(), written)
     copy_side_files(source, out)
     _keep_tokenizer_class(Path(source), out)
@@ -87,11 +107,18 @@ def write(
         source=reexpression.source,
         target=reexpression.target,
         tensors=len(reexpression.tensors),
-        nbytes=writer.nbytes,
+        nbytes=nbytes,
         dtype=name_of(written),
         seconds=time.monotonic() - started,
         notes=notes_of(reexpression, name_of(written)),
     )
+
+
+def _made(made: Made, read: Mapping[str, Tensor], dtype: torch.dtype, name: str) -> Tensor:
+    """A target tensor in memory of its own. read: its source tensors by name."""
+    tensor = made.make(*(read[one] for one in made.sources))
+    cast = narrowed(tensor, dtype, name)
+    return (cast.clone() if cast is tensor else cast).contiguous()
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -147,7 +174,7 @@ def cached(
     """The folder in the cache that holds the re-expressed checkpoint, made if needed.
 
     identity: digests of the source's configuration and weights, which name the folder; without `weights` only
-    configuration and tokenizer are written.
+    configuration and tokenizer are written. What a kill leaves is gone on from.
     """
     key = json.dumps([reexpression.target, sorted(identity().items())])
     name = f"reexpressed-{hashlib.sha256(key.encode()).hexdigest()[:24]}-{FORMAT}"
@@ -155,9 +182,10 @@ def cached(
     if final.is_dir():
         return final
     require_writable(final)
-    with folder_lock(final), staged(final, overwrite=True) as partial:
+    unfinished = final.with_name(f"{final.name}.work") if weights else None  # its name says of what, as the final one
+    with folder_lock(final), staged(final, overwrite=True, keep=unfinished) as partial:
         if weights:
-            report = write(reexpression, source, partial, progress=progress)
+            report = write(reexpression, source, partial, resume=True, progress=progress)
         else:
             write_config(partial, reexpression.config(), json.loads((source / "config.json").read_text()).get("dtype"))
             copy_side_files(source, partial)

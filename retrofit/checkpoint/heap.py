@@ -1,4 +1,4 @@
-"""Freed memory, given back to the system between layers."""
+"""Freed memory, given back to the system between layers, and on the way through a checkpoint."""
 
 from __future__ import annotations
 

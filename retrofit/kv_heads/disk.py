@@ -1,0 +1,226 @@
+"""Residual streams on disk, layer by layer, and how far a pass over the layers has come.
+
+A layer reads the streams of its own parity and writes those of the other, so whatever a kill leaves of it is written
+again from inputs that are still whole. state.json is replaced last. Files are plain reads and writes of one batch, not
+memory maps: nothing of them stays resident, and a full disk is an error instead of a bus error.
+
+Legend: B sequences of a batch, T tokens, C width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from retrofit.checkpoint.place import free_space, require_writable
+from retrofit.checkpoint.read import Checkpoint
+from retrofit.console import nbytes
+from retrofit.errors import UserError
+from retrofit.kv_heads import VERSION
+
+STATE = "state.json"
+_ITEM = 4  # bytes of a float32
+
+
+class DiskTensors:
+    """N float32 tensors of given shapes in one file, read and written one at a time."""
+
+    def __init__(self, path: Path, shapes: Sequence[tuple[int, ...]]) -> None:
+        self.path, self._shapes = path, [torch.Size(shape) for shape in shapes]
+        self._offsets = [0]
+        for shape in self._shapes:
+            self._offsets.append(self._offsets[-1] + shape.numel() * _ITEM)
+        self.checksums: list[int] = [0] * len(self._shapes)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return self._offsets[-1]
+
+    def shape(self, index: int) -> torch.Size:
+        """Shape of tensor `index`."""
+        return self._shapes[index]
+
+    def create(self) -> None:
+        """Make the whole file. Where the system can reserve its room, none is an error now and not in the middle."""
+        with self.path.open("wb") as file:
+            if self.nbytes and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, self.nbytes)
+            else:  # macOS
+                file.truncate(self.nbytes)
+
+    def write(self, index: int, tensor: Tensor) -> None:
+        """Write tensor `index`, wherever it is, as float32."""
+        assert tensor.shape == self._shapes[index]
+        view = _bytes(tensor.detach().to("cpu", torch.float32).contiguous())
+        self.checksums[index] = zlib.crc32(view)
+        with self.path.open("r+b", buffering=0) as file:
+            file.seek(self._offsets[index])
+            while view:
+                view = view[file.write(view) :]
+
+    def read(self, index: int, device: str = "cpu") -> Tensor:
+        """Tensor `index`, in memory of its own."""
+        tensor = torch.empty(self._shapes[index])
+        view = _bytes(tensor)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._offsets[index])
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise UserError("the file became shorter while it was read", where=str(self.path))
+                view = view[count:]
+        return tensor.to(device)
+
+    def whole(self, checksums: Sequence[int]) -> bool:
+        """Whether the file has its size and these checksums."""
+        if not self.path.is_file() or self.path.stat().st_size != self.nbytes or len(checksums) != len(self._shapes):
+            return False
+        return all(zlib.crc32(_bytes(self.read(index))) == checksum for index, checksum in enumerate(checksums))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.numpy().data.cast("B")
+
+
+class StreamFolder:
+    """Streams into the present layer and out of it, and how many layers are done.
+
+    key: names everything that the bytes depend on; a folder with another key, and a folder whose files are not what
+    its state says, is emptied and announced. shapes: [B, T, C] of every batch. layers: of the model. within: files of
+    what is needed within one layer. whole: raises where what layer `i` left elsewhere is not whole. to_the_end: the
+    streams behind the last layer are read as well.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        key: str,
+        names: Sequence[str],
+        shapes: Sequence[tuple[int, ...]],
+        *,
+        layers: int,
+        within: Sequence[DiskTensors] = (),
+        whole: Callable[[int], object] = lambda index: None,
+        to_the_end: bool = False,
+        say: Callable[[str], None],
+    ) -> None:
+        self.folder, self._key, self._names, self._layers = folder, key, tuple(names), layers
+        self._whole, self._to_the_end = whole, to_the_end
+        self._streams = {
+            (name, parity): DiskTensors(folder / f"{name}-{parity}", shapes) for name in names for parity in (0, 1)
+        }
+        self._files = (*self._streams.values(), *within)
+        self.layers_done = 0
+        self.resumed_from = self._resume(say)
+
+    def stream(self, name: str, layer: int) -> DiskTensors:
+        """The stream of that name as it enters `layer`."""
+        return self._streams[name, layer % 2]
+
+    @property
+    def whole_before(self) -> bool:
+        """Whether an earlier attempt finished every layer."""
+        return self.resumed_from == self._layers
+
+    def started(self) -> None:
+        """All streams enter layer 0."""
+        self._commit(0)
+
+    def finished(self, layer: int) -> None:
+        """The streams into the next layer are written, and what this one leaves elsewhere."""
+        self._commit(layer + 1)
+
+    def drop_streams(self) -> None:
+        """All layers are done: only their results are read from here on."""
+        for tensors in self._files:
+            tensors.path.unlink(missing_ok=True)
+
+    def _commit(self, layers_done: int) -> None:
+        self.layers_done = layers_done
+        checksums = {name: self.stream(name, layers_done).checksums for name in self._names}
+        partial = self.folder / f".{STATE}.partial"
+        partial.write_text(json.dumps({"key": self._key, "layers": layers_done, "checksums": checksums}))
+        partial.replace(self.folder / STATE)
+
+    def _resume(self, say: Callable[[str], None]) -> int | None:
+        """Layers that an earlier attempt finished; None for a fresh start, which reserves the streams."""
+        state, objection = self._state()
+        if state is not None:
+            self.layers_done = state["layers"]
+            for name in self._names:
+                self.stream(name, self.layers_done).checksums = list(state["checksums"][name])
+            return self.layers_done
+        if objection:
+            say(f"the work folder {self.folder} {objection}: started again")
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        require_room(self.folder, sum(file.nbytes for file in self._files))
+        self.folder.mkdir(parents=True)
+        for file in self._files:
+            file.create()
+        return None
+
+    def _state(self) -> tuple[dict[str, Any] | None, str]:
+        """The state of an earlier attempt, or what is wrong with it (nothing where there is none)."""
+        path = self.folder / STATE
+        if not path.is_file():
+            return None, "was left before its streams were whole" if self.folder.exists() else ""
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            if state["key"] != self._key:
+                return None, "belongs to another model, text or conversion"
+            done = int(state["layers"])
+            for index in range(done):
+                self._whole(index)
+            streams = {name: list(state["checksums"][name]) for name in self._names}
+        except (ValueError, KeyError, TypeError, OSError, SafetensorError, UserError) as error:
+            return None, f"is damaged ({error})"
+        if done == self._layers and not self._to_the_end:  # what is left to do reads no stream
+            return state, ""
+        for name, checksums in streams.items():
+            if not self.stream(name, done).whole(checksums):
+                return None, f"is damaged (the stream {self.stream(name, done).path.name} is not whole)"
+        for file in self._files:
+            if not file.path.is_file() or file.path.stat().st_size != file.nbytes:
+                file.create()
+        return state, ""
+
+
+def work_key(checkpoint: Checkpoint, *parts: object) -> str:
+    """Names everything that the bytes of a work folder depend on: the code, the weights, and `parts`, as JSON values.
+
+    Weights are known by their headers and times here; whoever chooses the folder knows them by their digests.
+    """
+    stats = [(checkpoint.folder / shard).stat() for shard in checkpoint.shards]
+    known = [
+        VERSION,
+        torch.__version__,
+        [[s.st_size, s.st_mtime_ns] for s in stats],
+        {name: list(entry.shape) for name, entry in checkpoint.entries.items()},
+        *parts,
+    ]
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def require_room(folder: Path, needed: int) -> None:
+    """UserError when the disk of `folder` has less than `needed` bytes for a calibration."""
+    require_writable(folder)
+    free = free_space(folder)
+    if free < needed:
+        raise UserError(
+            f"no room for the residual streams and layers of a conversion: {nbytes(needed)} ({needed} bytes) needed, "
+            f"{nbytes(free)} free",
+            where=str(folder),
+            fix="lower `convert.calibration.tokens` (`--tokens`), free space there, or write to another disk",
+        )
