@@ -7,8 +7,8 @@ estimates: the journal puts what was measured beside them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from retrofit.console import nbytes
 from retrofit.context.candidates import NEAR, TAIL, rungs
@@ -31,6 +31,7 @@ SAMPLED_TOKENS = 20_480  # of the original's own text, as `recover.data.Teacher`
 MOST_SAMPLED = 65_536  # for training, which may read them again
 SAMPLE_ROWS = 40  # texts that it writes at a time
 RECOMPUTED = 7  # activations of one layer that exist while it is computed again and its gradients are formed
+TOKEN_BYTES = 4  # of a task's prompts, where no tokenizer is at hand
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -70,6 +71,7 @@ class Cost:
     """One step: what it does, the most memory and disk it needs (bytes), and its seconds in all.
 
     pieces: parts that the journal keeps for themselves (the models that are scored), piece_seconds: of each.
+    task_seconds: of each task that every one of these models is asked, kept for itself too.
     """
 
     step: str
@@ -79,6 +81,20 @@ class Cost:
     seconds: float
     pieces: int = 0
     piece_seconds: float = 0.0
+    task_seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskSize:
+    """What asking one task takes. requests of request_bytes each, longest_bytes: the longest, generated: most tokens of
+    all answers; estimated on the task's first questions, the number of questions is known."""
+
+    name: str
+    questions: int
+    requests: int
+    request_bytes: float
+    longest_bytes: int
+    generated: int
 
 
 @dataclass(frozen=True)
@@ -110,12 +126,17 @@ class Plan:
         return max((step.peak_bytes for step in self.steps), default=0)
 
     def seconds_of(self, name: str) -> float | None:
-        """Seconds of a line of the journal: a step without its pieces, or one piece (`evaluate:original`)."""
+        """Seconds of a line of the journal: a step without its pieces, or one piece (`evaluate:original`, and
+        `evaluate:original:arc_easy` for a task)."""
         step, _, piece = name.partition(":")
+        _, _, task = piece.partition(":")
         cost = self.of(step)
         if cost is None:
             return None
-        return cost.piece_seconds if piece else cost.seconds - cost.pieces * cost.piece_seconds
+        if task:
+            return cost.task_seconds.get(task)
+        each = cost.piece_seconds + sum(cost.task_seconds.values())
+        return cost.piece_seconds if piece else cost.seconds - cost.pieces * each
 
     def of(self, step: str) -> Cost | None:
         """The cost of one step, None when the recipe has no such step."""
@@ -140,8 +161,10 @@ def converted_spec(spec: AttentionSpec, kv_heads: int | None) -> AttentionSpec:
     return replace(spec, layers=tuple(replace(layer, kv_heads=kv_heads) for layer in spec.layers))
 
 
-def make_plan(recipe: Recipe, facts: ModelFacts, throughput: Throughput = ASSUMED) -> Plan:
-    """The plan of `recipe` on a model. Nothing is read, written or loaded."""
+def make_plan(
+    recipe: Recipe, facts: ModelFacts, throughput: Throughput = ASSUMED, tasks: Sequence[TaskSize] = ()
+) -> Plan:
+    """The plan of `recipe` on a model. Nothing is read, written or loaded. tasks: those of `evaluate.tasks`."""
     before = facts.spec
     after = converted_spec(before, recipe.convert.kv_heads if recipe.convert else None)
     native = before.max_position_embeddings
@@ -157,7 +180,7 @@ def make_plan(recipe: Recipe, facts: ModelFacts, throughput: Throughput = ASSUME
         elif step == "recover" and recipe.recover:
             costs.append(_recover(shape, recipe.recover))
         elif step == "evaluate" and recipe.evaluate:
-            costs.append(_evaluate(shape, recipe, recipe.evaluate))
+            costs.append(_evaluate(shape, recipe, recipe.evaluate, tasks))
         elif step == "publish" and recipe.publish:
             tokens = recipe.publish.reload_tokens * len(recipe.evaluate.text if recipe.evaluate else ())
             seconds = 15 + shape.seconds(tokens, recipe.publish.reload_tokens)
@@ -219,11 +242,21 @@ class _Shape:
         return tokens * (2 * self.matmul_parameters + scores * context / 2)
 
     def run_seconds(self, tokens: int, evaluate: Evaluate) -> float:
-        """Of a prefill of `tokens` tokens and decoding after it: weights and cache are read for each token."""
+        """Of a prefill of `tokens` tokens and decoding after it."""
+        return self.seconds(tokens, tokens) + evaluate.decode_tokens * self.decode_seconds(tokens)
+
+    def decode_seconds(self, tokens: int) -> float:
+        """Of one token after `tokens` others: weights and cache are read."""
         spec = self.facts.spec
         read = self.facts.weight_bytes + spec.kv_cache_bytes(tokens, DTYPE_BYTES.get(self.facts.dtype, 2))
-        each = read / self.throughput.bytes_per_second + CALL_SECONDS * len(spec.layers)
-        return self.seconds(tokens, tokens) + evaluate.decode_tokens * each
+        return read / self.throughput.bytes_per_second + CALL_SECONDS * len(spec.layers)
+
+    def task_seconds(self, task: TaskSize, batch_size: int) -> float:
+        """Of one model's answers: every request is read, weights and all, and answers are generated to their limit."""
+        tokens = max(1, round(task.request_bytes / TOKEN_BYTES))
+        calls = -(-task.requests // batch_size)
+        reading = self.seconds(task.requests * tokens, tokens) + calls * self.decode_seconds(tokens)
+        return reading + task.generated / batch_size * self.decode_seconds(tokens)
 
     def prefill_bytes(self, tokens: int) -> int:
         """What one pass over `tokens` tokens holds beside the weights: the outputs of a layer, and the cache."""
@@ -336,7 +369,7 @@ def _recover(shape: _Shape, recover: Recover) -> Cost:
     return Cost("recover", does, peak, facts.weight_bytes + 12 * trained, seconds)
 
 
-def _evaluate(shape: _Shape, recipe: Recipe, evaluate: Evaluate) -> Cost:
+def _evaluate(shape: _Shape, recipe: Recipe, evaluate: Evaluate, tasks: Sequence[TaskSize]) -> Cost:
     spec, facts = shape.facts.spec, shape.facts
     longest = max(evaluate.lengths)
     documents = evaluate.documents * len(evaluate.text)
@@ -358,9 +391,21 @@ def _evaluate(shape: _Shape, recipe: Recipe, evaluate: Evaluate) -> Cost:
     does = f"{models} models on {documents} documents at {lengths} tokens, one pass each"
     if further or evaluate.needle or evaluate.ruler:
         does += ", then the use of their context"
+    batch_size = evaluate.tasks.batch_size if evaluate.tasks else 1
+    task_seconds = {task.name: shape.task_seconds(task, batch_size) for task in tasks}
+    if tasks:
+        questions, requests = sum(task.questions for task in tasks), sum(task.requests for task in tasks)
+        tokens = sum(task.requests * task.request_bytes for task in tasks) / TOKEN_BYTES
+        does += (
+            f", then {questions:,} questions of {', '.join(task.name for task in tasks)}, each model: about "
+            f"{requests:,} requests and {tokens:,.0f} tokens, estimated at {TOKEN_BYTES} bytes a token"
+        )
+        # The harness keeps the logits of a batch and their log-probabilities, in float32 where the model is.
+        rows = batch_size * min(max(task.longest_bytes for task in tasks) // TOKEN_BYTES, spec.max_position_embeddings)
+        peak = max(peak, BASE_BYTES + 2 * facts.weight_bytes + 8 * rows * spec.vocab_size)
     disk = models * documents * longest * 8 * (1 + len(passes_of(evaluate, spec.max_position_embeddings)))
-    seconds = models * piece + turns * running + PROOF_SECONDS
-    return Cost("evaluate", does, peak, disk, seconds, pieces=models, piece_seconds=piece)
+    seconds = models * (piece + sum(task_seconds.values())) + turns * running + PROOF_SECONDS
+    return Cost("evaluate", does, peak, disk, seconds, pieces=models, piece_seconds=piece, task_seconds=task_seconds)
 
 
 def describe_plan(plan: Plan) -> list[str]:
