@@ -33,9 +33,9 @@ test: $(VENV)/.dev lint
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
-# Our numbers beside those of lm-evaluation-harness; skipped by the other targets, which do not install it.
+# Our numbers beside those of lm-evaluation-harness, and its tasks; skipped by the other targets, which do not install it.
 test-eval: $(VENV)/.eval
-	$(BIN)/python -m pytest tests/evaluate/test_harness.py -m 'slow or not slow'
+	$(BIN)/python -m pytest tests/evaluate/test_harness.py tests/evaluate/test_tasks_with_harness.py -m 'slow or not slow'
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -401,6 +401,7 @@ def recover(
         "retrofit evaluate out/mqa --suite long",
         "retrofit evaluate out/long --lengths 8192,16384 --context-gain --needle 8192,16384",
         "retrofit evaluate out/long --lengths 8192 --definition yarn --document-tokens 32768",
+        "retrofit evaluate out/mqa --lengths 1024 --task arc_easy --task my-task.yaml --limit 500 --out mqa.npz",
     )
 )
 def evaluate(
@@ -417,6 +418,19 @@ def evaluate(
         bool, typer.Option("--together", help="The needles of all depths in one text: one pass a length, harder.")
     ] = False,
     ruler: Annotated[str | None, typer.Option("--ruler", metavar="N,N", help="RULER's tasks at these lengths.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", metavar="NAME", help="A task of lm-evaluation-harness, or its YAML file; repeatable."),
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option("--task-folder", metavar="DIR", help="With --task: YAML files of tasks of your own.")
+    ] = None,
+    fewshot: Annotated[
+        int | None, typer.Option("--fewshot", min=0, help="With --task: examples before each question.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="With --task: questions of each; default all.")
+    ] = None,
     context_gain: Annotated[
         bool, typer.Option("--context-gain", help="What context beyond the native length gives on the same tokens.")
     ] = False,
@@ -438,7 +452,10 @@ def evaluate(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Perplexity at several context lengths with 95% intervals, bits per byte, KV-cache bytes and decoding speed."""
+    """Perplexity at several context lengths with 95% intervals, bits per byte, KV-cache bytes and decoding speed.
+
+    With --task also what lm-evaluation-harness asks; `retrofit compare` pairs two models' answers.
+    """
     from retrofit.pipeline import show_measured
 
     console = _console(json)
@@ -452,6 +469,10 @@ def evaluate(
         depths=depths,
         together=together,
         ruler=_numbers(ruler),
+        tasks=task or (),
+        task_folder=task_folder,
+        fewshot=fewshot,
+        limit=limit,
         context_gain=context_gain,
         long_ppl=long_ppl,
         definitions=definition or (),

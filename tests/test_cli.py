@@ -288,6 +288,15 @@ def test_options_of_evaluate_are_laid_over_the_suite(tiny: Path, tmp_path: Path)
     assert "where: --together" in cli("evaluate", tiny, *short, "--suite", "quick", "--together", code=2)
 
 
+def test_options_of_tasks_are_laid_over_the_suite(tmp_path: Path) -> None:
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(yaml.safe_dump({"name": "mine", "tasks": {"names": ["arc_easy"], "limit": 100}}))
+    asked: dict[str, object] = {"text": (), "lengths": None, "documents": None, "dtype": "auto"}
+    values = single.evaluate_section(suite, **asked, tasks={"names": [], "folder": None, "fewshot": 0, "limit": 50})
+    own = {"folder": None, "batch_size": 1}
+    assert values["tasks"] == {"names": ["arc_easy"], "fewshot": 0, "limit": 50, **own}
+
+
 def test_only_the_folder_of_a_finished_run_is_published(tiny: Path) -> None:
     assert "retrofit.json" in cli("publish", tiny, "--repo", "someone/tiny", code=2)
 

@@ -63,6 +63,16 @@ def bits_ratio_interval(
     return Interval(float(a.sum() / b.sum()), float(low), float(high), unit, len(a))
 
 
+def mean_interval(values: np.ndarray, unit: str, *, resamples: int = 2000, seed: int = 0) -> Interval:
+    """Interval of the mean of `values`, one for each unit. A resample is drawn as how often each distinct value comes:
+    right and wrong answers are few values and many units."""
+    assert len(values), "no values"
+    distinct, counts = np.unique(np.asarray(values, np.float64), return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=resamples)
+    low, high = np.percentile(draws @ distinct / len(values), [2.5, 97.5])
+    return Interval(float(np.mean(values)), float(low), float(high), unit, len(values))
+
+
 def _units(losses: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, str]:
     """(sum of losses, token count) of every unit, and what the unit is."""
     arrays = [np.asarray(array, np.float64) for array in losses if len(array)]

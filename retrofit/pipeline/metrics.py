@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from retrofit.evaluate.answers import TaskAnswers, metrics_of
 from retrofit.evaluate.losses import TokenLosses
 from retrofit.evaluate.perplexity import prefix_ppl, tail_ppl
 
@@ -18,11 +19,13 @@ def metrics(
     kv_bytes: tuple[int, int],
     kernel_max_diff: float,
     effective_length: int | None = None,
+    tasks: Sequence[Mapping[str, TaskAnswers]] = (),
 ) -> dict[str, float]:
     """{"ppl@2048": ..., "ppl_ratio@2048/python-docs": ..., "kv_ratio": ..., ...} of the last model against the first.
 
     losses: by model, the original first, the result last. tail: tokens of a TailPPL. kv_bytes: per token, before and
-    after. effective_length: of the last model, in tokens; left out when it was not certified.
+    after. effective_length: of the last model, in tokens; left out when it was not certified. tasks: answers by task,
+    of each model.
     """
     first, *_, last = (*losses.values(), *losses.values())
     found = {"kv_ratio": kv_bytes[1] / kv_bytes[0], "kernel_max_diff": kernel_max_diff}
@@ -37,7 +40,7 @@ def metrics(
             found[f"ppl_ratio{at}"] = found[f"ppl{at}"] / prefix_ppl(before, length)
             found[f"tail_ppl{at}"] = tail_ppl(after, length, tail)
             found[f"tail_ppl_ratio{at}"] = found[f"tail_ppl{at}"] / tail_ppl(before, length, tail)
-    return found
+    return {**found, **(metrics_of(tasks) if tasks else {})}
 
 
 def _arrays(losses: TokenLosses, kind: str | None, length: int) -> tuple[np.ndarray, ...]:

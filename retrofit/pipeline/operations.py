@@ -41,7 +41,7 @@ from retrofit.recover.train import RecoverReport
 from retrofit.recover.train import recover as train
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from retrofit.console import Progress
     from retrofit.evaluate.cost import RunCost
@@ -311,10 +311,7 @@ def score_folder(
     Raises UserError, before anything is read, where learned positions end before the longest length.
     """
     require_positions(load_config(folder), longest_prompt(evaluate), str(folder))
-    model = load_model(folder, dtype=working_dtype(evaluate.dtype, folder, device), device=device)
-    tokenizer = load_tokenizer(folder)
-    choice = kernel_for(model, kernel, device)
-    apply(model, choice)
+    model, tokenizer, choice = ready(folder, evaluate, kernel, device)
     if progress:
         progress.note(f"{label}: kernel {choice.name}, {choice.reason}")
         if tokenizer.bos_token_id is None:
@@ -354,6 +351,16 @@ def score_folder(
     return losses, {"kernel": choice.name, "reason": choice.reason}, measured
 
 
+def ready(
+    folder: Path, evaluate: Evaluate, kernel: str, device: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Choice]:
+    """The model of a checkpoint folder as it is evaluated, its tokenizer, and the kernel it has."""
+    model = load_model(folder, dtype=working_dtype(evaluate.dtype, folder, device), device=device)
+    choice = kernel_for(model, kernel, device)
+    apply(model, choice)
+    return model, load_tokenizer(folder), choice
+
+
 def run_costs(
     folders: Mapping[str, Path], evaluate: Evaluate, *, kernel: str, device: str, seed: int
 ) -> Mapping[str, RunCost | None]:
@@ -363,9 +370,7 @@ def run_costs(
     from retrofit.evaluate.cost import side_by_side
 
     def load(folder: Path) -> PreTrainedModel:
-        model = load_model(folder, dtype=working_dtype(evaluate.dtype, folder, device), device=device)
-        apply(model, kernel_for(model, kernel, device))
-        return model
+        return ready(folder, evaluate, kernel, device)[0]
 
     models = {label: functools.partial(load, folder) for label, folder in folders.items()}
     rounds = COST_ROUNDS if len(folders) > 1 else 1

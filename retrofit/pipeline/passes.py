@@ -10,6 +10,7 @@ from retrofit.recipe.schema import Evaluate
 BASE_BYTES = 700 << 20  # a Python process with torch and transformers imported
 EFFICIENCY = 0.5  # share of matrix-multiplication speed that a whole forward pass reaches
 CALL_SECONDS = 0.001  # of the Python code of one layer
+TOKEN_BYTES = 4  # of a task's prompts, where no tokenizer is at hand
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -45,6 +46,19 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
+class TaskSize:
+    """What asking one task takes. requests of request_bytes each, longest_bytes: the longest, generated: most tokens of
+    all answers; estimated on the task's first questions, the number of questions is known."""
+
+    name: str
+    questions: int
+    requests: int
+    request_bytes: float
+    longest_bytes: int
+    generated: int
+
+
+@dataclass(frozen=True)
 class Shape:
     """Prices of passes over one model."""
 
@@ -76,11 +90,21 @@ class Shape:
         return tokens * (2 * self.matmul_parameters + scores * context / 2)
 
     def run_seconds(self, tokens: int, evaluate: Evaluate) -> float:
-        """Of a prefill of `tokens` tokens and decoding after it: weights and cache are read for each token."""
+        """Of a prefill of `tokens` tokens and decoding after it."""
+        return self.seconds(tokens, tokens) + evaluate.decode_tokens * self.decode_seconds(tokens)
+
+    def decode_seconds(self, tokens: int) -> float:
+        """Of one token after `tokens` others: weights and cache are read."""
         spec = self.facts.spec
         read = self.facts.weight_bytes + spec.kv_cache_bytes(tokens, DTYPE_BYTES.get(self.facts.dtype, 2))
-        each = read / self.throughput.bytes_per_second + CALL_SECONDS * len(spec.layers)
-        return self.seconds(tokens, tokens) + evaluate.decode_tokens * each
+        return read / self.throughput.bytes_per_second + CALL_SECONDS * len(spec.layers)
+
+    def task_seconds(self, task: TaskSize, batch_size: int) -> float:
+        """Of one model's answers: every request is read, weights and all, and answers are generated to their limit."""
+        tokens = max(1, round(task.request_bytes / TOKEN_BYTES))
+        calls = -(-task.requests // batch_size)
+        reading = self.seconds(task.requests * tokens, tokens) + calls * self.decode_seconds(tokens)
+        return reading + task.generated / batch_size * self.decode_seconds(tokens)
 
     def prefill_bytes(self, tokens: int) -> int:
         """What one pass over `tokens` tokens holds beside the weights: the outputs of a layer, and the cache."""

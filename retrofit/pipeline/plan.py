@@ -7,8 +7,8 @@ estimates: the journal puts what was measured beside them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from retrofit.console import nbytes
 from retrofit.context.candidates import NEAR, TAIL, rungs
@@ -21,8 +21,10 @@ from retrofit.pipeline.passes import (
     CALL_SECONDS,
     DTYPE_BYTES,
     EFFICIENCY,
+    TOKEN_BYTES,
     ModelFacts,
     Shape,
+    TaskSize,
     Throughput,
 )
 from retrofit.pipeline.training_memory import trained_parameters, training_memory
@@ -45,6 +47,7 @@ class Cost:
     """One step: what it does, the most memory and disk it needs (bytes), and its seconds in all.
 
     pieces: parts that the journal keeps for themselves (the models that are scored), piece_seconds: of each.
+    task_seconds: of each task that every one of these models is asked, kept for itself too.
     """
 
     step: str
@@ -54,6 +57,7 @@ class Cost:
     seconds: float
     pieces: int = 0
     piece_seconds: float = 0.0
+    task_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,17 @@ class Plan:
         return max((step.peak_bytes for step in self.steps), default=0)
 
     def seconds_of(self, name: str) -> float | None:
-        """Seconds of a line of the journal: a step without its pieces, or one piece (`evaluate:original`)."""
+        """Seconds of a line of the journal: a step without its pieces, or one piece (`evaluate:original`, and
+        `evaluate:original:arc_easy` for a task)."""
         step, _, piece = name.partition(":")
+        _, _, task = piece.partition(":")
         cost = self.of(step)
         if cost is None:
             return None
-        return cost.piece_seconds if piece else cost.seconds - cost.pieces * cost.piece_seconds
+        if task:
+            return cost.task_seconds.get(task)
+        each = cost.piece_seconds + sum(cost.task_seconds.values())
+        return cost.piece_seconds if piece else cost.seconds - cost.pieces * each
 
     def of(self, step: str) -> Cost | None:
         """The cost of one step, None when the recipe has no such step."""
@@ -115,8 +124,10 @@ def converted_spec(spec: AttentionSpec, kv_heads: int | None) -> AttentionSpec:
     return replace(spec, layers=tuple(replace(layer, kv_heads=kv_heads) for layer in spec.layers))
 
 
-def make_plan(recipe: Recipe, facts: ModelFacts, throughput: Throughput = ASSUMED) -> Plan:
-    """The plan of `recipe` on a model. Nothing is read, written or loaded."""
+def make_plan(
+    recipe: Recipe, facts: ModelFacts, throughput: Throughput = ASSUMED, tasks: Sequence[TaskSize] = ()
+) -> Plan:
+    """The plan of `recipe` on a model. Nothing is read, written or loaded. tasks: those of `evaluate.tasks`."""
     before = facts.spec
     after = converted_spec(before, recipe.convert.kv_heads if recipe.convert else None)
     native = before.max_position_embeddings
@@ -132,7 +143,7 @@ def make_plan(recipe: Recipe, facts: ModelFacts, throughput: Throughput = ASSUME
         elif step == "recover" and recipe.recover:
             costs.append(_recover(shape, recipe.recover))
         elif step == "evaluate" and recipe.evaluate:
-            costs.append(_evaluate(shape, recipe, recipe.evaluate))
+            costs.append(_evaluate(shape, recipe, recipe.evaluate, tasks))
         elif step == "publish" and recipe.publish:
             tokens = recipe.publish.reload_tokens * len(recipe.evaluate.text if recipe.evaluate else ())
             seconds = 15 + shape.seconds(tokens, recipe.publish.reload_tokens)
@@ -245,7 +256,7 @@ def _recover(shape: Shape, recover: Recover) -> Cost:
     return Cost("recover", does, BASE_BYTES + memory.total, facts.weight_bytes + 12 * trained, seconds)
 
 
-def _evaluate(shape: Shape, recipe: Recipe, evaluate: Evaluate) -> Cost:
+def _evaluate(shape: Shape, recipe: Recipe, evaluate: Evaluate, tasks: Sequence[TaskSize]) -> Cost:
     spec, facts = shape.facts.spec, shape.facts
     longest = max(evaluate.lengths)
     documents = evaluate.documents * len(evaluate.text)
@@ -267,9 +278,21 @@ def _evaluate(shape: Shape, recipe: Recipe, evaluate: Evaluate) -> Cost:
     does = f"{models} models on {documents} documents at {lengths} tokens, one pass each"
     if further or evaluate.needle or evaluate.ruler:
         does += ", then the use of their context"
+    batch_size = evaluate.tasks.batch_size if evaluate.tasks else 1
+    task_seconds = {task.name: shape.task_seconds(task, batch_size) for task in tasks}
+    if tasks:
+        questions, requests = sum(task.questions for task in tasks), sum(task.requests for task in tasks)
+        tokens = sum(task.requests * task.request_bytes for task in tasks) / TOKEN_BYTES
+        does += (
+            f", then {questions:,} questions of {', '.join(task.name for task in tasks)}, each model: about "
+            f"{requests:,} requests and {tokens:,.0f} tokens, estimated at {TOKEN_BYTES} bytes a token"
+        )
+        # The harness keeps the logits of a batch and their log-probabilities, in float32 where the model is.
+        rows = batch_size * min(max(task.longest_bytes for task in tasks) // TOKEN_BYTES, spec.max_position_embeddings)
+        peak = max(peak, BASE_BYTES + 2 * facts.weight_bytes + 8 * rows * spec.vocab_size)
     disk = models * documents * longest * 8 * (1 + len(passes_of(evaluate, spec.max_position_embeddings)))
-    seconds = models * piece + turns * running + PROOF_SECONDS
-    return Cost("evaluate", does, peak, disk, seconds, pieces=models, piece_seconds=piece)
+    seconds = models * (piece + sum(task_seconds.values())) + turns * running + PROOF_SECONDS
+    return Cost("evaluate", does, peak, disk, seconds, pieces=models, piece_seconds=piece, task_seconds=task_seconds)
 
 
 def describe_plan(plan: Plan) -> list[str]:

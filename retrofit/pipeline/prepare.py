@@ -14,6 +14,7 @@ from retrofit.checkpoint.write import parse_size, require_free_space, require_wr
 from retrofit.context import rope
 from retrofit.context.candidates import candidates, rungs
 from retrofit.errors import UserError
+from retrofit.evaluate.harness import Harness, open_tasks, require_harness
 from retrofit.evaluate.reader import varying
 from retrofit.evaluate.score import Document
 from retrofit.kernels.registry import Choice, choose
@@ -26,7 +27,7 @@ from retrofit.model.spec import AttentionSpec
 from retrofit.model.whole import require_complete
 from retrofit.pipeline.journal import NAME as JOURNAL
 from retrofit.pipeline.longcontext import definitions_of, longest_prompt
-from retrofit.pipeline.passes import ModelFacts, Throughput
+from retrofit.pipeline.passes import ASSUMED, ModelFacts, TaskSize, Throughput
 from retrofit.pipeline.plan import (
     FOLDERS,
     MOST_SAMPLED,
@@ -37,6 +38,7 @@ from retrofit.pipeline.plan import (
     sampled_tokens,
     steps_of,
 )
+from retrofit.pipeline.tasks import check_tasks
 from retrofit.pipeline.texts import read_before, require_distinct, scored_documents
 from retrofit.publish.card_input import require_licence_and_base
 from retrofit.publish.reload import nothing_to_compare
@@ -54,7 +56,8 @@ _SPARE = 1.1  # room asked for, over the room planned
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that passed every check. kernel: of the evaluated models; documents: empty until weights are there."""
+    """A run that passed every check. kernel: of the evaluated models; documents: empty until weights are there.
+    harness: the tasks to ask, with their data; None where there are none."""
 
     recipe: Recipe
     source: Source
@@ -64,6 +67,7 @@ class Prepared:
     kernel: Choice
     documents: tuple[Document, ...]
     notes: tuple[str, ...]
+    harness: Harness | None = None
 
     @property
     def teacher(self) -> Teacher:
@@ -93,6 +97,8 @@ def prepare(
         require_run_folder(out)
     _check_texts(recipe)
     _check_require(recipe)
+    if recipe.evaluate and recipe.evaluate.tasks:
+        require_harness()
     device = resolve_device(recipe.device)
     source = sources.resolve(model, revision=revision or recipe.revision, weights=False, progress=progress)
     config = load_config(source.folder)
@@ -108,7 +114,10 @@ def prepare(
     _check_publish(recipe, source)
     _check_proof(recipe, config)
     kernel = choose(recipe.kernel, spec, device)
-    plan = make_plan(recipe, facts_of(source, config, spec), *([throughput] if throughput else []))
+    harness = tasks_of(recipe)
+    if harness is not None:
+        check_tasks(recipe, harness, config, kernel.name)
+    plan = make_plan(recipe, facts_of(source, config, spec), throughput or ASSUMED, sizes(harness))
     if out is not None:
         missing = sum(cost.disk_bytes for cost in plan.steps if not (out / FOLDERS[cost.step]).exists())
         require_free_space(out, int(missing * _SPARE))
@@ -125,7 +134,7 @@ def prepare(
         for note in (*found, *read.values()) if progress else ():
             progress.note(note)  # type: ignore[union-attr]
         documents = _documents(recipe, source, device, tuple(read))
-    return Prepared(recipe, source, spec, plan, device, kernel, documents, notes)
+    return Prepared(recipe, source, spec, plan, device, kernel, documents, notes, harness)
 
 
 def require_model(recipe: Recipe) -> str:
@@ -148,6 +157,20 @@ def require_run_folder(out: Path) -> None:
 def facts_of(source: Source, config: Any, spec: AttentionSpec) -> ModelFacts:
     """What the plan needs; no weights are read."""
     return ModelFacts(source.requested, spec, count_parameters(source.folder, config), source.dtype)
+
+
+def tasks_of(recipe: Recipe) -> Harness | None:
+    """The tasks that a recipe asks, with their data; None without. Raises UserError as `open_tasks` does."""
+    section = recipe.evaluate.tasks if recipe.evaluate else None
+    return open_tasks(section) if section else None
+
+
+def sizes(harness: Harness | None) -> tuple[TaskSize, ...]:
+    """What a plan needs to know of tasks."""
+    return tuple(
+        TaskSize(one.name, one.questions, one.requests, one.request_bytes, one.longest_bytes, one.generated)
+        for one in (harness.tasks if harness else ())
+    )
 
 
 def _all_texts(recipe: Recipe) -> tuple[TextSource, ...]:
@@ -177,6 +200,10 @@ def _check_require(recipe: Recipe) -> None:
     for key in recipe.require:
         metric, _, kind = key.partition("/")
         name, _, length = metric.partition("@")
+        if name in ("task", "task_drop"):
+            if recipe.evaluate.tasks is None:
+                raise UserError("no task is asked", where=f"require.{key}", fix="add evaluate.tasks.names")
+            continue  # which tasks there are is known when they are opened
         lengths = ", ".join(str(value) for value in recipe.evaluate.lengths)
         if name == "effective_length" and not (recipe.evaluate.context_gain or recipe.evaluate.needle):
             raise UserError(

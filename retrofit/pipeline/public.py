@@ -21,6 +21,10 @@ def public_model(source: Source) -> str:
 def public_recipe(recipe: Recipe, source: Source) -> Recipe:
     """The recipe as others can read it: files by their names alone."""
     values = public_texts(recipe.model_dump(mode="json"))
+    tasks = (values["evaluate"] or {}).get("tasks")
+    if tasks:
+        tasks["names"] = [Path(name).name for name in tasks["names"]]
+        tasks["folder"] = tasks["folder"] and Path(tasks["folder"]).name
     return Recipe.model_validate({**values, "model": public_model(source)})
 
 

@@ -149,7 +149,7 @@ def _card(runner: Runner, state: State, folder: Path, section: Publish, *, chart
         kv_heads=(before.layers[0].kv_heads, after.layers[0].kv_heads),
         native_length=data.native_length,
         claimed_length=data.claimed_length,
-        models=tuple(CardModel(model.label, model.rows) for model in data.models),
+        models=tuple(CardModel(model.label, model.rows, model.tasks, model.task_changes) for model in data.models),
         kv_bytes_per_token=(before.kv_bytes_per_token(), after.kv_bytes_per_token()),
         kv_cache_bytes={n: (before.kv_cache_bytes(n), after.kv_cache_bytes(n)) for n in first.kv_cache_bytes},
         recipe_yaml=dump_recipe(public_recipe(recipe, source)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from pydantic import TypeAdapter
 from retrofit import bundled
 from retrofit.checkpoint.provenance import versions
 from retrofit.console import jsonable
+from retrofit.evaluate.answers import TaskChange, TaskScore
 from retrofit.evaluate.context_use import restored
 from retrofit.evaluate.cost import RunCost
 from retrofit.evaluate.effective import ShortContext
@@ -50,10 +50,7 @@ def run_data(runner: Runner, results: tuple[GateResult, ...]) -> RunData:
         created=max((entry.finished for entry in entries.values()), default=""),
         description=recipe.description,
         versions=versions(),
-        models=tuple(
-            _model(runner, label, value, evaluated["short_context"].get(label, ()))
-            for label, value in evaluated.get("models", {}).items()
-        ),
+        models=tuple(_model(runner, label, value, evaluated) for label, value in evaluated.get("models", {}).items()),
         native_length=prepared.plan.positions[0],
         claimed_length=prepared.plan.positions[1],
         training=_training(found.get("recover", {})),
@@ -87,7 +84,7 @@ def _dicts(results: tuple[GateResult, ...]) -> list[dict[str, Any]]:
     return listed
 
 
-def _model(runner: Runner, label: str, value: dict[str, Any], lost: Sequence[dict[str, Any]]) -> ModelResult:
+def _model(runner: Runner, label: str, value: dict[str, Any], evaluated: dict[str, Any]) -> ModelResult:
     losses = TokenLosses.load(losses_file(runner.folder, label))
     cost = value["cost"]
     return ModelResult(
@@ -99,7 +96,9 @@ def _model(runner: Runner, label: str, value: dict[str, Any], lost: Sequence[dic
         cost=TypeAdapter(RunCost).validate_python(cost) if cost else None,
         kv_heads=value["kv_heads"],
         long_context=restored(value["long_context"]),
-        short_context=tuple(ShortContext(**row) for row in lost),
+        short_context=tuple(ShortContext(**row) for row in evaluated["short_context"].get(label, ())),
+        tasks=tuple(TaskScore(**row) for row in evaluated["tasks"]["scores"].get(label, ())),
+        task_changes=tuple(TaskChange(**row) for row in evaluated["tasks"]["changes"].get(label, ())),
     )
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.write import folder_lock
 from retrofit.errors import UserError
+from retrofit.evaluate.answers import TaskChange
 from retrofit.pipeline import evaluation, publishing, reporting, surgery
 from retrofit.pipeline.journal import NAME as JOURNAL
 from retrofit.pipeline.journal import Journal
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run. models: by label, what was measured. metrics: by name, as `require` knows them.
+    """A finished run. models: by label, what was measured. metrics: by name, as `require` knows them. task_changes: of
+    each changed model against the original, on the same questions.
 
     final: what can be published, None without. seconds: by step. reused: steps that were done before.
     """
@@ -43,6 +45,7 @@ class RunResult:
     report: Path
     final: Path | None
     reused: tuple[str, ...]
+    task_changes: Mapping[str, tuple[TaskChange, ...]] = field(default_factory=dict)
 
 
 def check_from_step(from_step: str | None, recipe: Recipe) -> None:
@@ -124,4 +127,8 @@ def _result(runner: Runner, gate: tuple[GateResult, ...], report: Path) -> RunRe
         report=report,
         final=final if final.exists() else None,
         reused=tuple(runner.reused),
+        task_changes={
+            label: tuple(TaskChange(**row) for row in rows)
+            for label, rows in evaluated.get("tasks", {}).get("changes", {}).items()
+        },
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from retrofit.console import Console, heads, nbytes, seconds
 from retrofit.model.inspect import Inspection
 from retrofit.pipeline.plan import Plan, describe_plan
+from retrofit.pipeline.show_measured import task_changes
 
 if TYPE_CHECKING:
     from retrofit.model.inspect import Undescribed
@@ -30,6 +31,10 @@ def run(console: Console, result: RunResult | Plan) -> None:
     rows = _by_length(result.models)
     if rows:
         console.table("Perplexity (95% interval)", ["text", "tokens", *labels], rows)
+    last = list(result.task_changes)[-1:]
+    for label in last:
+        title = f"Tasks: {label} - {labels[0]} on the same questions, right answers of only one"
+        task_changes(console, title, (labels[0], label), result.task_changes[label])
     for requirement in result.gate:
         console.say(f"required {requirement.metric} {requirement.bound}: {requirement.reason}")
     console.say(f"\nreport: {result.report}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from retrofit.console import Console, nbytes, seconds
 from retrofit.evaluate.effective import certificate
 
 if TYPE_CHECKING:
+    from retrofit.evaluate.answers import TaskChange, TaskScore
     from retrofit.evaluate.context_use import LongContext
     from retrofit.evaluate.cost import RunCost
     from retrofit.pipeline.compare import Comparison
@@ -40,9 +42,53 @@ def evaluation(console: Console, result: Evaluation) -> None:
     console.say(f"KV cache: {nbytes(result.kv_bytes_per_token)} per token, {result.kv_heads} KV heads")
     if result.cost:
         _cost(console, result.cost)
+    tasks(console, result.tasks)
     if result.losses:
         console.say(f"token losses: {result.losses}")
     _long_context(console, result.long_context)
+
+
+def tasks(console: Console, rows: Sequence[TaskScore]) -> None:
+    """What one model scored in tasks."""
+    if rows:
+        console.table(
+            "Tasks of lm-evaluation-harness",
+            ["task", "metric", "score", "standard error", "questions", "examples"],
+            [
+                (
+                    row.task,
+                    row.metric,
+                    f"{row.value:.4f}",
+                    "-" if row.stderr is None else f"{row.stderr:.4f}",
+                    row.questions,
+                    row.fewshot,
+                )
+                for row in rows
+            ],
+        )
+
+
+def task_changes(console: Console, title: str, names: tuple[str, str], rows: Sequence[TaskChange]) -> None:
+    """Two models on the same questions. names: of the two, as the columns are called."""
+    if rows:
+        console.table(
+            title,
+            ["task", "metric", *names, "difference", "95% interval", f"only {names[0]}", f"only {names[1]}", "p"],
+            [
+                (
+                    row.task,
+                    row.metric,
+                    f"{row.before:.4f}",
+                    f"{row.after:.4f}",
+                    f"{row.change:+.4f}",
+                    f"{row.low:+.4f} to {row.high:+.4f}",
+                    "-" if row.lost is None else row.lost,
+                    "-" if row.gained is None else row.gained,
+                    "-" if row.p is None else f"{row.p:.2g}",
+                )
+                for row in rows
+            ],
+        )
 
 
 def _cost(console: Console, found: RunCost) -> None:
@@ -151,6 +197,7 @@ def comparison(console: Console, result: Comparison) -> None:
     console.say(f"a: {result.a}, {result.read[0]}\nb: {result.b}, {result.read[1]}")
     for note in result.notes:
         console.say(f"note: {note}")
+    task_changes(console, "Tasks: b - a on the same questions, right answers of only one", ("a", "b"), result.tasks)
     if result.bits:
         console.table(
             "Bits per byte on the same bytes, and b / a with its paired 95% interval",

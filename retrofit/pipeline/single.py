@@ -12,7 +12,9 @@ from retrofit.checkpoint.place import folder_lock
 from retrofit.checkpoint.provenance import FILE, read_provenance
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.errors import UserError
+from retrofit.evaluate.answers import TaskAnswers, TaskScore, beside, to_file
 from retrofit.evaluate.context_use import LongContext
+from retrofit.evaluate.harness import require_harness
 from retrofit.evaluate.perplexity import Row, table
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, resolve_dtype
@@ -25,12 +27,13 @@ from retrofit.pipeline.kept import kept, require_own
 from retrofit.pipeline.longcontext import conclude, longest_prompt, native_length
 from retrofit.pipeline.operations import Origin
 from retrofit.pipeline.outputs import require_file, require_moments, require_new, work_folder
-from retrofit.pipeline.prepare import prepare, require_model, teacher_of
+from retrofit.pipeline.prepare import Prepared, prepare, require_model, teacher_of
 from retrofit.pipeline.public import source_record
 from retrofit.pipeline.runner import VERSIONS
+from retrofit.pipeline.tasks import ask_folder
 from retrofit.pipeline.texts import identity, within_window
 from retrofit.recipe.load import load_suite, validate
-from retrofit.recipe.schema import Recipe
+from retrofit.recipe.schema import Evaluate, Recipe
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -53,7 +56,7 @@ class Evaluation:
     """What `evaluate` measured. rows: by kind of text and length. kv_cache_bytes: by tokens, for one sequence.
 
     cost: None when it was not measured. losses: the file they were kept in.
-    long_context: whether the context is used, as far as that was asked for.
+    long_context: whether the context is used, as far as that was asked for. tasks: scores of the tasks asked.
     """
 
     model: str
@@ -67,6 +70,7 @@ class Evaluation:
     claimed_length: int
     losses: Path | None
     long_context: LongContext
+    tasks: tuple[TaskScore, ...] = ()
 
 
 def recipe(section: str, values: Mapping[str, Any], **top: Any) -> Recipe:
@@ -222,9 +226,11 @@ def evaluate_section(
     documents: int | None,
     dtype: str,
     needle: Mapping[str, Any] | None = None,
+    tasks: Mapping[str, Any] | None = None,
     **asked: Any,
 ) -> dict[str, Any]:
-    """The `evaluate` section of a recipe from a suite and options; options win, and those of `needle` one by one.
+    """The `evaluate` section of a recipe from a suite and options; options win, those of `needle` and `tasks` one by
+    one.
 
     asked: further keys of the section.
     """
@@ -239,6 +245,8 @@ def evaluate_section(
         values["dtype"] = dtype
     if needle := {key: value for key, value in (needle or {}).items() if value}:
         values["needle"] = _needle(values.get("needle"), needle)
+    if tasks := {key: value for key, value in (tasks or {}).items() if value not in (None, [])}:
+        values["tasks"] = _tasks(values.get("tasks"), tasks)
     return {**values, **{key: value for key, value in asked.items() if value}}
 
 
@@ -253,6 +261,17 @@ def _needle(suite: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> dict[s
     return {**(suite or {}), **asked}
 
 
+def _tasks(suite: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The tasks of a suite, if it has any, with the options laid over them."""
+    if not suite and "names" not in asked:
+        raise UserError(
+            "there is no task to apply this to",
+            where=" and ".join(f"--{'task-folder' if name == 'folder' else name}" for name in asked),
+            fix="add --task NAME, or a --suite that asks tasks",
+        )
+    return {**(suite or {}), **asked}
+
+
 def evaluate(
     recipe: Recipe, out: Path | None, *, revision: str | None, beyond: bool, progress: Progress | None
 ) -> Evaluation:
@@ -263,8 +282,11 @@ def evaluate(
     if out is not None and partial is not None:
         require_file(out)
         require_own(partial, "evaluate")
+    if section.tasks:
+        require_harness()
     longest = longest_prompt(section)
-    prepared = prepare(recipe, revision=revision, beyond=True, weights=False, progress=progress)
+    without = recipe.model_copy(update={"evaluate": section.model_copy(update={"tasks": None})})
+    prepared = prepare(without, revision=revision, beyond=True, weights=False, progress=progress)
     if longest > prepared.spec.max_position_embeddings:
         _require_beyond(recipe.model, longest, prepared.spec.max_position_embeddings, beyond)
         if progress:
@@ -291,6 +313,11 @@ def evaluate(
             save_losses(losses, out)
             for name, scored in measured.passes.items():
                 save_losses(scored, pass_file(out, name))
+        answers = _answers(prepared, section, partial, progress)
+        if out is not None:
+            beside(out).unlink(missing_ok=True)
+            if answers:
+                to_file(answers, beside(out))
         # Still in the block: a kill while costs are measured must not make everything before them be read again.
         costs = operations.run_costs(
             {label: folder}, section, kernel=recipe.kernel, device=prepared.device, seed=recipe.seed
@@ -320,6 +347,26 @@ def evaluate(
             needle=measured.needle,
             ruler=measured.ruler,
         ),
+        tasks=tuple(row for one in answers.values() for row in one.rows()),
+    )
+
+
+def _answers(
+    prepared: Prepared, section: Evaluate, partial: Path | None, progress: Progress | None
+) -> dict[str, TaskAnswers]:
+    if prepared.harness is None:
+        return {}
+    folder = prepared.source.folder
+    return ask_folder(
+        folder,
+        prepared.harness,
+        section,
+        kernel=prepared.recipe.kernel,
+        device=prepared.device,
+        length=native_length(load_config(folder)),
+        identity=prepared.source.digests,
+        partial=partial,
+        progress=progress,
     )
 
 

@@ -6,6 +6,7 @@ Front matter: https://huggingface.co/docs/hub/model-cards (a converted checkpoin
 
 from __future__ import annotations
 
+import math
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,7 @@ def render_card(card: CardInput) -> str:
         summary=_summary(card),
         tables=[(ALL if kind == ALL else _name(kind), _table(card, kind)) for kind in _kinds(card)],
         documents=_documents(card),
+        tasks=_tasks(card),
         certificate=certificate(card.effective) if card.effective else "",
         tests=_tests(card.effective) if card.effective else [],
         kv_table=_kv_table(card),
@@ -103,6 +105,18 @@ def _front_matter(card: CardInput) -> str:
             metric_value=float(f"{row.ppl:.6g}"),
         )
         for row in card.models[-1].rows
+    ]
+    results += [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=score.task,
+            dataset_name=score.task,
+            metric_type=score.metric,
+            metric_name=f"{score.metric}, {score.fewshot} examples",
+            metric_value=float(f"{score.value:.6g}"),
+        )
+        for score in card.models[-1].tasks
+        if math.isfinite(score.value)
     ]
     data = ModelCardData(
         language=list(card.languages) or None,
@@ -194,6 +208,28 @@ def _ppl(value: float) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
 
 
+def _tasks(card: CardInput) -> list[str]:
+    """Scores in tasks as a Markdown table, one row a metric; the last column pairs the last model with the first."""
+    last = card.models[-1]
+    if not last.tasks:
+        return []
+    labels = [model.label for model in card.models]
+    compared = [f"{labels[-1]} - {labels[0]}"] if len(labels) > 1 else []
+    header = ["task", "metric", "questions", "examples", *labels, *compared]
+    lines = [f"| {' | '.join(header)} |", "|---|---|" + "---:|" * (len(header) - 2)]
+    for score in last.tasks:
+        place = (score.task, score.metric)
+        cells = [score.task, score.metric, f"{score.questions:,}", str(score.fewshot)]
+        for model in card.models:
+            one = next(one for one in model.tasks if (one.task, one.metric) == place)
+            cells.append(f"{one.value:.4g}" if one.stderr is None else f"{one.value:.4g} ± {one.stderr:.2g}")
+        if compared:
+            change = next((one for one in last.task_changes if (one.task, one.metric) == place), None)
+            cells.append(f"{change.change:+.3f} ({change.low:+.3f} to {change.high:+.3f})" if change else "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def _documents(card: CardInput) -> str:
     """How much was measured, per kind of text."""
     rows = card.models[-1].rows
@@ -226,8 +262,10 @@ def _limits(card: CardInput) -> list[str]:
     first, last = card.models[0], card.models[-1]
     lengths = sorted({row.length for row in last.rows})
     kinds = [_name(kind) for kind in _kinds(card) if kind != ALL]
+    asked = " and ".join(dict.fromkeys(score.task for score in last.tasks))
     limits = [
-        f"Quality was measured as perplexity on {' and '.join(kinds) or 'held-out text'} only: no task benchmark, "
+        f"Quality was measured as perplexity on {' and '.join(kinds) or 'held-out text'}"
+        f"{f' and with the questions of {asked}' if asked else ''} only: no {'other' if asked else 'task'} benchmark, "
         "no other language and no safety evaluation was run.",
     ]
     if len(card.models) > 1:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from retrofit.errors import UserError
 
 if TYPE_CHECKING:
+    from retrofit.evaluate.answers import TaskChange, TaskScore
     from retrofit.evaluate.effective import EffectiveLength
     from retrofit.evaluate.perplexity import Row
 
@@ -30,10 +31,13 @@ class Recovery:
 
 @dataclass(frozen=True)
 class CardModel:
-    """Perplexities of one model; label is `original`, `converted` or `recovered`."""
+    """Perplexities of one model, its scores in tasks, and what these are against the original's; label is `original`,
+    `converted` or `recovered`."""
 
     label: str
     rows: Sequence[Row]
+    tasks: Sequence[TaskScore] = ()
+    task_changes: Sequence[TaskChange] = ()
 
 
 @dataclass(frozen=True)

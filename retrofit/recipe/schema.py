@@ -37,6 +37,7 @@ RULER_TASKS: tuple[RulerTask, ...] = (
 
 _REQUIRE_KEY = re.compile(
     r"^(ppl|ppl_ratio|tail_ppl|tail_ppl_ratio|kv_ratio|kernel_max_diff|effective_length)(@\d+)?(/[\w.-]+)?$"
+    r"|^(task|task_drop)@[\w.:+-]+(/[\w.,+-]+)?$"
 )
 BOUND = re.compile(r"^\s*(<=|>=|<|>)\s*([0-9.]+(?:[eE][+-]?\d+)?)\s*$")
 
@@ -324,11 +325,34 @@ class Ruler(Section):
     _ascending = field_validator("lengths")(lambda value: tuple(sorted(set(value))))
 
 
+class Tasks(Section):
+    """Tasks of lm-evaluation-harness (the extra `eval`), asked of every model in the same words.
+
+    names: of the harness's own tasks and groups, of those in `folder`, or YAML files of a task or group. folder: YAML
+    files of tasks of one's own, which go before the harness's own of the same name.
+    """
+
+    names: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
+    folder: str | None = None
+    fewshot: int | None = Field(
+        None, ge=0, description="examples before each question; by default, and where a task fixes 0, the task's own"
+    )
+    limit: int | None = Field(None, ge=1, description="questions of each task, from its beginning; by default all")
+    batch_size: int = Field(
+        1, ge=1, description="requests read at a time; more are faster on a GPU, and change the last digits"
+    )
+
+    @field_validator("names")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(value))
+
+
 class Evaluate(Section):
     """Token losses of whole documents and the perplexities computed from them.
 
-    context_gain, long_ppl, definitions, needle and ruler cost passes of their own. With context_gain or a needle, the
-    effective length is certified.
+    context_gain, long_ppl, definitions, needle, ruler and tasks cost passes of their own. With context_gain or a
+    needle, the effective length is certified.
     """
 
     lengths: tuple[Annotated[int, Field(ge=16)], ...] = Field((1024, 2048, 4096, 8192), min_length=1)
@@ -354,6 +378,7 @@ class Evaluate(Section):
     stride: int = Field(256, ge=1, description="tokens that the windows of `definitions: [sliding]` move by")
     needle: Needle | None = None
     ruler: Ruler | None = None
+    tasks: Tasks | None = None
 
     @field_validator("lengths", "cost_lengths")
     @classmethod
@@ -395,7 +420,7 @@ class Recipe(Section):
             if not _REQUIRE_KEY.match(key):
                 raise ValueError(
                     f"`{key}` is not a metric; write ppl, ppl_ratio, tail_ppl or tail_ppl_ratio with @LENGTH and "
-                    "optionally /SOURCE, or kv_ratio, kernel_max_diff, effective_length"
+                    "optionally /SOURCE, or task@NAME, task_drop@NAME, kv_ratio, kernel_max_diff, effective_length"
                 )
             if not BOUND.match(bound):
                 raise ValueError(f"`{bound}` is not a bound; write for example '<= 1.5'")

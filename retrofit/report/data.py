@@ -12,6 +12,7 @@ import numpy as np
 from retrofit.evaluate.perplexity import ALL, Row
 
 if TYPE_CHECKING:
+    from retrofit.evaluate.answers import TaskChange, TaskScore
     from retrofit.evaluate.context_use import LongContext
     from retrofit.evaluate.cost import RunCost
     from retrofit.evaluate.effective import EffectiveLength, ShortContext
@@ -27,6 +28,7 @@ class ModelResult:
     rows: perplexities by kind and length. position_losses: (position in tokens, mean loss in nats). kv_cache_bytes:
     bytes of the KV cache by number of tokens. cost: of running it, by length. long_context: how it uses its context, as
     far as that was asked for. short_context: what it lost against the original at or below the native length.
+    tasks: scores of the tasks asked; task_changes: against the original, on the same questions.
     """
 
     label: str
@@ -38,6 +40,8 @@ class ModelResult:
     cost: RunCost | None = None
     long_context: LongContext | None = None
     short_context: tuple[ShortContext, ...] = ()
+    tasks: tuple[TaskScore, ...] = ()
+    task_changes: tuple[TaskChange, ...] = ()
 
     @property
     def effective(self) -> EffectiveLength | None:

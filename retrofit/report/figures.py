@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from retrofit.evaluate.perplexity import ALL
-from retrofit.report import charts, context_use, costs, encodings, summary, words
+from retrofit.report import charts, context_use, costs, encodings, summary, tasks, words
 from retrofit.report.data import RunData
 from retrofit.report.drawing import Line, Picture
 from retrofit.report.parts import Figure, Table
@@ -22,6 +22,7 @@ def figures(run: RunData) -> tuple[Figure, ...]:
         _perplexities,
         _positions,
         context_use.short_context,
+        tasks.figures,
         context_use.figures,
         encodings.figures,
         _training,

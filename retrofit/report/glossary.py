@@ -42,6 +42,19 @@ _TEXTS: tuple[tuple[str, str], ...] = (
         "all of it, and less than 2 with all of it (Fang et al. 2025).",
     ),
     (
+        "Task score",
+        "the task's own metric over its questions, as lm-evaluation-harness asks and scores them: `acc` is the share "
+        "of questions whose right answer the model finds likeliest, `acc_norm` the same with the likelihood divided by "
+        "the answer's length, `exact_match` the share answered word for word. ± is one standard error: how much the "
+        "score would vary with other questions of the kind. The difference of two models on the same questions is "
+        "known better than that, from those they answer differently.",
+    ),
+    (
+        "p (McNemar)",
+        "how often chance alone, a fair coin for each question that only one of two models answers right, would be as "
+        "one-sided as what was counted. Small: the models differ.",
+    ),
+    (
         "95% interval",
         "percentile bootstrap: the measured losses are drawn again with replacement, the perplexity is "
         "computed each time, and 95% of the results lie within the interval. It says how much the number "

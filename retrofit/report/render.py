@@ -23,6 +23,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 CARD_CHART = "perplexity"
 SECTIONS = {
     "quality": "How well it predicts text",
+    "tasks": "How it answers questions",
     "context": "Whether the long context is used",
     "search": "How the position encoding was chosen",
     "training": "Recovery training",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from retrofit.evaluate.perplexity import ALL, Row
-from retrofit.report import context_use, costs, words
+from retrofit.report import context_use, costs, tasks, words
 from retrofit.report.data import RunData
 from retrofit.report.parts import Number, Table
 
@@ -153,6 +153,7 @@ def cautions(run: RunData) -> tuple[str, ...]:
     said += _about_texts(run)
     if grew(run) and run.claimed_length not in run.lengths:
         said.append(f"The new window of {words.count(run.claimed_length)} tokens was not measured to its end.")
+    said += tasks.cautions(run)
     said += context_use.cautions(run)
     held = [loss for _, _, loss in run.training if loss is not None]
     if len(held) > 1 and held[-1] > OVERFIT * min(held):

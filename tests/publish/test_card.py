@@ -15,7 +15,7 @@ from retrofit.publish.card_input import CardModel, require_licence_and_base
 from retrofit.publish.snippet import front_matter, load_snippet, placeholders, snippet_of, with_model_id
 from retrofit.recipe.schema import RopeMethod
 from tests.publish.cards import card_input, row, rows
-from tests.report.made_up import effective
+from tests.report.made_up import effective, task_changes, tasks
 
 
 def test_front_matter_as_the_hub_reads_it() -> None:
@@ -50,6 +50,19 @@ def test_a_person_finds_what_was_done() -> None:
     assert "name: quickstart" in text and "retrofit run quickstart --out runs/quickstart" in text
     assert "1.40 times the original's" in text
     assert "/home/someone" not in text and "notes.txt" in text
+
+
+def test_tasks_are_told_with_the_paired_difference() -> None:
+    labels = ("original", "converted", "recovered")
+    models = tuple(CardModel(label, rows(1.0), tasks(label), task_changes(label)) for label in labels)
+    text = render_card(card_input(models=models))
+    assert "| task | metric | questions | examples | original | converted | recovered | recovered - original |" in text
+    cells = "| arc_easy | acc | 2,376 | 0 | 0.612 ± 0.01 | 0.381 ± 0.01 | 0.574 ± 0.01 | -0.038 (-0.049 to -0.026) |"
+    assert cells in text and "| lambada | perplexity | 5,153 | 0 | 12.5 | 12.5 | 12.5 | – |" in text
+    assert "with the questions of arc_easy and lambada only: no other benchmark" in text
+    found = {(e.dataset_type, e.metric_type): e.metric_value for e in ModelCard(text).data.eval_results}
+    assert found["arc_easy", "acc_norm"] == pytest.approx(0.534)
+    assert "no task benchmark" in render_card(card_input()) and "harness" not in render_card(card_input())
 
 
 def test_the_effective_length_is_told_with_what_shows_it() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from retrofit.evaluate.answers import TaskChange, TaskScore
 from retrofit.evaluate.asking import Answer
 from retrofit.evaluate.context_use import LongContext
 from retrofit.evaluate.cost import LengthCost, RunCost
@@ -117,6 +118,31 @@ def long_context(label: str) -> LongContext:
     )
 
 
+ASKED = {"original": 0.612, "converted": 0.381, "recovered": 0.574}
+
+
+def tasks(label: str) -> tuple[TaskScore, ...]:
+    """A choice with two metrics, and a perplexity, which cannot be paired."""
+    acc = ASKED[label]
+    return (
+        TaskScore("arc_easy", "acc", acc, 0.0101, 2376, 0),
+        TaskScore("arc_easy", "acc_norm", acc - 0.04, 0.0102, 2376, 0),
+        TaskScore("lambada", "perplexity", 12.5, None, 5153, 0),
+    )
+
+
+def task_changes(label: str) -> tuple[TaskChange, ...]:
+    """Against the original."""
+    if label == "original":
+        return ()
+    before, change = ASKED["original"], ASKED[label] - ASKED["original"]
+    return tuple(
+        TaskChange("arc_easy", metric, 2376, before - less, before - less + change, change, change - 0.011,
+                   change + 0.012, -change, 210, 120, 7.4e-7)
+        for metric, less in (("acc", 0.0), ("acc_norm", 0.04))
+    )  # fmt: skip
+
+
 def short_context(label: str) -> tuple[ShortContext, ...]:
     """Of every model but the original."""
     before, after = (PERPLEXITIES[name]["python-docs"] for name in ("original", label))
@@ -171,6 +197,8 @@ def model(label: str, heads: int) -> ModelResult:
         cost(label, per_token),
         long_context(label),
         short_context(label),
+        tasks(label),
+        task_changes(label),
     )
 
 

@@ -79,6 +79,7 @@ def test_page_has_every_part(page: str) -> None:
         "Decoding speed",
         "Speed and memory by context length",
         "What the conversion cost in each layer",
+        "How it answers questions",
         "Whether the long context is used",
         "How the position encoding was chosen",
         "What it lost within the original",
@@ -93,7 +94,7 @@ def test_page_has_every_part(page: str) -> None:
         assert part in text, part
     drawn, plain = page.count("<figure>"), page.count("<figure class=wide>")
     assert drawn == page.count("The data of this chart") == 11  # 3 kinds, positions, 2 needles, search, 4 others
-    assert plain == 6  # short context, certificate, gain, RULER, LongPPL, other definitions
+    assert plain == 7  # short context, tasks, certificate, gain, RULER, LongPPL, other definitions
 
 
 def test_page_is_self_contained_and_well_formed(page: str) -> None:
@@ -230,6 +231,24 @@ def test_the_effective_length_stands_at_the_top_with_its_certificate_below(page:
     assert any("8,192 tokens, less than the window of 16,384. Stopped by" in one for one in summary.cautions(less))
     bare = run(models=(model("original", 3), replace(model("recovered", 1), long_context=untested())))
     assert any("certified without: needle at 16384" in one for one in summary.cautions(bare))
+
+
+def test_tasks_are_shown_with_what_they_are_against_the_original() -> None:
+    (shown,) = (one for one in figures(run()) if one.section == "tasks")
+    rows = {row[:3]: row[3:] for row in shown.table.rows}
+    assert rows["arc_easy", "acc", "original"] == ("0.612 ± 0.01", "–", "–", "–", "–", "2,376")
+    paired = ("0.574 ± 0.01", "-0.038 [-0.049, -0.026]", "210", "120", "7.4e-07", "2,376")
+    assert rows["arc_easy", "acc", "recovered"] == paired
+    assert rows["lambada", "perplexity", "recovered"] == ("12.5", "–", "–", "–", "–", "5,153")
+    assert "How it answers questions" in visible(html(run())) and "| arc_easy | acc_norm |" in markdown(run())
+    worse = [one for one in summary.cautions(run()) if "does worse" in one]
+    assert worse[0] == "It does worse than the original on arc_easy, acc: -0.038 [-0.049, -0.026]."
+    last = run().models[2]
+    unsure = tuple(replace(one, high=0.001) for one in last.task_changes)
+    maybe = run(models=(*run().models[:2], replace(last, task_changes=unsure)))
+    assert not [one for one in summary.cautions(maybe) if "does worse" in one]
+    without = tuple(replace(one, tasks=(), task_changes=()) for one in run().models)
+    assert "How it answers questions" not in html(run(models=without))
 
 
 def test_the_needle_map_holds_what_its_table_holds() -> None:
