@@ -18,6 +18,18 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+# What supported configurations call the dropout of attention, residual stream and embeddings.
+DROPOUTS = (
+    "attention_dropout",
+    "attn_pdrop",
+    "embd_pdrop",
+    "embedding_dropout",
+    "hidden_dropout",
+    "resid_pdrop",
+    "residual_dropout",
+)
+
+
 def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json as stored, after the checks that need no transformers.
 
@@ -96,20 +108,27 @@ def load_config(folder: str | Path) -> PretrainedConfig:
 
 
 def load_model(
-    folder: str | Path, *, dtype: str = "auto", device: str = "cpu", kernel: str | None = None
+    folder: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    kernel: str | None = None,
+    dropout: bool = True,
 ) -> PreTrainedModel:
     """The stock model of a checkpoint folder in eval mode.
 
     dtype: "auto" (as stored), "float32", "bfloat16" or "float16". kernel: a name transformers knows, by default sdpa,
-    or eager for a class without sdpa (Gemma 2); others are applied afterwards by `retrofit.kernels`. Raises UserError
-    when the weights are not whole: every parameter must come from the checkpoint, with the shape the configuration
-    asks for.
+    or eager for a class without sdpa (Gemma 2); others are applied afterwards by `retrofit.kernels`. dropout: False
+    leaves it out in training too. Raises UserError when the weights are not whole: every parameter must come from the
+    checkpoint, with the shape the configuration asks for.
     """
     from transformers import AutoModelForCausalLM
 
     from retrofit.checkpoint.read import Checkpoint
 
     config = load_config(folder)
+    if not dropout:
+        config.update({name: 0.0 for name in DROPOUTS if hasattr(config, name)})
     Checkpoint.open(folder)
     loader: Any = AutoModelForCausalLM  # its annotations do not know output_loading_info
     with quiet():

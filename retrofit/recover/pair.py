@@ -66,7 +66,8 @@ def load_pair(
     name = str(dtype).removeprefix("torch.")
     choice = _kernel_with_masks(kernel, spec, device, name) if documents else None
     choice = choice or registry.choose(kernel, spec, device, training=True, dtype=name)
-    student = load_model(student_folder, dtype=name, device=device)
+    # A short training towards a still teacher needs no noise, and kernels without dropout can then train every model.
+    student = load_model(student_folder, dtype=name, device=device, dropout=False)
     teacher = None
     shared = 0
     if teacher_folder is not None:
