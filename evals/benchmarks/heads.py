@@ -273,7 +273,7 @@ def _measure(
     bench: Bench, row: Row, chosen: Mapping[str, Row], original: Any, options: argparse.Namespace
 ) -> dict[str, Any]:
     """The facts of a row: those in the results if they are of its settings, else measured now and added to them."""
-    from retrofit.checkpoint.write import staged
+    from retrofit.checkpoint.place import staged
     from retrofit.model.load import multiplies_in_bfloat16
 
     own = settings(row, chosen, options.tokens)

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from retrofit.checkpoint.place import existing_ancestor, folder_lock, require_free_space, require_writable, staged
 from retrofit.checkpoint.raw import copy_bytes, shift, write_all, write_back
 from retrofit.checkpoint.read import DTYPES, INDEX, SINGLE, read_header
 from retrofit.errors import UserError
@@ -29,22 +28,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from retrofit.console import Progress
-
-__all__ = [
-    "KEPT",
-    "ShardWriter",
-    "copy_side_files",
-    "existing_ancestor",
-    "folder_lock",
-    "going_on",
-    "held",
-    "parse_size",
-    "remove_shards",
-    "require_free_space",
-    "require_writable",
-    "staged",
-    "write_config",
-]
 
 T = TypeVar("T")
 

@@ -146,10 +146,10 @@ def write_extended(
     a theta that the file leaves to the model's class is written. The new configuration is linted before anything is
     written; an error in it is a UserError.
     """
-    from retrofit.checkpoint.place import link_or_copy
+    from retrofit.checkpoint.place import link_or_copy, staged
     from retrofit.checkpoint.read import Checkpoint
     from retrofit.checkpoint.rewrite import rewrite
-    from retrofit.checkpoint.write import copy_side_files, staged, write_config
+    from retrofit.checkpoint.write import copy_side_files, write_config
     from retrofit.context.record import held_scale
     from retrofit.context.temperature import query_rules
     from retrofit.model.families import describe

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit import bundled
 from retrofit.errors import UserError
-from retrofit.pipeline.plan import ASSUMED, Plan, Throughput, make_plan
+from retrofit.pipeline.passes import ASSUMED, Throughput
+from retrofit.pipeline.plan import Plan, make_plan
 from retrofit.recipe.load import dump_recipe, load_recipe
 from retrofit.recipe.schema import Convert, Recipe
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from retrofit.checkpoint.write import staged
+from retrofit.checkpoint.place import staged
 from retrofit.console import jsonable
 from retrofit.evaluate.answers import TaskAnswers
 from retrofit.evaluate.context_use import LongContext

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from retrofit.checkpoint.place import folder_lock
 from retrofit.checkpoint.provenance import digest
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.checkpoint.write import folder_lock
 from retrofit.kv_heads import VERSION
 from retrofit.kv_heads.disk import require_room
 from retrofit.kv_heads.price import LayerCost, probe_counts

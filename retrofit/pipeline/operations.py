@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrofit.checkpoint.place import staged
 from retrofit.checkpoint.provenance import digest, versions, write_provenance
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.checkpoint.write import staged, write_config
+from retrofit.checkpoint.write import write_config
 from retrofit.console import jsonable
 from retrofit.context.record import held_scale
 from retrofit.context.rope import extend as extended

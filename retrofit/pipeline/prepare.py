@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrofit.checkpoint.place import require_free_space, require_writable
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.checkpoint.write import parse_size, require_free_space, require_writable
+from retrofit.checkpoint.write import parse_size
 from retrofit.context import rope
 from retrofit.context.candidates import candidates, rungs
 from retrofit.errors import UserError

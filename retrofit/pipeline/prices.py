@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrofit.checkpoint.place import require_writable
 from retrofit.checkpoint.provenance import digest
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.checkpoint.write import require_writable
 from retrofit.console import heads, nbytes
 from retrofit.console import seconds as duration
 from retrofit.errors import UserError

@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from retrofit.checkpoint.place import link_or_copy
+from retrofit.checkpoint.place import link_or_copy, staged
 from retrofit.checkpoint.provenance import digest, versions, write_provenance
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.rewrite import rewrite
-from retrofit.checkpoint.write import copy_side_files, parse_size, staged
+from retrofit.checkpoint.write import copy_side_files, parse_size
 from retrofit.console import jsonable
 from retrofit.evaluate.losses import TokenLosses, documents_digest
 from retrofit.model.families import describe

@@ -20,7 +20,7 @@ import torch
 
 from retrofit.checkpoint import rewrite as rewriting
 from retrofit.checkpoint import write
-from retrofit.checkpoint.write import staged
+from retrofit.checkpoint.place import staged
 from retrofit.kv_heads import averaged, baselines, calibrate, disk, moments, residuals  # noqa: F401 - imported once
 from retrofit.kv_heads.convert import CalibrationText, convert
 
