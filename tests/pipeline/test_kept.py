@@ -69,5 +69,10 @@ def test_work_goes_when_it_is_done_or_when_there_is_none(tmp_path: Path) -> None
     with pytest.raises(KeyboardInterrupt), kept(folder, "convert"):
         (folder / "part").mkdir()
         raise KeyboardInterrupt
+    assert not folder.exists(), "empty folders are no work"
+    with pytest.raises(KeyboardInterrupt), kept(folder, "convert"):
+        (folder / "part").mkdir()
+        (folder / "part" / "file").touch()
+        raise KeyboardInterrupt
     require_own(folder, "convert")
-    assert (folder / "part").is_dir()
+    assert (folder / "part" / "file").is_file()
