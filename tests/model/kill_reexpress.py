@@ -31,7 +31,7 @@ def mortal(limit: str) -> None:
     for function in (writing.write, reexpress.reexpress, operations.convert):
         assert "max_shard_size" in function.__kwdefaults__
         function.__kwdefaults__["max_shard_size"] = SHARD
-    write._write_all = dying("tensor", limit, write._write_all, half_a_tensor)
+    write.write_all = dying("tensor", limit, write.write_all, half_a_tensor)
     write.ShardWriter.close = dying("close", limit, write.ShardWriter.close, nothing)  # type: ignore[method-assign]
     writing.write_config = dying("config", limit, writing.write_config, nothing)
     rewriting.write_config = dying("converted", limit, rewriting.write_config, nothing)
