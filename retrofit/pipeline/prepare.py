@@ -39,7 +39,7 @@ from retrofit.pipeline.plan import (
     sampled_tokens,
     steps_of,
 )
-from retrofit.pipeline.tasks import check_tasks
+from retrofit.pipeline.task_checks import check_tasks
 from retrofit.pipeline.texts import read_before, require_distinct, scored_documents
 from retrofit.publish.card_input import require_licence_and_base
 from retrofit.publish.reload import nothing_to_compare

@@ -19,7 +19,7 @@ from retrofit.pipeline.compare import compare, stored_answers
 from retrofit.pipeline.journal import Entry, Journal, digests_of
 from retrofit.pipeline.passes import CALL_SECONDS, EFFICIENCY, TaskSize
 from retrofit.pipeline.plan import make_plan
-from retrofit.pipeline.tasks import check_tasks
+from retrofit.pipeline.task_checks import check_tasks
 from retrofit.recipe.load import RecipeError, load_recipe
 from retrofit.recipe.schema import Recipe
 from tests.evaluate.test_answers import answers
