@@ -244,30 +244,22 @@ def evaluate_section(
     if dtype != "auto":
         values["dtype"] = dtype
     if needle := {key: value for key, value in (needle or {}).items() if value}:
-        values["needle"] = _needle(values.get("needle"), needle)
+        fix = "add --needle N,N, or a --suite that has a needle test"
+        values["needle"] = _over(values.get("needle"), needle, "lengths", "needle test", fix)
     if tasks := {key: value for key, value in (tasks or {}).items() if value not in (None, [])}:
-        values["tasks"] = _tasks(values.get("tasks"), tasks)
+        fix = "add --task NAME, or a --suite that asks tasks"
+        values["tasks"] = _over(values.get("tasks"), tasks, "names", "task", fix)
     return {**values, **{key: value for key, value in asked.items() if value}}
 
 
-def _needle(suite: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The needle test of a suite, if it has one, with the options laid over it."""
-    if not suite and "lengths" not in asked:
+def _over(
+    suite: Mapping[str, Any] | None, asked: Mapping[str, Any], needed: str, what: str, fix: str
+) -> dict[str, Any]:
+    """A section of a suite, if it has one, with the options laid over it. needed: the field that makes one alone."""
+    if not suite and needed not in asked:
+        names = ("task-folder" if name == "folder" else name for name in asked)
         raise UserError(
-            "there is no needle test to apply this to",
-            where=" and ".join(f"--{name}" for name in asked),
-            fix="add --needle N,N, or a --suite that has a needle test",
-        )
-    return {**(suite or {}), **asked}
-
-
-def _tasks(suite: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The tasks of a suite, if it has any, with the options laid over them."""
-    if not suite and "names" not in asked:
-        raise UserError(
-            "there is no task to apply this to",
-            where=" and ".join(f"--{'task-folder' if name == 'folder' else name}" for name in asked),
-            fix="add --task NAME, or a --suite that asks tasks",
+            f"there is no {what} to apply this to", where=" and ".join(f"--{name}" for name in names), fix=fix
         )
     return {**(suite or {}), **asked}
 
