@@ -20,12 +20,13 @@ import resource
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals.benchmarks.heads_table import chart, table
+from evals.benchmarks.heads_text import HELD_OUT, LENGTH, PIECES, Texts
 from evals.benchmarks.recovery import machine
 from retrofit.console import to_json
 
@@ -33,12 +34,7 @@ if TYPE_CHECKING:
     from retrofit.recipe.schema import Recover
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-LENGTH = 1024  # tokens of a scored piece, a calibration sequence and a training sequence
-PIECES = 10
-OTHER = ("python-docs", "python-stdlib", "self")
 DISTIL = [50_000, 150_000, 500_000]
-HELD_OUT = "moby_dick.txt"
-SEEN = "calibration text"
 
 
 @dataclass(frozen=True)
@@ -102,57 +98,17 @@ def model_name(model: str) -> str:
 class Bench:
     """Text, model and results of one benchmark."""
 
-    def __init__(self, model: str, books: Path | None, tokens: int, work: Path, also: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, model: str, books: Path | None, tokens: int, distil: Sequence[int], work: Path, also: Sequence[Path] = ()
+    ) -> None:
         from retrofit.model.load import load_tokenizer
         from retrofit.model.source import resolve
-        from retrofit.recipe.schema import TextSource
 
         self.folder = resolve(model).folder
-        self.tokenizer = load_tokenizer(self.folder)
-        self.tokens, self.work = tokens, work
-        self.also = {path.name: TextSource(source=str(path)) for path in also}
+        self.work = work
         self.identity = [model, books is not None]
-        same = sorted(str(path) for path in books.glob("*.txt") if path.name != HELD_OUT) if books else ["python-docs"]
-        self.same = [TextSource(source=name) for name in same]
-        self.other = [TextSource(source=name) for name in OTHER if name not in same]
-        self.documents = list(self._documents(books))
-
-    def _documents(self, books: Path | None) -> Iterator[Any]:
-        """Pieces of LENGTH tokens: of each held-out text (that of the table, and two built-in kinds), and of the
-        calibration text that is of the table's kind, where fits look better than they are."""
-        import numpy as np
-
-        from retrofit.recipe.schema import TextSource
-        from retrofit.recover.data import read_texts
-
-        texts = {} if books is None else {books.joinpath(HELD_OUT).stem: (books / HELD_OUT).read_text("utf-8")}
-        for kind in ("python-docs", "python-stdlib"):
-            held_out = read_texts(TextSource(source=kind), split="held_out")
-            texts[kind] = "\n\n".join(text.text for text in held_out)[:1_500_000]
-        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        for kind, text in texts.items():
-            ids = self.tokenizer(text, add_special_tokens=False).input_ids
-            step = (len(ids) - LENGTH) // PIECES
-            for i in range(PIECES):
-                piece = np.array(bos + ids[i * step : i * step + LENGTH - len(bos)], np.int64)
-                yield self._document(kind, i, piece)
-        seen_NT = self._calibration(self.same).input_ids_NT.numpy()
-        for i in range(PIECES):
-            yield self._document(SEEN, i, seen_NT[i * len(seen_NT) // PIECES])
-
-    def _document(self, kind: str, index: int, ids: Any) -> Any:
-        from retrofit.evaluate.losses import Document
-
-        return Document(f"{kind} {index}", kind, ids, len(str(self.tokenizer.decode(ids)).encode()))
-
-    def _calibration(self, sources: Sequence[Any]) -> Any:
-        from retrofit.pipeline.texts import calibration_text
-        from retrofit.recipe.schema import Calibration
-        from retrofit.recover.samples import Teacher
-
-        section = Calibration(text=tuple(sources), tokens=self.tokens, sequence_length=LENGTH)
-        teacher = Teacher(self.folder, tokens=self.tokens // 3)
-        return calibration_text(section, self.tokenizer, seed=0, teacher=teacher)
+        self.texts = Texts(self.folder, load_tokenizer(self.folder), books, tokens, distil, also)
+        self.documents = list(self.texts.scored())
 
     def score(self, folder: Path) -> Any:
         """Token losses of a checkpoint."""
@@ -167,8 +123,8 @@ class Bench:
 
         text = None
         if row.method not in ("first", "mean"):
-            also = [self.also[row.also]] if row.also else []
-            text = self._calibration([*self.other, *also] if row.other_text else self.same)
+            also = [self.texts.also[row.also]] if row.also else []
+            text = self.texts.calibration([*self.texts.other, *also] if row.other_text else self.texts.same)
         began = cpu_seconds()
         report = convert(self.folder, out, kv_heads=1, method=row.method, repair=row.repair, text=text)  # type: ignore[arg-type]
         seconds = cpu_seconds() - began
@@ -180,11 +136,10 @@ class Bench:
 
     def train(self, row: Row, start: Path, out: Path) -> dict[str, Any]:
         """Adapters on the checkpoint of another row, on the calibration text's own sources."""
-        from retrofit.recover.packing import training_rows
         from retrofit.recover.train import recover
 
-        section = recipe(row).model_copy(update={"text": tuple(self.same)})
-        text = training_rows(self.same, self.tokenizer, row.tokens, LENGTH, seed=1)
+        section = recipe(row).model_copy(update={"text": tuple(self.texts.same)})
+        text = self.texts.training(row.tokens)
         teacher = self.folder if row.loss == "distill" else None
         began = cpu_seconds()
         work = self.work / "training"
@@ -262,7 +217,8 @@ def main() -> None:
     if others:
         parser.error(f"{options.out / 'kv_heads.json'} holds results of {others}: use another --out")
     with tempfile.TemporaryDirectory() as temporary:
-        bench = Bench(options.model, options.books, options.tokens, options.work or Path(temporary), options.also)
+        work = options.work or Path(temporary)
+        bench = Bench(options.model, options.books, options.tokens, options.distil, work, options.also)
         original = bench.score(bench.folder)
         for name in names:
             _measure(bench, chosen[name], chosen, original, options)
@@ -272,14 +228,22 @@ def main() -> None:
 def _measure(
     bench: Bench, row: Row, chosen: Mapping[str, Row], original: Any, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """The facts of a row: those in the results if they are of its settings, else measured now and added to them."""
+    """The facts of a row: those in the results if they are of its settings, else measured now and added to them.
+
+    A kind of text that the results lack is scored where the row's checkpoint is still at hand.
+    """
     from retrofit.checkpoint.place import staged
     from retrofit.model.load import multiplies_in_bfloat16
 
     own = settings(row, chosen, options.tokens)
     known = _load(options.out)["rows"].get(row.name)
     if known and known["settings"] == own:
-        return dict(known)
+        facts = dict(known)
+        lacking = {document.kind for document in bench.documents} - set(facts["by_kind"])
+        if lacking and bench.path(own).is_dir():
+            facts["by_kind"] = measured(bench.score(bench.path(own)), original)
+            _save(options, row.name, facts, measured(original, original))
+        return facts
     before = 0.0
     if row.start:
         before = _measure(bench, chosen[row.start], chosen, original, options)["seconds"]
@@ -360,7 +324,7 @@ def _save(options: argparse.Namespace, name: str, facts: dict[str, Any], origina
         # Of the first row; those of other machines carry their own.
         "machine": before.get("machine", facts["machine"]),
         "tokens": options.tokens,
-        "original": before.get("original", original),
+        "original": original,
         "rows": found,
     }
     path = out / "kv_heads.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from evals.benchmarks.heads_text import UNREAD
 from retrofit.console import to_json
 
 
@@ -48,15 +49,16 @@ def table(record: dict[str, Any], model: str, pieces: str) -> str:
         "",
         f"{model}, converted to 1 KV head in every layer; perplexity on {pieces} of each text, and in brackets its "
         "ratio to the original's. No fit has seen any of it but the last column, which all rows but those of other "
-        f"text are calibrated on: {record['tokens']:,} tokens. Seconds are of one core's time, and of all steps that "
-        "lead to the row.",
+        f"text are calibrated on: {record['tokens']:,} tokens. "
+        + _unread(kinds)
+        + "Seconds are of one core's time, and of all steps that lead to the row.",
         "",
         f"| conversion | seconds | {' | '.join(kinds)} |",
         f"|---|---:|{'---:|' * len(kinds)}",
         "| original | | " + " | ".join(f"{record['original'][kind]['perplexity']:.1f}" for kind in kinds) + " |",
     ]
     for name, row in _ranked(record, kinds[0]):
-        cells = [f"{_short(f['perplexity'])} ({_short(f['ratio'])})" for f in (row["by_kind"][kind] for kind in kinds)]
+        cells = [_cell(row["by_kind"].get(kind)) for kind in kinds]
         mark = "\\*" if row.get("bfloat16") else ""
         lines.append(f"| {name}{mark} | {row['seconds']:,.0f} | {' | '.join(cells)} |")
     if any(row.get("bfloat16") for row in record["rows"].values()):
@@ -71,6 +73,19 @@ def table(record: dict[str, Any], model: str, pieces: str) -> str:
 def _ranked(record: dict[str, Any], kind: str) -> list[tuple[str, Any]]:
     """(name, row), the worst first."""
     return sorted(record["rows"].items(), key=lambda item: -item[1]["by_kind"][kind]["ratio"])
+
+
+def _unread(kinds: list[str]) -> str:
+    if UNREAD not in kinds:
+        return ""
+    return (
+        f"`{UNREAD}` are of books that calibration and training have read other pages of (scored for the rows whose "
+        "checkpoint is at hand). "
+    )
+
+
+def _cell(found: dict[str, Any] | None) -> str:
+    return "" if found is None else f"{_short(found['perplexity'])} ({_short(found['ratio'])})"
 
 
 def _short(value: float) -> str:

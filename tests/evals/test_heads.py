@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from evals.benchmarks import heads
 from evals.benchmarks.heads import RESULTS, Row
+from evals.benchmarks.heads_text import LENGTH, PIECES, Texts
+from retrofit.evaluate.losses import Document
+from tests.tiny import tiny_tokenizer
 
 KIND = {
     "perplexity": 2.0,
@@ -25,9 +29,11 @@ class FakeBench(heads.Bench):
     """A benchmark that writes down what it is asked to do. did: (what, row, whose checkpoint it starts from)."""
 
     did: list[tuple[str, ...]]
+    kinds = ("python-docs",)
 
-    def __init__(self, model: str, books: Path | None, tokens: int, work: Path, also: Any) -> None:
+    def __init__(self, model: str, books: Path | None, tokens: int, distil: Any, work: Path, also: Any) -> None:
         self.identity, self.work, self.folder = [model, books is not None], work, work
+        self.documents = [Document(kind, kind, np.arange(9), 9) for kind in self.kinds]
         self.did.append(("begun",))
 
     def score(self, folder: Path) -> str:
@@ -47,7 +53,7 @@ class FakeBench(heads.Bench):
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run the benchmark with these arguments -> (what it did, its results)."""
     monkeypatch.setattr(heads, "Bench", FakeBench)
-    monkeypatch.setattr(heads, "measured", lambda losses, original: {"python-docs": dict(KIND)})
+    monkeypatch.setattr(heads, "measured", lambda losses, original: {kind: dict(KIND) for kind in FakeBench.kinds})
     monkeypatch.setattr(heads, "chart", lambda record: "")
 
     def main(*arguments: str) -> tuple[list[tuple[str, ...]], dict[str, Any]]:
@@ -81,6 +87,37 @@ def test_a_work_folder_is_gone_on_from(run: Any, tmp_path: Path) -> None:
     run("--only", "mean", *work)
     did, _ = run("--only", "mean + LM LoRA, 50k", *work)
     assert did == [("train", "mean + LM LoRA, 50k", "mean")]
+
+
+def test_a_kind_of_text_that_came_later_is_scored_where_the_checkpoint_is_kept(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = ("--work", str(tmp_path / "work"))
+    run("--only", "mean", *work)
+    run("--only", "first")  # its checkpoint is gone
+    monkeypatch.setattr(FakeBench, "kinds", ("python-docs", "unread pages"))
+    did, record = run("--only", "mean", "first", *work)
+    assert did == []
+    assert list(record["rows"]["mean"]["by_kind"]) == ["python-docs", "unread pages"] == list(record["original"])
+    assert list(record["rows"]["first"]["by_kind"]) == ["python-docs"]
+    table = (tmp_path / "kv_heads.md").read_text()
+    assert "| mean | 10 | 2 (1.5) | 2 (1.5) |" in table and "| first | 10 | 2 (1.5) |  |" in table
+
+
+def test_unread_pages_share_nothing_with_what_fits_have_read(tmp_path: Path) -> None:
+    words = [f"{first}{second}" for first in "abcdefghijklmnopqrstuvwxyz" for second in "abcdefghijklmnopqrstuvwxyz"]
+    for seed in (1, 2):
+        rng = np.random.default_rng(seed)
+        lines = [" ".join(rng.choice(words, 12)) for _ in range(600)]
+        (tmp_path / f"novel{seed}.txt").write_text("\n".join(lines))
+    texts = Texts(tmp_path, tiny_tokenizer(), tmp_path, tokens=4096, distil=[20_000])
+    rows = texts.training(20_000).ids_NT.numpy()
+    unread = texts.unread([rows])
+    assert len(unread) == PIECES and all(len(piece) == LENGTH for piece in unread)
+    read = " ".join(",".join(map(str, row)) for row in rows.tolist())
+    starts = range(1, LENGTH - 32, 32)
+    assert ",".join(map(str, rows[3, 1:33].tolist())) in read
+    assert not any(",".join(map(str, piece[i : i + 32].tolist())) in read for piece in unread for i in starts)
 
 
 def test_rows_of_other_settings_are_measured_again_and_those_of_the_same_are_known(run: Any, tmp_path: Path) -> None:
