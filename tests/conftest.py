@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 for _name, _value in {
@@ -17,6 +18,12 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 import pytest  # noqa: E402 (after the environment is set)
+
+
+def pytest_collection_finish() -> None:
+    """The modules of torch and transformers, a million objects, are never looked through for garbage again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

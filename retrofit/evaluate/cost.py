@@ -46,6 +46,14 @@ class LengthCost:
 
 
 @dataclass(frozen=True)
+class Speeds:
+    """What a machine can do: bytes it reads and writes, and floating-point operations in one dtype, per second."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+
+@dataclass(frozen=True)
 class RunCost:
     """By length, and what was measured: kernel, dtype, and the machine's bytes and operations per second.
 
@@ -71,16 +79,22 @@ def side_by_side(
     seed: int = 0,
 ) -> dict[str, RunCost]:
     """`run_cost` of each model, for comparing: all have their turn, `rounds` times over, and the fastest time of each
-    length counts, so that what else the machine does for a while does not slow one of them alone.
+    length counts, so that what else the machine does for a while does not slow one of them alone. The bounds of the
+    machine are measured once for each dtype.
 
     models: by label, what loads each; one is in memory at a time.
 
     Raises: as `run_cost`.
     """
     found: dict[str, RunCost] = {}
+    speeds: dict[tuple[torch.dtype, str], Speeds] = {}
     for _ in range(rounds):
         for label, load in models.items():
-            cost = run_cost(load(), lengths, decode_tokens, seed=seed)
+            model = load()
+            where = model.dtype, model.device.type
+            speeds[where] = speeds.get(where) or machine_speeds(*where)
+            cost = run_cost(model, lengths, decode_tokens, speeds=speeds[where], seed=seed)
+            del model
             gc.collect()
             found[label] = _faster(found[label], cost) if label in found else cost
     return found
@@ -96,10 +110,23 @@ def _faster(a: RunCost, b: RunCost) -> RunCost:
     return replace(a, lengths=tuple(lengths))
 
 
-def run_cost(model: PreTrainedModel, lengths: Sequence[int], decode_tokens: int = 64, *, seed: int = 0) -> RunCost:
+def machine_speeds(dtype: torch.dtype, device: str) -> Speeds:
+    """Measured now, in a second."""
+    return Speeds(bandwidth(device), flops(dtype, device))
+
+
+def run_cost(
+    model: PreTrainedModel,
+    lengths: Sequence[int],
+    decode_tokens: int = 64,
+    *,
+    speeds: Speeds | None = None,
+    seed: int = 0,
+) -> RunCost:
     """The cost at every length, clipped to the model's window, each measured once; random tokens, a stock cache.
 
-    With learned positions, which end with the window, what is decoded has its place inside it.
+    With learned positions, which end with the window, what is decoded has its place inside it. speeds: of the machine
+    in the model's dtype, measured where they are not given.
 
     Raises: UserError for a length below one token.
     """
@@ -109,7 +136,7 @@ def run_cost(model: PreTrainedModel, lengths: Sequence[int], decode_tokens: int 
     window = spec.max_position_embeddings
     if spec.learned_positions:
         window = max(1, window - decode_tokens)
-    speed, read = flops(model.dtype, device), bandwidth(device)
+    speeds = speeds or machine_speeds(model.dtype, device)
     weights = weights_read(model)
     generator = torch.Generator().manual_seed(seed)
     found = []
@@ -132,13 +159,13 @@ def run_cost(model: PreTrainedModel, lengths: Sequence[int], decode_tokens: int 
                     length=length,
                     prefill_seconds=seconds,
                     prefill_per_s=length / seconds,
-                    prefill_bound=length * speed / prefill_flops(model, spec, length),
+                    prefill_bound=length * speeds.flops_per_second / prefill_flops(model, spec, length),
                     prefill_bytes=watch.most_bytes,
                     kv_bytes=held,
                     kv_bytes_expected=expected,
                     decode_tokens=decode_tokens,
                     decode_per_s=decode_tokens / spent if decode_tokens else None,
-                    decode_bound=read / (weights + expected),
+                    decode_bound=speeds.bytes_per_second / (weights + expected),
                 )
             )
             del cache
@@ -149,8 +176,8 @@ def run_cost(model: PreTrainedModel, lengths: Sequence[int], decode_tokens: int 
         kernel=str(model.config._attn_implementation),
         dtype=str(model.dtype).removeprefix("torch."),
         device=device,
-        bytes_per_second=read,
-        flops_per_second=speed,
+        bytes_per_second=speeds.bytes_per_second,
+        flops_per_second=speeds.flops_per_second,
     )
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from retrofit.errors import UserError
 from retrofit.evaluate import cost as costs
-from retrofit.evaluate.cost import LengthCost, RunCost, prefill_flops, run_cost, side_by_side, weights_read
+from retrofit.evaluate.cost import LengthCost, RunCost, Speeds, prefill_flops, run_cost, side_by_side, weights_read
 from retrofit.evaluate.memory import Watch
 from retrofit.model.families import describe
 from tests.tiny import tiny_model
@@ -33,20 +37,29 @@ def test_measured_cache_bytes_equal_the_formula() -> None:
 
 def test_models_have_their_turn_and_the_faster_time_of_each_length_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[str] = []
+    speeds: list[Speeds] = []
     # (prefill seconds, decoded tokens a second) of a, b, a, b at two lengths
     times = [[(4.0, 10.0), (9.0, 8.0)], [(1.0, 5.0), (2.0, 4.0)], [(3.0, 9.0), (9.5, 8.5)], [(1.5, 6.0), (1.8, 3.0)]]
 
-    def measured(model: str, lengths: list[int], decode_tokens: int, *, seed: int) -> RunCost:
+    def fake(name: str) -> Callable[[], Any]:
+        return lambda: SimpleNamespace(name=name, dtype=torch.float32, device=torch.device("cpu"))
+
+    def measured_speeds(dtype: torch.dtype, device: str) -> Speeds:
+        speeds.append(Speeds(1.0, 1.0))
+        return speeds[-1]
+
+    def measured(model: Any, lengths: list[int], decode_tokens: int, *, speeds: Speeds, seed: int) -> RunCost:
         found = [
             LengthCost(n, prefill, n / prefill, 1.0, 0, 0, 0, decode_tokens, decode, 1.0)
             for n, (prefill, decode) in zip(lengths, times[len(turns)], strict=True)
         ]
-        turns.append(model)
+        turns.append(model.name)
         return RunCost(tuple(found), 0, "eager", "float32", "cpu", 1.0, 1.0)
 
     monkeypatch.setattr(costs, "run_cost", measured)
-    found = side_by_side({"a": lambda: "a", "b": lambda: "b"}, [8, 16], 4, rounds=2)
-    assert turns == ["a", "b", "a", "b"]
+    monkeypatch.setattr(costs, "machine_speeds", measured_speeds)
+    found = side_by_side({"a": fake("a"), "b": fake("b")}, [8, 16], 4, rounds=2)
+    assert turns == ["a", "b", "a", "b"] and len(speeds) == 1
     seen = {label: [(one.prefill_seconds, one.decode_per_s) for one in cost.lengths] for label, cost in found.items()}
     assert seen == {"a": [(3.0, 10.0), (9.0, 8.5)], "b": [(1.0, 6.0), (1.8, 4.0)]}
     assert found["a"].lengths[0].prefill_per_s == 8 / 3.0

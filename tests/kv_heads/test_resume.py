@@ -12,7 +12,7 @@ import torch
 
 from retrofit.kv_heads.convert import CalibrationText, convert
 from retrofit.kv_heads.disk import STATE
-from tests.kv_heads.kill_convert import Notes
+from tests.killing import Notes
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,11 +32,12 @@ CALIBRATED = [
 ]
 
 
-def converted(source: Path, out: Path, method: str, limits: list[str]) -> list[str]:
-    command = [sys.executable, "-m", "tests.kv_heads.kill_convert", str(source), str(out), method, *limits]
+def converted(source: Path, calm: Path, hunted: Path, method: str, limits: list[str]) -> list[str]:
+    """What the last attempt in `hunted` was told."""
+    command = [sys.executable, "-m", "tests.kv_heads.kill_convert", *map(str, (source, calm, hunted)), method, *limits]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    said: list[str] = json.loads(done.stdout)[1]
+    said: list[str] = json.loads(done.stdout)
     return said
 
 
@@ -81,8 +82,7 @@ def test_a_conversion_killed_at_any_moment_ends_with_the_same_bytes(
     method: str, limits: list[str], tmp_path: Path
 ) -> None:
     source = save_tiny(tmp_path / "source", "llama", dtype="bfloat16", max_shard_size="50KB")
-    converted(source, tmp_path / "calm", method, [])
-    said = converted(source, tmp_path / "hunted", method, limits)
+    said = converted(source, tmp_path / "calm", tmp_path / "hunted", method, limits)
     assert any("were written before, and are kept" in line for line in said), said
     if method == "calibrated":
         assert any("goes on after 2 of 2 layers" in line for line in said), said

@@ -1,14 +1,16 @@
-"""Re-expresses one model again and again, each time killed at another moment, until one attempt ends by itself.
+"""Re-expresses one model undisturbed, then again and again, each time killed at another moment, until an attempt ends.
 
-`python -m tests.model.kill_reexpress SOURCE OUT WHAT tensor:5 close:1`: WHAT is `alone`, or the number of KV heads that
-the model is converted to afterwards. The first attempt gets SIGKILL in the middle of its fifth write of weights. Prints
-what the last attempt was told as JSON.
+`python -m tests.model.kill_reexpress SOURCE CALM HUNTED WHAT tensor:5 close:1`: WHAT is `alone`, or the number of KV
+heads that the model is converted to afterwards. The undisturbed result is in CALM; of those in HUNTED the first attempt
+gets SIGKILL in the middle of its fifth write of weights. Prints what the last attempt was told as JSON. Each result has
+its cache beside it.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -17,10 +19,9 @@ import torch
 import retrofit
 from retrofit.checkpoint import rewrite as rewriting
 from retrofit.checkpoint import write
-from retrofit.kv_heads import convert, pooling  # noqa: F401 - imported once
 from retrofit.model import reexpress
 from retrofit.pipeline import operations
-from tests.kv_heads.kill_convert import Notes, dying, half_a_tensor, hunted, nothing
+from tests.killing import Notes, dying, half_a_tensor, hunted, nothing
 
 SHARD = "60KB"
 writing = importlib.import_module("retrofit.model.reexpress.write")  # the package has a function of that name
@@ -40,6 +41,7 @@ def mortal(limit: str) -> None:
 def attempt(source: str, out: Path, what: str, limit: str) -> None:
     """`retrofit convert`, from Python."""
     mortal(limit)
+    os.environ["RETROFIT_CACHE"] = f"{out}.cache"
     notes = Notes()
     asked = {"reexpress_only": True} if what == "alone" else {"kv_heads": int(what), "method": "mean"}
     try:
@@ -50,8 +52,9 @@ def attempt(source: str, out: Path, what: str, limit: str) -> None:
 
 def main() -> None:
     """See the module's docstring."""
-    source, out, what, *limits = sys.argv[1:]
+    source, calm, out, what, *limits = sys.argv[1:]
     torch.set_num_threads(1)
+    attempt(source, Path(calm), what, "never")
     hunted(lambda limit: attempt(source, Path(out), what, limit), limits)
     sys.stdout.write(Path(f"{out}.said").read_text())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import weakref
@@ -24,11 +23,10 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMITS = ["tensor:2", "tensor:9", "close:1", "config:1"]
 
 
-def killed(source: Path, out: Path, what: str, limits: list[str]) -> list[str]:
-    """What the last attempt was told. The cache lies beside the output."""
-    command = [sys.executable, "-m", "tests.model.kill_reexpress", str(source), str(out), what, *limits]
-    environment = {**os.environ, "RETROFIT_CACHE": f"{out}.cache"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+def killed(source: Path, calm: Path, hunted: Path, what: str, limits: list[str]) -> list[str]:
+    """What the last attempt in `hunted` was told."""
+    command = [sys.executable, "-m", "tests.model.kill_reexpress", *map(str, (source, calm, hunted)), what, *limits]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     said: list[str] = json.loads(done.stdout)
     return said
@@ -48,8 +46,7 @@ def test_a_killed_re_expression_ends_with_the_same_bytes(source: str, what: str,
     folder, alone = source_of(tmp_path / "source", source), what == "alone"
     limits = LIMITS if alone else [*LIMITS, "tensor:3", "converted:1"]
     calm, hunted = tmp_path / "calm", tmp_path / "hunted"
-    killed(folder, calm, what, [])
-    said = killed(folder, hunted, what, limits)
+    said = killed(folder, calm, hunted, what, limits)
     assert any("were written before, and are kept" in line for line in said), said
     assert contents(calm) == contents(hunted) and len(list(calm.glob("*.safetensors"))) > 2
     caches = [contents(Path(f"{out}.cache")) for out in (calm, hunted)]

@@ -1,8 +1,9 @@
-"""Runs one recipe again and again, each time killed at another moment, until one attempt ends by itself.
+"""Runs one recipe undisturbed, then again and again, each time killed at another moment, until an attempt ends.
 
-`python -m tests.pipeline.kill_child RECIPE OUT recover:3 0.5s`: the first attempt gets SIGKILL at the third sign of
-life of the task `recover` (everything a run tells its Progress is one), the next a deadly alarm after half a second.
-An attempt is a fork of this process, so imports are paid once. Prints where every attempt died as JSON.
+`python -m tests.pipeline.kill_child RECIPE CALM HUNTED recover:3 0.5s`: the undisturbed run is in CALM. Of those in
+HUNTED the first attempt gets SIGKILL at the third sign of life of the task `recover` (everything a run tells its
+Progress is one), the next a deadly alarm after half a second. An attempt is a fork of this process. Prints where every
+attempt died as JSON.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import signal
 import sys
 from pathlib import Path
 
-from retrofit.pipeline import commands, evaluation, operations, run  # noqa: F401
+from retrofit.pipeline import commands
+from tests.killing import settle
 
 
 class Mortal:
@@ -73,7 +75,9 @@ def attempt(recipe: str, out: str, limit: str) -> str:
 
 def main() -> None:
     """See the module's docstring."""
-    recipe, out, *limits = sys.argv[1:]
+    recipe, calm, out, *limits = sys.argv[1:]
+    commands.run(recipe, out=calm)
+    settle()
     places = []
     for limit in [*limits, "never"]:
         places.append(attempt(recipe, out, limit))

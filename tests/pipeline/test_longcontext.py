@@ -200,10 +200,9 @@ def test_a_run_killed_while_it_asks_ends_with_the_same_answers(
         convert=None, recover=None, publish=None, require={}, evaluate={**section, "context_gain": True, **asked}
     )
     calm, hunted = tmp_path / "calm", tmp_path / "hunted"
-    assert killed_run(file, calm, []) == ["done"]
     # Of two models in turn: after the first haystack of two, after both, and in RULER's only text.
     limits = ["needle:2", "needle:3", "ruler:1", "needle:2", "ruler:2"]
-    assert killed_run(file, hunted, limits) == [limit.partition(":")[0] for limit in limits] + ["done"]
+    assert killed_run(file, calm, hunted, limits) == [limit.partition(":")[0] for limit in limits] + ["done"]
     found = [json.loads((run / "4-evaluate" / "metrics.json").read_text())["models"] for run in (calm, hunted)]
     assert found[0] == found[1] and len(found[0]["extended"]["long_context"]["needle"]["cells"]) == 2
     assert not list(hunted.rglob("*.scored"))
