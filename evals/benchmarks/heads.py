@@ -20,7 +20,7 @@ import resource
 import shlex
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,12 +110,13 @@ class Bench:
         self.texts = Texts(self.folder, load_tokenizer(self.folder), books, tokens, distil, also)
         self.documents = list(self.texts.scored())
 
-    def score(self, folder: Path) -> Any:
-        """Token losses of a checkpoint."""
+    def score(self, folder: Path, kinds: Collection[str] = ()) -> Any:
+        """Token losses of a checkpoint, of all kinds of text or of these."""
         from retrofit.evaluate.score import score
         from retrofit.model.load import load_model
 
-        return score(load_model(folder, dtype="float32"), self.documents, lengths=(LENGTH,))
+        documents = [document for document in self.documents if not kinds or document.kind in kinds]
+        return score(load_model(folder, dtype="float32"), documents, lengths=(LENGTH,))
 
     def convert(self, row: Row, out: Path) -> dict[str, Any]:
         """Convert as the row says."""
@@ -154,13 +155,12 @@ class Bench:
 
 
 def measured(losses: Any, original: Any) -> dict[str, Any]:
-    """Perplexity by kind, its ratio to the original's, and how much of the added loss a few tokens carry."""
+    """Perplexity by kind of `losses`, its ratio to the original's, and how much of the added loss few tokens carry."""
     import numpy as np
 
     found: dict[str, Any] = {}
     for kind in dict.fromkeys(losses.kinds):
-        of_kind = [i for i, k in enumerate(losses.kinds) if k == kind]
-        new, old = (np.concatenate([x.losses[i] for i in of_kind]).astype(np.float64) for x in (losses, original))
+        new, old = (np.concatenate(x.of_kind(kind).losses).astype(np.float64) for x in (losses, original))
         added = np.sort(new - old)[::-1]
         found[kind] = {
             "perplexity": float(np.exp(new.mean())),
@@ -241,7 +241,7 @@ def _measure(
         facts = dict(known)
         lacking = {document.kind for document in bench.documents} - set(facts["by_kind"])
         if lacking and bench.path(own).is_dir():
-            facts["by_kind"] = measured(bench.score(bench.path(own)), original)
+            facts["by_kind"] |= measured(bench.score(bench.path(own), lacking), original)
             _save(options, row.name, facts, measured(original, original))
         return facts
     before = 0.0
