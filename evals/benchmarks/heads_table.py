@@ -30,7 +30,8 @@ def chart(record: dict[str, Any]) -> str:
         if found:
             lines.append(Line(label, [x for x, _ in found], [y for _, y in found]))
     level = record["original"][kind]["perplexity"]
-    return perplexity_by_seconds("kv-heads", lines, original=level, alone=True).svg
+    apart = ("merge alone", "on other text")
+    return perplexity_by_seconds("kv-heads", lines, original=level, apart=apart, alone=True).svg
 
 
 def table(record: dict[str, Any], model: str, pieces: str) -> str:

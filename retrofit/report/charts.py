@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from retrofit.report import words
@@ -79,9 +79,18 @@ def loss_by_kv_heads(name: str, lines: Sequence[Line], *, title: str = "", alone
 
 
 def perplexity_by_seconds(
-    name: str, lines: Sequence[Line], *, original: float, title: str = "", alone: bool = False
+    name: str,
+    lines: Sequence[Line],
+    *,
+    original: float,
+    apart: Collection[str] = (),
+    title: str = "",
+    alone: bool = False,
 ) -> Picture:
-    """Perplexity (y) against seconds of compute (x), both on logarithmic axes, above that of the original."""
+    """Perplexity (y) against seconds of compute (x), both on logarithmic axes, above that of the original.
+
+    apart: labels of lines whose points are not steps on one way, and are not joined.
+    """
     palette = [*STYLES.values(), *OTHERS]
 
     def draw(axes: Axes) -> None:
@@ -91,7 +100,8 @@ def perplexity_by_seconds(
             axis.set_major_formatter(lambda value, _: words.count(int(value)))
             axis.set_minor_formatter(lambda value, _: "")
         for line, style in zip(lines, palette, strict=False):
-            drawn: dict[str, Any] = {"color": style.colour, "marker": style.marker, "linestyle": style.dash}
+            dash = "none" if line.label in apart else style.dash
+            drawn: dict[str, Any] = {"color": style.colour, "marker": style.marker, "linestyle": dash}
             axes.plot(line.x, line.y, markersize=5, linewidth=1.8, **drawn)
         axes.axhline(original, color=INK, linewidth=1, linestyle=(0, (1, 2)))
         axes.set_xlabel("seconds of one core")
