@@ -34,22 +34,6 @@ def nothing(*_: Any, **__: Any) -> None:
     pass
 
 
-class Notes:
-    """A Progress that keeps what is said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def start(self, task: str, total: int | None, unit: str) -> None: ...
-
-    def advance(self, n: int, **fields: float | str) -> None: ...
-
-    def finish(self) -> None: ...
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
-
-
 def settle() -> None:
     """After a first piece of work in this process: forks share what it imported, and do not look it through."""
     gc.collect()

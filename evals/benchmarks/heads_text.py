@@ -77,13 +77,17 @@ class Texts:
         seen_NT = self.calibration(self.same).input_ids_NT.numpy()
         if self.novels:
             read = [seen_NT, *(self.training(tokens).ids_NT.numpy() for tokens in self.distil)]
-            for i, piece in enumerate(self.unread(read)):
+            pages = self.unread(read)
+            if not pages:
+                print(f"{UNREAD}: left out, fits have read nearly all of these books", flush=True)
+            for i, piece in enumerate(pages):
                 yield self._document(UNREAD, i, piece)
         for i in range(PIECES):
             yield self._document(SEEN, i, seen_NT[i * len(seen_NT) // PIECES])
 
     def unread(self, read: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Pieces of the novels that share no GRAM tokens in a row with the rows of `read`, but for a chance few."""
+        """PIECES pieces of the novels that share no GRAM tokens in a row with the rows of `read`, but for a chance few;
+        none where so many are not left."""
         grams = {tuple(row[i : i + GRAM]) for rows in read for row in rows.tolist() for i in range(len(row) - GRAM + 1)}
         found = []
         for path in self.novels:
@@ -93,7 +97,7 @@ class Texts:
                 shared = sum(tuple(piece[i : i + GRAM]) in grams for i in range(LENGTH - GRAM + 1))
                 if shared < GRAM:
                     found.append(self._piece(ids, start))
-        return [found[i * len(found) // PIECES] for i in range(min(PIECES, len(found)))]
+        return [found[i * len(found) // PIECES] for i in range(PIECES)] if len(found) >= PIECES else []
 
     def _piece(self, ids: Sequence[int], start: int) -> np.ndarray:
         """LENGTH tokens as a context begins: BOS, where the tokenizer has one, then text from `start`."""

@@ -13,6 +13,8 @@ from evals.benchmarks import heads
 from evals.benchmarks.heads import RESULTS, Row
 from evals.benchmarks.heads_text import LENGTH, PIECES, Texts
 from retrofit.evaluate.losses import Document
+from retrofit.report.charts import perplexity_by_seconds
+from retrofit.report.drawing import Line
 from tests.tiny import tiny_tokenizer
 
 KIND = {
@@ -118,6 +120,7 @@ def test_unread_pages_share_nothing_with_what_fits_have_read(tmp_path: Path) -> 
     starts = range(1, LENGTH - 32, 32)
     assert ",".join(map(str, rows[3, 1:33].tolist())) in read
     assert not any(",".join(map(str, piece[i : i + 32].tolist())) in read for piece in unread for i in starts)
+    assert texts.unread([texts.training(1_000_000).ids_NT.numpy()]) == []
 
 
 def test_rows_of_other_settings_are_measured_again_and_those_of_the_same_are_known(run: Any, tmp_path: Path) -> None:
@@ -191,3 +194,12 @@ def test_the_results_in_the_repository_are_readable() -> None:
     table = heads.shown(record)
     assert "SmolLM2-135M-Instruct, converted to 1 KV head in every layer" in table
     assert heads._typed(record).model == "embedded" and heads._typed(record).books
+
+
+def test_points_that_are_not_one_way_are_not_joined() -> None:
+    lines = [Line("methods", [1, 10, 100], [9, 3, 5]), Line("training", [1, 10, 100], [9, 8, 7])]
+    joined, apart = (
+        perplexity_by_seconds("chart", lines, original=2.0, apart=labels, alone=True).svg
+        for labels in ((), ("methods",))
+    )
+    assert joined.count("stroke-linecap: square") == apart.count("stroke-linecap: square") + 1

@@ -16,9 +16,10 @@ import torch
 from retrofit.checkpoint import rewrite as rewriting
 from retrofit.checkpoint import write
 from retrofit.checkpoint.place import staged
+from retrofit.console import Silent
 from retrofit.kv_heads import disk, residuals
 from retrofit.kv_heads.convert import CalibrationText, convert
-from tests.killing import Notes, dying, half_a_tensor, hunted, nothing
+from tests.killing import dying, half_a_tensor, hunted, nothing
 
 
 def half_a_stream(self: disk.DiskTensors, index: int, tensor: torch.Tensor) -> None:
@@ -39,7 +40,7 @@ def mortal(limit: str) -> None:
 def attempt(source: Path, out: Path, method: str, limit: str) -> None:
     """One conversion, as `operations.convert` runs it."""
     mortal(limit)
-    notes, work = Notes(), Path(f"{out}.work")
+    notes, work = Silent(), Path(f"{out}.work")
     ids = torch.randint(0, 256, (12, 32), generator=torch.Generator().manual_seed(1))
     text = CalibrationText(ids, tuple("ab"[i % 2] for i in range(12)))
     try:
@@ -56,7 +57,7 @@ def attempt(source: Path, out: Path, method: str, limit: str) -> None:
                 progress=notes,
             )
     finally:
-        Path(f"{out}.said").write_text(json.dumps(notes.said))
+        Path(f"{out}.said").write_text(json.dumps(notes.notes))
 
 
 def main() -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from retrofit.console import Silent
 from retrofit.kv_heads.convert import CalibrationText, convert
 from retrofit.kv_heads.disk import STATE
-from tests.killing import Notes
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,9 +51,9 @@ def test_shards_of_another_calibration_are_written_again(tmp_path: Path) -> None
 
     def made(out: Path, work: Path | None, seed: int) -> list[str]:
         out.mkdir(exist_ok=True)
-        notes = Notes()
+        notes = Silent()
         convert(source, out, kv_heads=2, text=one(seed), max_shard_size="60KB", work=work, progress=notes)
-        return notes.said
+        return notes.notes
 
     for seed in (1, 2):
         made(tmp_path / f"fresh-{seed}", None, seed)

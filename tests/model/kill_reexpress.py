@@ -19,9 +19,10 @@ import torch
 import retrofit
 from retrofit.checkpoint import rewrite as rewriting
 from retrofit.checkpoint import write
+from retrofit.console import Silent
 from retrofit.model import reexpress
 from retrofit.pipeline import operations
-from tests.killing import Notes, dying, half_a_tensor, hunted, nothing
+from tests.killing import dying, half_a_tensor, hunted, nothing
 
 SHARD = "60KB"
 writing = importlib.import_module("retrofit.model.reexpress.write")  # the package has a function of that name
@@ -42,12 +43,12 @@ def attempt(source: str, out: Path, what: str, limit: str) -> None:
     """`retrofit convert`, from Python."""
     mortal(limit)
     os.environ["RETROFIT_CACHE"] = f"{out}.cache"
-    notes = Notes()
+    notes = Silent()
     asked = {"reexpress_only": True} if what == "alone" else {"kv_heads": int(what), "method": "mean"}
     try:
         retrofit.convert(source, out=out, progress=notes, **asked)
     finally:
-        Path(f"{out}.said").write_text(json.dumps(notes.said))
+        Path(f"{out}.said").write_text(json.dumps(notes.notes))
 
 
 def main() -> None:

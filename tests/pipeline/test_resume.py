@@ -21,14 +21,14 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMITS = [
     "convert heads:2",
     "write weights:1",
-    "0.3s",
+    "0.2s",
     "write weights:5",
     "recover:1",
     "recover:6",
-    "0.6s",
+    "0.3s",
     "recover:3",
     "score:1",
-    "0.4s",
+    "0.1s",
     "score:2",
     "score:2",
 ]
