@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from retrofit.checkpoint.place import folder_lock, require_free_space, require_writable, staged
 from retrofit.checkpoint.provenance import sha256
 from retrofit.errors import UserError
-from retrofit.model.families import describe
+from retrofit.model.families import describe, stock_class
 from retrofit.model.load import quiet, require_whole
 
 if TYPE_CHECKING:
@@ -206,8 +206,6 @@ def _write_weights(header: GgufFile, config: PretrainedConfig, out: Path) -> Non
 
 def _tidy_config(header: GgufFile, config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """What a safetensors checkpoint of this model would say: exact short numbers, ids, dtype, class name."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     for field in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon"):
@@ -217,7 +215,7 @@ def _tidy_config(header: GgufFile, config: Any, tokenizer: PreTrainedTokenizerBa
         setattr(config, field, getattr(tokenizer, field))
     config.vocab_size = header.metadata.get(f"{header.architecture}.vocab_size", len(tokenizer))
     config.dtype = header.dtype
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.architectures = [stock_class(config)]
     for field in ("_model_name_or_path", "unk_token_id"):
         if hasattr(config, field):
             delattr(config, field)

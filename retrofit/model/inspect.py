@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrofit.model.families import Conversion, describe, family_of
+from retrofit.model.families import Conversion, describe, family_of, stock_class
 from retrofit.model.source import Source, resolve
 from retrofit.model.spec import AttentionSpec, LayerAttention
 
@@ -125,7 +125,7 @@ def inspect(model: Source | str | Path, *, findings: Sequence[Any] = (), reading
         model=source.requested,
         folder=str(source.folder),
         revision=source.revision,
-        architecture=(config.architectures or [config.model_type])[0],
+        architecture=stock_class(config),
         family=spec.family,
         layers=len(spec.layers),
         hidden_size=spec.hidden_size,

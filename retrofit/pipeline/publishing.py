@@ -16,7 +16,7 @@ from retrofit.checkpoint.rewrite import rewrite
 from retrofit.checkpoint.write import copy_side_files, parse_size
 from retrofit.console import jsonable
 from retrofit.evaluate.losses import TokenLosses, documents_digest
-from retrofit.model.families import describe
+from retrofit.model.families import describe, stock_class
 from retrofit.model.load import load_config, load_tokenizer
 from retrofit.pipeline import reporting
 from retrofit.pipeline.evaluation import losses_file
@@ -94,7 +94,12 @@ def _write_final(
     (folder / "README.md").write_text(render_card(card), encoding="utf-8")
     losses = TokenLosses.load(losses_file(runner.folder, label))
     report = reload_and_score(
-        folder, prepared.documents, losses, tokens=section.reload_tokens, progress=runner.progress
+        folder,
+        prepared.documents,
+        losses,
+        tokens=section.reload_tokens,
+        snippet=card.snippet,
+        progress=runner.progress,
     )
     reload = {key: value for key, value in asdict(report).items() if key != "seconds"}
     evaluated: Any = runner.entries["evaluate"].result
@@ -143,7 +148,7 @@ def _card(runner: Runner, state: State, folder: Path, section: Publish, *, chart
         title=title(recipe, base, data.claimed_length),
         base_model=base,
         licence=section.licence or source.licence,
-        architecture=(config.architectures or [prepared.spec.family])[0],
+        architecture=stock_class(config),
         dtype=str(config.dtype).removeprefix("torch."),
         layers=len(prepared.spec.layers),
         kv_heads=(before.layers[0].kv_heads, after.layers[0].kv_heads),

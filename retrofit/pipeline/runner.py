@@ -31,7 +31,7 @@ VERSIONS = {
     "extend": "3",
     "recover": "2",
     "evaluate": str(EVALUATION),
-    "publish": "1",
+    "publish": "2",
 }
 FINAL = "final"
 

@@ -10,7 +10,7 @@ from retrofit.checkpoint.provenance import FILE, digest, read_provenance
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.errors import GateError, UserError
 from retrofit.publish.card_input import LICENCE_ID
-from retrofit.publish.snippet import front_matter, placeholders, snippet_of
+from retrofit.publish.snippet import front_matter, placeholders, shows_snippet
 
 CARD = "README.md"
 _AGAIN = "write the folder again: retrofit run RECIPE --from publish"
@@ -45,7 +45,10 @@ def require_finished(folder: str | Path, *, licence: str | None = None) -> Finis
     if not (folder / CARD).is_file():
         raise UserError("the folder has no card", where=str(folder / CARD), fix=_AGAIN)
     card = (folder / CARD).read_text(encoding="utf-8")
-    snippet_of(card)
+    if not shows_snippet(card):
+        raise UserError(
+            "the card does not show the lines that a fresh process executed", where=str(folder / CARD), fix=_AGAIN
+        )
     left = placeholders(card)
     if left:
         raise UserError(

@@ -1,17 +1,12 @@
 """Proof that a stranger gets the model that was measured.
 
 A fresh, isolated process with stock transformers, which cannot import this package and has no network, loads the
-folder, scores the first tokens of every recorded document again and runs the load snippet of the card. Its losses are
-compared with the recorded ones; nothing is called final before they agree.
+folder, scores the first tokens of every recorded document again and runs the load snippet that the card shows. Its
+losses are compared with the recorded ones; nothing is called final before they agree.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from retrofit.errors import UserError
-from retrofit.publish.snippet import snippet_of, with_model_id
+from retrofit.fresh import FreshError, run_fresh
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -28,8 +23,19 @@ if TYPE_CHECKING:
 
 CHILD = Path(__file__).with_name("reload_child.py")
 CHUNK = 256
-# What may leak a setting of this process into the fresh one; the token has no business there either.
-_DROPPED = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT", "PYTHONPATH", "PYTHONSTARTUP")
+START_SECONDS = 300.0
+SLOW_FLOPS = 1e9  # of a machine that this is tried on: products and bytes a second
+SLOW_BYTES = 100e6
+ROOM = 2 << 30  # bytes for activations and logits
+TOKEN_ROOM = 1 << 20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a fresh process may take: seconds, and bytes of data."""
+
+    seconds: float
+    memory: int
 
 
 @dataclass(frozen=True)
@@ -81,14 +87,16 @@ def reload_and_score(
     recorded: TokenLosses,
     *,
     tokens: int = 1024,
+    snippet: str,
     dtype: str | None = None,
-    timeout: float | None = None,
+    limits: Limits | None = None,
     progress: Progress | None = None,
 ) -> ReloadReport:
     """Load `folder` in a fresh process and compare the losses of the first `tokens` tokens of every document.
 
     documents: as they were scored, in the order of `recorded`. dtype: of the computation; by default the one that
-    `recorded.meta` names. The folder's README.md must hold the load snippet: it is executed. timeout: seconds.
+    `recorded.meta` names. snippet: our own lines (`snippet.load_snippet`), executed in the folder as they stand in its
+    card; the card itself is never read for what to run. limits: by default `limits_of` the folder.
 
     Of a position encoding that changes with the length, no more tokens than a recorded pass has whose frequencies are
     the ones of a short text.
@@ -101,31 +109,25 @@ def reload_and_score(
     if dtype not in TOLERANCES:
         raise UserError(f"no tolerance is known for dtype {dtype}", fix=f"use one of {', '.join(TOLERANCES)}")
     assert tuple(document.name for document in documents) == recorded.documents, "documents in another order"
-    if not (folder / "README.md").is_file():
-        raise UserError("the folder has no card", where=str(folder), fix="retrofit run RECIPE --from publish")
-    snippet = with_model_id(snippet_of((folder / "README.md").read_text(encoding="utf-8")), str(folder))
     tokens, losses = _comparable(recorded, tokens)
     if progress:
         progress.start("reload in a fresh process", None, "document")
-    with tempfile.TemporaryDirectory(prefix="reload-") as work:
-        job: dict[str, Any] = {
-            "folder": str(folder),
-            "dtype": dtype,
-            "chunk": CHUNK,
-            "snippet": snippet,
-            "documents": f"{work}/documents.npz",
-            "losses": f"{work}/losses.npz",
-            "result": f"{work}/result.json",
-        }
-        # A document may be longer than what was scored of it: windows that move read on.
-        ids: dict[str, Any] = {
-            f"d{i:06d}": document.input_ids[: min(tokens, len(scored) + 1)]
-            for i, (document, scored) in enumerate(zip(documents, recorded.losses, strict=True))
-        }
-        np.savez(job["documents"], **ids)
-        result = _run(job, Path(work), timeout)
-        with np.load(job["losses"], allow_pickle=False) as found:
-            fresh = [found[key] for key in sorted(ids)]
+    # A document may be longer than what was scored of it: windows that move read on.
+    ids = [
+        document.input_ids[: min(tokens, len(scored) + 1)].tolist()
+        for document, scored in zip(documents, recorded.losses, strict=True)
+    ]
+    job = {"dtype": dtype, "chunk": CHUNK, "snippet": snippet, "documents": ids}
+    allowed = limits or limits_of(folder, sum(map(len, ids)))
+    try:
+        result = run_fresh(CHILD, job, seconds=allowed.seconds, memory=allowed.memory, cwd=folder)
+    except FreshError as error:
+        raise UserError(
+            f"a fresh process with stock transformers cannot load and run this folder:\n  {error}",
+            where=str(folder),
+            fix="nothing was published; the lines above are the end of that process's output",
+        ) from None
+    fresh = [np.asarray(found, np.float32) for found in result["losses"]]
     if progress:
         progress.finish()
     report = _compare(recorded.documents, fresh, losses, dtype, result)
@@ -167,26 +169,14 @@ def nothing_to_compare(rope_type: str, until: int) -> UserError:
     )
 
 
-def _run(job: Mapping[str, Any], work: Path, timeout: float | None) -> dict[str, Any]:
-    """Start the child isolated (-I), elsewhere and offline; UserError with the end of its output when it fails."""
-    (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    environment = {key: value for key, value in os.environ.items() if key not in _DROPPED}
-    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    command = [sys.executable, "-I", str(CHILD), str(work / "job.json")]
-    try:
-        done = subprocess.run(
-            command, cwd=work, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise UserError(f"the fresh process did not finish in {timeout:.0f} s", where=job["folder"]) from error
-    if done.returncode != 0:
-        last = [line for line in done.stderr.splitlines() if line.strip()][-12:]
-        raise UserError(
-            "a fresh process with stock transformers cannot load and run this folder:\n  " + "\n  ".join(last),
-            where=job["folder"],
-            fix="nothing was published; the lines above are the end of that process's output",
-        )
-    return json.loads(Path(job["result"]).read_text(encoding="utf-8"))
+def limits_of(folder: Path, tokens: int) -> Limits:
+    """Far more than a fresh process needs to score `tokens` tokens and to generate a few: for a slow machine, and for
+    weights that are held twice in the widest dtype."""
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    # A product and a sum for each weight, of which none is stored in less than half a byte; read again for each token
+    # that is generated.
+    work = 4 * stored * tokens / SLOW_FLOPS + 100 * stored / SLOW_BYTES
+    return Limits(seconds=START_SECONDS + work, memory=ROOM + 8 * stored + TOKEN_ROOM * tokens)
 
 
 def _compare(

@@ -1,19 +1,19 @@
-"""The program of the fresh process: load a folder with stock transformers, score tokens, run the card's lines.
+"""The program of the fresh process: load a folder with stock transformers, score tokens, run our load snippet.
 
-Run as a file (`python -I reload_child.py JOB`), never imported: it must show that nobody needs this package to use the
+Run as a file by `retrofit/fresh_child.py`, never imported: it must show that nobody needs this package to use the
 checkpoint, so it makes `retrofit` impossible to import before it does anything else.
 """
 
 import contextlib
 import importlib
 import io
-import json
 import os
 import sys
 import time
 from importlib.abc import MetaPathFinder
-from pathlib import Path
 from typing import Any
+
+MAX_GENERATED = 2000  # characters of generated text that are kept
 
 
 class _Blocked(MetaPathFinder):
@@ -52,43 +52,40 @@ def token_losses(model: Any, input_ids: Any, chunk: int) -> Any:
     return torch.cat(losses).numpy()
 
 
-def main(job_path: str) -> None:
-    """Read the job, do it, write the result beside it."""
+def main(job: dict[str, Any]) -> dict[str, Any]:
+    """Score `documents` (lists of token ids) in `dtype`, `chunk` tokens at a time, and run `snippet`; the folder is the
+    one that this process was started in."""
     sys.meta_path.insert(0, _Blocked())
     require_stock()
-    job = json.loads(Path(job_path).read_text(encoding="utf-8"))
     began = time.monotonic()
-    import numpy as np
     import torch
     import transformers
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        job["folder"], dtype=getattr(torch, job["dtype"]), output_loading_info=True, trust_remote_code=False
+        ".", dtype=getattr(torch, job["dtype"]), output_loading_info=True, trust_remote_code=False
     )
     model, loading = loaded
     del loaded
     model.eval()
-    scored = {}
-    with torch.no_grad(), np.load(job["documents"], allow_pickle=False) as documents:
-        for key in sorted(documents.files):
-            scored[key] = token_losses(model, documents[key], job["chunk"])
-    np.savez(job["losses"], **scored)
+    with torch.no_grad():
+        losses = [token_losses(model, ids, job["chunk"]).tolist() for ids in job["documents"]]
     model_class = type(model)
     del model
 
     shown = io.StringIO()
     names: dict = {"__name__": "__main__"}
     with contextlib.redirect_stdout(shown):
-        exec(compile(job["snippet"], "the card's load snippet", "exec"), names)
+        exec(compile(job["snippet"], "the load snippet", "exec"), names)
     new_tokens = names["output"].shape[-1] - names["inputs"]["input_ids"].shape[-1]
     require_stock()
-    result = {
+    return {
+        "losses": losses,
         "loading": {key: sorted(map(str, loading.get(key) or ())) for key in ("missing_keys", "unexpected_keys")}
         | {"mismatched_keys": sorted(str(key) for key in loading.get("mismatched_keys") or ())},
         "architecture": model_class.__name__,
         "stock": model_class.__module__.startswith("transformers."),
-        "generated": shown.getvalue(),
+        "generated": shown.getvalue()[:MAX_GENERATED],
         "new_tokens": int(new_tokens),
         "seconds": time.monotonic() - began,
         "versions": {
@@ -99,8 +96,3 @@ def main(job_path: str) -> None:
         "isolated": bool(sys.flags.isolated),
         "offline": os.environ.get("HF_HUB_OFFLINE") == "1",
     }
-    Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -8,10 +8,10 @@ from typing import Any
 import yaml
 
 from retrofit.errors import UserError
+from retrofit.escape import python_string
 
 MODEL_ID_LINE = re.compile(r'^model_id = (["\']).*?\1.*$', re.MULTILINE)
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
-_SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _PLACEHOLDERS = (
     re.compile(r"\[More Information Needed\]", re.IGNORECASE),
     re.compile(r"\b(?:TODO|TBD|FIXME|XXX)\b"),
@@ -53,27 +53,15 @@ def load_snippet(*, chat: bool) -> str:
     return _CHAT if chat else _PLAIN
 
 
-def snippet_of(card: str) -> str:
-    """The first Python block of a card. Raises UserError when there is none or it names no `model_id`."""
-    match = _SNIPPET.search(card)
-    if not match or not MODEL_ID_LINE.search(match[1]):
-        raise UserError(
-            "the card has no load snippet (a ```python block with a line `model_id = ...`)",
-            where="README.md",
-            fix="write the card again: retrofit run RECIPE --from publish",
-        )
-    return match[1]
+def shows_snippet(card: str) -> bool:
+    """Whether the card shows one of our load snippets, whatever `model_id` names in it."""
+    plain = MODEL_ID_LINE.sub("", card)
+    return any(MODEL_ID_LINE.sub("", snippet) in plain for snippet in (_PLAIN, _CHAT))
 
 
 def with_model_id(text: str, model_id: str) -> str:
     """The same card or snippet with `model_id` naming another folder or repository."""
-    return MODEL_ID_LINE.sub(lambda _: f"model_id = {quoted(model_id)}", text, count=1)
-
-
-def quoted(text: str) -> str:
-    """A Python string literal in double quotes."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    return MODEL_ID_LINE.sub(lambda _: f"model_id = {python_string(model_id)}", text, count=1)
 
 
 def front_matter(card: str) -> dict[str, Any]:

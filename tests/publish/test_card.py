@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from retrofit.errors import UserError
 from retrofit.publish.card import render_card
 from retrofit.publish.card_input import CardModel, require_licence_and_base
-from retrofit.publish.snippet import front_matter, load_snippet, placeholders, snippet_of, with_model_id
+from retrofit.publish.snippet import front_matter, load_snippet, placeholders, shows_snippet, with_model_id
 from retrofit.recipe.schema import RopeMethod
 from tests.publish.cards import card_input, row, rows
 from tests.report.made_up import effective, task_changes, tasks
@@ -93,16 +93,21 @@ def test_markdown_is_well_formed() -> None:
     assert placeholders(text) == []
 
 
-def test_snippet_is_python_and_can_be_pointed_elsewhere() -> None:
-    for chat in (False, True):
-        text = render_card(card_input(snippet=load_snippet(chat=chat)))
-        assert snippet_of(text) == load_snippet(chat=chat)
-        moved = with_model_id(text, 'a "b"\\c')
-        ast.parse(snippet_of(moved))
-        assert 'model_id = "a \\"b\\"\\\\c"' in moved
-        assert with_model_id(moved, "x/y") == with_model_id(text, "x/y")
-    with pytest.raises(UserError, match="no load snippet"):
-        snippet_of("# Nothing")
+@pytest.mark.parametrize("chat", [False, True])
+def test_snippet_is_python_and_can_be_pointed_elsewhere(chat: bool) -> None:
+    text = render_card(card_input(snippet=load_snippet(chat=chat)))
+    assert shows_snippet(text)
+    moved = with_model_id(text, 'a "b"\\c')
+    assert shows_snippet(moved)
+    block = with_model_id(load_snippet(chat=chat), 'a "b"\\c')
+    assert block in moved
+    assert next(n.value.value for n in ast.walk(ast.parse(block)) if isinstance(n, ast.Assign)) == 'a "b"\\c'  # type: ignore[attr-defined]
+    assert with_model_id(moved, "x/y") == with_model_id(text, "x/y")
+
+
+def test_a_card_with_other_lines_does_not_show_the_snippet() -> None:
+    assert not shows_snippet("# Nothing")
+    assert not shows_snippet(render_card(card_input()).replace("output = model", "import os; output = model"))
 
 
 def test_only_what_was_done_is_told() -> None:

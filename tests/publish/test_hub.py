@@ -18,7 +18,7 @@ from retrofit.errors import GateError, UserError
 from retrofit.publish.card import render_card
 from retrofit.publish.finished import require_finished
 from retrofit.publish.hub import Retry, publish
-from retrofit.publish.snippet import snippet_of
+from retrofit.publish.snippet import shows_snippet
 from tests.publish.cards import card_input
 from tests.publish.hub_server import HubServer
 
@@ -90,9 +90,11 @@ def test_what_arrives_is_what_the_folder_holds(hub: HubServer, folder: Path) -> 
 
 def test_the_card_names_its_repository(hub: HubServer, folder: Path) -> None:
     push(hub, folder)
-    assert 'model_id = "ann/tiny"\n' in snippet_of(hub.repos["ann/tiny"].files["README.md"].decode())
+    card = hub.repos["ann/tiny"].files["README.md"].decode()
+    assert 'model_id = "ann/tiny"\n' in card
+    assert shows_snippet(card)
     push(hub, folder, "acme/other", private=False)
-    assert 'model_id = "acme/other"\n' in snippet_of((folder / "README.md").read_text())
+    assert 'model_id = "acme/other"\n' in (folder / "README.md").read_text()
     assert not hub.repos["acme/other"].private
 
 

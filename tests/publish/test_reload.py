@@ -16,13 +16,20 @@ from retrofit.errors import UserError
 from retrofit.evaluate.losses import Document, TokenLosses
 from retrofit.evaluate.score import score
 from retrofit.model.load import load_model
-from retrofit.publish.card import render_card
-from retrofit.publish.reload import CHILD, TOLERANCES, ReloadReport, _compare, reload_and_score
+from retrofit.publish.reload import (
+    CHILD,
+    START_SECONDS,
+    TOLERANCES,
+    ReloadReport,
+    _compare,
+    limits_of,
+    reload_and_score,
+)
 from retrofit.publish.snippet import load_snippet
-from tests.publish.cards import card_input
 from tests.tiny import save_tiny, tiny_model
 
 TOKENS = 40
+SNIPPET = load_snippet(chat=False)
 
 
 def reference_losses(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
@@ -34,7 +41,6 @@ def reference_losses(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
 
 def prepare(tmp_path: Path, family: str, *, chat: bool = False) -> tuple[Path, list[Document], TokenLosses]:
     folder = save_tiny(tmp_path / "final", family, chat_template=chat)
-    (folder / "README.md").write_text(render_card(card_input(snippet=load_snippet(chat=chat))))
     rng = np.random.default_rng(0)
     documents = [Document(name=f"text {i}", kind="k", input_ids=rng.integers(0, 256, 60), nbytes=60) for i in range(2)]
     losses = tuple(reference_losses(tiny_model(family), document.input_ids) for document in documents)
@@ -53,7 +59,7 @@ def test_a_fresh_process_matches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Sliding layers, a chat template and chunks that cut the window: against the formula over one whole pass."""
     monkeypatch.setattr("retrofit.publish.reload.CHUNK", 16)
     folder, documents, recorded = prepare(tmp_path, "gemma3_text", chat=True)
-    report = reload_and_score(folder, documents, recorded, tokens=TOKENS)
+    report = reload_and_score(folder, documents, recorded, tokens=TOKENS, snippet=load_snippet(chat=True))
     assert report.passed and report.problems == ()
     assert report.max_difference < 1e-4 and report.documents == 2 and report.tokens == 2 * TOKENS
     assert report.new_tokens >= 1 and report.dtype == "float32"
@@ -66,21 +72,22 @@ def test_missing_and_unexpected_tensors(tmp_path: Path) -> None:
     lost = {name: t for name, t in weights.items() if name != "model.layers.1.self_attn.k_proj.weight"}
     save_file({**lost, "model.extra": torch.ones(1)}, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="does not reproduce") as caught:
-        reload_and_score(folder, documents, recorded, tokens=TOKENS)
+        reload_and_score(folder, documents, recorded, tokens=TOKENS, snippet=SNIPPET)
     assert "missing keys: model.layers.1.self_attn.k_proj.weight" in str(caught.value)
     assert "unexpected keys: model.extra" in str(caught.value)
 
 
-def test_the_snippet_of_the_card_is_what_runs_without_this_package(tmp_path: Path) -> None:
+def test_the_card_is_never_read_for_what_to_run(tmp_path: Path) -> None:
+    """A card with other lines changes nothing; the snippet that is given runs, and without this package."""
     folder, documents, recorded = prepare(tmp_path, "llama")
-    card = (folder / "README.md").read_text()
-    (folder / "README.md").write_text(card.replace("output = model", "import retrofit\noutput = model"))
+    trace = tmp_path / "trace"
+    (folder / "README.md").write_text(f"```python\nmodel_id = '.'\nopen({str(trace)!r}, 'w')\n```\n")
+    assert reload_and_score(folder, documents, recorded, tokens=TOKENS, snippet=SNIPPET).passed
+    assert not trace.exists()
+    snippet = SNIPPET.replace("output = model", "import retrofit\noutput = model")
     with pytest.raises(UserError, match="cannot load and run") as caught:
-        reload_and_score(folder, documents, recorded, tokens=TOKENS)
+        reload_and_score(folder, documents, recorded, tokens=TOKENS, snippet=snippet)
     assert "retrofit is blocked in this process" in str(caught.value)
-    (folder / "README.md").unlink()
-    with pytest.raises(UserError, match="no card"):
-        reload_and_score(folder, documents, recorded, tokens=TOKENS)
 
 
 FOUND = {
@@ -139,16 +146,15 @@ def test_an_encoding_that_changes_with_the_length_is_compared_at_a_recorded_shor
     }
     shape = {"rope_parameters": rope, "original_max_position_embeddings": 32}
     folder = save_tiny(tmp_path / "final", "phi3", **shape)
-    (folder / "README.md").write_text(render_card(card_input(snippet=load_snippet(chat=False))))
     rng = np.random.default_rng(0)
     documents = [Document(name=f"text {i}", kind="k", input_ids=rng.integers(0, 256, 60), nbytes=60) for i in range(2)]
     model = load_model(folder)
     recorded = score(model, [document.cut(48) for document in documents], lengths=[24, 48])
     assert np.abs(recorded.losses[0][:23] - recorded.by_length[24][0]).max() > 0.01, "the lengths must differ"
-    report = reload_and_score(folder, documents, recorded, tokens=TOKENS)
+    report = reload_and_score(folder, documents, recorded, tokens=TOKENS, snippet=SNIPPET)
     assert report.passed and report.tokens == 2 * 24
     with pytest.raises(UserError, match="change beyond 32 tokens") as caught:
-        reload_and_score(folder, documents, score(model, documents, lengths=[40, 48]), tokens=TOKENS)
+        reload_and_score(folder, documents, score(model, documents, lengths=[40, 48]), tokens=TOKENS, snippet=SNIPPET)
     assert "at most 32" in str(caught.value.fix)
 
 
@@ -156,16 +162,25 @@ def test_a_document_is_compared_as_far_as_it_was_scored(tmp_path: Path) -> None:
     folder, documents, recorded = prepare(tmp_path, "llama")
     short = tuple(losses[:20] for losses in recorded.losses)
     recorded = replace(recorded, losses=short, token_bytes=tuple(np.zeros(20, np.int32) for _ in short))
-    report = reload_and_score(folder, documents, recorded, tokens=TOKENS)
+    report = reload_and_score(folder, documents, recorded, tokens=TOKENS, snippet=SNIPPET)
     assert report.passed and report.tokens == 2 * 21
 
 
 def test_unknown_dtype_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no tolerance"):
-        reload_and_score(tmp_path, [], TokenLosses((), (), (), (), ()), dtype="int4")
+        reload_and_score(tmp_path, [], TokenLosses((), (), (), (), ()), snippet=SNIPPET, dtype="int4")
 
 
 def test_the_child_refuses_a_process_that_holds_retrofit() -> None:
-    code = f"import runpy, sys, retrofit\nsys.argv = ['x', 'job']\nrunpy.run_path({str(CHILD)!r}, run_name='__main__')"
+    code = f"import runpy, retrofit\nrunpy.run_path({str(CHILD)!r})['main']({{}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode != 0 and "retrofit can be imported here" in done.stderr
+    assert done.returncode != 0
+    assert "retrofit can be imported here" in done.stderr
+
+
+def test_limits_grow_with_the_work(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1000)}, tmp_path / "model.safetensors")
+    few, many = limits_of(tmp_path, 10), limits_of(tmp_path, 10_000)
+    assert few.seconds > START_SECONDS
+    assert many.seconds > few.seconds
+    assert many.memory > few.memory

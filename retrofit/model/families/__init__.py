@@ -43,9 +43,16 @@ def require_known(config: Any) -> None:
         family_of(config)
 
 
+def stock_class(config: Any) -> str:
+    """The name of transformers' own causal language model of this configuration, whatever its `architectures` says."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
+
+
 def describe(config: Any) -> AttentionSpec:
     """The attention of the model that `config` configures; raises as `family_of` does."""
     return family_of(config).describe(config)
 
 
-__all__ = ["KNOWN", "Conversion", "Family", "describe", "family_of", "require_known"]
+__all__ = ["KNOWN", "Conversion", "Family", "describe", "family_of", "require_known", "stock_class"]
