@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt
 
-.PHONY: demo test test-slow test-eval lint bench bench-lengths bench-heads bench-large bench-curve bench-extension install clean
+.PHONY: demo test test-slow test-eval attack fuzz lint bench bench-lengths bench-heads bench-large bench-curve bench-extension install clean
 
 $(VENV)/.demo: pyproject.toml constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,17 @@ test-slow: $(VENV)/.dev
 # Our numbers beside those of lm-evaluation-harness, and its tasks; skipped by the other targets, which do not install it.
 test-eval: $(VENV)/.eval
 	$(BIN)/python -m pytest tests/evaluate/test_harness.py tests/evaluate/test_tasks_with_harness.py -m 'slow or not slow'
+
+# The long form of the hostile tests: hundreds of broken recipes, broken model folders, kills. An hour of one core.
+attack: $(VENV)/.dev
+	$(BIN)/python -m pytest -m attack
+
+# Coverage-guided search for bytes that break a parser; TARGET is one of tests/fuzz/targets.py, or all in turn.
+SECONDS ?= 600
+fuzz: $(VENV)/.dev
+	$(PIP) -e '.[fuzz]'
+	for target in $(or $(TARGET),$$($(BIN)/python -c 'from tests.fuzz.targets import TARGETS; print(*TARGETS)')); do \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run $$target $(SECONDS) || exit 1; done
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
