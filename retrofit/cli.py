@@ -301,6 +301,9 @@ def extend(
     tokens: Annotated[
         int | None, typer.Option("--tokens", help="Tokens that search reads; by default 12 times the new length.")
     ] = None,
+    link: Annotated[
+        bool, typer.Option("--link", help="Hard links to the model's weights, where they stay as they are, not copies.")
+    ] = False,
     revision: Revision = None,
     device: Device = "auto",
     seed: Seed = 0,
@@ -319,6 +322,7 @@ def extend(
         attention_factor=attention_factor,
         text=text or (),
         tokens=tokens,
+        link=link,
         device=device,
         seed=seed,
         revision=revision,

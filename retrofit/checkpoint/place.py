@@ -6,14 +6,13 @@ name is always whole.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from retrofit.checkpoint.full import writing
 from retrofit.errors import UserError
 
 
@@ -57,64 +56,8 @@ def require_free_space(path: str | Path, nbytes: int) -> None:
         )
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """The file under another name: a hard link, or a copy where the disk allows none. Links in `source` are followed.
-
-    Raises UserError when a copy has no room.
-    """
-    source = source.resolve()
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or a file system without hard links
-        require_free_space(target.parent, source.stat().st_size)
-        shutil.copyfile(source, target)
-
-
 def _size(nbytes: int) -> str:
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
-
-
-@contextmanager
-def folder_lock(path: str | Path) -> Iterator[None]:
-    """Hold `path` for this process, whether it exists yet or not; UserError when another one holds it.
-
-    The lock is an advisory lock on `.<name>.lock` beside the folder; the kernel drops it when the process dies. A
-    symbolic link is followed: the folder has one lock, whatever name it goes by.
-    """
-    path = Path(path).resolve()
-    require_writable(path.parent)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.parent / f".{path.name}.lock"
-    while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
-            os.close(descriptor)
-            raise UserError(
-                f"the folder is in use by process {owner}",
-                where=str(path),
-                fix="wait until it has finished, or give another --out folder",
-            ) from error
-        if _is_file(descriptor, lock):
-            break
-        os.close(descriptor)
-    try:
-        os.truncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _is_file(descriptor: int, path: Path) -> bool:
-    """False when the former owner removed the file between our open and our lock."""
-    try:
-        return os.fstat(descriptor).st_ino == path.stat().st_ino
-    except FileNotFoundError:
-        return False
 
 
 @contextmanager
@@ -148,11 +91,13 @@ def staged(final: str | Path, *, overwrite: bool = False, keep: Path | None = No
         raise _not_empty(final)
     for leftover in (replaced,) if keep else (partial, replaced):
         _remove(leftover)
-    partial.mkdir(parents=True, exist_ok=keep is not None)
-    if keep is None:
-        _mark(partial).write_text(_inode(partial))
+    with writing(final.parent):
+        partial.mkdir(parents=True, exist_ok=keep is not None)
+        if keep is None:
+            _mark(partial).write_text(_inode(partial))
     try:
-        yield partial
+        with writing(final.parent):
+            yield partial
         _sync(partial)
         if overwrite and final.exists():
             _mark(replaced).write_text(_inode(final))
@@ -161,12 +106,6 @@ def staged(final: str | Path, *, overwrite: bool = False, keep: Path | None = No
             raise _not_empty(final)
         partial.replace(final)  # an empty folder gives way
         _sync_folder(final.parent)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            "the disk is full", where=str(final.parent), fix="free space there, or write to another disk"
-        ) from error
     finally:
         if keep is None:
             _remove(partial)

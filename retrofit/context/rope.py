@@ -136,9 +136,11 @@ def write_extended(
     method: str,
     settings: RopeSettings = DEFAULTS,
     held: float | None = None,
+    link: bool = False,
     overwrite: bool = False,
 ) -> Extension:
-    """Write a checkpoint folder with a longer window: weights as hard links (copies across disks), a new config.json.
+    """Write a checkpoint folder with a longer window: a copy of the weights (link: hard links where the disk allows
+    them), a new config.json.
 
     Learned positions are interpolated, an attention factor multiplies the queries: such weights are written anew.
     held: what earlier extensions multiplied the queries with; by default what the source's record says. The
@@ -146,7 +148,8 @@ def write_extended(
     a theta that the file leaves to the model's class is written. The new configuration is linted before anything is
     written; an error in it is a UserError.
     """
-    from retrofit.checkpoint.place import link_or_copy, staged
+    from retrofit.checkpoint.copying import copy_file
+    from retrofit.checkpoint.place import staged
     from retrofit.checkpoint.read import Checkpoint
     from retrofit.checkpoint.rewrite import rewrite
     from retrofit.checkpoint.write import copy_side_files, write_config
@@ -171,7 +174,7 @@ def write_extended(
             rewrite(checkpoint, folder, rules, config=fields)
         else:
             for path in sorted(source.glob("model*.safetensors*")):
-                link_or_copy(path, folder / path.name)
+                copy_file(path, folder / path.name, link=link)
             write_config(folder, fields)
         copy_side_files(source, folder)
         _raise(folder / "tokenizer_config.json", "model_max_length", extension.length)

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from retrofit.checkpoint.place import link_or_copy
+from retrofit.checkpoint.copying import copy_file
 from retrofit.kv_heads.disk import DiskTensors, StreamFolder
 from retrofit.kv_heads.moments import Origin
 from retrofit.kv_heads.outcome import LayerReport
@@ -90,7 +90,7 @@ class WorkFolder(StreamFolder):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for path in sorted(self.moments.glob("layer-*.safetensors")):
-            link_or_copy(path, partial / path.name)
+            copy_file(path, partial / path.name, link=True)  # the work folder goes when this is done
         origin.write(partial)
         if to.exists():
             shutil.rmtree(to)

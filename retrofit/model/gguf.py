@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrofit.checkpoint.place import folder_lock, require_free_space, require_writable, staged
+from retrofit.checkpoint.lock import folder_lock
+from retrofit.checkpoint.place import require_free_space, require_writable, staged
 from retrofit.checkpoint.provenance import sha256
 from retrofit.errors import UserError
 from retrofit.model.families import describe, stock_class

@@ -276,6 +276,7 @@ def extend(
     attention_factor: float | None = None,
     text: Sequence[str] = (),
     tokens: int | None = None,
+    link: bool = False,
     device: str = "auto",
     seed: int = 0,
     revision: str | None = None,
@@ -284,7 +285,8 @@ def extend(
     """Write `model` with a window of `length` tokens, or `factor` times its own, to the new folder `out`.
 
     attention_factor: what cos and sin are multiplied with in effect, instead of the method's own. text, tokens: what
-    the method `search` reads, and how much of it.
+    the method `search` reads, and how much of it. link: unchanged weights become hard links to the model's files,
+    where the disk allows them: a program that writes into one of the two then changes both.
     """
     from retrofit.pipeline import single
 
@@ -293,7 +295,7 @@ def extend(
         section["attention_factor"] = attention_factor
     if text or tokens is not None:
         section["search"] = {**({"text": list(text)} if text else {}), "tokens": tokens}
-    recipe = single.recipe("context", section, model=str(model), device=device, seed=seed)
+    recipe = single.recipe("context", section, model=str(model), device=device, seed=seed, link=link)
     with _quiet():
         return single.extend(recipe, Path(out), revision=revision, progress=progress)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retrofit.checkpoint.place import folder_lock
+from retrofit.checkpoint.lock import folder_lock
 from retrofit.checkpoint.provenance import digest
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.kv_heads import VERSION

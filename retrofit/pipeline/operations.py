@@ -168,11 +168,11 @@ def extend(
     device: str,
     seed: int,
     work: Path,
+    link: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write `source` with a longer window to `out`; the weights are hard links, unless positions are learned or the
-    queries hold an attention factor.
+    """Write `source` with a longer window to `out`. link: unchanged weights are hard links where the disk allows them.
 
     Returns the facts of the extension, and under `search` how its encoding was found. teacher: the original model, for
     the text source `self`. work: where a search keeps what it can go on from.
@@ -196,7 +196,14 @@ def extend(
         method, settings = found.method, found.settings
     with staged(out, overwrite=overwrite) as folder:
         extension = write_extended(
-            source, folder, length=context.length, factor=context.factor, method=method, settings=settings, held=held
+            source,
+            folder,
+            length=context.length,
+            factor=context.factor,
+            method=method,
+            settings=settings,
+            held=held,
+            link=link,
         )
         result = {**facts(extension), **({"search": facts(found)} if found else {})}
         origin.after("extend", dump(context), result).write(folder)

@@ -217,7 +217,8 @@ def _extend(shape: Shape, context: Context, native: int, claimed: int) -> Cost:
         return Cost("extend", f"{does}; the position table is interpolated", BASE_BYTES, facts.weight_bytes + table, 2)
     search = context.searches
     if search is None and context.attention_factor is None:
-        return Cost("extend", f"{does}; only config.json changes", BASE_BYTES, 1 << 20, 1.0)
+        seconds = 1.0 + 2 * facts.weight_bytes / shape.throughput.bytes_per_second
+        return Cost("extend", f"{does}; only config.json changes", BASE_BYTES, facts.weight_bytes, seconds)
     if search is None:
         does += f"; the weights of the queries hold the attention factor {context.attention_factor:g}"
         return Cost("extend", does, BASE_BYTES, facts.weight_bytes, 2)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from retrofit.checkpoint.place import link_or_copy
+from retrofit.checkpoint.copying import copy_file
 from retrofit.console import heads, to_json
 from retrofit.errors import UserError
 from retrofit.evaluate.resume import Kept
@@ -218,7 +218,7 @@ def keep(calibrated: Calibrated, moments: Path, folder: Path, weights: Mapping[s
     for path in (layer_file(moments, layer) for layer in saved(moments)):
         partial = folder / f".{path.name}.partial"
         partial.unlink(missing_ok=True)
-        link_or_copy(path, partial)
+        copy_file(path, partial, link=True)  # the work folder goes when this is done
         partial.replace(folder / path.name)
 
 

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from retrofit.checkpoint.place import link_or_copy, staged
+from retrofit.checkpoint.copying import copy_file
+from retrofit.checkpoint.place import staged
 from retrofit.checkpoint.provenance import digest, versions, write_provenance
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.rewrite import rewrite
@@ -86,7 +87,7 @@ def _write_final(
     runner: Runner, label: str, state: State, folder: Path, section: Publish, results: tuple[GateResult, ...]
 ) -> dict[str, Any]:
     prepared = runner.prepared
-    link_checkpoint(state.path, folder, section.max_shard_size)
+    copy_checkpoint(state.path, folder, section.max_shard_size, link=prepared.recipe.link)
     picture = card_picture(reporting.run_data(runner, results))
     if picture is not None:
         (folder / CHART).write_bytes(picture.png)
@@ -119,8 +120,8 @@ def _write_final(
     return asdict(report)
 
 
-def link_checkpoint(source: Path, folder: Path, max_shard_size: str) -> None:
-    """The checkpoint in another folder: hard links where the disk allows it, copies otherwise; larger files are cut."""
+def copy_checkpoint(source: Path, folder: Path, max_shard_size: str, *, link: bool) -> None:
+    """The checkpoint in another folder, larger files cut. link: hard links where the disk allows them."""
     checkpoint = Checkpoint.open(source)
     shutil.copyfile(source / "config.json", folder / "config.json")
     copy_side_files(source, folder)
@@ -132,7 +133,7 @@ def link_checkpoint(source: Path, folder: Path, max_shard_size: str) -> None:
         rewrite(checkpoint, folder, {}, config=checkpoint.config, max_shard_size=max_shard_size)
         return
     for path in sorted(source.glob("model*.safetensors*")):
-        link_or_copy(path, folder / path.name)
+        copy_file(path, folder / path.name, link=link)
 
 
 def _card(runner: Runner, state: State, folder: Path, section: Publish, *, chart: str | None) -> CardInput:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrofit.checkpoint.place import folder_lock
+from retrofit.checkpoint.lock import folder_lock
 from retrofit.errors import UserError
 from retrofit.evaluate.answers import TaskChange
 from retrofit.pipeline import evaluation, publishing, reporting, surgery

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrofit.checkpoint.place import folder_lock
+from retrofit.checkpoint.lock import folder_lock
 from retrofit.checkpoint.provenance import FILE, read_provenance
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.errors import UserError
@@ -186,6 +186,7 @@ def extend(recipe: Recipe, out: Path, *, revision: str | None, progress: Progres
             device=prepared.device,
             seed=recipe.seed,
             work=work / "search",
+            link=recipe.link,
             progress=progress,
         )
     return Written("extend", out, report)

@@ -74,6 +74,7 @@ def extend(runner: Runner, state: State, section: Context) -> State:
             device=prepared.device,
             seed=recipe.seed,
             work=work_folder,
+            link=recipe.link,
             overwrite=True,
             progress=runner.progress,
         )

@@ -406,6 +406,10 @@ class Recipe(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
     kernel: Kernel = "auto"
+    link: bool = Field(
+        False,
+        description="hard links instead of copies of unchanged weights; who writes into one of them changes all",
+    )
     convert: Convert | None = None
     context: Context | None = None
     recover: Recover | None = None

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from retrofit.checkpoint import place
-from retrofit.checkpoint.place import folder_lock, link_or_copy, require_free_space, require_writable, staged
+from retrofit.checkpoint.lock import folder_lock
+from retrofit.checkpoint.place import require_free_space, require_writable, staged
 from retrofit.errors import UserError
 
 
@@ -132,7 +133,8 @@ def test_a_full_disk_is_a_user_error(tmp_path: Path) -> None:
 def test_killed_process_leaves_no_final_folder(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\n"
-        "from retrofit.checkpoint.place import folder_lock, staged\n"
+        "from retrofit.checkpoint.lock import folder_lock\n"
+        "from retrofit.checkpoint.place import staged\n"
         "with folder_lock(sys.argv[1]), staged(sys.argv[1]) as p:\n"
         "    (p / 'a').write_text('1')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -173,33 +175,3 @@ def test_no_write_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(UserError, match="no permission"), staged(tmp_path / "out"):
         pass
     assert list(tmp_path.iterdir()) == []
-
-
-def test_folder_in_use(tmp_path: Path) -> None:
-    with folder_lock(tmp_path / "out"):
-        with pytest.raises(UserError, match=f"in use by process {os.getpid()}"), folder_lock(tmp_path / "out"):
-            pass
-        with folder_lock(tmp_path / "other"):
-            pass
-        (tmp_path / "link").symlink_to(tmp_path / "out")
-        with pytest.raises(UserError, match="in use"), folder_lock(tmp_path / "link"):
-            pass
-        (tmp_path / "link").unlink()
-    with folder_lock(tmp_path / "out"):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_is_linked_or_else_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tmp_path / "weights"
-    source.write_bytes(b"abc")
-    (tmp_path / "link").symlink_to(source)
-    link_or_copy(tmp_path / "link", tmp_path / "a")
-    assert (tmp_path / "a").samefile(source) and not (tmp_path / "a").is_symlink()
-
-    def other_disk(*_: object) -> None:
-        raise OSError(errno.EXDEV, "cross-device link")
-
-    monkeypatch.setattr(os, "link", other_disk)
-    link_or_copy(source, tmp_path / "b")
-    assert (tmp_path / "b").read_bytes() == b"abc" and not (tmp_path / "b").samefile(source)

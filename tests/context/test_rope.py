@@ -314,7 +314,15 @@ def test_saved_folder_loads_the_same_frequencies(tmp_path, family: str, method: 
     assert json.loads((out / "tokenizer_config.json").read_text())["model_max_length"] == 1536
     weights = out / "model.safetensors"
     assert weights.read_bytes() == (source / "model.safetensors").read_bytes()
-    assert weights.stat().st_ino == (source / "model.safetensors").stat().st_ino
+    assert not weights.samefile(source / "model.safetensors")
+
+
+def test_weights_are_hard_links_only_where_that_is_asked_for(tmp_path) -> None:
+    source = save_tiny(tmp_path / "source", "llama")
+    rope.write_extended(source, tmp_path / "copied", factor=2, method="yarn")
+    rope.write_extended(source, tmp_path / "linked", factor=2, method="yarn", link=True)
+    assert (source / "model.safetensors").stat().st_nlink == 2
+    assert (tmp_path / "linked" / "model.safetensors").samefile(source / "model.safetensors")
 
 
 @pytest.mark.parametrize(("before", "after"), [(512, 1024), (20, 20)])

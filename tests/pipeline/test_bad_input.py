@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from retrofit.checkpoint import place
-from retrofit.checkpoint.place import folder_lock
+from retrofit.checkpoint.lock import folder_lock
 from tests.pipeline.conftest import retrofit
 
 Recipe = Callable[..., Path]

@@ -346,15 +346,15 @@ def test_moments_that_were_copied_in_part_are_not_taken_for_all(
     calibration = {"tokens": 768, "sequence_length": 64, "text": [str(texts / "train")]}
     less = {"context": None, "recover": None, "evaluate": None, "publish": None, "require": {}}
     file = recipe(model=str(eight), convert={"kv_heads": 1, "calibration": calibration}, **less)
-    folder, copy, copied = tmp_path / "moments", probes.link_or_copy, []
+    folder, copy, copied = tmp_path / "moments", probes.copy_file, []
 
-    def stopped(source: Path, target: Path) -> None:
+    def stopped(source: Path, target: Path, *, link: bool) -> None:
         copied.append(source)
         if len(copied) == 2:
             raise KeyboardInterrupt
-        copy(source, target)
+        copy(source, target, link=link)
 
-    monkeypatch.setattr(probes, "link_or_copy", stopped)
+    monkeypatch.setattr(probes, "copy_file", stopped)
     with pytest.raises(KeyboardInterrupt):
         retrofit.prices(recipe=file, measure=False, moments=folder)
     assert [path.name for path in folder.glob("layer-*")] == ["layer-000.safetensors"]

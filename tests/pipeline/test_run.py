@@ -124,11 +124,9 @@ def test_a_run_that_stops_keeps_what_a_later_one_goes_on_from(
     assert out.exists() == begun
 
 
-def test_weights_are_linked_and_not_copied_where_they_do_not_change(done: SimpleNamespace) -> None:
-    def same(a: str, b: str) -> bool:
-        return (done.folder / a / "model.safetensors").samefile(done.folder / b / "model.safetensors")
-
-    assert same("1-convert", "2-extend") and same("3-recover", "final") and not same("2-extend", "3-recover")
+def test_weights_that_do_not_change_are_files_of_their_own(done: SimpleNamespace) -> None:
+    assert (done.folder / "1-convert" / "model.safetensors").stat().st_nlink == 1
+    assert (done.folder / "final" / "model.safetensors").stat().st_nlink == 1
 
 
 def test_the_same_command_again_does_nothing_again(done: SimpleNamespace) -> None:

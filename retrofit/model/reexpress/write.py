@@ -18,7 +18,8 @@ from torch import Tensor
 
 from retrofit.checkpoint.cast import narrowed
 from retrofit.checkpoint.heap import give_back
-from retrofit.checkpoint.place import folder_lock, require_free_space, require_writable, staged
+from retrofit.checkpoint.lock import folder_lock
+from retrofit.checkpoint.place import require_free_space, require_writable, staged
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.write import KEPT, ShardWriter, copy_side_files, going_on, held, write_config
 from retrofit.errors import UserError
