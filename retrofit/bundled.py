@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Literal
 
 from retrofit.errors import UserError
+from retrofit.escape import shown
+from retrofit.files import local_path, require_regular
 
 Kind = Literal["recipes", "suites"]
 _PACKAGE = Path(__file__).parent
@@ -29,20 +32,27 @@ def find(kind: Kind, name_or_path: str | Path) -> Path:
 
     Raises UserError with the nearest name when there is no such file.
     """
-    path = Path(name_or_path)
+    word = kind.removesuffix("s")
+    path = local_path(name_or_path, where=word)
+    given, said = str(name_or_path), shown(name_or_path, 80)
     if path.is_file():
         return path
-    word = kind.removesuffix("s")
-    given = str(name_or_path)
     if given in names(kind):
         return folder(kind) / f"{given}.yaml"
-    if path.is_dir() and (path / "recipe.yaml").is_file():
+    if path.is_dir():
+        require_regular(
+            path / "recipe.yaml",
+            missing="the folder holds no recipe.yaml",
+            fix=f"name a {word} file or one of {_listed(kind)}",
+        )
         return path / "recipe.yaml"
+    if os.path.lexists(path):
+        require_regular(path)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        raise UserError(f"there is no {word} file `{given}`", fix=f"name an existing file or one of {_listed(kind)}")
+        raise UserError(f"there is no {word} file `{said}`", fix=f"name an existing file or one of {_listed(kind)}")
     near = difflib.get_close_matches(given, names(kind), n=1, cutoff=0.5)
     hint = f"did you mean `{near[0]}`? " if near else ""
-    raise UserError(f"there is no {word} `{given}`", fix=f"{hint}bundled: {_listed(kind)}; or give a .yaml file")
+    raise UserError(f"there is no {word} `{said}`", fix=f"{hint}bundled: {_listed(kind)}; or give a .yaml file")
 
 
 def _listed(kind: Kind) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import errno
 import gc
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from typer.core import TyperGroup
 import retrofit
 from retrofit.console import Console
 from retrofit.errors import UserError
+from retrofit.escape import shown
 
 # Failures of the machine rather than of this program; they too end without a traceback.
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -589,8 +591,10 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = [part.strip().replace("_", "") for part in text.split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise UserError(f"`{text}` is not a list of lengths", where="--lengths", fix="write for example 2048,4096")
+    if not all(re.fullmatch("[0-9]{1,18}", part) and int(part) > 0 for part in parts):
+        raise UserError(
+            f"`{shown(text, 80)}` is not a list of lengths", where="--lengths", fix="write for example 2048,4096"
+        )
     return tuple(int(part) for part in parts)
 
 

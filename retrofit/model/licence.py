@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
+_MAX_READ = 1 << 20  # characters of a card or a licence text
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
 
 # The words a licence text starts with (after white space is squeezed) -> its id on the hub. First match wins.
@@ -28,20 +28,11 @@ _TEXTS: tuple[tuple[str, str], ...] = (
 
 
 def card_data(folder: str | Path) -> dict[str, Any]:
-    """The YAML front matter of the folder's README.md, {} when there is none or it is broken."""
-    import yaml
+    """The YAML front matter of the folder's README.md, {} when there is none; None for a value that cannot be read."""
+    from retrofit.yamlfile import front_matter, parse
 
-    card = Path(folder) / "README.md"
-    if not card.is_file():
-        return {}
-    match = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace"))
-    if not match:
-        return {}
-    try:
-        data = yaml.safe_load(match[1])
-    except yaml.YAMLError:
-        return {}
-    return data if isinstance(data, dict) else {}
+    value = parse(front_matter(_start(Path(folder) / "README.md")) or "").value
+    return value if isinstance(value, dict) else {}
 
 
 def licence_of(folder: str | Path) -> str | None:
@@ -52,7 +43,7 @@ def licence_of(folder: str | Path) -> str | None:
     for name in _LICENCE_FILES:
         path = Path(folder) / name
         if path.is_file():
-            start = " ".join(path.read_text(encoding="utf-8", errors="replace").lower().split())[:4000]
+            start = " ".join(_start(path).lower().split())[:4000]
             return next((licence for pattern, licence in _TEXTS if re.search(pattern, start)), None)
     return None
 
@@ -60,6 +51,14 @@ def licence_of(folder: str | Path) -> str | None:
 def base_model_of(folder: str | Path) -> str | None:
     """The hub id that the card names as `base_model`, else None."""
     return _first(card_data(folder).get("base_model"))
+
+
+def _start(path: Path) -> str:
+    """The first characters of a text that somebody else wrote; "" when there is no such file."""
+    if not path.is_file():
+        return ""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        return file.read(_MAX_READ)
 
 
 def _first(value: object) -> str | None:

@@ -7,6 +7,7 @@ is `convert: {kv_heads: 2}`.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import warnings
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit import bundled
 from retrofit.errors import UserError
+from retrofit.escape import shown
+from retrofit.files import local_path
 from retrofit.pipeline.passes import ASSUMED, Throughput
 from retrofit.pipeline.plan import Plan, make_plan
 from retrofit.recipe.load import dump_recipe, load_recipe
@@ -468,11 +471,13 @@ def show_recipe(name: str | Path, *, overrides: Sequence[str] = ()) -> str:
 def copy_recipe(name: str | Path, to: str | Path | None = None) -> Path:
     """Copy a recipe as it is written, comments included; returns the new file, which must not exist."""
     source = bundled.find("recipes", name)
-    target = Path(to) if to is not None else Path(f"{source.stem}.yaml")
+    target = local_path(to, where="FILE") if to is not None else Path(f"{source.stem}.yaml")
     if target.is_dir():
         target = target / source.name
-    if target.exists():
-        raise UserError("the file exists already", where=str(target), fix="give another name")
+    if os.path.lexists(target):
+        raise UserError("the file exists already", where=shown(target), fix="give another name")
+    if not target.parent.is_dir():
+        raise UserError("there is no folder to copy into", where=shown(target.parent), fix="make it, or choose another")
     shutil.copyfile(source, target)
     return target
 

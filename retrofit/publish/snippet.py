@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import yaml
-
+from retrofit import yamlfile
 from retrofit.errors import UserError
-from retrofit.escape import python_string
+from retrofit.escape import python_string, shown
 
 MODEL_ID_LINE = re.compile(r'^model_id = (["\']).*?\1.*$', re.MULTILINE)
-_FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _PLACEHOLDERS = (
     re.compile(r"\[More Information Needed\]", re.IGNORECASE),
     re.compile(r"\b(?:TODO|TBD|FIXME|XXX)\b"),
@@ -66,16 +64,17 @@ def with_model_id(text: str, model_id: str) -> str:
 
 def front_matter(card: str) -> dict[str, Any]:
     """The YAML block at the top of a card. Raises UserError when it is missing or no mapping."""
-    match = _FRONT_MATTER.match(card)
-    if not match:
+    block = yamlfile.front_matter(card)
+    if block is None:
         raise UserError("the card has no YAML block at its top", where="README.md:1", fix="write the card again")
-    try:
-        values = yaml.safe_load(match[1])
-    except yaml.YAMLError as error:
-        raise UserError(f"the card's YAML cannot be read: {error}", where="README.md:1", fix="correct it") from error
-    if not isinstance(values, dict):
+    parsed = yamlfile.parse(block)
+    for problem in parsed.problems:
+        key = f" (`{shown(problem.key[-1], 60)}`)" if problem.key else ""
+        where = f"README.md:{problem.line + 1}"
+        raise UserError(f"the card's YAML cannot be read: {problem.what}{key}", where=where, fix="correct it")
+    if not isinstance(parsed.value, dict):
         raise UserError("the card's YAML block is not a mapping", where="README.md:1", fix="write the card again")
-    return values
+    return parsed.value
 
 
 def placeholders(card: str) -> list[str]:

@@ -1,12 +1,13 @@
 """YAML to a validated recipe. Every problem is reported at once, each with its line and the key that was meant.
 
-A file is composed to nodes first, so that each value keeps its line; `--set a.b=c` is laid over the values before they
-are validated; errors of pydantic are then told in the words of the file.
+Each value keeps its line; `--set a.b=c` is laid over the values before they are validated; errors of pydantic are then
+told in the words of the file.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +17,19 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from retrofit import bundled
+from retrofit import bundled, yamlfile
 from retrofit.errors import UserError
+from retrofit.escape import shown, visible
+from retrofit.files import read_text
 from retrofit.recipe.schema import Recipe
 from retrofit.recipe.suite import Suite
+from retrofit.yamlfile import Key
 
-Key = tuple[str | int, ...]
 Model = TypeVar("Model", bound=BaseModel)
+
+MAX_TOLD = 20
+"""Problems that one message lists; the others are counted."""
+_INDEX = re.compile(r"[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
@@ -34,17 +41,20 @@ class Problem:
     what: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.key}: {self.what}" if self.key else f"{self.where}: {self.what}"
+        parts = (shown(self.where), shown(self.key, 120), shown(self.what, 600))
+        return ": ".join(part for part in parts if part)
 
 
 class RecipeError(UserError):
     """All problems of one recipe."""
 
     def __init__(self, name: str, problems: Sequence[Problem]) -> None:
-        number = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        lines = "".join(f"\n  {problem}" for problem in problems)
+        number = "1 problem" if len(problems) == 1 else f"{len(problems):,} problems"
+        lines = "".join(f"\n  {problem}" for problem in problems[:MAX_TOLD])
+        others = f"\n  and {len(problems) - MAX_TOLD:,} more" if len(problems) > MAX_TOLD else ""
         super().__init__(
-            f"{number} in `{name}`{lines}", fix="correct the lines above; `retrofit schema` lists every key"
+            f"{number} in `{shown(name)}`{lines}{others}",
+            fix="correct the lines above; `retrofit schema` lists every key",
         )
         self.problems = tuple(problems)
 
@@ -71,13 +81,20 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), model: 
     Raises RecipeError (a UserError) that lists every problem.
     """
     path = bundled.find("recipes", name_or_path)
-    return parse(path.read_text(encoding="utf-8"), str(path), Recipe, overrides, {"model": model} if model else {})
+    return parse(_text(path), str(path), Recipe, overrides, {"model": model} if model else {})
 
 
 def load_suite(name_or_path: str | Path) -> Suite:
     """Read an evaluation suite: a file or the name of a bundled one."""
     path = bundled.find("suites", name_or_path)
-    return parse(path.read_text(encoding="utf-8"), str(path), Suite)
+    return parse(_text(path), str(path), Suite)
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_text(path, limit=yamlfile.MAX_BYTES)
+    except UserError as error:
+        raise RecipeError(str(path), [Problem(error.where or str(path), "", error.what)]) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -102,7 +119,9 @@ def parse(
     try:
         result = kind.model_validate(document.values)
     except ValidationError as error:
-        document.problems += [_problem(document, kind, details) for details in error.errors()]
+        unread = {problem.key for problem in document.problems}
+        found = [_problem(document, kind, details) for details in error.errors(include_url=False)]
+        document.problems += [problem for problem in found if problem.key not in unread]
         raise RecipeError(filename, _in_order(document.problems)) from None
     if document.problems:
         raise RecipeError(filename, _in_order(document.problems))
@@ -118,69 +137,48 @@ def validate(values: dict[str, Any], kind: type[Model], where: str) -> Model:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(where, [_problem(document, kind, details) for details in error.errors()]) from None
+        problems = [_problem(document, kind, details) for details in error.errors(include_url=False)]
+        raise RecipeError(where, problems) from None
 
 
 def _read(text: str, filename: str) -> _Document:
+    parsed = yamlfile.parse(text)
     document = _Document(filename)
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        what = f"not YAML: {error.problem or error.context}"
-        raise RecipeError(filename, [Problem(f"{filename}:{line}", "", what)]) from None
-    except yaml.YAMLError as error:
-        raise RecipeError(filename, [Problem(f"{filename}:1", "", f"not YAML: {error}")]) from None
-    if node is None:
-        return document
-    if not isinstance(node, yaml.MappingNode):
+    document.problems = [
+        Problem(f"{filename}:{problem.line}", _dotted(problem.key), problem.what) for problem in parsed.problems
+    ]
+    if parsed.value is None and document.problems:
+        raise RecipeError(filename, document.problems)
+    if parsed.value is not None and not isinstance(parsed.value, dict):
         raise RecipeError(filename, [Problem(f"{filename}:1", "", "a recipe is a mapping (key: value)")])
-    document.values = _value(document, node, (), yaml.SafeLoader(""))
+    document.values = parsed.value or {}
+    document.where = {key: f"{filename}:{line}" for key, line in parsed.lines.items()}
     return document
-
-
-def _value(document: _Document, node: yaml.Node, key: Key, loader: yaml.SafeLoader) -> Any:
-    """The plain value of a node; records the line of everything below it and refuses duplicate keys."""
-    document.where.setdefault(key, f"{document.filename}:{node.start_mark.line + 1}")
-    if isinstance(node, yaml.SequenceNode):
-        return [_value(document, item, (*key, index), loader) for index, item in enumerate(node.value)]
-    if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node, deep=True)
-    values: dict[str, Any] = {}
-    first: dict[str, int] = {}
-    for key_node, value_node in node.value:
-        name, line = str(key_node.value), key_node.start_mark.line + 1
-        here = (*key, name)
-        if name in first:
-            what = f"given twice, first in line {first[name]}"
-            document.problems.append(Problem(f"{document.filename}:{line}", _dotted(here), what))
-            continue
-        first[name] = line
-        document.where[here] = f"{document.filename}:{line}"
-        values[name] = _value(document, value_node, here, loader)
-    return values
 
 
 def _apply(document: _Document, override: str) -> None:
     """Lay one `a.b=c` over the values; c is read as YAML."""
-    option = f"--set {override}"
+    option = f"--set {shown(override, 120)}"
     dotted, equals, text = override.partition("=")
     parts = dotted.strip().split(".")
-    if not equals or not all(parts):
+    if not equals or not all(parts) or visible(dotted) != dotted:
         document.problems.append(Problem(option, "", "write --set a.b=value"))
         return
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        document.problems.append(Problem(option, dotted, f"`{text}` is not YAML"))
+    if len(parts) > yamlfile.MAX_DEPTH:
+        document.problems.append(Problem(option, dotted, f"no key has {len(parts):,} parts"))
         return
+    parsed = yamlfile.parse(text)
+    if parsed.problems:
+        document.problems += [Problem(option, dotted, problem.what) for problem in parsed.problems]
+        return
+    value = parsed.value
     target: Any = document.values
     key: Key = ()
     for index, part in enumerate(parts):
         step: str | int = part
         if isinstance(target, list):
-            if not part.isdigit() or int(part) >= len(target):
-                what = f"`{_dotted(key)}` is a list of {len(target)}; `{part}` is no index of it"
+            if not _INDEX.fullmatch(part) or int(part) >= len(target):
+                what = f"`{_dotted(key)}` is a list of {len(target)}; `{_short(part)}` is no index of it"
                 document.problems.append(Problem(option, dotted, what))
                 return
             step = int(part)
@@ -224,7 +222,7 @@ def _told(details: ErrorDetails) -> str:
         options = [option.strip("'") for option in str(context["expected"]).replace(" or ", ", ").split(", ")]
         near = difflib.get_close_matches(str(got), options, n=1)
         hint = f"; did you mean `{near[0]}`?" if near else ""
-        return f"must be one of {', '.join(options)}, not `{got}`{hint}"
+        return f"must be one of {', '.join(options)}, not `{_short(got)}`{hint}"
     for start, words in _WORDS:
         if kind.startswith(start):
             return f"must be {words.format(**context)}, not `{_short(got)}`"
@@ -310,6 +308,6 @@ def _in_order(problems: list[Problem]) -> list[Problem]:
 
     def line(problem: Problem) -> tuple[int, int]:
         _, _, number = problem.where.rpartition(":")
-        return (0, int(number)) if number.isdigit() and not problem.where.startswith("--") else (1, 0)
+        return (0, int(number)) if _INDEX.fullmatch(number) and not problem.where.startswith("--") else (1, 0)
 
     return sorted(problems, key=line)

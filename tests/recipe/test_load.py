@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,88 @@ def test_errors_in_overrides_name_the_option() -> None:
         parse("name: x\n", "r.yaml", Recipe, ["recover"])
     with pytest.raises(RecipeError, match="is no index"):
         parse("name: x\nevaluate: {text: [a]}\n", "r.yaml", Recipe, ["evaluate.text.7=b"])
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("seed=&a [*a]", "has no end"),
+        ("seed=" + "[" * 5000, "nested more than"),
+        ("seed=!!python/name:os.system", "is not read"),
+        ("seed=2024-99-99", "is no date"),
+        ("seed=" + "9" * 5000, "has 5,000 digits"),
+        ("seed=0b_", "is no whole number"),
+        ("seed=010", "octal"),
+        ("convert={kv_heads: 1, kv_heads: 2}", "given twice"),
+        ("description=\udcff", "is not allowed"),
+        ("descr\x1biption=a", "write --set a.b=value"),
+        ("x." * 2000 + "y=1", "no key has 2,001 parts"),
+        ("a" * 5000 + "=1", "unknown key"),
+        ("evaluate.lengths.²=64", "`²` is no index"),
+        ("evaluate.lengths.٠=64", "is no index"),
+        ("evaluate.lengths." + "9" * 5000 + "=64", "is no index"),
+    ],
+)
+def test_an_override_is_read_within_the_limits_of_a_file(override: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(says)) as caught:
+        parse("name: x\nevaluate: {lengths: [64], text: [a]}\n", "r.yaml", Recipe, [override])
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        ("name: x\n".encode("utf-16"), "is not UTF-8"),
+        (b"name: x\ndescription: caf\xe9\n", "r.yaml:2: r.yaml is not UTF-8"),
+        ("name: x\n".encode("utf-16-le"), r"r.yaml:1: not YAML: the character \x00"),
+        (b"name: x\nseed: 0b_\nkernal: a\nseed: 5\n", "r.yaml:2: seed: `0b_` is no whole number"),
+        (b"x: 1\n" * 3 + b"name: x\n", "r.yaml:3: x: given twice"),
+        (b'name: "a\\u202eb"\n', r"`a\u202eb`"),
+        (b"x" * (2 << 20), "more than 1,048,576 are not read"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_told_with_its_line(written: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(written)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "r.yaml")
+    assert says in str(caught.value)
+
+
+def test_a_recipe_with_a_byte_order_mark_and_other_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes("\ufeffname: x\r\ndescription: é\r\n".encode())
+    assert load_recipe(tmp_path / "r.yaml").description == "é"
+
+
+def test_endless_problems_are_counted_and_not_told() -> None:
+    with pytest.raises(RecipeError, match="and 1,980 more") as caught:
+        parse("name: x\n" + "".join(f"k{i}: 1\n" for i in range(2000)), "r.yaml", Recipe)
+    assert len(caught.value.problems) == 2000
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("a\0b", "no NUL"),
+        ("x" * 300, "too long"),
+        ("~nosuchuser/r.yaml", "nobody's home folder"),
+        ("loop", "loop of symbolic links"),
+        ("dangling", "links to nowhere"),
+        ("pipe", "is a pipe"),
+        ("folder", "holds no recipe.yaml"),
+        ("\udcff.yaml", "not valid UTF-8"),
+        ("quickstrat", "did you mean `quickstart`"),
+        ("\x1b[31m", r"no recipe `\x1b[31m`"),
+        ("absent.yaml", "no recipe file"),
+    ],
+)
+def test_names_that_are_no_recipe(name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    Path("folder").mkdir()
+    Path("loop").symlink_to("loop")
+    Path("dangling").symlink_to("nowhere")
+    with pytest.raises(UserError, match=re.escape(says)):
+        load_recipe(name)
 
 
 def test_the_model_option_wins_over_the_file() -> None:
