@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from io import FileIO
@@ -23,6 +22,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from retrofit.checkpoint.raw import copy_bytes, shift, write_all, write_back
 from retrofit.checkpoint.read import DTYPES, INDEX, SINGLE, read_header
 from retrofit.errors import UserError
+from retrofit.escape import shown
+from retrofit.recipe.schema import parse_size as bytes_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -35,8 +36,6 @@ HEADER_RESERVE = 16 << 10
 FLUSH_BYTES = 64 << 20
 KEPT = "{} weight files were written before, and are kept"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)?\s*$", re.IGNORECASE)
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 # What travels with the weights besides the configuration. A literal list: code, pickles and cards never do.
 SIDE_FILES = (
@@ -85,10 +84,10 @@ def parse_size(size: str | int) -> int:
     """Bytes of "5GB" (powers of ten, as on the hub)."""
     if isinstance(size, int):
         return size
-    match = _SIZE.match(size)
-    if not match or float(match[1]) <= 0:
-        raise UserError(f"{size!r} is not a size", fix="write for example 5GB or 500MB")
-    return int(float(match[1]) * _UNITS[(match[2] or "B").upper()])
+    nbytes = bytes_of(size)
+    if not nbytes:
+        raise UserError(f"{shown(size, 60)!r} is not a size", fix="write for example 5GB or 500MB")
+    return nbytes
 
 
 class StaleShards(Exception):  # noqa: N818 - control flow, not an error

@@ -184,6 +184,4 @@ def _ignored(files: set[str]) -> list[str]:
 
 def _licence(card: Any) -> str | None:
     licence = getattr(card, "license", None)
-    if licence == "other":
-        licence = getattr(card, "license_name", None) or licence
     return licence if isinstance(licence, str) else None

@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from retrofit.escape import visible
+from retrofit.recipe.hub import is_link
+
 _MAX_READ = 1 << 20  # characters of a card or a licence text
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
 
@@ -46,6 +49,14 @@ def licence_of(folder: str | Path) -> str | None:
             start = " ".join(_start(path).lower().split())[:4000]
             return next((licence for pattern, licence in _TEXTS if re.search(pattern, start)), None)
     return None
+
+
+def other_licence_of(folder: str | Path) -> tuple[str | None, str | None]:
+    """(name, link) that a card states beside the licence `other`, each None where it is not plain text or a link."""
+    card = card_data(folder)
+    name, link = _first(card.get("license_name")), _first(card.get("license_link"))
+    plain = name is not None and name == visible(name) and len(name) <= 200
+    return name if plain else None, link if link is not None and is_link(link) else None
 
 
 def base_model_of(folder: str | Path) -> str | None:

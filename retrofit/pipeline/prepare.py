@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.place import require_free_space, require_writable
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.checkpoint.write import parse_size
 from retrofit.context import rope
 from retrofit.context.candidates import candidates, rungs
 from retrofit.errors import UserError
@@ -22,6 +21,7 @@ from retrofit.kernels.registry import Choice, choose
 from retrofit.model import source as sources
 from retrofit.model.families import describe, family_of
 from retrofit.model.inspect import count_parameters
+from retrofit.model.licence import other_licence_of
 from retrofit.model.load import load_config, load_tokenizer, read_config, resolve_device, resolve_dtype
 from retrofit.model.source import Source
 from retrofit.model.spec import AttentionSpec
@@ -43,7 +43,8 @@ from retrofit.pipeline.task_checks import check_tasks
 from retrofit.pipeline.texts import read_before, require_distinct, scored_documents
 from retrofit.publish.card_input import require_licence_and_base
 from retrofit.publish.reload import nothing_to_compare
-from retrofit.recipe.schema import Context, Recipe, TextSource
+from retrofit.recipe.hub import OTHER
+from retrofit.recipe.schema import Context, Publish, Recipe, TextSource
 from retrofit.recover.data import check_sources
 from retrofit.recover.files import kind_of
 from retrofit.recover.samples import Teacher
@@ -291,8 +292,26 @@ def _check_publish(recipe: Recipe, source: Source) -> None:
         raise UserError(
             "nothing is published without measurements", where="publish", fix="keep `evaluate`, or add publish: null"
         )
-    parse_size(section.max_shard_size)
-    require_licence_and_base(section.licence or source.licence, section.base_model or source.base_model)
+    terms = terms_of(section, source)
+    require_licence_and_base(terms.licence, section.base_model or source.base_model, terms.name, terms.link)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The licence of what is published; name and link only beside the licence `other`."""
+
+    licence: str | None
+    name: str | None = None
+    link: str | None = None
+
+
+def terms_of(section: Publish, source: Source) -> Terms:
+    """What the recipe says of the licence, and of the rest what the source's card says."""
+    licence = section.licence or source.licence
+    if licence != OTHER:
+        return Terms(licence)
+    name, link = other_licence_of(source.folder)
+    return Terms(licence, section.licence_name or name, section.licence_link or link)
 
 
 def _check_proof(recipe: Recipe, config: Any) -> None:

@@ -22,6 +22,7 @@ from retrofit.model.load import load_config, load_tokenizer
 from retrofit.pipeline import reporting
 from retrofit.pipeline.evaluation import losses_file
 from retrofit.pipeline.plan import FOLDERS
+from retrofit.pipeline.prepare import terms_of
 from retrofit.pipeline.public import public_recipe, public_texts
 from retrofit.pipeline.runner import FINAL, Runner, State
 from retrofit.publish.card import render_card
@@ -144,11 +145,13 @@ def _card(runner: Runner, state: State, folder: Path, section: Publish, *, chart
     before, after = prepared.spec, describe(config)
     first, extension = data.models[0], data.context or {}
     assert data.native_length and data.claimed_length
-    base = section.base_model or source.base_model
+    base, terms = section.base_model or source.base_model, terms_of(section, source)
     return CardInput(
         title=title(recipe, base, data.claimed_length),
         base_model=base,
-        licence=section.licence or source.licence,
+        licence=terms.licence,
+        licence_name=terms.name,
+        licence_link=terms.link,
         architecture=stock_class(config),
         dtype=str(config.dtype).removeprefix("torch."),
         layers=len(prepared.spec.layers),

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import jinja2
 
 from retrofit.evaluate.effective import certificate
-from retrofit.publish.card_input import CardInput, require_known, unknown
-from retrofit.publish.snippet import placeholders
+from retrofit.publish.card_input import CardInput, require_known
 
 if TYPE_CHECKING:
     from retrofit.evaluate.effective import EffectiveLength
@@ -49,7 +48,7 @@ def render_card(card: CardInput) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["thousands"] = lambda value: f"{value:,}"
-    text = environment.get_template("card.md.j2").render(
+    return environment.get_template("card.md.j2").render(
         card=card,
         front_matter=_front_matter(card),
         summary=_summary(card),
@@ -62,10 +61,6 @@ def render_card(card: CardInput) -> str:
         limits=_limits(card),
         chart_alt=f"Perplexity by context length: {', '.join(model.label for model in card.models)}",
     )
-    left = placeholders(text)
-    if left:
-        raise unknown([f"the text holds a placeholder ({place})" for place in left])
-    return text
 
 
 def _tests(effective: EffectiveLength) -> list[str]:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from retrofit.errors import UserError
+from retrofit.escape import shown
+from retrofit.recipe.hub import is_repo_id, licence_problem
 
 if TYPE_CHECKING:
     from retrofit.evaluate.answers import TaskChange, TaskScore
     from retrofit.evaluate.effective import EffectiveLength
     from retrofit.evaluate.perplexity import Row
-
-LICENCE_ID = re.compile(r"^[a-z0-9][a-z0-9.+-]*$")
-HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 @dataclass(frozen=True)
@@ -90,9 +88,14 @@ def require_known(card: CardInput) -> None:
         raise unknown(problems)
 
 
-def require_licence_and_base(licence: str | None, base_model: str | None) -> None:
-    """UserError unless both are known; cheap, so that a run asks before hours of work and not at its end."""
-    problems = _identity_problems(licence, base_model)
+def require_licence_and_base(
+    licence: str | None, base_model: str | None, name: str | None = None, link: str | None = None
+) -> None:
+    """UserError unless both are known; cheap, so that a run asks before hours of work and not at its end.
+
+    name, link: of the licence `other`.
+    """
+    problems = _identity_problems(licence, base_model, name, link)
     if problems:
         raise unknown(problems)
 
@@ -103,26 +106,23 @@ def unknown(problems: Sequence[str]) -> UserError:
     return UserError(f"the model card cannot be written:{listed}", where="README.md", fix="give the values named above")
 
 
-def _identity_problems(licence: str | None, base_model: str | None) -> list[str]:
-    problems = []
-    if not licence:
-        problems.append("the licence is not known; give it with --set publish.licence=ID (for example apache-2.0)")
-    elif not LICENCE_ID.match(licence) or licence in ("unknown", "none"):
-        problems.append(
-            f"`{licence}` is not a licence id of the hub; give one with --set publish.licence=ID, from "
-            "https://huggingface.co/docs/hub/repositories-licenses"
-        )
+def _identity_problems(
+    licence: str | None, base_model: str | None, name: str | None = None, link: str | None = None
+) -> list[str]:
+    problem = licence_problem(licence, name, link)
+    problems = [problem] if problem else []
     if not base_model:
         problems.append("the base model is not known; give its hub id with --set publish.base_model=ORG/NAME")
-    elif not HUB_ID.match(base_model):
-        problems.append(f"`{base_model}` is not a hub id; give --set publish.base_model=ORG/NAME")
+    elif not is_repo_id(base_model):
+        problems.append(f"`{shown(base_model, 60)}` is not a hub id; give --set publish.base_model=ORG/NAME")
     return problems
 
 
 def _problems(card: CardInput) -> list[str]:
-    problems = _identity_problems(card.licence, card.base_model)
+    problems = _identity_problems(card.licence, card.base_model, card.licence_name, card.licence_link)
     for name in ("title", "architecture", "dtype", "recipe_yaml", "commands", "versions", "snippet", "kv_cache_bytes"):
-        if not getattr(card, name):
+        value = getattr(card, name)
+        if not value or (isinstance(value, str) and not value.strip()):
             problems.append(f"{name} is empty")
     if not card.models or not all(model.rows for model in card.models):
         return [*problems, "no perplexity was measured; keep `evaluate` in the recipe"]

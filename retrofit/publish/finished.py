@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from retrofit.checkpoint.provenance import FILE, digest, read_provenance
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.errors import GateError, UserError
-from retrofit.publish.card_input import LICENCE_ID
 from retrofit.publish.snippet import front_matter, placeholders, shows_snippet
+from retrofit.recipe.hub import licence_problem
 
 CARD = "README.md"
 _AGAIN = "write the folder again: retrofit run RECIPE --from publish"
@@ -49,7 +49,7 @@ def require_finished(folder: str | Path, *, licence: str | None = None) -> Finis
         raise UserError(
             "the card does not show the lines that a fresh process executed", where=str(folder / CARD), fix=_AGAIN
         )
-    left = placeholders(card)
+    left = placeholders(card, _names(record))
     if left:
         raise UserError(
             f"the card has placeholders ({'; '.join(left[:5])})", where=str(folder / CARD), fix="write the values there"
@@ -57,6 +57,15 @@ def require_finished(folder: str | Path, *, licence: str | None = None) -> Finis
     files = tuple(sorted({*record["files"], CARD, FILE}))
     nbytes = sum((folder / name).stat().st_size for name in files)
     return Finished(folder, card, _licence(card, licence, folder), files, nbytes)
+
+
+def _names(record: object) -> set[str]:
+    """Every text of the record, and the last part of every path: names of a user's own, whatever they look like."""
+    if isinstance(record, dict):
+        return _names(list(record)) | _names(list(record.values()))
+    if isinstance(record, list):
+        return set().union(*map(_names, record))
+    return {record, PurePath(record).name} if isinstance(record, str) else set()
 
 
 def _require_gate(record: dict[str, Any], folder: Path) -> None:
@@ -94,7 +103,8 @@ def _require_files(record: dict[str, Any], folder: Path) -> None:
 
 
 def _licence(card: str, asked: str | None, folder: Path) -> str:
-    stated = front_matter(card).get("license")
+    front = front_matter(card)
+    stated = front.get("license")
     if stated and asked and stated != asked:
         raise UserError(
             f"the card says licence {stated}, and {asked} was asked for",
@@ -106,10 +116,7 @@ def _licence(card: str, asked: str | None, folder: Path) -> str:
         raise UserError(
             "no licence is known for this model", where=str(folder / CARD), fix="give one: --licence apache-2.0"
         )
-    if not LICENCE_ID.match(str(licence)):
-        raise UserError(
-            f"`{licence}` is not a licence id of the hub",
-            where=str(folder / CARD),
-            fix="choose one from https://huggingface.co/docs/hub/repositories-licenses",
-        )
+    problem = licence_problem(str(licence), front.get("license_name"), front.get("license_link"))
+    if problem:
+        raise UserError(problem, where=str(folder / CARD), fix="correct `license:` in the card")
     return str(licence)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from retrofit.errors import GateError
-from retrofit.recipe.schema import BOUND
+from retrofit.recipe.schema import parse_bound
 
 _COMPARE: Mapping[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -39,9 +39,8 @@ def check(require: Mapping[str, str], metrics: Mapping[str, float]) -> list[Gate
 
 
 def _check(metric: str, bound: str, metrics: Mapping[str, float]) -> GateResult:
-    match = BOUND.match(bound)
-    limit = _number(match[2]) if match else None
-    if match is None or limit is None:
+    compared = parse_bound(bound)
+    if compared is None:
         return GateResult(metric, bound, None, False, f"`{bound}` is not a bound")
     if metric not in metrics:
         close = difflib.get_close_matches(metric, list(metrics), n=1, cutoff=0.5)
@@ -50,15 +49,8 @@ def _check(metric: str, bound: str, metrics: Mapping[str, float]) -> GateResult:
     value = float(metrics[metric])
     if not math.isfinite(value):
         return GateResult(metric, bound, None, False, f"is {value}, not a finite number")
-    passed = _COMPARE[match[1]](value, limit)
+    passed = _COMPARE[compared[0]](value, compared[1])
     return GateResult(metric, bound, value, passed, f"is {value:.6g}, {'as' if passed else 'not'} {bound.strip()}")
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def enforce(results: Sequence[GateResult], *, where: str | None = None) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from retrofit import yamlfile
 from retrofit.errors import UserError
-from retrofit.escape import python_string, shown
+from retrofit.escape import markdown, python_string, shown, visible
 
 MODEL_ID_LINE = re.compile(r'^model_id = (["\']).*?\1.*$', re.MULTILINE)
 _PLACEHOLDERS = (
@@ -77,9 +78,15 @@ def front_matter(card: str) -> dict[str, Any]:
     return parsed.value
 
 
-def placeholders(card: str) -> list[str]:
-    """What stands in a card where a value should be, each with its line number. The recipe's own block is left out."""
+def placeholders(card: str, names: Iterable[str] = ()) -> list[str]:
+    """What stands in a card that somebody has edited where a value should be, each with its line number.
+
+    names: of texts, models and tasks, in which nothing is looked for. The recipe's own block is left out.
+    """
     text = re.sub(r"^```yaml\n.*?^```$", lambda m: "\n" * m[0].count("\n"), card, flags=re.DOTALL | re.MULTILINE)
+    for name in sorted(filter(None, names), key=len, reverse=True):
+        for written in {name, visible(name), markdown(name)}:
+            text = text.replace(written, "") if written.strip() else text
     found = []
     for number, line in enumerate(text.splitlines(), start=1):
         found += [f"line {number}: {match[0]}" for pattern in _PLACEHOLDERS for match in pattern.finditer(line)]

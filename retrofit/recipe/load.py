@@ -120,7 +120,7 @@ def parse(
         result = kind.model_validate(document.values)
     except ValidationError as error:
         unread = {problem.key for problem in document.problems}
-        found = [_problem(document, kind, details) for details in error.errors(include_url=False)]
+        found = [_problem(document, kind, details) for details in _told_once(error)]
         document.problems += [problem for problem in found if problem.key not in unread]
         raise RecipeError(filename, _in_order(document.problems)) from None
     if document.problems:
@@ -137,7 +137,7 @@ def validate(values: dict[str, Any], kind: type[Model], where: str) -> Model:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        problems = [_problem(document, kind, details) for details in error.errors(include_url=False)]
+        problems = [_problem(document, kind, details) for details in _told_once(error)]
         raise RecipeError(where, problems) from None
 
 
@@ -202,6 +202,15 @@ def _forget(document: _Document, key: Key) -> None:
         del document.where[known]
 
 
+def _told_once(error: ValidationError) -> list[ErrorDetails]:
+    """The errors of pydantic without those that say of a list that it is short, because some of it is wrong."""
+    return [
+        details
+        for details in error.errors(include_url=False)
+        if details["type"] != "too_short" or len(details["input"]) < details["ctx"]["min_length"]
+    ]
+
+
 def _problem(document: _Document, kind: type[BaseModel], details: ErrorDetails) -> Problem:
     key: Key = tuple(details["loc"])
     if details["type"] == "extra_forbidden":
@@ -237,7 +246,9 @@ _WORDS = (
     ("string_type", "text (quote it)"),
     ("string_pattern", "text matching {pattern}"),
     ("string_too_short", "text of at least {min_length} character"),
+    ("string_too_long", "text of at most {max_length} characters"),
     ("too_short", "a list of at least {min_length}"),
+    ("too_long", "a list of at most {max_length}"),
     ("tuple_type", "a list"),
     ("dict_type", "a section (key: value)"),
     ("model_", "a section (key: value)"),

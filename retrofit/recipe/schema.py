@@ -5,10 +5,14 @@ A recipe is a YAML file with these keys; `load.py` reads it with line numbers. `
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from retrofit.escape import shown, visible
+from retrofit.recipe.hub import OTHER, is_link, is_repo_id, licence_problem
 
 Kernel = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "blockwise"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -36,14 +40,44 @@ RULER_TASKS: tuple[RulerTask, ...] = (
 )
 
 _REQUIRE_KEY = re.compile(
-    r"^(ppl|ppl_ratio|tail_ppl|tail_ppl_ratio|kv_ratio|kernel_max_diff|effective_length)(@\d+)?(/[\w.-]+)?$"
-    r"|^(task|task_drop)@[\w.:+-]+(/[\w.,+-]+)?$"
+    r"(ppl|ppl_ratio|tail_ppl|tail_ppl_ratio|kv_ratio|kernel_max_diff|effective_length)(@[0-9]{1,10})?(/[\w.-]+)?"
+    r"|(task|task_drop)@[\w.:+-]+(/[\w.,+-]+)?"
 )
-BOUND = re.compile(r"^\s*(<=|>=|<|>)\s*([0-9.]+(?:[eE][+-]?\d+)?)\s*$")
+_BOUND = re.compile(r"\s*(<=|>=|<|>)\s*((?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*")
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(B|KB|MB|GB|TB)?\s*", re.IGNORECASE)
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
+NAME = r"^[A-Za-z0-9][\w.-]*$"
+"""What a recipe or a suite may be called: it names a folder."""
 
+# The widest range of each kind of number. What a model or a machine can hold of it is checked when both are known.
 MOST_TOKENS = 2**31 - 1
 """The longest window: engines count positions in 32 bits."""
+MOST_READ = 10**12
+"""Most tokens that a step is asked to read in all."""
+MOST_SEED = 2**31 - 1
+"""The largest seed: what is drawn from its neighbours stays below numpy's 2**32."""
+SMALLEST_SHARD = 1000
+"""Bytes: fewer would be a file for nearly every tensor of the smallest model."""
+
+Length = Annotated[int, Field(ge=16, le=MOST_TOKENS)]
+Divisor = Annotated[float, Field(ge=1e-3, le=MOST_TOKENS)]
+Word = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+def parse_bound(text: str) -> tuple[str, float] | None:
+    """("<=", 1.5) of "<= 1.5"; None for what is no comparison with a finite number."""
+    match = _BOUND.fullmatch(text)
+    if match is None or not math.isfinite(limit := float(match[2])):
+        return None
+    return match[1], limit
+
+
+def parse_size(size: str) -> int | None:
+    """Bytes of "5GB" (powers of ten, as on the hub); None for what is no size."""
+    match = _SIZE.fullmatch(size)
+    nbytes = float(match[1]) * _UNITS[(match[2] or "B").upper()] if match else math.inf
+    return int(nbytes) if nbytes < 2**63 else None
 
 
 class Section(BaseModel):
@@ -61,10 +95,10 @@ class TextSource(Section):
     weight: its share of a mix. field: the key that holds the text in JSONL, parquet and hub rows.
     """
 
-    source: str = Field(min_length=1)
-    weight: float = Field(1.0, gt=0)
-    field: str = "text"
-    split: str = "train"
+    source: Word
+    weight: float = Field(1.0, ge=1e-6, le=1e6)
+    field: Word = "text"
+    split: Word = "train"
 
     @model_validator(mode="before")
     @classmethod
@@ -76,17 +110,19 @@ def _mix(*names: str) -> tuple[TextSource, ...]:
     return tuple(TextSource(source=name) for name in names)
 
 
+Texts = Annotated[tuple[TextSource, ...], Field(min_length=1, max_length=1000)]
+
+
 class Calibration(Section):
     """Text that the calibration pass reads: of several kinds, because what is fitted to one kind fails on others."""
 
-    text: tuple[TextSource, ...] = Field(
-        default_factory=lambda: _mix("python-docs", "python-stdlib", "self"), min_length=1
-    )
-    tokens: int = Field(49_152, ge=256, description="tokens read in all")
-    sequence_length: int = Field(1024, ge=16, description="tokens per sequence")
+    text: Texts = Field(default_factory=lambda: _mix("python-docs", "python-stdlib", "self"))
+    tokens: int = Field(49_152, ge=256, le=MOST_READ, description="tokens read in all")
+    sequence_length: Length = Field(1024, description="tokens per sequence")
     averaged_tokens: int = Field(
         8192,
         ge=0,
+        le=MOST_READ,
         description="tokens whose attention patterns weigh the values' directions; 0 takes values as they are",
     )
 
@@ -94,7 +130,7 @@ class Calibration(Section):
 class Convert(Section):
     """Fewer KV heads."""
 
-    kv_heads: int = Field(ge=1, description="KV heads per layer after conversion (G)")
+    kv_heads: int = Field(ge=1, le=65_536, description="KV heads per layer after conversion (G)")
     method: Method = "calibrated"
     repair: Literal["none", "o_proj", "transfer"] = Field(
         "o_proj", description="after the merge: a closed-form output projection; transfer trains each attention as well"
@@ -116,15 +152,19 @@ class RopeSettings(Section):
     short_factor, long_factor: one divisor of the frequency per rotary pair, up to the original length and beyond it.
     """
 
-    theta: float | None = Field(None, gt=1)
-    scale: float | None = Field(None, ge=1)
-    attention_factor: float | None = Field(None, gt=0)
-    beta_fast: float | None = Field(None, gt=0, description="yarn: pairs that turn more often in the window are kept")
-    beta_slow: float | None = Field(None, gt=0, description="yarn: pairs that turn less often are divided by the scale")
-    low_freq_factor: float | None = Field(None, gt=0, description="llama3: as beta_slow")
-    high_freq_factor: float | None = Field(None, gt=0, description="llama3: as beta_fast")
-    short_factor: tuple[Annotated[float, Field(gt=0)], ...] | None = None
-    long_factor: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    theta: float | None = Field(None, ge=2, le=1e15)
+    scale: float | None = Field(None, ge=1, le=MOST_TOKENS)
+    attention_factor: float | None = Field(None, ge=0.1, le=10)
+    beta_fast: float | None = Field(
+        None, ge=1e-3, le=1e6, description="yarn: pairs that turn more often in the window are kept"
+    )
+    beta_slow: float | None = Field(
+        None, ge=1e-3, le=1e6, description="yarn: pairs that turn less often are divided by the scale"
+    )
+    low_freq_factor: float | None = Field(None, ge=1e-3, le=1e6, description="llama3: as beta_slow")
+    high_freq_factor: float | None = Field(None, ge=1e-3, le=1e6, description="llama3: as beta_fast")
+    short_factor: tuple[Divisor, ...] | None = Field(None, min_length=1, max_length=4096)
+    long_factor: tuple[Divisor, ...] | None = Field(None, min_length=1, max_length=4096)
 
     def unread_by(self, method: str) -> tuple[str, ...]:
         """Settings that are given and mean nothing to `method`."""
@@ -139,14 +179,15 @@ class Search(Section):
     tokens: int | None = Field(
         None,
         ge=1,
+        le=MOST_READ,
         description="budget: what passes read, but a near-sighted one counts as a quarter; 12 x the length if left out",
     )
-    native_weight: float = Field(1.0, ge=0)
-    needle_weight: float = Field(0.1, ge=0)
+    native_weight: float = Field(1.0, ge=0, le=1e6)
+    needle_weight: float = Field(0.1, ge=0, le=1e6)
     portable: bool = Field(
         True, description="only encodings that transformers, vLLM and llama.cpp read alike, as far as the linter knows"
     )
-    text: tuple[TextSource, ...] = Field(default_factory=lambda: _mix("python-docs", "python-stdlib"), min_length=1)
+    text: Texts = Field(default_factory=lambda: _mix("python-docs", "python-stdlib"))
 
     def tokens_for(self, length: int) -> int:
         """The budget of a search over windows of `length` tokens."""
@@ -160,7 +201,7 @@ class Context(RopeSettings):
     Learned positions know `linear` only.
     """
 
-    length: int | None = Field(None, ge=16, le=MOST_TOKENS)
+    length: Length | None = None
     factor: float | None = Field(None, ge=1, le=MOST_TOKENS)
     method: RopeMethod = "yarn"
     search: Search | None = None
@@ -197,20 +238,26 @@ class Adapter(Section):
     """LoRA by peft. attention/mlp: which projections carry an adapter; norms/embeddings (learned positions with them):
     trained in full as well."""
 
-    rank: int = Field(64, ge=1)
-    alpha: int = Field(128, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(64, ge=1, le=65_536)
+    alpha: int = Field(128, ge=1, le=65_536)
+    dropout: float = Field(0.0, ge=0, le=0.9)
     attention: bool = True
     mlp: bool = True
     norms: bool = False
     embeddings: bool = False
 
+    @model_validator(mode="after")
+    def _somewhere(self) -> Adapter:
+        if not (self.attention or self.mlp):
+            raise ValueError("the adapter sits nowhere; set `attention: true` or `mlp: true` (or both)")
+        return self
+
 
 class Stage(Section):
     """One stage of a length schedule: `tokens` training tokens whose positions reach `length`."""
 
-    length: int = Field(ge=16)
-    tokens: int = Field(ge=1)
+    length: Length
+    tokens: int = Field(ge=1, le=MOST_READ)
 
 
 class Recover(Section):
@@ -224,36 +271,41 @@ class Recover(Section):
     """
 
     loss: Literal["distill", "lm"] = "distill"
-    tokens: int = Field(200_000, ge=1, description="training tokens in all")
-    sequence_length: int = Field(1024, ge=16)
+    tokens: int = Field(200_000, ge=1, le=MOST_READ, description="training tokens in all")
+    sequence_length: Length = 1024
     positions: Literal["full", "pose"] = "full"
-    pose_chunks: int = Field(2, ge=2, description="with pose: chunks of a row")
+    pose_chunks: int = Field(2, ge=2, le=65_536, description="with pose: chunks of a row")
     short_share: float = Field(
         0.35, ge=0, lt=1, description="with pose: share of rows that keep ordinary positions, for short-context quality"
     )
     document_masking: bool = Field(
         False, description="packed documents do not see each other and count their positions from 0"
     )
-    stages: tuple[Stage, ...] = ()
-    batch_size: int = Field(1, ge=1, description="sequences per optimizer step and process")
+    stages: tuple[Stage, ...] = Field((), max_length=1000)
+    batch_size: int = Field(1, ge=1, le=65_536, description="sequences per optimizer step and process")
     learning_rate: float | None = Field(
-        None, gt=0, description="the highest one of the schedule; by default 0.576 / hidden size: 1e-3 for 576 channels"
+        None,
+        ge=1e-9,
+        le=1,
+        description="the highest one of the schedule; by default 0.576 / hidden size: 1e-3 for 576 channels",
     )
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    row_chunk: int = Field(512, ge=1, description="rows of logits that exist at one time in the loss")
+    weight_decay: float = Field(0.0, ge=0, le=10)
+    max_grad_norm: float = Field(1.0, ge=1e-6, le=1e6)
+    row_chunk: int = Field(512, ge=1, le=2**20, description="rows of logits that exist at one time in the loss")
     gradient_checkpointing: bool = Field(
         False,
         description="compute activations again in the backward pass instead of keeping them: slower, less memory. "
         "Turn on when they do not fit, for billions of parameters or many thousand tokens per step; "
         "a small model at 1,024 tokens gains nothing",
     )
-    evals: int = Field(4, ge=1, description="how often the held-out loss is measured; the best adapter is kept")
-    eval_tokens: int = Field(8192, ge=64)
-    checkpoints: int = Field(4, ge=1, description="how often training can be resumed from")
+    evals: int = Field(
+        4, ge=1, le=10_000, description="how often the held-out loss is measured; the best adapter is kept"
+    )
+    eval_tokens: int = Field(8192, ge=64, le=MOST_READ)
+    checkpoints: int = Field(4, ge=1, le=10_000, description="how often training can be resumed from")
     adapter: Adapter = Adapter()
-    text: tuple[TextSource, ...] = Field(default_factory=lambda: _mix("python-docs", "python-stdlib"), min_length=1)
+    text: Texts = Field(default_factory=lambda: _mix("python-docs", "python-stdlib"))
 
     @model_validator(mode="before")
     @classmethod
@@ -299,9 +351,9 @@ class Needle(Section):
     """Needle in a haystack: lengths x depths x samples, each prompt exactly as long as asked for."""
 
     test: Literal["needle", "passkey"] = "needle"
-    lengths: tuple[Annotated[int, Field(ge=64)], ...] = Field(min_length=1)
-    depths: int = Field(5, ge=1, description="depths from 0 to 1")
-    samples: int = Field(1, ge=1, description="needles per length and depth")
+    lengths: tuple[Annotated[int, Field(ge=64, le=MOST_TOKENS)], ...] = Field(min_length=1, max_length=100)
+    depths: int = Field(5, ge=1, le=1000, description="depths from 0 to 1")
+    samples: int = Field(1, ge=1, le=10_000, description="needles per length and depth")
     together: bool = Field(
         False, description="the needles of all depths in one haystack, with a key each: one pass a length, and harder"
     )
@@ -319,8 +371,8 @@ class Ruler(Section):
     """RULER's tasks that need no data: retrieval, variable tracking, common and frequent words."""
 
     tasks: tuple[RulerTask, ...] = Field(RULER_TASKS, min_length=1)
-    lengths: tuple[Annotated[int, Field(ge=256)], ...] = Field(min_length=1)
-    samples: int = Field(1, ge=1, description="texts per task and length")
+    lengths: tuple[Annotated[int, Field(ge=256, le=MOST_TOKENS)], ...] = Field(min_length=1, max_length=100)
+    samples: int = Field(1, ge=1, le=10_000, description="texts per task and length")
 
     _ascending = field_validator("lengths")(lambda value: tuple(sorted(set(value))))
 
@@ -332,14 +384,19 @@ class Tasks(Section):
     files of tasks of one's own, which go before the harness's own of the same name.
     """
 
-    names: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
-    folder: str | None = None
+    names: tuple[Word, ...] = Field(min_length=1, max_length=1000)
+    folder: Word | None = None
     fewshot: int | None = Field(
-        None, ge=0, description="examples before each question; by default, and where a task fixes 0, the task's own"
+        None,
+        ge=0,
+        le=1000,
+        description="examples before each question; by default, and where a task fixes 0, the task's own",
     )
-    limit: int | None = Field(None, ge=1, description="questions of each task, from its beginning; by default all")
+    limit: int | None = Field(
+        None, ge=1, le=10**9, description="questions of each task, from its beginning; by default all"
+    )
     batch_size: int = Field(
-        1, ge=1, description="requests read at a time; more are faster on a GPU, and change the last digits"
+        1, ge=1, le=65_536, description="requests read at a time; more are faster on a GPU, and change the last digits"
     )
 
     @field_validator("names")
@@ -355,27 +412,34 @@ class Evaluate(Section):
     needle, the effective length is certified.
     """
 
-    lengths: tuple[Annotated[int, Field(ge=16)], ...] = Field((1024, 2048, 4096, 8192), min_length=1)
-    text: tuple[TextSource, ...] = Field(default_factory=lambda: _mix("python-docs", "python-stdlib"), min_length=1)
-    documents: int = Field(2, ge=1, description="documents per source, each at least as long as the longest length")
-    tail: int = Field(1024, ge=1, description="TailPPL(L) looks at the last `tail` tokens before L")
-    chunk: int = Field(512, ge=1, description="tokens per forward chunk")
+    lengths: tuple[Length, ...] = Field((1024, 2048, 4096, 8192), min_length=1, max_length=100)
+    text: Texts = Field(default_factory=lambda: _mix("python-docs", "python-stdlib"))
+    documents: int = Field(
+        2, ge=1, le=10**6, description="documents per source, each at least as long as the longest length"
+    )
+    tail: int = Field(1024, ge=1, le=MOST_TOKENS, description="TailPPL(L) looks at the last `tail` tokens before L")
+    chunk: int = Field(512, ge=1, le=MOST_TOKENS, description="tokens per forward chunk")
     dtype: Dtype = "auto"
-    resamples: int = Field(2000, ge=100, description="bootstrap resamples")
-    cost_lengths: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+    resamples: int = Field(2000, ge=100, le=100_000, description="bootstrap resamples")
+    cost_lengths: tuple[Annotated[int, Field(ge=1, le=MOST_TOKENS)], ...] = Field(
         (512, 2048),
+        max_length=100,
         description="lengths, cut to the window, at which prefill, decoding and memory are measured; [] skips it",
     )
-    decode_tokens: int = Field(64, ge=0, description="tokens decoded at each of `cost_lengths`; 0 measures the prefill")
-    document_tokens: int | None = Field(
-        None, ge=16, description="tokens read of each document, for windows that move; by default the longest length"
+    decode_tokens: int = Field(
+        64, ge=0, le=8192, description="tokens decoded at each of `cost_lengths`; 0 measures the prefill"
+    )
+    document_tokens: Length | None = Field(
+        None, description="tokens read of each document, for windows that move; by default the longest length"
     )
     context_gain: bool = Field(
         False, description="beyond the native length: does the longer context lower the loss of the same tokens?"
     )
     long_ppl: bool = Field(False, description="perplexity of the tokens that a context beyond 4,096 makes predictable")
-    definitions: tuple[Definition, ...] = Field((), description="perplexities as others define them")
-    stride: int = Field(256, ge=1, description="tokens that the windows of `definitions: [sliding]` move by")
+    definitions: tuple[Definition, ...] = Field((), max_length=100, description="perplexities as others define them")
+    stride: int = Field(
+        256, ge=1, le=MOST_TOKENS, description="tokens that the windows of `definitions: [sliding]` move by"
+    )
     needle: Needle | None = None
     ruler: Ruler | None = None
     tasks: Tasks | None = None
@@ -390,21 +454,72 @@ class Publish(Section):
     """The checkpoint that can be published."""
 
     licence: str | None = Field(None, description="licence id for the card; by default the source model's own")
+    licence_name: str | None = Field(
+        None, min_length=1, max_length=200, description="with the licence `other`: its name; by default the source's"
+    )
+    licence_link: str | None = Field(None, description="with the licence `other`: where its text is")
     base_model: str | None = Field(None, description="hub id of the source for the card, when it cannot be known")
-    max_shard_size: str = "5GB"
-    reload_tokens: int = Field(1024, ge=16, description="tokens per document that a fresh process scores again")
+    max_shard_size: str = Field("5GB", description="most bytes of a weight file: 500MB, 5GB; 1KB at least")
+    reload_tokens: Length = Field(1024, description="tokens per document that a fresh process scores again")
+
+    @field_validator("licence")
+    @classmethod
+    def _known_licence(cls, value: str | None) -> str | None:
+        problem = None if value in (None, OTHER) else licence_problem(value)
+        if problem:
+            raise ValueError(problem)
+        return value
+
+    @field_validator("licence_name")
+    @classmethod
+    def _one_line(cls, value: str | None) -> str | None:
+        if value is not None and (visible(value) != value or not value.strip()):
+            raise ValueError("must be one line of plain text")
+        return value
+
+    @field_validator("licence_link")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is not None and not is_link(value):
+            raise ValueError(
+                f"`{shown(value, 60)}` is no address (https://...) and no name of a file in the repository"
+            )
+        return value
+
+    @field_validator("base_model")
+    @classmethod
+    def _repository(cls, value: str | None) -> str | None:
+        if value is not None and not is_repo_id(value):
+            raise ValueError(f"`{shown(value, 60)}` is not a hub id; write ORG/NAME")
+        return value
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _whole_bytes(cls, value: str) -> str:
+        nbytes = parse_size(value)
+        if nbytes is None:
+            raise ValueError(f"`{shown(value, 60)}` is not a size; write for example 5GB or 500MB")
+        if nbytes < SMALLEST_SHARD:
+            raise ValueError(f"must be at least {SMALLEST_SHARD} bytes, not `{value}`; write for example 5GB")
+        return value
+
+    @model_validator(mode="after")
+    def _terms(self) -> Publish:
+        if self.licence not in (None, OTHER) and (self.licence_name or self.licence_link):
+            raise ValueError(f"`licence_name` and `licence_link` belong to `licence: other`, not to `{self.licence}`")
+        return self
 
 
 class Recipe(Section):
     """A whole run: load -> convert -> extend -> recover -> evaluate -> publish."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
-    description: str = ""
-    model: str | None = Field(None, description="hub id | folder | .gguf file | `embedded`; `--model` overrides it")
-    revision: str | None = None
+    name: str = Field(pattern=NAME, max_length=100)
+    description: str = Field("", max_length=100_000)
+    model: Word | None = Field(None, description="hub id | folder | .gguf file | `embedded`; `--model` overrides it")
+    revision: Word | None = None
     dtype: Dtype = Field("auto", description="dtype of the written weights; auto is the source's own")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = 0
+    seed: int = Field(0, ge=0, le=MOST_SEED)
     kernel: Kernel = "auto"
     link: bool = Field(
         False,
@@ -415,19 +530,20 @@ class Recipe(Section):
     recover: Recover | None = None
     evaluate: Evaluate | None = Evaluate()
     publish: Publish | None = Publish()
-    require: dict[str, str] = Field(default_factory=dict)
+    require: dict[str, str] = Field(default_factory=dict, max_length=1000)
 
     @field_validator("require")
     @classmethod
     def _requirements(cls, value: dict[str, str]) -> dict[str, str]:
         for key, bound in value.items():
-            if not _REQUIRE_KEY.match(key):
+            if not _REQUIRE_KEY.fullmatch(key):
                 raise ValueError(
-                    f"`{key}` is not a metric; write ppl, ppl_ratio, tail_ppl or tail_ppl_ratio with @LENGTH and "
-                    "optionally /SOURCE, or task@NAME, task_drop@NAME, kv_ratio, kernel_max_diff, effective_length"
+                    f"`{shown(key, 60)}` is not a metric; write ppl, ppl_ratio, tail_ppl or tail_ppl_ratio with "
+                    "@LENGTH and optionally /SOURCE, or task@NAME, task_drop@NAME, kv_ratio, kernel_max_diff, "
+                    "effective_length"
                 )
-            if not BOUND.match(bound):
-                raise ValueError(f"`{bound}` is not a bound; write for example '<= 1.5'")
+            if parse_bound(bound) is None:
+                raise ValueError(f"`{shown(bound, 60)}` is not a bound; write for example '<= 1.5'")
         return value
 
     @model_validator(mode="after")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from retrofit.recipe.schema import Evaluate
+from retrofit.recipe.schema import NAME, Evaluate
 
 
 class Suite(Evaluate):
     """The `evaluate` section of a recipe, kept in a file of its own so that models are measured alike."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
-    description: str = ""
+    name: str = Field(pattern=NAME, max_length=100)
+    description: str = Field("", max_length=100_000)
 
     def evaluation(self) -> Evaluate:
         """The section without its name."""

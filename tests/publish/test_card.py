@@ -139,8 +139,7 @@ def test_only_what_was_done_is_told() -> None:
         ({"models": ()}, "no perplexity was measured"),
         ({"commands": ()}, "commands is empty"),
         ({"versions": {}}, "versions is empty"),
-        ({"title": "TODO"}, "placeholder"),
-        ({"notes": ("[More Information Needed]",)}, "placeholder"),
+        ({"title": " "}, "title is empty"),
         ({"models": (CardModel("original", rows(1.0)), CardModel("converted", rows(float("nan"))))}, "not finite"),
         ({"models": (CardModel("original", rows(1.0)[1:]), CardModel("converted", rows(2.0)))}, "is missing"),
     ],
@@ -161,6 +160,13 @@ def test_early_check() -> None:
     require_licence_and_base("mit", "a/b")
     with pytest.raises(UserError, match=r"publish\.licence"):
         require_licence_and_base(None, "a/b")
+
+
+def test_a_text_called_todo_is_no_placeholder() -> None:
+    models = tuple(CardModel(label, (row("TODO.txt", 1024, 10.0),)) for label in ("original", "converted"))
+    text = render_card(card_input(models=models, base_model="acme/TBD"))
+    assert "TODO.txt" in text
+    assert placeholders(text, ["/home/me/TODO.txt", "TODO.txt", "TBD"]) == []
 
 
 def test_placeholders_are_found_with_their_lines() -> None:

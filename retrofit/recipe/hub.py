@@ -1,0 +1,62 @@
+"""What the Hugging Face hub accepts as the name of a repository and as a licence. Nothing here uses the network."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from retrofit.escape import shown
+
+LICENCE_PAGE = "https://huggingface.co/docs/hub/repositories-licenses"
+OTHER = "other"
+"""The licence of a model whose own has no id: its name and a link to its text stand beside it."""
+
+_IDS = """
+afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 cc-by-3.0
+cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0
+cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0
+creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2
+fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 grok2-community h-research intel-research isc lgpl
+lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by
+ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl postgresql unlicense wtfpl zlib
+"""
+LICENCES = frozenset(_IDS.split())
+"""The ids of LICENCE_PAGE, without `unknown`, which grants nothing."""
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
+_LINK = re.compile(r"(https?://[^\s<>\"'`|\\{}^]+|[A-Za-z0-9][A-Za-z0-9._/-]*)")
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether the text is OWNER/NAME as the hub allows it."""
+    if not _REPO_ID.fullmatch(text) or len(text) > 200:
+        return False
+    return ".." not in text and "--" not in text and not text.endswith((".", "-", ".git")) and "./" not in text
+
+
+def is_link(text: str) -> bool:
+    """Whether the text is an address or the name of a file in the repository, on one line."""
+    return len(text) <= 2000 and ".." not in text and _LINK.fullmatch(text) is not None
+
+
+def licence_problem(licence: str | None, name: str | None = None, link: str | None = None) -> str | None:
+    """What keeps the hub from accepting this licence, and the fix; None where nothing does.
+
+    name, link: beside the licence `other`, which says nothing without them.
+    """
+    if not licence:
+        return "the licence is not known; give it with --set publish.licence=ID (for example apache-2.0)"
+    if licence not in LICENCES:
+        near = difflib.get_close_matches(licence.lower(), LICENCES, n=1, cutoff=0.6)
+        meant = f"; did you mean `{near[0]}`?" if near else "."
+        return (
+            f"`{shown(licence, 60)}` is not a licence id of the hub{meant} Give one with --set publish.licence=ID, "
+            f"from {LICENCE_PAGE}; or `{OTHER}` with licence_name and licence_link"
+        )
+    if licence == OTHER and not (name and link):
+        return (
+            "the licence `other` needs a name and a link to its text; give them with --set publish.licence_name=NAME "
+            "--set publish.licence_link=https://..."
+        )
+    return None
