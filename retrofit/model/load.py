@@ -184,6 +184,13 @@ def multiplies_in_bfloat16(device: str) -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "sve_bf16", "bf16"))
 
 
+def product_dtype(device: str) -> torch.dtype | None:
+    """What matrix products of float32 numbers are done in where speed counts: bfloat16, or None for their own dtype."""
+    import torch
+
+    return torch.bfloat16 if multiplies_in_bfloat16(device) else None
+
+
 def working_dtype(dtype: str, folder: str | Path, device: str) -> str:
     """What a model is run in: `dtype`, where "auto" is the stored one, or float32 on a processor that does not multiply
     in the stored one (there, bfloat16 matrix products are some fifty times slower than float32)."""

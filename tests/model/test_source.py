@@ -172,7 +172,6 @@ def probe(endpoint: str, cache: Path, *arguments: dict[str, object], **environme
         env=env | environment,
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
