@@ -20,11 +20,10 @@ from retrofit.model.load import load_config
 if TYPE_CHECKING:
     from retrofit.console import Progress
 
-REPO_ID = re.compile(r"^[\w][\w.-]*(/[\w][\w.-]*)?$")
-
 _LIGHT = ("*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*", "NOTICE*")
 _WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
-_PICKLES = re.compile(r"^[^/]*\.(bin|pt|pth|ckpt|pkl|msgpack|h5)$")
+_SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+_PICKLES = re.compile(r"[^/]*\.(bin|pt|pth|ckpt|pkl|msgpack|h5)")
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def download(repo_id: str, *, revision: str | None, weights: bool, progress: Pro
 def require_files(repo_id: str, files: set[str]) -> None:
     """Raises UserError unless a repository's file list holds a model that can be read."""
     where = f"https://huggingface.co/{repo_id}"
-    if any(re.match(r"^model(-\d+-of-\d+)?\.safetensors$", name) for name in files):
+    if any(_SAFETENSORS.fullmatch(name) for name in files):
         if "config.json" not in files:
             raise UserError("the repository holds no config.json", where=where, fix="choose a transformers checkpoint")
         return
@@ -90,7 +89,7 @@ def require_files(repo_id: str, files: set[str]) -> None:
             where=where,
             fix=f"download one and give its path: hf download {repo_id} {ggufs[0]} --local-dir .",
         )
-    if any(_PICKLES.match(name) for name in files):
+    if any(_PICKLES.fullmatch(name) for name in files):
         raise UserError(
             "the weights are pickled files only, which can run code when they are read; only safetensors are read",
             where=where,

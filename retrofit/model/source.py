@@ -25,7 +25,7 @@ _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _EMBEDDED_LICENCE = "apache-2.0"
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_BLOB = re.compile(r"^[0-9a-f]{64}$")
+_BLOB = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Source:
         for path in sorted(self.folder.iterdir()):
             if path.name == "config.json" or path.name.endswith((".safetensors", ".safetensors.index.json")):
                 blob = path.resolve().name
-                found[path.name] = blob if path.is_symlink() and _BLOB.match(blob) else sha256(path)
+                found[path.name] = blob if path.is_symlink() and _BLOB.fullmatch(blob) else sha256(path)
         return found
 
 
@@ -187,13 +187,18 @@ def _from_gguf(
 
 
 def _from_hub(name: str, revision: str | None, weights: bool, progress: Progress | None) -> Source:
-    from retrofit.model.hub import REPO_ID, download
+    from retrofit.model.hub import download
+    from retrofit.recipe.hub import is_model_or_dataset, is_revision
 
-    if not REPO_ID.match(name):
+    if not is_model_or_dataset(name):
         raise UserError(
             f"`{name}` is no folder, no file and no hub id",
             where="model",
             fix="check the path, or write OWNER/NAME for a model on the hub",
+        )
+    if revision is not None and not is_revision(revision):
+        raise UserError(
+            f"`{revision}` is no name of a revision", where="revision", fix="give a branch, a tag or a commit"
         )
     from retrofit.checkpoint.read import Checkpoint
     from retrofit.model.licence import licence_of
