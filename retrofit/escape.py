@@ -47,7 +47,7 @@ def visible(text: object, *, keep: str = "") -> str:
 
 def shown(text: object, limit: int = MAX_SHOWN) -> str:
     """One line for a message: `visible`, and cut when it is longer than `limit`."""
-    line = visible(text)
+    line = visible(str(text)[: limit + 1])  # escapes only lengthen it, and foreign texts can have megabytes
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from retrofit.checkpoint.read import read_json
 from retrofit.errors import UserError
+from retrofit.files import read_json
 
 STREAM_QUANTILES = (0.5, 0.9, 0.99, 1.0)
 # Rows of averaged values for each of a Gram's columns, below which the plain Gram is mixed in.

@@ -126,7 +126,7 @@ def config(data: bytes) -> None:
 @target
 def safetensors_header(data: bytes) -> None:
     """One safetensors file: any bytes, or a whole one with an odd header."""
-    from retrofit.checkpoint.read import read_header
+    from retrofit.checkpoint.header import read_header
 
     choices = Choices(data)
     if choices.below(4) == 0:
