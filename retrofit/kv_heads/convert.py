@@ -187,7 +187,8 @@ def _calibrate(
         progress.note(f"{removed} weight files were written from another calibration, and are written again")
     reports = run.all_layers()
     if moments is not None:
-        run.work.copy_moments(moments, Origin(digest(checkpoint.folder), f"converted to {kv_heads} KV heads"))
+        origin = Origin(digest(checkpoint.folder), f"converted to {kv_heads} KV heads", text.content)
+        run.work.copy_moments(moments, origin)
 
     def read(layer: int, name: str) -> Callable[[], Tensor]:
         return lambda: run.work.tensor(layer, name)

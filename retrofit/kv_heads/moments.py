@@ -19,23 +19,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from retrofit.checkpoint.read import read_json
 from retrofit.errors import UserError
-from retrofit.files import read_json
 
 STREAM_QUANTILES = (0.5, 0.9, 0.99, 1.0)
 # Rows of averaged values for each of a Gram's columns, below which the plain Gram is mixed in.
 _ROWS_PER_COLUMN = 8
 ORIGIN = "moments.json"
-_FILE = re.compile(r"layer-(\d{3,})\.safetensors")
+_FILE = re.compile(r"^layer-(\d{3,})\.safetensors$")
 
 
 @dataclass(frozen=True)
 class Origin:
     """Whose moments a folder holds. weights: digests of the checkpoint. stream: "original", or "converted to 2 KV
-    heads" where the layers before each were converted when it was measured."""
+    heads" where the layers before each were converted when it was measured. content: digest of the text that was read,
+    None where it was not recorded."""
 
     weights: Mapping[str, str]
     stream: str
+    content: str | None = None
 
     def write(self, folder: Path) -> None:
         """Keep it beside the moments in `folder`."""
@@ -50,7 +52,8 @@ class Origin:
         record = read_json(path, missing="")
         if record.get("weights") != dict(weights):
             raise UserError("these moments are of other weights", where=str(folder), fix=another)
-        return cls(dict(weights), str(record.get("stream")))
+        content = record.get("content")
+        return cls(dict(weights), str(record.get("stream")), content if isinstance(content, str) else None)
 
 
 @dataclass(frozen=True)
@@ -234,7 +237,7 @@ def load(folder: str | Path, index: int) -> LayerMoments:
 def saved(folder: str | Path) -> tuple[int, ...]:
     """Layers whose moments `folder` holds, in order."""
     folder = Path(folder)
-    found = [_FILE.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    found = [_FILE.match(path.name) for path in folder.iterdir()] if folder.is_dir() else []
     return tuple(sorted(int(match[1]) for match in found if match))
 
 

@@ -15,11 +15,13 @@ AVERAGED_TOKENS = 8192  # tokens whose attention patterns average the values, by
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Token ids [N, T] and the kind of text of each of the N sequences. notes: what was not done as asked, and why."""
+    """Token ids [N, T] and the kind of text of each of the N sequences. notes: what was not done as asked, and why.
+    content: digest of the sources that it was taken from."""
 
     input_ids_NT: Tensor
     kinds: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    content: str | None = None
 
     def __post_init__(self) -> None:
         assert len(self.kinds) == self.input_ids_NT.shape[0]

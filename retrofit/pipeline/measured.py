@@ -13,6 +13,7 @@ from retrofit.checkpoint.provenance import digest
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.kv_heads import VERSION
 from retrofit.kv_heads.disk import require_room
+from retrofit.kv_heads.moments import Origin
 from retrofit.kv_heads.price import LayerCost, probe_counts
 from retrofit.kv_heads.room import held, room_needed, survey_room
 from retrofit.model.families import describe
@@ -76,7 +77,8 @@ def measured(
         )
         layers = price(own / "moments")
         if moments is not None:
-            probes.keep(calibrated, own / "moments", moments, digest(folder))
+            origin = Origin(digest(folder), probes.ORIGINAL, text.content)
+            probes.keep(calibrated, own / "moments", moments, origin)
     return calibrated, layers
 
 

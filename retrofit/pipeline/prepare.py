@@ -40,13 +40,21 @@ from retrofit.pipeline.plan import (
     steps_of,
 )
 from retrofit.pipeline.task_checks import check_tasks
-from retrofit.pipeline.texts import read_before, require_distinct, scored_documents
+from retrofit.pipeline.texts import (
+    LONG_SEARCH,
+    check_calibration,
+    read_before,
+    recorded_text,
+    require_distinct,
+    scored_documents,
+)
 from retrofit.publish.card_input import require_licence_and_base
 from retrofit.publish.reload import nothing_to_compare
 from retrofit.recipe.hub import OTHER
 from retrofit.recipe.schema import Context, Publish, Recipe, TextSource
 from retrofit.recover.data import check_sources
 from retrofit.recover.files import kind_of
+from retrofit.recover.packing import CHARS_PER_TOKEN
 from retrofit.recover.samples import Teacher
 from retrofit.recover.schedule import check_lengths
 
@@ -54,6 +62,7 @@ if TYPE_CHECKING:
     from retrofit.console import Progress
 
 _SPARE = 1.1  # room asked for, over the room planned
+_USUALLY_READ = 1 << 25  # characters of a text that are compared with what is measured, at least
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ def prepare(
         raise UserError("the recipe has no step", where=recipe.name, fix="add convert, context, recover or evaluate")
     if out is not None:
         require_run_folder(out)
-    _check_texts(recipe)
+    about_texts = _check_texts(recipe)
     _check_require(recipe)
     if recipe.evaluate and recipe.evaluate.tasks:
         require_harness()
@@ -106,6 +115,7 @@ def prepare(
     config = load_config(source.folder)
     spec = describe(config)
     found = check_surgery(recipe, config, spec, source.folder, beyond=beyond)
+    found = (*about_texts, *found)
     notes = (*source.notes, *found)
     if recipe.dtype not in ("auto", source.dtype) and recipe.convert is None:
         raise UserError(
@@ -132,10 +142,12 @@ def prepare(
             require_complete(checkpoint, config, spec)
         checkpoint.require_finite(written=written)
         read = read_before(recipe.evaluate.text if recipe.evaluate else (), source.folder)
-        notes = (*notes, *read.values())
-        for note in (*found, *read.values()) if progress else ():
+        about_documents: list[str] = []
+        positions = spec.max_position_embeddings
+        documents = _documents(recipe, source, device, tuple(read), positions, about_documents)
+        notes = (*notes, *read.values(), *about_documents)
+        for note in (*found, *read.values(), *about_documents) if progress else ():
             progress.note(note)  # type: ignore[union-attr]
-        documents = _documents(recipe, source, device, tuple(read))
     return Prepared(recipe, source, spec, plan, device, kernel, documents, notes, harness)
 
 
@@ -182,8 +194,8 @@ def _all_texts(recipe: Recipe) -> tuple[TextSource, ...]:
     return (*calibration, *(text for section in (search, recover, evaluate) if section for text in section.text))
 
 
-def _check_texts(recipe: Recipe) -> None:
-    """Every text can be read, and no two of a section are taken for one."""
+def _check_texts(recipe: Recipe) -> tuple[str, ...]:
+    """Every text can be read, and no two of a section are taken for one. Returns notes on what is left out of them."""
     convert, recover, evaluate = recipe.convert, recipe.recover, recipe.evaluate
     if convert and convert.calibrates:
         require_distinct(convert.calibration.text, "convert.calibration.text")
@@ -191,7 +203,8 @@ def _check_texts(recipe: Recipe) -> None:
         require_distinct(recover.text, "recover.text")
     if evaluate:
         require_distinct(evaluate.text, "evaluate.text")
-    check_sources(dict.fromkeys(_all_texts(recipe)))
+    notes = check_sources(dict.fromkeys(_all_texts(recipe)))
+    return (*notes, *(check_calibration(convert.calibration) if convert and convert.calibrates else ()))
 
 
 def _check_require(recipe: Recipe) -> None:
@@ -337,8 +350,11 @@ def _require_within(length: int, claimed: int, where: str, *, extendable: bool =
         )
 
 
-def _documents(recipe: Recipe, source: Source, device: str, read: tuple[TextSource, ...]) -> tuple[Document, ...]:
-    """read: sources that earlier steps of the model have read."""
+def _documents(
+    recipe: Recipe, source: Source, device: str, read: tuple[TextSource, ...], positions: int, notes: list[str]
+) -> tuple[Document, ...]:
+    """read: sources that earlier steps of the model have read. positions: of the model. notes: gets what was left out
+    and why."""
     evaluate = recipe.evaluate
     if evaluate is None:
         return ()
@@ -350,10 +366,24 @@ def _documents(recipe: Recipe, source: Source, device: str, read: tuple[TextSour
         length=max(*evaluate.lengths, evaluate.document_tokens or 0),
         count=evaluate.documents,
         trained_on=trained_on,
+        also_read=recorded_text(source.folder),
         teacher=teacher_of(recipe, source.folder, device),
+        read_chars=_most_read(recipe, claimed_length(recipe, positions)),
+        notes=notes,
     )
     definitions_of(evaluate, documents, tokenizer)  # a text too short for one of them is told now
     return tuple(documents)
+
+
+def _most_read(recipe: Recipe, claimed: int) -> int:
+    """Characters that the steps of a recipe, or of another one of usual size, read of one text source at most.
+
+    claimed: tokens of the window after them.
+    """
+    convert, context, recover = recipe.convert, recipe.context, recipe.recover
+    tokens = max(convert.calibration.tokens if convert else 0, recover.tokens if recover else 0)
+    searched = LONG_SEARCH * claimed if context and context.searches else 0
+    return max(_USUALLY_READ, CHARS_PER_TOKEN * tokens, searched)
 
 
 def teacher_of(recipe: Recipe, folder: Path, device: str) -> Teacher:

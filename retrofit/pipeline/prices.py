@@ -12,7 +12,7 @@ gone on from by the same call.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from retrofit.checkpoint.read import Checkpoint
 from retrofit.console import heads, nbytes
 from retrofit.console import seconds as duration
 from retrofit.errors import UserError
+from retrofit.escape import shown
 from retrofit.kv_heads import moments as stored_moments
 from retrofit.kv_heads.folding import Turnings
 from retrofit.kv_heads.price import Curve, LayerCost, fit_curve, layer_costs, probe_counts
@@ -38,7 +39,7 @@ from retrofit.pipeline.measured import measured
 from retrofit.pipeline.passes import ASSUMED, DTYPE_BYTES, ModelFacts, Throughput
 from retrofit.pipeline.plan import Plan, claimed_length, converted_spec, make_plan, sampled_tokens
 from retrofit.pipeline.prepare import check_surgery, facts_of, require_model
-from retrofit.pipeline.texts import merged, require_distinct, within_window
+from retrofit.pipeline.texts import check_calibration, content_digest, merged, require_distinct, within_window
 from retrofit.recipe.schema import Calibration, Convert, Recipe, TextSource
 from retrofit.recover.data import check_sources
 
@@ -140,10 +141,19 @@ def prices(
     asked = {"tokens": total, "text": merged(section.calibration.text)}
     calibration, shorter = within_window(section.calibration.model_copy(update=asked), spec.max_position_embeddings)
     notes += shorter
+    if moments is not None and read:
+        source = resolve(model, revision=revision or recipe.revision, progress=progress)
+        options = probes.options(section.model_copy(update={"calibration": calibration}), recipe.seed)
+        read, changed = _still_of(moments, source.folder, calibration.text, options["text"])
+        notes += changed
+        for note in changed if progress else ():
+            progress.note(note)  # type: ignore[union-attr]
     if not read:
         probes.require_enough(calibration)
         require_distinct(calibration.text, "convert.calibration.text")
-        check_sources(calibration.text)
+        for note in check_sources(calibration.text) if progress else ():
+            progress.note(note)  # type: ignore[union-attr]
+        check_calibration(calibration)
         if progress:
             _estimate(alone, section, calibration, facts_of(source, config, spec), counts, throughput(), progress)
     source = resolve(model, revision=revision or recipe.revision, progress=progress)
@@ -179,6 +189,24 @@ def prices(
         command=None if chosen is None else command.replace("{kv_heads}", str(chosen)),
         notes=tuple(notes),
     )
+
+
+def _still_of(moments: Path, folder: Path, text: Sequence[TextSource], asked: Any) -> tuple[bool, tuple[str, ...]]:
+    """(whether the moments are of the text as it is now, notes). asked: the text in the words of the recipe.
+
+    Another text by name is told by `probes.not_applied`. Raises UserError for moments of other weights.
+    """
+    origin, kept = stored_moments.Origin.of(moments, digest(folder)), probes.kept(moments)
+    try:
+        same = origin.content == content_digest(text)
+    except UserError as error:
+        return True, (f"the text cannot be compared with that of the moments in {shown(moments)}: {error.what}",)
+    if kept is None:
+        other = () if same or origin.content is None else (f"the moments in {shown(moments)} are of other text",)
+        return True, other
+    if same or kept.options.get("text") != asked:
+        return True, ()
+    return False, (f"the text has changed since the moments in {shown(moments)} were measured: measured anew",)
 
 
 def _read(moments: Path, folder: Path, asked: Mapping[str, Any]) -> tuple[probes.Calibrated | None, list[str]]:

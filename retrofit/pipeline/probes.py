@@ -103,7 +103,7 @@ def split(text: CalibrationText) -> tuple[CalibrationText, CalibrationText]:
 
 
 def _rows(text: CalibrationText, rows: list[int]) -> CalibrationText:
-    return CalibrationText(text.input_ids_NT[rows], tuple(text.kinds[row] for row in rows), text.notes)
+    return replace(text, input_ids_NT=text.input_ids_NT[rows], kinds=tuple(text.kinds[row] for row in rows))
 
 
 def measure(
@@ -205,15 +205,15 @@ def _probe(
     return {"losses": after_N.tolist(), "notes": list(report.notes)}
 
 
-def keep(calibrated: Calibrated, moments: Path, folder: Path, weights: Mapping[str, str]) -> None:
-    """Copy the moments to `folder`, with what was measured beside them. weights: digests of the checkpoint.
+def keep(calibrated: Calibrated, moments: Path, folder: Path, origin: Origin) -> None:
+    """Copy the moments to `folder`, with what was measured beside them, and whose they are.
 
     The moments come last and one by one: until all are there, nothing is read from the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("layer-*.safetensors"):
         path.unlink()
-    Origin(weights, ORIGINAL).write(folder)
+    origin.write(folder)
     (folder / FILE).write_text(to_json(calibrated) + "\n", encoding="utf-8")
     for path in (layer_file(moments, layer) for layer in saved(moments)):
         partial = folder / f".{path.name}.partial"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import platform
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,15 @@ from retrofit.checkpoint.read import Checkpoint
 from retrofit.console import nbytes
 from retrofit.errors import UserError
 from retrofit.evaluate.score import Document, make_documents
+from retrofit.files import local_path
 from retrofit.kv_heads.convert import CalibrationText
-from retrofit.model.load import resolve_dtype, working_dtype
+from retrofit.model.load import multiplies_in_bfloat16, resolve_dtype
 from retrofit.recipe.schema import Calibration, Search, TextSource
-from retrofit.recover.corpora import BUILT_IN
-from retrofit.recover.data import OWN_SAMPLES, evaluation_texts, read_texts, require_known
-from retrofit.recover.files import HUB, kind_of, text_files
-from retrofit.recover.packing import training_rows
+from retrofit.recover.corpora import BUILT_IN, built_in_digest
+from retrofit.recover.data import check_sources, distinct_texts, evaluation_texts, read_texts, require_known
+from retrofit.recover.files import HUB, OURS, OWN_SAMPLES, kind_of, place_of
+from retrofit.recover.folders import text_files
+from retrofit.recover.packing import CHARS_PER_TOKEN, spelled_tokens, training_rows
 from retrofit.recover.samples import Teacher, sample_path
 
 if TYPE_CHECKING:
@@ -32,16 +35,22 @@ LONG_SEARCH = 200  # characters per token of the window to look through for a do
 
 
 def identity(sources: Sequence[TextSource]) -> list[dict[str, object]]:
-    """What the sources hold, for a fingerprint: file digests; the Python version for its own texts; a hub name."""
+    """What the sources hold, for a fingerprint: digests of files and built-in texts; the name of a hub dataset."""
     return [{**source.model_dump(), "content": _content(source.source)} for source in sources]
+
+
+def content_digest(sources: Sequence[TextSource]) -> str:
+    """A digest of what the sources hold, whatever they are called."""
+    held = [[_content(source.source), source.field, source.split] for source in merged(sources)]
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
 
 
 def _content(source: str) -> object:
     if source in BUILT_IN:
-        return f"Python {platform.python_version()}"
+        return built_in_digest(source)
     if source == OWN_SAMPLES or source.startswith(HUB):
         return source
-    root = Path(source).expanduser()
+    root = local_path(source)
     return {
         file.relative_to(root if root.is_dir() else root.parent).as_posix(): sha256(file) for file in text_files(source)
     }
@@ -71,8 +80,8 @@ def merged(sources: Sequence[TextSource]) -> tuple[TextSource, ...]:
 
 def _documents_of(source: TextSource) -> tuple[object, ...]:
     """What two sources with the same documents have in common."""
-    named = source.source in (*BUILT_IN, OWN_SAMPLES) or source.source.startswith(HUB)
-    return source.source if named else Path(source.source).expanduser().resolve(), source.field, source.split
+    named = source.source in OURS or source.source.startswith(HUB)
+    return source.source if named else place_of(source.source), source.field, source.split
 
 
 def within_window(calibration: Calibration, positions: int) -> tuple[Calibration, tuple[str, ...]]:
@@ -101,25 +110,48 @@ def calibration_text(
     import torch
 
     sources, notes = _within_memory(merged(calibration.text), teacher)
-    total = sum(source.weight for source in sources)
+    only, repeated = _distinct(calibration, sources)
+    found = list(dict.fromkeys((*notes, *repeated)))
     parts, kinds = [], []
     for index, source in enumerate(sources):
-        tokens = max(calibration.sequence_length, round(calibration.tokens * source.weight / total))
         part = training_rows(
             [source],
             tokenizer,
-            tokens,
+            _tokens_of(calibration, source, sources),
             calibration.sequence_length,
             seed + index,
             teacher=teacher,
             repeat=False,
+            only=only,
             progress=progress,
-        ).ids_NT
-        parts.append(part)
-        kinds += [kind_of(source.source)] * len(part)
+        )
+        parts.append(part.ids_NT)
+        kinds += [kind_of(source.source)] * len(part.ids_NT)
+        found += part.notes
     ids_NT = torch.cat(parts)
     require_known(ids_NT, teacher.folder)
-    return CalibrationText(ids_NT, tuple(kinds), notes)
+    return CalibrationText(ids_NT, tuple(kinds), tuple(found), content_digest(calibration.text))
+
+
+def check_calibration(calibration: Calibration) -> tuple[str, ...]:
+    """Notes on text that stands in a calibration's text twice; UserError where a source holds nothing else."""
+    return _distinct(calibration, merged(calibration.text))[1]
+
+
+def _distinct(
+    calibration: Calibration, sources: Sequence[TextSource]
+) -> tuple[dict[str, frozenset[str]], tuple[str, ...]]:
+    """What `distinct_texts` makes of the sources, of as much as is read of each."""
+
+    def chars(source: TextSource) -> int:
+        return CHARS_PER_TOKEN * (_tokens_of(calibration, source, sources) + calibration.sequence_length)
+
+    return distinct_texts(sources, limit_chars=chars)
+
+
+def _tokens_of(calibration: Calibration, source: TextSource, sources: Sequence[TextSource]) -> int:
+    share = source.weight / sum(other.weight for other in sources)
+    return max(calibration.sequence_length, round(calibration.tokens * share))
 
 
 def searched_text(
@@ -161,11 +193,9 @@ def _within_memory(sources: Sequence[TextSource], teacher: Teacher) -> tuple[tup
     own = [source for source in sources if source.source == OWN_SAMPLES]
     if not own or teacher.device != "cpu" or sample_path(teacher).exists():
         return tuple(sources), ()
-    stored, run = (
-        resolve_dtype(dtype, teacher.folder).itemsize
-        for dtype in ("auto", working_dtype("auto", teacher.folder, teacher.device))
-    )
-    needed = Checkpoint.open(teacher.folder).nbytes * run // stored
+    needed = Checkpoint.open(teacher.folder).nbytes
+    if not multiplies_in_bfloat16("cpu"):  # it may be run in float32
+        needed = needed * 4 // resolve_dtype("auto", teacher.folder).itemsize
     free = available_memory()
     if free is None or 1.2 * needed <= free:
         return tuple(sources), ()
@@ -190,7 +220,7 @@ def read_before(sources: Sequence[TextSource], folder: Path) -> dict[TextSource,
         return {}
     found: dict[TextSource, str] = {}
     for source in sources:
-        if source.source in (*BUILT_IN, OWN_SAMPLES):  # only their held-out side is ever measured
+        if source.source in OURS:  # only their held-out side is ever measured
             continue
         steps = [f"`{step['step']}`" for step in read_provenance(folder)["steps"] if _reads(step["config"], source)]
         if steps:
@@ -201,15 +231,43 @@ def read_before(sources: Sequence[TextSource], folder: Path) -> dict[TextSource,
 
 def _reads(config: Mapping[str, Any], source: TextSource) -> bool:
     """Whether a recorded step names this source: by where it is, or by its name alone as a published record does."""
-    sections = (config, config.get("calibration") or {}, config.get("search") or {})
-    recorded = [text for section in sections for text in section.get("text", ()) if text["source"] not in BUILT_IN]
+    recorded = [text for text in _recorded(config) if text["source"] not in BUILT_IN]
     if source.source.startswith(HUB):
         return any((text["source"], text["split"]) == (source.source, source.split) for text in recorded)
-    place = Path(source.source).expanduser().resolve()
+    place = place_of(source.source)
     return any(
         text["source"] in (source.source, place.name) or Path(text["source"]).expanduser().resolve() == place
         for text in recorded
     )
+
+
+def recorded_text(folder: Path) -> tuple[TextSource, ...]:
+    """Text that steps recorded in `folder` read and that is there to be read again, so that copies of it are known."""
+    if not (folder / FILE).is_file():
+        return ()
+    found: list[TextSource] = []
+    for step in read_provenance(folder)["steps"]:
+        for text in _recorded(step["config"]):
+            source = TextSource.model_validate(text)
+            if source.source in BUILT_IN or _readable(source):
+                found.append(source)
+    return tuple(dict.fromkeys(found))
+
+
+def _readable(source: TextSource) -> bool:
+    if source.source in OURS or source.source.startswith(HUB):
+        return False
+    try:
+        check_sources([source])
+    except UserError:  # another file of that name, or none: a record of another machine
+        return False
+    return True
+
+
+def _recorded(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The text sources of a recorded step, of all its sections."""
+    sections = (config, config.get("calibration") or {}, config.get("search") or {})
+    return [text for section in sections for text in section.get("text", ())]
 
 
 def scored_documents(
@@ -219,11 +277,30 @@ def scored_documents(
     length: int,
     count: int,
     trained_on: Sequence[TextSource] = (),
+    also_read: Sequence[TextSource] = (),
     teacher: Teacher | None = None,
+    read_chars: int | None = None,
+    notes: list[str] | None = None,
 ) -> list[Document]:
-    """`count` documents a source, each cut to `length` tokens, none of them trained on.
+    """`count` documents a source, each cut to `length` tokens, none of them trained on, as `evaluation_texts` has it.
 
+    notes: gets what a person should know of what was left out.
     Raises UserError when a source has no document of that length.
     """
-    texts = evaluation_texts(sources, count, length, tokenizer, trained_on=trained_on, teacher=teacher)
+    found: list[str] = []
+    texts = evaluation_texts(
+        sources,
+        count,
+        length,
+        tokenizer,
+        trained_on=trained_on,
+        also_read=also_read,
+        teacher=teacher,
+        read_chars=read_chars,
+        notes=found,
+    )
+    for kind in dict.fromkeys(kind for _, kind, _ in texts):
+        found += spelled_tokens(kind, (text for _, own, text in texts if own == kind), tokenizer)
+    if notes is not None:
+        notes += found
     return make_documents(texts, tokenizer, length=length, count=count)

@@ -7,7 +7,9 @@ the split, and the split depends on names alone, so it is the same in every proc
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,18 +50,33 @@ def built_in_texts(source: str, split: Split) -> Iterator[Text]:
 
     The held-out part of `python-docs` is one joined document, so that long contexts can be measured on it.
     """
+    texts, held_out = _corpus(source)
     if source == "python-stdlib":
-        texts = stdlib_texts()
-        held_out = stdlib_held_out(texts)
         yield from (Text(name, source, text) for name, text in select(texts, held_out, split).items())
         return
-    texts = docs_texts()
-    held_out = docs_held_out(texts)
     if split in ("train", "all"):
         yield from (Text(name, source, text) for name, text in select(texts, held_out, "train").items())
     if split in ("held_out", "all"):
         joined = select(texts, held_out, "held_out")
         yield Text(f"held-out topics, {len(joined)} joined", source, "\n\n".join(joined.values()))
+
+
+def built_in_digest(source: str) -> str:
+    """sha256 of the names and texts of a built-in corpus: distributions change them under one version of Python."""
+    digest = hashlib.sha256()
+    for name, text in _corpus(source)[0].items():
+        digest.update(json.dumps([name, text]).encode())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _corpus(source: str) -> tuple[Mapping[str, str], frozenset[str]]:
+    """(texts by name, names of those held out): nothing but this Python decides about them."""
+    if source == "python-stdlib":
+        texts = stdlib_texts()
+        return texts, stdlib_held_out(texts)
+    texts = docs_texts()
+    return texts, docs_held_out(texts)
 
 
 def select(texts: Mapping[str, str], held_out: frozenset[str], split: Split) -> dict[str, str]:

@@ -8,7 +8,8 @@ document is never used on both sides.
 from __future__ import annotations
 
 import difflib
-from collections import deque
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,22 +18,32 @@ from typing import TYPE_CHECKING
 import torch
 
 from retrofit.errors import UserError
+from retrofit.escape import shown
+from retrofit.files import local_path
 from retrofit.recipe.schema import TextSource
 from retrofit.recover.corpora import BUILT_IN, Split, Text, built_in_texts
-from retrofit.recover.files import HUB, kind_of, rows
+from retrofit.recover.files import HUB, OURS, OWN_SAMPLES, kind_of, place_of, rows
+from retrofit.recover.folders import walk
+from retrofit.recover.overlap import NEAR
 from retrofit.recover.samples import Teacher, own_samples
+from retrofit.recover.unseen import Candidate, Chosen, Reading, choose, found_in, without_repeats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from retrofit.console import Progress
 
-OWN_SAMPLES = "self"
 HELD_OUT_EVERY = 10
+_HUB_CHARS = 1 << 25  # most of a hub dataset that is fetched to compare with
+_SPARE = 4  # times what is read is looked through, so that there is enough where documents are left out
 
 
-def check_sources(sources: Iterable[TextSource], *, teacher: bool = True) -> None:
-    """Refuse missing, empty or unreadable text before any work: reads files whole, of a hub dataset the first row."""
+def check_sources(sources: Iterable[TextSource], *, teacher: bool = True) -> tuple[str, ...]:
+    """Refuse missing, empty or unreadable text before any work: reads files whole, of a hub dataset the first row.
+
+    Returns notes on what is left out: hidden files, files of other kinds, rows without text.
+    """
+    notes: list[str] = []
     for source in sources:
         if source.source == OWN_SAMPLES:
             if not teacher:
@@ -41,11 +52,26 @@ def check_sources(sources: Iterable[TextSource], *, teacher: bool = True) -> Non
                     where="text source `self`",
                     fix="name another text source",
                 )
+        elif source.source in BUILT_IN or source.source.startswith(HUB):
+            next(read_texts(source, split="all"))
         else:
-            texts = read_texts(source, split="all")
-            next(texts)
-            if source.source not in BUILT_IN and not source.source.startswith(HUB):
-                deque(texts, maxlen=0)  # a bad line far down would end the run hours later
+            notes += _check_files(source)
+    return tuple(notes)
+
+
+def _check_files(source: TextSource) -> list[str]:
+    """Read all of a file or folder: a bad line far down would end the run hours later."""
+    _did_you_mean(source.source)
+    found = empty = 0
+    for _, text in rows(source)():
+        found += 1
+        empty += not text.strip()
+    if found == empty:
+        raise _is_empty(source)
+    kind, root = shown(kind_of(source.source)), local_path(source.source)
+    left_out = walk(root).left_out() if root.is_dir() else ""
+    notes = [f"`{kind}`: not read as text: {left_out}"] if left_out else []
+    return [*notes, f"`{kind}`: {empty:,} of {found:,} documents are empty and left out"] if empty else notes
 
 
 def read_texts(
@@ -54,11 +80,13 @@ def read_texts(
     split: Split,
     teacher: Teacher | None = None,
     limit_chars: int | None = None,
+    only: frozenset[str] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Text]:
     """Documents of one side of a source, in a fixed order; empty documents are left out.
 
     teacher: the original model, needed for the source `self` only. limit_chars: stop reading user text after so much.
+    only: names of the documents of user text to give.
     Raises UserError for missing files, unknown keys, text that is not text, and sources without any text.
     The held-out side of a single document is empty.
     """
@@ -81,14 +109,22 @@ def read_texts(
     found = False
     for name, text in _side(filled, split, source.source.startswith(HUB)):
         found = True
+        if only is not None and name not in only:
+            continue
         yield Text(name, kind, text)
         size += len(text)
         if limit_chars is not None and size >= limit_chars:
             return
     if not found and (split != "held_out" or next(filled(), None) is None):
-        raise UserError(
-            "the text is empty", where=f"text source `{source.source}`", fix="give a file that holds some text"
-        )
+        raise _is_empty(source)
+
+
+def _is_empty(source: TextSource) -> UserError:
+    return UserError(
+        "the text is empty",
+        where=f"text source `{shown(source.source)}`",
+        fix="give a file that holds some text",
+    )
 
 
 def require_known(ids_NT: torch.Tensor, folder: Path) -> None:
@@ -112,38 +148,116 @@ def evaluation_texts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     trained_on: Sequence[TextSource] = (),
+    also_read: Sequence[TextSource] = (),
     teacher: Teacher | None = None,
+    read_chars: int | None = None,
+    notes: list[str] | None = None,
 ) -> list[tuple[str, str, str]]:
-    """Up to `count` documents (name, kind, text) per source, each at least `min_tokens` tokens long.
+    """Up to `count` documents (name, kind, text) per source, each at least `min_tokens` tokens long, of which so many
+    are scored.
 
     Built-in sources give their held-out side; user text its held-out side if it is in `trained_on` as well, else all.
-    Raises UserError if a source has no such document, with the length of its longest, and if a file or folder lies
-    inside a folder that is trained on, or around a file that is.
+    What stands in the train side of `trained_on` or `also_read`, by its content, is left out, and so are copies of what
+    is measured already. read_chars: as much as training reads of a source at most. notes: gets what a person should
+    know of that.
+    Raises UserError if a source has no such document, with the length of its longest, if nothing is left of it, and if
+    a file or folder lies inside a folder that is trained on, or around a file that is.
     """
-    chosen: list[tuple[str, str, str]] = []
-    for source in sources:
-        split = _measured_side(source.source, [other.source for other in trained_on])
-        documents: list[tuple[str, str, str]] = []
-        longest = 0
-        for text in read_texts(source, split=split, teacher=teacher):
-            if len(documents) == count:
-                break
-            if len(text.text.encode()) < min_tokens - 1:  # a token covers a byte at least
-                longest = max(longest, _length(text.text, tokenizer))
+    splits = [_measured_side(source.source, [other.source for other in trained_on]) for source in sources]
+    longest = [0] * len(sources)
+
+    def long_enough(index: int) -> Iterator[Candidate]:
+        for text in read_texts(sources[index], split=splits[index], teacher=teacher):
+            short = len(text.text.encode()) < min_tokens - 1  # a token covers a byte at least
+            if short and longest[index] >= min_tokens:
                 continue
             length = _length(text.text, tokenizer)
-            longest = max(longest, length)
-            if length >= min_tokens:
-                documents.append((text.name, text.kind, text.text))
-        if not documents:
+            longest[index] = max(longest[index], length)
+            if not short and length >= min_tokens:
+                yield Candidate(text, text.text[: math.ceil(len(text.text) * min_tokens / length)])
+
+    readings = _readings((*trained_on, *also_read), read_chars)
+    found = choose([long_enough(index) for index in range(len(sources))], count, readings)
+    for index, (source, split, one) in enumerate(zip(sources, splits, found, strict=True)):
+        if one.documents:
+            if notes is not None:
+                notes += one.notes(kind_of(source.source))
+            continue
+        where = f"text source `{shown(source.source)}`"
+        if one.trained:
             raise UserError(
-                f"no {'held-out ' if split == 'held_out' else ''}document is {min_tokens} tokens long; "
-                f"the longest has {longest}",
-                where=f"text source `{source.source}`",
-                fix="give longer documents, or shorten `evaluate.lengths`",
+                f"nothing is left to measure: {one.why()}", where=where, fix="measure on text that is not trained on"
             )
-        chosen += documents
-    return chosen
+        if one.repeated:
+            raise UserError(
+                f"every document is a copy of one that is measured already ({shown(one.repeated[0][1], 80)})",
+                where=where,
+                fix="leave it out",
+            )
+        raise UserError(
+            f"no {'held-out ' if split == 'held_out' else ''}document is {min_tokens} tokens long; "
+            f"the longest has {longest[index]}",
+            where=where,
+            fix="give longer documents, or shorten `evaluate.lengths`",
+        )
+    return [(text.name, text.kind, text.text) for one in found for text in one.documents]
+
+
+def unseen_held_out(
+    sources: Sequence[TextSource], *, train_chars: int, held_out_chars: int
+) -> tuple[dict[str, frozenset[str]], tuple[str, ...]]:
+    """({kind: names of its held-out documents that no source trains on}, notes), for the kinds that are user text.
+
+    train_chars, held_out_chars: how much of a source each side reads at most.
+    """
+    readings = _readings(sources, train_chars)
+    if all(reading.kind in BUILT_IN for reading in readings):
+        return {}, ()
+    only: dict[str, frozenset[str]] = {}
+    notes: list[str] = []
+    for source in sources:
+        if source.source == OWN_SAMPLES:
+            continue
+        held_out = read_texts(source, split="held_out", limit_chars=_SPARE * held_out_chars)
+        texts = [Candidate(text, text.text) for text in held_out]
+        shares = found_in(texts, readings)
+        seen = [(one.text.name, *found) for one, found in zip(texts, shares, strict=True) if found[0] >= NEAR]
+        kind = kind_of(source.source)
+        if seen or (texts and kind not in BUILT_IN):
+            only[kind] = frozenset(one.text.name for one in texts) - {name for name, *_ in seen}
+        if seen:
+            notes.append(f"held-out text of {Chosen(trained=seen).notes(kind)[0]}")
+    return only, tuple(notes)
+
+
+def distinct_texts(
+    sources: Sequence[TextSource], *, limit_chars: Callable[[TextSource], int]
+) -> tuple[dict[str, frozenset[str]], tuple[str, ...]]:
+    """({kind: names of the training documents to read}, notes), so that no text stands in user text twice.
+
+    limit_chars: how much of a source is read. Raises UserError where nothing is left of a source.
+    """
+    texts = {
+        kind_of(source.source): list(read_texts(source, split="train", limit_chars=_SPARE * limit_chars(source)))
+        for source in sources
+        if source.source != OWN_SAMPLES and any(other.source not in OURS for other in sources)
+    }
+    only, notes = without_repeats(texts)
+    return only, tuple(notes)
+
+
+def _readings(sources: Sequence[TextSource], limit_chars: int | None) -> list[Reading]:
+    """The train sides to compare with. The model's own samples are new text."""
+
+    def texts(source: TextSource) -> Callable[[], Iterator[str]]:
+        limit = min(limit_chars or _HUB_CHARS, _HUB_CHARS) if source.source.startswith(HUB) else limit_chars
+        return lambda: (text.text for text in read_texts(source, split="train", limit_chars=limit))
+
+    return [
+        Reading(kind_of(source.source), texts(source))
+        for source in dict.fromkeys(sources)
+        if source.source != OWN_SAMPLES
+    ]
 
 
 def _side(read: Callable[[], Iterator[tuple[str, str]]], split: Split, hub: bool) -> Iterator[tuple[str, str]]:
@@ -162,16 +276,15 @@ def _side(read: Callable[[], Iterator[tuple[str, str]]], split: Split, hub: bool
 
 def _measured_side(source: str, trained_on: Sequence[str]) -> Split:
     """Which side of a source may be measured, given what was trained on; paths are compared by where they lead."""
-    own = (*BUILT_IN, OWN_SAMPLES)
-    if source in own or source in trained_on:
+    if source in OURS or source in trained_on:
         return "held_out"
     if source.startswith(HUB):
         return "all"
-    place = Path(source).expanduser().resolve()
+    place = place_of(source)
     for other in trained_on:
-        if other in own or other.startswith(HUB):
+        if other in OURS or other.startswith(HUB):
             continue
-        trained = Path(other).expanduser().resolve()
+        trained = place_of(other)
         if trained == place:
             return "held_out"
         if trained in place.parents or place in trained.parents:
@@ -191,7 +304,7 @@ def _length(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _did_you_mean(source: str) -> None:
     """Name the built-in source that a misspelt word is close to."""
-    if source.startswith(HUB) or Path(source).expanduser().exists():
+    if source.startswith(HUB) or os.path.lexists(local_path(source)):
         return
     close = difflib.get_close_matches(source, [*BUILT_IN, OWN_SAMPLES], n=1)
     if close:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from retrofit.errors import UserError
+from retrofit.escape import shown
 from retrofit.recipe.schema import TextSource
 from retrofit.recover.corpora import Split
 from retrofit.recover.data import read_texts
+from retrofit.recover.files import kind_of
 from retrofit.recover.samples import Teacher
 
 if TYPE_CHECKING:
@@ -26,10 +30,14 @@ SEGMENTS = 16  # no single document makes up more than this fraction of a source
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows of text packed end to end: token ids, and for each token the number of its document; both int64 [N, T]."""
+    """Rows of text packed end to end: token ids, and for each token the number of its document; both int64 [N, T].
+
+    notes: what is odd about the text.
+    """
 
     ids_NT: torch.Tensor
     documents_NT: torch.Tensor
+    notes: tuple[str, ...] = ()
 
 
 def training_rows(
@@ -42,6 +50,7 @@ def training_rows(
     *,
     teacher: Teacher | None = None,
     repeat: bool = True,
+    only: Mapping[str, frozenset[str]] | None = None,
     progress: Progress | None = None,
 ) -> Packed:
     """Packed rows [N, sequence_length], N = ceil(tokens / sequence_length), mixed by the sources' weights.
@@ -50,23 +59,40 @@ def training_rows(
     with BOS (if the tokenizer has one), as every context does later. Deterministic under `seed`.
     Text that does not suffice is read again, which is announced; with repeat=False it is a UserError that says how
     much there is. A source without held-out text is left out of that split, which is announced as well.
+    only: by kind of text, the names of the documents to read, where not all are.
     """
     count = math.ceil(tokens / sequence_length)
-    usable = [source for source in sources if not _is_bare(source, split, teacher, progress)]
+    chosen = {source: (only or {}).get(kind_of(source.source)) for source in sources}
+    usable = [source for source in sources if not _is_bare(source, split, teacher, chosen[source], progress)]
     if not usable:
         raise UserError(
             "no text is left to hold out: a single document is used for training only",
             where=f"text source {', '.join(f'`{source.source}`' for source in sources)}",
             fix="add a second document, or a built-in source such as python-docs",
         )
-    parts = []
+    parts, notes = [], []
     for index, (source, share) in enumerate(zip(usable, _shares(usable, count), strict=True)):
         if share:
-            stream = _Stream(source, tokenizer, share, sequence_length, seed + 7919 * index, split, teacher, progress)
+            own = seed + 7919 * index
+            stream = _Stream(source, tokenizer, share, sequence_length, own, split, teacher, chosen[source], progress)
             parts.append(stream.pack(repeat))
+            notes += spelled_tokens(kind_of(source.source), (text for text, _ in stream.pieces), tokenizer)
     ids_NT, documents_NT = (torch.cat(part) for part in zip(*parts, strict=True))
     order = torch.randperm(len(ids_NT), generator=torch.Generator().manual_seed(seed))
-    return Packed(ids_NT[order], documents_NT[order])
+    return Packed(ids_NT[order], documents_NT[order], tuple(notes))
+
+
+def spelled_tokens(kind: str, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A note where texts spell special tokens: a tokenizer reads `</s>` as the end of a text, not as letters."""
+    special = [token for token in tokenizer.all_special_tokens if token and not token.isspace()]
+    if not special:
+        return []
+    pattern = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
+    found = Counter(match for text in texts for match in pattern.findall(text))
+    if not found:
+        return []
+    named = ", ".join(f"{shown(token, 40)} {count:,} times" for token, count in found.most_common(3))
+    return [f"`{shown(kind)}` spells special tokens, which are read as such and not as text: {named}"]
 
 
 class _Stream:
@@ -81,14 +107,14 @@ class _Stream:
         seed: int,
         split: Split,
         teacher: Teacher | None,
+        only: frozenset[str] | None,
         progress: Progress | None,
     ) -> None:
         self.source, self.tokenizer, self.progress = source, tokenizer, progress
         self.sequences, self.length, self.seed = sequences, sequence_length, seed
         wanted = sequences * sequence_length
-        texts = read_texts(
-            source, split=split, teacher=teacher, limit_chars=CHARS_PER_TOKEN * wanted, progress=progress
-        )
+        limit = CHARS_PER_TOKEN * wanted
+        texts = read_texts(source, split=split, teacher=teacher, limit_chars=limit, only=only, progress=progress)
         piece_chars = 4 * max(sequence_length, wanted // SEGMENTS)
         self.pieces = [piece for text in texts for piece in _pieces(text.text, piece_chars)]
 
@@ -165,10 +191,14 @@ def _shares(sources: Sequence[TextSource], count: int) -> list[int]:
     return shares
 
 
-def _is_bare(source: TextSource, split: Split, teacher: Teacher | None, progress: Progress | None) -> bool:
+def _is_bare(
+    source: TextSource, split: Split, teacher: Teacher | None, only: frozenset[str] | None, progress: Progress | None
+) -> bool:
     """Whether a source has nothing to hold out; announced."""
-    if split != "held_out" or next(read_texts(source, split=split, teacher=teacher, progress=progress), None):
+    if split != "held_out" or next(
+        read_texts(source, split=split, teacher=teacher, only=only, progress=progress), None
+    ):
         return False
-    if progress is not None:
+    if progress is not None and only is None:
         progress.note(f"{source.source}: a single document, used for training only; nothing of it is held out")
     return True

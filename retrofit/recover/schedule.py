@@ -19,8 +19,9 @@ from torch.utils.data import Dataset
 from retrofit.context.positions import document_positions, pose_positions
 from retrofit.errors import UserError
 from retrofit.recipe.schema import Recover
-from retrofit.recover.data import read_texts
-from retrofit.recover.packing import Packed, training_rows
+from retrofit.recover.data import read_texts, unseen_held_out
+from retrofit.recover.files import kind_of
+from retrofit.recover.packing import CHARS_PER_TOKEN, Packed, training_rows
 from retrofit.recover.samples import Teacher
 
 if TYPE_CHECKING:
@@ -110,16 +111,30 @@ def recovery_rows(
     teacher: the original model, for the text source `self`.
     """
     length, text = recipe.sequence_length, recipe.text
-    parts = []
+    parts: list[Packed] = []
     for index, span in enumerate(_merged(recipe)):
         cut = length if recipe.positions == "pose" else span.length
         part = training_rows(text, tokenizer, span.rows * length, cut, seed + index, teacher=teacher, progress=progress)
-        parts.append(Packed(part.ids_NT.view(span.rows, length), part.documents_NT.view(span.rows, length)))
-    train = Packed(torch.cat([part.ids_NT for part in parts]), torch.cat([part.documents_NT for part in parts]))
-    if not any(next(read_texts(source, split="held_out", teacher=teacher), None) for source in text):
+        parts.append(Packed(part.ids_NT.view(span.rows, length), part.documents_NT.view(span.rows, length), part.notes))
+    only, notes = unseen_held_out(
+        text,
+        train_chars=CHARS_PER_TOKEN * sum(part.ids_NT.numel() for part in parts),
+        held_out_chars=CHARS_PER_TOKEN * (recipe.eval_tokens + length),
+    )
+    train = Packed(
+        torch.cat([part.ids_NT for part in parts]),
+        torch.cat([part.documents_NT for part in parts]),
+        tuple(dict.fromkeys((*notes, *(note for part in parts for note in part.notes)))),
+    )
+    held_out = {source: only.get(kind_of(source.source)) for source in text}
+    if not any(
+        next(read_texts(source, split="held_out", teacher=teacher, only=names), None)
+        for source, names in held_out.items()
+    ):
         return train, None
-    wanted = recipe.eval_tokens
-    return train, training_rows(text, tokenizer, wanted, length, seed, "held_out", teacher=teacher, progress=progress)
+    return train, training_rows(
+        text, tokenizer, recipe.eval_tokens, length, seed, "held_out", teacher=teacher, only=only, progress=progress
+    )
 
 
 def training_lines(packed: Packed, recipe: Recover, window: int, seed: int) -> Lines:

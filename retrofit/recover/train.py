@@ -103,6 +103,8 @@ def recover(
     _note(
         notes, progress, f"training in {str(compute).removeprefix('torch.')} with {pair.kernel}: {pair.kernel_reason}"
     )
+    for text in tokens.notes:
+        _note(notes, progress, text)
     lines = training_lines(tokens, recipe, window, seed)
     measured = None if held_out is None else held_out_lines(held_out, recipe, window, seed)
     model = student_with_adapters(pair, recipe, seed)
