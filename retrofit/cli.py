@@ -8,9 +8,14 @@ from __future__ import annotations
 import atexit
 import errno
 import gc
+import logging
 import re
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any
 
 import typer
@@ -19,8 +24,10 @@ from typer.core import TyperGroup
 import retrofit
 from retrofit.console import Console
 from retrofit.errors import UserError
-from retrofit.escape import shown
+from retrofit.escape import shown, visible
 
+# click's ClickException, which typer has as a copy of its own or not, depending on its version.
+_PARSER_ERROR: Any = typer.BadParameter.__mro__[2]
 # Failures of the machine rather than of this program; they too end without a traceback.
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -31,9 +38,14 @@ class Commands(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return list(self.commands)
 
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        with _plain_words():
+            return super().make_context(*args, **extra)
+
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _plain_words():
+                return super().invoke(ctx)
         except UserError as error:
             _stop(str(error), error.exit_code)
         except KeyboardInterrupt:
@@ -45,8 +57,29 @@ class Commands(TyperGroup):
 
 
 def _stop(message: str, code: int) -> None:
-    sys.stderr.write(message + "\n")
+    sys.stderr.write(visible(message, keep="\n") + "\n")
     raise typer.Exit(code)
+
+
+@contextmanager
+def _plain_words() -> Iterator[None]:
+    """What the command line's parser says about an argument shows its control characters as escapes."""
+    try:
+        yield
+    except _PARSER_ERROR as error:
+        error.message = visible(error.message, keep="\n")
+        raise
+
+
+class _Record(logging.LogRecord):
+    """A line of a library's log, in which names of files and values of configurations are foreign."""
+
+    def getMessage(self) -> str:
+        return visible(super().getMessage(), keep="\n\t")
+
+
+def _show_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(visible("".join(traceback.format_exception(kind, error, trace)), keep="\n\t"))
 
 
 app = typer.Typer(
@@ -602,4 +635,6 @@ def main() -> None:
     """Entry point of the `retrofit` command."""
     # Else Python goes through every object of torch and transformers once more before it ends, for a second.
     atexit.register(gc.freeze)
-    app()
+    logging.setLogRecordFactory(_Record)
+    sys.excepthook = _show_exception
+    typer.main.get_command(app)()

@@ -2,6 +2,7 @@
 
 Three modes from one place: `rich` on a terminal, `plain` lines otherwise, `json` for machines (one JSON document on
 stdout, nothing else there). Long functions take a `Progress`, or None to be silent, and never know which one it is.
+Names in what is shown are foreign: their control characters are shown as escapes, and nothing in them is markup.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TextIO, runtime_checkable
+
+from retrofit.escape import json_text, visible
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichBar
@@ -104,7 +107,7 @@ class PlainProgress:
         return f"{line}, {', '.join(extra)}" if extra else line
 
     def _write(self, line: str) -> None:
-        self._stream.write(line + "\n")
+        self._stream.write(visible(line) + "\n")
         self._stream.flush()
 
 
@@ -126,15 +129,15 @@ class RichProgress:
 
         self.finish()
         columns = (
-            TextColumn("  {task.description}"),
+            TextColumn("  {task.description}", markup=False),
             BarColumn(bar_width=30),
             TextColumn("{task.percentage:>3.0f}%" if total else "{task.completed}"),
-            TextColumn("{task.fields[info]}"),
+            TextColumn("{task.fields[info]}", markup=False),
             TimeRemainingColumn(),
         )
         self._unit, self._done, self._began, self._fields = unit, 0, time.monotonic(), {}
         self._bar = RichBar(*columns, console=self._console, transient=True)
-        self._task = self._bar.add_task(task, total=total, info="")
+        self._task = self._bar.add_task(visible(task), total=total, info="")
         self._bar.start()
 
     def advance(self, n: int, **fields: float | str) -> None:
@@ -154,18 +157,16 @@ class RichProgress:
             self._bar = None
             elapsed = seconds(time.monotonic() - self._began)
             done = amount(self._done, self._unit) if self._done else ""
-            self._console.print(
-                "  " + ", ".join([description, *filter(None, [done]), *_shown(self._fields), elapsed]),
-                style="dim",
-                markup=False,
-            )
+            self.note(", ".join([description, *filter(None, [done]), *_shown(self._fields), elapsed]))
 
     def note(self, text: str) -> None:
-        self._console.print(f"  {text}", style="dim", markup=False, highlight=False)
+        self._console.print(f"  {visible(text)}", style="dim", markup=False, highlight=False, emoji=False)
 
 
 def _shown(fields: Mapping[str, float | str]) -> list[str]:
-    return [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in fields.items()]
+    return [
+        f"{key} {value:.4g}" if isinstance(value, float) else visible(f"{key} {value}") for key, value in fields.items()
+    ]
 
 
 class Console:
@@ -179,11 +180,12 @@ class Console:
     def say(self, text: str) -> None:
         """A line of the result for people; machines get `result` alone."""
         if self.mode != "json":
-            self.out.write(f"{text}\n")
+            self.out.write(visible(text, keep="\n") + "\n")
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """A table of the result for people. Columns that hold numbers are aligned right."""
-        cells = [[cell(value) for value in row] for row in rows]
+        cells = [[visible(cell(value)) for value in row] for row in rows]
+        title, columns = visible(title), [visible(column) for column in columns]
         if self.mode == "rich":
             self._rich_table(title, columns, cells)
         elif self.mode == "plain":
@@ -198,13 +200,14 @@ class Console:
         from rich import box
         from rich.console import Console as RichConsole
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
+        table = Table(title=Text(title) if title else None, box=box.SIMPLE_HEAD, title_justify="left")
         for index, column in enumerate(columns):
             numeric = bool(cells) and all(_is_number(row[index]) for row in cells)
-            table.add_column(column, justify="right" if numeric else "left")
+            table.add_column(Text(column), justify="right" if numeric else "left")
         for row in cells:
-            table.add_row(*(value.replace("[", r"\[") for value in row))
+            table.add_row(*map(Text, row))
         RichConsole(file=self.out).print(table)
 
 
@@ -293,5 +296,5 @@ def jsonable(value: object) -> object:
 
 
 def to_json(value: object) -> str:
-    """One indented JSON document."""
-    return json.dumps(jsonable(value), indent=2, ensure_ascii=False)
+    """One indented JSON document, without control characters of a terminal."""
+    return json_text(json.dumps(jsonable(value), indent=2, ensure_ascii=False))

@@ -6,11 +6,18 @@ Broken invariants of our own are assertions and keep their traceback.
 
 from __future__ import annotations
 
+import re
+
+from retrofit.escape import visible
+
+_OWN_BREAK = re.compile(r"\n(?=  |\Z)")
+
 
 class UserError(Exception):
     """Something the user can correct.
 
-    what: one sentence. where: a file:line, a folder, a tensor, a layer. fix: the exact next thing to do or type.
+    what: one sentence, or more lines that are indented. The text shows control characters of foreign words in it as
+    escapes. where: a file:line, a folder, a tensor, a layer. fix: the exact next thing to do or type.
     """
 
     exit_code = 2
@@ -27,7 +34,8 @@ class UserError(Exception):
             lines.append(f"  where: {self.where}")
         if self.fix:
             lines.append(f"  fix:   {self.fix}")
-        return "\n".join(lines)
+        # A line break of our own is followed by an indented line; another one is part of a name.
+        return "\n".join("\n".join(map(visible, _OWN_BREAK.split(line))) for line in lines)
 
 
 class GateError(UserError):

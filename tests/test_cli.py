@@ -12,11 +12,13 @@ import yaml
 from typer.testing import CliRunner
 
 import retrofit
-from retrofit.cli import app
+from retrofit.cli import _Record, _show_exception, app
+from retrofit.escape import visible
 from retrofit.evaluate.losses import TokenLosses
 from retrofit.pipeline import single
 from retrofit.pipeline.texts import _reads, read_before
 from retrofit.recipe.schema import TextSource
+from tests.hostile import HOSTILE
 from tests.tiny import save_tiny
 
 COMMANDS = [
@@ -305,3 +307,36 @@ def test_errors_are_three_lines_and_exit_code_2(tmp_path: Path) -> None:
     text = cli("inspect", tmp_path / "missing", code=2)
     assert "Traceback" not in text and "fix:" in text and len(text.strip().splitlines()) <= 3
     assert "not a list of lengths" in cli("compare", "a", "b", "--lengths", "1k", code=2)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("{}",),
+        ("--{}",),
+        ("inspect", "m/{}"),
+        ("inspect", "x", "{}"),
+        ("recipes", "show", "{}"),
+        ("run", "gqa", "--set", "{}"),
+    ],
+)
+def test_foreign_words_in_arguments_are_shown_as_words(
+    text: str, command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = CliRunner().invoke(app, [word.format(text) for word in command])
+    assert done.exit_code == 2
+    said = done.output.replace("\n", "")
+    assert visible(said) == said
+
+
+def test_logs_of_libraries_show_words(capsys: pytest.CaptureFixture[str]) -> None:
+    record = _Record("transformers", 40, "x.py", 1, "model type %s", ("\x1b[2J",), None)
+    assert record.getMessage() == "model type \\x1b[2J"
+    try:
+        raise ValueError("\x1b[2J")
+    except ValueError as error:
+        _show_exception(ValueError, error, None)
+    assert capsys.readouterr().err == "ValueError: \\x1b[2J\n"

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 
-from retrofit.console import Console, PlainProgress, Progress, Silent, count, nbytes, plain_table, seconds, to_json
+from retrofit.console import (
+    Console,
+    PlainProgress,
+    Progress,
+    RichProgress,
+    Silent,
+    count,
+    nbytes,
+    plain_table,
+    seconds,
+    to_json,
+)
+from retrofit.escape import visible
+from tests.hostile import HOSTILE
 
 
 def test_plain_progress_tells_rate_fields_and_time_left() -> None:
@@ -67,3 +82,47 @@ def test_units() -> None:
     assert (seconds(3.21), seconds(250), seconds(7500)) == ("3.2 s", "4 min 10 s", "2 h 5 min")
     assert (nbytes(512), nbytes(1536), nbytes(5 << 30)) == ("512 B", "1.5 KiB", "5.0 GiB")
     assert (count(3), count(2.5), count(12345.6)) == ("3", "2.5", "12,346")
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def words_of(text: str) -> str:
+    """What a terminal shows of a text without the colours and movements of our own; white space is left out."""
+    return re.sub(r"\s", "", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))
+
+
+@pytest.mark.parametrize("mode", ["plain", "rich"])
+@pytest.mark.parametrize("text", HOSTILE)
+def test_foreign_words_are_words_on_a_terminal(
+    text: str, mode: Literal["plain", "rich"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "4000")
+    out, err = Terminal(), Terminal()
+    console = Console(mode, out=out, err=err)
+    console.say(f"say {text}")
+    console.table(f"title {text}", [f"column {text}"], [[f"cell {text}"]])
+    progress = RichProgress(err) if mode == "rich" else PlainProgress(err)
+    progress.note(f"note {text}")
+    progress.start(f"task {text}", 3, "steps")
+    progress.advance(1, field=text)
+    progress.finish()
+    seen = words_of(visible(text))
+    shown, told = words_of(out.getvalue()), words_of(err.getvalue())
+    for word in ("title", "column", "cell"):
+        assert word + seen in shown
+    for word in ("note", "task", "field"):
+        assert word + seen in told
+    everything = shown + told
+    assert visible(everything) == everything
+
+
+def test_json_keeps_foreign_words_without_control_characters() -> None:
+    out = io.StringIO()
+    Console("json", out=out).result({"all": HOSTILE})
+    assert json.loads(out.getvalue()) == {"all": list(HOSTILE)}
+    assert visible(out.getvalue(), keep="\n") == out.getvalue()

@@ -13,7 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from retrofit.checkpoint.files import checkpoint_files
 from retrofit.errors import UserError
+from retrofit.files import read_json
 
 FILE = "retrofit.json"
 SCHEMA_VERSION = 1
@@ -47,11 +49,7 @@ def digest(folder: str | Path, *, everything: bool = False) -> dict[str, str]:
         names = sorted(path.relative_to(folder).as_posix() for path in files)
         names = [name for name in names if name not in (FILE, "README.md")]
     else:
-        names = sorted(
-            path.name
-            for path in folder.iterdir()
-            if path.name == "config.json" or path.name.endswith((".safetensors", ".safetensors.index.json", ".gguf"))
-        )
+        names = list(checkpoint_files(folder))
     return {name: sha256(folder / name) for name in names}
 
 
@@ -82,8 +80,6 @@ def write_provenance(folder: str | Path, record: Mapping[str, Any]) -> Path:
 
 def read_provenance(folder: str | Path) -> dict[str, Any]:
     """The record of a folder. Raises UserError when there is none or it was written by a newer version."""
-    from retrofit.checkpoint.read import read_json  # not above: it needs torch, and the journal's digests do not
-
     path = Path(folder) / FILE
     record = read_json(path, missing="the folder holds no retrofit.json, so it was not written by `retrofit run`")
     if record.get("schema_version") != SCHEMA_VERSION:

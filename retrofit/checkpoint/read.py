@@ -1,15 +1,12 @@
 """Checkpoint folders, read tensor by tensor.
 
-`Checkpoint.open` checks everything that can be checked without reading weights (every header, every length, every
-name of the index), so that a broken folder is refused before any long work. `tensor` then reads one tensor into
-memory of its own: nothing else is loaded, and nothing stays mapped.
-
-File format: https://huggingface.co/docs/safetensors#format (8 bytes little-endian header length, JSON header, data).
+`Checkpoint.open` checks everything that can be checked without reading weights (which files they are, every header,
+every length, every name of the index), so that a broken folder is refused before any long work. `tensor` then reads
+one tensor into memory of its own: nothing else is loaded, and nothing stays mapped.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,12 +18,11 @@ import torch
 from torch import Tensor
 
 from retrofit.checkpoint.cast import beyond, fits
+from retrofit.checkpoint.files import CONFIG, INDEX, WeightFiles, others, weight_files
+from retrofit.checkpoint.header import Entry, read_header
 from retrofit.errors import UserError
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+from retrofit.escape import shown
+from retrofit.files import read_json
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -45,17 +41,6 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One stored tensor: where its bytes are. `offset` counts from the start of the file."""
-
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """A folder with config.json and safetensors weights, checked and not yet loaded.
 
@@ -63,6 +48,7 @@ class Checkpoint:
     """
 
     folder: Path
+    files: WeightFiles
     names: tuple[str, ...]
     config: dict[str, Any]
     entries: Mapping[str, Entry]
@@ -71,31 +57,28 @@ class Checkpoint:
     def open(cls, folder: str | Path) -> Checkpoint:
         """Check the folder and read its headers.
 
-        Raises UserError: no folder, no or broken config.json, no safetensors (pickles are never read), a shard that
-        is missing, truncated or not safetensors, an index that names a tensor its shard does not hold.
+        Raises UserError: no folder, no or broken config.json, files that are no checkpoint or more than one (see
+        `weight_files`), a shard that is truncated or not safetensors, tensors that two files hold, an index that names
+        others than its shards hold.
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise UserError("there is no such checkpoint folder", where=str(folder), fix="check the path")
-        config = read_json(folder / "config.json", missing="a checkpoint folder needs config.json")
-        weight_map = _weight_map(folder)
-        entries: dict[str, Entry] = {}
-        for shard in sorted(set(weight_map.values())) if weight_map else (SINGLE,):
-            held = read_header(folder / shard)
-            if weight_map:
-                listed = {name for name, file in weight_map.items() if file == shard}
-                for name in sorted(listed - held.keys()):
-                    raise UserError(
-                        f"the index says that {shard} holds `{name}`, and it does not",
-                        where=str(folder / INDEX),
-                        fix="download the checkpoint again; the index and the shards are of different versions",
-                    )
-                held = {name: entry for name, entry in held.items() if name in listed}
-            entries.update(held)
+            raise UserError("there is no such checkpoint folder", where=shown(folder), fix="check the path")
+        config = read_json(folder / CONFIG, missing=f"a checkpoint folder needs {CONFIG}")
+        files = weight_files(folder)
+        named = config.get("transformers_weights")
+        if named not in (None, INDEX if files.weight_map else files.shards[0]):
+            raise UserError(
+                f"{CONFIG} says that the weights are in {shown(named, 120)}, where transformers alone looks for them",
+                where=f"{shown(folder / CONFIG)}: transformers_weights",
+                fix="remove that line, or give the folder of those weights",
+            )
+        entries = _entries(folder, files)
         if not entries:
-            raise UserError("the checkpoint holds no tensors", where=str(folder), fix="download it again")
+            raise UserError("the checkpoint holds no tensors", where=shown(folder), fix="download it again")
+        _require_no_copies(folder, files, entries)
         names = sorted(entries, key=lambda name: (entries[name].shard, entries[name].offset))
-        return cls(folder=folder, names=tuple(names), config=config, entries=entries)
+        return cls(folder=folder, files=files, names=tuple(names), config=config, entries=entries)
 
     @property
     def nbytes(self) -> int:
@@ -113,7 +96,7 @@ class Checkpoint:
     @property
     def shards(self) -> tuple[str, ...]:
         """File names of the weights."""
-        return tuple(sorted({entry.shard for entry in self.entries.values()}))
+        return self.files.shards
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
@@ -139,7 +122,9 @@ class Checkpoint:
             while done < entry.nbytes:
                 count = file.readinto(view[done:])
                 if not count:
-                    raise UserError("the file became shorter while it was read", where=f"{path}: {name}")
+                    raise UserError(
+                        "the file became shorter while it was read", where=f"{shown(path)}: {shown(name, 120)}"
+                    )
                 done += count
         return buffer.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
@@ -160,126 +145,54 @@ class Checkpoint:
                 continue
             bad = int((~torch.isfinite(tensor.float())).sum())
             raise UserError(
-                f"`{name}` holds {bad} values that are NaN or infinite (of {tensor.numel()})",
-                where=str(self.folder / self.shard_of(name)),
+                f"`{shown(name, 120)}` holds {bad} values that are NaN or infinite (of {tensor.numel()})",
+                where=shown(self.folder / self.shard_of(name)),
                 fix="start from weights that are finite: download the checkpoint again, or use the state before",
             )
 
 
-def read_json(path: Path, *, missing: str) -> dict[str, Any]:
-    """A JSON object from a file; UserError when it is absent or is not one."""
-    if not path.is_file():
-        raise UserError(missing, where=str(path), fix="point at the folder that holds the whole checkpoint")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+def _entries(folder: Path, files: WeightFiles) -> dict[str, Entry]:
+    """All tensors; transformers reads every tensor of every shard, whatever the index says."""
+    entries: dict[str, Entry] = {}
+    for shard in files.shards:
+        held = read_header(folder / shard)
+        for name in sorted(entries.keys() & held.keys())[:1]:
+            raise UserError(
+                f"{entries[name].shard} and {shard} both hold `{shown(name, 120)}`: programs take the one or the other",
+                where=shown(folder),
+                fix="download the checkpoint again; the shards are of different versions",
+            )
+        entries.update(held)
+    if files.weight_map is None:
+        return entries
+    fix = "download the checkpoint again; the index and the shards are of different versions"
+    for name, shard in sorted(files.weight_map.items()):
+        if name not in entries or entries[name].shard != shard:
+            raise UserError(
+                f"the index says that {shard} holds `{shown(name, 120)}`, and it does not",
+                where=shown(folder / INDEX),
+                fix=fix,
+            )
+    for name in sorted(entries.keys() - files.weight_map.keys())[:1]:
         raise UserError(
-            f"{path.name} is not valid JSON ({error})", where=str(path), fix="download the file again"
-        ) from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path.name} must hold a JSON object", where=str(path), fix="download the file again")
-    return value
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """{tensor: shard} of the index; empty for a single file."""
-    if not (folder / INDEX).is_file():
-        if (folder / SINGLE).is_file():
-            return {}
-        raise _no_weights(folder)
-    weight_map = read_json(folder / INDEX, missing="").get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise UserError("the index has no weight_map", where=str(folder / INDEX), fix="download the file again")
-    for name, shard in sorted(weight_map.items()):
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise UserError(
-                f"the index puts `{name}` into {shard!r}, which is not a safetensors file of this folder",
-                where=str(folder / INDEX),
-                fix="use a checkpoint in safetensors format",
-            )
-        if not (folder / shard).is_file():
-            raise UserError(
-                f"the index names {shard}, and the folder does not hold it (first tensor: `{name}`)",
-                where=str(folder / INDEX),
-                fix=f"download {shard} into the folder",
-            )
-    return weight_map
-
-
-def _no_weights(folder: Path) -> UserError:
-    files = sorted(path.name for path in folder.iterdir() if path.is_file())
-    pickles = [name for name in files if name.endswith(PICKLE_SUFFIXES)]
-    if pickles:
-        return UserError(
-            f"the weights are stored as a pickle ({pickles[0]}); pickles can run code and are never read",
-            where=str(folder / pickles[0]),
-            fix="use a revision with model.safetensors, or convert the weights with the model's own tools",
+            f"{entries[name].shard} holds `{shown(name, 120)}`, which the index does not name",
+            where=shown(folder / INDEX),
+            fix=fix,
         )
-    if "adapter_model.safetensors" in files:
-        return UserError(
-            "this is an adapter, not a whole model",
-            where=str(folder / "adapter_model.safetensors"),
-            fix="merge the adapter into its base model first (peft: merge_and_unload)",
-        )
-    return UserError(
-        f"the folder holds no {SINGLE} and no {INDEX}",
-        where=str(folder),
-        fix="point at a folder with safetensors weights, or at a .gguf file",
-    )
-
-
-def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of one safetensors file. Raises UserError when the file is truncated or its header is broken."""
-    if not path.is_file():
-        raise UserError(f"{path.name} is missing", where=str(path), fix="download the file")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if start == b"version ":
-            raise UserError(
-                f"{path.name} is a Git LFS pointer, not the weights", where=str(path), fix="run `git lfs pull` there"
-            )
-        if len(start) < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
-            raise _broken(path, f"its header says {length} bytes and the file has {size}")
-        raw = file.read(length)
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        entries = {
-            name: Entry(
-                shard=path.name,
-                dtype=str(value["dtype"]),
-                shape=tuple(int(n) for n in value["shape"]),
-                offset=8 + length + int(value["data_offsets"][0]),
-                nbytes=int(value["data_offsets"][1]) - int(value["data_offsets"][0]),
-            )
-            for name, value in header.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise _broken(path, f"its header cannot be read: {error}") from error
-    _check_layout(path, entries, 8 + length, size)
     return entries
 
 
-def _check_layout(path: Path, entries: Mapping[str, Entry], start: int, size: int) -> None:
-    """Tensors lie one after the other and fill the file exactly."""
-    end = start
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if entry.dtype not in DTYPES:
+def _require_no_copies(folder: Path, files: WeightFiles, entries: Mapping[str, Entry]) -> None:
+    """No file beside the checkpoint holds tensors of the same names: some programs read all files of a folder."""
+    for other in others(folder, files):
+        try:
+            held = read_header(folder / other)
+        except UserError:  # nothing that anybody could load
+            continue
+        for name in sorted(entries.keys() & held.keys())[:1]:
             raise UserError(
-                f"`{name}` has dtype {entry.dtype}, which is not supported",
-                where=str(path),
-                fix="use a checkpoint in float32, bfloat16 or float16",
+                f"{shown(other)} and {entries[name].shard} both hold `{shown(name, 120)}`: it is not clear which is "
+                "the model",
+                where=shown(folder),
+                fix=f"move {shown(other)} out of the folder",
             )
-        if entry.nbytes != prod(entry.shape) * DTYPES[entry.dtype].itemsize or entry.offset != end:
-            raise _broken(path, f"the place of `{name}` does not fit its shape {list(entry.shape)}")
-        end = entry.offset + entry.nbytes
-    if size < end:
-        raise _broken(path, f"it has {size} bytes and its header promises {end}")
-    if size > end:
-        raise _broken(path, f"it has {size} bytes, {size - end} more than its header promises")
-
-
-def _broken(path: Path, why: str) -> UserError:
-    return UserError(f"{path.name} is truncated or corrupt: {why}", where=str(path), fix=f"download {path.name} again")

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from retrofit.checkpoint.files import INDEX, SINGLE
+from retrofit.checkpoint.header import read_header
 from retrofit.checkpoint.raw import copy_bytes, shift, write_all, write_back
-from retrofit.checkpoint.read import DTYPES, INDEX, SINGLE, read_header
+from retrofit.checkpoint.read import DTYPES
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.recipe.schema import parse_size as bytes_of
@@ -322,7 +324,7 @@ def write_config(
         full = config.to_dict()
         fields = {**{key: full[key] for key in EXPLICIT_FIELDS if key in full}, **config.to_diff_dict()}
         fields["model_type"] = config.model_type
-    for key in ("_name_or_path", "auto_map"):
+    for key in ("_name_or_path", "auto_map", "transformers_weights"):
         fields.pop(key, None)
     if dtype is not None:
         fields.pop("torch_dtype", None)

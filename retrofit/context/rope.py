@@ -173,8 +173,8 @@ def write_extended(
             rules = query_rules(describe(load_config(source)), text, extension.query_scale)
             rewrite(checkpoint, folder, rules, config=fields)
         else:
-            for path in sorted(source.glob("model*.safetensors*")):
-                copy_file(path, folder / path.name, link=link)
+            for name in checkpoint.files.names:
+                copy_file(source / name, folder / name, link=link)
             write_config(folder, fields)
         copy_side_files(source, folder)
         _raise(folder / "tokenizer_config.json", "model_max_length", extension.length)

@@ -25,10 +25,10 @@ def bandwidth(device: str = "cpu", seconds: float = 0.3) -> float:
 
 
 def _best(work: Callable[[], object], device: str, seconds: float) -> float:
-    """Seconds of the fastest of the calls that fit into `seconds`, after one that is not counted."""
+    """Seconds of the fastest of the calls that fit into `seconds`, one at least, after one that is not counted."""
     work()
     best, until = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < until:
+    while best == float("inf") or time.perf_counter() < until:
         began = time.perf_counter()
         work()
         if device != "cpu":

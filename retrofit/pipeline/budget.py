@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from retrofit.console import heads, nbytes
 from retrofit.errors import UserError
 
-_BUDGET = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|[KMGT]i?B)\s*@\s*(\d+(?:\.\d+)?)\s*([kKmM]?)\s*$")
+_BUDGET = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(B|[KMGT]i?B)\s*@\s*(\d+(?:\.\d+)?)\s*([kKmM]?)\s*")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _TOKENS = {"": 1, "k": 1024, "m": 1 << 20}
@@ -25,7 +25,7 @@ class Budget:
 
 def parse_budget(text: str) -> Budget:
     """`2GiB@32k`: decimal (GB) or binary (GiB) bytes, tokens with k for 1,024. Raises UserError for anything else."""
-    match = _BUDGET.match(text)
+    match = _BUDGET.fullmatch(text)
     if match is None:
         raise UserError(
             f"`{text}` is not a KV-cache budget", where="--kv-budget", fix="write BYTES@TOKENS, for example 2GiB@32k"

@@ -133,8 +133,8 @@ def copy_checkpoint(source: Path, folder: Path, max_shard_size: str, *, link: bo
     ):
         rewrite(checkpoint, folder, {}, config=checkpoint.config, max_shard_size=max_shard_size)
         return
-    for path in sorted(source.glob("model*.safetensors*")):
-        copy_file(path, folder / path.name, link=link)
+    for name in checkpoint.files.names:
+        copy_file(source / name, folder / name, link=link)
 
 
 def _card(runner: Runner, state: State, folder: Path, section: Publish, *, chart: str | None) -> CardInput:

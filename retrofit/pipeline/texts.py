@@ -15,7 +15,7 @@ from retrofit.errors import UserError
 from retrofit.evaluate.score import Document, make_documents
 from retrofit.files import local_path
 from retrofit.kv_heads.convert import CalibrationText
-from retrofit.model.load import multiplies_in_bfloat16, resolve_dtype
+from retrofit.model.load import resolve_dtype, working_dtype
 from retrofit.recipe.schema import Calibration, Search, TextSource
 from retrofit.recover.corpora import BUILT_IN, built_in_digest
 from retrofit.recover.data import check_sources, distinct_texts, evaluation_texts, read_texts, require_known
@@ -193,9 +193,11 @@ def _within_memory(sources: Sequence[TextSource], teacher: Teacher) -> tuple[tup
     own = [source for source in sources if source.source == OWN_SAMPLES]
     if not own or teacher.device != "cpu" or sample_path(teacher).exists():
         return tuple(sources), ()
-    needed = Checkpoint.open(teacher.folder).nbytes
-    if not multiplies_in_bfloat16("cpu"):  # it may be run in float32
-        needed = needed * 4 // resolve_dtype("auto", teacher.folder).itemsize
+    stored, run = (
+        resolve_dtype(dtype, teacher.folder).itemsize
+        for dtype in ("auto", working_dtype("auto", teacher.folder, teacher.device))
+    )
+    needed = Checkpoint.open(teacher.folder).nbytes * run // stored
     free = available_memory()
     if free is None or 1.2 * needed <= free:
         return tuple(sources), ()

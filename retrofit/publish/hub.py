@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from retrofit.checkpoint.files import require_no_adapter
 from retrofit.checkpoint.provenance import sha256
 from retrofit.errors import UserError
 from retrofit.publish.finished import CARD, Finished, require_finished
@@ -162,7 +163,9 @@ def _commit(api: HfApi, finished: Finished, repo_id: str) -> str:
     """One commit with every file, and without weights of an earlier version. Returns the revision."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    present = [path for path in api.list_repo_files(repo_id) if path.startswith("model") and ".safetensors" in path]
+    there = api.list_repo_files(repo_id)
+    require_no_adapter(there, f"{api.endpoint}/{repo_id}")  # it would be applied to what is published
+    present = [path for path in there if path.startswith("model") and ".safetensors" in path]
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationDelete(path) for path in present if path not in finished.files
     ]

@@ -1,11 +1,12 @@
-"""What the Hugging Face hub accepts as the name of a repository and as a licence. Nothing here uses the network."""
+"""What the Hugging Face hub accepts as the name of a repository or a revision, and as a licence. Whole texts are
+compared; nothing here uses the network."""
 
 from __future__ import annotations
 
 import difflib
 import re
 
-from retrofit.escape import shown
+from retrofit.escape import shown, visible
 
 LICENCE_PAGE = "https://huggingface.co/docs/hub/repositories-licenses"
 OTHER = "other"
@@ -25,6 +26,8 @@ LICENCES = frozenset(_IDS.split())
 """The ids of LICENCE_PAGE, without `unknown`, which grants nothing."""
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
+_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
+_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./+-]{0,199}")
 _LINK = re.compile(r"(https?://[^\s<>\"'`|\\{}^]+|[A-Za-z0-9][A-Za-z0-9._/-]*)")
 
 
@@ -35,9 +38,24 @@ def is_repo_id(text: str) -> bool:
     return ".." not in text and "--" not in text and not text.endswith((".", "-", ".git")) and "./" not in text
 
 
+def is_name(text: str) -> bool:
+    """One part of an id: a model or a dataset without its owner, or a dataset's configuration."""
+    return _NAME.fullmatch(text) is not None and ".." not in text and "--" not in text
+
+
+def is_model_or_dataset(text: str) -> bool:
+    """OWNER/NAME, or the NAME alone of those that the hub has had from its beginning."""
+    return is_name(text) or is_repo_id(text)
+
+
+def is_revision(text: str) -> bool:
+    """A branch, a tag or a commit, or a pull request (`refs/pr/1`)."""
+    return _REVISION.fullmatch(text) is not None and ".." not in text and "//" not in text
+
+
 def is_link(text: str) -> bool:
     """Whether the text is an address or the name of a file in the repository, on one line."""
-    return len(text) <= 2000 and ".." not in text and _LINK.fullmatch(text) is not None
+    return len(text) <= 2000 and ".." not in text and visible(text) == text and _LINK.fullmatch(text) is not None
 
 
 def licence_problem(licence: str | None, name: str | None = None, link: str | None = None) -> str | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.files import local_path
+from retrofit.recipe.hub import is_model_or_dataset, is_name
 from retrofit.recipe.schema import TextSource
 from retrofit.recover.corpora import BUILT_IN
 from retrofit.recover.folders import LINES, PARQUET, text_files
@@ -36,6 +37,7 @@ def rows(source: TextSource) -> Callable[[], Iterator[Row]]:
     Raises UserError if the file or folder is missing or of an unknown kind, or an optional package is not installed.
     """
     if source.source.startswith(HUB):
+        hub_dataset(source.source)
         load = _hub_loader()
         return lambda: _hub_rows(source, load)
     files = text_files(source.source)
@@ -44,6 +46,18 @@ def rows(source: TextSource) -> Callable[[], Iterator[Row]]:
     root = local_path(source.source)
     base = root if root.is_dir() else root.parent
     return lambda: (row for file in files for row in _file_rows(file, file.relative_to(base).as_posix(), source.field))
+
+
+def hub_dataset(source: str) -> tuple[str, str | None]:
+    """(dataset, configuration or None) of `hub:DATASET[:CONFIG]`; UserError when they are no names of the hub."""
+    dataset, colon, config = source.removeprefix(HUB).partition(":")
+    if not is_model_or_dataset(dataset) or (colon and not is_name(config)):
+        raise UserError(
+            f"`{source.removeprefix(HUB)}` is no dataset of the hub",
+            where=f"text source `{source}`",
+            fix="write hub:OWNER/NAME, or hub:OWNER/NAME:CONFIG",
+        )
+    return dataset, config if colon else None
 
 
 def place_of(source: str) -> Path:
@@ -118,15 +132,9 @@ def _hub_loader() -> Callable[..., object]:
 def _hub_rows(source: TextSource, load_dataset: Callable[..., object]) -> Iterator[Row]:
     from huggingface_hub.errors import HTTPError
 
-    dataset, _, config = source.source.removeprefix(HUB).partition(":")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", dataset, re.ASCII):
-        raise UserError(
-            f"`{shown(dataset, 100)}` is no name of a dataset",
-            where=f"text source `{shown(source.source)}`",
-            fix="write hub:OWNER/NAME or hub:OWNER/NAME:CONFIG",
-        )
+    dataset, config = hub_dataset(source.source)
     try:
-        stream = load_dataset(dataset, config or None, split=source.split, streaming=True)
+        stream = load_dataset(dataset, config, split=source.split, streaming=True)
         for number, row in enumerate(stream, 1):  # type: ignore[var-annotated, arg-type]
             yield f"{dataset}:{number}", _text_field(row, source.field, f"{source.source}, row {number}")
     except (ValueError, OSError, HTTPError) as error:  # datasets' own errors derive from the first two

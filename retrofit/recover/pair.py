@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from retrofit.errors import UserError
 from retrofit.kernels import registry
 from retrofit.model.families import describe
-from retrofit.model.load import load_config, load_model, multiplies_in_bfloat16
+from retrofit.model.load import load_config, load_model, product_dtype
 from retrofit.model.spec import AttentionSpec
 from retrofit.recover.distill import Head
 
@@ -119,7 +119,7 @@ def compute_dtype(device: str, requested: str = "auto") -> torch.dtype:
         raise UserError("training in float16 is not supported", where="dtype", fix="use bfloat16, float32 or auto")
     if requested != "auto":
         return torch.bfloat16 if requested == "bfloat16" else torch.float32
-    return torch.bfloat16 if multiplies_in_bfloat16(device) else torch.float32
+    return product_dtype(device) or torch.float32
 
 
 def body(model: PreTrainedModel) -> nn.Module:

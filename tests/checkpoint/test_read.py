@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from retrofit.checkpoint.read import INDEX, SINGLE, Checkpoint
+from retrofit.checkpoint.files import INDEX, SINGLE
+from retrofit.checkpoint.read import Checkpoint
 from retrofit.errors import UserError
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -178,7 +179,7 @@ def test_adapter_and_empty_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="adapter"):
         Checkpoint.open(folder)
     (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match="holds no"):
+    with pytest.raises(UserError, match="holds no safetensors"):
         Checkpoint.open(folder)
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from retrofit.checkpoint.read import INDEX, SINGLE, Checkpoint
+from retrofit.checkpoint.files import INDEX, SINGLE
+from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.write import ShardWriter, copy_side_files, parse_size, remove_shards, write_config
 from retrofit.errors import UserError
 

@@ -18,7 +18,7 @@ from tests.fuzz.edits import Choices, edited
 Target = Callable[[bytes], None]
 TARGETS: dict[str, Target] = {}
 
-_ROPE_KEYS = (
+ROPE_KEYS = (
     "type",
     "rope_type",
     "factor",
@@ -28,11 +28,15 @@ _ROPE_KEYS = (
     "low_freq_factor",
     "mrope_section",
 )
-_CONFIG_KEYS = (
+CONFIG_KEYS = (
     *("rope_scaling", "rope_parameters", "torch_dtype", "dtype", "auto_map", "quantization_config", "text_config"),
     *("attn_implementation", "_attn_implementation", "layer_types", "sliding_window", "head_dim", "rope_theta"),
     *("partial_rotary_factor", "num_local_experts", "architectures", "id2label", "original_max_position_embeddings"),
-    *("attention_bias", "use_cache", "tie_word_embeddings", "model_type", "hidden_act", *_ROPE_KEYS),
+    *("attention_bias", "use_cache", "tie_word_embeddings", "model_type", "hidden_act", *ROPE_KEYS),
+)
+TOKENIZER_KEYS = (
+    *("auto_map", "tokenizer_class", "bos_token", "chat_template", "model_max_length", "extra_special_tokens"),
+    *("added_tokens_decoder", "padding_side", "backend", "add_prefix_space"),
 )
 _FAMILIES = ("llama", "gemma3_text", "phi3", "qwen3", "mixtral", "gpt_bigcode", "gemma2", "qwen2", "mistral")
 
@@ -115,14 +119,14 @@ def config(data: bytes) -> None:
 
     choices = Choices(data)
     raw = choices.below(5) == 0
-    written = choices.rest() if raw else _json(edited(choices.of(_configs()), choices, _CONFIG_KEYS))
+    written = choices.rest() if raw else _json(edited(choices.of(_configs()), choices, CONFIG_KEYS))
     inspect(_written("config/config.json", written).parent)
 
 
 @target
 def safetensors_header(data: bytes) -> None:
     """One safetensors file: any bytes, or a whole one with an odd header."""
-    from retrofit.checkpoint.read import read_header
+    from retrofit.checkpoint.header import read_header
 
     choices = Choices(data)
     if choices.below(4) == 0:
@@ -242,8 +246,7 @@ def tokenizer(data: bytes) -> None:
     if choices.below(4) == 0 or not path.is_file():
         path.write_bytes(choices.rest())
     else:
-        more = ("auto_map", "tokenizer_class", "bos_token", "chat_template", "model_max_length", "extra_special_tokens")
-        path.write_bytes(_json(edited(json.loads(path.read_text()), choices, more)))
+        path.write_bytes(_json(edited(json.loads(path.read_text()), choices, TOKENIZER_KEYS)))
     load_tokenizer(folder)("some words")
 
 

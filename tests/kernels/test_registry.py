@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +18,36 @@ from retrofit.model.families import describe
 from tests.tiny import tiny_config, tiny_model
 
 
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("package", [False, True])
+def test_flash_attention_needs_a_package_and_a_gpu(cuda: bool, package: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if package else None)
+    status = next(status for status in available() if status.name == "flash_attention_2")
+    assert status.available == (cuda and package)
+    assert bool(status.install) == (not package)
+    assert ("no CUDA device" in status.reason) == (not cuda)
+
+
+@pytest.mark.parametrize(("cuda", "compiler"), [(False, False), (False, True), (True, False)])
+def test_flex_attention_needs_a_gpu_or_a_compiler(
+    cuda: bool, compiler: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if compiler:
+        (tmp_path / "g++").touch(0o755)
+    status = next(status for status in available() if status.name == "flex_attention")
+    assert status.available == (cuda or compiler)
+
+
 def test_every_kernel_has_a_status() -> None:
     statuses = {status.name: status for status in available()}
     assert tuple(statuses) == (*KERNELS, "products")  # listed, not offered
     assert "training on a CPU" in statuses["products"].reason
     assert statuses["sdpa"].available and statuses["blockwise"].available
-    if not torch.cuda.is_available():
-        assert not statuses["flash_attention_2"].available and statuses["flash_attention_2"].install
+    assert not statuses["flash_attention_2"].available, "the tests show torch no GPU"
 
 
 def test_auto_on_a_cpu() -> None:

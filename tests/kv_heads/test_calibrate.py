@@ -20,6 +20,7 @@ from retrofit.kv_heads.repairs import OutputRidge
 from retrofit.kv_heads.weights import LayerWeights, read_layer
 from retrofit.model.families import describe, family_of
 from retrofit.model.load import load_config
+from tests.children.sitecustomize import BFLOAT16
 from tests.tiny import save_tiny
 
 
@@ -42,6 +43,20 @@ def test_moments_are_kept_where_asked_and_the_work_folder_holds_no_streams(tmp_p
     names = {path.name for path in (tmp_path / "work" / "calibration").iterdir()}
     assert names == {"state.json", "layer-000.safetensors", "layer-001.safetensors", "moments"}
     assert not list((tmp_path / "out").glob(".*")), "nothing but the checkpoint"
+
+
+def test_a_calibration_multiplies_as_the_processor_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bfloat16_products: bool
+) -> None:
+    source = save_tiny(tmp_path / "source", "llama")
+    for folder, told in (("float32", "no"), ("here", "yes" if bfloat16_products else "no")):
+        monkeypatch.setenv(BFLOAT16, told)
+        (tmp_path / folder).mkdir()
+        convert(source, tmp_path / folder, kv_heads=2, text=text(), repair="none")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    exact, here = (Checkpoint.open(tmp_path / folder).tensor(name) for folder in ("float32", "here"))
+    off = float((exact - here).abs().max() / exact.abs().max())
+    assert (0 < off < 0.05) if bfloat16_products else off == 0
 
 
 def test_keys_are_merged_for_the_window_that_they_will_be_read_in(tmp_path: Path) -> None:

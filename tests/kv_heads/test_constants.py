@@ -38,6 +38,7 @@ def with_own_constants(family: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize(("family", "lossless"), [("phi", True), ("starcoder2", True), ("qwen2", False)])
 def test_an_output_bias_holds_what_the_heads_constants_differ_in(family: str, lossless: bool, tmp_path: Path) -> None:
     source = with_own_constants(family, tmp_path / "source")

@@ -162,6 +162,17 @@ def test_a_layer_wise_pass_finds_the_loss_of_the_whole_model(family: str, tmp_pa
     assert saved(tmp_path / "moments") == (0, 1) and load(tmp_path / "moments", 1).tokens == 300
 
 
+def test_a_layer_wise_pass_multiplies_as_the_processor_does(tmp_path: Path, bfloat16_products: bool) -> None:
+    source = save_tiny(tmp_path / "source", "llama")
+    ids = torch.randint(0, 256, (2, 100), generator=torch.Generator().manual_seed(1))
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1].transpose(1, 2)
+    want = torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none").mean(1)
+    off = float((survey(source, ids).float() - want).abs().max())
+    assert (1e-5 < off < 0.05) if bfloat16_products else off < 1e-5
+
+
 def test_a_pass_over_the_layers_holds_a_batch_and_not_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_tiny(tmp_path / "source", "llama")
     ids = torch.randint(0, 256, (24, 512), generator=torch.Generator().manual_seed(1))

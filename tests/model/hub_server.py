@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
@@ -49,7 +50,7 @@ def serve(repos: dict[str, Repo]) -> Iterator[tuple[str, list[str]]]:
             self.do_GET()
 
         def do_GET(self) -> None:
-            path = self.path.split("?")[0]
+            path = unquote(self.path.split("?")[0])
             seen.append(f"{self.command} {path}")
             parts = path.strip("/").split("/")
             api = parts[:2] == ["api", "models"]

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers.utils import logging
 
 from retrofit.errors import UserError
-from retrofit.model.load import load_model, load_tokenizer, quiet, resolve_device, resolve_dtype, stored_dtype
+from retrofit.model.load import (
+    load_model,
+    load_tokenizer,
+    multiplies_in_bfloat16,
+    product_dtype,
+    quiet,
+    resolve_device,
+    resolve_dtype,
+    stored_dtype,
+    working_dtype,
+)
 from tests.tiny import FAMILIES, save_tiny, tiny_model
 
 
@@ -32,6 +44,33 @@ def test_auto_dtype_is_the_stored_one(tmp_path, dtype):
     assert stored_dtype(folder) == dtype, "without weights, from config.json"
     with pytest.raises(UserError, match="`int4` is not a dtype"):
         resolve_dtype("int4", folder)
+
+
+@pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16", "amx_tile", "sve_bf16", "bf16"])
+def test_bfloat16_products_are_known_by_any_of_their_capabilities(name, monkeypatch):
+    for has in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx2": True, name: has})
+        assert multiplies_in_bfloat16("cpu") == has
+
+
+def test_bfloat16_products_of_a_gpu_are_what_torch_says(monkeypatch):
+    for has in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has: has)
+        assert multiplies_in_bfloat16("cuda:0") == has
+
+
+def test_products_are_in_bfloat16_where_the_processor_has_them(bfloat16_products):
+    assert multiplies_in_bfloat16("cpu") == bfloat16_products
+    assert product_dtype("cpu") == (torch.bfloat16 if bfloat16_products else None)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_a_model_runs_in_its_own_dtype_or_in_what_the_processor_multiplies(stored, bfloat16_products, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": stored}))
+    own = stored == "bfloat16" and bfloat16_products
+    assert working_dtype("auto", tmp_path, "cpu") == (stored if own else "float32")
+    assert working_dtype("auto", tmp_path, "cuda") == "auto"
+    assert working_dtype("float16", tmp_path, "cpu") == "float16", "what is asked for is not changed"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

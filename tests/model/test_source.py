@@ -111,7 +111,7 @@ def test_weights_that_are_refused(folder, tmp_path):
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     refused(pickled, "only safetensors are read")
     (pickled / "pytorch_model.bin").unlink()
-    refused(pickled, "no safetensors")
+    refused(pickled, "holds no safetensors weights")
     short = edited(folder, tmp_path / "b")
     data = (short / "model.safetensors").read_bytes()
     (short / "model.safetensors").write_bytes(data[:-10])
@@ -143,6 +143,20 @@ def test_offline_names_the_way_out():
     assert "unset HF_HUB_OFFLINE" in error.fix
 
 
+def shards_of_other_names(folder: Path) -> dict[str, bytes]:
+    """The files of a model in shards that are not called `model-*`."""
+    files = Repo.of(save_tiny(folder, "llama", dtype="bfloat16", max_shard_size="50KB")).files
+    count = sum(name.endswith(".safetensors") for name in files)
+    changed = {f"model-{i:05d}-of-{count:05d}": f"weights [{i}]" for i in range(1, count + 1)}
+    named = {}
+    for name, data in files.items():
+        for old, new in changed.items():
+            name = name.replace(old, new)
+            data = data.replace(old.encode(), new.encode()) if "index" in name else data
+        named[name] = data
+    return named
+
+
 PROBE = """
 import json, sys
 from retrofit.errors import UserError
@@ -172,7 +186,6 @@ def probe(endpoint: str, cache: Path, *arguments: dict[str, object], **environme
         env=env | environment,
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
@@ -182,6 +195,7 @@ def test_hub(folder, tmp_path):
     """One fresh process against a local hub: every answer, then the same hub gone and the cache still there."""
     custom = edited(folder, tmp_path / "x", model_type="brandnew", auto_map={"AutoModelForCausalLM": "modeling_x.X"})
     good = Repo.of(folder, license="llama3.2")
+    named = shards_of_other_names(tmp_path / "s")
     good.files |= {"onnx/model.onnx": b"x", "pytorch_model.bin": b"x", "consolidated.safetensors": b"x"}
     repos = {
         "org/good": good,
@@ -193,10 +207,15 @@ def test_hub(folder, tmp_path):
         "org/adapter": Repo({"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}),
         "org/remote": Repo.of(custom),
         "org/broken": Repo(fault=(500, "")),
+        "org/merged": Repo({**good.files, "adapter_config.json": b"{}"}),
+        "org/lost": Repo({name: data for name, data in named.items() if "[2]" not in name}),
+        "org/named": Repo(named),
+        "org/both": Repo({**named, "model.safetensors": good.files["model.safetensors"]}),
     }
-    names = ["gated", "closed", "forbidden", "pickled", "ggufs", "adapter", "remote", "missing"]
+    names = ["gated", "closed", "forbidden", "pickled", "ggufs", "adapter", "remote", "merged", "lost", "missing"]
     asked: list[dict[str, object]] = [{"model": f"org/{name}"} for name in names]
     asked += [{"model": "org/good", "revision": "nope"}, {"model": "org/good", "weights": False}, {"model": "org/good"}]
+    asked += [{"model": "org/named"}, {"model": "org/both"}]
     with serve(repos) as (endpoint, seen):
         answers = probe(endpoint, tmp_path / "cache", *asked)
         (broken,) = probe(endpoint, tmp_path / "cache", {"model": "org/broken"})
@@ -208,23 +227,31 @@ def test_hub(folder, tmp_path):
         "ggufs": "hf download org/ggufs model.Q4_0.gguf",
         "adapter": "an adapter, not a model",
         "remote": "remote code is never run",
+        "merged": "an adapter lies beside the model (adapter_config.json)",
+        "lost": "the index names files that the repository does not hold: weights [2].safetensors",
         "missing": "no such model on the hub, or it is private",
     }
     for name, answer in zip(names, answers, strict=False):
         assert expected[name] in answer, answer
-    assert "no revision `nope`" in answers[8]
-    kind, repo_id, revision, dtype, licence, base_model, files, digests = answers[9]
+    nope, light, whole, shards, both = answers[len(names) :]
+    assert "no revision `nope`" in nope
+    kind, repo_id, revision, dtype, licence, base_model, files, digests = light
     assert (kind, repo_id, revision, dtype) == ("hub", "org/good", SHA, "bfloat16")
     assert (licence, base_model) == ("llama3.2", "org/good")
     assert not any(name.endswith((".safetensors", ".bin")) for name in files)
     assert set(digests) == {"config.json"}
-    *_, files, digests = answers[10]
+    *_, files, digests = whole
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files)
     assert not {"pytorch_model.bin", "consolidated.safetensors", "onnx"} & set(files)
     assert digests["model.safetensors"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert set(shards[-1]) == {"config.json", *(name for name in named if "safetensors" in name)}
+    assert set(both[-1]) == {"config.json", "model.safetensors"}
+    assert not any("weights" in name or "index" in name for name in both[-2])
     assert "status 500" in broken
-    for name in ("pickled", "remote", "gated"):
-        assert not [line for line in seen if line.startswith("GET") and f"org/{name}" in line and "tensors" in line]
+    for name in ("pickled", "remote", "gated", "merged", "lost"):
+        assert not [
+            line for line in seen if line.startswith("GET") and f"org/{name}" in line and line.endswith("tensors")
+        ]
 
     gone, unknown = probe("http://127.0.0.1:9", tmp_path / "cache", {"model": "org/good"}, {"model": "org/never"})
     assert gone[:3] == ["hub", "org/good", SHA]

@@ -1,9 +1,9 @@
 """Runs one recipe undisturbed, then again and again, each time killed at another moment, until an attempt ends.
 
-`python -m tests.pipeline.kill_child RECIPE CALM HUNTED recover:3 0.5s`: the undisturbed run is in CALM. Of those in
-HUNTED the first attempt gets SIGKILL at the third sign of life of the task `recover` (everything a run tells its
-Progress is one), the next a deadly alarm after half a second. An attempt is a fork of this process. Prints where every
-attempt died as JSON.
+`python -m tests.pipeline.kill_child RECIPE CALM HUNTED recover:3 rename:state.json`: the undisturbed run is in CALM. Of
+those in HUNTED the first attempt gets SIGKILL at the third sign of life of the task `recover` (everything a run tells
+its Progress is one), the next just before a file gets the name `state.json`. An attempt is a fork of this process.
+Prints where every attempt died as JSON.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import os
 import signal
 import sys
 from pathlib import Path
+
+import torch
 
 from retrofit.pipeline import commands
 from tests.killing import settle
@@ -46,25 +48,33 @@ class Mortal:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def die_before_name(name: str, note: Path) -> None:
+    """Kill this process just before it renames something to `name`, and note that it did."""
+
+    def watch(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "os.rename" and Path(str(arguments[1])).name == name:
+            note.write_text("rename")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
 def attempt(recipe: str, out: str, limit: str) -> str:
     """Fork, run, and say where the attempt died, or `done`."""
-    where, _, lives = limit.partition(":")
+    where, _, at = limit.partition(":")
     note = Path(f"{out}.place")
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            if limit[:1].isdigit():
-                # Without a handler the alarm ends the process at once, as SIGKILL does.
-                signal.setitimer(signal.ITIMER_REAL, float(limit[:-1]))
-            commands.run(recipe, out=out, progress=Mortal(where, int(lives or 0), note))
+            if where == "rename":
+                die_before_name(at, note)
+            commands.run(recipe, out=out, progress=Mortal(where, int(at) if at.isdigit() else 0, note))
             code = 0
         finally:
             os._exit(code)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
-        if os.WTERMSIG(status) == signal.SIGALRM:
-            return f"after {limit}"
         assert os.WTERMSIG(status) == signal.SIGKILL
         place = note.read_text()
         note.unlink()
@@ -76,6 +86,7 @@ def attempt(recipe: str, out: str, limit: str) -> str:
 def main() -> None:
     """See the module's docstring."""
     recipe, calm, out, *limits = sys.argv[1:]
+    torch.set_num_threads(1)  # the threads of a product do not outlive a fork
     commands.run(recipe, out=calm)
     settle()
     places = []

@@ -12,7 +12,7 @@ from retrofit.errors import UserError
 from retrofit.kv_heads import disk
 from retrofit.kv_heads.moments import saved
 from retrofit.model.families import describe
-from retrofit.model.load import load_config, load_tokenizer
+from retrofit.model.load import load_config, load_model, load_tokenizer
 from retrofit.pipeline import commands, operations, plan, show, single, texts
 from retrofit.pipeline.passes import ModelFacts
 from retrofit.pipeline.plan import make_plan, sampled_tokens
@@ -48,6 +48,21 @@ def test_a_model_that_does_not_fit_is_calibrated_without_its_own_samples(
     assert "self" in found.notes[0] and "1000 B of memory are free" in found.notes[0]
     with pytest.raises(UserError, match="to write samples"):
         texts.calibration_text(calibration(text=["self"]), tokenizer, seed=0, teacher=teacher)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_what_samples_need_is_the_model_as_it_is_run(
+    stored: str, bfloat16_products: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path / "model", "llama", dtype=stored)
+    own = TextSource(source="self")
+    parameters = sum(tensor.numel() for tensor in load_model(folder).parameters())
+    as_run = 2 if stored == "bfloat16" and bfloat16_products else 4
+    monkeypatch.setattr(texts, "sample_path", lambda teacher: tmp_path / "no samples yet")
+    for free, fits in ((1.3 * as_run, True), (1.1 * as_run, False)):
+        monkeypatch.setattr(texts, "available_memory", lambda free=free: int(free * parameters))
+        kept, _ = texts._within_memory([own, TextSource(source="python-docs")], Teacher(folder))
+        assert (own in kept) == fits
 
 
 def test_own_samples_are_part_of_the_default_mix_and_of_the_plan(model: Path) -> None:

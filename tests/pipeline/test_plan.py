@@ -7,8 +7,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from retrofit.model.families import describe
+from retrofit.pipeline import throughput
 from retrofit.pipeline.passes import CALL_SECONDS, EFFICIENCY, ModelFacts, Throughput
 from retrofit.pipeline.plan import COST_ROUNDS, MACHINE_SECONDS, make_plan, steps_of
 from retrofit.recipe.load import load_recipe
@@ -152,3 +154,17 @@ def test_experts_without_adapters_are_told_of() -> None:
         assert step is not None
         said.append("the experts carry no adapters" in step.does)
     assert said == [False, True]
+
+
+def test_a_plan_times_the_products_that_are_used(bfloat16_products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[torch.dtype] = []
+
+    def flops(dtype: torch.dtype, device: str, seconds: float) -> float:
+        timed.append(dtype)
+        return 4e9 if dtype == torch.bfloat16 else 1e9
+
+    monkeypatch.setattr(throughput, "flops", flops)
+    found = throughput.measure()
+    assert timed == [torch.float32, torch.bfloat16][: 1 + bfloat16_products]
+    assert (found.flops, found.float32) == (4e9 if bfloat16_products else 1e9, 1e9)
+    assert ("in bfloat16" in found.how) == bfloat16_products

@@ -46,11 +46,9 @@ def test_a_student_trains_without_its_own_dropout(
     assert not torch.allclose(noisy(ids, use_cache=False).logits, still)
 
 
-def test_the_compute_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert compute_dtype("cpu") == torch.bfloat16
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "avx2": True})
-    assert compute_dtype("cpu") == torch.float32
+def test_the_compute_dtype_follows_the_processor(bfloat16_products: bool) -> None:
+    assert compute_dtype("cpu") == (torch.bfloat16 if bfloat16_products else torch.float32)
     assert compute_dtype("cpu", "bfloat16") == torch.bfloat16
+    assert compute_dtype("cpu", "float32") == torch.float32
     with pytest.raises(UserError, match="float16"):
         compute_dtype("cpu", "float16")

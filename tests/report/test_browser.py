@@ -42,7 +42,7 @@ def test_a_page_fits_its_screen_and_asks_for_nothing(tmp_path: Path, width: int)
     done = subprocess.run(
         [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
          f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom", file.as_uri()],
-        check=True, capture_output=True, text=True, timeout=120,
+        check=True, capture_output=True, text=True,
     )  # fmt: skip
     found = re.findall(r"<pre>(\{.*?\})</pre>", done.stdout)
     assert found, "the page did not load"
