@@ -28,6 +28,7 @@ SET = {
     "TERM": "dumb",
     "PYTHONUTF8": "1",  # of child processes
     "CUDA_VISIBLE_DEVICES": "",
+    "OMP_WAIT_POLICY": "PASSIVE",  # a thread that spins for another takes the core from it on a busy machine
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",

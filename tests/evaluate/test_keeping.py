@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ META = {"checkpoint": {"model.safetensors": "a"}}
 
 
 def grid(model: Any, **asked: Any) -> Any:
-    how = {"lengths": (700, 500), "depths": (0.0, 0.2, 0.4), "samples": 2, "chunk": 32, "meta": META, **asked}
+    how = {"lengths": (700, 500), "depths": (0.0, 0.2, 0.4), "samples": 2, "chunk": 96, "meta": META, **asked}
     return needles.needle(model, TOKENIZER, PROSE, **how)
 
 
@@ -36,7 +37,7 @@ def together(model: Any, **asked: Any) -> Any:
 
 
 def ruler(model: Any, **asked: Any) -> Any:
-    how = {"tasks": ("niah_multikey", "frequent_words"), "lengths": (900, 1000), "chunk": 64, "meta": META, **asked}
+    how = {"tasks": ("niah_multikey", "frequent_words"), "lengths": (900, 1000), "chunk": 160, "meta": META, **asked}
     return tasks.ruler(model, TOKENIZER, PROSE, **how)
 
 
@@ -117,16 +118,19 @@ def test_another_question_is_not_answered_from_what_was_kept(
         (model, {"kernel": eager}),
         (double, {}),
     ]
-    test(model, partial=tmp_path, **small)
-    for other, asked in others:
+    kept = tmp_path / "kept"
+    test(model, partial=kept, **small)
+    for number, (other, asked) in enumerate(others):
         told, want = Silent(), test(other, **{**small, **asked})
-        read = counted(monkeypatch)
-        assert test(other, partial=tmp_path, progress=told, **{**small, **asked}) == want
-        assert read and "answers another question; asked anew" in told.notes[-1], asked
-        test(model, partial=tmp_path, **small)
+        with monkeypatch.context() as patched:
+            read = counted(patched)
+            partial = shutil.copytree(kept, tmp_path / str(number))
+            assert test(other, partial=partial, progress=told, **{**small, **asked}) == want
+        assert read
+        assert "answers another question; asked anew" in told.notes[-1], asked
     monkeypatch.setattr(resume, "VERSION", resume.VERSION + 1)
     read = counted(monkeypatch)
-    test(model, partial=tmp_path, **small)
+    test(model, partial=kept, **small)
     assert read
 
 
