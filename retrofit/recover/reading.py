@@ -83,15 +83,15 @@ def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
             whole, rest = _cut(rest + data, newline) if data else (rest, b"")
             if not data and not whole:
                 return
-            if len(rest) > MAX_LINE:
-                raise UserError(
-                    f"a line of more than {MAX_LINE:,} bytes", where=f"{shown(file)}:{number + 1}", fix="check the file"
-                )
             for line in _decoded(whole, encoding, file, number):
                 number += 1
                 yield number, line
             if not data:
                 return
+            if len(rest) > MAX_LINE:
+                raise UserError(
+                    f"a line of more than {MAX_LINE:,} bytes", where=f"{shown(file)}:{number + 1}", fix="check the file"
+                )
 
 
 def json_lines(file: Path) -> Iterator[tuple[int, dict[str, object]]]:
