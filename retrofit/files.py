@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from retrofit.errors import UserError
-from retrofit.escape import shown
+from retrofit.escape import shell_word, shown
 
 MAX_TEXT_BYTES = 64 << 20
 """Largest file that is read whole as text or JSON, where the caller sets no other limit."""
@@ -87,7 +87,7 @@ def require_regular(path: Path, *, missing: str = "there is no such file", fix: 
         raise UserError(
             f"no permission to read {shown(path.name)}",
             where=shown(path),
-            fix=f"make it readable: chmod u+r {shown(path)}",
+            fix=f"make it readable: chmod u+r {shell_word(path)}",
         )
 
 

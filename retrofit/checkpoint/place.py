@@ -14,6 +14,7 @@ from pathlib import Path
 
 from retrofit.checkpoint.full import writing
 from retrofit.errors import UserError
+from retrofit.escape import shell_word
 
 
 def existing_ancestor(path: Path) -> Path:
@@ -36,7 +37,7 @@ def require_writable(path: str | Path) -> None:
         raise UserError(
             f"no permission to write into {place}",
             where=str(path),
-            fix=f"choose another folder, or make it writable: chmod u+w {place}",
+            fix=f"choose another folder, or make it writable: chmod u+w {shell_word(place)}",
         )
 
 

@@ -23,6 +23,7 @@ from retrofit.checkpoint.files import (
     require_no_adapter,
 )
 from retrofit.errors import UserError
+from retrofit.escape import shell_word
 from retrofit.model.families import require_known
 from retrofit.model.load import load_config
 
@@ -95,7 +96,7 @@ def require_files(repo_id: str, files: set[str]) -> None:
         raise UserError(
             "the repository holds GGUF files only",
             where=where,
-            fix=f"download one and give its path: hf download {repo_id} {ggufs[0]} --local-dir .",
+            fix=f"download one and give its path: hf download {repo_id} {shell_word(ggufs[0])} --local-dir .",
         )
     if any(_PICKLES.fullmatch(name) for name in files):
         raise UserError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit import bundled
 from retrofit.errors import UserError
-from retrofit.escape import shown
+from retrofit.escape import shell_word, shown
 from retrofit.files import local_path
 from retrofit.pipeline.passes import ASSUMED, Throughput
 from retrofit.pipeline.plan import Plan, make_plan
@@ -153,12 +152,12 @@ def prices(
 
     limit = None if budget is None else parse_budget(budget)
     text = {"text": list(calibrate)} if calibrate else {}
-    pinned = "" if revision is None else f" --revision {shlex.quote(revision)}"
+    pinned = "" if revision is None else f" --revision {shell_word(revision)}"
     if recipe is None:
         section = {"kv_heads": 1, "calibration": text}
         loaded = single.recipe("convert", section, model=None if model is None else str(model), device=device)
-        options = "".join(f" --calibrate {shlex.quote(source)}" for source in calibrate)
-        name = shlex.quote(str(model)) + pinned
+        options = "".join(f" --calibrate {shell_word(source)}" for source in calibrate)
+        name = shell_word(str(model)) + pinned
         command = f"retrofit convert {name} --kv-heads {{kv_heads}}{options} --out out/kv{{kv_heads}}"
     else:
         loaded = _recipe(recipe, overrides, None if model is None else str(model))
@@ -169,10 +168,10 @@ def prices(
             calibration = {**asked.calibration.model_dump(), **text}
             convert = {**asked.model_dump(), "calibration": calibration}
             loaded = Recipe.model_validate({**loaded.model_dump(), "convert": convert})
-        named = ("" if model is None else f" --model {shlex.quote(str(model))}") + pinned
+        named = ("" if model is None else f" --model {shell_word(str(model))}") + pinned
         values = [*overrides, *([f"convert.calibration.text={json.dumps(list(calibrate))}"] if calibrate else [])]
-        options = "".join(f" --set {shlex.quote(value)}" for value in values)
-        name = loaded.name if isinstance(recipe, Recipe) else shlex.quote(str(recipe))
+        options = "".join(f" --set {shell_word(value)}" for value in values)
+        name = loaded.name if isinstance(recipe, Recipe) else shell_word(str(recipe))
         command = f"retrofit run {name}{named}{options} --set convert.kv_heads={{kv_heads}}"
     with _quiet():
         return price(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retrofit.errors import UserError
+from retrofit.escape import shell_word
 from retrofit.evaluate.answers import FOLDER, TaskAnswers, TaskChange, beside, changes, from_file
 from retrofit.evaluate.bits import ComparedBits, compare_bits
 from retrofit.evaluate.bootstrap import ratio_interval
@@ -158,7 +159,7 @@ def stored_answers(path: Path, losses: Path) -> dict[str, TaskAnswers]:
                 raise UserError(
                     "these answers are not those that the run recorded",
                     where=str(file),
-                    fix=f"run the recipe again: retrofit run {Path(path) / 'recipe.yaml'} --out {path}",
+                    fix=_again(Path(path)),
                 )
             _require_unchanged(Path(path), losses.stem, journal, entry, file)
         found |= answers
@@ -204,11 +205,15 @@ def stored_losses(path: Path) -> Path:
     )
 
 
+def _again(run: Path) -> str:
+    return f"run the recipe again: retrofit run {shell_word(run / 'recipe.yaml')} --out {shell_word(run)}"
+
+
 def _require_current(run: Path, model: str, losses: Path) -> None:
     """The losses are those the journal names, and nothing changed the model after they were scored."""
     journal = Journal(run)
     entry = journal.latest(f"evaluate:{model}")
-    again = f"run the recipe again: retrofit run {run / 'recipe.yaml'} --out {run}"
+    again = _again(run)
     if entry is None or not journal.intact(entry):
         raise UserError("these token losses are not those that the run recorded", where=str(losses), fix=again)
     _require_unchanged(run, model, journal, entry, losses)
@@ -222,7 +227,7 @@ def _require_unchanged(run: Path, model: str, journal: Journal, entry: Entry, fi
         raise UserError(
             f"this was measured on another revision of the model: `{changed[0]}` was done again after it",
             where=str(file),
-            fix=f"run the recipe again: retrofit run {run / 'recipe.yaml'} --out {run}",
+            fix=_again(run),
         )
 
 

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from retrofit import bundled
 from retrofit.checkpoint.provenance import versions
 from retrofit.console import jsonable
+from retrofit.escape import shell_word
 from retrofit.evaluate.answers import TaskChange, TaskScore
 from retrofit.evaluate.context_use import restored
 from retrofit.evaluate.cost import RunCost
@@ -19,7 +20,7 @@ from retrofit.evaluate.perplexity import Row
 from retrofit.model.source import Source
 from retrofit.pipeline.evaluation import losses_file
 from retrofit.pipeline.plan import STEPS
-from retrofit.pipeline.public import public_model
+from retrofit.pipeline.public import public_model, public_recipe
 from retrofit.pipeline.runner import Runner
 from retrofit.recipe.load import dump_recipe, load_recipe
 from retrofit.recipe.schema import Recipe
@@ -45,7 +46,7 @@ def run_data(runner: Runner, results: tuple[GateResult, ...]) -> RunData:
     proof = evaluated.get("proof")
     return RunData(
         name=recipe.name,
-        recipe_yaml=dump_recipe(recipe),
+        recipe_yaml=dump_recipe(public_recipe(recipe, prepared.source)),
         model=prepared.source.base_model or Path(recipe.model or "").name,
         created=max((entry.finished for entry in entries.values()), default=""),
         description=recipe.description,
@@ -70,7 +71,7 @@ def command(recipe: Recipe, source: Source) -> str:
     """What to type to do the same run again; a recipe of one's own is the file that is shown beside it."""
     bundled_recipe = recipe.name in bundled.names("recipes") and load_recipe(recipe.name, model=recipe.model) == recipe
     name = recipe.name if bundled_recipe else "recipe.yaml"
-    return f"retrofit run {name} --model {public_model(source)}"
+    return f"retrofit run {name} --model {shell_word(public_model(source))}"
 
 
 def _notes(result: dict[str, Any] | None) -> list[str]:

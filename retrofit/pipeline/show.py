@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.console import Console, heads, nbytes, seconds
+from retrofit.escape import python_string
 from retrofit.model.inspect import Inspection
 from retrofit.pipeline.plan import Plan, describe_plan
 from retrofit.pipeline.show_measured import task_changes
@@ -210,7 +211,7 @@ def written(console: Console, result: Written) -> None:
     for note in result.report.get("notes", ()):
         console.say(f"note: {note}")
     console.say(f"written: {result.folder}")
-    console.say(f'load it with AutoModelForCausalLM.from_pretrained("{result.folder}")')
+    console.say(f"load it with AutoModelForCausalLM.from_pretrained({python_string(str(result.folder))})")
 
 
 def _kept_out(layers: Sequence[Mapping[str, Any]]) -> list[str]:

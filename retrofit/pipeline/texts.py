@@ -227,7 +227,8 @@ def read_before(sources: Sequence[TextSource], folder: Path) -> dict[TextSource,
         steps = [f"`{step['step']}`" for step in read_provenance(folder)["steps"] if _reads(step["config"], source)]
         if steps:
             by = " and ".join(dict.fromkeys(steps))
-            found[source] = f"`{source.source}` was read by {by} of this model: only its held-out part is measured"
+            name = source.source if source.source.startswith(HUB) else Path(source.source).name
+            found[source] = f"`{name}` was read by {by} of this model: only its held-out part is measured"
     return found
 
 

@@ -1,5 +1,7 @@
 """The model card: README.md of a published checkpoint, from measured values only.
 
+Names in it are foreign: whatever the template writes is escaped, but for what is `Markdown` already.
+
 Every value comes from `CardInput`; one that is not known is refused by name, never written as a placeholder.
 Front matter: https://huggingface.co/docs/hub/model-cards (a converted checkpoint is a `finetune` of its base model).
 """
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
+from retrofit.escape import Markdown, code_block, code_span, markdown, prose, table_row, visible
 from retrofit.evaluate.effective import certificate
 from retrofit.publish.card_input import CardInput, require_known
 
@@ -46,12 +49,16 @@ def render_card(card: CardInput) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=prose,
     )
-    environment.filters["thousands"] = lambda value: f"{value:,}"
+    environment.filters |= {"thousands": lambda value: f"{value:,}", "code": code_span}
     return environment.get_template("card.md.j2").render(
         card=card,
         front_matter=_front_matter(card),
         summary=_summary(card),
+        snippet=Markdown(card.snippet),
+        commands=code_block("\n".join(card.commands), "sh"),
+        recipe=code_block(card.recipe_yaml, "yaml"),
         tables=[(ALL if kind == ALL else _name(kind), _table(card, kind)) for kind in _kinds(card)],
         documents=_documents(card),
         tasks=_tasks(card),
@@ -63,15 +70,23 @@ def render_card(card: CardInput) -> str:
     )
 
 
-def _tests(effective: EffectiveLength) -> list[str]:
+def _tests(effective: EffectiveLength) -> list[Markdown]:
     """The certificate as a table: every length, every test, what it needed."""
 
     def cell(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
         return "–" if value is None else f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
 
     lines = [
-        "| context length | passed | tail, times the perplexity | context gain, nats a token | needle (needed) |",
-        "|---:|:---:|---:|---:|---:|",
+        table_row(
+            (
+                "context length",
+                "passed",
+                "tail, times the perplexity",
+                "context gain, nats a token",
+                "needle (needed)",
+            )
+        ),
+        Markdown("|---:|:---:|---:|---:|---:|"),
     ]
     for test in effective.tests:
         needle = "–" if test.needle is None else f"{test.needle:.2f}"
@@ -83,11 +98,11 @@ def _tests(effective: EffectiveLength) -> list[str]:
             cell(test.gain, test.gain_low, test.gain_high, "+"),
             needle + needed,
         )
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(table_row(cells))
     return lines
 
 
-def _front_matter(card: CardInput) -> str:
+def _front_matter(card: CardInput) -> Markdown:
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
@@ -104,29 +119,29 @@ def _front_matter(card: CardInput) -> str:
     results += [
         EvalResult(
             task_type="text-generation",
-            dataset_type=score.task,
-            dataset_name=score.task,
-            metric_type=score.metric,
-            metric_name=f"{score.metric}, {score.fewshot} examples",
+            dataset_type=_name(score.task),
+            dataset_name=_name(score.task),
+            metric_type=visible(score.metric),
+            metric_name=visible(f"{score.metric}, {score.fewshot} examples"),
             metric_value=float(f"{score.value:.6g}"),
         )
         for score in card.models[-1].tasks
         if math.isfinite(score.value)
     ]
     data = ModelCardData(
-        language=list(card.languages) or None,
+        language=[visible(language) for language in card.languages] or None,
         license=card.licence,
-        license_name=card.licence_name,
+        license_name=card.licence_name and visible(card.licence_name),
         license_link=card.licence_link,
         base_model=card.base_model,
         base_model_relation="finetune",
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=list(dict.fromkeys([*_tags(card), *card.tags])),
-        model_name=card.title,
+        tags=[visible(tag) for tag in dict.fromkeys([*_tags(card), *card.tags])],
+        model_name=visible(card.title),
         eval_results=results,
     )
-    return data.to_yaml().strip()
+    return Markdown(data.to_yaml().strip())
 
 
 def _tags(card: CardInput) -> list[str]:
@@ -139,9 +154,9 @@ def _tags(card: CardInput) -> list[str]:
     return tags
 
 
-def _summary(card: CardInput) -> str:
-    """One paragraph: what was done, in the order it was done."""
-    at = f" (revision `{card.revision[:12]}`)" if card.revision else ""
+def _summary(card: CardInput) -> Markdown:
+    """One paragraph: what was done, in the order it was done. `require_known` has seen that the base model is an id."""
+    at = f" (revision {code_span(card.revision[:12])})" if card.revision else ""
     base = f"[{card.base_model}](https://huggingface.co/{card.base_model}){at}"
     parts = []
     before, after = card.kv_heads
@@ -159,19 +174,20 @@ def _summary(card: CardInput) -> str:
             f"{_ROPE[card.context_method]}{searched}."
         )
     if card.recovery:
-        named = [_name(source) for source in card.recovery.sources]
+        named = [markdown(_name(source)) for source in card.recovery.sources]
         parts.append(
             f"To win quality back it was {_LOSSES[card.recovery.loss]} for {card.recovery.tokens:,} tokens of "
             f"{' and '.join(named)}, through LoRA adapters of rank {card.recovery.rank}, merged into the weights."
         )
     if not parts:
         parts.append("Its weights and its context window are unchanged.")
-    return f"This is {base} after attention surgery. {' '.join(parts)} It is a plain `{card.architecture}` checkpoint."
+    plain = f"It is a plain {code_span(card.architecture)} checkpoint."
+    return Markdown(f"This is {base} after attention surgery. {' '.join(parts)} {plain}")
 
 
 def _name(kind: str) -> str:
-    """A kind of text as a reader knows it: a path of somebody's machine becomes its last part."""
-    return kind if kind.startswith("hub:") else PurePath(kind).name or kind
+    """A kind of text or a task as a reader knows it: a path of somebody's machine becomes its last part."""
+    return visible(kind if kind.startswith("hub:") else PurePath(kind).name or kind)
 
 
 def _kinds(card: CardInput) -> list[str]:
@@ -181,12 +197,12 @@ def _kinds(card: CardInput) -> list[str]:
     return [ALL, *own] if ALL in kinds and len(own) > 1 else own or kinds
 
 
-def _table(card: CardInput, kind: str) -> list[str]:
+def _table(card: CardInput, kind: str) -> list[Markdown]:
     """A Markdown table, one row a length: value (low to high) for each model, and last against first."""
     labels = [model.label for model in card.models]
     compared = len(labels) > 1
     header = ["context (tokens)", *labels, *([f"{labels[-1]} / {labels[0]}"] if compared else [])]
-    lines = [f"| {' | '.join(header)} |", "|---:" * len(header) + "|"]
+    lines = [table_row(header), Markdown("|---:" * len(header) + "|")]
     lengths = sorted({row.length for row in card.models[-1].rows if row.kind == kind})
     for length in lengths:
         rows = [next(r for r in m.rows if r.kind == kind and r.length == length) for m in card.models]
@@ -195,7 +211,7 @@ def _table(card: CardInput, kind: str) -> list[str]:
         cells += [f"{_ppl(row.ppl)} ({_ppl(row.low)} to {_ppl(row.high)})" for row in rows]
         if compared:
             cells.append(f"{rows[-1].ppl / rows[0].ppl:.2f}")
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(table_row(cells))
     return lines
 
 
@@ -203,7 +219,7 @@ def _ppl(value: float) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
 
 
-def _tasks(card: CardInput) -> list[str]:
+def _tasks(card: CardInput) -> list[Markdown]:
     """Scores in tasks as a Markdown table, one row a metric; the last column pairs the last model with the first."""
     last = card.models[-1]
     if not last.tasks:
@@ -211,7 +227,7 @@ def _tasks(card: CardInput) -> list[str]:
     labels = [model.label for model in card.models]
     compared = [f"{labels[-1]} - {labels[0]}"] if len(labels) > 1 else []
     header = ["task", "metric", "questions", "examples", *labels, *compared]
-    lines = [f"| {' | '.join(header)} |", "|---|---|" + "---:|" * (len(header) - 2)]
+    lines = [table_row(header), Markdown("|---|---|" + "---:|" * (len(header) - 2))]
     for score in last.tasks:
         place = (score.task, score.metric)
         cells = [score.task, score.metric, f"{score.questions:,}", str(score.fewshot)]
@@ -221,7 +237,7 @@ def _tasks(card: CardInput) -> list[str]:
         if compared:
             change = next((one for one in last.task_changes if (one.task, one.metric) == place), None)
             cells.append(f"{change.change:+.3f} ({change.low:+.3f} to {change.high:+.3f})" if change else "–")
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(table_row(cells))
     return lines
 
 
@@ -236,10 +252,10 @@ def _documents(card: CardInput) -> str:
     return f"Documents: {'; '.join(counted)}. Intervals: percentile bootstrap over each {unit}."
 
 
-def _kv_table(card: CardInput) -> list[str]:
-    lines = ["| context (tokens) | before | after |", "|---:|---:|---:|"]
+def _kv_table(card: CardInput) -> list[Markdown]:
+    lines = [table_row(("context (tokens)", "before", "after")), Markdown("|---:|---:|---:|")]
     for tokens, (before, after) in sorted(card.kv_cache_bytes.items()):
-        lines.append(f"| {tokens:,} | {_bytes(before)} | {_bytes(after)} |")
+        lines.append(table_row((f"{tokens:,}", _bytes(before), _bytes(after))))
     return lines
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -9,10 +10,14 @@ from typing import Any
 from retrofit.checkpoint.provenance import FILE, digest, read_provenance
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.errors import GateError, UserError
+from retrofit.escape import shown
+from retrofit.files import read_text
 from retrofit.publish.snippet import front_matter, placeholders, shows_snippet
 from retrofit.recipe.hub import licence_problem
 
 CARD = "README.md"
+PARTIAL = f".{CARD}.partial"
+"""A card that is being written; a kill may leave it."""
 _AGAIN = "write the folder again: retrofit run RECIPE --from publish"
 
 
@@ -32,11 +37,13 @@ def require_finished(folder: str | Path, *, licence: str | None = None) -> Finis
 
     licence: hub licence id for a card that has none; the card is not changed here.
 
-    Raises UserError: no retrofit.json, gate or reload not passed, a file changed, missing or added since, a card with
-    placeholders or without a licence. GateError when a requirement was not met or never checked.
+    Raises UserError: no retrofit.json, gate or reload not passed, a file changed, missing or added since, something
+    that is no plain file, a card with placeholders, without a licence or with other load lines than those executed.
+    GateError when a requirement was not met or never checked.
     """
     folder = Path(folder)
     record = read_provenance(folder)
+    _require_plain(folder)
     Checkpoint.open(folder)
     _require_gate(record, folder)
     if not (record.get("reload") or {}).get("passed"):
@@ -44,7 +51,7 @@ def require_finished(folder: str | Path, *, licence: str | None = None) -> Finis
     _require_files(record, folder)
     if not (folder / CARD).is_file():
         raise UserError("the folder has no card", where=str(folder / CARD), fix=_AGAIN)
-    card = (folder / CARD).read_text(encoding="utf-8")
+    card = read_text(folder / CARD)
     if not shows_snippet(card):
         raise UserError(
             "the card does not show the lines that a fresh process executed", where=str(folder / CARD), fix=_AGAIN
@@ -81,6 +88,25 @@ def _require_gate(record: dict[str, Any], folder: Path) -> None:
             f"requirements of the recipe are not met: {', '.join(map(str, unmet))}",
             where=str(folder / FILE),
             fix="run the recipe again until its `require` holds",
+        )
+
+
+def _require_plain(folder: Path) -> None:
+    """Nothing but files and the folders that hold them: no link, which would publish what it points to."""
+    inside = [Path(place) / name for place, folders, files in os.walk(folder) for name in (*folders, *files)]
+    holding = {parent for path in inside if path.is_file() for parent in path.parents}
+    odd = [
+        path.relative_to(folder)
+        for path in inside
+        if path.is_symlink()
+        or (path.name.startswith(".") and path.name != PARTIAL)
+        or not (path.is_file() or path in holding)
+    ]
+    if odd:
+        raise UserError(
+            f"{', '.join(shown(path, 60) for path in sorted(odd)[:5])}: not part of the published checkpoint",
+            where=str(folder),
+            fix="remove what does not belong there",
         )
 
 

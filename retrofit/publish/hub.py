@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from retrofit.checkpoint.files import require_no_adapter
 from retrofit.checkpoint.provenance import sha256
 from retrofit.errors import UserError
-from retrofit.publish.finished import CARD, Finished, require_finished
+from retrofit.publish.finished import CARD, PARTIAL, Finished, require_finished
 from retrofit.publish.snippet import front_matter, with_model_id
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _write_card(finished: Finished, repo_id: str) -> Finished:
     card = with_model_id(finished.card, repo_id)
     if "license" not in front_matter(card):
         card = card.replace("---\n", f"---\nlicense: {finished.licence}\n", 1)
-    partial = finished.folder / f".{CARD}.partial"
+    partial = finished.folder / PARTIAL
     partial.write_text(card, encoding="utf-8")
     partial.replace(finished.folder / CARD)
     nbytes = sum((finished.folder / name).stat().st_size for name in finished.files)

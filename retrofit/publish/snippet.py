@@ -83,7 +83,7 @@ def placeholders(card: str, names: Iterable[str] = ()) -> list[str]:
 
     names: of texts, models and tasks, in which nothing is looked for. The recipe's own block is left out.
     """
-    text = re.sub(r"^```yaml\n.*?^```$", lambda m: "\n" * m[0].count("\n"), card, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^(`{3,})yaml\n.*?^\1$", lambda m: "\n" * m[0].count("\n"), card, flags=re.DOTALL | re.MULTILINE)
     for name in sorted(filter(None, names), key=len, reverse=True):
         for written in {name, visible(name), markdown(name)}:
             text = text.replace(written, "") if written.strip() else text

@@ -99,7 +99,12 @@ def _text(path: Path) -> str:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML with every default written out. `parse(dump_recipe(r)) == r`."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    values = recipe.model_dump(mode="json")
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
+    if visible(text, keep="\n") == text:
+        return text
+    # What turns the direction of writing, for example, is written as an escape where it is shown as well.
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=False, width=110)
 
 
 def parse(

@@ -1,18 +1,22 @@
-"""Writes `report.html` (one file, nothing fetched), `report.md` and the chart of the model card."""
+"""Writes `report.html` (one file, nothing fetched), `report.md` and the chart of the model card.
+
+Names in them are foreign: whatever a template writes is escaped, for HTML by jinja, for Markdown by `escape.prose`.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrofit import escape
 from retrofit.evaluate.perplexity import ALL
 from retrofit.report import encodings, summary, words
 from retrofit.report.data import CACHE_LENGTHS, ModelResult, RunData, StepRecord, loss_by_position
 from retrofit.report.figures import card_picture, figures
 from retrofit.report.glossary import definitions
-from retrofit.report.parts import Figure
+from retrofit.report.parts import Figure, Table
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -54,7 +58,7 @@ def render(run: RunData, folder: str | Path) -> tuple[Path, ...]:
 
 def html(run: RunData, shown: tuple[Figure, ...] | None = None) -> str:
     """The report as one HTML page. shown: its figures, when they are drawn already."""
-    return _template("report.html.j2", autoescape=True).render(
+    return _template("report.html.j2", autoescape=True, finalize=_visible).render(
         **_content(run, figures(run) if shown is None else shown)
     )
 
@@ -63,7 +67,7 @@ def markdown(run: RunData, shown: tuple[Figure, ...] | None = None) -> str:
     """The report as Markdown, with tables where the page has charts; those of perplexity stand in it already."""
     drawn = figures(run) if shown is None else shown
     kept = tuple(one for one in drawn if one.section != "quality" or one.picture is None)
-    return _template("report.md.j2", autoescape=False).render(**_content(run, kept))
+    return _template("report.md.j2", autoescape=False, finalize=escape.prose).render(**_content(run, kept))
 
 
 def _content(run: RunData, shown: tuple[Figure, ...]) -> dict[str, Any]:
@@ -136,35 +140,48 @@ def _reload(report: Mapping[str, Any] | None) -> str:
     )
 
 
-def _template(name: str, *, autoescape: bool) -> Any:
+def _template(name: str, *, autoescape: bool, finalize: Callable[[Any], Any]) -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=autoescape,
+        finalize=finalize,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"cell": _cell, "prose": _prose, "split": _split}
+    environment.filters |= {
+        "prose": _prose,
+        "split": _split,
+        "row": escape.table_row,
+        "table": _table,
+        "fenced": escape.code_block,
+    }
     return environment.get_template(name)
+
+
+def _table(data: Table) -> escape.Markdown:
+    """A table with its first column to the left, the others to the right."""
+    lines = [escape.table_row(data.headers), "| --- |" + " ---: |" * (len(data.headers) - 1)]
+    return escape.Markdown("\n".join([*lines, *map(escape.table_row, data.rows)]) + "\n")
+
+
+def _visible(value: Any) -> Any:
+    """A text of the page with control characters as escapes; other values, and what is HTML already, as they are."""
+    return escape.visible(value, keep="\n\t") if type(value) is str else value
 
 
 def _prose(text: str) -> Markup:
     """Escaped text with `names` set as code."""
-    from markupsafe import Markup, escape
+    from markupsafe import Markup
+    from markupsafe import escape as escape_html
 
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape_html(_visible(text)))))
 
 
 def _split(text: str) -> tuple[str, str]:
     """A cell's value and what stands in brackets after it, which narrow screens set below."""
     found = re.fullmatch(r"(\S+) ([\[(].*)", text)
     return (found[1], found[2]) if found else (text, "")
-
-
-def _cell(text: object) -> str:
-    """Text that cannot break a Markdown table or start HTML."""
-    safe = str(text).replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\").replace("|", "\\|")
-    return " ".join(safe.split())
