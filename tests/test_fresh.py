@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,30 +25,31 @@ def script(tmp_path: Path, body: str) -> Path:
 def test_a_job_is_answered_without_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     body = "print('noise'); return {'twice': 2 * job['x'], 'cwd': os.getcwd(), 'token': os.environ.get('HF_TOKEN')}"
-    result = run_fresh(script(tmp_path, body), {"x": 4}, seconds=60, memory=GIB, cwd=tmp_path)
+    result = run_fresh(script(tmp_path, body), {"x": 4}, seconds=600, memory=GIB, cwd=tmp_path)
     assert result == {"twice": 8, "cwd": str(tmp_path.resolve()), "token": None}
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "seconds", "said"),
     [
-        ("raise ValueError('\\x1b[2Jno')", r"ValueError: \\x1b\[2Jno"),
-        ("os.kill(os.getpid(), 9)", "code -9"),
-        ("time.sleep(60)", "did not finish in 1 s"),
+        ("raise ValueError('\\x1b[2Jno')", 600, r"ValueError: \\x1b\[2Jno"),
+        ("os.kill(os.getpid(), 9)", 600, "code -9"),
+        ("time.sleep(600)", 1, "did not finish in 1 s"),
     ],
 )
-def test_what_goes_wrong_is_told(tmp_path: Path, body: str, said: str) -> None:
+def test_what_goes_wrong_is_told(tmp_path: Path, body: str, seconds: int, said: str) -> None:
     with pytest.raises(FreshError, match=said):
-        run_fresh(script(tmp_path, body), {}, seconds=1, memory=GIB, cwd=tmp_path)
+        run_fresh(script(tmp_path, body), {}, seconds=seconds, memory=GIB, cwd=tmp_path)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit a process's data")
 def test_memory_is_limited(tmp_path: Path) -> None:
     with pytest.raises(FreshError, match="MemoryError"):
-        run_fresh(script(tmp_path, "return {'x': len('a' * (1 << 50))}"), {}, seconds=60, memory=GIB, cwd=tmp_path)
+        run_fresh(script(tmp_path, "return {'x': len('a' * (1 << 50))}"), {}, seconds=600, memory=GIB, cwd=tmp_path)
 
 
 PARENT = """
+from collections.abc import Callable
 from pathlib import Path
 from retrofit.fresh import run_fresh
 run_fresh(Path({script!r}), {{}}, seconds=600, memory=1 << 30, cwd=Path({cwd!r}))
@@ -78,8 +80,7 @@ def running(pid: int) -> bool:
     return bool(done.stdout.strip()) and not done.stdout.startswith("Z")
 
 
-def wait(true: object, seconds: float = 60.0) -> None:
-    began = time.monotonic()
-    while not true():  # type: ignore[operator]
-        assert time.monotonic() - began < seconds
+def wait(true: Callable[[], bool]) -> None:
+    """Until it is true, however long that takes on a busy machine."""
+    while not true():
         time.sleep(0.02)

@@ -95,13 +95,13 @@ def staged(final: str | Path, *, overwrite: bool = False, keep: Path | None = No
     with writing(final.parent):
         partial.mkdir(parents=True, exist_ok=keep is not None)
         if keep is None:
-            _mark(partial).write_text(_inode(partial))
+            _mark(partial).write_text(_inode(partial), "utf-8")
     try:
         with writing(final.parent):
             yield partial
         _sync(partial)
         if overwrite and final.exists():
-            _mark(replaced).write_text(_inode(final))
+            _mark(replaced).write_text(_inode(final), "utf-8")
             final.rename(replaced)
         if _holds_something(final):
             raise _not_empty(final)
@@ -129,7 +129,7 @@ def _not_empty(final: Path) -> UserError:
 def _require_ours(folder: Path) -> None:
     """UserError unless the folder is absent, empty, or was left by a staged write that was killed."""
     mark = _mark(folder)
-    if _holds_something(folder) and not (mark.is_file() and mark.read_text() == _inode(folder)):
+    if _holds_something(folder) and not (mark.is_file() and mark.read_text("utf-8") == _inode(folder)):
         raise UserError(
             "a folder of this name is needed for the time of writing, and this one was not made for that",
             where=str(folder),

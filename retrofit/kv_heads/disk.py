@@ -150,7 +150,7 @@ class StreamFolder:
         self.layers_done = layers_done
         checksums = {name: self.stream(name, layers_done).checksums for name in self._names}
         partial = self.folder / f".{STATE}.partial"
-        partial.write_text(json.dumps({"key": self._key, "layers": layers_done, "checksums": checksums}))
+        partial.write_text(json.dumps({"key": self._key, "layers": layers_done, "checksums": checksums}), "utf-8")
         partial.replace(self.folder / STATE)
 
     def _resume(self, say: Callable[[str], None]) -> int | None:

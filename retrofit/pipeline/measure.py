@@ -19,7 +19,7 @@ def reset_peak() -> None:
     give_back()
     if _CLEAR.exists():
         try:
-            _CLEAR.write_text("5")
+            _CLEAR.write_text("5", "utf-8")
         except PermissionError:
             return
 
@@ -27,7 +27,7 @@ def reset_peak() -> None:
 def peak_bytes() -> int:
     """Most resident memory since `reset_peak`, in bytes."""
     if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
+        for line in _STATUS.read_text("utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -211,7 +211,7 @@ def _within_memory(sources: Sequence[TextSource], teacher: Teacher) -> tuple[tup
 def available_memory() -> int | None:
     """Bytes that can be had without swapping; None where the system does not say."""
     info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
     found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
     return int(found[0]) * 1024 if found else None
 

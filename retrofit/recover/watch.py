@@ -79,7 +79,7 @@ def last_checkpoint(work_dir: Path, fingerprint: str) -> Path | None:
     for folder in sorted(work_dir.glob("checkpoint-*")):
         step = folder.name.removeprefix("checkpoint-")
         state = folder / STATE
-        if step.isdigit() and state.is_file() and json.loads(state.read_text())["fingerprint"] == fingerprint:
+        if step.isdigit() and state.is_file() and json.loads(state.read_text("utf-8"))["fingerprint"] == fingerprint:
             best = max(best or (0, folder), (int(step), folder))
         else:
             shutil.rmtree(folder)

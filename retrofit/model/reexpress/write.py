@@ -188,7 +188,9 @@ def cached(
         if weights:
             report = write(reexpression, source, partial, resume=True, progress=progress)
         else:
-            write_config(partial, reexpression.config(), json.loads((source / "config.json").read_text()).get("dtype"))
+            write_config(
+                partial, reexpression.config(), json.loads((source / "config.json").read_text("utf-8")).get("dtype")
+            )
             copy_side_files(source, partial)
             _keep_tokenizer_class(source, partial)
         for card in _CARDS:
