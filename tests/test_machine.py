@@ -1,4 +1,4 @@
-"""No test and no result depends on the machine: what children are told of it, and how text files are read and written."""
+"""Nothing depends on the machine: what child processes are told of it, and how text files are read and written."""
 
 from __future__ import annotations
 
