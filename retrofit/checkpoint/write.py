@@ -293,21 +293,23 @@ def remove_shards(folder: str | Path) -> int:
     return len(shards)
 
 
-def copy_side_files(source: str | Path, out: str | Path) -> tuple[str, ...]:
-    """Copy tokenizer, chat template, generation settings and licence texts; never weights, config.json, card or code.
+def side_files(source: str | Path) -> tuple[str, ...]:
+    """Names of a checkpoint's tokenizer, chat template, generation settings and licence texts that are there, sorted;
+    never weights, config.json, card or code."""
+    source = Path(source)
+    templates = [path for folder in SIDE_FOLDERS for path in (source / folder).glob("*.jinja")]
+    names = [name for name in SIDE_FILES if (source / name).is_file()]
+    return tuple(sorted(names + [path.relative_to(source).as_posix() for path in templates]))
 
-    Returns the names copied, sorted.
-    """
+
+def copy_side_files(source: str | Path, out: str | Path) -> tuple[str, ...]:
+    """Copy what `side_files` names; returns the names copied."""
     source, out = Path(source), Path(out)
-    copied = [name for name in SIDE_FILES if (source / name).is_file()]
+    copied = side_files(source)
     for name in copied:
+        (out / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, out / name)
-    for folder in SIDE_FOLDERS:
-        for path in sorted((source / folder).glob("*.jinja")):
-            (out / folder).mkdir(exist_ok=True)
-            shutil.copyfile(path, out / folder / path.name)
-            copied.append(f"{folder}/{path.name}")
-    return tuple(sorted(copied))
+    return copied
 
 
 def write_config(

@@ -7,6 +7,7 @@ GGUF are read, and no code that comes with a model is ever run.
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Literal
 
 from retrofit.checkpoint.files import PICKLE_SUFFIXES, SUFFIX, checkpoint_files
 from retrofit.errors import UserError
+from retrofit.escape import shell_word, shown
+from retrofit.files import local_path, require_regular
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -78,19 +81,50 @@ def resolve(
 
 
 def _resolve(model: str | Path, revision: str | None, weights: bool, progress: Progress | None) -> Source:
-    name, path = str(model), Path(model).expanduser()
+    from retrofit.model.gguf_file import is_gguf
+
+    name, path = str(model), local_path(model, where="model")
     if name == EMBEDDED and not path.exists():
         _no_revision(revision, name)
         return _from_gguf(name, embedded_file(), weights, progress, _EMBEDDED_LICENCE, EMBEDDED_MODEL)
     if path.is_dir():
         _no_revision(revision, name)
+        alone = _only_gguf(path)
+        if alone is not None:
+            return _from_gguf(name, alone, weights, progress, None, None)
         return _from_folder(name, path, weights)
-    if path.is_file() or path.suffix == ".gguf":
+    if os.path.lexists(path) or _is_gguf_name(path):
         _no_revision(revision, name)
-        if path.suffix != ".gguf":
+        require_regular(path)
+        if not _is_gguf_name(path) and not is_gguf(path):
             raise _not_a_model(path)
         return _from_gguf(name, path, weights, progress, None, None)
     return _from_hub(name, revision, weights, progress)
+
+
+def _is_gguf_name(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf"
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """The GGUF file of a folder whose only weights it is; None where there are other weights, or none.
+
+    Raises UserError where there are several.
+    """
+    names = sorted(path.name for path in folder.iterdir())
+    files = [folder / name for name in names if _is_gguf_name(folder / name) and not (folder / name).is_dir()]
+    others = (".safetensors", ".safetensors.index.json", *_PICKLE_SUFFIXES)
+    if not files or any(name.endswith(others) for name in names):
+        return None
+    if len(files) > 1:
+        listed = ", ".join(shown(file.name, 80) for file in files[:5]) + (", ..." if len(files) > 5 else "")
+        raise UserError(
+            f"the folder holds {len(files)} GGUF files ({listed}), and one is a model",
+            where=shown(folder),
+            fix=f"give one of them, for example {shell_word(files[0])}; the parts of a split one are joined first: "
+            "llama-gguf-split --merge",
+        )
+    return files[0]
 
 
 def _reexpressed(source: Source, weights: bool, progress: Progress | None) -> Source:
@@ -100,13 +134,13 @@ def _reexpressed(source: Source, weights: bool, progress: Progress | None) -> So
 
     if read_config(source.folder)["model_type"] not in REEXPRESSED:
         return source
-    from retrofit.model.reexpress import cached, reexpression_of
+    from retrofit.model.reexpress import reexpressed, reexpression_of
     from retrofit.model.reexpress.write import notes_of
 
     reexpression = reexpression_of(load_config(source.folder))
     assert reexpression is not None
     identity = partial(_identity, source, weights)
-    folder = cached(reexpression, source.folder, identity, weights=weights, progress=progress)
+    folder = reexpressed(reexpression, source.folder, identity, weights=weights, progress=progress)
     return replace(source, folder=folder, notes=(*source.notes, *notes_of(reexpression, source.dtype)))
 
 
@@ -176,8 +210,8 @@ def _from_gguf(
         licence=licence or licence_of(folder),
         base_model=base_model or base_model_of(folder),
         notes=(
-            f"the weights were read from {path.name}, quantised as {quantisation}, and kept as {dtype}: `original` is "
-            "the model in that file, not the one it was quantised from",
+            f"the weights were read from {shown(path.name)}, quantised as {quantisation}, and kept as {dtype}: "
+            "`original` is the model in that file, not the one it was quantised from",
         )
         if quantisation
         else (),

@@ -16,8 +16,8 @@ from retrofit.kv_heads.disk import require_room
 from retrofit.kv_heads.moments import Origin
 from retrofit.kv_heads.price import LayerCost, probe_counts
 from retrofit.kv_heads.room import held, room_needed, survey_room
+from retrofit.model.cache import cache_dir
 from retrofit.model.families import describe
-from retrofit.model.gguf import cache_dir
 from retrofit.model.load import load_config, load_tokenizer, resolve_dtype
 from retrofit.model.source import Source
 from retrofit.pipeline import probes

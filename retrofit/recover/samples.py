@@ -53,7 +53,7 @@ def own_samples(teacher: Teacher, progress: Progress | None = None) -> Callable[
 def sample_path(teacher: Teacher) -> Path:
     """Where the samples of this model, token count and seed are cached."""
     from retrofit.checkpoint.provenance import digest
-    from retrofit.model.gguf import cache_dir
+    from retrofit.model.cache import cache_dir
 
     length = sample_length(teacher.folder)
     key = json.dumps([digest(teacher.folder), teacher.tokens, teacher.seed, BATCH, length], sort_keys=True)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import pydoc_data.topics
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from retrofit.console import Silent
 from retrofit.errors import UserError
-from retrofit.model import gguf
+from retrofit.model.cache import cache_dir
 from retrofit.model.inspect import inspect
 from retrofit.model.load import load_config, load_model, load_tokenizer
 from retrofit.model.source import EMBEDDED_MODEL, embedded_file, resolve
@@ -33,12 +35,14 @@ def write_gguf(
     architecture: str = "llama",
     pre: str = "gpt-2",
     extra: dict[str, object] | None = None,
+    metadata: dict[str, object] | None = None,
     tensors: dict[str, np.ndarray] | None = None,
 ) -> Path:
     """tiny_model("llama", num_key_value_heads=2, theta 50000) as GGUF; q and k rows in llama.cpp's pair order."""
     model = source_model()
     config, out = model.config, writer.GGUFWriter(path, architecture)
-    out.add_name("tiny")
+    for key, value in {"general.name": "tiny", **(metadata or {})}.items():
+        (out.add_string if isinstance(value, str) else out.add_uint32)(key, value)
     out.add_license("mit")
     out.add_string("general.base_model.0.repo_url", "https://huggingface.co/org/base")
     out.add_context_length(config.max_position_embeddings)
@@ -141,6 +145,58 @@ def test_conversion_is_done_once(tmp_path):
     assert resolve(tmp_path / "renamed.gguf", weights=False).folder == first.folder
 
 
+def test_the_file_alone_decides_whatever_lies_beside_it(tmp_path, cache):
+    (tmp_path / "beside").mkdir()
+    path = write_gguf(tmp_path / "beside" / "m.gguf")
+    other = tiny_model("llama", num_key_value_heads=4)
+    other.config.save_pretrained(path.parent)
+    tiny_tokenizer().save_pretrained(path.parent)
+    (path.parent / "tokenizer_config.json").write_text('{"bos_token": "<pad>", "chat_template": "other"}')
+    (path.parent / "chat_template.jinja").write_text("other")
+    (path.parent / "adapter_config.json").write_text('{"base_model_name_or_path": "."}')
+    (path.parent / "generation_config.json").write_text('{"eos_token_id": 1}')
+    beside = resolve(path)
+    written = {file.name: file.read_bytes() for file in beside.folder.iterdir()}
+    shutil.rmtree(cache)
+    (tmp_path / "alone").mkdir()
+    path.rename(tmp_path / "alone" / "m.gguf")
+    alone = resolve(tmp_path / "alone" / "m.gguf")
+    assert {file.name: file.read_bytes() for file in alone.folder.iterdir()} == written
+
+
+@pytest.mark.parametrize("name", ["UP.GGUF", "model.bin", "no-suffix", "м [1] `x`.gguf"])
+def test_a_gguf_is_one_whatever_it_is_called(name, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf").rename(tmp_path / name)
+    assert resolve(path, weights=False).kind == "gguf"
+
+
+def test_a_folder_that_holds_one_gguf(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf")
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert resolve(tmp_path, weights=False).folder == resolve(path, weights=False).folder
+    path.rename(tmp_path / "a.gguf")
+    (tmp_path / "b.GGUF").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"2 GGUF files \(a.gguf, b.GGUF\)"):
+        resolve(tmp_path, weights=False)
+    source_model().save_pretrained(tmp_path)
+    assert resolve(tmp_path).kind == "folder"
+
+
+def test_cached_weights_that_were_changed_are_made_again(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf")
+    weights = resolve(path).folder / "model.safetensors"
+    written = weights.read_bytes()
+    weights.write_bytes(written[:-4] + b"1234")
+    resolve(path, progress=(progress := Silent()))
+    assert weights.read_bytes() == written
+    assert "model.safetensors was changed): it is made again" in progress.notes[0]
+
+
+def test_a_llama_file_named_mistral_has_no_window(tmp_path):
+    found = resolve(write_gguf(tmp_path / "m.gguf", metadata={"general.name": "mistral"}), weights=False)
+    assert load_config(found.folder).sliding_window is None
+
+
 def test_digits_are_split_as_the_file_says(tmp_path):
     together = load_tokenizer(resolve(write_gguf(tmp_path / "a.gguf", pre="gpt-2")).folder)
     alone = load_tokenizer(resolve(write_gguf(tmp_path / "b.gguf", pre="smollm")).folder)
@@ -185,7 +241,7 @@ def test_cache_folder_that_cannot_be_written(tmp_path, monkeypatch):
         resolve(path)
     monkeypatch.delenv("RETROFIT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert gguf.cache_dir() == tmp_path / "xdg" / "retrofit"
+    assert cache_dir() == tmp_path / "xdg" / "retrofit"
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from retrofit.errors import UserError
 from retrofit.model.families.refused import OPTIONAL, REEXPRESSED
 from retrofit.model.reexpress import gpt_bigcode, others, phi
 from retrofit.model.reexpress.base import Made, Reexpression
-from retrofit.model.reexpress.write import FORMAT, ReexpressReport, cached, write
+from retrofit.model.reexpress.write import FORMAT, ReexpressReport, reexpressed, write
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -98,4 +98,4 @@ def reexpress(
     )
 
 
-__all__ = ["FORMAT", "Made", "ReexpressReport", "Reexpression", "cached", "reexpress", "reexpression_of"]
+__all__ = ["FORMAT", "Made", "ReexpressReport", "Reexpression", "reexpress", "reexpressed", "reexpression_of"]

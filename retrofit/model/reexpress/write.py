@@ -18,13 +18,14 @@ from torch import Tensor
 
 from retrofit.checkpoint.cast import narrowed
 from retrofit.checkpoint.heap import give_back
-from retrofit.checkpoint.lock import folder_lock
-from retrofit.checkpoint.place import require_free_space, require_writable, staged
+from retrofit.checkpoint.place import require_free_space
+from retrofit.checkpoint.provenance import sha256
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.checkpoint.write import KEPT, ShardWriter, copy_side_files, going_on, held, write_config
+from retrofit.checkpoint.write import KEPT, ShardWriter, copy_side_files, going_on, held, side_files, write_config
 from retrofit.errors import UserError
-from retrofit.model.gguf import cache_dir
-from retrofit.model.load import load_tokenizer
+from retrofit.files import read_json
+from retrofit.model.cache import cache_dir, cached, sound
+from retrofit.model.load import load_tokenizer, stored_dtype
 from retrofit.model.reexpress.base import Made, Reexpression
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def _stored(name: str, prefixes: tuple[tuple[str, str], ...], stored: Mapping[st
     return next((one for one in (name, *others) if one in stored), None)
 
 
-def cached(
+def reexpressed(
     reexpression: Reexpression,
     source: Path,
     identity: Callable[[], Mapping[str, str]],
@@ -174,30 +175,32 @@ def cached(
 ) -> Path:
     """The folder in the cache that holds the re-expressed checkpoint, made if needed.
 
-    identity: digests of the source's configuration and weights, which name the folder; without `weights` only
-    configuration and tokenizer are written. What a kill leaves is gone on from.
+    identity: digests of the source's configuration and weights, which name the folder together with those of the other
+    files that it takes over; without `weights` only configuration and tokenizer are written. What a kill leaves is gone
+    on from.
     """
-    key = json.dumps([reexpression.target, sorted(identity().items())])
+    others = {name: sha256(source / name) for name in (*side_files(source), *_CARDS) if (source / name).is_file()}
+    key = json.dumps([reexpression.target, sorted(identity().items()), sorted(others.items())])
     name = f"reexpressed-{hashlib.sha256(key.encode()).hexdigest()[:24]}-{FORMAT}"
     final = cache_dir() / (name if weights else f"{name}-config")
-    if final.is_dir():
+    if sound(final, progress):
         return final
-    require_writable(final)
-    unfinished = final.with_name(f"{final.name}.work") if weights else None  # its name says of what, as the final one
-    with folder_lock(final), staged(final, overwrite=True, keep=unfinished) as partial:
+
+    def make(folder: Path) -> None:
         if weights:
-            report = write(reexpression, source, partial, resume=True, progress=progress)
+            write(reexpression, source, folder, resume=True, progress=progress)
         else:
-            write_config(
-                partial, reexpression.config(), json.loads((source / "config.json").read_text("utf-8")).get("dtype")
-            )
-            copy_side_files(source, partial)
-            _keep_tokenizer_class(source, partial)
+            dtype = read_json(source / "config.json").get("dtype")
+            write_config(folder, reexpression.config(), dtype)
+            copy_side_files(source, folder)
+            _keep_tokenizer_class(source, folder)
         for card in _CARDS:
             if (source / card).is_file():
-                (partial / card).write_bytes((source / card).read_bytes())
+                (folder / card).write_bytes((source / card).read_bytes())
+
+    cached(final, make, unfinished=final.with_name(f"{final.name}.work") if weights else None)
     if progress and weights:
-        for note in report.notes:
+        for note in notes_of(reexpression, stored_dtype(final)):
             progress.note(note)
         progress.note(f"the re-expressed checkpoint is kept in {final}")
     return final
