@@ -113,7 +113,7 @@ def _only_gguf(folder: Path) -> Path | None:
     """
     names = sorted(path.name for path in folder.iterdir())
     files = [folder / name for name in names if _is_gguf_name(folder / name) and not (folder / name).is_dir()]
-    others = (".safetensors", ".safetensors.index.json", *_PICKLE_SUFFIXES)
+    others = (SUFFIX, f"{SUFFIX}.index.json", *PICKLE_SUFFIXES)
     if not files or any(name.endswith(others) for name in names):
         return None
     if len(files) > 1:
