@@ -174,11 +174,13 @@ def _parameters(
     if method == "llama3":
         scaled["low_freq_factor"] = float(settings.low_freq_factor or got.get("low_freq_factor", 1.0))
         scaled["high_freq_factor"] = float(settings.high_freq_factor or got.get("high_freq_factor", 4.0))
+        _require_ramp("low_freq_factor", scaled["low_freq_factor"], "high_freq_factor", scaled["high_freq_factor"])
     if method == "yarn":
         keep = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
         scaled |= {key: got[key] for key in keep if got.get(key) is not None}
         given = ("beta_fast", "beta_slow")
         scaled |= {key: getattr(settings, key) for key in given if getattr(settings, key) is not None}
+        _require_ramp("beta_slow", scaled.get("beta_slow", 1.0), "beta_fast", scaled.get("beta_fast", 32.0))
         written = _written_factor(text, view) if view.rope_type == "yarn" else None
         if written is not None and settings.attention_factor is None:
             scaled["attention_factor"] = written
@@ -187,6 +189,16 @@ def _parameters(
     if text.get("model_type") in LONGROPE_ONLY:
         return as_longrope(text, view, scaled, original, common)
     return scaled
+
+
+def _require_ramp(low: str, least: float, high: str, most: float) -> None:
+    """UserError unless there is something between the frequencies that are scaled and those that are kept."""
+    if not least < most:
+        raise UserError(
+            f"`{high}` ({most:g}) must be greater than `{low}` ({least:g})",
+            where=f"context.{high}",
+            fix="leave both out for the method's own, or raise the one or lower the other",
+        )
 
 
 def _written_factor(text: Mapping[str, Any], view: RopeView) -> float | None:

@@ -92,6 +92,43 @@ def depths(count: int) -> tuple[float, ...]:
     return tuple(float(depth) for depth in np.linspace(0, 1, count)) if count > 1 else (0.5,)
 
 
+def haystacks(
+    tokenizer: PreTrainedTokenizerBase,
+    prose: str,
+    *,
+    test: str = "needle",
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    samples: int = 1,
+    together: bool = False,
+    seed: int = 0,
+) -> dict[int, list[_Prompt]]:
+    """What `needle` asks with these arguments, by length; raises what it raises, and needs no model."""
+    if test not in WORDINGS:
+        raise UserError(f"`{test}` is not a needle test", where="needle.test", fix=f"use {' or '.join(WORDINGS)}")
+    wording = WORDINGS[test]
+    hay = filler(tokenizer, prose, max(lengths))
+    ends = boundaries(tokenizer, hay)
+    if together and ("{key}" not in wording.question or len(depths) > len(KEYS)):
+        raise UserError(
+            f"`{test}` has {len(KEYS) if '{key}' in wording.question else 'no'} keys to tell needles apart by",
+            where="needle.together",
+            fix=f"use the test `needle` with up to {len(KEYS)} depths, or leave `together` out",
+        )
+    hidden = [tuple(depths)] if together else [(depth,) for depth in depths]
+    return {  # of a sample from the deepest needle up: what stands before the next one is still in the cache
+        n: [
+            prompt
+            for s in range(samples)
+            for prompt in sorted(
+                (_prompt(tokenizer, wording, hay, ends, n, some, s, seed) for some in hidden),
+                key=lambda prompt: -prompt.needles[0].position,
+            )
+        ]
+        for n in lengths
+    }
+
+
 def needle(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -117,43 +154,23 @@ def needle(
     Raises: UserError for an unknown test, a length in which the question alone has no room, or needles together that
     have no keys, or not enough.
     """
-    if test not in WORDINGS:
-        raise UserError(f"`{test}` is not a needle test", where="needle.test", fix=f"use {' or '.join(WORDINGS)}")
-    wording = WORDINGS[test]
-    hay = filler(tokenizer, prose, max(lengths))
-    ends = boundaries(tokenizer, hay)
+    prompts = haystacks(
+        tokenizer, prose, test=test, lengths=lengths, depths=depths, samples=samples, together=together, seed=seed
+    )
     cells: list[Cell] = []
     read = 0
-    if together and ("{key}" not in wording.question or len(depths) > len(KEYS)):
-        raise UserError(
-            f"`{test}` has {len(KEYS) if '{key}' in wording.question else 'no'} keys to tell needles apart by",
-            where="needle.together",
-            fix=f"use the test `needle` with up to {len(KEYS)} depths, or leave `together` out",
-        )
-    hidden = [tuple(depths)] if together else [(depth,) for depth in depths]
-    prompts = {  # of a sample from the deepest needle up: what stands before the next one is still in the cache
-        n: [
-            prompt
-            for s in range(samples)
-            for prompt in sorted(
-                (_prompt(tokenizer, wording, hay, ends, n, some, s, seed) for some in hidden),
-                key=lambda prompt: -prompt.needles[0].position,
-            )
-        ]
-        for n in lengths
-    }
     if progress:
         progress.start(test, len(lengths) * len(depths) * samples, "questions")
     with reading(model, kernel, progress) as used:
         asked = ((p.ids, [one.question for one in p.needles]) for some in prompts.values() for p in some)
         kept = kept_answers(partial, model, asked, kernel=used, chunk=chunk, meta=meta, progress=progress)
         for length in lengths:
-            haystacks = _Haystacks(model, tokenizer, length, chunk)
+            asking = _Haystacks(model, tokenizer, length, chunk)
             before: list[int] = []
             for index, prompt in enumerate(prompts[length]):
-                read += len(prompt.ids) - haystacks.read_before(prompt.ids, before)
+                read += len(prompt.ids) - asking.read_before(prompt.ids, before)
                 before = prompt.ids
-                answers = answered(kept, f"{length}-{index}", bound(haystacks.answers, prompt))
+                answers = answered(kept, f"{length}-{index}", bound(asking.answers, prompt))
                 for one, answer in zip(prompt.needles, answers, strict=True):
                     found = answer.margin > 0 if len(prompt.needles) > 1 else answer.starts
                     cells.append(Cell(length, one.depth, prompt.sample, one.position, answer, found))

@@ -99,15 +99,7 @@ def ruler(
 
     Raises: UserError for an unknown task, or a length too short for one.
     """
-    unknown = [task for task in tasks if task not in TASKS]
-    if unknown:
-        raise UserError(f"`{unknown[0]}` is not a task", where="ruler.tasks", fix=f"use {', '.join(TASKS)}")
-    problems = {
-        (task, length, sample): problem(task, tokenizer, prose, length, seed=seed, sample=sample)
-        for task in tasks
-        for length in lengths
-        for sample in range(samples)
-    }
+    problems = problems_of(tokenizer, prose, tasks=tasks, lengths=lengths, samples=samples, seed=seed)
     answers: list[tuple[str, int, int, Answer]] = []
     if progress:
         progress.start("ruler", sum(len(found.ids) for found in problems.values()), "tokens")
@@ -136,6 +128,27 @@ def _read_and_ask(
     with frequencies_of(model, length):
         reader.read(torch.tensor(found.ids, device=model.device))
         return [ask(reader, tokenizer, question) for question in found.questions]
+
+
+def problems_of(
+    tokenizer: PreTrainedTokenizerBase,
+    prose: str,
+    *,
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    samples: int = 1,
+    seed: int = 0,
+) -> dict[tuple[str, int, int], Problem]:
+    """What `ruler` asks with these arguments, by (task, length, sample); raises what it raises, and needs no model."""
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        raise UserError(f"`{unknown[0]}` is not a task", where="ruler.tasks", fix=f"use {', '.join(TASKS)}")
+    return {
+        (task, length, sample): problem(task, tokenizer, prose, length, seed=seed, sample=sample)
+        for task in tasks
+        for length in lengths
+        for sample in range(samples)
+    }
 
 
 def problem(

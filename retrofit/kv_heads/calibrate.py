@@ -97,20 +97,8 @@ class CalibratedRun:
         self._spec, self._target_spec = describe(config), describe(target)
         self._batches, self._folds = text.batches(), text.folds()
         self.notes = [*text.notes, *_notes(self._spec, settings, text)]
-        if settings.repairs and len(set(self._folds)) < 2 * len(text.tokens_by_kind):
-            raise UserError(
-                "too little calibration text to check a repair on sequences it was not fitted on",
-                where="convert.calibration",
-                fix="give at least two sequences of each kind of text, or set repair: none",
-            )
-        if len(set(self._folds)) < 2 * len(text.tokens_by_kind) and any(
-            fits_keys(layer, settings.method) for layer in self._spec.layers
-        ):
-            raise UserError(
-                "too little calibration text to check fitted keys on sequences they were not fitted on",
-                where="convert.calibration",
-                fix="give at least two sequences of each kind of text, or choose the method `mean`",
-            )
+        fewest = min(text.kinds.count(kind) for kind in text.tokens_by_kind)
+        require_left_out(fewest, self._spec, settings.method, repairs=bool(settings.repairs))
         self._original = LayerStream(
             copy.deepcopy(config), self._spec, checkpoint.tensor, device=device, autocast=autocast
         )
@@ -267,6 +255,27 @@ class CalibratedRun:
 def plain_residual(spec: AttentionSpec) -> bool:
     """Whether the output projection's result is added to the residual stream as it is."""
     return spec.family not in _NORM_OR_SCALE_AFTER_ATTENTION
+
+
+def require_left_out(fewest: int, spec: AttentionSpec, method: MergeMethod | None, *, repairs: bool) -> None:
+    """UserError where a fit is checked on sequences left out of it and a kind of text has `fewest` sequences, not two.
+
+    method: None for one that is not calibrated.
+    """
+    if fewest >= 2:
+        return
+    if repairs:
+        raise UserError(
+            "too little calibration text to check a repair on sequences it was not fitted on",
+            where="convert.calibration",
+            fix="give at least two sequences of each kind of text, or set repair: none",
+        )
+    if method is not None and any(fits_keys(layer, method) for layer in spec.layers):
+        raise UserError(
+            "too little calibration text to check fitted keys on sequences they were not fitted on",
+            where="convert.calibration",
+            fix="give at least two sequences of each kind of text, or choose the method `mean`",
+        )
 
 
 def fits_keys(layer: LayerAttention, method: MergeMethod) -> bool:

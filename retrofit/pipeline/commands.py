@@ -69,7 +69,7 @@ def run(
     """Run a recipe (a bundled name, a .yaml file, or a `Recipe`) in the folder `out` (default `runs/<name>`).
 
     The same call goes on after an interruption. from_step: do this step and all after it again. dry_run: check
-    everything that needs no weights and return the plan. Raises UserError for bad input, GateError when a requirement
+    everything that is on this machine and return the plan. Raises UserError for bad input, GateError when a requirement
     of the recipe is not met.
     """
     from retrofit.pipeline import run as runs
@@ -83,7 +83,7 @@ def run(
             loaded,
             revision=revision,
             out=folder,
-            weights=not dry_run,
+            dry=dry_run,
             throughput=_measured(loaded),
             progress=progress,
         )
@@ -110,7 +110,8 @@ def plan(
     from retrofit.model.families import describe
     from retrofit.model.load import load_config
     from retrofit.model.source import resolve
-    from retrofit.pipeline.prepare import check_surgery, facts_of, require_model, sizes, tasks_of
+    from retrofit.pipeline.prepare import facts_of, require_model, sizes, tasks_of
+    from retrofit.pipeline.recipe_checks import check_surgery
 
     loaded = _recipe(recipe, overrides, model)
     with _quiet():

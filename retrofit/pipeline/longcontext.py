@@ -123,6 +123,28 @@ def questions_read(section: Evaluate) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
+def require_room(section: Evaluate, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    """UserError where a question of the synthetic tests has no room in a length they are asked at."""
+    if not section.needle and not section.ruler:
+        return
+    from retrofit.evaluate.needle import depths, haystacks
+    from retrofit.evaluate.ruler import problems_of
+
+    if asked := section.needle:
+        how = {"test": asked.test, "samples": asked.samples, "together": asked.together, "seed": seed}
+        haystacks(tokenizer, haystack(asked.test), lengths=asked.lengths, depths=depths(asked.depths), **how)  # type: ignore[arg-type]
+    if tests := section.ruler:
+        problems_of(tokenizer, haystack(), tasks=tests.tasks, lengths=tests.lengths, samples=tests.samples, seed=seed)
+
+
+def haystack(test: str = "needle") -> str:
+    """The text in which a test hides what it asks for."""
+    from retrofit.evaluate.haystack import NOISE
+    from retrofit.recover.corpora import docs_texts
+
+    return NOISE if test == "passkey" else "\n\n".join(docs_texts().values())
+
+
 def longest_prompt(section: Evaluate) -> int:
     """Most tokens that anything reads at once."""
     return max(*section.lengths, *(n for part in (section.needle, section.ruler) if part for n in part.lengths), 0)
@@ -181,18 +203,15 @@ def _asked(
 ) -> tuple[NeedleResult | None, RulerResult | None]:
     if not section.needle and not section.ruler:
         return None, None
-    from retrofit.evaluate.haystack import NOISE
     from retrofit.evaluate.needle import depths, needle
     from retrofit.evaluate.ruler import ruler
-    from retrofit.recover.corpora import docs_texts
 
-    prose = "\n\n".join(docs_texts().values())
     asked, tasks = section.needle, section.ruler
     found = (
         needle(
             model,
             tokenizer,
-            NOISE if asked.test == "passkey" else prose,
+            haystack(asked.test),
             test=asked.test,
             lengths=asked.lengths,
             depths=depths(asked.depths),
@@ -212,7 +231,7 @@ def _asked(
         ruler(
             model,
             tokenizer,
-            prose,
+            haystack(),
             tasks=tasks.tasks,
             lengths=tasks.lengths,
             samples=tasks.samples,

@@ -36,6 +36,8 @@ COST_ROUNDS = 2  # turns that each of several models has when what it costs to r
 MACHINE_SECONDS = 1.0  # of measuring the machine's own speed beside a model's
 PROOF_SECONDS = 5.0  # of loading a model once more and proving its kernel
 TRANSFER_PASSES = 7  # forward and backward twice over the text that is trained on, and what is held out, four times
+ROW_BYTES = 16  # of a token that is kept, and of what is known about it
+PACKED_BYTES = 60  # of a token while rows are packed: it is a Python number
 BATCH_TOKENS = 8192  # of a calibration batch
 SAMPLED_TOKENS = 20_480  # of the original's own text, as `recover.samples.Teacher` asks for: one batch
 MOST_SAMPLED = 65_536  # for training, which may read them again
@@ -181,7 +183,7 @@ def _convert(shape: Shape, convert: Convert) -> Cost:
     folds = 2 * len(convert.calibration.text) + 5
     columns = first.query_heads * first.head_dim
     grams = 8 * (4 * (first.kv_heads * first.head_dim) ** 2 + folds * columns * (columns + spec.hidden_size))
-    peak = BASE_BYTES + batch + layer + grams
+    peak = BASE_BYTES + max(batch + layer + grams, PACKED_BYTES * tokens)
     does = f"{heads}{repair} on {tokens:,} tokens"
     # Each stream passes every layer once; the moments and refits between are about half a pass in float32.
     seconds = shape.seconds(tokens, length, passes=2) + shape.seconds(tokens, length, passes=0.5, float32=True)
@@ -241,10 +243,14 @@ def _extend(shape: Shape, context: Context, native: int, claimed: int) -> Cost:
 
 def _recover(shape: Shape, recover: Recover) -> Cost:
     spec, facts, adapter = shape.after, shape.facts, recover.adapter
-    rows = recover.batch_size * recover.sequence_length
+    batch = min(recover.batch_size, -(-recover.tokens // recover.sequence_length))
+    rows = batch * recover.sequence_length
     # Forward and backward through the frozen weights, the recomputation, the teacher's forward for distillation.
     passes = 2 + recover.gradient_checkpointing + (recover.loss == "distill")
-    memory = training_memory(spec, facts.spec, facts.parameters, recover, shape.training_bytes)
+    read = recover.model_copy(update={"batch_size": batch})
+    memory = training_memory(spec, facts.spec, facts.parameters, read, shape.training_bytes)
+    text = recover.tokens + recover.eval_tokens
+    peak = BASE_BYTES + max(memory.total + ROW_BYTES * text, PACKED_BYTES * text)
     trained = trained_parameters(spec, adapter)
     held_out = (recover.evals + 1) * recover.eval_tokens
     seconds = shape.seconds(recover.tokens, recover.sequence_length, passes) + shape.seconds(
@@ -254,7 +260,7 @@ def _recover(shape: Shape, recover: Recover) -> Cost:
     does = f"{recover.loss}, LoRA rank {adapter.rank}, {recover.tokens:,} tokens in {steps:,} steps of {rows:,}"
     if adapter.mlp and spec.family in EXPERTS:
         does += "; the experts carry no adapters"
-    return Cost("recover", does, BASE_BYTES + memory.total, facts.weight_bytes + 12 * trained, seconds)
+    return Cost("recover", does, peak, facts.weight_bytes + 12 * trained, seconds)
 
 
 def _evaluate(shape: Shape, recipe: Recipe, evaluate: Evaluate, tasks: Sequence[TaskSize]) -> Cost:
@@ -264,7 +270,12 @@ def _evaluate(shape: Shape, recipe: Recipe, evaluate: Evaluate, tasks: Sequence[
     models = 1 + (recipe.convert is not None or recipe.context is not None) + (recipe.recover is not None)
     bytes_per_value = DTYPE_BYTES.get(facts.dtype, 2)
     cache = spec.kv_cache_bytes(longest, bytes_per_value)
-    peak = BASE_BYTES + 2 * facts.weight_bytes + cache + 3 * evaluate.chunk * spec.vocab_size * 4
+    chunk = min(evaluate.chunk, longest)
+    needle, ruler = evaluate.needle, evaluate.ruler
+    asked = sum(needle.lengths) * needle.samples * (1 if needle.together else needle.depths) if needle else 0
+    asked += sum(ruler.lengths) * ruler.samples * len(ruler.tasks) if ruler else 0
+    held = ROW_BYTES * documents * max(longest, evaluate.document_tokens or 0) + 8 * asked
+    peak = BASE_BYTES + 2 * facts.weight_bytes + cache + 3 * chunk * spec.vocab_size * 4 + held
     window = claimed_length(recipe, spec.max_position_embeddings)
     costed = sorted({min(length, window) for length in evaluate.cost_lengths})
     if costed:  # one pass at once holds what the matrices of one layer give

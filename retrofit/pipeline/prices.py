@@ -38,7 +38,8 @@ from retrofit.pipeline.budget import Budget, within
 from retrofit.pipeline.measured import measured
 from retrofit.pipeline.passes import ASSUMED, DTYPE_BYTES, ModelFacts, Throughput
 from retrofit.pipeline.plan import Plan, claimed_length, converted_spec, make_plan, sampled_tokens
-from retrofit.pipeline.prepare import check_surgery, facts_of, require_model
+from retrofit.pipeline.prepare import facts_of, require_model
+from retrofit.pipeline.recipe_checks import check_surgery
 from retrofit.pipeline.texts import check_calibration, content_digest, merged, require_distinct, within_window
 from retrofit.recipe.schema import Calibration, Convert, Recipe, TextSource
 from retrofit.recover.data import check_sources

@@ -22,14 +22,13 @@ from retrofit.model.load import load_config, load_tokenizer
 from retrofit.pipeline import reporting
 from retrofit.pipeline.evaluation import losses_file
 from retrofit.pipeline.plan import FOLDERS
-from retrofit.pipeline.prepare import terms_of
 from retrofit.pipeline.public import public_recipe, public_texts
+from retrofit.pipeline.publish_checks import snippet_of, terms_of
 from retrofit.pipeline.runner import FINAL, Runner, State
 from retrofit.publish.card import render_card
 from retrofit.publish.card_input import CardInput, CardModel, Recovery
 from retrofit.publish.gate import GateResult, check, enforce
 from retrofit.publish.reload import reload_and_score
-from retrofit.publish.snippet import load_snippet
 from retrofit.recipe.load import dump_recipe
 from retrofit.recipe.schema import Publish, Recipe
 from retrofit.report.figures import card_picture
@@ -164,7 +163,7 @@ def _card(runner: Runner, state: State, folder: Path, section: Publish, *, chart
         recipe_yaml=dump_recipe(public_recipe(recipe, source)),
         commands=data.commands,
         versions=versions(),
-        snippet=load_snippet(chat=bool(getattr(load_tokenizer(folder), "chat_template", None))),
+        snippet=snippet_of(load_tokenizer(folder), config, folder),
         conversion=recipe.convert.method if recipe.convert else None,
         context_method=extension.get("method"),
         encodings_tried=len({trial["label"] for trial in extension.get("search", {}).get("trials", ())}),

@@ -21,7 +21,7 @@ from retrofit.recover.corpora import BUILT_IN, built_in_digest
 from retrofit.recover.data import check_sources, distinct_texts, evaluation_texts, read_texts, require_known
 from retrofit.recover.files import HUB, OURS, OWN_SAMPLES, kind_of, place_of
 from retrofit.recover.folders import text_files
-from retrofit.recover.packing import CHARS_PER_TOKEN, spelled_tokens, training_rows
+from retrofit.recover.packing import CHARS_PER_TOKEN, Packed, spelled_tokens, training_rows
 from retrofit.recover.samples import Teacher, sample_path
 
 if TYPE_CHECKING:
@@ -114,17 +114,7 @@ def calibration_text(
     found = list(dict.fromkeys((*notes, *repeated)))
     parts, kinds = [], []
     for index, source in enumerate(sources):
-        part = training_rows(
-            [source],
-            tokenizer,
-            _tokens_of(calibration, source, sources),
-            calibration.sequence_length,
-            seed + index,
-            teacher=teacher,
-            repeat=False,
-            only=only,
-            progress=progress,
-        )
+        part = _calibration_rows(calibration, sources, index, tokenizer, seed, teacher, only, progress)
         parts.append(part.ids_NT)
         kinds += [kind_of(source.source)] * len(part.ids_NT)
         found += part.notes
@@ -152,6 +142,48 @@ def _distinct(
 def _tokens_of(calibration: Calibration, source: TextSource, sources: Sequence[TextSource]) -> int:
     share = source.weight / sum(other.weight for other in sources)
     return max(calibration.sequence_length, round(calibration.tokens * share))
+
+
+def require_calibration_text(
+    calibration: Calibration, tokenizer: PreTrainedTokenizerBase, *, seed: int, teacher: Teacher
+) -> None:
+    """What `calibration_text` raises, before the model writes samples of its own, which takes minutes."""
+    sources, _ = _within_memory(merged(calibration.text), teacher)
+    only, _ = _distinct(calibration, sources)
+    for index, source in enumerate(sources):
+        if source.source != OWN_SAMPLES:
+            part = _calibration_rows(calibration, sources, index, tokenizer, seed, teacher, only, None)
+            require_known(part.ids_NT, teacher.folder)
+
+
+def fewest_sequences(calibration: Calibration, teacher: Teacher) -> int:
+    """Calibration sequences of the source that gives fewest."""
+    sources, _ = _within_memory(merged(calibration.text), teacher)
+    return min(-(-_tokens_of(calibration, source, sources) // calibration.sequence_length) for source in sources)
+
+
+def _calibration_rows(
+    calibration: Calibration,
+    sources: Sequence[TextSource],
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    teacher: Teacher,
+    only: Mapping[str, frozenset[str]],
+    progress: Progress | None,
+) -> Packed:
+    """Packed sequences of the source at `index`; only: its documents that are not in another source."""
+    return training_rows(
+        [sources[index]],
+        tokenizer,
+        _tokens_of(calibration, sources[index], sources),
+        calibration.sequence_length,
+        seed + index,
+        teacher=teacher,
+        repeat=False,
+        only=only,
+        progress=progress,
+    )
 
 
 def searched_text(

@@ -47,14 +47,24 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 """
 
 
-def load_snippet(*, chat: bool) -> str:
-    """The lines that load and run the model with stock transformers. chat: the tokenizer has a chat template."""
-    return _CHAT if chat else _PLAIN
+PROMPT = "The most useful thing about a list in Python is"
+MESSAGES = ({"role": "user", "content": "What is a list in Python?"},)
+TOKEN_TYPES = "token_type_ids"
+_TYPES_OUT = f'del inputs["{TOKEN_TYPES}"]  # which the model does not read\n'
+
+
+def load_snippet(*, chat: bool, token_types: bool = False) -> str:
+    """The lines that load and run the model with stock transformers.
+
+    chat: the tokenizer has a chat template. token_types: it gives token_type_ids, which the model does not read.
+    """
+    snippet = _CHAT if chat else _PLAIN
+    return snippet.replace("output = ", f"{_TYPES_OUT}output = ", 1) if token_types else snippet
 
 
 def shows_snippet(card: str) -> bool:
     """Whether the card shows one of our load snippets, whatever `model_id` names in it."""
-    plain = MODEL_ID_LINE.sub("", card)
+    plain = MODEL_ID_LINE.sub("", card).replace(_TYPES_OUT, "")
     return any(MODEL_ID_LINE.sub("", snippet) in plain for snippet in (_PLAIN, _CHAT))
 
 

@@ -325,6 +325,11 @@ class Recover(Section):
             raise ValueError("with `positions: pose` a row is read as one text; leave out `document_masking`")
         if self.positions == "pose" and self.pose_chunks > self.sequence_length:
             raise ValueError(f"`pose_chunks` {self.pose_chunks} is more than `sequence_length` tokens")
+        step = self.batch_size * self.sequence_length
+        if not self.stages and self.tokens < step:
+            raise ValueError(
+                f"`tokens` is {self.tokens}, and one step reads {step}: `batch_size` rows of `sequence_length` tokens"
+            )
         if not self.stages:
             return self
         total, longest = sum(stage.tokens for stage in self.stages), max(stage.length for stage in self.stages)

@@ -56,16 +56,9 @@ def load_pair(
     """
     spec = describe(load_config(student_folder))
     if teacher_folder is not None:
-        teacher_spec = describe(load_config(teacher_folder))
-        if teacher_spec.vocab_size != spec.vocab_size:
-            raise UserError(
-                f"the original model's vocabulary has {teacher_spec.vocab_size} tokens, this one's {spec.vocab_size}",
-                where=str(teacher_folder),
-                fix="name the model that this one was converted from, or set recover.loss: lm",
-            )
+        require_same_vocabulary(describe(load_config(teacher_folder)), spec, str(teacher_folder))
     name = str(dtype).removeprefix("torch.")
-    choice = _kernel_with_masks(kernel, spec, device, name) if documents else None
-    choice = choice or registry.choose(kernel, spec, device, training=True, dtype=name)
+    choice = training_kernel(kernel, spec, device, name, documents=documents)
     # A short training towards a still teacher needs no noise, and kernels without dropout can then train every model.
     student = load_model(student_folder, dtype=name, device=device, dropout=False)
     teacher = None
@@ -76,6 +69,28 @@ def load_pair(
         registry.apply(teacher, choice)
     registry.apply(student, choice)
     return Pair(student.requires_grad_(False), teacher, spec, choice.name, choice.reason, shared)
+
+
+def training_kernel(
+    kernel: str, spec: AttentionSpec, device: str, dtype: str, *, documents: bool = False
+) -> registry.Choice:
+    """The kernel that a model is trained with. documents: rows hold documents kept apart by a mask.
+
+    Raises UserError for one that cannot train this model.
+    """
+    if documents:
+        return _kernel_with_masks(kernel, spec, device, dtype)
+    return registry.choose(kernel, spec, device, training=True, dtype=dtype)
+
+
+def require_same_vocabulary(teacher: AttentionSpec, student: AttentionSpec, where: str) -> None:
+    """UserError unless distillation compares predictions of the same tokens."""
+    if teacher.vocab_size != student.vocab_size:
+        raise UserError(
+            f"the original model's vocabulary has {teacher.vocab_size} tokens, this one's {student.vocab_size}",
+            where=where,
+            fix="name the model that this one was converted from, or set recover.loss: lm",
+        )
 
 
 def _kernel_with_masks(kernel: str, spec: AttentionSpec, device: str, dtype: str) -> registry.Choice:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from retrofit.checkpoint.place import require_writable
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -40,6 +42,7 @@ def own_samples(teacher: Teacher, progress: Progress | None = None) -> Callable[
     """Documents (name, text) that the model wrote itself; sampled on first use, then read from the cache."""
     path = sample_path(teacher)
     if not path.exists():
+        require_writable(path.parent)  # before the minutes that sampling takes
         texts = _sample_texts(teacher, progress)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")

@@ -16,7 +16,7 @@ from retrofit.model.load import load_config, load_model, load_tokenizer
 from retrofit.pipeline import commands, operations, plan, show, single, texts
 from retrofit.pipeline.passes import ModelFacts
 from retrofit.pipeline.plan import make_plan, sampled_tokens
-from retrofit.pipeline.prepare import check_surgery
+from retrofit.pipeline.recipe_checks import check_surgery
 from retrofit.pipeline.texts import calibration_text, merged
 from retrofit.recipe.schema import Calibration, Recipe, TextSource
 from retrofit.recover import samples
