@@ -6,15 +6,14 @@ torch and transformers are imported by the functions, not by this module: `retro
 from __future__ import annotations
 
 import atexit
-import errno
 import gc
 import logging
+import os
 import re
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any
 
@@ -22,14 +21,15 @@ import typer
 from typer.core import TyperGroup
 
 import retrofit
+from retrofit import streams
 from retrofit.console import Console
 from retrofit.errors import UserError
 from retrofit.escape import shown, visible
+from retrofit.surroundings import Stopped, require_usable, stopping
 
 # click's ClickException, which typer has as a copy of its own or not, depending on its version.
 _PARSER_ERROR: Any = typer.BadParameter.__mro__[2]
-# Failures of the machine rather than of this program; they too end without a traceback.
-_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_GOES_ON = "Type the same command again: it goes on where it was."
 
 
 class Commands(TyperGroup):
@@ -44,16 +44,22 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with _plain_words():
+            require_usable()
+            with stopping(), _plain_words():
                 return super().invoke(ctx)
         except UserError as error:
             _stop(str(error), error.exit_code)
+        except Stopped as stopped:
+            _stop(f"\nstopped ({stopped}). {_GOES_ON}", stopped.exit_code)
         except KeyboardInterrupt:
-            _stop("\nstopped. A run goes on where it was: type the same `retrofit run` command again.", 130)
-        except OSError as error:
-            if error.errno not in _MACHINE_ERRORS:
+            _stop(f"\nstopped. {_GOES_ON}", 130)
+        except (OSError, MemoryError) as error:
+            from retrofit.checkpoint.full import machine_error
+
+            found = machine_error(error)
+            if found is None:
                 raise
-            _stop(str(UserError(str(error.strerror), where=str(error.filename or ""))), 2)
+            _stop(str(found), found.exit_code)
 
 
 def _stop(message: str, code: int) -> None:
@@ -100,7 +106,8 @@ ModelOption = Annotated[str | None, typer.Option("--model", help="Hub id, folder
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")]
 Recipe = Annotated[str, typer.Argument(help="A bundled recipe's name, or a .yaml file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one value of the recipe.")]
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; it must not exist.")]
+Out = Annotated[str, typer.Option("--out", metavar="DIR", help="Folder to write; it must not exist.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what this program wrote there before.")]
 Texts = Annotated[
     list[str] | None,
     typer.Option("--text", metavar="TEXT", help="python-docs, python-stdlib, self, a file, a folder, hub:DATASET."),
@@ -134,7 +141,7 @@ def run(
     recipe: Recipe,
     model: ModelOption = None,
     revision: Revision = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder; default runs/NAME.")] = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="Run folder; default runs/NAME.")] = None,
     set_: Set = None,
     from_step: Annotated[
         str | None, typer.Option("--from", metavar="STEP", help="Do this step and those after it again.")
@@ -192,7 +199,7 @@ def plan(
         int | None, typer.Option("--tokens", min=64, help="For the list: tokens of text; default 16384.")
     ] = None,
     moments: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--moments", metavar="DIR", help="For the list: keep what was measured here, and read it again."),
     ] = None,
     device: Device = "auto",
@@ -266,7 +273,7 @@ def convert(
     ] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", help="Calibration tokens; default 49152.")] = None,
     moments: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--moments", metavar="DIR", help="Keep what calibration measured in every layer in this folder."),
     ] = None,
     reexpress_only: Annotated[
@@ -280,6 +287,7 @@ def convert(
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Seed = 0,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Write the model with fewer KV heads, as the same architecture.
@@ -304,6 +312,7 @@ def convert(
         dtype=dtype,
         device=device,
         seed=seed,
+        overwrite=overwrite,
         progress=console.progress,
     )
     show.written(console, result)
@@ -342,6 +351,7 @@ def extend(
     revision: Revision = None,
     device: Device = "auto",
     seed: Seed = 0,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Write the model with a longer context window; only positions change, and with a factor the queries."""
@@ -361,6 +371,7 @@ def extend(
         device=device,
         seed=seed,
         revision=revision,
+        overwrite=overwrite,
         progress=console.progress,
     )
     show.written(console, result)
@@ -403,6 +414,7 @@ def recover(
     kernel: Kernel = "auto",
     device: Device = "auto",
     seed: Seed = 0,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Win quality back by a short adapter training, merged into the written checkpoint."""
@@ -428,6 +440,7 @@ def recover(
         kernel=kernel,
         device=device,
         seed=seed,
+        overwrite=overwrite,
         progress=console.progress,
     )
     show.written(console, result)
@@ -462,7 +475,7 @@ def evaluate(
         typer.Option("--task", metavar="NAME", help="A task of lm-evaluation-harness, or its YAML file; repeatable."),
     ] = None,
     task_folder: Annotated[
-        Path | None, typer.Option("--task-folder", metavar="DIR", help="With --task: YAML files of tasks of your own.")
+        str | None, typer.Option("--task-folder", metavar="DIR", help="With --task: YAML files of tasks of your own.")
     ] = None,
     fewshot: Annotated[
         int | None, typer.Option("--fewshot", min=0, help="With --task: examples before each question.")
@@ -484,7 +497,8 @@ def evaluate(
         int | None, typer.Option("--document-tokens", help="With --definition: tokens read of each document.")
     ] = None,
     beyond: Annotated[bool, typer.Option("--beyond", help="Allow lengths beyond the model's positions.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE.npz", help="Keep the token losses.")] = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="FILE.npz", help="Keep the token losses.")] = None,
+    overwrite: Overwrite = False,
     revision: Revision = None,
     kernel: Kernel = "auto",
     dtype: Dtype = "auto",
@@ -518,6 +532,7 @@ def evaluate(
         document_tokens=document_tokens,
         beyond=beyond,
         out=out,
+        overwrite=overwrite,
         revision=revision,
         kernel=kernel,
         dtype=dtype,
@@ -534,7 +549,7 @@ def evaluate(
     )
 )
 def publish(
-    folder: Annotated[Path, typer.Argument(help="The `final` folder of a run.")],
+    folder: Annotated[str, typer.Argument(help="The `final` folder of a run.")],
     repo: Annotated[str, typer.Option("--repo", metavar="ID", help="OWNER/NAME on the hub.")],
     public: Annotated[bool, typer.Option("--public", help="Make the repository public; private otherwise.")] = False,
     licence: Annotated[str | None, typer.Option("--licence", help="Licence id, when the card has none.")] = None,
@@ -556,8 +571,8 @@ def publish(
     )
 )
 def compare(
-    a: Annotated[Path, typer.Argument(help="A run folder, or token losses (.npz).")],
-    b: Annotated[Path, typer.Argument(help="A run folder, or token losses (.npz).")],
+    a: Annotated[str, typer.Argument(help="A run folder, or token losses (.npz).")],
+    b: Annotated[str, typer.Argument(help="A run folder, or token losses (.npz).")],
     lengths: Annotated[str | None, typer.Option("--lengths", metavar="N,N", help="Context lengths.")] = None,
     bits: Annotated[
         bool, typer.Option("--bits-per-byte", help="Compare bits per byte; the models may have different tokenizers.")
@@ -590,13 +605,14 @@ def recipes_show(name: Recipe, set_: Set = None, json: Json = False) -> None:
 @recipes_app.command("copy", epilog=_examples("retrofit recipes copy gqa my-gqa.yaml"))
 def recipes_copy(
     name: Recipe,
-    to: Annotated[Path | None, typer.Argument(metavar="FILE", help="Default NAME.yaml here.")] = None,
+    to: Annotated[str | None, typer.Argument(metavar="FILE", help="Default NAME.yaml here.")] = None,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Copy a recipe, comments included, to change it."""
     from retrofit.pipeline import commands, show
 
-    show.copied(_console(json), commands.copy_recipe(name, to))
+    show.copied(_console(json), commands.copy_recipe(name, to, overwrite=overwrite))
 
 
 app.add_typer(recipes_app, name="recipes")
@@ -633,8 +649,14 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
 
 def main() -> None:
     """Entry point of the `retrofit` command."""
+    streams.repair()
+    if os.environ.get("HOME") == "":  # nobody's home: libraries would take the root folder for it
+        del os.environ["HOME"]
     # Else Python goes through every object of torch and transformers once more before it ends, for a second.
     atexit.register(gc.freeze)
     logging.setLogRecordFactory(_Record)
     sys.excepthook = _show_exception
-    typer.main.get_command(app)()
+    try:
+        typer.main.get_command(app)()
+    except SystemExit as stop:
+        raise SystemExit(stop.code or streams.finish()) from None

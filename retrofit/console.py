@@ -194,7 +194,8 @@ class Console:
     def result(self, value: object) -> None:
         """The whole result for machines: one JSON document."""
         if self.mode == "json":
-            self.out.write(to_json(value) + "\n")
+            ascii_only = not (getattr(self.out, "encoding", None) or "utf-8").lower().startswith("utf")
+            self.out.write(to_json(value, ascii_only=ascii_only) + "\n")
 
     def _rich_table(self, title: str, columns: Sequence[str], cells: list[list[str]]) -> None:
         from rich import box
@@ -295,6 +296,9 @@ def jsonable(value: object) -> object:
     return str(value)
 
 
-def to_json(value: object) -> str:
-    """One indented JSON document, without control characters of a terminal."""
-    return json_text(json.dumps(jsonable(value), indent=2, ensure_ascii=False))
+def to_json(value: object, *, ascii_only: bool = False) -> str:
+    """One indented JSON document, without control characters of a terminal.
+
+    ascii_only: all other characters as escapes as well, for a stream that cannot hold them.
+    """
+    return json_text(json.dumps(jsonable(value), indent=2, ensure_ascii=ascii_only))

@@ -18,6 +18,11 @@ from retrofit.escape import shell_word, shown
 
 MAX_TEXT_BYTES = 64 << 20
 """Largest file that is read whole as text or JSON, where the caller sets no other limit."""
+MAX_NAME_BYTES = 255
+SPARE_BYTES = 24
+"""Longest thing that is put around an output's name while it is written, as in `.NAME.replaced.staging`."""
+MAX_PATH_BYTES = 3500
+"""Longest path of an output: what is written in it has names of its own, and 4,096 is the most in all."""
 MAX_DEPTH = 200
 """Deepest nesting of JSON values. No file of a model comes near it; Python's own limit depends on the call stack."""
 
@@ -38,6 +43,8 @@ def local_path(name: str | Path, *, where: str | None = None) -> Path:
     """
     text = str(name)
     place = where or shown(text)
+    if not text.strip():
+        raise UserError("the path is empty", where=where, fix="name a file or folder")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -59,6 +66,14 @@ def local_path(name: str | Path, *, where: str | None = None) -> Path:
             raise UserError(f"the path is too long: {shown(text)}", where=place, fix="use a shorter one") from None
         if error.errno == errno.ELOOP:
             raise UserError(f"the path is a loop of symbolic links: {shown(text)}", where=place) from None
+    return path
+
+
+def output_path(name: str | Path, *, where: str) -> Path:
+    """The path of something to be written: as `local_path`, with room for the names that stand beside it meanwhile."""
+    path = local_path(name, where=where)
+    if len(os.fsencode(path.name)) > MAX_NAME_BYTES - SPARE_BYTES or len(os.fsencode(path.absolute())) > MAX_PATH_BYTES:
+        raise UserError(f"the name is too long: {shown(path.name, 60)}", where=where, fix="use a shorter one")
     return path
 
 

@@ -65,7 +65,8 @@ def main() -> None:
         print(error, flush=True)
     metrics = _metrics(options.work / "run")
     journal = (options.work / "run" / "journal.jsonl").read_text("utf-8").splitlines()
-    steps = {step["step"]: {"seconds": step["seconds"], "result": step["result"]} for step in map(json.loads, journal)}
+    lines = [line for line in map(json.loads, journal) if "step" in line]
+    steps = {line["step"]: {"seconds": line["seconds"], "result": line["result"]} for line in lines}
     chosen = (steps["extend"]["result"].get("search") or {}).get("winner", {}).get("label")
     # What the search found may be YaRN's defaults themselves.
     yarn = metrics["models"]["extended"] if chosen == "yarn" else _yarn(recipe, options.work, progress)

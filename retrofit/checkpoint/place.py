@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from retrofit.checkpoint.full import writing
 from retrofit.errors import UserError
-from retrofit.escape import shell_word
+from retrofit.escape import shell_word, shown
 
 
 def existing_ancestor(path: Path) -> Path:
@@ -55,6 +56,46 @@ def require_free_space(path: str | Path, nbytes: int) -> None:
             where=str(path),
             fix=f"free {_size(nbytes - free)} there, or write to another disk",
         )
+
+
+def put_file(path: Path, content: bytes, *, overwrite: bool = False) -> None:
+    """Write a file, whole or not at all. Raises UserError where one has come there meanwhile, unless it may go."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    partial = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(handle)
+        partial.chmod(0o666 & ~_umask())
+        name_file(partial, path, overwrite=overwrite)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def name_file(partial: Path, final: Path, *, overwrite: bool = False) -> None:
+    """Give a finished file its name in one step. Raises UserError where something has it, unless that may go."""
+    if overwrite:
+        partial.replace(final)
+        return
+    try:
+        os.link(partial, final)
+    except FileExistsError:
+        raise UserError("the file exists already", where=shown(final), fix="give another name") from None
+    except OSError:  # no hard links there: the name is taken first, which only one process can
+        try:
+            final.open("xb").close()
+        except FileExistsError:
+            raise UserError("the file exists already", where=shown(final), fix="give another name") from None
+        partial.replace(final)
+        return
+    partial.unlink()
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _size(nbytes: int) -> str:

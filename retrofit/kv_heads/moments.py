@@ -9,6 +9,7 @@ Legend: T tokens, H query heads, K KV heads, D head dim.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -20,13 +21,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from retrofit.errors import UserError
+from retrofit.escape import shown
 from retrofit.files import read_json
 
 STREAM_QUANTILES = (0.5, 0.9, 0.99, 1.0)
 # Rows of averaged values for each of a Gram's columns, below which the plain Gram is mixed in.
 _ROWS_PER_COLUMN = 8
 ORIGIN = "moments.json"
+PROBES = "probes.json"
 _FILE = re.compile(r"layer-(\d{3,})\.safetensors")
+_OWN = re.compile(r"\.?layer-\d{3,}\.safetensors(\.partial)?|moments\.json|probes\.json")
 
 
 @dataclass(frozen=True)
@@ -256,6 +260,29 @@ def _moments(stored: Mapping[str, Tensor], facts: Mapping[str, object]) -> Layer
     )
     values = {**facts, "stream_quantiles": tuple(facts["stream_quantiles"])}  # type: ignore[arg-type]
     return replace(moments, **values)  # type: ignore[arg-type]
+
+
+def require_own(folder: Path) -> None:
+    """UserError unless `folder` is absent, empty, or holds moments and nothing that this program did not write."""
+    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    others = [path.name for path in folder.iterdir() if not _OWN.fullmatch(path.name)] if folder.is_dir() else [""]
+    if others or not (folder / ORIGIN).is_file():
+        named = f", for example `{shown(others[0])}`" if others and others[0] else ""
+        raise UserError(
+            f"the folder holds something else than moments{named}",
+            where=shown(folder),
+            fix="give another folder",
+        )
+
+
+def remove(folder: Path) -> None:
+    """Remove the moments in `folder`, and the folder when nothing else is in it."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _OWN.fullmatch(path.name):
+            path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def layer_file(folder: Path, index: int) -> Path:

@@ -12,7 +12,6 @@ Legend: N batches, B sequences of a batch, T tokens, C width.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from retrofit.checkpoint.copying import copy_file
+from retrofit.checkpoint.place import staged
 from retrofit.kv_heads.disk import DiskTensors, StreamFolder
-from retrofit.kv_heads.moments import Origin
+from retrofit.kv_heads.moments import Origin, require_own
 from retrofit.kv_heads.outcome import LayerReport
 
 STREAMS = ("original", "converted")
@@ -86,15 +86,11 @@ class WorkFolder(StreamFolder):
 
     def copy_moments(self, to: Path, origin: Origin) -> None:
         """Give all layers' moments a place of their own, whole or not at all."""
-        partial = to.with_name(f".{to.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for path in sorted(self.moments.glob("layer-*.safetensors")):
-            copy_file(path, partial / path.name, link=True)  # the work folder goes when this is done
-        origin.write(partial)
-        if to.exists():
-            shutil.rmtree(to)
-        partial.replace(to)
+        require_own(to)
+        with staged(to, overwrite=True) as partial:
+            for path in sorted(self.moments.glob("layer-*.safetensors")):
+                copy_file(path, partial / path.name, link=True)  # the work folder goes when this is done
+            origin.write(partial)
 
     def _layer(self, index: int) -> Path:
         return self.folder / f"layer-{index:03d}.safetensors"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,13 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit import bundled
+from retrofit.checkpoint.full import writing
+from retrofit.checkpoint.place import put_file
 from retrofit.errors import UserError
 from retrofit.escape import shell_word, shown
-from retrofit.files import local_path
+from retrofit.files import local_path, output_path
 from retrofit.pipeline.passes import ASSUMED, Throughput
 from retrofit.pipeline.plan import Plan, make_plan
 from retrofit.recipe.load import dump_recipe, load_recipe
 from retrofit.recipe.schema import Convert, Recipe
+from retrofit.surroundings import require_usable
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -73,12 +75,13 @@ def run(
     of the recipe is not met.
     """
     from retrofit.pipeline import run as runs
-    from retrofit.pipeline.prepare import prepare
+    from retrofit.pipeline.prepare import prepare, require_run_folder
 
     loaded = _recipe(recipe, overrides, model)
-    folder = Path(out) if out is not None else Path("runs") / loaded.name
-    with _quiet():
+    folder = output_path(out if out is not None else Path("runs") / loaded.name, where="--out")
+    with _entered(folder):
         runs.check_from_step(from_step, loaded)
+        require_run_folder(folder)
         prepared = prepare(
             loaded,
             revision=revision,
@@ -114,7 +117,7 @@ def plan(
     from retrofit.pipeline.recipe_checks import check_surgery
 
     loaded = _recipe(recipe, overrides, model)
-    with _quiet():
+    with _entered():
         source = resolve(require_model(loaded), revision=revision or loaded.revision, weights=False)
         config = load_config(source.folder)
         spec = describe(config)
@@ -152,6 +155,7 @@ def prices(
     from retrofit.pipeline.prices import prices as price
 
     limit = None if budget is None else parse_budget(budget)
+    folder = None if moments is None else output_path(moments, where="--moments")
     text = {"text": list(calibrate)} if calibrate else {}
     pinned = "" if revision is None else f" --revision {shell_word(revision)}"
     if recipe is None:
@@ -174,13 +178,13 @@ def prices(
         options = "".join(f" --set {shell_word(value)}" for value in values)
         name = loaded.name if isinstance(recipe, Recipe) else shell_word(str(recipe))
         command = f"retrofit run {name}{named}{options} --set convert.kv_heads={{kv_heads}}"
-    with _quiet():
+    with _entered():
         return price(
             loaded,
             command=command,
             budget=limit,
             tokens=tokens,
-            moments=None if moments is None else Path(moments),
+            moments=folder,
             revision=revision,
             **({"throughput": lambda: _measured(loaded)} if measure else {}),
             progress=progress,
@@ -198,11 +202,11 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection | U
     from retrofit.model.load import load_config, read_config
     from retrofit.model.source import resolve
 
-    with _quiet():
+    with _entered():
         try:
             source = resolve(model, revision=revision, weights=False)
         except UserError as error:
-            folder = Path(model).expanduser()
+            folder = local_path(model, where="model")
             if not (folder / "config.json").is_file():
                 raise
             try:
@@ -230,10 +234,12 @@ def convert(
     dtype: str = "auto",
     device: str = "auto",
     seed: int = 0,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Written:
     """Write `model` with `kv_heads` KV heads per layer to the new folder `out`; the same call goes on after a stop.
 
+    overwrite: `out` and `moments` may hold what an earlier call wrote, which is replaced.
     method, repair, tokens: as a recipe has them by default ("calibrated", "o_proj", 49,152); what the method does not
     read is refused. moments: a new folder for what calibration measured in every layer.
     reexpress_only: write the same function as an architecture that can share KV heads (`target`, where there is a
@@ -247,24 +253,32 @@ def convert(
             where="convert",
             fix="add either --kv-heads G or --reexpress-only",
         )
+    folder = output_path(out, where="--out")
     text = {"--repair": repair, "--calibrate": calibrate or None, "--tokens": tokens}
     if reexpress_only:
         _refuse_unread({"--method": method, **text, "--moments": moments}, "a re-expression")
-        with _quiet():
+        with _entered(folder):
             return single.reexpress(
-                str(model), Path(out), target=target, dtype=dtype, revision=revision, progress=progress
+                str(model),
+                folder,
+                target=target,
+                dtype=dtype,
+                revision=revision,
+                overwrite=overwrite,
+                progress=progress,
             )
     if method in ("mean", "first"):
         _refuse_unread(text, f"the method `{method}`")
     calibration = _given(tokens=tokens, text=list(calibrate) or None)
     section = {"kv_heads": kv_heads, **_given(method=method, repair=repair), "calibration": calibration}
     recipe = single.recipe("convert", section, model=str(model), dtype=dtype, device=device, seed=seed)
-    with _quiet():
+    with _entered(folder):
         return single.convert(
             recipe,
-            Path(out),
-            moments=None if moments is None else Path(moments),
+            folder,
+            moments=None if moments is None else output_path(moments, where="--moments"),
             revision=revision,
+            overwrite=overwrite,
             progress=progress,
         )
 
@@ -283,10 +297,12 @@ def extend(
     device: str = "auto",
     seed: int = 0,
     revision: str | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Written:
     """Write `model` with a window of `length` tokens, or `factor` times its own, to the new folder `out`.
 
+    overwrite: `out` may hold a checkpoint that an earlier call wrote, which is replaced.
     attention_factor: what cos and sin are multiplied with in effect, instead of the method's own. text, tokens: what
     the method `search` reads, and how much of it. link: unchanged weights become hard links to the model's files,
     where the disk allows them: a program that writes into one of the two then changes both.
@@ -299,8 +315,9 @@ def extend(
     if text or tokens is not None:
         section["search"] = {**({"text": list(text)} if text else {}), "tokens": tokens}
     recipe = single.recipe("context", section, model=str(model), device=device, seed=seed, link=link)
-    with _quiet():
-        return single.extend(recipe, Path(out), revision=revision, progress=progress)
+    folder = output_path(out, where="--out")
+    with _entered(folder):
+        return single.extend(recipe, folder, revision=revision, overwrite=overwrite, progress=progress)
 
 
 def recover(
@@ -323,9 +340,13 @@ def recover(
     kernel: str = "auto",
     device: str = "auto",
     seed: int = 0,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Written:
-    """Train `model` to follow `teacher` (the model before the surgery) and write the merged checkpoint to `out`."""
+    """Train `model` to follow `teacher` (the model before the surgery) and write the merged checkpoint to `out`.
+
+    overwrite: `out` may hold a checkpoint that an earlier call wrote, which is replaced.
+    """
     from retrofit.pipeline import single
 
     if short_share is not None and positions != "pose":
@@ -348,8 +369,9 @@ def recover(
         **({"text": list(text)} if text else {}),
     }
     recipe = single.recipe("recover", section, model=str(model), kernel=kernel, device=device, seed=seed)
-    with _quiet():
-        return single.recover(recipe, str(teacher), Path(out), progress=progress)
+    folder = output_path(out, where="--out")
+    with _entered(folder):
+        return single.recover(recipe, str(teacher), folder, overwrite=overwrite, progress=progress)
 
 
 def evaluate(
@@ -373,6 +395,7 @@ def evaluate(
     document_tokens: int | None = None,
     beyond: bool = False,
     out: str | Path | None = None,
+    overwrite: bool = False,
     revision: str | None = None,
     kernel: str = "auto",
     dtype: str = "auto",
@@ -387,7 +410,7 @@ def evaluate(
     after `fewshot` examples.
     definitions: perplexities as others define them, over `document_tokens` tokens of each document. beyond: lengths may
     lie beyond the model's positions. out: where to keep the token losses (.npz), and beside them the answers to tasks;
-    the same call goes on after a stop.
+    the same call goes on after a stop, and measures nothing again when it has ended. overwrite: they may be there.
     """
     from retrofit.pipeline import single
 
@@ -411,8 +434,9 @@ def evaluate(
         document_tokens=document_tokens,
     )
     recipe = single.recipe("evaluate", section, model=str(model), kernel=kernel, device=device)
-    with _quiet():
-        return single.evaluate(recipe, Path(out) if out else None, revision=revision, beyond=beyond, progress=progress)
+    file = None if out is None else output_path(out, where="--out")
+    with _entered(file):
+        return single.evaluate(recipe, file, revision=revision, beyond=beyond, overwrite=overwrite, progress=progress)
 
 
 def publish(
@@ -427,8 +451,10 @@ def publish(
     """Push a finished checkpoint folder to the hub repository `repo`; token, name and licence are checked first."""
     from retrofit.publish.hub import publish as push
 
-    with _quiet():
-        return push(Path(folder), repo, private=private, token=token, licence=licence, progress=progress)
+    with _entered():
+        return push(
+            local_path(folder, where="FOLDER"), repo, private=private, token=token, licence=licence, progress=progress
+        )
 
 
 def compare(a: str | Path, b: str | Path, *, lengths: Sequence[int] | None = None, bits: bool = False) -> Comparison:
@@ -438,7 +464,8 @@ def compare(a: str | Path, b: str | Path, *, lengths: Sequence[int] | None = Non
     """
     from retrofit.pipeline.compare import compare as compare_stored
 
-    return compare_stored(Path(a), Path(b), lengths=lengths, bits=bits)
+    with _entered():
+        return compare_stored(local_path(a, where="A"), local_path(b, where="B"), lengths=lengths, bits=bits)
 
 
 def doctor() -> Health:
@@ -468,17 +495,21 @@ def show_recipe(name: str | Path, *, overrides: Sequence[str] = ()) -> str:
     return dump_recipe(load_recipe(name, overrides))
 
 
-def copy_recipe(name: str | Path, to: str | Path | None = None) -> Path:
-    """Copy a recipe as it is written, comments included; returns the new file, which must not exist."""
+def copy_recipe(name: str | Path, to: str | Path | None = None, *, overwrite: bool = False) -> Path:
+    """Copy a recipe as it is written, comments included; returns the new file.
+
+    overwrite: the file may exist. Raises UserError where it does otherwise.
+    """
     source = bundled.find("recipes", name)
-    target = local_path(to, where="FILE") if to is not None else Path(f"{source.stem}.yaml")
+    target = output_path(to if to is not None else f"{source.stem}.yaml", where="FILE")
     if target.is_dir():
         target = target / source.name
-    if os.path.lexists(target):
-        raise UserError("the file exists already", where=shown(target), fix="give another name")
+    if os.path.lexists(target) and not (overwrite and target.is_file()):
+        raise UserError("the file exists already", where=shown(target), fix="give another name, or add --overwrite")
     if not target.parent.is_dir():
         raise UserError("there is no folder to copy into", where=shown(target.parent), fix="make it, or choose another")
-    shutil.copyfile(source, target)
+    with writing(target):
+        put_file(target, source.read_bytes(), overwrite=overwrite)
     return target
 
 
@@ -519,11 +550,14 @@ def _refuse_unread(options: Mapping[str, Any], reader: str) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Other libraries' progress bars and warnings stay out of our output."""
+def _entered(*places: Path | None) -> Iterator[None]:
+    """What every command works in: one process, messages for failures of the machine (places: where it writes), and
+    no progress bars and warnings of other libraries in our output."""
+    from retrofit.model.gguf import cache_dir
     from retrofit.model.load import quiet
 
-    with quiet(), warnings.catch_warnings():
+    require_usable()
+    with writing(*places, cache_dir()), quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=UserWarning)
         yield

@@ -6,7 +6,6 @@ The losses of each model are a piece of their own in the journal: a changed reco
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -110,9 +109,10 @@ def _score(
     inputs = {"checkpoint": state.identity, "documents": documents_digest(documents)}
     file = f"{LOSSES}/{label}.npz"
     also = tuple(str(pass_file(Path(file), name)) for name in passes_of(section, native))
-    partial = runner.folder / f"{file}.scored"
-    entry = runner.step(f"evaluate:{label}", file, config, inputs, work, also=also)
-    shutil.rmtree(partial, ignore_errors=True)  # not before the journal knows of the losses
+    scratch = f"{file}.scored"
+    partial = runner.folder / scratch
+    entry = runner.step(f"evaluate:{label}", file, config, inputs, work, also=also, scratch=(scratch,))
+    runner.drop(scratch)  # not before the journal knows of the losses
     return entry.result
 
 

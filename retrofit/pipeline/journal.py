@@ -1,4 +1,7 @@
-"""The journal of a run: one JSON line for every step that is done. Torch-free.
+"""The journal of a run: the mark of a run folder, and one JSON line for every step that is done. Torch-free.
+
+Its first line says that the folder is a run's; a line before each step says what the step is about to write. What no
+line names was put there by somebody else, and is neither removed nor replaced.
 
 A step is done when its line is written; the line names the artifact and the sha256 of its files. A kill can leave an
 artifact without its line (the step is done again) or a torn last line (it is dropped), never a line without artifact.
@@ -11,12 +14,19 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from retrofit.checkpoint.provenance import sha256
+from retrofit.checkpoint.raw import write_all
 from retrofit.errors import UserError
+from retrofit.escape import shown
 
 NAME = "journal.jsonl"
+CARD = "README.md"  # people edit it
+_HEADER: Mapping[str, Any] = {"retrofit": "run"}
+_LONGEST_LINE = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,22 @@ def digests_of(run: Path, paths: Iterable[Path]) -> dict[str, str]:
     files = [
         file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*"))) if file.is_file()
     ]
-    return {str(file.relative_to(run)): sha256(file) for file in files if file.name != "README.md"}
+    return {str(file.relative_to(run)): sha256(file) for file in files if file.name != CARD}
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `folder` holds the journal of a run, which only a run writes there."""
+    path = folder / NAME
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        line = file.readline(_LONGEST_LINE)
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    marked = isinstance(values, dict) and values.get("retrofit") == _HEADER["retrofit"]
+    return marked or (isinstance(values, dict) and {"step", "fingerprint", "digests"} <= values.keys())
 
 
 class Journal:
@@ -61,6 +86,9 @@ class Journal:
     def __init__(self, run: Path) -> None:
         self.run, self.path = run, run / NAME
         self.entries: list[Entry] = []
+        self._claimed: dict[str, Entry | None] = {}  # by path: the step that wrote it, None while it is made
+        self._begun: dict[str, list[str]] = {}  # by step: the paths it was about to write
+        self._written: dict[str, set[str]] = {}  # by file: digests of what was ever written under that name
         self._whole = 0  # bytes up to the end of the last whole line
         if self.path.exists():
             self._read()
@@ -79,17 +107,93 @@ class Journal:
         files = ((self.run / name, digest) for name, digest in entry.digests.items())
         return (self.run / entry.artifact).exists() and all(p.is_file() and sha256(p) == d for p, d in files)
 
+    def mark(self) -> None:
+        """Make the folder a run's, if it is not one yet."""
+        if not self.path.exists():
+            self._line(_HEADER)
+
+    def begin(self, step: str, paths: Iterable[str]) -> None:
+        """Say what a step is about to write. paths: relative to the run folder."""
+        paths = list(paths)
+        self._line({"begins": step, "paths": paths})
+        self._take(step, paths)
+
     def append(self, entry: Entry) -> None:
         """Write one line, durable before this returns; what a kill tore off after the last whole line goes."""
-        line = json.dumps(asdict(entry), ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        with self.path.open("r+b" if self.path.exists() else "wb") as handle:
-            handle.truncate(self._whole)
-            handle.seek(self._whole)
-            handle.write(line)
-            handle.flush()
-            os.fsync(handle.fileno())
+        self._line(asdict(entry))
+        self._add(entry)
+
+    def claims(self, path: str) -> bool:
+        """Whether a step of this run wrote what is at `path`, or into it."""
+        return any(own == path or own.startswith(f"{path}/") or path.startswith(f"{own}/") for own in self._claimed)
+
+    def foreign(self, path: str) -> list[str]:
+        """Files at `path` and below that no step of this run wrote, relative to the run folder."""
+        top = self.run / path
+        if not os.path.lexists(top):
+            return []
+        there = [path] if top.is_symlink() or not top.is_dir() else sorted(_below(self.run, top))
+        if not self.claims(path):
+            return there or [path]
+        known = {name for entry in self._claimed.values() if entry for name in entry.digests}
+        # What is being made, and what no digests are kept of, is the step's altogether.
+        unknown = [own for own, entry in self._claimed.items() if entry is None or not _below_any(own, known)]
+        return [
+            name
+            for name in there
+            if name not in known
+            and name.rpartition("/")[2] != CARD
+            and not any(name == own or name.startswith(f"{own}/") for own in unknown)
+        ]
+
+    def write_own(self, name: str, content: bytes) -> Path | None:
+        """Write a file of the run's own at the top of its folder, whole or not at all.
+
+        What somebody made of an earlier one is kept under another name, which is returned.
+        """
+        path, digest = self.run / name, hashlib.sha256(content).hexdigest()
+        aside = None
+        if os.path.lexists(path) and not self._wrote(path, digest):
+            aside = free_name(path)
+            path.rename(aside)
+        if digest not in self._written.get(name, ()):
+            self._line({"writes": name, "sha256": digest})
+            self._written.setdefault(name, set()).add(digest)
+        partial = path.with_name(f".{name}.partial")
+        partial.unlink(missing_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+        return aside
+
+    def _wrote(self, path: Path, digest: str) -> bool:
+        """Whether the file is one that this run wrote, or what it is about to write."""
+        known = {digest, *self._written.get(path.name, ())}
+        return path.is_file() and not path.is_symlink() and sha256(path) in known
+
+    def _line(self, values: Mapping[str, Any]) -> None:
+        line = json.dumps(dict(values), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        new = not self.path.exists()
+        try:
+            with FileIO(self.path, "xb" if new else "r+b") as handle:
+                handle.truncate(self._whole)
+                handle.seek(self._whole)
+                write_all(handle, memoryview(line))
+                os.fsync(handle.fileno())
+        except OSError:
+            if new:  # a folder with half a mark would be nobody's
+                self.path.unlink(missing_ok=True)
+            raise
         self._whole += len(line)
+
+    def _take(self, step: str, paths: list[str]) -> None:
+        self._begun[step] = paths
+        self._claimed |= dict.fromkeys(paths)
+
+    def _add(self, entry: Entry) -> None:
         self.entries.append(entry)
+        paths = self._begun.pop(entry.step, [])
+        tops = {name.partition("/")[0] for name in entry.digests}
+        self._claimed |= dict.fromkeys((entry.artifact, *tops, *paths), entry)
 
     def _read(self) -> None:
         known = {f.name for f in fields(Entry)}
@@ -97,7 +201,9 @@ class Journal:
         for number, line in enumerate(lines, start=1):
             try:
                 values = json.loads(line)
-                entry = Entry(**{key: value for key, value in values.items() if key in known})
+                entry = None
+                if not self._noted(values):
+                    entry = Entry(**{key: value for key, value in values.items() if key in known})
             except (ValueError, TypeError, AttributeError):
                 if number == len(lines):
                     return
@@ -108,5 +214,31 @@ class Journal:
                 ) from None
             if not line.endswith(b"\n"):
                 return
-            self.entries.append(entry)
+            if entry is not None:
+                self._add(entry)
             self._whole += len(line)
+
+    def _noted(self, values: Mapping[str, Any]) -> bool:
+        """Take over a line that is no entry; False for an entry."""
+        if "begins" in values:
+            self._take(values["begins"], list(values["paths"]))
+        elif "writes" in values:
+            self._written.setdefault(values["writes"], set()).add(values["sha256"])
+        return "retrofit" in values or "begins" in values or "writes" in values
+
+
+def _below_any(path: str, names: Iterable[str]) -> bool:
+    return any(name == path or name.startswith(f"{path}/") for name in names)
+
+
+def _below(run: Path, folder: Path) -> list[str]:
+    return [str(path.relative_to(run)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+
+
+def free_name(path: Path) -> Path:
+    """A name to keep an edited file under: `recipe.edited.yaml` for `recipe.yaml`, numbered where that is taken."""
+    for number in range(1, 10_000):
+        name = path.with_name(f"{path.stem}.edited{'' if number == 1 else f'-{number}'}{path.suffix}")
+        if not os.path.lexists(name):
+            return name
+    raise UserError("there is no name left to keep an edited file under", where=shown(path), fix="remove some")

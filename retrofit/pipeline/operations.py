@@ -9,7 +9,7 @@ import functools
 import gc
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,19 +54,24 @@ _OF_THE_MOMENT = ("seconds", "peak_bytes", "tokens_per_second", "resumed_from", 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a written folder records about itself. source: of the original model; steps: those before this one."""
+    """What a written folder records about itself. source: of the original model; steps: those before this one.
+
+    question: digest of everything that a command of one step was asked; None in a run, whose journal knows that.
+    """
 
     source: Mapping[str, object]
     steps: tuple[Mapping[str, object], ...] = ()
+    question: str | None = None
 
     def after(self, step: str, config: object, result: Mapping[str, object]) -> Origin:
         """The same with one more step."""
         record = {"step": step, "config": config, "result": _timeless(result)}
-        return Origin(self.source, (*self.steps, record))
+        return replace(self, steps=(*self.steps, record))
 
     def write(self, folder: Path) -> None:
         """Write retrofit.json."""
-        write_provenance(folder, {"source": self.source, "steps": self.steps, "versions": versions()})
+        asked = {} if self.question is None else {"question": self.question}
+        write_provenance(folder, {"source": self.source, "steps": self.steps, "versions": versions(), **asked})
 
 
 def convert(
@@ -141,6 +146,7 @@ def reexpress(
     target: str | None,
     dtype: str,
     work: Path,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ReexpressReport:
     """Write `source` as another architecture, the same function, to `out`.
@@ -149,7 +155,7 @@ def reexpress(
     """
     from retrofit.model.reexpress import reexpress as write_reexpressed
 
-    with staged(out, keep=work / "checkpoint") as folder:
+    with staged(out, overwrite=overwrite, keep=work / "checkpoint") as folder:
         report = write_reexpressed(source, folder, target=target, dtype=dtype, resume=True, progress=progress)
         write_config(folder, portable(read_config(folder)))
         config = {"target": report.target, "dtype": report.dtype}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from retrofit.checkpoint.place import require_free_space, require_writable
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.errors import UserError
+from retrofit.escape import shown
 from retrofit.evaluate.harness import Harness, open_tasks, require_harness
 from retrofit.evaluate.score import Document
 from retrofit.kernels.registry import Choice, choose
@@ -24,7 +25,7 @@ from retrofit.model.load import load_config, load_tokenizer, resolve_device, res
 from retrofit.model.source import Source
 from retrofit.model.spec import AttentionSpec
 from retrofit.model.whole import require_complete
-from retrofit.pipeline.journal import NAME as JOURNAL
+from retrofit.pipeline.journal import is_run
 from retrofit.pipeline.longcontext import definitions_of
 from retrofit.pipeline.passes import ASSUMED, ModelFacts, TaskSize, Throughput
 from retrofit.pipeline.plan import (
@@ -104,8 +105,6 @@ def prepare(
     model = require_model(recipe)
     if not steps_of(recipe):
         raise UserError("the recipe has no step", where=recipe.name, fix="add convert, context, recover or evaluate")
-    if out is not None:
-        require_run_folder(out)
     about_texts = check_texts(recipe)
     check_require(recipe)
     if recipe.evaluate and recipe.evaluate.tasks:
@@ -204,9 +203,8 @@ def require_run_folder(out: Path) -> None:
     require_writable(out)
     if out.is_file():
         raise UserError("the run folder is a file", where=str(out), fix="give another --out")
-    known = out.is_dir() and ((out / "recipe.yaml").exists() or (out / JOURNAL).exists())
-    if out.is_dir() and not known and any(out.iterdir()):
-        raise UserError("the folder holds something that is not a run", where=str(out), fix="give another --out")
+    if out.is_dir() and not is_run(out) and any(out.iterdir()):
+        raise UserError("the folder holds something that is not a run", where=shown(out), fix="give another --out")
 
 
 def facts_of(source: Source, config: Any, spec: AttentionSpec) -> ModelFacts:

@@ -20,7 +20,7 @@ from retrofit.console import heads, to_json
 from retrofit.errors import UserError
 from retrofit.evaluate.resume import Kept
 from retrofit.kv_heads.convert import convert as convert_heads
-from retrofit.kv_heads.moments import Origin, layer_file, saved
+from retrofit.kv_heads.moments import PROBES, Origin, layer_file, saved
 from retrofit.kv_heads.price import Measured
 from retrofit.kv_heads.survey import survey
 from retrofit.kv_heads.text import CalibrationText
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from retrofit.console import Progress
 
 HELD_OUT = 3  # every third sequence of a kind is scored, and no conversion sees it
-FILE = "probes.json"
+FILE = PROBES
 ORIGINAL = "original"
 
 

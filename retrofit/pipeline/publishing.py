@@ -11,7 +11,7 @@ from typing import Any
 
 from retrofit.checkpoint.copying import copy_file
 from retrofit.checkpoint.place import staged
-from retrofit.checkpoint.provenance import digest, versions, write_provenance
+from retrofit.checkpoint.provenance import digest, sha256, versions, write_provenance
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.rewrite import rewrite
 from retrofit.checkpoint.write import copy_side_files, parse_size
@@ -21,6 +21,7 @@ from retrofit.model.families import describe, stock_class
 from retrofit.model.load import load_config, load_tokenizer
 from retrofit.pipeline import reporting
 from retrofit.pipeline.evaluation import losses_file
+from retrofit.pipeline.journal import CARD
 from retrofit.pipeline.plan import FOLDERS
 from retrofit.pipeline.public import public_recipe, public_texts
 from retrofit.pipeline.publish_checks import snippet_of, terms_of
@@ -58,10 +59,10 @@ def publish(runner: Runner, states: Mapping[str, State], results: tuple[GateResu
     recipe, section = runner.prepared.recipe, runner.prepared.recipe.publish
     final = runner.folder / FINAL
     if not all(result.passed for result in results):
-        shutil.rmtree(final, ignore_errors=True)
+        runner.drop(FINAL)
         enforce(results, where=f"require, in {runner.folder / 'recipe.yaml'}")
     if section is None:
-        shutil.rmtree(final, ignore_errors=True)
+        runner.drop(FINAL)
         return
     label, state = list(states.items())[-1]
 
@@ -72,7 +73,7 @@ def publish(runner: Runner, states: Mapping[str, State], results: tuple[GateResu
         with staged(path, overwrite=True) as folder:
             for name, value in found.items():
                 (folder / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        return found
+        return {**found, "card": sha256(final / CARD)}
 
     config = {**section.model_dump(mode="json"), "recipe": recipe.model_dump(mode="json")}
     inputs = {

@@ -25,7 +25,7 @@ from retrofit.pipeline.runner import Runner
 from retrofit.recipe.load import dump_recipe, load_recipe
 from retrofit.recipe.schema import Recipe
 from retrofit.report.data import ModelResult, RunData, StepRecord, loss_by_position
-from retrofit.report.render import render
+from retrofit.report.render import files
 
 if TYPE_CHECKING:
     from retrofit.publish.gate import GateResult
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 def write(runner: Runner, results: tuple[GateResult, ...]) -> Path:
     """Write report.html and report.md (and the chart) into the run folder; returns report.html."""
-    render(run_data(runner, results), runner.folder)
+    for name, content in files(run_data(runner, results)).items():
+        runner.write_own(name, content)
     return runner.folder / "report.html"
 
 

@@ -27,6 +27,8 @@ from retrofit.recipe.schema import Recipe
 if TYPE_CHECKING:
     from retrofit.console import Progress
 
+RECIPE = "recipe.yaml"
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -64,8 +66,9 @@ def run(prepared: Prepared, out: Path, *, from_step: str | None = None, progress
     again = STEPS[STEPS.index(from_step) :] if from_step else ()
     with folder_lock(out), _nothing_left_of_nothing(out):
         out.mkdir(parents=True, exist_ok=True)
-        _write_recipe(prepared.recipe, out)
         runner = Runner(out, prepared, Journal(out), again, progress)
+        runner.journal.mark()
+        runner.write_own(RECIPE, dump_recipe(prepared.recipe).encode())
         states = _checkpoints(runner)
         if prepared.recipe.evaluate:
             evaluation.evaluate(runner, states, prepared.recipe.evaluate)
@@ -85,8 +88,8 @@ def _nothing_left_of_nothing(out: Path) -> Iterator[None]:
     try:
         yield
     except UserError:
-        begun = any(path.is_file() and path.parent != out for path in out.rglob("*"))
-        if new and not begun and not (out / JOURNAL).exists():
+        kept = [path for path in out.rglob("*") if path.is_symlink() or not path.is_dir()]
+        if new and {str(path.relative_to(out)) for path in kept} <= {JOURNAL, RECIPE}:
             shutil.rmtree(out, ignore_errors=True)
         raise
 
@@ -105,12 +108,6 @@ def _checkpoints(runner: Runner) -> dict[str, State]:
     if recipe.recover:
         states["recovered"] = surgery.recover(runner, state, recipe.recover)
     return states
-
-
-def _write_recipe(recipe: Recipe, out: Path) -> None:
-    partial = out / "recipe.yaml.partial"
-    partial.write_text(dump_recipe(recipe), encoding="utf-8")
-    partial.replace(out / "recipe.yaml")
 
 
 def _result(runner: Runner, gate: tuple[GateResult, ...], report: Path) -> RunResult:

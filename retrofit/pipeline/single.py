@@ -12,25 +12,34 @@ from retrofit.checkpoint.lock import folder_lock
 from retrofit.checkpoint.provenance import FILE, read_provenance
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.errors import UserError
-from retrofit.evaluate.answers import TaskAnswers, TaskScore, beside, to_file
+from retrofit.evaluate.answers import TaskAnswers, TaskScore
 from retrofit.evaluate.context_use import LongContext
 from retrofit.evaluate.harness import require_harness
+from retrofit.evaluate.losses import documents_digest
 from retrofit.evaluate.perplexity import Row, table
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, resolve_dtype
 from retrofit.model.reexpress import FORMAT
 from retrofit.model.source import Source, resolve
 from retrofit.pipeline import operations
-from retrofit.pipeline.evaluation import pass_file, save_losses
 from retrofit.pipeline.journal import fingerprint
 from retrofit.pipeline.kept import kept, require_own
-from retrofit.pipeline.longcontext import conclude, longest_prompt, native_length
+from retrofit.pipeline.longcontext import conclude, longest_prompt, native_length, passes_of
 from retrofit.pipeline.operations import Origin
-from retrofit.pipeline.outputs import require_file, require_moments, require_new, work_folder
+from retrofit.pipeline.outputs import (
+    done_before,
+    require_file,
+    require_moments,
+    require_new,
+    require_no_files,
+    require_same,
+    work_folder,
+)
 from retrofit.pipeline.prepare import Prepared, prepare, require_model, teacher_of
 from retrofit.pipeline.public import source_record
 from retrofit.pipeline.runner import VERSIONS
-from retrofit.pipeline.tasks import ask_folder
+from retrofit.pipeline.stored import Measurement, Stored
+from retrofit.pipeline.tasks import ask_folder, key_of
 from retrofit.pipeline.texts import identity, within_window
 from retrofit.recipe.load import load_suite, validate
 from retrofit.recipe.schema import Evaluate, Recipe
@@ -80,16 +89,22 @@ def recipe(section: str, values: Mapping[str, Any], **top: Any) -> Recipe:
 
 
 def convert(
-    recipe: Recipe, out: Path, *, moments: Path | None, revision: str | None, progress: Progress | None
+    recipe: Recipe,
+    out: Path,
+    *,
+    moments: Path | None,
+    revision: str | None,
+    overwrite: bool,
+    progress: Progress | None,
 ) -> Written:
     """`retrofit convert`. The same call goes on after an interruption, from the folder `<out>.work`."""
     section = recipe.convert
     assert section
-    require_new(out)
+    finished = require_new(out, overwrite=overwrite)
     work = work_folder(out)
     require_own(work, "convert")
-    if moments is not None:
-        require_moments(moments, section, out)
+    if moments is not None and not finished:
+        require_moments(moments, section, out, overwrite=overwrite)
     recipe, shorter = _fitted(recipe, moments, revision, progress)
     section = recipe.convert
     assert section
@@ -98,18 +113,22 @@ def convert(
     text = identity(section.calibration.text) if section.calibrates else None
     options = [recipe.dtype, recipe.seed, moments is not None]
     inputs = {"checkpoint": dict(prepared.source.digests), "text": text, "options": options}
+    question = fingerprint("convert", VERSIONS["convert"], operations.dump(section), inputs)
     with folder_lock(out), kept(work, "convert"):
+        if finished:
+            return Written("convert", out, done_before(out, question))
         report = operations.convert(
             prepared.source.folder,
             out,
             section,
-            _origin(prepared.source),
+            _origin(prepared.source, question),
             teacher=prepared.teacher,
             dtype=recipe.dtype,
             device=prepared.device,
             seed=recipe.seed,
-            work=work / fingerprint("convert", VERSIONS["convert"], operations.dump(section), inputs)[:16],
+            work=work / question[:16],
             moments=moments,
+            overwrite=overwrite,
             progress=progress,
         )
     notes = dict.fromkeys((*prepared.notes, *shorter, *report.notes))
@@ -142,10 +161,17 @@ def _fitted(
 
 
 def reexpress(
-    model: str, out: Path, *, target: str | None, dtype: str, revision: str | None, progress: Progress | None
+    model: str,
+    out: Path,
+    *,
+    target: str | None,
+    dtype: str,
+    revision: str | None,
+    overwrite: bool,
+    progress: Progress | None,
 ) -> Written:
     """`retrofit convert --reexpress-only`. The same call goes on after an interruption, from `<out>.work`."""
-    require_new(out)
+    finished = require_new(out, overwrite=overwrite)
     work = work_folder(out)
     require_own(work, "convert")
     source = resolve(model, revision=revision, reexpress=False, progress=progress)
@@ -153,67 +179,88 @@ def reexpress(
     Checkpoint.open(source.folder).require_finite(written=written)
     out = out.resolve()  # a link: work where what it names lies
     inputs = {"checkpoint": dict(source.digests)}
+    question = fingerprint("reexpress", str(FORMAT), [target, dtype], inputs)
     with folder_lock(out), kept(work, "convert"):
+        if finished:
+            return Written("reexpress", out, done_before(out, question))
         report = operations.reexpress(
             source.folder,
             out,
-            _origin(source),
+            _origin(source, question),
             target=target,
             dtype=dtype,
-            work=work / fingerprint("reexpress", str(FORMAT), [target, dtype], inputs)[:16],
+            work=work / question[:16],
+            overwrite=overwrite,
             progress=progress,
         )
     return Written("reexpress", out, operations.facts(report))
 
 
-def extend(recipe: Recipe, out: Path, *, revision: str | None, progress: Progress | None) -> Written:
+def extend(recipe: Recipe, out: Path, *, revision: str | None, overwrite: bool, progress: Progress | None) -> Written:
     """`retrofit extend`. A search goes on after an interruption, from the folder `<out>.work`."""
     assert recipe.context
-    require_new(out)
+    finished = require_new(out, overwrite=overwrite)
     work = work_folder(out)
     if recipe.context.searches:
         require_own(work, "extend")
     prepared = prepare(recipe, revision=revision, out=out, progress=progress)
     out = out.resolve()  # a link: work where what it names lies
+    text = identity(recipe.context.searches.text) if recipe.context.searches else None
+    options = [recipe.kernel, recipe.seed] if recipe.context.searches else []
+    inputs = {"checkpoint": dict(prepared.source.digests), "text": text, "options": options}
+    question = fingerprint("extend", VERSIONS["extend"], operations.dump(recipe.context), inputs)
     with folder_lock(out), kept(work, "extend") if recipe.context.searches else nullcontext():
+        if finished:
+            return Written("extend", out, done_before(out, question))
         report = operations.extend(
             prepared.source.folder,
             out,
             recipe.context,
-            _origin(prepared.source),
+            _origin(prepared.source, question),
             teacher=prepared.teacher,
             kernel=recipe.kernel,
             device=prepared.device,
             seed=recipe.seed,
             work=work / "search",
             link=recipe.link,
+            overwrite=overwrite,
             progress=progress,
         )
     return Written("extend", out, report)
 
 
-def recover(recipe: Recipe, teacher: str, out: Path, *, progress: Progress | None) -> Written:
+def recover(recipe: Recipe, teacher: str, out: Path, *, overwrite: bool, progress: Progress | None) -> Written:
     """`retrofit recover`."""
     assert recipe.recover
-    require_new(out)
+    finished = require_new(out, overwrite=overwrite)
     work = work_folder(out)
     require_own(work, "recover")
     prepared = prepare(recipe, out=out, progress=progress)
     original = resolve(teacher, progress=progress)
     Checkpoint.open(original.folder).require_finite()
     out = out.resolve()  # a link: work where what it names lies
+    inputs = {
+        "checkpoint": dict(prepared.source.digests),
+        "teacher": dict(original.digests),
+        "text": identity(recipe.recover.text),
+        "options": [recipe.kernel, recipe.seed],
+    }
+    question = fingerprint("recover", VERSIONS["recover"], operations.dump(recipe.recover), inputs)
     with folder_lock(out), kept(work, "recover"):
+        if finished:
+            return Written("recover", out, done_before(out, question))
         report = operations.recover(
             prepared.source.folder,
             original.folder,
             out,
             recipe.recover,
-            _origin(prepared.source),
+            _origin(prepared.source, question),
             samples=teacher_of(recipe, original.folder, prepared.device),
             kernel=recipe.kernel,
             device=prepared.device,
             seed=recipe.seed,
             work=work,
+            overwrite=overwrite,
             progress=progress,
         )
     return Written("recover", out, operations.facts(report))
@@ -266,14 +313,16 @@ def _over(
 
 
 def evaluate(
-    recipe: Recipe, out: Path | None, *, revision: str | None, beyond: bool, progress: Progress | None
+    recipe: Recipe, out: Path | None, *, revision: str | None, beyond: bool, overwrite: bool, progress: Progress | None
 ) -> Evaluation:
     """`retrofit evaluate`. beyond: lengths may lie beyond the window; how it breaks there is worth seeing."""
     section = recipe.evaluate
     assert section and recipe.model
+    out = None if out is None else out.resolve()
     partial = out.with_name(f"{out.name}.scored") if out is not None else None
+    finished = False
     if out is not None and partial is not None:
-        require_file(out)
+        finished = require_file(out, overwrite=overwrite)
         require_own(partial, "evaluate")
     if section.tasks:
         require_harness()
@@ -289,28 +338,22 @@ def evaluate(
     prepared = prepare(recipe, revision=revision, beyond=True, progress=progress)
     folder, spec = prepared.source.folder, prepared.spec
     label = prepared.source.base_model or Path(recipe.model).name
-    with kept(partial, "evaluate") if partial else nullcontext():
-        losses, _, measured = operations.score_folder(
-            folder,
-            prepared.documents,
-            section,
-            label=label,
-            kernel=recipe.kernel,
-            device=prepared.device,
-            seed=recipe.seed,
-            identity=prepared.source.digests if out is not None else None,
-            partial=partial,
-            progress=progress,
-        )
-        if out is not None:
-            save_losses(losses, out)
-            for name, scored in measured.passes.items():
-                save_losses(scored, pass_file(out, name))
-        answers = _answers(prepared, section, partial, progress)
-        if out is not None:
-            beside(out).unlink(missing_ok=True)
-            if answers:
-                to_file(answers, beside(out))
+    stored = None
+    if out is not None:
+        stored = Stored(out, _question(prepared, section), passes_of(section, native_length(load_config(folder))))
+        if finished:
+            require_same(out, stored.question)
+        elif not overwrite:
+            require_no_files(stored.beside)
+    with folder_lock(out) if out else nullcontext(), kept(partial, "evaluate") if partial else nullcontext():
+        found = stored.read() if stored is not None and finished else None
+        if found is not None and progress:
+            progress.note(f"done before: {out} holds these losses; costs are measured anew")
+        if found is None:
+            found = _scored(prepared, section, label, partial, progress)
+            if stored is not None and partial is not None:
+                found = stored.write(found, partial, overwrite=overwrite or finished)
+        losses, context, answers = found.losses, found.context, found.answers
         # Still in the block: a kill while costs are measured must not make everything before them be read again.
         costs = operations.run_costs(
             {label: folder}, section, kernel=recipe.kernel, device=prepared.device, seed=recipe.seed
@@ -327,21 +370,58 @@ def evaluate(
         cost=costs[label],
         claimed_length=spec.max_position_embeddings,
         losses=out,
-        long_context=replace(
-            conclude(
-                losses,
-                measured.passes,
-                section,
-                native_length(load_config(folder)),
-                needle=measured.needle.scores if measured.needle else None,
-                seed=recipe.seed,
-            ),
-            defined=measured.defined,
-            needle=measured.needle,
-            ruler=measured.ruler,
-        ),
+        long_context=context,
         tasks=tuple(row for one in answers.values() for row in one.rows()),
     )
+
+
+def _question(prepared: Prepared, section: Evaluate) -> str:
+    """Digest of everything that an evaluation was asked; costs, which are of the moment, are not part of it."""
+    harness, recipe = prepared.harness, prepared.recipe
+    config = {
+        **section.model_dump(mode="json"),
+        "kernel": recipe.kernel,
+        "device": prepared.device,
+        "seed": recipe.seed,
+    }
+    inputs = {
+        "checkpoint": dict(prepared.source.digests),
+        "documents": documents_digest(prepared.documents),
+        "tasks": [key_of(harness, asked, section) for asked in harness.tasks] if harness else [],
+    }
+    return fingerprint("evaluate", VERSIONS["evaluate"], config, inputs)
+
+
+def _scored(
+    prepared: Prepared, section: Evaluate, label: str, partial: Path | None, progress: Progress | None
+) -> Measurement:
+    folder, recipe = prepared.source.folder, prepared.recipe
+    losses, _, measured = operations.score_folder(
+        folder,
+        prepared.documents,
+        section,
+        label=label,
+        kernel=recipe.kernel,
+        device=prepared.device,
+        seed=recipe.seed,
+        identity=prepared.source.digests if partial is not None else None,
+        partial=partial,
+        progress=progress,
+    )
+    context = replace(
+        conclude(
+            losses,
+            measured.passes,
+            section,
+            native_length(load_config(folder)),
+            needle=measured.needle.scores if measured.needle else None,
+            seed=recipe.seed,
+        ),
+        defined=measured.defined,
+        needle=measured.needle,
+        ruler=measured.ruler,
+    )
+    return Measurement(losses, context, _answers(prepared, section, partial, progress), measured.passes)
 
 
 def _answers(
@@ -372,9 +452,9 @@ def _require_beyond(model: str, longest: int, positions: int, beyond: bool) -> N
         )
 
 
-def _origin(source: Source) -> Origin:
+def _origin(source: Source, question: str) -> Origin:
     """Where a checkpoint comes from: its own record goes on when it was written by us."""
     if (source.folder / FILE).is_file():
         record = read_provenance(source.folder)
-        return Origin(record["source"], tuple(record["steps"]))
-    return Origin(source_record(source))
+        return Origin(record["source"], tuple(record["steps"]), question)
+    return Origin(source_record(source), (), question)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from retrofit.kv_heads import moments as stored_moments
 from retrofit.pipeline import operations
 from retrofit.pipeline.journal import fingerprint
 from retrofit.pipeline.plan import FOLDERS
@@ -20,7 +20,8 @@ MOMENTS = "moments"
 def convert(runner: Runner, state: State, section: Convert) -> State:
     """Fewer KV heads; it goes on from its last own layer and shard after a kill. The moments stay in the run folder."""
     prepared, recipe = runner.prepared, runner.prepared.recipe
-    work_folder, moments = runner.folder / f"{FOLDERS['convert']}.work", runner.folder / MOMENTS
+    scratch = f"{FOLDERS['convert']}.work"
+    work_folder, moments = runner.folder / scratch, runner.folder / MOMENTS
     config = {**_dump(section), **_common(recipe)}
     text = identity(section.calibration.text) if section.calibrates else None
     # Keys are merged for the rotations that the run ends with.
@@ -28,6 +29,8 @@ def convert(runner: Runner, state: State, section: Convert) -> State:
     inputs = {"checkpoint": state.identity, "text": text, "context": context and _dump(context)}
 
     def work(path: Path) -> Mapping[str, Any]:
+        if section.calibrates:
+            stored_moments.require_own(moments)
         report = operations.convert(
             state.path,
             path,
@@ -44,19 +47,20 @@ def convert(runner: Runner, state: State, section: Convert) -> State:
             overwrite=True,
             progress=runner.progress,
         )
-        if not section.calibrates:
-            shutil.rmtree(moments, ignore_errors=True)  # those of a recipe before
+        if not section.calibrates and runner.journal.claims(MOMENTS):
+            stored_moments.remove(moments)  # those of a recipe before
         return operations.facts(report)
 
-    entry = runner.step("convert", FOLDERS["convert"], config, inputs, work)
-    shutil.rmtree(work_folder, ignore_errors=True)
+    measured = (MOMENTS,) if section.calibrates else ()
+    entry = runner.step("convert", FOLDERS["convert"], config, inputs, work, scratch=(scratch, *measured))
+    runner.drop(scratch)
     return runner.made(entry, state.origin.after("convert", _dump(section), entry.result))
 
 
 def extend(runner: Runner, state: State, section: Context) -> State:
     """A longer window; a search goes on after its last own trial after a kill."""
     prepared, recipe = runner.prepared, runner.prepared.recipe
-    work_folder = runner.folder / f"{FOLDERS['extend']}.work"
+    scratch = f"{FOLDERS['extend']}.work"
     config = _dump(section)
     inputs: dict[str, object] = {"checkpoint": state.identity}
     if section.searches:
@@ -73,21 +77,21 @@ def extend(runner: Runner, state: State, section: Context) -> State:
             kernel=recipe.kernel,
             device=prepared.device,
             seed=recipe.seed,
-            work=work_folder,
+            work=runner.folder / scratch,
             link=recipe.link,
             overwrite=True,
             progress=runner.progress,
         )
 
-    entry = runner.step("extend", FOLDERS["extend"], config, inputs, work)
-    shutil.rmtree(work_folder, ignore_errors=True)
+    entry = runner.step("extend", FOLDERS["extend"], config, inputs, work, scratch=(scratch,))
+    runner.drop(scratch)
     return runner.made(entry, state.origin.after("extend", _dump(section), entry.result))
 
 
 def recover(runner: Runner, state: State, section: Recover) -> State:
     """Quality won back by a short training; it goes on from its last own checkpoint after a kill."""
     prepared, recipe = runner.prepared, runner.prepared.recipe
-    work_folder = runner.folder / f"{FOLDERS['recover']}.work"
+    scratch = f"{FOLDERS['recover']}.work"
     config = {**_dump(section), **_common(recipe), "kernel": recipe.kernel}
     teacher = dict(prepared.source.digests)
     inputs = {"checkpoint": state.identity, "teacher": teacher, "text": identity(section.text)}
@@ -104,14 +108,14 @@ def recover(runner: Runner, state: State, section: Recover) -> State:
             device=prepared.device,
             seed=recipe.seed,
             max_shard_size=shard_size(recipe),
-            work=work_folder / fingerprint("recover", VERSIONS["recover"], config, inputs)[:16],
+            work=runner.folder / scratch / fingerprint("recover", VERSIONS["recover"], config, inputs)[:16],
             overwrite=True,
             progress=runner.progress,
         )
         return operations.facts(report)
 
-    entry = runner.step("recover", FOLDERS["recover"], config, inputs, work)
-    shutil.rmtree(work_folder, ignore_errors=True)
+    entry = runner.step("recover", FOLDERS["recover"], config, inputs, work, scratch=(scratch,))
+    runner.drop(scratch)
     return runner.made(entry, state.origin.after("recover", _dump(section), entry.result))
 
 

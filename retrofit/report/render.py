@@ -21,7 +21,17 @@ from retrofit.report.parts import Figure, Table
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-__all__ = ["CACHE_LENGTHS", "ModelResult", "RunData", "StepRecord", "html", "loss_by_position", "markdown", "render"]
+__all__ = [
+    "CACHE_LENGTHS",
+    "ModelResult",
+    "RunData",
+    "StepRecord",
+    "files",
+    "html",
+    "loss_by_position",
+    "markdown",
+    "render",
+]
 
 TEMPLATES = Path(__file__).parent / "templates"
 CARD_CHART = "perplexity"
@@ -37,23 +47,29 @@ SECTIONS = {
 
 
 def render(run: RunData, folder: str | Path) -> tuple[Path, ...]:
-    """Write the report of a run into `folder` and return the files: report.html, report.md and, where perplexities were
-    measured, perplexity.svg and perplexity.png (for the card). Each file is whole or not there."""
+    """Write the `files` of a report into `folder` and return their paths. Each file is whole or not there."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    files: dict[str, bytes] = {}
-    picture = card_picture(run)
-    if picture is not None:
-        files[f"{CARD_CHART}.svg"] = picture.svg.encode()
-        files[f"{CARD_CHART}.png"] = picture.png
-    shown = figures(run)
-    files["report.md"] = markdown(run, shown).encode()
-    files["report.html"] = html(run, shown).encode()
-    for name, content in files.items():
+    made = files(run)
+    for name, content in made.items():
         part = folder / f".{name}.partial"
         part.write_bytes(content)
         part.replace(folder / name)
-    return tuple(folder / name for name in reversed(files))
+    return tuple(folder / name for name in reversed(made))
+
+
+def files(run: RunData) -> dict[str, bytes]:
+    """The report of a run by file name: report.html, report.md and, where perplexities were measured, perplexity.svg
+    and perplexity.png (for the card)."""
+    made: dict[str, bytes] = {}
+    picture = card_picture(run)
+    if picture is not None:
+        made[f"{CARD_CHART}.svg"] = picture.svg.encode()
+        made[f"{CARD_CHART}.png"] = picture.png
+    shown = figures(run)
+    made["report.md"] = markdown(run, shown).encode()
+    made["report.html"] = html(run, shown).encode()
+    return made
 
 
 def html(run: RunData, shown: tuple[Figure, ...] | None = None) -> str:

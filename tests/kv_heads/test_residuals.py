@@ -138,6 +138,9 @@ def test_moments_get_a_place_of_their_own(tmp_path: Path) -> None:
     (work.moments / "layer-000.safetensors").write_bytes(b"moments")
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "layer-009.safetensors").write_bytes(b"of another run")
+    with pytest.raises(UserError, match="something else than moments"):
+        work.copy_moments(tmp_path / "kept", Origin({}, "original"))
+    Origin({}, "original").write(tmp_path / "kept")
     work.copy_moments(tmp_path / "kept", Origin({"config.json": "abc"}, "converted to 2 KV heads"))
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["layer-000.safetensors", "moments.json"]
     assert Origin.of(tmp_path / "kept", {"config.json": "abc"}).stream == "converted to 2 KV heads"

@@ -40,8 +40,11 @@ def test_reexpress_only_writes_the_same_function_and_its_record(
         assert torch.allclose(load(source)(ids()).logits, load(out)(ids()).logits, atol=1e-4)
     assert [step["step"] for step in read_provenance(out)["steps"]] == ["reexpress"]
     assert not (tmp_path / "cache").exists() and list(tmp_path.glob("*.partial")) == []
+    again = retrofit.convert(source, reexpress_only=True, out=out)
+    assert len(stages) == 1, "the same command finds it done"
+    assert "done before" in again.report["notes"][0]
     with pytest.raises(UserError, match="not empty"):
-        retrofit.convert(source, reexpress_only=True, out=out)
+        retrofit.convert(source, reexpress_only=True, dtype="float16", out=out)
 
 
 def test_a_conversion_re_expresses_first_and_says_so(source: Path, tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ def run(*arguments: object) -> SimpleNamespace:
 
 
 def journal(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    return [line for line in lines if "step" in line]
 
 
 @pytest.fixture(scope="module")
