@@ -11,13 +11,15 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from retrofit.context import frequencies as spectra
 from retrofit.context.fields import RopeView, as_dict, original_length, rotary_dim, text_part, views
+from retrofit.model.stored import is_number, is_whole
 
+_MOST = 1e15  # no factor and no theta comes near it, and products of two are still numbers
 _LLAMA3_IN_LLAMA_CPP = ("llama", "mistral", "mixtral", "granite", "smollm3")
 _LONGROPE_IN_LLAMA_CPP = ("phi3", "phimoe", "minicpm", "minicpm3")
 _LLAMA_CPP_LLAMA3_ORIGINAL = 8192
@@ -114,7 +116,7 @@ def differences(config: object) -> tuple[Difference, ...]:
 def _all(config: object) -> list[tuple[RopeView, dict[str, _Computed]]]:
     _, raw = text_part(as_dict(config))
     window = raw.get("max_position_embeddings")
-    if not isinstance(window, int) or isinstance(window, bool) or "hidden_size" not in raw:
+    if not is_whole(window) or not 0 < window < 2**31:
         return []
     found = []
     for view in views(raw):
@@ -137,7 +139,13 @@ def _complete(raw: Mapping[str, Any], view: RopeView) -> bool:
     }
     if kind not in needed or not all(_positive(got.get(key)) for key in ("rope_theta", *needed[kind])):
         return False
-    if kind in ("yarn", "longrope", "llama3") and original_length(raw, got) is None:
+    dim = rotary_dim(raw, got)
+    if got["rope_theta"] <= 1 or dim % 2 or dim < (4 if kind == "dynamic" else 2):
+        return False
+    optional = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "factor")
+    if not all(got.get(key) is None or _positive(got[key]) for key in optional):
+        return False
+    if kind in ("yarn", "longrope", "llama3") and (original_length(raw, got) or 0) < 2:
         return False
     if kind == "llama3":
         return bool(got["high_freq_factor"] > got["low_freq_factor"])
@@ -146,8 +154,8 @@ def _complete(raw: Mapping[str, Any], view: RopeView) -> bool:
     return all(isinstance(one, list) and len(one) == pairs and all(map(_positive, one)) for one in lists)
 
 
-def _positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+def _positive(value: object) -> TypeGuard[float]:
+    return is_number(value) and 0 < value < _MOST
 
 
 def _transformers(raw: Mapping[str, Any], view: RopeView, window: int) -> _Computed:
@@ -202,15 +210,16 @@ def _vllm_length(raw: Mapping[str, Any], window: int) -> tuple[int, str]:
     for view in views(raw):
         if view.rope_type in ("su", "longrope", "llama3"):
             continue
-        factor = float(view.parameters.get("factor", factor) or 1.0)
+        given = view.parameters.get("factor", factor)
+        factor = float(given) if _positive(given) else 1.0
         if view.rope_type == "yarn":
             length = float(original_length(raw, view.parameters) or window)
             because = "it derives yarn's window as original length x factor"
         elif factor != 1:
             because = "it multiplies max_position_embeddings by the factor once more"
     original = raw.get("original_max_position_embeddings")
-    if original is not None and any(view.rope_type == "longrope" for view in views(raw)):
-        return int(original), "for longrope it starts with the original length and the short factors"
+    if is_whole(original) and any(view.rope_type == "longrope" for view in views(raw)):
+        return original, "for longrope it starts with the original length and the short factors"
     return int(length * factor), because if int(length * factor) != window else ""
 
 

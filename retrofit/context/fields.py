@@ -9,11 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+from retrofit.model.sound import LAYER_TYPES
+from retrofit.model.stored import is_number, is_whole
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 # Rotated share of a head where the file does not say, as the model classes of transformers assume.
 DEFAULT_PARTIAL = {"phi": 0.5, "stablelm": 0.25}
+ROTARY = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor")
+_MOST_HEAD_DIM = 1 << 14
 GEMMA_LOCAL_THETA = 10_000.0
 
 
@@ -41,24 +48,35 @@ def text_part(raw: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     return ("text_config.", inner) if isinstance(inner, Mapping) else ("", raw)
 
 
-def is_nested(parameters: object) -> bool:
+def completed(raw: Mapping[str, Any], loaded: PretrainedConfig) -> dict[str, Any]:
+    """`config.json` with what the model's class fills in where the file is silent, but for the rotary fields.
+
+    Of those a gap is worth knowing (`retrofit.context.lint`). loaded: the same configuration as its class.
+    """
+    prefix, text = text_part(raw)
+    known = as_dict(loaded.get_text_config())
+    whole = {**{key: value for key, value in known.items() if key not in ROTARY}, **text}
+    return {**raw, "text_config": whole} if prefix else whole
+
+
+def is_nested(parameters: object) -> TypeGuard[Mapping[str, Any]]:
     """True for one dict per layer type."""
     return isinstance(parameters, Mapping) and any(key in LAYER_TYPES for key in parameters)
 
 
 def views(raw: Mapping[str, Any]) -> tuple[RopeView, ...]:
     """Every set of rotary parameters of the language model, top-level values merged in; () without any."""
-    scaling, parameters = raw.get("rope_scaling"), raw.get("rope_parameters")
+    scaling, parameters = (_object(raw.get(name)) for name in ("rope_scaling", "rope_parameters"))
     if raw.get("model_type") in ("gemma3", "gemma3_text") and not is_nested(parameters):
         return _gemma3_legacy(raw, scaling or parameters or {})
     name, chosen = ("rope_scaling", scaling) if scaling else ("rope_parameters", parameters)
     if is_nested(parameters) and not is_nested(scaling):
-        full = {**(parameters.get("full_attention") or {}), **(scaling or {})}  # type: ignore[union-attr]
-        name, chosen = "rope_parameters", {**parameters, "full_attention": full}  # type: ignore[dict-item]
+        full = {**(_object(parameters.get("full_attention")) or {}), **(scaling or {})}
+        name, chosen = "rope_parameters", {**parameters, "full_attention": full}
     if is_nested(chosen):
         return tuple(
-            RopeView(f"{name}.{key}", key, _filled(raw, value))
-            for key, value in chosen.items()  # type: ignore[union-attr]
+            RopeView(f"{name}.{key}", key, _filled(raw, value, key))
+            for key, value in chosen.items()
             if key in LAYER_TYPES and isinstance(value, Mapping)
         )
     if not chosen and raw.get("rope_theta") is None:
@@ -69,15 +87,22 @@ def views(raw: Mapping[str, Any]) -> tuple[RopeView, ...]:
 def _gemma3_legacy(raw: Mapping[str, Any], scaling: Mapping[str, Any]) -> tuple[RopeView, ...]:
     local = raw.get("rope_local_base_freq", GEMMA_LOCAL_THETA)
     return (
-        RopeView("rope_scaling", "full_attention", _filled(raw, scaling)),
+        # transformers looks for `rope_type` alone here: `type` does not change the type that stands there already.
+        RopeView("rope_scaling", "full_attention", _filled(raw, {"rope_type": "default", **scaling})),
         RopeView("rope_local_base_freq", "sliding_attention", {"rope_type": "default", "rope_theta": local}),
     )
 
 
-def _filled(raw: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
+def _object(value: object) -> Mapping[str, Any] | None:
+    return value if isinstance(value, Mapping) else None
+
+
+def _filled(raw: Mapping[str, Any], parameters: Mapping[str, Any], layer_type: str | None = None) -> dict[str, Any]:
     merged = dict(parameters)
-    if merged.get("rope_theta") is None and raw.get("rope_theta") is not None:
-        merged["rope_theta"] = raw["rope_theta"]
+    local = layer_type == "sliding_attention" and raw.get("model_type") in ("gemma3", "gemma3_text")
+    theta = raw.get("rope_local_base_freq", GEMMA_LOCAL_THETA) if local else raw.get("rope_theta")
+    if merged.get("rope_theta") is None and theta is not None:
+        merged["rope_theta"] = theta
     partial = raw.get("partial_rotary_factor", DEFAULT_PARTIAL.get(str(raw.get("model_type"))))
     if merged.get("partial_rotary_factor") is None and partial is not None:
         merged["partial_rotary_factor"] = partial
@@ -85,20 +110,26 @@ def _filled(raw: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, 
 
 
 def head_dim(raw: Mapping[str, Any]) -> int:
-    """Width of one attention head."""
-    return int(raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"])
+    """Width of one attention head; 0 where the file does not say it in numbers."""
+    own, width, heads = (raw.get(name) for name in ("head_dim", "hidden_size", "num_attention_heads"))
+    if not (is_whole(own) and own > 0):
+        own = width // heads if is_whole(width) and is_whole(heads) and min(width, heads) > 0 else 0
+    return own if own <= _MOST_HEAD_DIM else 0
 
 
 def rotary_dim(raw: Mapping[str, Any], parameters: Mapping[str, Any]) -> int:
     """Rotated values of a head (twice the number of rotary pairs)."""
     partial = parameters.get("partial_rotary_factor")
-    return int(head_dim(raw) * (1.0 if partial is None else float(partial)))
+    share = 1.0 if partial is None else partial
+    return int(head_dim(raw) * share) if is_number(share) and 0 < share <= 1 else 0
 
 
 def original_length(raw: Mapping[str, Any], parameters: Mapping[str, Any]) -> int | None:
-    """The window the model was trained with, when the file says so; None when it does not."""
+    """The window the model was trained with, when the file says so; None when it does not.
+
+    transformers takes the one at the top level, but where each kind of layer has parameters of its own.
+    """
     inside, outside = parameters.get("original_max_position_embeddings"), raw.get("original_max_position_embeddings")
-    if raw.get("model_type") == "phi3" and outside is not None:
-        return int(outside)
-    value = inside if inside is not None else outside
-    return None if value is None else int(value)
+    first, second = (inside, outside) if is_nested(raw.get("rope_parameters")) else (outside, inside)
+    value = second if first is None else first
+    return value if is_whole(value) and 0 < value < 2**31 else None

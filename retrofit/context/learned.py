@@ -81,8 +81,8 @@ def interpolate(table_NC: Tensor, rows: int, offset: int = 0) -> Tensor:
     return torch.cat([head, old[low] * (1 - weight) + old[high] * weight])
 
 
-def rewrite_table(checkpoint: Checkpoint, out: Path, config: Mapping[str, Any], length: int) -> None:
-    """Write the checkpoint into the existing folder `out` with a table of `length` positions.
+def rewrite_table(checkpoint: Checkpoint, out: Path, config: Mapping[str, Any], before: int, length: int) -> None:
+    """Write the checkpoint into the existing folder `out` with a table of `length` positions in place of `before`.
 
     Raises UserError when the table is not where the family keeps it, or has other rows than the configuration says.
     """
@@ -96,7 +96,6 @@ def rewrite_table(checkpoint: Checkpoint, out: Path, config: Mapping[str, Any], 
             where=f"{checkpoint.folder}: {table.names[0]}",
             fix="download the checkpoint again",
         )
-    before = next(int(checkpoint.config[key]) for key in _LENGTHS if key in checkpoint.config)
     found = checkpoint.entries[name].shape[0] - table.offset
     if found != before:
         raise UserError(

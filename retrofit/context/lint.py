@@ -6,16 +6,31 @@ already filled them in. Each rule is one function from the facts of a configurat
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal
 
 from retrofit.context.engines import differences
-from retrofit.context.fields import RopeView, as_dict, is_nested, original_length, rotary_dim, text_part, views
+from retrofit.context.fields import (
+    LAYER_TYPES,
+    RopeView,
+    as_dict,
+    completed,
+    is_nested,
+    original_length,
+    rotary_dim,
+    text_part,
+    views,
+)
 from retrofit.errors import UserError
+from retrofit.escape import shown
+from retrofit.model.families import KNOWN
+from retrofit.model.side_files import GENERATION, TOKENIZER, side_file
+from retrofit.model.stored import is_number, is_whole, read_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _COMMON = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"})
 _LISTS = ("short_factor", "long_factor")
@@ -36,6 +51,16 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
 }
 # Older names that transformers maps itself.
 _ALIASES = {"su": "longrope", "mrope": "default"}
+_NUMBERS = (
+    "rope_theta",
+    "partial_rotary_factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
 _NEEDS_ORIGINAL = ("yarn", "longrope", "llama3")
 
 
@@ -61,9 +86,12 @@ class _Facts:
     prefix: str = ""
 
 
-def lint(config: object) -> list[Finding]:
-    """Findings about the position encoding of a `config.json` dict or a transformers configuration, errors first."""
-    prefix, raw = text_part(as_dict(config))
+def lint(config: object, loaded: PretrainedConfig | None = None) -> list[Finding]:
+    """Findings about the position encoding of a `config.json` dict or a transformers configuration, errors first.
+
+    loaded: what the model's class makes of the same dict, where it fills in other fields than the rotary ones.
+    """
+    prefix, raw = text_part(completed(as_dict(config), loaded) if loaded is not None else as_dict(config))
     facts = _Facts(raw, views(raw), raw.get("max_position_embeddings"), prefix)
     found = [
         Finding(one.severity, prefix + one.where, one.what, one.fix, one.rule) for rule in _RULES for one in rule(facts)
@@ -71,14 +99,12 @@ def lint(config: object) -> list[Finding]:
     return sorted(found, key=lambda one: one.severity != "error")
 
 
-def lint_folder(path: str | Path) -> list[Finding]:
+def lint_folder(path: str | Path, loaded: PretrainedConfig | None = None) -> list[Finding]:
     """`lint` on the folder's config.json as stored, and other files' limits against the window it claims."""
-    folder = Path(path)
-    raw = _read(folder / "config.json", required=True)
-    tokenizer, generation = (
-        _read(folder / name, required=False) for name in ("tokenizer_config.json", "generation_config.json")
-    )
-    return [*lint(raw), *_tokenizer(raw, tokenizer), *_generation(raw, generation)]
+    raw = read_config(path)
+    whole = raw if loaded is None else completed(raw, loaded)
+    tokenizer, generation = (side_file(path, name) for name in (TOKENIZER, GENERATION))
+    return [*lint(raw, loaded), *_tokenizer(whole, tokenizer), *_generation(whole, generation)]
 
 
 def require_clean(findings: Sequence[Finding], where: str) -> None:
@@ -93,18 +119,21 @@ def require_clean(findings: Sequence[Finding], where: str) -> None:
         )
 
 
-def _read(path: Path, *, required: bool) -> dict[str, Any]:
-    if not path.is_file():
-        if required:
-            raise UserError("No config.json", where=str(path.parent), fix="name a checkpoint folder")
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"Not valid JSON: {error}", where=str(path), fix="download the file again") from error
-    if not isinstance(content, dict):
-        raise UserError("Not a JSON object", where=str(path), fix="download the file again")
-    return content
+def _shape(facts: _Facts) -> Iterator[Finding]:
+    """Rotary parameters are an object, for each kind of layer one, and hold numbers where numbers belong."""
+    for name in ("rope_scaling", "rope_parameters"):
+        value = facts.raw.get(name)
+        inner = {f"{name}.{key}": value[key] for key in LAYER_TYPES if key in value} if is_nested(value) else None
+        for where, one in (inner or {name: value}).items():
+            if one and not isinstance(one, Mapping):
+                what = f"{_shown(one)} is no object of rotary parameters"
+                yield Finding("error", where, what, 'write {"rope_type": ..., "rope_theta": ...}', "not-an-object")
+    for view in facts.views:
+        for key in _NUMBERS:
+            value = view.parameters.get(key)
+            if value is not None and not (is_number(value) and value > 0):
+                what = f"{_shown(value)} is not a number above 0"
+                yield Finding("error", f"{view.where}.{key}", what, "correct it", "bad-number")
 
 
 def _theta(facts: _Facts) -> Iterator[Finding]:
@@ -118,8 +147,8 @@ def _theta(facts: _Facts) -> Iterator[Finding]:
         inside = facts.raw.get(name)
         if not isinstance(inside, Mapping):
             continue
-        main = (inside.get("full_attention") or {}) if is_nested(inside) else inside
-        if main.get("rope_theta") in (None, outside):
+        main = inside.get("full_attention") if is_nested(inside) else inside
+        if not isinstance(main, Mapping) or main.get("rope_theta") in (None, outside):
             continue
         what = (
             f"rope_theta is {_shown(outside)} here and {_shown(main['rope_theta'])} in {name}: transformers 5 reads "
@@ -151,7 +180,9 @@ def _names_agree(facts: _Facts) -> Iterator[Finding]:
     old, new = facts.raw.get("rope_scaling"), facts.raw.get("rope_parameters")
     if not isinstance(old, Mapping) or not isinstance(new, Mapping):
         return
-    main = (new.get("full_attention") or {}) if is_nested(new) and not is_nested(old) else new
+    main = new.get("full_attention") if is_nested(new) and not is_nested(old) else new
+    if not isinstance(main, Mapping):
+        return
 
     def value(source: Mapping[str, Any], key: str) -> Any:
         if key == "rope_type":
@@ -168,21 +199,24 @@ def _names_agree(facts: _Facts) -> Iterator[Finding]:
 
 def _types(facts: _Facts) -> Iterator[Finding]:
     for view in facts.views:
-        kind = view.rope_type
-        if "type" in view.parameters and view.parameters.get("rope_type") in (None, view.parameters["type"]):
+        kind, older = view.rope_type, view.parameters.get("type")
+        if older is not None and view.parameters.get("rope_type") not in (None, older):
+            what = f"the rope type is `{kind}` for transformers 5, and `{shown(older, 60)}` under the old key `type`"
+            yield Finding("error", view.where, what, 'keep one of them, as "rope_type"', "type-conflict")
+        elif older is not None:
             what = f"the rope type stands under the old key `type` ({kind}): some readers look for `rope_type` only"
             yield Finding("warning", view.where, what, f'write "rope_type": "{kind}"', "legacy-type")
         if facts.raw.get("model_type") == "phi3" and kind not in ("default", "longrope", "su"):
             what = f"phi3 knows only default and longrope; `{kind}` is refused or read as longrope"
             yield Finding("error", view.where, what, "use longrope or a larger rope_theta (ntk)", "phi3-type")
-        if _ALIASES.get(kind, kind) not in REQUIRED:
-            what = f"unknown rope_type `{kind}`: transformers fails or ignores it"
+        if _kind(facts, view) not in REQUIRED:
+            what = f"unknown rope_type `{shown(kind, 60)}`: transformers fails or ignores it"
             yield Finding("error", view.where, what, f"use one of {', '.join(REQUIRED)}", "unknown-type")
 
 
 def _keys(facts: _Facts) -> Iterator[Finding]:
     for view in facts.views:
-        kind = _ALIASES.get(view.rope_type, view.rope_type)
+        kind = _kind(facts, view)
         if kind not in REQUIRED:
             continue
         for key in REQUIRED[kind]:
@@ -190,18 +224,18 @@ def _keys(facts: _Facts) -> Iterator[Finding]:
                 yield Finding("error", view.where, f"`{kind}` needs `{key}`", f"write `{key}`", "missing-key")
         allowed = _COMMON | set(REQUIRED[kind]) | set(OPTIONAL.get(kind, ())) | {"mrope_section", "mrope_interleaved"}
         for key in sorted(set(view.parameters) - allowed):
-            what = f"`{key}` means nothing to rope_type `{kind}` and is ignored"
+            what = f"`{shown(key, 60)}` means nothing to rope_type `{kind}` and is ignored"
             yield Finding("warning", view.where, what, "remove it, or correct its name or the rope_type", "unknown-key")
         factor = view.parameters.get("factor")
-        if factor is not None and not (_is_number(factor) and factor >= 1):
-            what = f"factor is {factor!r}, not a number of at least 1"
+        if factor is not None and not (is_number(factor) and factor >= 1):
+            what = f"factor is {_shown(factor)}, not a number of at least 1"
             yield Finding("error", view.where, what, "write how many times longer the window is", "bad-factor")
         low, high = view.parameters.get("low_freq_factor"), view.parameters.get("high_freq_factor")
-        if kind == "llama3" and _is_number(low) and _is_number(high) and high <= low:
+        if kind == "llama3" and is_number(low) and is_number(high) and high <= low:
             what = f"high_freq_factor {high:g} is not above low_freq_factor {low:g}: the ramp runs backwards"
             yield Finding("error", view.where, what, "Llama 3.1 uses 1 and 4", "bad-ramp")
         fast, slow = (view.parameters.get(key, default) for key, default in (("beta_fast", 32), ("beta_slow", 1)))
-        if kind == "yarn" and _is_number(fast) and _is_number(slow) and fast <= slow:
+        if kind == "yarn" and is_number(fast) and is_number(slow) and fast <= slow:
             what = f"beta_fast {fast:g} is not above beta_slow {slow:g}: the ramp runs backwards"
             yield Finding("error", view.where, what, "YaRN uses 32 and 1", "bad-ramp")
 
@@ -209,8 +243,13 @@ def _keys(facts: _Facts) -> Iterator[Finding]:
 def _original(facts: _Facts) -> Iterator[Finding]:
     """Without the original length transformers takes max_position_embeddings, which is the enlarged one already."""
     for view in facts.views:
-        kind, original = _ALIASES.get(view.rope_type, view.rope_type), original_length(facts.raw, view.parameters)
+        kind, original = _kind(facts, view), original_length(facts.raw, view.parameters)
         where = f"{view.where}.original_max_position_embeddings"
+        inside, outside = (part.get("original_max_position_embeddings") for part in (view.parameters, facts.raw))
+        if view.layer_type is None and None not in (inside, outside) and inside != outside:
+            what = f"the original length is {_shown(outside)} at the top level, which transformers takes, and "
+            what += f"{_shown(inside)} here"
+            yield Finding("error", where, what, "keep one value in both places", "original-conflict")
         if original is None and kind in _NEEDS_ORIGINAL:
             what = f"`{kind}` without the original length: max_position_embeddings is taken for it, wrong frequencies"
             yield Finding("error", where, what, "write the window before the extension", "original-missing")
@@ -223,14 +262,14 @@ def _window(facts: _Facts) -> Iterator[Finding]:
     window, where = facts.window, "max_position_embeddings"
     if window is None and not facts.views:
         return
-    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-        what = f"{window!r} is not a whole number of tokens: engines refuse it or round it differently"
+    if not is_whole(window) or window < 1:
+        what = f"{_shown(window)} is not a whole number of tokens: engines refuse it or round it differently"
         yield Finding("error", where, what, "write an integer", "window-not-int")
         return
     for view in facts.views:
-        kind, factor = _ALIASES.get(view.rope_type, view.rope_type), view.parameters.get("factor")
+        kind, factor = _kind(facts, view), view.parameters.get("factor")
         original = original_length(facts.raw, view.parameters)
-        if original is None or not _is_number(factor) or kind not in ("yarn", "longrope", "llama3", "linear"):
+        if original is None or not is_number(factor) or kind not in ("yarn", "longrope", "llama3", "linear"):
             continue
         if view.layer_type == "sliding_attention" or abs(factor * original - window) < 1:
             continue
@@ -247,7 +286,7 @@ def _window(facts: _Facts) -> Iterator[Finding]:
 
 def _dependent(facts: _Facts) -> Iterator[Finding]:
     for view in facts.views:
-        kind, got = _ALIASES.get(view.rope_type, view.rope_type), view.parameters
+        kind, got = _kind(facts, view), view.parameters
         if kind == "dynamic" or (kind == "longrope" and got.get(_LISTS[0]) != got.get(_LISTS[1])):
             what = f"`{kind}` changes the encoding of a prefix with the total length: cached keys go stale"
             fix = "measure each length by itself; for a fixed encoding use yarn, llama3 or ntk"
@@ -271,21 +310,23 @@ def _layers(facts: _Facts) -> Iterator[Finding]:
             yield Finding(severity, f"{view.where}.truncate", what, "remove it", "truncate-ignored")
     stored = facts.raw.get("rope_parameters")
     if is_nested(stored):
-        for missing in sorted(set(facts.raw.get("layer_types") or ()) - set(stored)):  # type: ignore[arg-type]
+        kinds = facts.raw.get("layer_types")
+        used = {kind for kind in kinds if isinstance(kind, str)} if isinstance(kinds, list) else set()
+        for missing in map(shown, sorted(used - set(stored))):
             what = f"no rotary parameters for layers of type {missing}: a class default is used, or loading fails"
             yield Finding("error", f"rope_parameters.{missing}", what, "write them", "layer-type-missing")
 
 
 def _lists(facts: _Facts) -> Iterator[Finding]:
     for view in facts.views:
-        if _ALIASES.get(view.rope_type, view.rope_type) != "longrope" or "hidden_size" not in facts.raw:
-            continue
         pairs = rotary_dim(facts.raw, view.parameters) // 2
+        if _kind(facts, view) != "longrope" or not pairs:
+            continue
         for key in _LISTS:
             values, where = view.parameters.get(key), f"{view.where}.{key}"
             if values is None:
                 continue
-            if not isinstance(values, list) or not all(_is_number(value) and value > 0 for value in values):
+            if not isinstance(values, list) or not all(is_number(value) and value > 0 for value in values):
                 yield Finding("error", where, "not a list of positive numbers", f"write {pairs} numbers", "bad-list")
             elif len(values) != pairs:
                 what = f"{len(values)} values for {pairs} rotary pairs"
@@ -295,7 +336,7 @@ def _lists(facts: _Facts) -> Iterator[Finding]:
 def _tokenizer(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[Finding]:
     _, text = text_part(raw)
     window, limit = text.get("max_position_embeddings"), settings.get("model_max_length")
-    if isinstance(window, int) and _is_number(limit) and limit < window:
+    if is_whole(window) and is_number(limit) and limit < window:
         what = f"the tokenizer cuts or warns at {limit} tokens; the model claims {window}"
         fix = f'write "model_max_length": {window}'
         yield Finding("warning", "tokenizer_config.json: model_max_length", what, fix, "tokenizer-limit")
@@ -306,7 +347,7 @@ def _generation(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator
     _, text = text_part(raw)
     window, limit = text.get("max_position_embeddings"), settings.get("max_length")
     originals = [original_length(text, view.parameters) for view in views(text)]
-    if isinstance(window, int) and _is_number(limit) and limit < window and limit in originals:
+    if is_whole(window) and is_number(limit) and limit < window and limit in originals:
         what = f"generation stops at the {limit} tokens of the original window; the model claims {window}"
         fix = f'write "max_length": {window}'
         yield Finding("warning", "generation_config.json: max_length", what, fix, "generation-limit")
@@ -314,14 +355,19 @@ def _generation(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator
 
 def _shown(value: object) -> str:
     """A number as people write it; whatever else stands there as it is."""
-    return f"{value:g}" if _is_number(value) else repr(value)
+    return f"{value:g}" if is_number(value) else shown(repr(value), 60)
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _kind(facts: _Facts, view: RopeView) -> str:
+    """The rope type as transformers maps it: an older name, and that of vision models in their text part."""
+    kind = view.rope_type
+    if kind == "mrope" and facts.raw.get("model_type") in KNOWN:
+        return kind
+    return _ALIASES.get(kind, kind)
 
 
 _RULES: tuple[Callable[[_Facts], Iterable[Finding]], ...] = (
+    _shape,
     _theta,
     _partial,
     _absent,

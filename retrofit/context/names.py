@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from retrofit.context.fields import RopeView, as_dict, original_length, text_part, views
+from retrofit.context.fields import ROTARY, RopeView, as_dict, completed, original_length, text_part, views
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -31,16 +31,22 @@ def portable(config: PretrainedConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_theta(raw: Mapping[str, Any], loaded: PretrainedConfig) -> Mapping[str, Any]:
-    """`config.json` that says which theta its model has, also where the stored one leaves that to the model's class.
+    """`config.json` without gaps: `completed`, and it says which theta its model has.
 
-    Llama 2's, for one, says nothing about RoPE. loaded: the same configuration with its class defaults.
+    Llama 2's says nothing about RoPE, Gemma 3's leaves both thetas to the model's class. loaded: the same configuration
+    as its class.
     """
-    prefix, text = text_part(raw)
-    known = views(as_dict(loaded.get_text_config()))
-    if views(text) or len(known) != 1:
-        return raw
-    theta = {"rope_theta": known[0].parameters["rope_theta"]}
-    return {**raw, "text_config": {**text, **theta}} if prefix else {**raw, **theta}
+    whole = completed(raw, loaded)
+    prefix, text = text_part(whole)
+    silent = all(text.get(name) is None for name in ROTARY)  # a set of parameters without theta has lost it
+    known = {view.layer_type: view.parameters.get("rope_theta") for view in views(as_dict(loaded.get_text_config()))}
+    if not known or not silent:
+        return whole
+    theta = {"rope_theta": known.get("full_attention", known.get(None))}
+    if "sliding_attention" in known:
+        theta["rope_local_base_freq"] = known["sliding_attention"]
+    filled = {**theta, **{key: value for key, value in text.items() if value is not None}}
+    return {**whole, "text_config": filled} if prefix else filled
 
 
 def rotary_fields(

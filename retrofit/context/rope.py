@@ -120,9 +120,13 @@ def extend_fields(
     factor: float | None = None,
     method: str,
     settings: RopeSettings = DEFAULTS,
+    whole: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """`config.json` with a longer window: the position fields are replaced, new and old names; all others stay."""
-    prefix, text = text_part(raw)
+    """`config.json` with a longer window: the position fields are replaced, new and old names; all others stay.
+
+    whole: the same configuration without gaps (`names.with_theta`), where `raw` leaves fields to the model's class.
+    """
+    prefix, text = text_part(raw if whole is None else whole)
     fields, _ = extended(text, length=length, factor=factor, method=method, settings=settings)
     return replaced(raw, prefix, fields)
 
@@ -160,17 +164,18 @@ def write_extended(
 
     source, out = Path(source_folder), Path(out)
     checkpoint = Checkpoint.open(source)
-    raw = with_theta(checkpoint.config, load_config(source))
+    loaded = load_config(source)
+    raw = with_theta(checkpoint.config, loaded)
     held = held_scale(source) if held is None else held
     extension = plan(raw, length=length, factor=factor, method=method, settings=settings, held=held)
-    fields = extend_fields(raw, length=length, factor=factor, method=method, settings=settings)
-    require_clean(lint(fields), str(out))
+    fields = extend_fields(checkpoint.config, length=length, factor=factor, method=method, settings=settings, whole=raw)
+    require_clean(lint(fields, loaded), str(out))
     with staged(out, overwrite=overwrite) as folder:
         if learned.has_table(fields):
-            learned.rewrite_table(checkpoint, folder, fields, extension.length)
+            learned.rewrite_table(checkpoint, folder, fields, extension.before, extension.length)
         elif extension.query_scale != 1:
             _, text = text_part(raw)
-            rules = query_rules(describe(load_config(source)), text, extension.query_scale)
+            rules = query_rules(describe(loaded), text, extension.query_scale)
             rewrite(checkpoint, folder, rules, config=fields)
         else:
             for name in checkpoint.files.names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit.errors import UserError
 from retrofit.escape import shown
+from retrofit.model.families import KNOWN
+from retrofit.model.families.refused import REEXPRESSED
+from retrofit.model.foreign import foreign_values
+from retrofit.model.side_files import require_side_files, require_usable
+from retrofit.model.sound import require_sound
+from retrofit.model.stored import CONFIG, read_config
 
 if TYPE_CHECKING:
     import torch
@@ -31,64 +37,26 @@ DROPOUTS = (
 )
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json as stored, after the checks that need no transformers.
-
-    Raises UserError: no folder, no config.json, not JSON, no model_type, a lone adapter, quantised weights.
-    """
-    folder = Path(folder)
-    path = folder / "config.json"
-    if not folder.is_dir():
-        raise UserError("there is no such folder", where=str(folder), fix="check the path")
-    if not path.is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise UserError(
-                "the folder holds an adapter, not a model",
-                where=str(folder),
-                fix="merge it first with peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()",
-            )
-        raise UserError(
-            "the folder holds no config.json", where=str(folder), fix="give the folder of a whole checkpoint"
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"config.json is not JSON: {error}", where=str(path), fix="download it again") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise UserError("config.json names no model_type", where=str(path), fix="give a transformers checkpoint")
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = (
-            quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else "unknown method"
-        )
-        raise UserError(
-            f"the weights are quantised ({method}) and cannot be changed",
-            where=f"{path}: quantization_config",
-            fix="give the unquantised checkpoint that they were made from",
-        )
-    return config
-
-
 def load_config(folder: str | Path) -> PretrainedConfig:
     """The configuration of a checkpoint folder, as the stock transformers class.
 
-    A leftover `auto_map` is accepted (and dropped) only when it names the very class that transformers itself has for
-    this model_type. Raises UserError as `read_config` does, and for remote code, a model_type unknown to transformers
-    and values its class refuses.
+    What the class fills in for fields that config.json leaves out is part of it; which attention implementation runs
+    the model is not. A leftover `auto_map` is accepted (and dropped) only when it names the very class that
+    transformers itself has for this model_type. Raises UserError as `read_config` does, and for remote code, a
+    model_type unknown to transformers, values its class refuses, heads for another task, and, where the architecture
+    is supported, values that no model can have (`retrofit.model.sound`).
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     stored = read_config(folder)
-    model_type, where = stored["model_type"], str(Path(folder) / "config.json")
-    auto_map = stored.get("auto_map") or {}
+    model_type, where = stored["model_type"], shown(Path(folder) / CONFIG)
+    auto_map = stored.pop("auto_map", None) or {}
     if model_type not in CONFIG_MAPPING:
         if auto_map:
             raise _remote_code(model_type, where)
         raise UserError(
-            f"transformers does not know the model type `{model_type}`",
+            f"transformers does not know the model type `{shown(model_type, 60)}`",
             where=where,
             fix="update transformers if it is new: pip install -U transformers; otherwise choose another model",
         )
@@ -96,16 +64,38 @@ def load_config(folder: str | Path) -> PretrainedConfig:
     native = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     if custom and str(custom).split(".")[-1] != native:
         raise _remote_code(model_type, where)
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise UserError(
-            f"config.json is no valid `{model_type}` configuration: {_last_line(error)}", where=where, fix="correct it"
-        ) from error
-    if hasattr(config, "auto_map"):
-        del config.auto_map
+    if model_type == "mistral" and "layer_types" in stored:  # as AutoConfig reads it
+        model_type = stored["model_type"] = "ministral"
+    config_class = CONFIG_MAPPING[model_type]
+    _require_fields(config_class, stored, where)
+    with foreign_values(f"config.json is no valid `{model_type}` configuration", where, "correct it"), quiet():
+        config = config_class.from_dict(stored, name_or_path=str(folder))
+        config.standardize_rope_params()  # once more, with all fields in place, as the model does before it computes
+    if model_type in KNOWN or model_type in REEXPRESSED:
+        _require_causal(config.architectures, native, where)
+        require_sound(config, where)
     return config
+
+
+def _require_fields(config_class: Any, stored: dict[str, Any], where: str) -> None:
+    """No field stands in the place of a method of the class, or of its table of names."""
+    for name in stored:
+        if name == "attribute_map" or callable(getattr(config_class, name, None)):
+            raise UserError(
+                f"config.json has a field `{shown(name, 60)}`, which no configuration has", where=where, fix="remove it"
+            )
+
+
+def _require_causal(architectures: list[str] | None, native: str | None, where: str) -> None:
+    """The class named first is a language model; a head that classifies or rewards would be lost."""
+    named = (architectures or [native or ""])[0]
+    task = re.search(r"For([A-Z]\w*)$", named)
+    if task and named != native and "CausalLM" not in task[1] and "Generation" not in task[1]:
+        raise UserError(
+            f"the checkpoint is a {shown(named, 80)}, not a causal language model",
+            where=f"{where}: architectures",
+            fix=f"give the language model it was made from; if it is one after all, write {native}",
+        )
 
 
 def load_model(
@@ -155,18 +145,20 @@ def load_model(
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The stock tokenizer of a checkpoint folder. Raises UserError when there is none, or none without remote code."""
+    """The stock tokenizer of a checkpoint folder, that of its model.
+
+    Raises UserError when there is none, none without remote code, broken files, and ids that the model does not have.
+    """
     from transformers import AutoTokenizer
 
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise UserError(
-            f"no tokenizer could be loaded: {_last_line(error)}",
-            where=str(folder),
-            fix="put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into the folder",
-        ) from error
+    where, model = shown(folder), (Path(folder) / CONFIG).exists()
+    config = load_config(folder) if model else None
+    require_side_files(folder)
+    fix = "put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into the folder"
+    with foreign_values("no tokenizer could be loaded", where, fix), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        require_usable(tokenizer, None if config is None else config.get_text_config().vocab_size, where)
+    return tokenizer
 
 
 def resolve_device(device: str) -> str:
@@ -277,13 +269,7 @@ def quiet() -> Iterator[None]:
 
 def _remote_code(model_type: str, where: str) -> UserError:
     return UserError(
-        f"the model needs code of its own (`{model_type}`, auto_map), and remote code is never run",
+        f"the model needs code of its own (`{shown(model_type, 60)}`, auto_map), and remote code is never run",
         where=where,
         fix="choose a model whose architecture is part of transformers",
     )
-
-
-def _last_line(error: Exception) -> str:
-    cause = error.__cause__ or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return lines[-1] if lines else type(cause).__name__

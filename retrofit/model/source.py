@@ -130,7 +130,8 @@ def _only_gguf(folder: Path) -> Path | None:
 def _reexpressed(source: Source, weights: bool, progress: Progress | None) -> Source:
     """The same model as another architecture, where its own cannot hold fewer KV heads."""
     from retrofit.model.families.refused import REEXPRESSED
-    from retrofit.model.load import load_config, read_config
+    from retrofit.model.load import load_config
+    from retrofit.model.stored import read_config
 
     if read_config(source.folder)["model_type"] not in REEXPRESSED:
         return source

@@ -30,7 +30,8 @@ from retrofit.kv_heads.convert import convert as convert_heads
 from retrofit.kv_heads.disk import require_room
 from retrofit.kv_heads.room import held, room_needed
 from retrofit.model.families import describe
-from retrofit.model.load import load_config, load_model, load_tokenizer, read_config, resolve_dtype, working_dtype
+from retrofit.model.load import load_config, load_model, load_tokenizer, resolve_dtype, working_dtype
+from retrofit.model.stored import read_config
 from retrofit.pipeline.longcontext import Measured, longest_prompt, measure, native_length
 from retrofit.pipeline.plan import COST_ROUNDS
 from retrofit.pipeline.texts import calibration_text, merged, searched_text

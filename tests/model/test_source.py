@@ -95,7 +95,7 @@ def test_folders_that_are_refused(folder, tmp_path):
     refused(edited(folder, tmp_path / "g", quantization_config={"quant_method": "gptq"}), "quantised")
     broken = edited(folder, tmp_path / "h")
     (broken / "config.json").write_text('{"model_type": "llama",')
-    refused(broken, "not JSON")
+    refused(broken, "not valid JSON")
     refused(folder, "only a model on the hub has revisions", revision="main")
 
 
