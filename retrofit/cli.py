@@ -241,10 +241,14 @@ def plan(
 @app.command(epilog=_examples("retrofit inspect Qwen/Qwen3-0.6B", "retrofit inspect ./my-model --json"))
 def inspect(model: Model, revision: Revision = None, json: Json = False) -> None:
     """What a model's attention is, what its KV cache costs, and which conversions are possible. Loads no weights."""
+    from retrofit.model.inspect import Undescribed
     from retrofit.pipeline import show
 
     console = _console(json)
-    show.inspection(console, retrofit.inspect(model, revision=revision))
+    result = retrofit.inspect(model, revision=revision)
+    show.inspection(console, result)
+    if isinstance(result, Undescribed):
+        raise typer.Exit(UserError.exit_code)
 
 
 @app.command(

@@ -25,6 +25,7 @@ from retrofit.checkpoint.raw import copy_bytes, shift, write_all, write_back
 from retrofit.checkpoint.read import DTYPES
 from retrofit.errors import UserError
 from retrofit.escape import shown
+from retrofit.model.stored import without_run_fields
 from retrofit.recipe.schema import parse_size as bytes_of
 
 if TYPE_CHECKING:
@@ -326,7 +327,8 @@ def write_config(
         full = config.to_dict()
         fields = {**{key: full[key] for key in EXPLICIT_FIELDS if key in full}, **config.to_diff_dict()}
         fields["model_type"] = config.model_type
-    for key in ("_name_or_path", "auto_map", "transformers_weights"):
+    fields = without_run_fields(fields)
+    for key in ("_name_or_path", "auto_map"):
         fields.pop(key, None)
     if dtype is not None:
         fields.pop("torch_dtype", None)

@@ -25,6 +25,8 @@ from retrofit.context.frequencies import frequencies
 from retrofit.context.lint import Finding, lint, lint_folder, require_clean
 from retrofit.context.methods import METHODS, Extension, extended
 from retrofit.context.names import portable, replaced, with_theta
+from retrofit.model.side_files import side_file
+from retrofit.model.stored import is_number
 from retrofit.recipe.schema import RopeSettings
 
 if TYPE_CHECKING:
@@ -190,10 +192,8 @@ def write_extended(
 
 def _raise(path: Path, name: str, length: int, *, only: int | None = None) -> None:
     """Write `length` in the place of a smaller number of the file. only: of this one."""
-    if not path.is_file():
-        return
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = side_file(path.parent, path.name)
     limit = settings.get(name)
-    if isinstance(limit, (int, float)) and limit < length and only in (None, limit):
+    if is_number(limit) and limit < length and only in (None, limit):
         settings[name] = length
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit.errors import UserError
 from retrofit.escape import shown
-from retrofit.model.families import KNOWN
-from retrofit.model.families.refused import REEXPRESSED
+from retrofit.model.families import is_known
 from retrofit.model.foreign import foreign_values
 from retrofit.model.side_files import require_side_files, require_usable
 from retrofit.model.sound import require_sound
@@ -71,7 +70,7 @@ def load_config(folder: str | Path) -> PretrainedConfig:
     with foreign_values(f"config.json is no valid `{model_type}` configuration", where, "correct it"), quiet():
         config = config_class.from_dict(stored, name_or_path=str(folder))
         config.standardize_rope_params()  # once more, with all fields in place, as the model does before it computes
-    if model_type in KNOWN or model_type in REEXPRESSED:
+    if is_known(config):
         _require_causal(config.architectures, native, where)
         require_sound(config, where)
     return config

@@ -194,12 +194,13 @@ def prices(
 def inspect(model: str | Path, *, revision: str | None = None) -> Inspection | Undescribed:
     """What a model's attention is, what its KV cache costs, and which conversions are possible. Loads no weights.
 
-    A folder of an architecture that is not known here still gets the RoPE linter's verdict.
+    A folder of an architecture that transformers knows and this program does not still gets the RoPE linter's verdict.
     """
     from retrofit.context.rope import lint_folder, readings
+    from retrofit.model.families import is_known
     from retrofit.model.inspect import Undescribed
     from retrofit.model.inspect import inspect as inspect_source
-    from retrofit.model.load import load_config, read_config
+    from retrofit.model.load import load_config
     from retrofit.model.source import resolve
 
     with _entered():
@@ -209,13 +210,12 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection | U
             folder = local_path(model, where="model")
             if not (folder / "config.json").is_file():
                 raise
-            try:
-                config: Any = load_config(folder)  # with the defaults of its class, which engines read too
-            except UserError:
-                config = read_config(folder)
-            return Undescribed(str(model), str(error), tuple(lint_folder(folder)), readings(config))
-        found = readings(load_config(source.folder))
-        return inspect_source(source, findings=lint_folder(source.folder), readings=found)
+            config = load_config(folder)  # with the defaults of its class, which engines read too
+            if is_known(config):
+                raise
+            return Undescribed(str(model), str(error), tuple(lint_folder(folder, config)), readings(config))
+        config = load_config(source.folder)
+        return inspect_source(source, findings=lint_folder(source.folder, config), readings=readings(config))
 
 
 def convert(

@@ -169,7 +169,7 @@ def _positions(console: Console, result: Inspection | Undescribed) -> None:
                 for one in result.readings
             ],
         )
-    if not result.findings:
+    if not result.findings and (result.readings or isinstance(result, Inspection)):
         console.say("\nRoPE linter: nothing to complain about")
     for finding in result.findings:
         console.say(

@@ -37,9 +37,14 @@ def family_of(config: Any) -> Family:
     )
 
 
+def is_known(config: Any) -> bool:
+    """Whether the architecture is a known family or can be re-expressed as one."""
+    return str(getattr(config, "model_type", None)) in (*KNOWN, *REEXPRESSED)
+
+
 def require_known(config: Any) -> None:
     """UserError unless the architecture is a known family or can be re-expressed as one."""
-    if str(getattr(config, "model_type", None)) not in REEXPRESSED:
+    if not is_known(config):
         family_of(config)
 
 
@@ -55,4 +60,4 @@ def describe(config: Any) -> AttentionSpec:
     return family_of(config).describe(config)
 
 
-__all__ = ["KNOWN", "Conversion", "Family", "describe", "family_of", "require_known", "stock_class"]
+__all__ = ["KNOWN", "Conversion", "Family", "describe", "family_of", "is_known", "require_known", "stock_class"]
