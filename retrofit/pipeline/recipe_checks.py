@@ -14,9 +14,10 @@ from retrofit.evaluate.perplexity import ALL
 from retrofit.evaluate.reader import require_positions
 from retrofit.kernels.registry import choose
 from retrofit.model.families import family_of
-from retrofit.model.load import read_config, resolve_dtype, working_dtype
+from retrofit.model.load import resolve_dtype, working_dtype
 from retrofit.model.source import Source
 from retrofit.model.spec import AttentionSpec
+from retrofit.model.stored import read_config
 from retrofit.pipeline.longcontext import longest_prompt
 from retrofit.pipeline.machine import total_memory
 from retrofit.pipeline.plan import Plan, claimed_length
@@ -158,7 +159,7 @@ def _findings(config: Any, folder: Path) -> list[rope.Finding]:
     A theta left to the model's class (`theta-lost`) is the right one for many models: told, and refused only where it
     would have to be written.
     """
-    stored = rope.lint(read_config(folder))
+    stored = rope.lint(read_config(folder), config)
     known = {(finding.rule, finding.where) for finding in stored}
     return [*stored, *(finding for finding in rope.lint(config) if (finding.rule, finding.where) not in known)]
 
