@@ -146,7 +146,8 @@ def prices(
         source = resolve(model, revision=revision or recipe.revision, progress=progress)
         options = probes.options(section.model_copy(update={"calibration": calibration}), recipe.seed)
         read, changed = _still_of(moments, source.folder, calibration.text, options["text"])
-        notes += changed
+        if read:  # what is measured anew is as if nothing had been there
+            notes += changed
         for note in changed if progress else ():
             progress.note(note)  # type: ignore[union-attr]
     if not read:

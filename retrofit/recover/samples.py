@@ -1,7 +1,7 @@
 """The original model's own samples as text: temperature 1 from BOS, cached on disk.
 
 Sampling needs no corpus that resembles the training data of the model. A sample file is keyed by what it depends on
-(weights, tokens, seed), so that a second run, or a resumed one, reads the same text.
+(weights, tokenizer, tokens, seed), so that a second run, or a resumed one, reads the same text.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 BATCH = 40
 SAMPLE_TOKENS = 512
+_VOCABULARY = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "sentencepiece")
 
 
 @dataclass(frozen=True)
@@ -41,25 +42,38 @@ class Teacher:
 def own_samples(teacher: Teacher, progress: Progress | None = None) -> Callable[[], Iterator[tuple[str, str]]]:
     """Documents (name, text) that the model wrote itself; sampled on first use, then read from the cache."""
     path = sample_path(teacher)
-    if not path.exists():
+    documents = _kept(path)
+    if documents is None:
         require_writable(path.parent)  # before the minutes that sampling takes
-        texts = _sample_texts(teacher, progress)
+        documents = _sample_texts(teacher, progress)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(texts, file, ensure_ascii=False)
+            json.dump(documents, file, ensure_ascii=False)
         Path(partial).replace(path)
-    documents: list[str] = json.loads(path.read_text(encoding="utf-8"))
     return lambda: ((f"sample {index}", text) for index, text in enumerate(documents, 1))
+
+
+def _kept(path: Path) -> list[str] | None:
+    """The samples of an earlier run; None where there are none, or where the file holds something else."""
+    if not path.is_file():
+        return None
+    try:
+        kept = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(kept, list) and kept and all(isinstance(text, str) for text in kept)
+    return kept if whole else None
 
 
 def sample_path(teacher: Teacher) -> Path:
     """Where the samples of this model, token count and seed are cached."""
-    from retrofit.checkpoint.provenance import digest
+    from retrofit.checkpoint.provenance import digest, sha256
     from retrofit.model.cache import cache_dir
 
     length = sample_length(teacher.folder)
-    key = json.dumps([digest(teacher.folder), teacher.tokens, teacher.seed, BATCH, length], sort_keys=True)
+    words = {file.name: sha256(file) for file in teacher.folder.glob("*") if file.name.startswith(_VOCABULARY)}
+    key = json.dumps([digest(teacher.folder), words, teacher.tokens, teacher.seed, BATCH, length], sort_keys=True)
     return cache_dir() / "samples" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
