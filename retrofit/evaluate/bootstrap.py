@@ -14,6 +14,7 @@ import numpy as np
 
 MIN_DOCUMENTS = 5
 _MIN_BLOCKS = 8
+_DRAWN = 1 << 20  # units drawn at a time: what is drawn does not depend on it, memory does
 _BLOCKS = (512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
 
 
@@ -86,9 +87,11 @@ def _units(losses: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, str]:
 
 
 def _interval(sums: np.ndarray, counts: np.ndarray, unit: str, resamples: int, seed: int) -> Interval:
-    units = len(sums)
-    draws = np.random.default_rng(seed).integers(units, size=(resamples, units))
-    means = sums[draws].sum(1) / counts[draws].sum(1)
+    units, generator = len(sums), np.random.default_rng(seed)
+    means = np.empty(resamples)
+    for start in range(0, resamples, rows := max(1, _DRAWN // units)):
+        draws = generator.integers(units, size=(min(rows, resamples - start), units))
+        means[start : start + rows] = sums[draws].sum(1) / counts[draws].sum(1)
     low, high = np.percentile(means, [2.5, 97.5])
     value = float(np.exp(sums.sum() / counts.sum()))
     return Interval(value, float(np.exp(low)), float(np.exp(high)), unit, units)

@@ -10,7 +10,6 @@ from retrofit.context import rope
 from retrofit.context.candidates import candidates, rungs
 from retrofit.context.lint import require_clean
 from retrofit.errors import UserError
-from retrofit.evaluate.perplexity import ALL
 from retrofit.evaluate.reader import require_positions
 from retrofit.kernels.registry import choose
 from retrofit.model.families import family_of
@@ -41,8 +40,7 @@ def all_texts(recipe: Recipe) -> tuple[TextSource, ...]:
 
 
 def check_texts(recipe: Recipe) -> tuple[str, ...]:
-    """Every text can be read, and no two of a section are taken for one, or for all of them. Returns notes on what is
-    left out of them."""
+    """Every text can be read, and no two of a section are taken for one. Returns notes on what is left out of them."""
     convert, recover, evaluate = recipe.convert, recipe.recover, recipe.evaluate
     if convert and convert.calibrates:
         require_distinct(convert.calibration.text, "convert.calibration.text")
@@ -50,13 +48,6 @@ def check_texts(recipe: Recipe) -> tuple[str, ...]:
         require_distinct(recover.text, "recover.text")
     if evaluate:
         require_distinct(evaluate.text, "evaluate.text")
-        for source in evaluate.text:
-            if (kind := kind_of(source.source)) in ("", ALL):
-                raise UserError(
-                    f"a text cannot be called `{kind}`: results call all texts together `{ALL}`",
-                    where="evaluate.text",
-                    fix="rename the file or folder",
-                )
     notes = check_sources(dict.fromkeys(all_texts(recipe)))
     return (*notes, *(check_calibration(convert.calibration) if convert and convert.calibrates else ()))
 

@@ -43,11 +43,28 @@ from retrofit.pipeline.tasks import ask_folder, key_of
 from retrofit.pipeline.texts import identity, within_window
 from retrofit.recipe.load import load_suite, validate
 from retrofit.recipe.schema import Evaluate, Recipe
+from retrofit.recover.pair import require_same_vocabulary
+from retrofit.recover.schedule import check_lengths
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
     from retrofit.evaluate.cost import RunCost
 
+# Of the options that are not called like the key they set.
+_OPTIONS = {
+    "calibration.text": "--calibrate",
+    "calibration.text.source": "--calibrate",
+    "text.source": "--text",
+    "search.text.source": "--text",
+    "adapter.alpha": "--rank",
+    "definitions": "--definition",
+    "needle": "--needle",
+    "needle.lengths": "--needle",
+    "ruler.lengths": "--ruler",
+    "tasks.names": "--task",
+    "tasks.folder": "--task-folder",
+    "tasks": "--task",
+}
 SECTIONS = ("convert", "context", "recover", "evaluate", "publish")
 
 
@@ -85,7 +102,15 @@ class Evaluation:
 def recipe(section: str, values: Mapping[str, Any], **top: Any) -> Recipe:
     """A recipe with one step, from options. Raises RecipeError in the words of the recipe language."""
     others = {name: None for name in SECTIONS if name != section}
-    return validate({"name": section, section: dict(values), **others, **top}, Recipe, "options")
+    return validate({"name": section, section: dict(values), **others, **top}, Recipe, "options", _option_of)
+
+
+def _option_of(key: Sequence[str | int]) -> str | None:
+    """The option that sets the value of a recipe's key; None for a section, which several set."""
+    words = [part for part in key if isinstance(part, str)]
+    if not words or words[-1] in SECTIONS:
+        return None
+    return _OPTIONS.get(".".join(words[1:])) or f"--{words[-1].replace('_', '-')}"
 
 
 def convert(
@@ -235,6 +260,7 @@ def recover(recipe: Recipe, teacher: str, out: Path, *, overwrite: bool, progres
     finished = require_new(out, overwrite=overwrite)
     work = work_folder(out)
     require_own(work, "recover")
+    _check_teacher(recipe, teacher, progress)
     prepared = prepare(recipe, out=out, progress=progress)
     original = resolve(teacher, progress=progress)
     Checkpoint.open(original.folder).require_finite()
@@ -264,6 +290,21 @@ def recover(recipe: Recipe, teacher: str, out: Path, *, overwrite: bool, progres
             progress=progress,
         )
     return Written("recover", out, operations.facts(report))
+
+
+def _check_teacher(recipe: Recipe, teacher: str, progress: Progress | None) -> None:
+    """The teacher can teach this model at these lengths; configurations alone are read. UserError otherwise."""
+    section = recipe.recover
+    assert section
+    if section.loss != "distill":
+        return
+    folders = [
+        resolve(one, revision=revision, weights=False, progress=progress).folder
+        for one, revision in ((require_model(recipe), recipe.revision), (teacher, None))
+    ]
+    student, original = (describe(load_config(folder)) for folder in folders)
+    require_same_vocabulary(original, student, "--teacher")
+    check_lengths(section, original.max_position_embeddings, student.max_position_embeddings)
 
 
 def evaluate_section(

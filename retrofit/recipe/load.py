@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -48,13 +48,13 @@ class Problem:
 class RecipeError(UserError):
     """All problems of one recipe."""
 
-    def __init__(self, name: str, problems: Sequence[Problem]) -> None:
+    def __init__(self, name: str, problems: Sequence[Problem], fix: str | None = None) -> None:
         number = "1 problem" if len(problems) == 1 else f"{len(problems):,} problems"
         lines = "".join(f"\n  {problem}" for problem in problems[:MAX_TOLD])
         others = f"\n  and {len(problems) - MAX_TOLD:,} more" if len(problems) > MAX_TOLD else ""
         super().__init__(
             f"{number} in `{shown(name)}`{lines}{others}",
-            fix="correct the lines above; `retrofit schema` lists every key",
+            fix=fix or "correct the lines above; `retrofit schema` lists every key",
         )
         self.problems = tuple(problems)
 
@@ -133,17 +133,26 @@ def parse(
     return result
 
 
-def validate(values: dict[str, Any], kind: type[Model], where: str) -> Model:
+def validate(
+    values: dict[str, Any], kind: type[Model], where: str, option_of: Callable[[Key], str | None] | None = None
+) -> Model:
     """Validate plain values as `kind`. where: what people call their origin, for example "options".
 
-    Raises RecipeError that lists every problem.
+    option_of: the option that sets the value of a key, where one does. Raises RecipeError that lists every problem, in
+    the words of the options.
     """
     document = _Document(where, values, {(): where})
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        problems = [_problem(document, kind, details) for details in _told_once(error)]
-        raise RecipeError(where, problems) from None
+        problems: dict[str | Key, Problem] = {}  # an option that sets two keys is told once
+        for details in _told_once(error):
+            problem = _problem(document, kind, details)
+            option = option_of(tuple(details["loc"])) if option_of else None
+            told = problem if option is None else Problem(option, "", problem.what)
+            problems.setdefault(option or tuple(details["loc"]), told)
+        fix = "correct the options above; --help lists them" if option_of else None
+        raise RecipeError(where, list(problems.values()), fix) from None
 
 
 def _read(text: str, filename: str) -> _Document:

@@ -239,7 +239,7 @@ class Adapter(Section):
     trained in full as well."""
 
     rank: int = Field(64, ge=1, le=65_536)
-    alpha: int = Field(128, ge=1, le=65_536)
+    alpha: int = Field(128, ge=1, le=131_072)
     dropout: float = Field(0.0, ge=0, le=0.9)
     attention: bool = True
     mlp: bool = True
