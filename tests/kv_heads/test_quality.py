@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import textwrap
@@ -19,7 +20,7 @@ from retrofit.kv_heads.convert import CalibrationText, ConvertReport, convert
 from tests.tiny import save_tiny, tiny_model
 
 LENGTH = 128
-STEPS = 220
+STEPS = 100
 
 
 def _modules() -> list[ModuleType]:
@@ -58,7 +59,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS)
     model.train()
     for _ in range(STEPS):
-        batch = text[torch.randint(len(text), (16,))]
+        batch = text[torch.randint(len(text), (12,))]
         logits = model(batch).logits[:, :-1]
         loss = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
@@ -71,6 +72,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@functools.cache
 def loss_of(folder: Path, kind: str) -> float:
     """Mean held-out loss in nats per byte."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
