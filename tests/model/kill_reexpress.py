@@ -1,14 +1,15 @@
-"""Re-expresses one model undisturbed, then again and again, each time killed at another moment, until an attempt ends.
+"""Re-expresses models undisturbed, then again and again, each time killed at another moment, until an attempt ends.
 
 `python -m tests.model.kill_reexpress SOURCE CALM HUNTED WHAT tensor:5 close:1`: WHAT is `alone`, or the number of KV
 heads that the model is converted to afterwards. The undisturbed result is in CALM; of those in HUNTED the first attempt
-gets SIGKILL in the middle of its fifth write of weights. Prints what the last attempt was told as JSON. Each result has
-its cache beside it.
+gets SIGKILL in the middle of its fifth write of weights. Each result has its cache beside it, and what its last attempt
+was told, as JSON in HUNTED.said. More models follow after `--`.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import sys
@@ -51,13 +52,18 @@ def attempt(source: str, out: Path, what: str, limit: str) -> None:
         Path(f"{out}.said").write_text(json.dumps(notes.notes))
 
 
+def one(source: str, calm: str, out: str, what: str, *limits: str) -> None:
+    """The undisturbed attempt, and those that are killed."""
+    attempt(source, Path(calm), what, "never")
+    hunted(lambda limit: attempt(source, Path(out), what, limit), list(limits))
+
+
 def main() -> None:
     """See the module's docstring."""
-    source, calm, out, what, *limits = sys.argv[1:]
     torch.set_num_threads(1)
-    attempt(source, Path(calm), what, "never")
-    hunted(lambda limit: attempt(source, Path(out), what, limit), limits)
-    sys.stdout.write(Path(f"{out}.said").read_text())
+    for separated, words in itertools.groupby(sys.argv[1:], lambda word: word == "--"):
+        if not separated:
+            one(*words)
 
 
 if __name__ == "__main__":

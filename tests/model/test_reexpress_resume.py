@@ -21,15 +21,7 @@ from tests.model.test_reexpress import FIRST, firsts, reexpress, save
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = ["tensor:2", "tensor:9", "close:1", "config:1"]
-
-
-def killed(source: Path, calm: Path, hunted: Path, what: str, limits: list[str]) -> list[str]:
-    """What the last attempt in `hunted` was told."""
-    command = [sys.executable, "-m", "tests.model.kill_reexpress", *map(str, (source, calm, hunted)), what, *limits]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    said: list[str] = json.loads(done.stdout)
-    return said
+CASES = [("gpt_neox", "alone"), ("opt", "alone"), ("gpt2", "1")]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -41,17 +33,33 @@ def source_of(folder: Path, name: str) -> Path:
     return save(folder, name, fields, dtype="bfloat16", shard="50KB")
 
 
-@pytest.mark.parametrize(("source", "what"), [("gpt_neox", "alone"), ("opt", "alone"), ("gpt2", "1")])
-def test_a_killed_re_expression_ends_with_the_same_bytes(source: str, what: str, tmp_path: Path) -> None:
-    folder, alone = source_of(tmp_path / "source", source), what == "alone"
-    limits = LIMITS if alone else [*LIMITS, "tensor:3", "converted:1"]
-    calm, hunted = tmp_path / "calm", tmp_path / "hunted"
-    said = killed(folder, calm, hunted, what, limits)
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a folder for each of CASES: its undisturbed result is in `calm`, that of many kills in `hunted`."""
+    folder, command = tmp_path_factory.mktemp("killed"), [sys.executable, "-m", "tests.model.kill_reexpress"]
+    for source, what in CASES:
+        place = folder / source
+        limits = LIMITS if what == "alone" else [*LIMITS, "tensor:3", "converted:1"]
+        command += [
+            *map(str, (source_of(place / "source", source), place / "calm", place / "hunted")),
+            what,
+            *limits,
+            "--",
+        ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.parametrize(("source", "what"), CASES)
+def test_a_killed_re_expression_ends_with_the_same_bytes(source: str, what: str, killed: Path) -> None:
+    alone, calm, hunted = what == "alone", killed / source / "calm", killed / source / "hunted"
+    said = json.loads(Path(f"{hunted}.said").read_text())
     assert any("were written before, and are kept" in line for line in said), said
     assert contents(calm) == contents(hunted) and len(list(calm.glob("*.safetensors"))) > 2
     caches = [contents(Path(f"{out}.cache")) for out in (calm, hunted)]
     assert caches[0] == caches[1] and bool(caches[0]) == (not alone)
-    assert not Path(f"{hunted}.work").exists() and not list(tmp_path.rglob("*.shard-*"))
+    assert not Path(f"{hunted}.work").exists() and not list(killed.rglob("*.shard-*"))
 
 
 def test_whole_shards_are_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
