@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -358,3 +359,42 @@ def test_folders_that_changed_since(folder: Path) -> None:
     (folder / "retrofit.json").unlink()
     refused("no retrofit.json")
     require_finished(folder)
+
+
+def linked(folder: Path, name: str, target: str | Path) -> None:
+    (folder / name).symlink_to(target)
+
+
+ODD = {
+    ".env": lambda folder: (folder / ".env").write_text("HF_TOKEN=x"),
+    "l": lambda folder: linked(folder, "l", "/etc/hostname"),
+    "d": lambda folder: linked(folder, "d", "/etc"),
+    "gone": lambda folder: linked(folder, "gone", "/nowhere"),
+    "empty": lambda folder: (folder / "empty").mkdir(),
+    "pipe": lambda folder: os.mkfifo(folder / "pipe"),
+    "s/x": lambda folder: ((folder / "s").mkdir(), (folder / "s/x").write_text("x")),
+    "a\\x1b[2J": lambda folder: (folder / "a\x1b[2J").write_text("x"),
+    "README.md": lambda folder: (
+        (folder / "README.md").rename(folder.parent / "card"),
+        linked(folder, "README.md", "../card"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_folder_that_holds_anything_else_is_not_published(folder: Path, name: str) -> None:
+    ODD[name](folder)
+    with pytest.raises(UserError) as caught:
+        require_finished(folder)
+    assert f"{name}: not part of the published checkpoint" in str(caught.value)
+
+
+def test_a_card_that_was_left_half_written_is_no_part_of_the_folder(folder: Path) -> None:
+    (folder / ".README.md.partial").write_text("half")
+    assert ".README.md.partial" not in require_finished(folder).files
+
+
+def test_a_card_with_other_load_lines_is_not_published(folder: Path) -> None:
+    edit_card(folder, "output = model", "import os; output = model")
+    with pytest.raises(UserError, match="does not show the lines that a fresh process executed"):
+        require_finished(folder)
