@@ -30,7 +30,7 @@ _SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
 _UNREAD = re.compile(r"consolidated.*\.safetensors|model\.[\w-]+?(-\d+-of-\d+)?\.safetensors")
 # transformers reads every safetensors file of a folder that holds one of these.
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
-_SHOWN = 5  # names in a message
+_SHOWN = 4  # names in a message
 _NAME_BYTES = 255
 
 
@@ -156,7 +156,7 @@ def require_no_adapter(names: Collection[str], where: str) -> None:
 
 def listed(names: Iterable[str]) -> str:
     """The first names, for a message."""
-    names = [shown(name, 120) for name in names]
+    names = [shown(name) for name in names]
     rest = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 

@@ -39,6 +39,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 
+_PIECE_BYTES = 8 << 20
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -127,6 +129,24 @@ class Checkpoint:
                     )
                 done += count
         return buffer.view(DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same values: bytes are compared piece by piece where the dtypes agree."""
+        if self.shape(one) != self.shape(other):
+            return False
+        if self.dtype(one) == self.dtype(other) and self._same_bytes(self.entries[one], self.entries[other]):
+            return True
+        wide = torch.promote_types(self.dtype(one), self.dtype(other))
+        return torch.equal(self.tensor(one).to(wide), self.tensor(other).to(wide))
+
+    def _same_bytes(self, one: Entry, other: Entry) -> bool:
+        with (self.folder / one.shard).open("rb") as first, (self.folder / other.shard).open("rb") as second:
+            first.seek(one.offset)
+            second.seek(other.offset)
+            return all(
+                first.read(size) == second.read(size)
+                for size in (min(_PIECE_BYTES, one.nbytes - at) for at in range(0, one.nbytes, _PIECE_BYTES))
+            )
 
     def require_finite(self, names: Iterable[str] | None = None, *, written: torch.dtype | None = None) -> None:
         """Read every floating tensor once, one at a time; UserError names the first that holds a NaN or infinity.

@@ -29,6 +29,7 @@ from retrofit.kv_heads.text import AVERAGED_TOKENS, CalibrationText
 from retrofit.model.families import describe, family_of
 from retrofit.model.load import load_config
 from retrofit.model.spec import AttentionSpec
+from retrofit.model.whole import leftovers
 from retrofit.recipe.schema import Method
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def convert(
         rewrite(
             checkpoint,
             out,
-            _dropped(spec, kv_heads),
+            {**_dropped(spec, kv_heads), **dict.fromkeys(leftovers(checkpoint, spec.family))},
             made=made,
             config=target,
             dtype=dtype,

@@ -119,6 +119,11 @@ def inspect(model: Source | str | Path, *, findings: Sequence[Any] = (), reading
 
     source = model if isinstance(model, Source) else resolve(model, weights=False)
     config = load_config(source.folder)
+    if holds_weights(source.folder):
+        from retrofit.checkpoint.read import Checkpoint
+        from retrofit.model.whole import require_complete
+
+        require_complete(Checkpoint.open(source.folder), config)
     spec = describe(config)
     first = spec.layers[0]
     value_bytes = _VALUE_BYTES[source.dtype]
@@ -175,13 +180,18 @@ def ranges(indices: Sequence[int]) -> str:
 
 
 def count_parameters(folder: Path, config: PretrainedConfig) -> int:
-    """Stored values by the safetensors headers; without weights, those of the stock class built without memory."""
+    """Stored values by the safetensors headers; without weights, those of the stock class built without memory.
+
+    A head that is stored beside the embedding it is tied to does not count."""
     from math import prod
 
     if holds_weights(folder):
         from retrofit.checkpoint.read import Checkpoint
+        from retrofit.model.whole import tied_copy
 
-        return sum(prod(entry.shape) for entry in Checkpoint.open(folder).entries.values())
+        checkpoint = Checkpoint.open(folder)
+        copies = (tied_copy(checkpoint, config) or ())[:1]
+        return sum(prod(entry.shape) for name, entry in checkpoint.entries.items() if name not in copies)
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from retrofit.checkpoint.files import PICKLE_SUFFIXES, SUFFIX, checkpoint_files
+from retrofit.checkpoint.files import PICKLE_SUFFIXES, SUFFIX, checkpoint_files, holds_weights
 from retrofit.errors import UserError
 from retrofit.escape import shell_word, shown
 from retrofit.files import local_path, require_regular
@@ -135,11 +135,19 @@ def _reexpressed(source: Source, weights: bool, progress: Progress | None) -> So
 
     if read_config(source.folder)["model_type"] not in REEXPRESSED:
         return source
+    from retrofit.checkpoint.read import Checkpoint
     from retrofit.model.reexpress import reexpressed, reexpression_of
     from retrofit.model.reexpress.write import notes_of
+    from retrofit.model.whole import require_complete, require_tied
 
-    reexpression = reexpression_of(load_config(source.folder))
+    config = load_config(source.folder)
+    reexpression = reexpression_of(config)
     assert reexpression is not None
+    if holds_weights(source.folder):
+        checkpoint = Checkpoint.open(source.folder)
+        require_complete(checkpoint, config, ignored=reexpression.ignored)
+        if weights:
+            require_tied(checkpoint, config)
     identity = partial(_identity, source, weights)
     folder = reexpressed(reexpression, source.folder, identity, weights=weights, progress=progress)
     return replace(source, folder=folder, notes=(*source.notes, *notes_of(reexpression, source.dtype)))

@@ -114,7 +114,7 @@ def plan(
     from retrofit.model.load import load_config
     from retrofit.model.source import resolve
     from retrofit.pipeline.prepare import facts_of, require_model, sizes, tasks_of
-    from retrofit.pipeline.recipe_checks import check_surgery
+    from retrofit.pipeline.recipe_checks import check_headers, check_surgery
 
     loaded = _recipe(recipe, overrides, model)
     with _entered():
@@ -122,6 +122,7 @@ def plan(
         config = load_config(source.folder)
         spec = describe(config)
         check_surgery(loaded, config, spec, source.folder)
+        check_headers(loaded, config, spec, source.folder)
         facts = facts_of(source, config, spec)
         asked = sizes(tasks_of(loaded))
         return make_plan(loaded, facts, _measured(loaded) if measure else ASSUMED, asked)

@@ -24,7 +24,7 @@ from retrofit.model.inspect import count_parameters
 from retrofit.model.load import load_config, load_tokenizer, resolve_device, resolve_dtype
 from retrofit.model.source import Source
 from retrofit.model.spec import AttentionSpec
-from retrofit.model.whole import require_complete
+from retrofit.model.whole import require_sound
 from retrofit.pipeline.journal import is_run
 from retrofit.pipeline.longcontext import definitions_of
 from retrofit.pipeline.passes import ASSUMED, ModelFacts, TaskSize, Throughput
@@ -41,6 +41,7 @@ from retrofit.pipeline.plan import (
 from retrofit.pipeline.publish_checks import check_publish, snippet_of
 from retrofit.pipeline.recipe_checks import (
     all_texts,
+    check_headers,
     check_kernels,
     check_memory,
     check_require,
@@ -114,6 +115,7 @@ def prepare(
     config = load_config(source.folder)
     spec = describe(config)
     found = check_surgery(recipe, config, spec, source.folder, beyond=beyond)
+    here = check_headers(recipe, config, spec, source.folder)
     found = (*about_texts, *found)
     if recipe.dtype not in ("auto", source.dtype) and recipe.convert is None:
         raise UserError(
@@ -136,7 +138,8 @@ def prepare(
         return Prepared(recipe, source, spec, plan, device, kernel, (), (*source.notes, *found), harness)
     if not dry:
         source = sources.resolve(model, revision=revision or recipe.revision, progress=progress)
-    here = not dry or _weights_are_here(source)
+    if not dry and not here:
+        here = check_headers(recipe, config, spec, source.folder)
     if here:
         _check_weights(recipe, source, config, spec, out)
     else:
@@ -161,18 +164,12 @@ def reads_tokens(recipe: Recipe) -> bool:
     return bool(all_texts(recipe)) or recipe.publish is not None
 
 
-def _weights_are_here(source: Source) -> bool:
-    """Whether the folder holds whole weights, and not only the configuration of what would be fetched or converted."""
-    return any(source.folder.glob("*.safetensors"))
-
-
 def _check_weights(recipe: Recipe, source: Source, config: Any, spec: AttentionSpec, out: Path | None) -> None:
-    """The weights are whole, finite in the dtype they will be written in, and a conversion of them has room."""
+    """The weights are finite in the dtype they will be written in, a head that is stored beside the embedding it is
+    tied to equals it, and a conversion of them has room."""
     written = resolve_dtype(recipe.dtype, source.folder)
     checkpoint = Checkpoint.open(source.folder)
-    if recipe.convert or recipe.recover:  # these go by stored names; transformers itself finds others too
-        require_complete(checkpoint, config, spec)
-    checkpoint.require_finite(written=None if recipe.dtype == "auto" else written)
+    require_sound(checkpoint, config, written=None if recipe.dtype == "auto" else written)
     convert = recipe.convert
     if out is None or convert is None or not convert.calibrates or convert.kv_heads == spec.layers[0].kv_heads:
         return

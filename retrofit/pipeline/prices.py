@@ -32,7 +32,7 @@ from retrofit.model.families import describe, family_of
 from retrofit.model.load import load_config, resolve_device
 from retrofit.model.source import resolve
 from retrofit.model.spec import AttentionSpec
-from retrofit.model.whole import require_complete
+from retrofit.model.whole import require_complete, require_sound
 from retrofit.pipeline import probes
 from retrofit.pipeline.budget import Budget, within
 from retrofit.pipeline.measured import measured
@@ -161,7 +161,7 @@ def prices(
     source = resolve(model, revision=revision or recipe.revision, progress=progress)
     checkpoint = Checkpoint.open(source.folder)
     require_complete(checkpoint, config, spec)
-    checkpoint.require_finite()
+    require_sound(checkpoint, config)
     wanted = section.model_copy(update={"calibration": calibration, "method": "calibrated"})
     turnings = Turnings(config)
 

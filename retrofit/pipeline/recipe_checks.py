@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from retrofit.checkpoint.files import holds_weights
+from retrofit.checkpoint.read import Checkpoint
 from retrofit.console import nbytes
 from retrofit.context import rope
 from retrofit.context.candidates import candidates, rungs
@@ -17,6 +19,7 @@ from retrofit.model.load import resolve_dtype, working_dtype
 from retrofit.model.source import Source
 from retrofit.model.spec import AttentionSpec
 from retrofit.model.stored import read_config
+from retrofit.model.whole import require_complete
 from retrofit.pipeline.longcontext import longest_prompt
 from retrofit.pipeline.machine import total_memory
 from retrofit.pipeline.plan import Plan, claimed_length
@@ -153,6 +156,25 @@ def _findings(config: Any, folder: Path) -> list[rope.Finding]:
     stored = rope.lint(read_config(folder), config)
     known = {(finding.rule, finding.where) for finding in stored}
     return [*stored, *(finding for finding in rope.lint(config) if (finding.rule, finding.where) not in known)]
+
+
+def check_headers(recipe: Recipe, config: Any, spec: AttentionSpec, folder: Path) -> bool:
+    """Whether the folder holds weights already; they are checked then, by their headers alone. Raises UserError for
+    weights that are not what the configuration says."""
+    if not holds_weights(folder):
+        return False
+    by_name = recipe.convert or recipe.recover or (recipe.context and _changes_weights(recipe.context, config))
+    require_complete(Checkpoint.open(folder), config, spec if by_name else None)
+    return True
+
+
+def _changes_weights(context: Context, config: Any) -> bool:
+    """Whether an extension may change queries, which it finds by their stored names; a search may come to that."""
+    if context.searches:
+        return True
+    method, settings = str(context.method), context.settings
+    planned = rope.plan(config, length=context.length, factor=context.factor, method=method, settings=settings)
+    return planned.query_scale != 1
 
 
 def _check_context(context: Context, config: Any, claimed: int) -> tuple[str, ...]:

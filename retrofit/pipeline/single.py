@@ -19,8 +19,9 @@ from retrofit.evaluate.losses import documents_digest
 from retrofit.evaluate.perplexity import Row, table
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, resolve_dtype
-from retrofit.model.reexpress import FORMAT
+from retrofit.model.reexpress import FORMAT, reexpression_of
 from retrofit.model.source import Source, resolve
+from retrofit.model.whole import require_complete, require_sound
 from retrofit.pipeline import operations
 from retrofit.pipeline.journal import fingerprint
 from retrofit.pipeline.kept import kept, require_own
@@ -201,7 +202,10 @@ def reexpress(
     require_own(work, "convert")
     source = resolve(model, revision=revision, reexpress=False, progress=progress)
     written = None if dtype == "auto" else resolve_dtype(dtype, source.folder)
-    Checkpoint.open(source.folder).require_finite(written=written)
+    checkpoint, config = Checkpoint.open(source.folder), load_config(source.folder)
+    reexpression = reexpression_of(config, target)
+    require_complete(checkpoint, config, ignored=reexpression.ignored if reexpression else ())
+    require_sound(checkpoint, config, written=written)
     out = out.resolve()  # a link: work where what it names lies
     inputs = {"checkpoint": dict(source.digests)}
     question = fingerprint("reexpress", str(FORMAT), [target, dtype], inputs)
@@ -263,7 +267,9 @@ def recover(recipe: Recipe, teacher: str, out: Path, *, overwrite: bool, progres
     _check_teacher(recipe, teacher, progress)
     prepared = prepare(recipe, out=out, progress=progress)
     original = resolve(teacher, progress=progress)
-    Checkpoint.open(original.folder).require_finite()
+    checkpoint, config = Checkpoint.open(original.folder), load_config(original.folder)
+    require_complete(checkpoint, config)
+    require_sound(checkpoint, config)
     out = out.resolve()  # a link: work where what it names lies
     inputs = {
         "checkpoint": dict(prepared.source.digests),

@@ -15,7 +15,9 @@ from retrofit.checkpoint.rewrite import Rewritten, rewrite
 from retrofit.checkpoint.write import copy_side_files
 from retrofit.errors import UserError
 from retrofit.model.families.experts import EXPERTS
+from retrofit.model.load import load_config
 from retrofit.model.spec import AttentionSpec
+from retrofit.model.whole import leftovers, tied_copy
 from retrofit.recipe.schema import Adapter
 from retrofit.recover.fused import fuse
 
@@ -145,6 +147,9 @@ def merge_and_save(
     """
     checkpoint = Checkpoint.open(source)
     changes = changed_weights(peft_model)
+    copy = tied_copy(checkpoint, load_config(source))
+    if copy and copy[1] in changes:
+        changes[copy[0]] = changes[copy[1]]  # the head is stored as well, and stays what it is tied to
     missing = sorted(changes.keys() - set(checkpoint.names))
     assert not missing, f"trained tensors that the checkpoint does not hold: {missing}"
 
@@ -154,7 +159,7 @@ def merge_and_save(
     written = rewrite(
         checkpoint,
         out,
-        dict.fromkeys(changes, rule),
+        {**dict.fromkeys(changes, rule), **dict.fromkeys(leftovers(checkpoint, str(checkpoint.config["model_type"])))},
         config=checkpoint.config,
         max_shard_size=max_shard_size,
         progress=progress,

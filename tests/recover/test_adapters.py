@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from retrofit.checkpoint.read import Checkpoint
@@ -61,9 +62,13 @@ def test_merged_weights_are_the_adapted_model(family: str, full: bool, tmp_path:
     assert not any("embed" in name or "lm_head" in name for name in changed)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_trained_embeddings_are_merged_and_a_tied_head_follows(tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tied", "stored"), [(False, True), (True, False), (True, True)])
+def test_trained_embeddings_are_merged_and_a_tied_head_follows(tied: bool, stored: bool, tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source", "llama", tie_word_embeddings=tied)
+    if tied and stored:
+        tensors = load_file(source / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
     peft_model = attach(model, Adapter(rank=4, embeddings=True), describe(model.config), seed=0)
     noise(peft_model)
