@@ -22,7 +22,15 @@ from retrofit.errors import UserError
 from retrofit.escape import code_span, shown
 from retrofit.model.cache import cache_dir, cached, sound
 from retrofit.model.families import stock_class
-from retrofit.model.gguf_file import FLOATS, GgufFile, lost, read_header, require_gguf, require_same
+from retrofit.model.gguf_file import (
+    FLOATS,
+    GgufFile,
+    lost,
+    read_header,
+    require_gguf,
+    require_same,
+    require_same_tokens,
+)
 from retrofit.model.load import quiet, require_whole
 
 if TYPE_CHECKING:
@@ -95,6 +103,7 @@ def _write(header: GgufFile, weights: bool, out: Path) -> None:
         _tidy_config(header, config, tokenizer)
     require_same(header, config)
     _require_every_value(header, config)
+    require_same_tokens(header, tokenizer)
     _split_text_as_stated(header, tokenizer)
     tokenizer.save_pretrained(out)
     _tidy_tokenizer_config(out)

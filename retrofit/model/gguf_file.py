@@ -36,7 +36,7 @@ _TYPES: dict[str, type] = {
 }
 _LONGEST_TOKEN = 1024
 _BLOCK = re.compile(r"blk\.([0-9]+)\.")
-_PART = re.compile(r"-[0-9]{5}-of-[0-9]{5}\.gguf\Z", re.IGNORECASE)
+_PART = re.compile(r"-[0-9]{5}(-of-[0-9]{5}\.gguf)\Z", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,11 @@ def _kinds(path: Path) -> dict[int, tuple[str, int, int]]:
 
 
 def _join_first(path: Path) -> UserError:
+    first = _PART.sub(r"-00001\1", path.name)
     return UserError(
         "the file is one part of a split GGUF, and parts are not read",
         where=shown(path),
-        fix="join them with llama.cpp, giving the first part, and give the result: "
-        f"llama-gguf-split --merge {shell_word(path.name)} whole.gguf",
+        fix=f"join them with llama.cpp and give the result: llama-gguf-split --merge {shell_word(first)} whole.gguf",
     )
 
 
@@ -309,6 +309,15 @@ def require_same(header: GgufFile, config: Any) -> None:
     unstated = not header.get("attention.sliding_window") and header.architecture != "gemma2"
     if sliding and unstated:
         raise lost(header, f"attention without a window (it reads a window of {sliding})")
+
+
+def require_same_tokens(header: GgufFile, tokenizer: Any) -> None:
+    """Raises UserError when a special token of the file is another one for the tokenizer."""
+    for name, attribute in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
+        key = f"tokenizer.ggml.{name}_token_id"
+        stated, got = header.metadata.get(key), getattr(tokenizer, f"{attribute}_token_id")
+        if stated is not None and got != stated:
+            raise lost(header, f"{key} = {stated} (it reads {got})")
 
 
 def _everything(window: Any, config: Any) -> bool:

@@ -188,7 +188,7 @@ def gguf_header(data: bytes) -> None:
 
 @functools.cache
 def _gguf() -> bytes:
-    """A file of the llama architecture with a vocabulary, some typed values and two tensors."""
+    """A file of the llama architecture with a vocabulary, some typed values and three tensors."""
     import numpy as np
     from gguf import GGUFWriter
 
@@ -196,7 +196,9 @@ def _gguf() -> bytes:
     writer = GGUFWriter(path, "llama")
     writer.add_block_count(2)
     writer.add_context_length(512)
-    writer.add_embedding_length(64)
+    writer.add_embedding_length(8)
+    writer.add_feed_forward_length(8)
+    writer.add_layer_norm_rms_eps(1e-5)
     writer.add_head_count(4)
     writer.add_rope_freq_base(10000.0)
     writer.add_tokenizer_model("gpt2")
@@ -204,7 +206,7 @@ def _gguf() -> bytes:
     writer.add_token_types([1, 1, 3])
     writer.add_array("llama.odd", [1.5, 2.5])
     writer.add_bool("llama.flag", True)
-    for name in ("token_embd.weight", "output_norm.weight"):
+    for name in ("token_embd.weight", "blk.0.ffn_up.weight", "blk.1.ffn_up.weight"):
         writer.add_tensor(name, np.zeros((4, 8), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -100,6 +100,10 @@ BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         lambda whole: whole.replace(struct.pack("<Q", 3) + b"h e", struct.pack("<Q", 3) + b"h i"),
         "`h i`",
     ),
+    "a token twice": (
+        lambda whole: whole.replace(struct.pack("<Q", 4) + b"<u0>", struct.pack("<Q", 4) + b"</s>"),
+        "tokenizer.ggml.eos_token_id = 257 (it reads",
+    ),
     "not finite": (lambda whole: whole[:-4] + struct.pack("<f", float("nan")), "not finite"),
 }
 
@@ -146,7 +150,7 @@ def test_what_transformers_would_read_as_another_model(
 def test_a_piece_of_a_file_names_what_joins_it(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "m-00002-of-00003.gguf"
     path.write_bytes(data)
-    with pytest.raises(UserError, match="llama-gguf-split --merge"):
+    with pytest.raises(UserError, match=r"llama-gguf-split --merge m-00001-of-00003.gguf whole.gguf"):
         resolve(path)
 
 

@@ -319,6 +319,21 @@ def test_a_source_is_re_expressed_once_in_the_cache(tmp_path: Path, monkeypatch:
     assert torch.allclose(load(source.folder)(ids()).logits, want, atol=1e-5 * float(want.abs().max()))
 
 
+def test_a_cached_re_expression_belongs_to_all_files_that_it_takes_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "cache"))
+    folder = save(tmp_path / "source", *_case("gptj"))
+    first = resolve(folder).folder
+    written = (first / "model.safetensors").read_bytes()
+    (first / "model.safetensors").write_bytes(written[:-4] + b"1234")
+    assert resolve(folder).folder == first
+    assert (first / "model.safetensors").read_bytes() == written
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 7}')
+    again = resolve(folder, weights=False).folder
+    assert json.loads((again / "generation_config.json").read_text())["max_new_tokens"] == 7
+
+
 def test_the_rotated_share_gives_back_every_number_of_features() -> None:
     for head_dim in (48, 64, 80, 96, 128, 256):
         for rotary in range(2, head_dim + 1, 2):
