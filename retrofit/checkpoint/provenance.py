@@ -15,12 +15,17 @@ from typing import Any
 
 from retrofit.checkpoint.files import checkpoint_files
 from retrofit.errors import UserError
+from retrofit.escape import shown
 from retrofit.files import read_json
 
 FILE = "retrofit.json"
 SCHEMA_VERSION = 1
 # First what a reader wants to know; the rest of the record follows by name.
 KEY_ORDER = ("schema_version", "name", "source", "recipe", "steps", "metrics", "gate", "reload", "versions", "files")
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("source", "recipe", "metrics", "reload", "versions", "files"), dict),
+    **dict.fromkeys(("steps", "gate"), list),
+}
 PACKAGES = (
     "attention-retrofit",
     "accelerate",
@@ -79,7 +84,7 @@ def write_provenance(folder: str | Path, record: Mapping[str, Any]) -> Path:
 
 
 def read_provenance(folder: str | Path) -> dict[str, Any]:
-    """The record of a folder. Raises UserError when there is none or it was written by a newer version."""
+    """The record of a folder. Raises UserError when there is none, by a newer version, or by something else."""
     path = Path(folder) / FILE
     record = read_json(path, missing="the folder holds no retrofit.json, so it was not written by `retrofit run`")
     if record.get("schema_version") != SCHEMA_VERSION:
@@ -88,4 +93,30 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
             where=str(path),
             fix="update: pip install -U attention-retrofit",
         )
+    _require_shape(record, path)
     return record
+
+
+def _require_shape(record: Mapping[str, Any], path: Path) -> None:
+    """UserError for a record that no command of ours wrote: readers rely on what is an object and what a list."""
+    for key, kind in _KINDS.items():
+        if record.get(key) is not None and not isinstance(record[key], kind):
+            raise _not_ours(f"`{key}` is no {'object' if kind is dict else 'list'}", path)
+    for step in record.get("steps") or ():
+        if not isinstance(step, dict) or not isinstance(step.get("step"), str):
+            raise _not_ours("`steps` holds something that is no step", path)
+        for key in ("config", "result"):
+            if not isinstance(step.get(key) or {}, dict):
+                raise _not_ours(f"the step `{shown(step['step'], 60)}` has a {key} that is no object", path)
+    if not all(isinstance(result, dict) for result in record.get("gate") or ()):
+        raise _not_ours("`gate` holds something that is no result", path)
+    if not all(isinstance(value, str) for value in (record.get("files") or {}).values()):
+        raise _not_ours("`files` holds something that is no digest", path)
+
+
+def _not_ours(what: str, path: Path) -> UserError:
+    return UserError(
+        f"retrofit.json is no record of this program: {what}",
+        where=shown(path),
+        fix="remove the file, and the folder is read as anybody's checkpoint; or write the folder again",
+    )

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from retrofit.checkpoint.provenance import FILE, read_provenance
+from retrofit.errors import UserError
+from retrofit.escape import shown
+from retrofit.model.stored import is_number, is_whole
 
 
 def held_scale(folder: Path) -> float:
@@ -15,15 +18,30 @@ def held_scale(folder: Path) -> float:
 
     A further extension computes its attention factor anew, so this has to be divided out first.
     """
-    return math.prod(result.get("query_scale", 1.0) for result in _extensions(folder))
+    scales = [result.get("query_scale", 1.0) for result in _extensions(folder)]
+    if not all(is_number(scale) and scale > 0 for scale in scales):
+        raise _broken(folder, "query_scale")
+    return math.prod(scales)
 
 
 def first_original(folder: Path) -> int | None:
     """The window in tokens before the first recorded extension; None where none is recorded."""
-    return next((int(result["original"]) for result in _extensions(folder)), None)
+    for result in _extensions(folder):
+        if not is_whole(result.get("original")) or result["original"] < 1:
+            raise _broken(folder, "original")
+        return int(result["original"])
+    return None
 
 
 def _extensions(folder: Path) -> list[Mapping[str, Any]]:
     """The results of the steps that made the window longer, the first one first."""
-    steps = read_provenance(folder).get("steps", ()) if (folder / FILE).is_file() else ()
-    return [step["result"] for step in steps if step["step"] == "extend"]
+    steps = (read_provenance(folder).get("steps") or ()) if (folder / FILE).is_file() else ()
+    return [step.get("result") or {} for step in steps if step["step"] == "extend"]
+
+
+def _broken(folder: Path, name: str) -> UserError:
+    return UserError(
+        f"retrofit.json records an extension without a number as its `{name}`",
+        where=shown(folder / FILE),
+        fix="download the folder again, or remove retrofit.json",
+    )

@@ -503,5 +503,5 @@ def _origin(source: Source, question: str) -> Origin:
     """Where a checkpoint comes from: its own record goes on when it was written by us."""
     if (source.folder / FILE).is_file():
         record = read_provenance(source.folder)
-        return Origin(record["source"], tuple(record["steps"]), question)
+        return Origin(record.get("source") or source_record(source), tuple(record.get("steps") or ()), question)
     return Origin(source_record(source), (), question)

@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from retrofit.checkpoint.provenance import FILE, read_provenance, sha256
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.console import nbytes
 from retrofit.errors import UserError
+from retrofit.escape import shown
 from retrofit.evaluate.score import Document, make_documents
 from retrofit.files import local_path
 from retrofit.kv_heads.convert import CalibrationText
@@ -256,12 +259,23 @@ def read_before(sources: Sequence[TextSource], folder: Path) -> dict[TextSource,
     for source in sources:
         if source.source in OURS:  # only their held-out side is ever measured
             continue
-        steps = [f"`{step['step']}`" for step in read_provenance(folder)["steps"] if _reads(step["config"], source)]
+        steps = [f"`{step['step']}`" for step in _steps(folder) if _reads(step.get("config") or {}, source)]
         if steps:
             by = " and ".join(dict.fromkeys(steps))
             name = source.source if source.source.startswith(HUB) else Path(source.source).name
             found[source] = f"`{name}` was read by {by} of this model: only its held-out part is measured"
     return found
+
+
+def _is_at(name: str, place: Path) -> bool:
+    try:
+        return local_path(name).resolve() == place
+    except UserError:  # no name of this machine's files
+        return False
+
+
+def _steps(folder: Path) -> list[Mapping[str, Any]]:
+    return read_provenance(folder).get("steps") or []
 
 
 def _reads(config: Mapping[str, Any], source: TextSource) -> bool:
@@ -270,10 +284,7 @@ def _reads(config: Mapping[str, Any], source: TextSource) -> bool:
     if source.source.startswith(HUB):
         return any((text["source"], text["split"]) == (source.source, source.split) for text in recorded)
     place = place_of(source.source)
-    return any(
-        text["source"] in (source.source, place.name) or Path(text["source"]).expanduser().resolve() == place
-        for text in recorded
-    )
+    return any(text["source"] in (source.source, place.name) or _is_at(text["source"], place) for text in recorded)
 
 
 def recorded_text(folder: Path) -> tuple[TextSource, ...]:
@@ -281,8 +292,8 @@ def recorded_text(folder: Path) -> tuple[TextSource, ...]:
     if not (folder / FILE).is_file():
         return ()
     found: list[TextSource] = []
-    for step in read_provenance(folder)["steps"]:
-        for text in _recorded(step["config"]):
+    for step in _steps(folder):
+        for text in _recorded(step.get("config") or {}):
             source = TextSource.model_validate(text)
             if source.source in BUILT_IN or _readable(source):
                 found.append(source)
@@ -302,7 +313,18 @@ def _readable(source: TextSource) -> bool:
 def _recorded(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The text sources of a recorded step, of all its sections."""
     sections = (config, config.get("calibration") or {}, config.get("search") or {})
-    return [text for section in sections for text in section.get("text", ())]
+    texts = [section.get("text") or () for section in sections if isinstance(section, Mapping)]
+    found = [text for listed in texts for text in (listed if isinstance(listed, list | tuple) else (listed,))]
+    for text in found:
+        try:
+            TextSource.model_validate(text)
+        except ValidationError as error:
+            raise UserError(
+                f"{FILE} records a text that is none: {shown(text, 60)}",
+                where=FILE,
+                fix="remove the file, and the folder is read as anybody's checkpoint",
+            ) from error
+    return found
 
 
 def scored_documents(

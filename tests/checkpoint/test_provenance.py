@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from retrofit.checkpoint.provenance import digest, read_provenance, versions, write_provenance
+from retrofit.context.record import first_original, held_scale
 from retrofit.errors import UserError
 
 
@@ -34,6 +35,28 @@ def test_reading_refuses_none_and_newer(tmp_path: Path) -> None:
     (tmp_path / "retrofit.json").write_text('{"schema_version": 99}')
     with pytest.raises(UserError, match="version 99"):
         read_provenance(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        *({"steps": 5}, {"steps": [5]}, {"steps": [{}]}, {"source": 5}, {"gate": [1]}, {"files": {"a": 1}}),
+        *({"steps": [{"step": "convert", "config": [1]}]}, {"steps": [{"step": "extend", "result": "x"}]}),
+    ],
+)
+def test_records_of_something_else_are_refused(tmp_path: Path, record: dict) -> None:
+    (tmp_path / "retrofit.json").write_text(json.dumps({"schema_version": 1, **record}))
+    with pytest.raises(UserError, match="no record of this program"):
+        read_provenance(tmp_path)
+
+
+@pytest.mark.parametrize("result", [{"query_scale": "x"}, {"query_scale": -1}, {"query_scale": True}])
+def test_an_extension_without_numbers_is_refused(tmp_path: Path, result: dict) -> None:
+    write_provenance(tmp_path, {"steps": [{"step": "extend", "result": result}]})
+    with pytest.raises(UserError, match="query_scale"):
+        held_scale(tmp_path)
+    with pytest.raises(UserError, match="original"):
+        first_original(tmp_path)
 
 
 def test_digests(tmp_path: Path) -> None:
