@@ -13,7 +13,7 @@ from retrofit.checkpoint.place import require_writable, staged
 from retrofit.checkpoint.provenance import sha256
 from retrofit.errors import UserError
 from retrofit.escape import shown
-from retrofit.files import read_json
+from retrofit.files import local_path, read_json
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -25,8 +25,8 @@ MANIFEST = ".digests.json"
 def cache_dir() -> Path:
     """RETROFIT_CACHE, else `retrofit` in the user's cache folder."""
     if explicit := os.environ.get("RETROFIT_CACHE"):
-        return Path(explicit).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "retrofit"
+        return local_path(explicit, where="RETROFIT_CACHE")
+    return local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", where="HOME, or XDG_CACHE_HOME") / "retrofit"
 
 
 def sound(folder: Path, progress: Progress | None = None) -> bool:
@@ -42,16 +42,23 @@ def sound(folder: Path, progress: Progress | None = None) -> bool:
     return wrong is None
 
 
-def cached(final: Path, make: Callable[[Path], None], *, unfinished: Path | None = None) -> Path:
+def cached(
+    final: Path,
+    make: Callable[[Path], None],
+    *,
+    unfinished: Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
     """The sound folder `final` of the cache; `make` writes it where there is none.
 
     make: writes into the empty folder that it is given. unfinished: the folder to write in instead, which keeps what
-    an interrupted call wrote. Raises UserError when the cache cannot be written or another process writes the same.
+    an interrupted call wrote. Another process that writes the same is waited for. Raises UserError when the cache
+    cannot be written.
     """
     if final.exists() and not final.is_dir():
         raise UserError("a file is where a folder of the cache belongs", where=shown(final), fix="rename or remove it")
     require_writable(final)
-    with folder_lock(final):
+    with folder_lock(final, wait=True, progress=progress):
         if sound(final):  # made by another process meanwhile
             return final
         with staged(final, overwrite=True, keep=unfinished) as partial:

@@ -75,7 +75,7 @@ def convert(path: str | Path, *, weights: bool = True, progress: Progress | None
         if _stamp(path) != stamp:
             raise UserError("the file changed while it was read", where=shown(path), fix="type the command again")
 
-    cached(final, make)
+    cached(final, make, progress=progress)
     if progress:
         progress.finish()
         progress.note(f"{shown(path.name)} is kept as {header.dtype} safetensors in {final}")

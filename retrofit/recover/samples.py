@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from retrofit.checkpoint.full import writing
+from retrofit.checkpoint.lock import folder_lock
 from retrofit.checkpoint.place import require_writable
 
 if TYPE_CHECKING:
@@ -45,12 +45,13 @@ def own_samples(teacher: Teacher, progress: Progress | None = None) -> Callable[
     documents = _kept(path)
     if documents is None:
         require_writable(path.parent)  # before the minutes that sampling takes
-        documents = _sample_texts(teacher, progress)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(documents, file, ensure_ascii=False)
-        Path(partial).replace(path)
+        with folder_lock(path, wait=True, progress=progress), writing(path):
+            documents = _kept(path)  # another process may have written them meanwhile
+            if documents is None:
+                documents = _sample_texts(teacher, progress)
+                partial = path.with_name(f".{path.name}.partial")
+                partial.write_text(json.dumps(documents, ensure_ascii=False), encoding="utf-8")
+                partial.replace(path)
     return lambda: ((f"sample {index}", text) for index, text in enumerate(documents, 1))
 
 

@@ -198,7 +198,7 @@ def reexpressed(
             if (source / card).is_file():
                 (folder / card).write_bytes((source / card).read_bytes())
 
-    cached(final, make, unfinished=final.with_name(f"{final.name}.work") if weights else None)
+    cached(final, make, unfinished=final.with_name(f"{final.name}.work") if weights else None, progress=progress)
     if progress and weights:
         for note in notes_of(reexpression, stored_dtype(final)):
             progress.note(note)
