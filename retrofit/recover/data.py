@@ -213,20 +213,22 @@ def unseen_held_out(
     readings = _readings(sources, train_chars)
     if all(reading.kind in BUILT_IN for reading in readings):
         return {}, ()
+    texts = [
+        Candidate(text, text.text)
+        for source in sources
+        if source.source != OWN_SAMPLES
+        for text in read_texts(source, split="held_out", limit_chars=_SPARE * held_out_chars)
+    ]
+    seen: dict[str, list[tuple[str, float, str]]] = {}
+    for one, (share, by) in zip(texts, found_in(texts, readings), strict=True):
+        if share >= NEAR:
+            seen.setdefault(one.text.kind, []).append((one.text.name, share, by))
     only: dict[str, frozenset[str]] = {}
-    notes: list[str] = []
-    for source in sources:
-        if source.source == OWN_SAMPLES:
-            continue
-        held_out = read_texts(source, split="held_out", limit_chars=_SPARE * held_out_chars)
-        texts = [Candidate(text, text.text) for text in held_out]
-        shares = found_in(texts, readings)
-        seen = [(one.text.name, *found) for one, found in zip(texts, shares, strict=True) if found[0] >= NEAR]
-        kind = kind_of(source.source)
-        if seen or (texts and kind not in BUILT_IN):
-            only[kind] = frozenset(one.text.name for one in texts) - {name for name, *_ in seen}
-        if seen:
-            notes.append(f"held-out text of {Chosen(trained=seen).notes(kind)[0]}")
+    for kind in dict.fromkeys(one.text.kind for one in texts):
+        if kind in seen or kind not in BUILT_IN:
+            left_out = {name for name, *_ in seen.get(kind, ())}
+            only[kind] = frozenset(one.text.name for one in texts if one.text.kind == kind) - left_out
+    notes = (f"held-out text of {Chosen(trained=some).notes(kind)[0]}" for kind, some in seen.items())
     return only, tuple(notes)
 
 
