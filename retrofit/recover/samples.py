@@ -50,21 +50,28 @@ def own_samples(teacher: Teacher, progress: Progress | None = None) -> Callable[
             if documents is None:
                 documents = _sample_texts(teacher, progress)
                 partial = path.with_name(f".{path.name}.partial")
-                partial.write_text(json.dumps(documents, ensure_ascii=False), encoding="utf-8")
+                kept = {"sha256": _digest(documents), "texts": documents}
+                partial.write_text(json.dumps(kept, ensure_ascii=False), encoding="utf-8")
                 partial.replace(path)
     return lambda: ((f"sample {index}", text) for index, text in enumerate(documents, 1))
 
 
 def _kept(path: Path) -> list[str] | None:
-    """The samples of an earlier run; None where there are none, or where the file holds something else."""
+    """The samples of an earlier run; None where there are none, or where they are not what was written."""
     if not path.is_file():
         return None
     try:
         kept = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         return None
-    whole = isinstance(kept, list) and kept and all(isinstance(text, str) for text in kept)
-    return kept if whole else None
+    texts = kept.get("texts") if isinstance(kept, dict) else None
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        return None
+    return texts if kept.get("sha256") == _digest(texts) else None
+
+
+def _digest(texts: list[str]) -> str:
+    return hashlib.sha256(json.dumps(texts).encode("ascii")).hexdigest()
 
 
 def sample_path(teacher: Teacher) -> Path:

@@ -309,6 +309,18 @@ def test_own_samples_are_seeded_and_cached(tmp_path: Path, monkeypatch: pytest.M
         check_sources([source("self")], teacher=False)
 
 
+def test_kept_samples_that_were_changed_are_sampled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "cache"))
+    teacher = Teacher(save_tiny(tmp_path / "model", "llama"))
+    monkeypatch.setattr(samples, "_sample_texts", lambda teacher, progress: ["its own words"])
+    assert [text for _, text in samples.own_samples(teacher)()] == ["its own words"]
+    path = samples.sample_path(teacher)
+    monkeypatch.setattr(samples, "_sample_texts", lambda teacher, progress: ["sampled again"])
+    assert [text for _, text in samples.own_samples(teacher)()] == ["its own words"]
+    path.write_bytes(path.read_bytes().replace(b"own", b"new"))
+    assert [text for _, text in samples.own_samples(teacher)()] == ["sampled again"]
+
+
 def test_samples_stay_inside_a_small_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(samples, "BATCH", 4)
