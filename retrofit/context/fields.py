@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from retrofit.model.sound import LAYER_TYPES
+from retrofit.model.sensible import LAYER_TYPES
 from retrofit.model.stored import is_number, is_whole
 
 if TYPE_CHECKING:

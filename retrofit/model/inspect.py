@@ -192,11 +192,9 @@ def count_parameters(folder: Path, config: PretrainedConfig) -> int:
         checkpoint = Checkpoint.open(folder)
         copies = (tied_copy(checkpoint, config) or ())[:1]
         return sum(prod(entry.shape) for name, entry in checkpoint.entries.items() if name not in copies)
-    import torch
-    from transformers import AutoModelForCausalLM
+    from retrofit.model.load import without_memory
 
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    return sum(parameter.numel() for parameter in without_memory(config).parameters())
 
 
 def _describe_layer(layer: LayerAttention) -> LayerGroup:

@@ -13,8 +13,8 @@ from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.model.families import is_known
 from retrofit.model.foreign import foreign_values
-from retrofit.model.side_files import require_side_files, require_usable
-from retrofit.model.sound import require_sound
+from retrofit.model.sensible import require_sensible
+from retrofit.model.side_files import GENERATION, require_side_files, require_usable, side_file
 from retrofit.model.stored import CONFIG, read_config
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def load_config(folder: str | Path) -> PretrainedConfig:
     the model is not. A leftover `auto_map` is accepted (and dropped) only when it names the very class that
     transformers itself has for this model_type. Raises UserError as `read_config` does, and for remote code, a
     model_type unknown to transformers, values its class refuses, heads for another task, and, where the architecture
-    is supported, values that no model can have (`retrofit.model.sound`).
+    is supported, values that no model can have (`retrofit.model.sensible`).
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -72,8 +72,28 @@ def load_config(folder: str | Path) -> PretrainedConfig:
         config.standardize_rope_params()  # once more, with all fields in place, as the model does before it computes
     if is_known(config):
         _require_causal(config.architectures, native, where)
-        require_sound(config, where)
+        require_sensible(config, where)
+        _require_generation(folder)
     return config
+
+
+def without_memory(config: PretrainedConfig) -> PreTrainedModel:
+    """The stock model of a configuration, its parameters on the meta device: shapes and no values."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    where = f"the configuration of {shown(config.name_or_path or config.model_type)}"
+    with foreign_values("transformers cannot build the model", where, "correct it"), quiet(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _require_generation(folder: str | Path) -> None:
+    """The settings of generation are some that transformers reads, as it does with every load of the model."""
+    from transformers import GenerationConfig
+
+    settings, where = side_file(folder, GENERATION), shown(Path(folder) / GENERATION)
+    with foreign_values("the settings of generation are none", where, "correct or remove the file"), quiet():
+        GenerationConfig.from_dict(settings)
 
 
 def _require_fields(config_class: Any, stored: dict[str, Any], where: str) -> None:

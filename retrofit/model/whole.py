@@ -19,7 +19,7 @@ from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.model.families import stock_class
 from retrofit.model.families.experts import EXPERTS
-from retrofit.model.load import quiet
+from retrofit.model.load import quiet, without_memory
 from retrofit.model.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def tied_copy(checkpoint: Checkpoint, config: PretrainedConfig) -> tuple[str, st
         return None
     if not any(name.endswith(_HEADS) for name in checkpoint.names):
         return None
-    model = _empty(config)
+    model: Any = without_memory(config)
     prefix, modules = f"{model.base_model_prefix}.", dict(model.named_modules())
     ends = model.get_output_embeddings(), model.get_input_embeddings()
     names = [next(f"{name}.weight" for name, module in modules.items() if module is end) for end in ends]
@@ -133,7 +133,7 @@ def leftovers(checkpoint: Checkpoint, model_type: str) -> tuple[str, ...]:
 
 def expected(config: PretrainedConfig, spec: AttentionSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(stored name, shape) of every parameter of the stock class, built without memory; experts are stored apart."""
-    model = _empty(config)
+    model: Any = without_memory(config)
     head = model.get_output_embeddings()
     tied = {f"{name}.weight" for name, module in model.named_modules() if module is head and spec.tied_embeddings}
     experts = EXPERTS.get(spec.family)
@@ -149,21 +149,13 @@ def expected(config: PretrainedConfig, spec: AttentionSpec) -> Iterator[tuple[st
             yield from ((part, (shape[1] // len(parts), *shape[2:])) for part in parts)
 
 
-def _empty(config: PretrainedConfig) -> Any:
-    """The stock model without memory."""
-    from transformers import AutoModelForCausalLM
-
-    with quiet(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
 def _loading(checkpoint: Checkpoint, config: PretrainedConfig, names: Collection[str]) -> _Loading | None:
     """What transformers says of tensors with these names, dtypes and shapes, loaded without their values.
 
     None where it does not get that far: tensors of experts that it cannot stack.
     """
     stored = {name: torch.empty(checkpoint.shape(name), dtype=checkpoint.dtype(name), device="meta") for name in names}
-    loader: Any = type(_empty(config))
+    loader: Any = type(without_memory(config))
     try:
         with quiet():
             _, info = loader.from_pretrained(

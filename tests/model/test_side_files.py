@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from retrofit.context.lint import lint_folder
 from retrofit.errors import UserError
 from retrofit.model import side_files
-from retrofit.model.load import load_tokenizer
+from retrofit.model.load import load_config, load_tokenizer
 from tests.tiny import save_tiny
 
 DEEP = "[" * 100_000
@@ -115,8 +114,8 @@ def test_what_is_no_file_is_refused(folder, make):
         load_tokenizer(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", DEEP, '{"max_length": Infinity}'])
+@pytest.mark.parametrize("text", ["{", "[]", DEEP, '{"max_length": Infinity}', '{"max_new_tokens": "x"}'])
 def test_settings_of_generation_that_are_none_are_refused(folder, text):
     rewrite(folder / "generation_config.json", text)
     with pytest.raises(UserError, match=r"generation_config\.json"):
-        lint_folder(folder)
+        load_config(folder)

@@ -1,6 +1,6 @@
 """Whether the values of a loaded configuration make sense, so that what describes or builds the model can rely on them.
 
-`require_sound` looks at what the class of the model made of config.json, with its defaults. It is about the known
+`require_sensible` looks at what the class of the model made of config.json, with its defaults. It is about the known
 families and those that are re-expressed as one; what it lets pass, transformers can build and compute with.
 """
 
@@ -48,7 +48,7 @@ _SHARE_NEEDED = ("phi", "stablelm")
 Refuse = Callable[..., UserError]
 
 
-def require_sound(config: Any, where: str) -> None:
+def require_sensible(config: Any, where: str) -> None:
     """Raises UserError that names the first field of a text model's configuration that no model can have."""
 
     def refuse(name: str, what: str, fix: str = "correct it, or download config.json again") -> UserError:
