@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from retrofit.checkpoint.full import writing
 from retrofit.errors import UserError
 from retrofit.escape import shell_word, shown
 
@@ -112,7 +111,7 @@ def staged(final: str | Path, *, overwrite: bool = False, keep: Path | None = No
     nothing is in it. A symbolic link
     `final` stays, and the result is what it points to. Raises UserError when `final` holds something and `overwrite` is
     False (also when it was filled inside the block), when the place cannot be written or holds a folder of a name that
-    is needed and not ours, when `keep` is on another disk, and when the disk fills up inside the block.
+    is needed and not ours, and when `keep` is on another disk.
     """
     final = Path(final).resolve()
     partial = final.with_name(final.name + ".partial") if keep is None else keep.resolve()
@@ -133,13 +132,11 @@ def staged(final: str | Path, *, overwrite: bool = False, keep: Path | None = No
         raise _not_empty(final)
     for leftover in (replaced,) if keep else (partial, replaced):
         _remove(leftover)
-    with writing(final.parent):
-        partial.mkdir(parents=True, exist_ok=keep is not None)
-        if keep is None:
-            _mark(partial).write_text(_inode(partial), "utf-8")
+    partial.mkdir(parents=True, exist_ok=keep is not None)
+    if keep is None:
+        _mark(partial).write_text(_inode(partial), "utf-8")
     try:
-        with writing(final.parent):
-            yield partial
+        yield partial
         _sync(partial)
         if overwrite and final.exists():
             _mark(replaced).write_text(_inode(final), "utf-8")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from retrofit.checkpoint.full import writing
 from retrofit.checkpoint.lock import folder_lock
 from retrofit.checkpoint.place import require_writable, staged
 from retrofit.checkpoint.provenance import sha256
@@ -58,7 +59,7 @@ def cached(
     if final.exists() and not final.is_dir():
         raise UserError("a file is where a folder of the cache belongs", where=shown(final), fix="rename or remove it")
     require_writable(final)
-    with folder_lock(final, wait=True, progress=progress):
+    with folder_lock(final, wait=True, progress=progress), writing(final):
         if sound(final):  # made by another process meanwhile
             return final
         with staged(final, overwrite=True, keep=unfinished) as partial:

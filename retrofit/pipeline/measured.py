@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from retrofit.checkpoint.full import writing
 from retrofit.checkpoint.lock import folder_lock
 from retrofit.checkpoint.provenance import digest
 from retrofit.checkpoint.read import Checkpoint
@@ -54,7 +55,7 @@ def measured(
     inputs = {"checkpoint": dict(source.digests), "text": identity(section.calibration.text)}
     own = work / fingerprint(COMMAND, str(VERSION), question, inputs)[:16]
     require_own(work, COMMAND)
-    with folder_lock(work), kept(work, COMMAND):
+    with folder_lock(work), kept(work, COMMAND), writing(moments or work):
         require_room(own, room(folder, section, counts) - held(own))
         text = calibration_text(
             section.calibration,

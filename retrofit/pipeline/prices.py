@@ -138,6 +138,8 @@ def prices(
     read = moments is not None and stored_moments.saved(moments) == tuple(range(len(spec.layers)))
     if moments is not None:
         require_writable(moments)
+        if not read:
+            stored_moments.require_own(moments)
     total = tokens or min(TOKENS, section.calibration.tokens)
     asked = {"tokens": total, "text": merged(section.calibration.text)}
     calibration, shorter = within_window(section.calibration.model_copy(update=asked), spec.max_position_embeddings)
@@ -159,6 +161,8 @@ def prices(
         if progress:
             _estimate(alone, section, calibration, facts_of(source, config, spec), counts, throughput(), progress)
     source = resolve(model, revision=revision or recipe.revision, progress=progress)
+    if moments is not None and not read and (moments / stored_moments.ORIGIN).is_file():
+        stored_moments.Origin.of(moments, digest(source.folder))  # those of other weights are not replaced
     checkpoint = Checkpoint.open(source.folder)
     require_complete(checkpoint, config, spec)
     require_sound(checkpoint, config)

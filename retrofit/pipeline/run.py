@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrofit.checkpoint.full import writing
 from retrofit.checkpoint.lock import folder_lock
 from retrofit.errors import UserError
 from retrofit.evaluate.answers import TaskChange
@@ -64,7 +65,8 @@ def run(prepared: Prepared, out: Path, *, from_step: str | None = None, progress
     `final` is not.
     """
     again = STEPS[STEPS.index(from_step) :] if from_step else ()
-    with folder_lock(out), _nothing_left_of_nothing(out):
+    needed = prepared.plan.disk_bytes
+    with folder_lock(out), _nothing_left_of_nothing(out), writing(out, needed=needed):
         out.mkdir(parents=True, exist_ok=True)
         runner = Runner(out, prepared, Journal(out), again, progress)
         runner.journal.mark()

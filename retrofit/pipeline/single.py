@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrofit.checkpoint.full import writing
 from retrofit.checkpoint.lock import folder_lock
 from retrofit.checkpoint.provenance import FILE, read_provenance
 from retrofit.checkpoint.read import Checkpoint
@@ -140,7 +141,7 @@ def convert(
     options = [recipe.dtype, recipe.seed, moments is not None]
     inputs = {"checkpoint": dict(prepared.source.digests), "text": text, "options": options}
     question = fingerprint("convert", VERSIONS["convert"], operations.dump(section), inputs)
-    with folder_lock(out), kept(work, "convert"):
+    with folder_lock(out), kept(work, "convert"), writing(out, needed=prepared.plan.disk_bytes):
         if finished:
             return Written("convert", out, done_before(out, question))
         report = operations.convert(
@@ -209,7 +210,7 @@ def reexpress(
     out = out.resolve()  # a link: work where what it names lies
     inputs = {"checkpoint": dict(source.digests)}
     question = fingerprint("reexpress", str(FORMAT), [target, dtype], inputs)
-    with folder_lock(out), kept(work, "convert"):
+    with folder_lock(out), kept(work, "convert"), writing(out):
         if finished:
             return Written("reexpress", out, done_before(out, question))
         report = operations.reexpress(
@@ -238,7 +239,8 @@ def extend(recipe: Recipe, out: Path, *, revision: str | None, overwrite: bool, 
     options = [recipe.kernel, recipe.seed] if recipe.context.searches else []
     inputs = {"checkpoint": dict(prepared.source.digests), "text": text, "options": options}
     question = fingerprint("extend", VERSIONS["extend"], operations.dump(recipe.context), inputs)
-    with folder_lock(out), kept(work, "extend") if recipe.context.searches else nullcontext():
+    keeping = kept(work, "extend") if recipe.context.searches else nullcontext()
+    with folder_lock(out), keeping, writing(out, needed=prepared.plan.disk_bytes):
         if finished:
             return Written("extend", out, done_before(out, question))
         report = operations.extend(
@@ -278,7 +280,7 @@ def recover(recipe: Recipe, teacher: str, out: Path, *, overwrite: bool, progres
         "options": [recipe.kernel, recipe.seed],
     }
     question = fingerprint("recover", VERSIONS["recover"], operations.dump(recipe.recover), inputs)
-    with folder_lock(out), kept(work, "recover"):
+    with folder_lock(out), kept(work, "recover"), writing(out, needed=prepared.plan.disk_bytes):
         if finished:
             return Written("recover", out, done_before(out, question))
         report = operations.recover(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from retrofit.checkpoint import place
+from retrofit.checkpoint.full import writing
 from retrofit.checkpoint.lock import folder_lock
 from retrofit.checkpoint.place import require_free_space, require_writable, staged
 from retrofit.errors import UserError
@@ -125,7 +126,7 @@ def test_staged_does_not_replace_what_came_while_it_wrote(keep: str | None, tmp_
 
 
 def test_a_full_disk_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="disk is full"), staged(tmp_path / "out"):
+    with pytest.raises(UserError, match="disk is full"), writing(tmp_path / "out"), staged(tmp_path / "out"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []
 

@@ -10,7 +10,7 @@ import torch
 
 from retrofit.errors import UserError
 from retrofit.kv_heads.merge import apply_maps, calibrated_maps, group_cost
-from retrofit.kv_heads.moments import LayerMoments, MomentSums, load, save, saved
+from retrofit.kv_heads.moments import LayerMoments, MomentSums, Origin, load, remove, require_own, save, saved
 from retrofit.kv_heads.weights import LayerWeights
 from retrofit.model.spec import RopeSpec
 
@@ -138,3 +138,22 @@ def test_moments_of_nothing_but_zeros_still_merge() -> None:
     sums.add(torch.zeros(5, H, D), torch.zeros(5, K, D), torch.zeros(5, K, D))
     maps, _ = calibrated_maps(sums.finish(0), weights(), ((0, 1),), ROPE)
     assert all(tensor.isfinite().all() for tensor in vars(maps).values())
+
+
+@pytest.mark.parametrize("name", ["layer-000.safetensors", "thesis.txt", "probes.json", "layer-000.safetensors.bak"])
+def test_a_folder_is_one_of_moments_by_its_mark_and_with_nothing_else_in_it(name: str, tmp_path: Path) -> None:
+    require_own(tmp_path / "none")
+    require_own(tmp_path)
+    (tmp_path / name).write_text("years of work", "utf-8")
+    with pytest.raises(UserError, match="something else than moments"):
+        require_own(tmp_path)
+    Origin({}, "original").write(tmp_path)
+    if name in ("layer-000.safetensors", "probes.json"):
+        require_own(tmp_path)
+        remove(tmp_path)
+        assert not tmp_path.exists()
+    else:
+        with pytest.raises(UserError, match="something else than moments"):
+            require_own(tmp_path)
+        remove(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [name]
