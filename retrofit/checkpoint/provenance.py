@@ -15,7 +15,7 @@ from typing import Any
 
 from retrofit.checkpoint.files import checkpoint_files
 from retrofit.errors import UserError
-from retrofit.escape import shown
+from retrofit.escape import json_text, shown
 from retrofit.files import read_json
 
 FILE = "retrofit.json"
@@ -79,7 +79,7 @@ def write_provenance(folder: str | Path, record: Mapping[str, Any]) -> Path:
     ordered.update({key: content[key] for key in sorted(content.keys() - ordered.keys())})
     canonical = {key: json.loads(json.dumps(value, sort_keys=True, allow_nan=False)) for key, value in ordered.items()}
     path = Path(folder) / FILE
-    path.write_text(json.dumps(canonical, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(json.dumps(canonical, indent=2, ensure_ascii=False)) + "\n", encoding="utf-8")
     return path
 
 

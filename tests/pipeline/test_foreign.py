@@ -50,7 +50,7 @@ def out(tmp_path_factory: pytest.TempPathFactory, model: Path, texts: Path) -> P
     source = home / "x; touch PWNED $(touch PWNED) `touch PWNED` \"'[red] # <b>"
     shutil.copytree(model, source)
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "architectures": [ARCHITECTURE]}))
+    (source / "config.json").write_text(json.dumps({**config, "architectures": ["SomebodysClass"]}))
     (source / "README.md").write_text(CARD)
     held = home / "$(touch PWNED)`|![a](http:evil)<img src=x onerror=alert(1)>.txt".replace("/", "")
     shutil.copy(texts / "held.txt", held)
@@ -65,6 +65,17 @@ def out(tmp_path_factory: pytest.TempPathFactory, model: Path, texts: Path) -> P
     assert result.exit_code == 0, result.output
     assert visible(result.output, keep="\n") == result.output
     return home / "out"
+
+
+def test_a_class_name_that_is_none_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Path(shutil.copytree(model, tmp_path / "model"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "architectures": [ARCHITECTURE]}))
+    monkeypatch.chdir(tmp_path)
+    result = retrofit("convert", source, "--kv-heads", 1, "--method", "mean", "--out", "out")
+    assert result.exit_code == 2
+    assert "`architectures` is no list of class names" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_nothing_of_them_is_executed(out: Path) -> None:
