@@ -178,10 +178,12 @@ def evaluation_texts(
 
     readings = _readings((*trained_on, *also_read), read_chars)
     found = choose([long_enough(index) for index in range(len(sources))], count, readings)
+    kinds = [kind_of(source.source) for source in sources]
+    measured = {kind for kind, one in zip(kinds, found, strict=True) if one.documents}
     for index, (source, split, one) in enumerate(zip(sources, splits, found, strict=True)):
-        if one.documents:
+        if one.documents or (one.repeated and kinds[index] in measured):  # a source that is named twice
             if notes is not None:
-                notes += one.notes(kind_of(source.source))
+                notes += one.notes(kinds[index])
             continue
         where = f"text source `{shown(source.source)}`"
         if one.trained:

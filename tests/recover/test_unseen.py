@@ -130,6 +130,12 @@ def test_a_document_is_measured_once(held: Path, tmp_path: Path) -> None:
         chosen(held, "python-docs", also=(tmp_path / "again.txt",))
 
 
+def test_a_source_named_twice_is_measured_once(held: Path) -> None:
+    names, notes = chosen(held, "python-docs", also=(held / ".." / "held",))
+    assert names == ["new0.txt", "new1.txt", "new2.txt"]
+    assert "3 documents were left out as copies" in notes[0]
+
+
 def test_built_in_text_in_a_folder_is_the_same_text(tmp_path: Path) -> None:
     (held_out,) = built_in_texts("python-docs", "held_out")
     topics = sorted(built_in_texts("python-docs", "train"), key=lambda text: -len(text.text))[:2]
