@@ -31,7 +31,6 @@ def check_reading(
 
     weights: they are on this machine. Raises UserError otherwise.
     """
-    _check_special_tokens(tokenizer, spec, teacher)
     if recipe.convert and recipe.convert.calibrates and recipe.convert.kv_heads != spec.layers[0].kv_heads and weights:
         _check_calibration(recipe.convert, spec, tokenizer, recipe.seed, teacher)
     if recipe.recover:
@@ -40,19 +39,6 @@ def check_reading(
         _check_evaluation(recipe.evaluate, tokenizer, recipe.seed, teacher)
     if weights and own_samples_in(recipe) and not (path := sample_path(teacher)).exists():
         require_writable(path.parent)
-
-
-def _check_special_tokens(tokenizer: PreTrainedTokenizerBase, spec: AttentionSpec, teacher: Teacher) -> None:
-    """Every text begins with the BOS and ends with the EOS of the tokenizer."""
-    for name in ("bos", "eos"):
-        token = getattr(tokenizer, f"{name}_token_id", None)
-        if isinstance(token, int) and token >= spec.vocab_size:
-            raise UserError(
-                f"the tokenizer's {name.upper()} is the token id {token}, and the model knows ids below "
-                f"{spec.vocab_size} (vocab_size)",
-                where=str(teacher.folder),
-                fix="put the tokenizer files that belong to these weights into the folder",
-            )
 
 
 def _check_calibration(

@@ -94,7 +94,7 @@ def test_a_chat_template_that_fails(recipe: Recipe, refused: Callable[..., str],
 
 def test_special_tokens_beyond_the_vocabulary(recipe: Recipe, refused: Callable[..., str], tmp_path: Path) -> None:
     small = save_tiny(tmp_path / "small", "llama", vocab_size=256, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    assert "BOS is the token id 256, and the model knows ids below 256" in refused(recipe(), "--model", small)
+    assert "the bos_token `<s>` has the id 256" in refused(recipe(), "--model", small)
 
 
 def test_the_licence_other_without_its_name(recipe: Recipe, refused: Callable[..., str], copy: Path) -> None:
