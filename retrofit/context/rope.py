@@ -51,6 +51,8 @@ __all__ = [
 ]
 
 DEFAULTS = RopeSettings()
+SIDE_FILES = ("tokenizer_config.json", "generation_config.json")
+"""Files beside config.json that hold the window too."""
 
 
 def extend(
@@ -172,6 +174,8 @@ def write_extended(
     extension = plan(raw, length=length, factor=factor, method=method, settings=settings, held=held)
     fields = extend_fields(checkpoint.config, length=length, factor=factor, method=method, settings=settings, whole=raw)
     require_clean(lint(fields, loaded), str(out))
+    for name in SIDE_FILES:
+        side_file(source, name)
     with staged(out, overwrite=overwrite) as folder:
         if learned.has_table(fields):
             learned.rewrite_table(checkpoint, folder, fields, extension.before, extension.length)
@@ -184,9 +188,10 @@ def write_extended(
                 copy_file(source / name, folder / name, link=link)
             write_config(folder, fields)
         copy_side_files(source, folder)
-        _raise(folder / "tokenizer_config.json", "model_max_length", extension.length)
+        tokenizer, generation = SIDE_FILES
+        _raise(folder / tokenizer, "model_max_length", extension.length)
         # Any other limit of what is generated was somebody's choice.
-        _raise(folder / "generation_config.json", "max_length", extension.length, only=extension.before)
+        _raise(folder / generation, "max_length", extension.length, only=extension.before)
     return extension
 
 

@@ -16,6 +16,7 @@ from retrofit.evaluate.reader import require_positions
 from retrofit.kernels.registry import choose
 from retrofit.model.families import family_of
 from retrofit.model.load import resolve_dtype, working_dtype
+from retrofit.model.side_files import side_file
 from retrofit.model.source import Source
 from retrofit.model.spec import AttentionSpec
 from retrofit.model.stored import read_config
@@ -112,6 +113,8 @@ def check_surgery(
             raise UserError(finding.what, where=f"config.json: {finding.where}", fix=finding.fix)
         notes.append(f"{finding.where}: {finding.what}")
     if recipe.context:
+        for name in rope.SIDE_FILES:
+            side_file(folder, name)
         notes += _check_context(recipe.context, config, claimed)
     if recipe.evaluate:
         _check_lengths(recipe, config, spec, claimed, beyond=beyond)
