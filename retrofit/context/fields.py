@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from retrofit.errors import UserError
+from retrofit.escape import shown
 from retrofit.model.sensible import LAYER_TYPES
 from retrofit.model.stored import is_number, is_whole
 
@@ -21,6 +23,19 @@ if TYPE_CHECKING:
 DEFAULT_PARTIAL = {"phi": 0.5, "stablelm": 0.25}
 ROTARY = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor")
 _MOST_HEAD_DIM = 1 << 14
+_MOST = 1e15  # no factor and no theta comes near it, and products of two are still numbers
+NUMBERS = (
+    "rope_theta",
+    "factor",
+    "partial_rotary_factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "low_freq_factor",
+    "high_freq_factor",
+)
 GEMMA_LOCAL_THETA = 10_000.0
 
 
@@ -109,6 +124,18 @@ def _filled(raw: Mapping[str, Any], parameters: Mapping[str, Any], layer_type: s
     return merged
 
 
+def require_numbers(view: RopeView) -> None:
+    """UserError that names the first rotary parameter of a file which is no number where formulas need one."""
+    for key in NUMBERS:
+        value, least = view.parameters.get(key), 1 if key == "rope_theta" else 0
+        if value is not None and not (is_number(value) and least < value < _MOST):
+            raise UserError(
+                f"{key} is {shown(repr(value), 60)}, not a number above {least}",
+                where=f"config.json: {view.where}",
+                fix="correct it, or download config.json again",
+            )
+
+
 def head_dim(raw: Mapping[str, Any]) -> int:
     """Width of one attention head; 0 where the file does not say it in numbers."""
     own, width, heads = (raw.get(name) for name in ("head_dim", "hidden_size", "num_attention_heads"))
@@ -132,4 +159,4 @@ def original_length(raw: Mapping[str, Any], parameters: Mapping[str, Any]) -> in
     inside, outside = parameters.get("original_max_position_embeddings"), raw.get("original_max_position_embeddings")
     first, second = (inside, outside) if is_nested(raw.get("rope_parameters")) else (outside, inside)
     value = second if first is None else first
-    return value if is_whole(value) and 0 < value < 2**31 else None
+    return value if is_whole(value) and 1 < value < 2**31 else None

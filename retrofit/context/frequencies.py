@@ -12,7 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from retrofit.context.fields import RopeView, as_dict, head_dim, original_length, rotary_dim, text_part, views
+from retrofit.context.fields import (
+    RopeView,
+    as_dict,
+    head_dim,
+    original_length,
+    require_numbers,
+    rotary_dim,
+    text_part,
+    views,
+)
 from retrofit.errors import UserError
 from retrofit.model.spec import RopeSpec
 
@@ -124,9 +133,10 @@ def select(raw: Mapping[str, Any], layer_type: str | None) -> RopeView:
 def compute(raw: Mapping[str, Any], view: RopeView, tokens: int | None = None) -> tuple[np.ndarray, float]:
     """(inverse frequencies float64 [D/2], attention factor) of one view."""
     got, kind = view.parameters, view.rope_type
+    require_numbers(view)
 
-    def need(key: str, value: Any = None) -> Any:
-        found = got.get(key) if value is None else value
+    def need(key: str) -> Any:
+        found = original_length(raw, got) if key == "original_max_position_embeddings" else got.get(key)
         if found is None:
             raise UserError(
                 f"rope_type `{kind}` needs `{key}`",
@@ -146,7 +156,7 @@ def compute(raw: Mapping[str, Any], view: RopeView, tokens: int | None = None) -
         window, factor = int(raw["max_position_embeddings"]), float(need("factor"))
         stretch = factor * max(tokens or 0, window) / window - (factor - 1)
         return base_frequencies(ntk_theta(theta, dim, stretch), dim), 1.0
-    original = int(need("original_max_position_embeddings", original_length(raw, got)))
+    original = int(need("original_max_position_embeddings"))
     if kind == "llama3":
         low, high = float(need("low_freq_factor")), float(need("high_freq_factor"))
         factor = float(need("factor"))

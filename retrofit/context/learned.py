@@ -41,7 +41,7 @@ _BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that old checkpoi
 
 def has_table(text: Mapping[str, Any]) -> bool:
     """Whether the family of this configuration learns its positions."""
-    return text.get("model_type") in TABLES
+    return str(text.get("model_type")) in TABLES
 
 
 def require_interpolation(method: str, settings: RopeSettings) -> None:

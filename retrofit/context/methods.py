@@ -9,11 +9,13 @@ from typing import Any
 
 from retrofit.context import frequencies as spectra
 from retrofit.context import learned
-from retrofit.context.fields import RopeView, rotary_dim, views
+from retrofit.context.fields import RopeView, head_dim, require_numbers, rotary_dim, views
 from retrofit.context.history import history, total_factor, trained_with_llama3
 from retrofit.context.longrope import LONGROPE_ONLY, as_longrope, lists
 from retrofit.context.names import rotary_fields
 from retrofit.errors import UserError
+from retrofit.escape import shown
+from retrofit.model.stored import is_whole
 from retrofit.recipe.schema import MOST_TOKENS, ROPE_SETTINGS, RopeSettings
 
 METHODS = tuple(ROPE_SETTINGS)
@@ -54,9 +56,9 @@ def extended(
     """
     _require_method(method, settings)
     before = text.get("max_position_embeddings", text.get("n_positions"))
-    if not isinstance(before, int) or isinstance(before, bool) or before < 1:
+    if not is_whole(before) or not 1 <= before <= MOST_TOKENS:
         raise UserError(
-            f"The model's window is not a whole number of tokens: {before!r}",
+            f"The model's window is not a whole number of tokens: {shown(repr(before), 60)}",
             where="config.json: max_position_embeddings",
             fix="write the number of tokens the model was trained with",
         )
@@ -76,6 +78,13 @@ def extended(
             fix="leave `context` out of the recipe",
         )
     view = chosen[0]
+    require_numbers(view)
+    if not rotary_dim(text, view.parameters):
+        raise UserError(
+            "config.json does not say in numbers how wide a head is",
+            where="config.json: hidden_size, num_attention_heads",
+            fix="download the file again",
+        )
     original, used = history(text, view, before, method)
     step = length / before
     scale = total_factor(text, view, method, before, length, used)
@@ -92,7 +101,7 @@ def extended(
     # `none` claims the length for the model itself: nothing was extended, so there is no other original length.
     fields = rotary_fields(text, merged, length, None if method == "none" or trained else original)
     if text.get("model_type") in HEAD_DIM_NEEDED and text.get("head_dim") is None:
-        fields["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
+        fields["head_dim"] = head_dim(text)
     return fields, extension
 
 

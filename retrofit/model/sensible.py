@@ -55,7 +55,8 @@ def require_sensible(config: Any, where: str) -> None:
         return UserError(what, where=f"{where}: {name}", fix=fix)
 
     for name, what in _OTHER_MODELS.items():
-        if getattr(config, name, None):
+        value = getattr(config, name, None)
+        if value or (name == "text_config" and value is not None):
             raise refuse(name, f"this is no plain causal language model: {what}", "choose another model")
     for name in (*_SIZES, *_OPTIONAL_SIZES):
         value = getattr(config, name, None)

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from retrofit.context.frequencies import frequencies, of_layer
+from retrofit.context.lint import lint
 from retrofit.errors import UserError
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, quiet
@@ -179,3 +180,25 @@ def test_what_transformers_refuses_is_refused(tmp_path, family, fields):
 def test_what_nobody_can_have_meant_is_refused(tmp_path, family, fields, message):
     with pytest.raises(UserError, match=message):
         load_config(stored(tmp_path, family, fields))
+
+
+@pytest.mark.parametrize("value", [[1], {"a": 1}, "x", True, 0, -1, 10**400, 1e308, float("nan")])
+@pytest.mark.parametrize("key", ["rope_theta", "factor", "beta_fast", "mscale", "original_max_position_embeddings"])
+def test_the_linter_names_what_is_no_number(key, value):
+    text = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 512}
+    raw = {**text, "rope_parameters": {**YARN, "rope_theta": 1e4, key: value}}
+    lint(raw)
+    with pytest.raises(UserError):
+        frequencies(raw)
+
+
+@pytest.mark.parametrize("value", [5, "linear", [1], {"full_attention": 1}])
+def test_the_linter_names_what_is_no_set_of_parameters(value):
+    text = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 512}
+    assert "not-an-object" in [one.rule for one in lint({**text, "rope_parameters": value})]
+
+
+def test_two_original_lengths_are_an_error():
+    text = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 512}
+    found = lint({**text, "rope_parameters": {**YARN, "rope_theta": 1e4}, "original_max_position_embeddings": 64})
+    assert "original-conflict" in [one.rule for one in found]
