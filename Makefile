@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt
 
-.PHONY: demo test test-slow test-eval attack fuzz lint bench bench-lengths bench-heads bench-large bench-curve bench-extension install clean
+.PHONY: demo test test-slow test-eval attack fuzz lint bench bench-lengths bench-heads bench-large bench-curve bench-extension docs install clean
 
 $(VENV)/.demo: pyproject.toml constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,14 @@ fuzz: $(VENV)/.dev
 	$(PIP) -e '.[fuzz]'
 	for target in $(or $(TARGET),$$($(BIN)/python -c 'from tests.fuzz.targets import TARGETS; print(*TARGETS)')); do \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run $$target $(SECONDS) || exit 1; done
+
+$(VENV)/.docs: $(VENV)/.dev
+	$(PIP) -e '.[docs]'
+	@touch $@
+
+# All pages, with the references of commands, recipes and functions, into build/docs/.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -51,6 +51,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert sources | templates <= set(names)
 
 
+def test_the_description_on_a_package_index_is_the_readme_without_links_that_lead_nowhere(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(f"attention_retrofit-{retrofit.__version__}.dist-info/METADATA").decode()
+    assert "## Three uses" in metadata
+    assert "](docs/" not in metadata
+
+
 def test_the_wheel_works_in_an_environment_of_its_own(wheel: Path, tmp_path: Path) -> None:
     """Dependencies come from this environment by a path file, but not this checkout."""
     environment = tmp_path / "venv"
