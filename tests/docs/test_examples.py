@@ -25,6 +25,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def no_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speeds are not measured: they take most of the time and say nothing of an example."""
+    monkeypatch.setattr("retrofit.pipeline.operations.run_costs", lambda folders, *_, **__: dict.fromkeys(folders))
+
+
 def test_the_script_says_what_was_saved_and_lost(
     model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
