@@ -57,7 +57,8 @@ _OF_THE_MOMENT = ("seconds", "peak_bytes", "tokens_per_second", "resumed_from", 
 class Origin:
     """What a written folder records about itself. source: of the original model; steps: those before this one.
 
-    question: digest of everything that a command of one step was asked; None in a run, whose journal knows that.
+    question: digest of everything that a command of one step was asked; None in a run, whose journal knows that, and
+    which files it wrote.
     """
 
     source: Mapping[str, object]
@@ -70,8 +71,9 @@ class Origin:
         return replace(self, steps=(*self.steps, record))
 
     def write(self, folder: Path) -> None:
-        """Write retrofit.json."""
-        asked = {} if self.question is None else {"question": self.question}
+        """Write retrofit.json into the folder, which is whole but for that."""
+        own = self.question is not None
+        asked = {"question": self.question, "files": digest(folder, everything=True)} if own else {}
         write_provenance(folder, {"source": self.source, "steps": self.steps, "versions": versions(), **asked})
 
 

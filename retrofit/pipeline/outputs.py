@@ -1,22 +1,21 @@
 """Where a command of one step writes: refused before any work when something stands in the way.
 
 A result says which question it answers (`QUESTION`): the same command finds it done, and does nothing again. What
-another command wrote is replaced by `--overwrite` alone, and what somebody else wrote never.
+another command wrote is replaced by `--overwrite` alone, and what somebody else wrote or changed never: the record of a
+checkpoint holds the digests of its files.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 from retrofit.checkpoint.place import require_writable
-from retrofit.checkpoint.provenance import FILE
+from retrofit.checkpoint.provenance import FILE, digest, sha256
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.checkpoint.write import SIDE_FILES, SIDE_FOLDERS
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.evaluate.losses import TokenLosses
@@ -24,7 +23,7 @@ from retrofit.kv_heads import moments as stored
 from retrofit.recipe.schema import Convert
 
 QUESTION = "question"
-_OWN = re.compile(r"(model[\w.-]*|\.shard-\d+)\.safetensors(\.index\.json)?|config\.json")
+FILES = "files"
 _ANOTHER = "remove it, give another --out, or add --overwrite to replace what this program wrote there"
 
 
@@ -38,7 +37,7 @@ def require_new(out: Path, *, overwrite: bool) -> bool:
     """UserError unless `out` can become a checkpoint folder. True where it is one that this program finished, by a
     command that `done_before` may know.
 
-    overwrite: one that this program wrote may be there, with nothing else in it.
+    overwrite: one that this program wrote may be there, as it was written and with nothing else in it.
     """
     require_writable(out)
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
@@ -49,7 +48,7 @@ def require_new(out: Path, *, overwrite: bool) -> bool:
             "the output folder exists and is not empty", where=shown(out), fix="remove it, or give another --out"
         )
     if overwrite:
-        _require_only_ours(out)
+        _require_only_ours(out, record)
         return False
     if QUESTION not in record:
         raise _taken(out)
@@ -57,11 +56,22 @@ def require_new(out: Path, *, overwrite: bool) -> bool:
 
 
 def done_before(out: Path, question: str) -> dict[str, Any]:
-    """What the last step of the finished checkpoint `out` recorded. UserError unless `question` was asked."""
+    """What the last step of the finished checkpoint `out` recorded. UserError unless `question` was asked, and where
+    its configuration or weights are not what was written."""
     record = _record(out)
     if record is None or record.get(QUESTION) != question:
         raise _taken(out)
     Checkpoint.open(out)
+    written = record.get(FILES)
+    if not isinstance(written, dict):
+        raise _taken(out)
+    for name, now in digest(out).items():
+        if written.get(name) != now:
+            raise UserError(
+                f"this command wrote the output folder, and `{shown(name)}` was changed since",
+                where=shown(out),
+                fix="move the folder elsewhere to write it again, or give another --out",
+            )
     return {**record["steps"][-1]["result"], "notes": [f"done before: {shown(out)} is this command's, and is kept"]}
 
 
@@ -146,12 +156,29 @@ def _record(out: Path) -> dict[str, Any] | None:
     return record if ours else None
 
 
-def _require_only_ours(out: Path) -> None:
-    known = {*SIDE_FILES, *SIDE_FOLDERS, FILE}
-    others = sorted(path.name for path in out.iterdir() if path.name not in known and not _OWN.fullmatch(path.name))
-    if others:
+def _require_only_ours(out: Path, record: Mapping[str, Any]) -> None:
+    """UserError unless the folder holds the files that its record names, as they were written, and nothing else."""
+    written = record.get(FILES)
+    if not isinstance(written, dict):
         raise UserError(
-            f"`{shown(others[0])}` in the output folder was not written by this program",
+            f"{FILE} does not say which files this program wrote there",
+            where=shown(out),
+            fix="remove the folder, or give another --out",
+        )
+    folders = {str(parent) for name in written for parent in PurePath(name).parents}
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out).as_posix()
+        plain = not path.is_symlink()
+        if name == FILE or (name in folders and plain and path.is_dir()):
+            continue
+        if name not in written:
+            said = "was not written by this program"
+        elif not (plain and path.is_file()) or sha256(path) != written[name]:
+            said = "was changed after this program wrote it"
+        else:
+            continue
+        raise UserError(
+            f"`{shown(name)}` in the output folder {said}",
             where=shown(out),
             fix="move it elsewhere, or give another --out",
         )

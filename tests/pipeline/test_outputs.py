@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,14 @@ def test_the_second_of_two_evaluations_into_one_file_is_told(model: Path, texts:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope="module")
+def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with 2 KV heads, written by `convert`."""
+    out = tmp_path_factory.mktemp("written") / "out"
+    assert retrofit("convert", model, "--method", "mean", "--kv-heads", 2, "--out", out).exit_code == 0
+    return out
+
+
 @pytest.mark.parametrize("command", ["convert", "extend"])
 def test_a_checkpoint_is_found_done_and_replaced_when_told(command: str, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -78,6 +87,40 @@ def test_a_checkpoint_is_found_done_and_replaced_when_told(command: str, model: 
     (out / "model-q8.gguf").unlink()
     assert retrofit(*call, *other, "--overwrite").exit_code == 0
     assert contents(out) != before
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model-mine.safetensors", "was not written by this program"),
+        ("LICENSE", "was not written by this program"),
+        (".notes", "was not written by this program"),
+        ("additional_chat_templates/thesis.txt", "was not written by this program"),
+        ("vocab.txt/thesis.txt", "was not written by this program"),
+        ("config.json", "was changed after this program wrote it"),
+        ("model.safetensors", "was changed after this program wrote it"),
+    ],
+)
+def test_what_somebody_added_or_changed_is_not_replaced(
+    name: str, words: str, written: Path, model: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(written, tmp_path / "out"))
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_bytes((out / name).read_bytes() + b"\n" if (out / name).is_file() else b"years of work")
+    before = contents(out)
+    refused("convert", model, "--method", "mean", "--kv-heads", 1, "--out", out, "--overwrite", words=words)
+    assert contents(out) == before
+
+
+def test_weights_that_were_changed_are_not_found_done(written: Path, model: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(written, tmp_path / "out"))
+    (out / "tokenizer_config.json").write_text("{}")
+    again = retrofit("convert", model, "--method", "mean", "--kv-heads", 2, "--out", out)
+    assert again.exit_code == 0, "what people edit beside the weights stays"
+    content = bytearray((out / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (out / "model.safetensors").write_bytes(content)
+    refused(*("convert", model, "--method", "mean", "--kv-heads", 2, "--out", out), words="was changed since")
 
 
 def test_a_folder_of_somebody_else_is_never_replaced(model: Path, tmp_path: Path) -> None:
