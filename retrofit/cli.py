@@ -522,10 +522,10 @@ def evaluate(
         lengths=_numbers(lengths),
         suite=suite,
         documents=documents,
-        needle=_numbers(needle),
+        needle=_numbers(needle, "--needle"),
         depths=depths,
         together=together,
-        ruler=_numbers(ruler),
+        ruler=_numbers(ruler, "--ruler"),
         tasks=task or (),
         task_folder=task_folder,
         fewshot=fewshot,
@@ -640,13 +640,13 @@ def _console(json: bool) -> Console:
     return Console("json" if json else None)
 
 
-def _numbers(text: str | None) -> tuple[int, ...] | None:
+def _numbers(text: str | None, option: str = "--lengths") -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = [part.strip().replace("_", "") for part in text.split(",")]
     if not all(re.fullmatch("[0-9]{1,18}", part) and int(part) > 0 for part in parts):
         raise UserError(
-            f"`{shown(text, 80)}` is not a list of lengths", where="--lengths", fix="write for example 2048,4096"
+            f"`{shown(text, 80)}` is not a list of lengths", where=option, fix="write for example 2048,4096"
         )
     return tuple(int(part) for part in parts)
 

@@ -94,8 +94,11 @@ def parse(text: str) -> Parsed:
 
 
 def front_matter(text: str) -> str | None:
-    """The YAML between the `---` that a Markdown text begins with and the next one; None when there is none."""
-    first, newline, rest = text.partition("\n")
+    """The YAML between the `---` that a Markdown text begins with and the next one; None when there is none.
+
+    White space may stand before it, as on the hub.
+    """
+    first, newline, rest = text.lstrip().partition("\n")
     closed = _CLOSED.search(rest) if first.rstrip() == "---" and newline else None
     return rest[: closed.start()] if closed else None
 

@@ -123,6 +123,7 @@ def test_a_value_that_is_not_read_leaves_the_others(value: str, says: str) -> No
         ("---\na: 1\n---\nb", "a: 1\n"),
         ("--- \r\na: 1\r\n---", "a: 1\r\n"),
         ("---\n---\n", ""),
+        ("\n \n---\na: 1\n---\n", "a: 1\n"),
         ("---\na: 1\n", None),
         ("# a\n---\nb: 1\n---\n", None),
         ("---\n" + "\n" * 20_000, None),

@@ -106,6 +106,8 @@ def require_plausible(config: Mapping[str, Any], where: str) -> None:
         for name, value in part.items():
             if name in _MOST:
                 _require_size(name, value, f"{where}: {prefix}{name}")
+            elif prefix not in ("", "text_config."):
+                continue  # other parts may hold another program's settings, in its own words
             elif name in ("dtype", "torch_dtype") and value is not None and value not in STORED_DTYPES:
                 raise UserError(
                     f"{shown(repr(value), 60)} is no dtype of weights",
@@ -179,8 +181,8 @@ def _require_size(name: str, value: object, where: str) -> None:
 
 
 def _parts(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(prefix, fields) of the configuration and of the parts inside it."""
+    """(prefix, fields) of the configuration and of the parts inside it; `transformers.js_config` is none of them."""
     yield prefix, config
     for name, value in config.items():
-        if name.endswith("_config") and isinstance(value, Mapping):
+        if name.endswith("_config") and name.isidentifier() and isinstance(value, Mapping):
             yield from _parts(value, f"{prefix}{name}.")

@@ -171,7 +171,7 @@ def _read(text: str, filename: str) -> _Document:
 
 
 def _apply(document: _Document, override: str) -> None:
-    """Lay one `a.b=c` over the values; c is read as YAML."""
+    """Lay one `a.b=c` over the values; c is read as YAML, and a bound like `>= 2` as it is."""
     option = f"--set {shown(override, 120)}"
     dotted, equals, text = override.partition("=")
     parts = dotted.strip().split(".")
@@ -181,7 +181,8 @@ def _apply(document: _Document, override: str) -> None:
     if len(parts) > yamlfile.MAX_DEPTH:
         document.problems.append(Problem(option, dotted, f"no key has {len(parts):,} parts"))
         return
-    parsed = yamlfile.parse(text)
+    greater = text.lstrip().startswith(">") and "\n" not in text  # what opens a block in YAML, where lines follow
+    parsed = yamlfile.Parsed(text.strip()) if greater else yamlfile.parse(text)
     if parsed.problems:
         document.problems += [Problem(option, dotted, problem.what) for problem in parsed.problems]
         return

@@ -7,9 +7,17 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from retrofit.escape import shown, visible
 from retrofit.recipe.hub import OTHER, is_link, is_repo_id, licence_problem
@@ -40,7 +48,7 @@ RULER_TASKS: tuple[RulerTask, ...] = (
 )
 
 _REQUIRE_KEY = re.compile(
-    r"(ppl|ppl_ratio|tail_ppl|tail_ppl_ratio|kv_ratio|kernel_max_diff|effective_length)(@[0-9]{1,10})?(/[\w.-]+)?"
+    r"(ppl|ppl_ratio|tail_ppl|tail_ppl_ratio|kv_ratio|kernel_max_diff|effective_length)(@[1-9][0-9]{0,9})?(/[\w.-]+)?"
     r"|(task|task_drop)@[\w.:+-]+(/[\w.,+-]+)?"
 )
 _BOUND = re.compile(r"\s*(<=|>=|<|>)\s*((?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*")
@@ -85,6 +93,20 @@ class Section(BaseModel):
     after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch(cls, value: object, info: ValidationInfo) -> object:
+        """`true`, `yes` and `on` are no numbers, whatever Python counts them as."""
+        some = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(one, bool) for one in some) and _counts(cls.model_fields[info.field_name or ""].annotation):
+            raise ValueError("must be a number, not true or false")
+        return value
+
+
+def _counts(annotation: object) -> bool:
+    """Whether a type is that of a number, or holds one."""
+    return annotation in (int, float) or any(map(_counts, get_args(annotation)))
 
 
 class TextSource(Section):

@@ -17,7 +17,7 @@ from retrofit.recipe.hub import is_model_or_dataset, is_name
 from retrofit.recipe.schema import TextSource
 from retrofit.recover.corpora import BUILT_IN
 from retrofit.recover.folders import LINES, PARQUET, text_files
-from retrofit.recover.reading import holds_json_rows, json_lines, plain_text, suffix_of
+from retrofit.recover.reading import json_lines, json_rows, plain_text, suffix_of
 
 HUB = "hub:"
 OWN_SAMPLES = "self"
@@ -87,14 +87,15 @@ def _file_rows(file: Path, name: str, field: str) -> Iterator[Row]:
         return
     if suffix not in LINES:
         text = plain_text(file)
-        if not holds_json_rows(text, field):
+        keys = json_rows(text, field)
+        if not keys:
             yield name, text
             return
         if suffix:
             raise UserError(
-                f"the lines are JSON objects with the key `{shown(field, 40)}`, not prose",
+                f"the lines are JSON objects, not prose; their keys: {shown(', '.join(keys), 120)}",
                 where=shown(file),
-                fix="name the file .jsonl, and its rows are read as texts",
+                fix="name the file .jsonl, and its rows are read as texts; `field:` names the key that holds the text",
             )
     for number, row in json_lines(file):
         yield f"{name}:{number}", _text_field(row, field, f"{shown(file)}:{number}")

@@ -76,11 +76,13 @@ def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
     """(number, line) of every line, its end left out. Raises UserError as `plain_text` does."""
     with _opened(file) as stream:
         head, encoding = _start(_read(stream, file, 64), file)
-        number, rest = 0, head
+        number, looked, rest = 0, 0, bytearray(head)
         newline = "\n".encode(encoding)
         while True:
             data = _read(stream, file, 1 << 20)
-            whole, rest = _cut(rest + data, newline) if data else (rest, b"")
+            rest += data
+            whole = _cut(rest, newline, looked) if data else bytes(rest)
+            looked = max(0, len(rest) - len(newline) + 1)
             if not data and not whole:
                 return
             for line in _decoded(whole, encoding, file, number):
@@ -113,16 +115,19 @@ def json_lines(file: Path) -> Iterator[tuple[int, dict[str, object]]]:
         yield number, row
 
 
-def holds_json_rows(text: str, field: str) -> bool:
-    """Whether a text is rows of JSON: its first two lines (or its only one) are objects with the key `field`."""
+def json_rows(text: str, field: str) -> list[str]:
+    """The keys of the rows where a text is rows of JSON, else none: its first two lines are objects, or its only one is
+    an object with the key `field`."""
     if not text.lstrip().startswith("{"):
-        return False
+        return []
     first = [line for line in text.split("\n", 50)[:50] if line.strip()][:2]
     try:
         rows = [json.loads(line) for line in first]
     except (ValueError, RecursionError):
-        return False
-    return all(isinstance(row, dict) and field in row for row in rows)
+        return []
+    if not all(isinstance(row, dict) for row in rows) or (len(rows) == 1 and field not in rows[0]):
+        return []
+    return list(rows[0])
 
 
 @contextmanager
@@ -171,12 +176,16 @@ def _start(data: bytes, file: Path) -> tuple[bytes, str]:
     return data, "utf-8"
 
 
-def _cut(data: bytes, newline: bytes) -> tuple[bytes, bytes]:
-    """Cut after the last newline, which in UTF-16 and UTF-32 starts at a whole character."""
-    at = data.rfind(newline)
+def _cut(data: bytearray, newline: bytes, start: int) -> bytes:
+    """Take off what ends with the last newline that begins at `start` or later; in UTF-16 and UTF-32 it starts at a
+    whole character. What came before `start` was looked at already: a long line is read once."""
+    at = data.rfind(newline, start)
     while at >= 0 and at % len(newline):
-        at = data.rfind(newline, 0, at + len(newline) - 1)
-    return data[: at + len(newline) if at >= 0 else 0], data[at + len(newline) if at >= 0 else 0 :]
+        at = data.rfind(newline, start, at + len(newline) - 1)
+    end = at + len(newline) if at >= 0 else 0
+    whole = bytes(data[:end])
+    del data[:end]
+    return whole
 
 
 def _decoded(data: bytes, encoding: str, file: Path, before: int) -> list[str]:

@@ -130,6 +130,11 @@ def test_fields_left_to_the_class_are_those_of_the_class(tmp_path):
     assert found.max_position_embeddings == 131_072
 
 
+@pytest.mark.parametrize("name", ["transformers.js_config", "onnx_config", "neuron_config"])
+def test_settings_of_other_programs_are_in_their_own_words(tmp_path, name):
+    load_config(stored(tmp_path, "llama", **{name: {"dtype": "q4", "kv_cache_dtype": {"q4f16": "float16"}}}))
+
+
 @pytest.mark.parametrize("value", [-1, None, VOCAB_SIZE - 1])
 def test_padding_that_torch_takes_is_accepted(tmp_path, value):
     assert load_config(stored(tmp_path, "llama", pad_token_id=value)).pad_token_id == value

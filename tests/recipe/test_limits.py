@@ -27,6 +27,14 @@ def test_seeds_are_those_that_every_generator_takes(seed: int) -> None:
     assert f"must be at {'least 0' if seed < 0 else f'most {MOST_SEED}'}" in refused("seed", seed)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("convert.kv_heads", True), ("recover.learning_rate", False), ("seed", True), ("evaluate.lengths", [64, True])],
+)
+def test_a_switch_is_no_number(key: str, value: Any) -> None:
+    assert "must be a number, not true or false" in refused(key, value)
+
+
 @pytest.mark.parametrize("bound", ["<= 1.2.3", "<= .", "<= 1e999", "<= nan", "== 1", "<= 1\n; x", "1", "<= -1", "<= ١"])
 def test_a_bound_is_a_comparison_with_a_finite_number(bound: str) -> None:
     assert "is not a bound" in refused("require", {"ppl@64": bound})
@@ -37,7 +45,9 @@ def test_bounds_are_read_as_written() -> None:
     assert found == [("<=", 1.5), (">", 2.0), ("<", 0.5), (">=", 0.001), ("<=", 1.0)]
 
 
-@pytest.mark.parametrize("key", ["ppl_ratio@64\n", "nope@64", "ppl@" + "9" * 5000, "ppl@٦٤", "task@", "ppl@64/a b"])
+@pytest.mark.parametrize(
+    "key", ["ppl_ratio@64\n", "nope@64", "ppl@" + "9" * 5000, "ppl@٦٤", "ppl@064", "task@", "ppl@64/a b"]
+)
 def test_a_metric_has_a_known_name(key: str) -> None:
     assert "is not a metric" in refused("require", {key: "<= 1"})
 

@@ -70,12 +70,13 @@ def test_what_is_no_mapping_is_refused_with_a_line(text: str) -> None:
 
 def test_overrides_are_laid_over_the_file_before_it_is_validated() -> None:
     text = "name: x\nconvert: {kv_heads: two}\nrecover: null\n"
-    overrides = ["convert.kv_heads=2", "recover.tokens=2048", "evaluate.lengths=[64, 32]", "require.ppl@64=<= 3"]
+    overrides = ["convert.kv_heads=2", "recover.tokens=2048", "evaluate.lengths=[64, 32]"]
+    overrides += ["require.ppl@64=<= 3", "require.kv_ratio=>= 2"]
     recipe = parse(text, "r.yaml", Recipe, overrides)
     assert recipe.convert is not None and recipe.convert.kv_heads == 2
     assert recipe.recover is not None and recipe.recover.tokens == 2048
     assert recipe.evaluate is not None and recipe.evaluate.lengths == (32, 64)
-    assert recipe.require == {"ppl@64": "<= 3"}
+    assert recipe.require == {"ppl@64": "<= 3", "kv_ratio": ">= 2"}
 
 
 def test_an_override_reaches_an_item_of_a_list_and_removes_a_section() -> None:

@@ -85,6 +85,21 @@ def test_lines_longer_than_what_is_read_at_once(tmp_path: Path) -> None:
         assert read(tmp_path / "a.jsonl") == long
 
 
+def test_a_long_line_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it is added to, no part of it is searched for its end again."""
+    searched = []
+    cut = reading._cut
+
+    def counted(data: bytearray, newline: bytes, start: int) -> bytes:
+        searched.append(len(data) - start)
+        return cut(data, newline, start)
+
+    monkeypatch.setattr(reading, "_cut", counted)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "word " * 2_000_000}))
+    assert len(read(tmp_path / "a.jsonl")[0]) == 10_000_000
+    assert sum(searched) < 1.1 * (tmp_path / "a.jsonl").stat().st_size
+
+
 @pytest.mark.parametrize(
     ("name", "data", "what", "line"),
     [
@@ -121,7 +136,9 @@ def test_what_is_broken_is_named_by_its_line(tmp_path: Path, name: str, data: by
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git LFS"),
         ("a.txt.gz", b"words", "cannot be unpacked"),
         ("a.txt.gz", gzip.compress(TEXT.encode() * 9)[:-9], "cannot be unpacked"),
-        ("a.txt", ROWS.encode(), "JSON objects with the key `text`"),
+        ("a.txt", ROWS.encode(), "JSON objects, not prose"),
+        ("a.md", ROWS.replace('"text"', '"content"').encode(), "keys: content"),
+        ("a", ROWS.replace('"text"', '"content"').encode(), "no key `text`; there are: content"),
     ],
 )
 def test_files_that_are_not_what_their_name_says(tmp_path: Path, name: str, data: bytes, what: str) -> None:
