@@ -38,7 +38,10 @@ def folder_lock(path: str | Path, *, wait: bool = False, progress: Progress | No
     """
     path = Path(path).resolve()
     require_writable(path.parent)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(error, path) from None
     lock = path.parent / f".{path.name}.lock"
     told = False
     while True:
@@ -88,7 +91,7 @@ def _opened(lock: Path, path: Path) -> int:
             raise _not_ours(lock) from None
         if error.errno == errno.ENAMETOOLONG:
             raise UserError("the name is too long", where=shown(path), fix="use a shorter one") from None
-        raise
+        raise _unwritable(error, path) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise _not_ours(lock)
@@ -109,6 +112,13 @@ def _is_ours(descriptor: int) -> bool:
 def _owner(descriptor: int) -> str:
     found = _WORDS.fullmatch(os.pread(descriptor, _MOST, 0))
     return found[1].decode() if found else "unknown"
+
+
+def _unwritable(error: OSError, path: Path) -> OSError | UserError:
+    """What to raise where nothing can be made beside `path`; a full disk is told of where more is known."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE):
+        return error
+    return UserError(f"cannot write there: {error.strerror}", where=shown(path), fix="choose another folder")
 
 
 def _not_ours(lock: Path) -> UserError:

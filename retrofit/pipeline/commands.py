@@ -424,7 +424,7 @@ def evaluate(
         needle={"lengths": list(needle or ()), "depths": depths, "together": together},
         tasks={
             "names": list(tasks),
-            "folder": str(task_folder) if task_folder else None,
+            "folder": None if task_folder is None else str(task_folder),
             "fewshot": fewshot,
             "limit": limit,
         },

@@ -331,7 +331,9 @@ def evaluate_section(
 
     asked: further keys of the section.
     """
-    values: dict[str, Any] = load_suite(suite).evaluation().model_dump(mode="json") if suite else {"documents": 1}
+    values: dict[str, Any] = (
+        load_suite(suite).evaluation().model_dump(mode="json") if suite is not None else {"documents": 1}
+    )
     if text:
         values["text"] = list(text)
     if lengths:
@@ -340,13 +342,18 @@ def evaluate_section(
         values["documents"] = documents
     if dtype != "auto":
         values["dtype"] = dtype
-    if needle := {key: value for key, value in (needle or {}).items() if value}:
+    if needle := {key: value for key, value in (needle or {}).items() if _given(value)}:
         fix = "add --needle N,N, or a --suite that has a needle test"
         values["needle"] = _over(values.get("needle"), needle, "lengths", "needle test", fix)
-    if tasks := {key: value for key, value in (tasks or {}).items() if value not in (None, [])}:
+    if tasks := {key: value for key, value in (tasks or {}).items() if _given(value)}:
         fix = "add --task NAME, or a --suite that asks tasks"
         values["tasks"] = _over(values.get("tasks"), tasks, "names", "task", fix)
-    return {**values, **{key: value for key, value in asked.items() if value}}
+    return {**values, **{key: value for key, value in asked.items() if _given(value)}}
+
+
+def _given(value: object) -> bool:
+    """Whether an option was given: 0 and "" were, and are refused by what they are meant for."""
+    return value is not None and value is not False and value != []
 
 
 def _over(

@@ -196,6 +196,12 @@ def evaluation_texts(
                 where=where,
                 fix="leave it out",
             )
+        if split == "held_out" and not longest[index]:
+            raise UserError(
+                "no document of it is held out: all of it is trained or calibrated on",
+                where=where,
+                fix="measure on other text, or give this source more documents",
+            )
         raise UserError(
             f"no {'held-out ' if split == 'held_out' else ''}document is {min_tokens} tokens long; "
             f"the longest has {longest[index]}",

@@ -1,10 +1,10 @@
 """Which texts stand in others: copies, excerpts and near-duplicates, told by content alone.
 
-A text is its letters and digits without case, white space and punctuation, so that line breaks, quotes and encodings do
-not matter. It is known by the hashes of its windows of WINDOW bytes, shingles of about eight words (Broder, "On the
-resemblance and containment of documents", 1997), a long one by the SKETCH smallest of them, which are a random sample.
-The texts that are asked about are sketched and all others stream past: memory is bounded by the former, time is linear
-in both.
+A text is its letters and digits without case, white space and punctuation, so that line breaks, quotes, encodings and
+HTML's names of characters do not matter. It is known by the hashes of its windows of WINDOW bytes, shingles of about
+eight words (Broder, "On the resemblance and containment of documents", 1997), a long one by the SKETCH smallest of
+them, which are a random sample. The texts that are asked about are sketched and all others stream past: memory is
+bounded by the former, time is linear in both.
 
 Legend: W windows, S hashes of all sketches.
 """
@@ -12,6 +12,7 @@ Legend: W windows, S hashes of all sketches.
 from __future__ import annotations
 
 import hashlib
+import html
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -138,13 +139,14 @@ def _sketch(text: str) -> Hashes:
 def _letters(text: str) -> Iterator[bytes]:
     """The letters and digits of a text without case, piece by piece."""
     for start in range(0, len(text), _PIECE):
-        part = unicodedata.normalize("NFC", text[start : start + _PIECE].casefold())
+        part = text[start : start + _PIECE]
+        part = unicodedata.normalize("NFKC", (html.unescape(part) if "&" in part else part).casefold())
         yield _OTHERS.sub("", part).encode("utf-8", "surrogatepass")
 
 
 def _words(text: str) -> bytes:
     """What stands for a text without letters and digits: all of it, each white space as one blank."""
-    return b" " + " ".join(unicodedata.normalize("NFC", text[:_PIECE]).split()).encode("utf-8", "surrogatepass")
+    return b" " + " ".join(unicodedata.normalize("NFKC", text[:_PIECE]).split()).encode("utf-8", "surrogatepass")
 
 
 def _pieces(text: str) -> Iterator[bytes]:

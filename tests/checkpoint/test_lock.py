@@ -90,3 +90,16 @@ def test_a_lock_that_a_kill_left_is_taken_over(tmp_path: Path) -> None:
 def test_a_name_that_leaves_no_room_for_the_lock_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="too long"), folder_lock(tmp_path / ("x" * 255)):
         pass
+
+
+@pytest.mark.parametrize("name", ["file", "folder/file"])
+def test_where_nothing_can_be_made_is_told(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in /proc, which says of itself that it can be written to."""
+
+    def refuse(*_: object, **__: object) -> int:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(lock.os, "open", refuse)
+    monkeypatch.setattr(lock.os, "mkdir", refuse)
+    with pytest.raises(UserError, match="cannot write there: No such file"), folder_lock(tmp_path / name):
+        pass

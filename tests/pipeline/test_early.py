@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,20 @@ def test_options_are_answered_in_their_own_words(model: Path, tmp_path: Path) ->
     assert result.exit_code == 2
     assert "--tokens: must be at least 256, not `5`" in result.output
     assert "--seed: must be at least 0, not `-1`" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--document-tokens", 0), "--document-tokens: must be at least 16, not `0`"),
+        (("--suite", ""), "path is empty|no suite"),
+        (("--needle", "0"), "where: --needle"),
+    ],
+)
+def test_an_option_of_nothing_is_an_option(model: Path, options: tuple[object, ...], said: str) -> None:
+    result = retrofit("evaluate", model, "--lengths", 64, *options)
+    assert result.exit_code == 2
+    assert re.search(said, result.output), result.output
 
 
 def test_a_tokenizer_with_token_types_has_lines_that_run(model: Path, copy: Path) -> None:

@@ -267,7 +267,7 @@ def test_evaluation_documents_are_long_enough_and_held_out(tmp_path: Path) -> No
     assert evaluation_texts([source(tmp_path / "mine.txt")], 2, 100, TOKENIZER)[0][0] == "mine.txt"
     with pytest.raises(UserError, match="no document is 101 tokens long; the longest has 100"):
         evaluation_texts([source(tmp_path / "mine.txt")], 2, 101, TOKENIZER)
-    with pytest.raises(UserError, match="no held-out document"):
+    with pytest.raises(UserError, match="no document of it is held out"):
         evaluation_texts([source(tmp_path / "mine.txt")], 2, 10, TOKENIZER, trained_on=[source(tmp_path / "mine.txt")])
 
 

@@ -46,6 +46,8 @@ def edited(part: float) -> str:
         lambda text: text.replace(" ", "\r\n\t"),
         lambda text: text.replace(".", "\u2026 \u201cso\u201d"),
         lambda text: unicodedata.normalize("NFD", text.replace("e", "\u00e9").replace("\u00e9", "e")),
+        lambda text: text.replace("a", "&#97;").replace("e ", "e&nbsp;&mdash; "),
+        lambda text: text.translate({code: code + 0xFEE0 for code in range(ord("a"), ord("z") + 1)}),
         lambda text: prose(2, 200) + text,
         lambda text: text[5000:9000],
     ],
