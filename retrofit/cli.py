@@ -659,6 +659,7 @@ def main() -> None:
     # Else Python goes through every object of torch and transformers once more before it ends, for a second.
     atexit.register(gc.freeze)
     logging.setLogRecordFactory(_Record)
+    logging.raiseExceptions = False  # a library's line about a foreign value that cannot be written is no traceback
     sys.excepthook = _show_exception
     try:
         typer.main.get_command(app)()

@@ -34,6 +34,22 @@ DROPOUTS = (
     "resid_pdrop",
     "residual_dropout",
 )
+# Tables that a configuration's class keeps: a field of that name would change how all others are read.
+_OF_THE_CLASS = frozenset(
+    {
+        "attribute_map",
+        "sub_configs",
+        "sub_configs_defaults",
+        "base_config_key",
+        "default_config_fields",
+        "default_rope_type",
+        "default_theta",
+        "ignore_keys_at_rope_validation",
+        "nested_rope_parameter_keys",
+        "is_custom_code",
+        "is_remote_code",
+    }
+)
 
 
 def load_config(folder: str | Path) -> PretrainedConfig:
@@ -97,9 +113,9 @@ def _require_generation(folder: str | Path) -> None:
 
 
 def _require_fields(config_class: Any, stored: dict[str, Any], where: str) -> None:
-    """No field stands in the place of a method of the class, or of its table of names."""
+    """No field stands in the place of a method of the class, or of its tables."""
     for name in stored:
-        if name == "attribute_map" or callable(getattr(config_class, name, None)):
+        if name in _OF_THE_CLASS or callable(getattr(config_class, name, None)):
             raise UserError(
                 f"config.json has a field `{shown(name, 60)}`, which no configuration has", where=where, fix="remove it"
             )

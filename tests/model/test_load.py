@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from retrofit.errors import UserError
 from retrofit.model.load import (
+    load_config,
     load_model,
     load_tokenizer,
     multiplies_in_bfloat16,
@@ -99,3 +100,17 @@ def test_quiet_restores_what_was_set():
     assert logging.get_verbosity() == verbosity
     if not bar:
         logging.disable_progress_bar()
+
+
+@pytest.mark.parametrize("name", ["to_dict", "attribute_map", "sub_configs", "default_theta"])
+def test_no_field_stands_for_a_part_of_the_class(name, tmp_path):
+    config = json.loads((save_tiny(tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, name: {}}))
+    with pytest.raises(UserError, match=f"a field `{name}`, which no configuration has"):
+        load_config(tmp_path)
+
+
+def test_how_a_model_is_spread_over_devices_is_not_read_from_it(tmp_path):
+    config = json.loads((save_tiny(tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "base_model_tp_plan": 5}))
+    assert load_config(tmp_path).base_model_tp_plan != 5
