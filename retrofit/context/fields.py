@@ -128,6 +128,8 @@ def require_numbers(view: RopeView) -> None:
     """UserError that names the first rotary parameter of a file which is no number where formulas need one."""
     for key in NUMBERS:
         value, least = view.parameters.get(key), 1 if key == "rope_theta" else 0
+        if value == 0 and key == "mscale_all_dim":
+            continue  # as DeepSeek writes that there is none
         if value is not None and not (is_number(value) and least < value < _MOST):
             raise UserError(
                 f"{key} is {shown(repr(value), 60)}, not a number above {least}",

@@ -38,7 +38,8 @@ def with_theta(raw: Mapping[str, Any], loaded: PretrainedConfig) -> Mapping[str,
     """
     whole = completed(raw, loaded)
     prefix, text = text_part(whole)
-    silent = all(text.get(name) is None for name in ROTARY)  # a set of parameters without theta has lost it
+    # A set of parameters without theta has lost it; an empty one, and a rotated share alone, say nothing of theta.
+    silent = not any(text.get(name) for name in ROTARY if name != "partial_rotary_factor")
     known = {view.layer_type: view.parameters.get("rope_theta") for view in views(as_dict(loaded.get_text_config()))}
     if not known or not silent:
         return whole

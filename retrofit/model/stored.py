@@ -66,11 +66,12 @@ _MOST = {
     **dict.fromkeys(("sliding_window", "max_window_layers", "max_sequence_length"), 2**31 - 1),
 }
 _MAY_BE_ZERO = ("max_window_layers", "sliding_window", "shared_expert_intermediate_size", "num_labels", "rotary_dim")
+_QUANTISED = ("quantization_config", "compression_config")
 _CLASS_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json as stored, without `RUN_FIELDS`, after the checks that need no transformers.
+    """config.json as stored, without `RUN_FIELDS` and empty quantisation, after the checks that need no transformers.
 
     Raises UserError: no folder, no config.json, not JSON, no model_type, a lone adapter, quantised weights, sizes,
     dtypes and class names that are none.
@@ -87,7 +88,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         )
     config = read_json(path, limit=MAX_CONFIG_BYTES, missing="the folder holds no config.json")
     require_plausible(config, shown(path))
-    return without_run_fields(config)
+    left_out = {name for name in _QUANTISED if not config.get(name)}  # `{}` is nothing, and transformers fails on it
+    return {name: value for name, value in without_run_fields(config).items() if name not in left_out}
 
 
 def without_run_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +105,7 @@ def require_plausible(config: Mapping[str, Any], where: str) -> None:
     """Raises UserError for a `config.json` dict that no model can have, whatever its architecture."""
     if not isinstance(config.get("model_type"), str) or not config["model_type"]:
         raise UserError("config.json names no model_type", where=where, fix="give a transformers checkpoint")
-    for name in ("quantization_config", "compression_config"):
+    for name in _QUANTISED:
         _require_unquantised(config.get(name), f"{where}: {name}")
     _require_classes(config, where)
     for prefix, part in _parts(config):

@@ -339,13 +339,17 @@ def old_names_only(raw):
     return {key: value for key, value in raw.items() if key != "rope_parameters"}
 
 
-def test_a_theta_left_to_the_class_is_written(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("family", "said"), [("llama", {}), ("llama", {"rope_scaling": {}}), ("phi", {"partial_rotary_factor": 0.5})]
+)
+def test_a_theta_left_to_the_class_is_written(tmp_path, family: str, said: dict[str, object]) -> None:
     """Llama 2's config.json says nothing about RoPE."""
-    source = save_tiny(tmp_path / "source", "llama")
+    source = save_tiny(tmp_path / "source", family)
     raw = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if not k.startswith("rope")}))
+    silent = {key: value for key, value in raw.items() if not key.startswith("rope")}
+    (source / "config.json").write_text(json.dumps({**silent, **said}))
     done = rope.write_extended(source, tmp_path / "out", factor=4, method="ntk")
-    explicit = rope.write_extended(save_tiny(tmp_path / "whole", "llama"), tmp_path / "again", factor=4, method="ntk")
+    explicit = rope.write_extended(save_tiny(tmp_path / "whole", family), tmp_path / "again", factor=4, method="ntk")
     assert done.length == explicit.length
     assert (tmp_path / "out" / "config.json").read_text() == (tmp_path / "again" / "config.json").read_text()
 

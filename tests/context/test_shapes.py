@@ -47,6 +47,7 @@ READ: tuple[tuple[str, dict[str, Any]], ...] = (
     ("llama", {"rope_theta": 1e4, "rope_scaling": {**YARN, "factor": None}}),
     ("llama", {"rope_theta": 1e4, "rope_scaling": {**YARN, "attention_factor": 1.5}}),
     ("llama", {"rope_theta": 1e4, "rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2}}),
+    ("llama", {"rope_theta": 1e4, "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.0}}),
     ("llama", {"rope_theta": 1e4, "rope_scaling": {**YARN, "mscale": 0.7, "truncate": False}}),
     ("llama", {"rope_theta": 1e4, "rope_scaling": {**YARN, "beta_fast": 2, "beta_slow": 2}}),
     ("llama", {"rope_theta": 1e4, "rope_scaling": BARE}),

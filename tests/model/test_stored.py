@@ -130,6 +130,12 @@ def test_fields_left_to_the_class_are_those_of_the_class(tmp_path):
     assert found.max_position_embeddings == 131_072
 
 
+def test_an_empty_quantisation_is_none(tmp_path):
+    folder = save_tiny(tmp_path)
+    stored(folder, "llama", quantization_config={}, compression_config=None)
+    assert load_model(folder).config.hidden_size == 64
+
+
 @pytest.mark.parametrize("name", ["transformers.js_config", "onnx_config", "neuron_config"])
 def test_settings_of_other_programs_are_in_their_own_words(tmp_path, name):
     load_config(stored(tmp_path, "llama", **{name: {"dtype": "q4", "kv_cache_dtype": {"q4f16": "float16"}}}))
