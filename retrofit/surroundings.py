@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,12 @@ def require_usable() -> None:
                 where=f"{name} in the environment",
                 fix="start `retrofit` by itself, without torchrun, accelerate launch or mpirun",
             )
+    if sys.flags.optimize > 1:
+        raise UserError(
+            "Python runs without docstrings, from which transformers makes parts of its classes",
+            where="python -OO, or PYTHONOPTIMIZE in the environment",
+            fix="unset PYTHONOPTIMIZE",
+        )
     try:
         Path.cwd()
     except FileNotFoundError:

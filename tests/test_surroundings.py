@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -114,6 +115,12 @@ def test_a_folder_that_is_gone_and_a_umask_against_oneself_are_refused(tmp_path:
 
     assert child(gone) == 2
     assert child(masked) == 2
+
+
+def test_python_without_docstrings_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surroundings.sys, "flags", SimpleNamespace(optimize=2))
+    with pytest.raises(UserError, match="without docstrings"):
+        surroundings.require_usable()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

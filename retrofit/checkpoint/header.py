@@ -66,7 +66,9 @@ def read_header(path: Path) -> dict[str, Entry]:
                 where=shown(path),
                 fix="run `git lfs pull` there",
             )
-        if len(start) < 8 or 8 + length > size:
+        if len(start) < 8:
+            raise _broken(path, "it is empty" if size == 0 else f"it has {size} bytes, fewer than any header")
+        if 8 + length > size:
             raise _broken(path, f"its header says {length} bytes and the file has {size}")
         if length > MAX_HEADER_BYTES:
             raise _broken(path, f"its header says {length} bytes, and more than {MAX_HEADER_BYTES} are not read")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from io import FileIO
@@ -63,6 +64,7 @@ SIDE_FILES = (
     "USE_POLICY.md",
 )
 SIDE_FOLDERS = ("additional_chat_templates",)
+_BLOB = re.compile(r"[0-9a-f]{30,}")
 # Fields that other engines read and that must not depend on a class default of one transformers version.
 EXPLICIT_FIELDS = (
     "hidden_size",
@@ -296,11 +298,29 @@ def remove_shards(folder: str | Path) -> int:
 
 def side_files(source: str | Path) -> tuple[str, ...]:
     """Names of a checkpoint's tokenizer, chat template, generation settings and licence texts that are there, sorted;
-    never weights, config.json, card or code."""
+    never weights, config.json, card or code.
+
+    Raises UserError for a link to a file of another name elsewhere, whose content would be copied and published.
+    """
     source = Path(source)
     templates = [path for folder in SIDE_FOLDERS for path in (source / folder).glob("*.jinja")]
     names = [name for name in SIDE_FILES if (source / name).is_file()]
-    return tuple(sorted(names + [path.relative_to(source).as_posix() for path in templates]))
+    found = sorted(names + [path.relative_to(source).as_posix() for path in templates])
+    for path in (source / part for part in (*found, *SIDE_FOLDERS)):
+        _require_own(path, source)
+    return tuple(found)
+
+
+def _require_own(path: Path, source: Path) -> None:
+    """A link is to something in the folder, to a file of the same name, or into a cache that names files by digest."""
+    target = path.resolve()
+    own = target.is_relative_to(source.resolve()) or target.name == path.name or _BLOB.fullmatch(target.name)
+    if path.is_symlink() and not own:
+        raise UserError(
+            f"{shown(path.name)} links to {shown(target)}, which is no file of the model",
+            where=shown(path),
+            fix="put the model's own file there, or remove the link",
+        )
 
 
 def copy_side_files(source: str | Path, out: str | Path) -> tuple[str, ...]:

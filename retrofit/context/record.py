@@ -13,6 +13,12 @@ from retrofit.escape import shown
 from retrofit.model.stored import is_number, is_whole
 
 
+def require_record(folder: Path) -> None:
+    """Raises UserError where retrofit.json holds something else than this program writes about extensions."""
+    held_scale(folder)
+    first_original(folder)
+
+
 def held_scale(folder: Path) -> float:
     """What the recorded extensions have multiplied the queries with, 1 where none is recorded.
 

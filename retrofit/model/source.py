@@ -176,11 +176,13 @@ def embedded_file() -> Path:
 
 def _from_folder(name: str, folder: Path, weights: bool) -> Source:
     from retrofit.checkpoint.read import Checkpoint
+    from retrofit.checkpoint.write import side_files
     from retrofit.model.families import require_known
     from retrofit.model.licence import base_model_of, licence_of
     from retrofit.model.load import load_config, stored_dtype
 
     require_known(load_config(folder))
+    side_files(folder)  # what would be copied is the model's own
     if weights or any(path.name.endswith(SUFFIX) for path in folder.iterdir()):
         Checkpoint.open(folder)
     return Source(

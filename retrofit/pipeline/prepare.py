@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.place import require_free_space, require_writable
 from retrofit.checkpoint.read import Checkpoint
+from retrofit.context.record import require_record
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.evaluate.harness import Harness, open_tasks, require_harness
@@ -113,6 +114,7 @@ def prepare(
     device = resolve_device(recipe.device)
     source = sources.resolve(model, revision=revision or recipe.revision, weights=False, progress=progress)
     config = load_config(source.folder)
+    require_record(source.folder)
     spec = describe(config)
     found = check_surgery(recipe, config, spec, source.folder, beyond=beyond)
     here = check_headers(recipe, config, spec, source.folder)

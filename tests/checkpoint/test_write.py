@@ -172,6 +172,33 @@ def test_side_files_carry_no_weights_code_or_card(tmp_path: Path) -> None:
     assert {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()} == set(copied)
 
 
+@pytest.mark.parametrize("name", ["LICENSE", "additional_chat_templates/x.jinja", "additional_chat_templates"])
+def test_no_file_of_somebody_is_copied_through_a_link(name: str, tmp_path: Path) -> None:
+    model, secret, out = tmp_path / "model", tmp_path / "secret", tmp_path / "out"
+    for folder in (model, secret, out):
+        folder.mkdir()
+    (secret / "key.jinja").write_text("key")
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).symlink_to(secret / "key.jinja" if "." in name or name == "LICENSE" else secret)
+    with pytest.raises(UserError, match="which is no file of the model"):
+        copy_side_files(model, out)
+    assert not list(out.iterdir())
+
+
+def test_links_to_files_of_a_model_are_followed(tmp_path: Path) -> None:
+    model, store, out = tmp_path / "model", tmp_path / "store", tmp_path / "out"
+    for folder in (model, store, out):
+        folder.mkdir()
+    for name in ("tokenizer.json", "0123456789abcdef" * 4):
+        (store / name).write_text(name)
+    (model / "licence.old").write_text("mine")
+    (model / "tokenizer.json").symlink_to(store / "tokenizer.json")
+    (model / "vocab.json").symlink_to(store / ("0123456789abcdef" * 4))
+    (model / "LICENSE").symlink_to("licence.old")
+    assert copy_side_files(model, out) == ("LICENSE", "tokenizer.json", "vocab.json")
+    assert not any(path.is_symlink() for path in out.iterdir())
+
+
 def test_config_of_a_class_states_what_the_attention_reads(tmp_path: Path) -> None:
     from transformers import AutoConfig, LlamaConfig
 

@@ -160,3 +160,10 @@ def test_every_section_of_the_usual_recipe_passes(recipe: Recipe, model: Path, t
     assert set(sections(model, texts)) >= {"convert", "context", "recover", "evaluate", "publish"}
     result = retrofit("run", recipe(), "--out", tmp_path / "out", "--dry-run")
     assert result.exit_code == 0, result.output
+
+
+def test_a_record_of_an_extension_that_is_none(recipe: Recipe, refused: Callable[..., str], copy: Path) -> None:
+    step = {"step": "extend", "result": {"original": -5}}
+    (copy / "retrofit.json").write_text(json.dumps({"schema_version": 1, "steps": [step]}))
+    said = refused(recipe(model=str(copy), convert=None, context=None, recover=None))
+    assert "records an extension without a number as its `original`" in said
