@@ -13,6 +13,7 @@ from retrofit.escape import shown
 from retrofit.evaluate.reader import varying
 from retrofit.model.chat import rendered
 from retrofit.model.licence import other_licence_of
+from retrofit.model.side_files import GENERATION, side_file
 from retrofit.model.source import Source
 from retrofit.publish.card_input import require_licence_and_base
 from retrofit.publish.reload import nothing_to_compare
@@ -68,6 +69,7 @@ def snippet_of(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, fol
     Raises UserError for a chat template that cannot be rendered, and for a tokenizer whose output the model cannot
     read. folder: of the tokenizer, for messages.
     """
+    _require_plain_generation(folder)
     chat = bool(getattr(tokenizer, "chat_template", None))
     text = rendered(tokenizer, MESSAGES, folder) if chat else PROMPT
     inputs = tokenizer(text, add_special_tokens=not chat)
@@ -89,6 +91,23 @@ def snippet_of(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, fol
             fix="put the tokenizer files that belong to these weights into the folder",
         )
     return load_snippet(chat=chat, token_types=TOKEN_TYPES in unread)
+
+
+def _require_plain_generation(folder: Path) -> None:
+    """The stored settings of generation ask for nothing that transformers has no code of its own for."""
+    from transformers import GenerationConfig
+    from transformers.generation.configuration_utils import GenerationMode
+
+    settings = side_file(folder, GENERATION)
+    mode = GenerationConfig.from_dict({**settings, "do_sample": False}).get_generation_mode()
+    ours = (GenerationMode.GREEDY_SEARCH, GenerationMode.BEAM_SEARCH, GenerationMode.ASSISTED_GENERATION)
+    if mode not in ours or settings.get("stop_strings"):
+        what = "stop_strings" if mode in ours else mode.value.replace("_", " ")
+        raise UserError(
+            f"the settings of generation ask for {what}, which `generate` does not run from the model's files alone",
+            where=shown(folder / GENERATION),
+            fix="remove those settings from the source's file",
+        )
 
 
 def _read_by(config: PretrainedConfig) -> set[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from retrofit.errors import UserError
 from retrofit.pipeline import recipe_checks
 from tests.pipeline.conftest import retrofit, sections
 from tests.tiny import save_tiny
@@ -154,6 +155,18 @@ def test_a_tokenizer_with_token_types_has_lines_that_run(model: Path, copy: Path
     lines = snippet_of(load_tokenizer(copy), load_config(copy), copy)
     assert 'del inputs["token_type_ids"]' in lines
     assert 'del inputs["token_type_ids"]' not in snippet_of(load_tokenizer(model), load_config(model), model)
+
+
+@pytest.mark.parametrize("settings", [{"penalty_alpha": 0.6, "top_k": 4}, {"stop_strings": ["."]}])
+def test_generation_that_needs_more_than_the_files_is_refused(copy: Path, settings: dict[str, object]) -> None:
+    from retrofit.model.load import load_config, load_tokenizer
+    from retrofit.pipeline.publish_checks import snippet_of
+
+    (copy / "generation_config.json").write_text(json.dumps({"num_beams": 2, "temperature": 0.5}))
+    assert "generate" in snippet_of(load_tokenizer(copy), load_config(copy), copy)
+    (copy / "generation_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="settings of generation ask for"):
+        snippet_of(load_tokenizer(copy), load_config(copy), copy)
 
 
 def test_every_section_of_the_usual_recipe_passes(recipe: Recipe, model: Path, texts: Path, tmp_path: Path) -> None:
