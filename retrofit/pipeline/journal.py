@@ -204,7 +204,8 @@ class Journal:
                 entry = None
                 if not self._noted(values):
                     entry = Entry(**{key: value for key, value in values.items() if key in known})
-            except (ValueError, TypeError, AttributeError):
+                    _require_entry(entry)
+            except (ValueError, TypeError, AttributeError, RecursionError):
                 if number == len(lines):
                     return
                 raise UserError(
@@ -221,10 +222,24 @@ class Journal:
     def _noted(self, values: Mapping[str, Any]) -> bool:
         """Take over a line that is no entry; False for an entry."""
         if "begins" in values:
+            _require_texts(values["begins"], *values.get("paths", [None]))
             self._take(values["begins"], list(values["paths"]))
         elif "writes" in values:
+            _require_texts(values["writes"], values.get("sha256"))
             self._written.setdefault(values["writes"], set()).add(values["sha256"])
         return "retrofit" in values or "begins" in values or "writes" in values
+
+
+def _require_entry(entry: Entry) -> None:
+    """ValueError for a line whose values this program did not write."""
+    _require_texts(entry.step, entry.fingerprint, entry.artifact, *entry.digests.keys(), *entry.digests.values())
+    if not isinstance(entry.result, dict):
+        raise ValueError
+
+
+def _require_texts(*values: object) -> None:
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError
 
 
 def _below_any(path: str, names: Iterable[str]) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from retrofit.errors import UserError
 from retrofit.pipeline.journal import NAME, Entry, Journal, digests_of, is_run
 from tests.pipeline.conftest import retrofit
 
@@ -90,6 +91,25 @@ def test_the_journal_knows_what_a_run_wrote(tmp_path: Path, entry: Entry) -> Non
         assert known.foreign("final-2") == []
     journal.begin("publish", ["final"])
     assert Journal(tmp_path).foreign("final") == [], "whatever is there now, the step was writing it"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"begins": "convert", "paths": [5]}',
+        '{"begins": "convert"}',
+        '{"writes": "recipe.yaml", "sha256": ["x"]}',
+        '{"step": "convert", "fingerprint": "x", "artifact": "final", "digests": "x"}',
+        '{"step": 5, "fingerprint": "x", "artifact": "final", "digests": {}}',
+        "[" * 100_000,
+    ],
+)
+def test_a_line_that_no_run_wrote_is_told_by_its_number(line: str, tmp_path: Path, entry: Entry) -> None:
+    Journal(tmp_path).append(entry)
+    (tmp_path / NAME).write_bytes((tmp_path / NAME).read_bytes() + line.encode() + b"\n{}\n")
+    with pytest.raises(UserError, match="damaged") as caught:
+        Journal(tmp_path)
+    assert str(caught.value.where).endswith(f"{NAME}:2")
 
 
 def test_an_edited_file_is_kept_under_another_name(tmp_path: Path) -> None:
