@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.errors import UserError
 from retrofit.model.families import describe
 from retrofit.recipe.schema import Adapter
 from retrofit.recover.adapters import about_experts, attach, merge_and_save, target_modules
@@ -122,8 +122,8 @@ def test_which_projections_carry_adapters() -> None:
     assert {name.split(".")[-1] for name in attention} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert {name.split(".")[-1] for name in mlp} == {"gate_proj", "up_proj", "down_proj"}
     assert len(attention) == 8 and len(mlp) == 6
-    with pytest.raises(UserError, match="sits nowhere"):
-        attach(model, Adapter(attention=False, mlp=False), spec, seed=0)
+    with pytest.raises(ValidationError, match="sits nowhere"):
+        Adapter(attention=False, mlp=False)
 
 
 def test_the_same_seed_gives_the_same_adapter_and_leaves_the_global_generator_alone() -> None:
