@@ -25,6 +25,7 @@ from retrofit.escape import shown
 
 NAME = "journal.jsonl"
 CARD = "README.md"  # people edit it
+_PUBLISHED_CARD = f"final/{CARD}"
 _HEADER: Mapping[str, Any] = {"retrofit": "run"}
 _LONGEST_LINE = 64 << 20
 
@@ -135,15 +136,13 @@ class Journal:
         there = [path] if top.is_symlink() or not top.is_dir() else sorted(_below(self.run, top))
         if not self.claims(path):
             return there or [path]
-        known = {name for entry in self._claimed.values() if entry for name in entry.digests}
+        known = {name for entry in self._claimed.values() if entry for name in entry.digests} | {_PUBLISHED_CARD}
         # What is being made, and what no digests are kept of, is the step's altogether.
         unknown = [own for own, entry in self._claimed.items() if entry is None or not _below_any(own, known)]
         return [
             name
             for name in there
-            if name not in known
-            and name.rpartition("/")[2] != CARD
-            and not any(name == own or name.startswith(f"{own}/") for own in unknown)
+            if name not in known and not any(name == own or name.startswith(f"{own}/") for own in unknown)
         ]
 
     def write_own(self, name: str, content: bytes) -> Path | None:

@@ -112,6 +112,16 @@ def test_a_line_that_no_run_wrote_is_told_by_its_number(line: str, tmp_path: Pat
     assert str(caught.value.where).endswith(f"{NAME}:2")
 
 
+def test_a_card_in_the_folder_of_a_step_that_writes_none_is_not_of_the_run(tmp_path: Path) -> None:
+    (tmp_path / "1-convert").mkdir()
+    (tmp_path / "1-convert" / "config.json").write_text("{}")
+    digests = digests_of(tmp_path, [tmp_path / "1-convert"])
+    journal = Journal(tmp_path)
+    journal.append(Entry("convert", "abc", "1-convert", digests))
+    (tmp_path / "1-convert" / "README.md").write_text("years of work")
+    assert journal.foreign("1-convert") == ["1-convert/README.md"]
+
+
 def test_an_edited_file_is_kept_under_another_name(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     assert journal.write_own("report.md", b"one") is None
