@@ -74,7 +74,7 @@ def _child(tokenizer: Any, messages: Sequence[dict[str, str]], read: int, write:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         size = Path("/proc/self/statm")
         if size.exists():
-            limit = int(size.read_text().split()[0]) * resource.getpagesize() + MOST_BYTES
+            limit = int(size.read_text(encoding="ascii").split()[0]) * resource.getpagesize() + MOST_BYTES
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
         answer = _TEXT + str(text).encode("utf-8", "replace")

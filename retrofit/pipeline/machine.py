@@ -16,8 +16,10 @@ def total_memory(device: str) -> int | None:
     info = Path("/proc/meminfo")
     if not info.exists():
         return None
-    lines = [line.split() for line in info.read_text().splitlines()]
+    lines = [line.split() for line in info.read_text(encoding="ascii").splitlines()]
     sizes = {words[0]: int(words[1]) * 1024 for words in lines if len(words) > 1 and words[1].isdigit()}
     total = sizes.get("MemTotal:", 0) + sizes.get("SwapTotal:", 0)
-    limits = [int(text) for path in _LIMITS if path.is_file() and (text := path.read_text().strip()).isdigit()]
+    limits = [
+        int(text) for path in _LIMITS if path.is_file() and (text := path.read_text(encoding="ascii").strip()).isdigit()
+    ]
     return min([total, *limits]) if total else None
