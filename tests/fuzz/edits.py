@@ -85,13 +85,13 @@ def edited(value: Any, choices: Choices, more: Sequence[str] = (), most: int = 4
 def _once(value: Any, choices: Choices, more: Sequence[str]) -> Any:
     places = list(_places(value))
     if not places:
-        return choices.of(ODD)
+        return _odd(choices)
     container, key = choices.of(places)
     how = choices.below(6)
     if how == 0:
         del container[key]
     elif how == 1 and isinstance(container, dict) and more:
-        container[choices.of(more)] = choices.of(ODD)
+        container[choices.of(more)] = _odd(choices)
     elif how == 2:
         other, place = choices.of(places)
         container[key] = copy.deepcopy(other[place]) if place in _keys(other) else None
@@ -100,8 +100,13 @@ def _once(value: Any, choices: Choices, more: Sequence[str]) -> Any:
     elif how == 4 and isinstance(container[key], int) and not isinstance(container[key], bool):
         container[key] += choices.of((1, -1, 2, 1000, -(10**9)))
     else:
-        container[key] = choices.of(ODD)
+        container[key] = _odd(choices)
     return value
+
+
+def _odd(choices: Choices) -> Any:
+    """One of the odd values, of its own: later edits go into it."""
+    return copy.deepcopy(choices.of(ODD))
 
 
 def _keys(container: Any) -> Any:

@@ -10,7 +10,7 @@ import pytest
 from tests.fuzz.targets import TARGETS
 
 CORPUS = Path(__file__).with_name("corpus")
-INPUTS = {"tokenizer": 40, "config": 120}
+INPUTS = {"tokenizer": 40, "config": 60, "recipe": 100}
 """Seeded inputs of the slower targets; others get more."""
 
 
