@@ -100,6 +100,11 @@ def table_row(cells: Iterable[object]) -> Markdown:
     return Markdown("| " + " | ".join(prose(cell, start=False).replace("|", "\\|") for cell in cells) + " |")
 
 
+def bold(text: object) -> Markdown:
+    """`prose` in bold."""
+    return Markdown(f"**{prose(text, start=False)}**")
+
+
 def code_block(text: str, language: str = "") -> Markdown:
     """A fenced Markdown block; the fence is longer than any run of backticks in the text."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)

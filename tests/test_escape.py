@@ -11,6 +11,7 @@ import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from retrofit import escape
 from retrofit.errors import UserError
 from retrofit.escape import (
     code_block,
@@ -123,3 +124,8 @@ def test_an_error_shows_foreign_words_as_words(text: str) -> None:
         f"  where: {visible(text)}",
         f"  fix:   {visible(text)}",
     ]
+
+
+def test_bold_words_stay_bold_in_a_row() -> None:
+    assert escape.table_row(["size", escape.bold("÷ 3")]) == "| size | **÷ 3** |"
+    assert escape.bold("a*b") == "**a\\*b**"

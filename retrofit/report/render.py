@@ -172,6 +172,7 @@ def _template(name: str, *, autoescape: bool, finalize: Callable[[Any], Any]) ->
         "prose": _prose,
         "split": _split,
         "row": escape.table_row,
+        "bold": escape.bold,
         "table": _table,
         "fenced": escape.code_block,
     }
