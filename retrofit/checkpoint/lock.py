@@ -115,7 +115,7 @@ def _owner(descriptor: int) -> str:
 
 
 def _unwritable(error: OSError, path: Path) -> OSError | UserError:
-    """What to raise where nothing can be made beside `path`; a full disk is told of where more is known."""
+    """The error to raise where nothing can be made beside `path`; a full disk is reported by the caller."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE):
         return error
     return UserError(f"cannot write there: {error.strerror}", where=shown(path), fix="choose another folder")

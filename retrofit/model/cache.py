@@ -33,7 +33,7 @@ def cache_dir() -> Path:
 def sound(folder: Path, progress: Progress | None = None) -> bool:
     """Whether a cached folder is there and holds what was written into it, and nothing else.
 
-    One that does not is told to `progress`.
+    Where one does not, a note to `progress` says so.
     """
     if not os.path.lexists(folder):
         return False
