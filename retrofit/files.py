@@ -106,9 +106,8 @@ def require_regular(path: Path, *, missing: str = "there is no such file", fix: 
         )
 
 
-def read_bytes(path: Path, *, limit: int = MAX_TEXT_BYTES, missing: str = "there is no such file") -> bytes:
-    """All bytes of a regular file of at most `limit` bytes; UserError otherwise."""
-    require_regular(path, missing=missing)
+def require_size(path: Path, limit: int) -> None:
+    """UserError when a file has more than `limit` bytes."""
     size = path.stat().st_size
     if size > limit:
         raise UserError(
@@ -116,6 +115,12 @@ def read_bytes(path: Path, *, limit: int = MAX_TEXT_BYTES, missing: str = "there
             where=shown(path),
             fix="check that it is the file that is meant",
         )
+
+
+def read_bytes(path: Path, *, limit: int = MAX_TEXT_BYTES, missing: str = "there is no such file") -> bytes:
+    """All bytes of a regular file of at most `limit` bytes; UserError otherwise."""
+    require_regular(path, missing=missing)
+    require_size(path, limit)
     return path.read_bytes()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from retrofit.errors import UserError
 from retrofit.escape import shown
-from retrofit.files import read_json, require_regular
+from retrofit.files import read_json, require_regular, require_size
 from retrofit.model.stored import finite, is_number
 
 TOKENIZER = "tokenizer_config.json"
@@ -40,13 +40,7 @@ def require_side_files(folder: str | Path) -> None:
         path = Path(folder) / name
         if os.path.lexists(path):
             require_regular(path, fix=_FIX)
-            size = path.stat().st_size
-            if size > _MOST_BYTES_LARGE:
-                raise UserError(
-                    f"{name} has {size:,} bytes; more than {_MOST_BYTES_LARGE:,} are not read",
-                    where=shown(path),
-                    fix=_FIX,
-                )
+            require_size(path, _MOST_BYTES_LARGE)
     for name in _JSON:
         side_file(folder, name)
 
