@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -63,18 +64,21 @@ def test_a_full_disk_tells_where_how_much_and_what_may_go(tmp_path: Path) -> Non
     assert f"{tmp_path / 'out.work'} (2.0 KiB)" in str(caught.value.fix)
 
 
-@pytest.fixture
-def limit() -> Iterator[None]:
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A limit for these lines only: with it, pytest could not write its own lines into a file either."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("how", ["python", "numpy", "safetensors", "torch"])
-def test_a_limit_on_the_size_of_files_is_told_whoever_writes(how: str, limit: None, tmp_path: Path) -> None:
+def test_a_limit_on_the_size_of_files_is_told_whoever_writes(how: str, tmp_path: Path) -> None:
     big = torch.ones(20_000)
-    with pytest.raises(UserError, match="larger than this process may write"), writing(tmp_path):
+    with pytest.raises(UserError, match="larger than this process may write"), files_of_at_most(4096), writing(tmp_path):
         if how == "python":
             (tmp_path / "file").write_bytes(b"x" * 80_000)
         elif how == "numpy":
