@@ -35,7 +35,7 @@ test-slow: $(VENV)/.dev
 
 # Our numbers beside those of lm-evaluation-harness, and its tasks; skipped by the other targets, which do not install it.
 test-eval: $(VENV)/.eval
-	$(BIN)/python -m pytest tests/evaluate/test_harness.py tests/evaluate/test_tasks_with_harness.py -m 'slow or not slow'
+	$(BIN)/python -m pytest tests/evaluation/test_harness.py tests/evaluation/test_tasks_with_harness.py -m 'slow or not slow'
 
 # The long form of the hostile tests: hundreds of broken recipes, broken model folders, kills. An hour of one core.
 attack: $(VENV)/.dev

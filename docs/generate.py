@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 import retrofit
 from retrofit import bundled
-from retrofit.cli import app
+from retrofit.cli.app import app
 from retrofit.recipe import schema as sections
 from retrofit.recipe.schema import Recipe
 

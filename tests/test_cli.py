@@ -12,12 +12,12 @@ import yaml
 from typer.testing import CliRunner
 
 import retrofit
-from retrofit.cli import _Record, _show_exception, app
+from retrofit.cli.app import _Record, _show_exception, app
+from retrofit.data.measured import _reads, read_before
 from retrofit.escape import visible
-from retrofit.evaluate.losses import TokenLosses
-from retrofit.pipeline import single
-from retrofit.pipeline.texts import _reads, read_before
+from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.recipe.schema import TextSource
+from retrofit.workflow import single
 from tests.hostile import HOSTILE
 from tests.tiny import save_tiny
 
@@ -39,7 +39,7 @@ COMMANDS = [
 ]
 HELP = """
 import sys
-from retrofit.cli import app
+from retrofit.cli.app import app
 try:
     app(["--help"])
 except SystemExit:
@@ -76,9 +76,9 @@ def test_version() -> None:
 
 
 def test_every_command_is_a_function_even_when_a_subpackage_has_its_name() -> None:
-    import retrofit.evaluate.perplexity
-    import retrofit.publish.gate
-    import retrofit.recover.corpora
+    import retrofit.data.corpora
+    import retrofit.evaluation.metrics.perplexity
+    import retrofit.publishing.gate
 
     assert all(callable(getattr(retrofit, name)) for name in retrofit.COMMANDS)
     with pytest.raises(retrofit.UserError, match="is no folder"):

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from retrofit import cli, streams, surroundings
+from retrofit import api, surroundings
+from retrofit.cli import app, streams
 from retrofit.errors import UserError
 from retrofit.files import local_path, output_path
-from retrofit.pipeline import commands
 
 
 def child(work: Callable[[], None]) -> int:
@@ -34,9 +34,9 @@ def child(work: Callable[[], None]) -> int:
 
 
 def command(*arguments: str) -> None:
-    assert commands.schema()  # imported before the fork
+    assert api.schema()  # imported before the fork
     sys.argv = ["retrofit", *arguments]
-    cli.main()
+    app.main()
 
 
 def onto(path: str, number: int) -> None:

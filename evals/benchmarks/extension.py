@@ -24,11 +24,11 @@ from evals.benchmarks.heads import model_name
 from evals.benchmarks.recovery import machine
 from retrofit.console import PlainProgress, to_json
 from retrofit.errors import GateError, UserError
-from retrofit.evaluate.losses import TokenLosses
-from retrofit.evaluate.perplexity import ALL
-from retrofit.pipeline.evaluation import METRICS, losses_file
+from retrofit.evaluation.metrics.perplexity import ALL
+from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.recipe.load import load_recipe
 from retrofit.recipe.schema import Context, Recipe, TextSource
+from retrofit.workflow.evaluation import METRICS, losses_file
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 LABELS = {"original": "original", "yarn": "YaRN", "extended": "search", "recovered": "search + training"}
@@ -232,7 +232,7 @@ def _time(record: Mapping[str, Any]) -> list[str]:
 
 def chart(record: Mapping[str, Any]) -> str:
     """Perplexity against context length over all texts."""
-    from retrofit.report.charts import Line, perplexity_by_length
+    from retrofit.report.charts.plots import Line, perplexity_by_length
 
     lines = []
     for name, label in LABELS.items():

@@ -48,8 +48,8 @@ def train(folder: Path, steps: int) -> dict[str, Any]:
     from torch.nn.functional import cross_entropy
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from retrofit.data.packing import training_rows
     from retrofit.recipe.schema import TextSource
-    from retrofit.recover.packing import training_rows
 
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
@@ -109,7 +109,7 @@ def make_tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from retrofit.recover.corpora import built_in_texts
+    from retrofit.data.corpora import built_in_texts
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -126,8 +126,8 @@ def make_tokenizer() -> Any:
 
 def held_out(tokenizer: Any) -> dict[str, Any]:
     """Sequences [N, LENGTH] of each kind that neither training nor calibration saw."""
+    from retrofit.data.packing import training_rows
     from retrofit.recipe.schema import TextSource
-    from retrofit.recover.packing import training_rows
 
     return {
         kind: training_rows([TextSource(source=kind)], tokenizer, SCORED, LENGTH, seed=1, split="held_out").ids_NT
@@ -157,7 +157,7 @@ def curve(model: Path, work: Path) -> dict[str, Any]:
     """Predicted and measured loss at every number of KV heads: {original, cases: {case: {heads: {...}}}}."""
     import retrofit
     from retrofit.model.load import load_tokenizer
-    from retrofit.pipeline import single
+    from retrofit.workflow import single
 
     text = held_out(load_tokenizer(model))
     original = losses(model, text)
@@ -221,8 +221,8 @@ def mean(row: dict[str, Any]) -> float:
 
 def chart(record: dict[str, Any]) -> str:
     """Predicted and measured increase of the loss against KV heads."""
-    from retrofit.report.charts import loss_by_kv_heads
-    from retrofit.report.drawing import Line
+    from retrofit.report.charts.drawing import Line
+    from retrofit.report.charts.plots import loss_by_kv_heads
 
     lines = []
     for case, found in record["cases"].items():

@@ -112,7 +112,7 @@ class Bench:
 
     def score(self, folder: Path, kinds: Collection[str] = ()) -> Any:
         """Token losses of a checkpoint, of all kinds of text or of these."""
-        from retrofit.evaluate.score import score
+        from retrofit.evaluation.scoring.score import score
         from retrofit.model.load import load_model
 
         documents = [document for document in self.documents if not kinds or document.kind in kinds]
@@ -137,7 +137,7 @@ class Bench:
 
     def train(self, row: Row, start: Path, out: Path) -> dict[str, Any]:
         """Adapters on the checkpoint of another row, on the calibration text's own sources."""
-        from retrofit.recover.train import recover
+        from retrofit.recovery.train import recover
 
         section = recipe(row).model_copy(update={"text": tuple(self.texts.same)})
         text = self.texts.training(row.tokens)
@@ -232,7 +232,7 @@ def _measure(
 
     A kind of text that the results lack is scored where the row's checkpoint is still at hand.
     """
-    from retrofit.checkpoint.place import staged
+    from retrofit.checkpoint.staging import staged
     from retrofit.model.load import multiplies_in_bfloat16
 
     own = settings(row, chosen, options.tokens)

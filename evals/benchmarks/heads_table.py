@@ -11,8 +11,8 @@ from retrofit.console import to_json
 
 def chart(record: dict[str, Any]) -> str:
     """Perplexity on the table's text against seconds of compute."""
-    from retrofit.report.charts import perplexity_by_seconds
-    from retrofit.report.drawing import Line
+    from retrofit.report.charts.drawing import Line
+    from retrofit.report.charts.plots import perplexity_by_seconds
 
     kind = next(iter(record["original"]))
     points = {

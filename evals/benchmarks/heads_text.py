@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-    from retrofit.evaluate.losses import Document
-    from retrofit.recover.packing import Packed
+    from retrofit.data.documents import Document
+    from retrofit.data.packing import Packed
 
 LENGTH = 1024  # tokens of a scored piece, a calibration sequence and a training sequence
 PIECES = 10
@@ -46,8 +46,8 @@ class Texts:
 
     def calibration(self, sources: Sequence[TextSource]) -> Any:
         """What a conversion is calibrated on."""
-        from retrofit.pipeline.texts import calibration_text
-        from retrofit.recover.samples import Teacher
+        from retrofit.data.calibration import calibration_text
+        from retrofit.data.samples import Teacher
 
         section = Calibration(text=tuple(sources), tokens=self.tokens, sequence_length=LENGTH)
         teacher = Teacher(self.folder, tokens=self.tokens // 3)
@@ -55,7 +55,7 @@ class Texts:
 
     def training(self, tokens: int) -> Packed:
         """What adapters are trained on: the table's kind of text."""
-        from retrofit.recover.packing import training_rows
+        from retrofit.data.packing import training_rows
 
         return training_rows(self.same, self.tokenizer, tokens, LENGTH, seed=1)
 
@@ -63,7 +63,7 @@ class Texts:
         """PIECES pieces of LENGTH tokens: of each held-out text (that of the table, and two built-in kinds); of the
         books that fits have read, but of pages that none of them has; and of the calibration text, where fits look
         better than they are."""
-        from retrofit.recover.data import read_texts
+        from retrofit.data.texts import read_texts
 
         texts = {} if self.books is None else {Path(HELD_OUT).stem: (self.books / HELD_OUT).read_text("utf-8")}
         for kind in ("python-docs", "python-stdlib"):
@@ -107,6 +107,6 @@ class Texts:
         return np.array(bos + list(ids[start : start + LENGTH - len(bos)]), np.int64)
 
     def _document(self, kind: str, index: int, ids: np.ndarray) -> Document:
-        from retrofit.evaluate.losses import Document
+        from retrofit.data.documents import Document
 
         return Document(f"{kind} {index}", kind, ids, len(str(self.tokenizer.decode(ids)).encode()))

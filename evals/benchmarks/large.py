@@ -81,7 +81,7 @@ def make(folder: Path) -> None:
 
 def convert(source: Path, out: Path, method: str, tokens: int) -> None:
     """What a child process does: one conversion, staged and resumable as in a run."""
-    from retrofit.checkpoint.place import staged
+    from retrofit.checkpoint.staging import staged
     from retrofit.kv_heads.convert import convert as convert_heads
 
     text = None

@@ -39,10 +39,10 @@ WARM_UP = 64  # tokens
 
 def held_out(length: int) -> tuple[Any, str]:
     """(first `length` tokens of the held-out documentation, exactly their text)."""
-    from retrofit.evaluate.documents import make_documents
+    from retrofit.data.corpora import built_in_texts
+    from retrofit.data.documents import make_documents
     from retrofit.model.load import load_tokenizer
     from retrofit.model.source import resolve
-    from retrofit.recover.corpora import built_in_texts
 
     (text,) = built_in_texts("python-docs", "held_out")
     tokenizer = load_tokenizer(resolve("embedded").folder)
@@ -65,8 +65,8 @@ class Ours:
 
     def run(self, doc: Any, text: str) -> tuple[np.ndarray, int]:
         """Over the first `length` tokens, or over all of them in windows of `length`."""
-        from retrofit.evaluate.definitions import prepared, value
-        from retrofit.evaluate.score import score
+        from retrofit.evaluation.metrics.protocols import prepared, value
+        from retrofit.evaluation.scoring.score import score
 
         if self.way == "rolling":
             docs, windows = prepared("lm-eval", [doc], self.length, bos=True)

@@ -84,11 +84,11 @@ def measure(case: str, length: int, options: argparse.Namespace) -> dict[str, An
     import torch
     from transformers import TrainerCallback
 
+    from retrofit.data.packing import training_rows
     from retrofit.model.load import load_tokenizer
     from retrofit.model.source import resolve
     from retrofit.recipe.schema import TextSource
-    from retrofit.recover.packing import training_rows
-    from retrofit.recover.pair import compute_dtype
+    from retrofit.recovery.student_teacher import compute_dtype
 
     torch.set_num_threads(1)
     folder = resolve(options.model).folder
@@ -161,10 +161,10 @@ def our_trainer(
 ) -> Any:
     """The trainer of `retrofit.recover`; for distillation the teacher is a model with attention of its own."""
     from retrofit.recipe.schema import Adapter, Recover
-    from retrofit.recover.pair import load_pair
-    from retrofit.recover.schedule import Lines, Rows, collate
-    from retrofit.recover.train import student_with_adapters
-    from retrofit.recover.trainer import Objective, RecoveryTrainer
+    from retrofit.recovery.schedule import Lines, Rows, collate
+    from retrofit.recovery.student_teacher import load_pair
+    from retrofit.recovery.train import student_with_adapters
+    from retrofit.recovery.trainer import Objective, RecoveryTrainer
 
     teacher = folder if case == "distill" else None
     pair = load_pair(folder, teacher, device="cpu", dtype=compute, kernel="auto")

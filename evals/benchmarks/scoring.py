@@ -4,7 +4,7 @@
 
 whole: `model(input_ids)`, then the loss of its logits. strided: the loop of transformers' perplexity guide
 (`model(input_ids, labels)` on windows that move by 512 tokens), its window as long as the context length. retrofit:
-`retrofit.evaluate.score`. Each measurement is a process of its own: the model is loaded and used once on a few tokens,
+`evaluation.scoring.score`. Each measurement is a process of its own: the model is loaded and used once on a few tokens,
 then the peak resident memory is reset, so "extra memory" is the peak of the measured pass minus the loaded model.
 With both dtypes and all lengths this takes about half an hour on one core.
 """
@@ -38,7 +38,7 @@ def document(length: int) -> Any:
     """Python's own documentation as one text, cut to `length` tokens."""
     from pydoc_data.topics import topics
 
-    from retrofit.evaluate.score import make_documents
+    from retrofit.data.documents import make_documents
     from retrofit.model.load import load_tokenizer
     from retrofit.model.source import resolve
 
@@ -49,7 +49,7 @@ def document(length: int) -> Any:
 
 def score_retrofit(model: Any, doc: Any, window: int) -> np.ndarray:
     """Token losses by the scoring pass; the window is the document."""
-    from retrofit.evaluate.score import score
+    from retrofit.evaluation.scoring.score import score
 
     return score(model, [doc]).losses[0]
 
@@ -106,7 +106,7 @@ def child(variant: str, length: int, window: int, dtype: str, threads: int, out:
     """One measurement, printed as JSON; its losses go to `out`."""
     import torch
 
-    from retrofit.evaluate.losses import Document
+    from retrofit.data.documents import Document
     from retrofit.model.load import load_model
     from retrofit.model.source import resolve
 
@@ -210,8 +210,8 @@ def markdown(result: dict[str, Any], command: str) -> str:
         "",
         "One document, Python's documentation. `whole`: `model(input_ids)` and the loss of its logits. `strided`: the "
         f"loop of transformers' perplexity guide, window = length, stride {result['stride']}. `retrofit`: "
-        "`retrofit.evaluate.score`. Extra memory is the peak resident memory of the pass minus the loaded model; every "
-        "figure is a process of its own.",
+        "`evaluation.scoring.score`. Extra memory is the peak resident memory of the pass minus the loaded model; "
+        "every figure is a process of its own.",
     ]
     for dtype, table in result["tables"].items():
         lines += [

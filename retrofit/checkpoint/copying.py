@@ -13,8 +13,8 @@ import sys
 from io import FileIO
 from pathlib import Path
 
-from retrofit.checkpoint.place import require_free_space
 from retrofit.checkpoint.raw import copy_bytes
+from retrofit.checkpoint.staging import require_free_space
 
 FICLONE = 0x40049409  # of linux/fs.h: the target's blocks become the source's, until one of the two is written
 _CANNOT = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retrofit.checkpoint.place import require_writable
+from retrofit.checkpoint.staging import require_writable
 from retrofit.errors import UserError
 from retrofit.escape import shown
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from retrofit.checkpoint.cast import narrowed
-from retrofit.checkpoint.place import require_free_space
 from retrofit.checkpoint.read import Checkpoint
+from retrofit.checkpoint.staging import require_free_space
 from retrofit.checkpoint.write import HEADER_RESERVE, KEPT, ShardWriter, going_on, held, write_config
 
 if TYPE_CHECKING:

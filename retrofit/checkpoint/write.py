@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from retrofit.checkpoint.config import without_run_fields
 from retrofit.checkpoint.files import INDEX, SINGLE
 from retrofit.checkpoint.header import read_header
 from retrofit.checkpoint.raw import copy_bytes, shift, write_all, write_back
 from retrofit.checkpoint.read import DTYPES
 from retrofit.errors import UserError
 from retrofit.escape import shown
-from retrofit.model.stored import without_run_fields
 from retrofit.recipe.schema import parse_size as bytes_of
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from retrofit.checkpoint.config import is_number, is_whole
 from retrofit.context import frequencies as spectra
 from retrofit.context.fields import RopeView, as_dict, original_length, rotary_dim, text_part, views
-from retrofit.model.stored import is_number, is_whole
 
 _MOST = 1e15  # no factor and no theta comes near it, and products of two are still numbers
 _LLAMA3_IN_LLAMA_CPP = ("llama", "mistral", "mixtral", "granite", "smollm3")

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from retrofit.checkpoint.config import is_number, is_whole
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.model.sensible import LAYER_TYPES
-from retrofit.model.stored import is_number, is_whole
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

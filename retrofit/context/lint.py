@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from retrofit.checkpoint.config import is_number, is_whole, read_config
 from retrofit.context.engines import differences
 from retrofit.context.fields import (
     LAYER_TYPES,
@@ -27,7 +28,6 @@ from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.model.families import KNOWN
 from retrofit.model.side_files import GENERATION, TOKENIZER, side_file
-from retrofit.model.stored import is_number, is_whole, read_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

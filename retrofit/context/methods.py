@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from retrofit.checkpoint.config import is_whole
 from retrofit.context import frequencies as spectra
 from retrofit.context import learned
 from retrofit.context.fields import RopeView, head_dim, require_numbers, rotary_dim, views
@@ -15,7 +16,6 @@ from retrofit.context.longrope import LONGROPE_ONLY, as_longrope, lists
 from retrofit.context.names import rotary_fields
 from retrofit.errors import UserError
 from retrofit.escape import shown
-from retrofit.model.stored import is_whole
 from retrofit.recipe.schema import MOST_TOKENS, ROPE_SETTINGS, RopeSettings
 
 METHODS = tuple(ROPE_SETTINGS)

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrofit.checkpoint.config import is_number
 from retrofit.context import learned
 from retrofit.context.engines import Reading, readings
 from retrofit.context.fields import as_dict, text_part
@@ -26,7 +27,6 @@ from retrofit.context.lint import Finding, lint, lint_folder, require_clean
 from retrofit.context.methods import METHODS, Extension, extended
 from retrofit.context.names import portable, replaced, with_theta
 from retrofit.model.side_files import side_file
-from retrofit.model.stored import is_number
 from retrofit.recipe.schema import RopeSettings
 
 if TYPE_CHECKING:
@@ -157,11 +157,11 @@ def write_extended(
     written; an error in it is a UserError.
     """
     from retrofit.checkpoint.copying import copy_file
-    from retrofit.checkpoint.place import staged
+    from retrofit.checkpoint.extensions import held_scale
     from retrofit.checkpoint.read import Checkpoint
     from retrofit.checkpoint.rewrite import rewrite
+    from retrofit.checkpoint.staging import staged
     from retrofit.checkpoint.write import copy_side_files, write_config
-    from retrofit.context.record import held_scale
     from retrofit.context.temperature import query_rules
     from retrofit.model.families import describe
     from retrofit.model.load import load_config

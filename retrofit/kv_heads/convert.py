@@ -21,15 +21,15 @@ from retrofit.checkpoint.provenance import digest
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.rewrite import Rule, rewrite
 from retrofit.checkpoint.write import copy_side_files, remove_shards
+from retrofit.data.calibration import AVERAGED_TOKENS, CalibrationText
 from retrofit.errors import UserError
-from retrofit.kv_heads.merge import contiguous_groups
-from retrofit.kv_heads.outcome import ConvertReport, LayerReport, RepairOutcome
-from retrofit.kv_heads.pooling import POOLING, pooled_tensors
-from retrofit.kv_heads.text import AVERAGED_TOKENS, CalibrationText
+from retrofit.kv_heads.merge.joint import contiguous_groups
+from retrofit.kv_heads.merge.pooling import POOLING, pooled_tensors
+from retrofit.kv_heads.repair.outcome import ConvertReport, LayerReport, RepairOutcome
+from retrofit.model.completeness import leftovers
 from retrofit.model.families import describe, family_of
 from retrofit.model.load import load_config
 from retrofit.model.spec import AttentionSpec
-from retrofit.model.whole import leftovers
 from retrofit.recipe.schema import Method
 
 if TYPE_CHECKING:
@@ -166,10 +166,10 @@ def _calibrate(
     Shards in `out` stay only where the calibration that they were written from was already whole.
     """
     # Imported here: what calibrates needs model classes, and pooling heads should not wait for them.
-    from retrofit.kv_heads.baselines import METHODS
-    from retrofit.kv_heads.calibrate import CalibratedRun, Settings, pooled_keys
-    from retrofit.kv_heads.moments import Origin
-    from retrofit.kv_heads.repairs import REPAIRS
+    from retrofit.kv_heads.calibrate.layerwise import CalibratedRun, Settings, pooled_keys
+    from retrofit.kv_heads.calibrate.moments import Origin
+    from retrofit.kv_heads.merge.baselines import METHODS
+    from retrofit.kv_heads.repair.repairs import REPAIRS
 
     settings = Settings(
         kv_heads=kv_heads,

@@ -22,8 +22,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from retrofit.checkpoint.place import free_space, require_writable
 from retrofit.checkpoint.read import Checkpoint
+from retrofit.checkpoint.staging import free_space, require_writable
 from retrofit.console import nbytes
 from retrofit.errors import UserError
 from retrofit.kv_heads import VERSION

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from retrofit.checkpoint.full import writing
 from retrofit.checkpoint.lock import folder_lock
-from retrofit.checkpoint.place import require_writable, staged
 from retrofit.checkpoint.provenance import sha256
+from retrofit.checkpoint.staging import require_writable, staged
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.files import local_path, read_json

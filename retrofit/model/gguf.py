@@ -16,8 +16,8 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrofit.checkpoint.place import require_free_space
 from retrofit.checkpoint.provenance import sha256
+from retrofit.checkpoint.staging import require_free_space
 from retrofit.errors import UserError
 from retrofit.escape import code_span, shown
 from retrofit.model.cache import cache_dir, cached, sound

@@ -121,7 +121,7 @@ def inspect(model: Source | str | Path, *, findings: Sequence[Any] = (), reading
     config = load_config(source.folder)
     if holds_weights(source.folder):
         from retrofit.checkpoint.read import Checkpoint
-        from retrofit.model.whole import require_complete
+        from retrofit.model.completeness import require_complete
 
         require_complete(Checkpoint.open(source.folder), config)
     spec = describe(config)
@@ -187,7 +187,7 @@ def count_parameters(folder: Path, config: PretrainedConfig) -> int:
 
     if holds_weights(folder):
         from retrofit.checkpoint.read import Checkpoint
-        from retrofit.model.whole import tied_copy
+        from retrofit.model.completeness import tied_copy
 
         checkpoint = Checkpoint.open(folder)
         copies = (tied_copy(checkpoint, config) or ())[:1]

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrofit.checkpoint.config import CONFIG, read_config
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.model.families import is_known
 from retrofit.model.foreign import foreign_values
 from retrofit.model.sensible import require_sensible
 from retrofit.model.side_files import GENERATION, require_side_files, require_usable, side_file
-from retrofit.model.stored import CONFIG, read_config
 
 if TYPE_CHECKING:
     import torch

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from retrofit.checkpoint.config import finite, is_number, is_whole
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.model.families import Family, family_of
 from retrofit.model.families.refused import REEXPRESSED
 from retrofit.model.foreign import foreign_values
-from retrofit.model.stored import finite, is_number, is_whole
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")

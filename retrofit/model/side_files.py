@@ -9,10 +9,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from retrofit.checkpoint.config import finite, is_number
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.files import read_json, require_regular, require_size
-from retrofit.model.stored import finite, is_number
 
 TOKENIZER = "tokenizer_config.json"
 GENERATION = "generation_config.json"

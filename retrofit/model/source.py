@@ -129,16 +129,16 @@ def _only_gguf(folder: Path) -> Path | None:
 
 def _reexpressed(source: Source, weights: bool, progress: Progress | None) -> Source:
     """The same model as another architecture, where its own cannot hold fewer KV heads."""
+    from retrofit.checkpoint.config import read_config
     from retrofit.model.families.refused import REEXPRESSED
     from retrofit.model.load import load_config
-    from retrofit.model.stored import read_config
 
     if read_config(source.folder)["model_type"] not in REEXPRESSED:
         return source
     from retrofit.checkpoint.read import Checkpoint
+    from retrofit.model.completeness import require_complete, require_tied
     from retrofit.model.reexpress import reexpressed, reexpression_of
     from retrofit.model.reexpress.write import notes_of
-    from retrofit.model.whole import require_complete, require_tied
 
     config = load_config(source.folder)
     reexpression = reexpression_of(config)
@@ -178,7 +178,7 @@ def _from_folder(name: str, folder: Path, weights: bool) -> Source:
     from retrofit.checkpoint.read import Checkpoint
     from retrofit.checkpoint.write import side_files
     from retrofit.model.families import require_known
-    from retrofit.model.licence import base_model_of, licence_of
+    from retrofit.model.license import base_model_of, licence_of
     from retrofit.model.load import load_config, stored_dtype
 
     require_known(load_config(folder))
@@ -206,7 +206,7 @@ def _from_gguf(
     base_model: str | None,
 ) -> Source:
     from retrofit.model.gguf import QUANTISATION, convert
-    from retrofit.model.licence import base_model_of, card_data, licence_of
+    from retrofit.model.license import base_model_of, card_data, licence_of
     from retrofit.model.load import stored_dtype
 
     folder = convert(path, weights=weights, progress=progress)
@@ -244,7 +244,7 @@ def _from_hub(name: str, revision: str | None, weights: bool, progress: Progress
             f"`{revision}` is no name of a revision", where="revision", fix="give a branch, a tag or a commit"
         )
     from retrofit.checkpoint.read import Checkpoint
-    from retrofit.model.licence import licence_of
+    from retrofit.model.license import licence_of
     from retrofit.model.load import stored_dtype
 
     snapshot = download(name, revision=revision, weights=weights, progress=progress)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retrofit.evaluate.perplexity import ALL, Row
+from retrofit.evaluation.metrics.perplexity import ALL, Row
 
 if TYPE_CHECKING:
-    from retrofit.evaluate.answers import TaskChange, TaskScore
-    from retrofit.evaluate.context_use import LongContext
-    from retrofit.evaluate.cost import RunCost
-    from retrofit.evaluate.effective import EffectiveLength, ShortContext
+    from retrofit.evaluation.cost import RunCost
+    from retrofit.evaluation.metrics.context_use import LongContext
+    from retrofit.evaluation.metrics.effective import EffectiveLength, ShortContext
+    from retrofit.evaluation.tasks.answers import TaskChange, TaskScore
 
 CACHE_LENGTHS = (8192, 16384, 32768, 131072)
 """Tokens at which the KV cache is shown: keys of `ModelResult.kv_cache_bytes`."""

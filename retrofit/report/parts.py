@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from retrofit.report.drawing import Picture
+    from retrofit.report.charts.drawing import Picture
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit import escape
-from retrofit.evaluate.perplexity import ALL
-from retrofit.report import encodings, summary, words
+from retrofit.evaluation.metrics.perplexity import ALL
+from retrofit.report import format as words
+from retrofit.report.charts.figures import card_picture, figures
 from retrofit.report.data import CACHE_LENGTHS, ModelResult, RunData, StepRecord, loss_by_position
-from retrofit.report.figures import card_picture, figures
 from retrofit.report.glossary import definitions
 from retrofit.report.parts import Figure, Table
+from retrofit.report.sections import encodings, summary
 
 if TYPE_CHECKING:
     from markupsafe import Markup

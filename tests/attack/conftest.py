@@ -1,5 +1,5 @@
 """The tiny model and texts of the pipeline's tests."""
 
-from tests.pipeline.conftest import model, texts
+from tests.workflow.conftest import model, texts
 
 __all__ = ["model", "texts"]

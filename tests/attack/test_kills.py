@@ -16,7 +16,7 @@ import yaml
 
 from retrofit.checkpoint.provenance import sha256
 from tests.killing import settle
-from tests.pipeline.conftest import sections
+from tests.workflow.conftest import sections
 
 KILLS = 10
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

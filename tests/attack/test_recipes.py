@@ -12,7 +12,7 @@ import pytest
 from retrofit.errors import UserError
 from tests.attack.limits import within
 from tests.fuzz.edits import ODD, Choices, edited
-from tests.pipeline.conftest import sections
+from tests.workflow.conftest import sections
 
 SECONDS = 60
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from retrofit.checkpoint import copying, place
+from retrofit.checkpoint import copying, staging
 from retrofit.checkpoint.copying import copy_file
 from retrofit.errors import UserError
 
@@ -62,7 +62,7 @@ def test_nothing_is_overwritten(link: bool, source: Path, tmp_path: Path) -> Non
 
 def test_no_room_leaves_no_part(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copying, "_cloned", lambda *_: False)
-    monkeypatch.setattr(place, "free_space", lambda _: 10)
+    monkeypatch.setattr(staging, "free_space", lambda _: 10)
     with pytest.raises(UserError, match="not enough disk space"):
         copy_file(source, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()

@@ -78,7 +78,11 @@ def files_of_at_most(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("how", ["python", "numpy", "safetensors", "torch"])
 def test_a_limit_on_the_size_of_files_is_told_whoever_writes(how: str, tmp_path: Path) -> None:
     big = torch.ones(20_000)
-    with pytest.raises(UserError, match="larger than this process may write"), files_of_at_most(4096), writing(tmp_path):
+    with (
+        pytest.raises(UserError, match="larger than this process may write"),
+        files_of_at_most(4096),
+        writing(tmp_path),
+    ):
         if how == "python":
             (tmp_path / "file").write_bytes(b"x" * 80_000)
         elif how == "numpy":

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from retrofit.checkpoint.extensions import first_original, held_scale
 from retrofit.checkpoint.provenance import digest, read_provenance, versions, write_provenance
-from retrofit.context.record import first_original, held_scale
 from retrofit.errors import UserError
 
 

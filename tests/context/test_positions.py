@@ -15,7 +15,7 @@ from retrofit.context.positions import (
 from retrofit.errors import UserError
 from retrofit.kernels import registry
 from retrofit.kernels.registry import Choice
-from retrofit.recover.pair import body, hidden_states
+from retrofit.recovery.student_teacher import body, hidden_states
 from tests.tiny import tiny_model
 
 IDS = (torch.arange(24) * 7 % 250)[None]

@@ -11,7 +11,7 @@ import pytest
 from retrofit.context import rope
 from retrofit.context.fields import as_dict, views
 from retrofit.errors import UserError
-from retrofit.evaluate.reader import varying
+from retrofit.evaluation.scoring.reader import varying
 from retrofit.recipe.schema import RopeSettings
 from tests.tiny import FAMILIES, save_tiny, tiny_config, tiny_model
 

@@ -10,16 +10,16 @@ import torch
 from transformers import GPTBigCodeConfig
 
 from retrofit.context import rope
-from retrofit.context import search as searching
-from retrofit.context.candidates import PUBLISHED, candidates, rungs
 from retrofit.context.engines import differences
 from retrofit.context.methods import extended
 from retrofit.context.rope import extend
-from retrofit.context.search import encoded, search
-from retrofit.context.search_text import rung_text
+from retrofit.context.search import halving
+from retrofit.context.search.candidates import PUBLISHED, candidates, rungs
+from retrofit.context.search.halving import encoded, search
+from retrofit.context.search.text import rung_text
 from retrofit.errors import UserError
-from retrofit.evaluate.reader import Reader
-from retrofit.evaluate.score import reading
+from retrofit.evaluation.scoring.reader import Reader
+from retrofit.evaluation.scoring.score import reading
 from retrofit.recipe.schema import Search
 from tests.tiny import BOS_ID, tiny_config, tiny_model, tiny_tokenizer
 
@@ -160,7 +160,7 @@ def test_the_search_keeps_its_reference_and_takes_the_least_objective(tmp_path, 
     )
     assert model.config.rope_parameters == before and model.config.max_position_embeddings == 512
     # The same question again reads nothing; another one starts anew.
-    monkeypatch.setattr(searching, "Reader", None)
+    monkeypatch.setattr(halving, "Reader", None)
     assert search(model, tokenizer, ids, **asked) == found
     weights = SECTION.model_copy(update={"needle_weight": 0})
     # The weights of the objective are no part of the question: what was measured serves others as well.
@@ -222,7 +222,7 @@ def test_the_second_rung_reads_the_middle_with_attention_to_nearby_tokens() -> N
     assert (read.cut, read.resume, read.near, read.tail) == (512, 1536, 64, 512)
     config = extend(model.config, length=LENGTH, method="yarn")
     with encoded(model, config), reading(model, None, None):
-        native, tail, _ = searching._Rung(model, tokenizer, read, 2, 512, SECTION, None)._read(read)
+        native, tail, _ = halving._Rung(model, tokenizer, read, 2, 512, SECTION, None)._read(read)
     # Chunks are 512 tokens long: those in the middle see themselves and 64 tokens before.
     position = torch.arange(LENGTH)
     first = torch.where((position >= 512) & (position < 1536), position - position % 512 - 64, 0)

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from retrofit.checkpoint.provenance import write_provenance
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.context import rope
-from retrofit.context.candidates import candidates
 from retrofit.context.engines import differences
-from retrofit.context.search import encoded
+from retrofit.context.search.candidates import candidates
+from retrofit.context.search.halving import encoded
 from retrofit.errors import UserError
 from retrofit.recipe.schema import RopeSettings
 from tests.tiny import FAMILIES, save_tiny, tiny_config

@@ -12,9 +12,9 @@ import pytest
 from evals.benchmarks import heads
 from evals.benchmarks.heads import RESULTS, Row
 from evals.benchmarks.heads_text import LENGTH, PIECES, Texts
-from retrofit.evaluate.losses import Document
-from retrofit.report.charts import perplexity_by_seconds
-from retrofit.report.drawing import Line
+from retrofit.data.documents import Document
+from retrofit.report.charts.drawing import Line
+from retrofit.report.charts.plots import perplexity_by_seconds
 from tests.tiny import tiny_tokenizer
 
 KIND = {

@@ -218,8 +218,8 @@ def _gguf() -> bytes:
 @target
 def text_rows(data: bytes) -> None:
     """A text source: a file of any suffix with any bytes, or JSONL of odd rows."""
+    from retrofit.data.sources import rows
     from retrofit.recipe.schema import TextSource
-    from retrofit.recover.files import rows
 
     choices = Choices(data)
     suffix = choices.of((".jsonl", ".txt", ".ndjson", ".jsonl.gz", ".parquet", ".JSONL", ""))
@@ -255,7 +255,7 @@ def tokenizer(data: bytes) -> None:
 @target
 def card(data: bytes) -> None:
     """README.md and the licence file of a model folder."""
-    from retrofit.model.licence import base_model_of, licence_of
+    from retrofit.model.license import base_model_of, licence_of
 
     choices = Choices(data)
     folder = place() / "card"

@@ -15,9 +15,10 @@ import torch
 
 from retrofit.checkpoint import rewrite as rewriting
 from retrofit.checkpoint import write
-from retrofit.checkpoint.place import staged
+from retrofit.checkpoint.staging import staged
 from retrofit.console import Silent
-from retrofit.kv_heads import disk, residuals
+from retrofit.kv_heads import disk
+from retrofit.kv_heads.calibrate import residuals
 from retrofit.kv_heads.convert import CalibrationText, convert
 from tests.killing import dying, half_a_tensor, hunted, nothing
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.kv_heads.averaged import averaged_values, chosen_rows
-from retrofit.kv_heads.stream import LayerStream
-from retrofit.kv_heads.weights import LayerWeights, read_layer
+from retrofit.kv_heads.calibrate.averaged import averaged_values, chosen_rows
+from retrofit.kv_heads.calibrate.stream import LayerStream
+from retrofit.kv_heads.merge.weights import LayerWeights, read_layer
 from retrofit.model.families import describe
 from retrofit.model.load import load_config
 from tests.tiny import save_tiny

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from retrofit.kv_heads.baselines import METHODS, plain_vectors, procrustes_pairs, procrustes_vectors, real_pairs
 from retrofit.kv_heads.convert import convert
-from retrofit.kv_heads.optimum import complex_pca, joint_pca
+from retrofit.kv_heads.merge.baselines import METHODS, plain_vectors, procrustes_pairs, procrustes_vectors, real_pairs
+from retrofit.kv_heads.merge.optimum import complex_pca, joint_pca
 from tests.kv_heads.test_convert import logits, run, text, with_twin_heads
 from tests.tiny import save_tiny
 

@@ -10,14 +10,14 @@ import torch
 
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.context.rope import extend
-from retrofit.kv_heads.baselines import METHODS
-from retrofit.kv_heads.calibrate import CalibratedRun, Settings
+from retrofit.kv_heads.calibrate.layerwise import CalibratedRun, Settings
+from retrofit.kv_heads.calibrate.moments import load, saved
 from retrofit.kv_heads.convert import CalibrationText, convert
-from retrofit.kv_heads.moments import load, saved
-from retrofit.kv_heads.outcome import RepairOutcome
-from retrofit.kv_heads.repair_inputs import RepairInputs
-from retrofit.kv_heads.repairs import OutputRidge
-from retrofit.kv_heads.weights import LayerWeights, read_layer
+from retrofit.kv_heads.merge.baselines import METHODS
+from retrofit.kv_heads.merge.weights import LayerWeights, read_layer
+from retrofit.kv_heads.repair.outcome import RepairOutcome
+from retrofit.kv_heads.repair.repair_inputs import RepairInputs
+from retrofit.kv_heads.repair.repairs import OutputRidge
 from retrofit.model.families import describe, family_of
 from retrofit.model.load import load_config
 from tests.children.sitecustomize import BFLOAT16

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from retrofit.kv_heads.merge import apply_maps, calibrated_maps, rotary_indices
-from retrofit.kv_heads.moments import MomentSums
-from retrofit.kv_heads.weights import LayerWeights, read_layer, write_layer
+from retrofit.kv_heads.calibrate.moments import MomentSums
+from retrofit.kv_heads.merge.joint import apply_maps, calibrated_maps, rotary_indices
+from retrofit.kv_heads.merge.weights import LayerWeights, read_layer, write_layer
 from retrofit.model.families import describe
 from retrofit.model.spec import RopeSpec
 from tests.kv_heads.test_convert import logits, run, text, with_twin_heads

@@ -9,16 +9,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from retrofit.checkpoint.read import Checkpoint
+from retrofit.data.samples import Teacher
 from retrofit.errors import UserError
+from retrofit.kv_heads.calibrate.stream import LayerStream
 from retrofit.kv_heads.convert import CalibrationText, convert
-from retrofit.kv_heads.merge import rotary_indices
-from retrofit.kv_heads.stream import LayerStream
-from retrofit.kv_heads.weights import read_layer, write_layer
+from retrofit.kv_heads.merge.joint import rotary_indices
+from retrofit.kv_heads.merge.weights import read_layer, write_layer
 from retrofit.model.families import describe
 from retrofit.model.load import load_config
-from retrofit.pipeline import operations
 from retrofit.recipe.schema import Convert
-from retrofit.recover.samples import Teacher
+from retrofit.workflow import operations
 from tests.tiny import FAMILIES, save_tiny, tiny_model
 
 LOSSLESS = [f for f in FAMILIES if f not in {"qwen3", "gemma3_text", "olmo2", "qwen3_moe", "olmoe"}]

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrofit.kv_heads.folding import Turning, fold_keys
-from retrofit.kv_heads.merge import merge_keys
-from retrofit.kv_heads.moments import LayerMoments, MomentSums
+from retrofit.kv_heads.calibrate.moments import LayerMoments, MomentSums
+from retrofit.kv_heads.merge.folding import Turning, fold_keys
+from retrofit.kv_heads.merge.joint import merge_keys
 from retrofit.model.spec import RopeSpec
 
 S, P, WINDOW = 3, 4, 50
@@ -50,7 +50,7 @@ def expected_error(gram_NN: Tensor, query_SRR: Tensor, encode: Tensor, query_map
 def test_means_over_distances_are_those_of_the_rotations_themselves(
     back: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retrofit.kv_heads.folding._DISTANCES", 7)
+    monkeypatch.setattr("retrofit.kv_heads.merge.folding._DISTANCES", 7)
     x = torch.randn(2, R, R, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     turns = [rotation(d).T if back else rotation(d) for d in range(WINDOW)]
     expected = sum(share * (turn @ x @ turn.T) for share, turn in zip(shares(), turns, strict=True))

@@ -7,16 +7,16 @@ from functools import lru_cache
 import pytest
 import torch
 
-from retrofit.kv_heads.grouping import best_groups, partitions
-from retrofit.kv_heads.merge import (
+from retrofit.kv_heads.calibrate.moments import LayerMoments, MomentSums
+from retrofit.kv_heads.merge.grouping import best_groups, partitions
+from retrofit.kv_heads.merge.joint import (
     contiguous_groups,
     group_cost,
     merge_keys,
     merge_values,
     output_metric,
 )
-from retrofit.kv_heads.moments import LayerMoments, MomentSums
-from retrofit.kv_heads.weights import LayerWeights
+from retrofit.kv_heads.merge.weights import LayerWeights
 from retrofit.model.spec import RopeSpec
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from retrofit.errors import UserError
-from retrofit.kv_heads.merge import pair_moments, rest_gram, rotary_indices
-from retrofit.kv_heads.moments import MomentSums
-from retrofit.kv_heads.optimum import complex_pca, joint_pca
-from retrofit.kv_heads.refit import LAMBDAS, RidgeSums, _Solution, refit
+from retrofit.kv_heads.calibrate.moments import MomentSums
+from retrofit.kv_heads.merge.joint import pair_moments, rest_gram, rotary_indices
+from retrofit.kv_heads.merge.optimum import complex_pca, joint_pca
+from retrofit.kv_heads.repair.refit import LAMBDAS, RidgeSums, _Solution, refit
 from retrofit.model.spec import RopeSpec
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from retrofit.errors import UserError
-from retrofit.kv_heads.merge import apply_maps, calibrated_maps, group_cost
-from retrofit.kv_heads.moments import LayerMoments, MomentSums, Origin, load, remove, require_own, save, saved
-from retrofit.kv_heads.weights import LayerWeights
+from retrofit.kv_heads.calibrate.moments import LayerMoments, MomentSums, Origin, load, remove, require_own, save, saved
+from retrofit.kv_heads.merge.joint import apply_maps, calibrated_maps, group_cost
+from retrofit.kv_heads.merge.weights import LayerWeights
 from retrofit.model.spec import RopeSpec
 
 T, H, K, D = 60, 4, 2, 6

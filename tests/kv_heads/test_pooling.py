@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from retrofit.kv_heads.merge import apply_maps, contiguous_groups, mean_maps
-from retrofit.kv_heads.pooling import POOLING, pool
-from retrofit.kv_heads.weights import LayerWeights
+from retrofit.kv_heads.merge.joint import apply_maps, contiguous_groups, mean_maps
+from retrofit.kv_heads.merge.pooling import POOLING, pool
+from retrofit.kv_heads.merge.weights import LayerWeights
 
 
 def layer(kv_heads: int) -> LayerWeights:

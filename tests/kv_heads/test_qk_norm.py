@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from retrofit.errors import UserError
+from retrofit.kv_heads.calibrate.moments import MomentSums
 from retrofit.kv_heads.convert import CalibrationText, convert
-from retrofit.kv_heads.merge import calibrated_maps, rotary_indices
-from retrofit.kv_heads.moments import MomentSums
-from retrofit.kv_heads.qk_norm import ScoreError, fit_keys, project, queries_and_keys
-from retrofit.kv_heads.weights import LayerWeights, read_layer, write_layer
+from retrofit.kv_heads.merge.joint import calibrated_maps, rotary_indices
+from retrofit.kv_heads.merge.qk_norm import ScoreError, fit_keys, project, queries_and_keys
+from retrofit.kv_heads.merge.weights import LayerWeights, read_layer, write_layer
 from retrofit.model.families import describe
 from retrofit.model.spec import LayerAttention
 from tests.kv_heads.test_convert import logits, run, text

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from retrofit.errors import UserError
+from retrofit.kv_heads.calibrate.moments import Origin
+from retrofit.kv_heads.calibrate.residuals import Shapes, WorkFolder
 from retrofit.kv_heads.disk import STATE, DiskTensors, require_room
-from retrofit.kv_heads.moments import Origin
-from retrofit.kv_heads.outcome import LayerReport, RepairOutcome
-from retrofit.kv_heads.residuals import Shapes, WorkFolder
+from retrofit.kv_heads.repair.outcome import LayerReport, RepairOutcome
 
 SHAPES = Shapes.of([(2, 5), (1, 5)], 4, 6)
 REPORT = LayerReport(0, ((0, 2), (1, 3)), 0.5, None, 0.25, (RepairOutcome("o_proj", True, 0.2, 0.1),))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from retrofit.kv_heads.calibrate.residuals import WorkFolder
 from retrofit.kv_heads.convert import CalibrationText, convert
-from retrofit.kv_heads.residuals import WorkFolder
 from retrofit.kv_heads.room import held, room_needed
 from retrofit.model.families import describe
 from retrofit.model.load import load_config

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.kv_heads import repairs
+from retrofit.kv_heads.calibrate.stream import LayerStream
 from retrofit.kv_heads.convert import CalibrationText, convert
-from retrofit.kv_heads.outcome import ConvertReport, RepairOutcome
-from retrofit.kv_heads.stream import LayerStream
-from retrofit.kv_heads.transfer import LayerTransfer, split
-from retrofit.kv_heads.weights import LayerWeights, write_layer
+from retrofit.kv_heads.merge.weights import LayerWeights, write_layer
+from retrofit.kv_heads.repair import repairs
+from retrofit.kv_heads.repair.outcome import ConvertReport, RepairOutcome
+from retrofit.kv_heads.repair.transfer import LayerTransfer, split
 from retrofit.model.families import describe
 from retrofit.model.load import load_config
 from tests.tiny import FAMILIES, save_tiny

@@ -22,7 +22,7 @@ from retrofit.checkpoint import rewrite as rewriting
 from retrofit.checkpoint import write
 from retrofit.console import Silent
 from retrofit.model import reexpress
-from retrofit.pipeline import operations
+from retrofit.workflow import operations
 from tests.killing import dying, half_a_tensor, hunted, nothing
 
 SHARD = "60KB"

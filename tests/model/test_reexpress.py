@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from retrofit.checkpoint.place import staged
 from retrofit.checkpoint.read import Checkpoint
+from retrofit.checkpoint.staging import staged
 from retrofit.errors import UserError
 from retrofit.kv_heads.convert import CalibrationText, convert
 from retrofit.model.families import describe, family_of

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from retrofit.data.sources import hub_dataset, rows
 from retrofit.errors import UserError
 from retrofit.model.source import resolve
 from retrofit.recipe.hub import is_model_or_dataset, is_name, is_repo_id, is_revision, licence_problem
 from retrofit.recipe.schema import TextSource
-from retrofit.recover.files import hub_dataset, rows
 from tests.hostile import HOSTILE
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 
-from retrofit.evaluate.answers import TaskChange, TaskScore
-from retrofit.evaluate.asking import Answer
-from retrofit.evaluate.context_use import LongContext
-from retrofit.evaluate.cost import LengthCost, RunCost
-from retrofit.evaluate.definitions import Defined
-from retrofit.evaluate.effective import AGAINST_ORIGINAL, EffectiveLength, LengthTests, ShortContext
-from retrofit.evaluate.longppl import ContextGain, LongPPL
-from retrofit.evaluate.needle import Cell, NeedleResult
-from retrofit.evaluate.perplexity import Row
-from retrofit.evaluate.ruler import Row as Task
-from retrofit.evaluate.ruler import RulerResult
+from retrofit.evaluation.cost import LengthCost, RunCost
+from retrofit.evaluation.metrics.context_use import LongContext
+from retrofit.evaluation.metrics.effective import AGAINST_ORIGINAL, EffectiveLength, LengthTests, ShortContext
+from retrofit.evaluation.metrics.longppl import ContextGain, LongPPL
+from retrofit.evaluation.metrics.perplexity import Row
+from retrofit.evaluation.metrics.protocols import Defined
+from retrofit.evaluation.tasks.answers import TaskChange, TaskScore
+from retrofit.evaluation.tasks.asking import Answer
+from retrofit.evaluation.tasks.needle import Cell, NeedleResult
+from retrofit.evaluation.tasks.ruler import Row as Task
+from retrofit.evaluation.tasks.ruler import RulerResult
 from retrofit.report.data import ModelResult, RunData, StepRecord
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)

@@ -10,9 +10,9 @@ import pytest
 from markdown_it import MarkdownIt
 
 from retrofit.escape import visible
-from retrofit.report import charts
+from retrofit.report.charts import plots
+from retrofit.report.charts.drawing import Line
 from retrofit.report.data import RunData
-from retrofit.report.drawing import Line
 from retrofit.report.render import html, markdown
 from tests.hostile import HOSTILE
 from tests.report.made_up import run
@@ -110,7 +110,7 @@ CHART = {"svg", "title", "g", "path", "defs", "style", "use", "text", "rect", "c
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_charts_show_names_as_words() -> None:
     name = '"><script>alert(1)</script>\x1b[2J\u202e$x$'
-    drawn = charts.perplexity_by_length("a", [Line(name, [64, 128], [2.0, 3.0])], native=None, title=name).themed
+    drawn = plots.perplexity_by_length("a", [Line(name, [64, 128], [2.0, 3.0])], native=None, title=name).themed
     assert {tag for tag, _ in Page(drawn).elements} <= CHART
     assert visible(drawn, keep="\n\t") == drawn
     assert Page(drawn).words.count(visible(name)) == 2

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 from retrofit.console import jsonable
-from retrofit.evaluate.context_use import LongContext, restored
+from retrofit.evaluation.metrics.context_use import LongContext, restored
 from retrofit.kernels.registry import Proof
-from retrofit.publish.reload import ReloadReport
-from retrofit.report import charts, costs, summary, words
+from retrofit.publishing.reload import ReloadReport
+from retrofit.report import format as words
+from retrofit.report.charts import plots
+from retrofit.report.charts.drawing import STYLES, Line
+from retrofit.report.charts.figures import card_picture, figures
 from retrofit.report.data import ModelResult, RunData, StepRecord, loss_by_position
-from retrofit.report.drawing import STYLES, Line
-from retrofit.report.figures import card_picture, figures
 from retrofit.report.render import html, markdown, render
+from retrofit.report.sections import costs, summary
 from tests.report.made_up import conversion, effective, long_context, model, run, search
 
 
@@ -308,8 +310,8 @@ def test_what_running_costs_stands_beside_what_the_machine_could_do() -> None:
 def test_a_bound_far_above_what_was_reached_gets_a_logarithmic_axis() -> None:
     near, far = ([Line("original", [512, 2048], [y, y])] for y in (30.0, 30_000.0))
     reached = [Line("original", [512, 2048], [20.0, 18.0])]
-    assert ">1,000<" not in charts.decode_by_context("a", reached, near).themed
-    assert ">1,000<" in charts.decode_by_context("a", reached, far).themed
+    assert ">1,000<" not in plots.decode_by_context("a", reached, near).themed
+    assert ">1,000<" in plots.decode_by_context("a", reached, far).themed
 
 
 def test_the_use_of_context_comes_back_from_the_journal_as_it_went() -> None:
@@ -320,16 +322,16 @@ def test_the_use_of_context_comes_back_from_the_journal_as_it_went() -> None:
 
 def test_wide_values_get_a_logarithmic_axis() -> None:
     lengths = [1024, 2048]
-    narrow = charts.perplexity_by_length("a", [Line("original", lengths, [10, 40])], native=1024)
-    wide = charts.perplexity_by_length("a", [Line("original", lengths, [10, 900_000])], native=1024)
+    narrow = plots.perplexity_by_length("a", [Line("original", lengths, [10, 40])], native=1024)
+    wide = plots.perplexity_by_length("a", [Line("original", lengths, [10, 900_000])], native=1024)
     assert ">20<" in narrow.themed and ">100,000<" not in narrow.themed
     assert ">100,000<" in wide.themed and ">1,000<" in wide.themed
 
 
 def test_native_window_is_marked_only_inside_the_axis() -> None:
     lines = [Line("original", [1024, 2048], [10, 40])]
-    assert ">native<" in charts.perplexity_by_length("a", lines, native=2048).themed
-    assert ">native<" not in charts.perplexity_by_length("a", lines, native=65536).themed
+    assert ">native<" in plots.perplexity_by_length("a", lines, native=2048).themed
+    assert ">native<" not in plots.perplexity_by_length("a", lines, native=65536).themed
 
 
 def test_models_are_told_apart_without_colour() -> None:

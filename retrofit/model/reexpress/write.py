@@ -18,9 +18,9 @@ from torch import Tensor
 
 from retrofit.checkpoint.cast import narrowed
 from retrofit.checkpoint.heap import give_back
-from retrofit.checkpoint.place import require_free_space
 from retrofit.checkpoint.provenance import sha256
 from retrofit.checkpoint.read import Checkpoint
+from retrofit.checkpoint.staging import require_free_space
 from retrofit.checkpoint.write import KEPT, ShardWriter, copy_side_files, going_on, held, side_files, write_config
 from retrofit.errors import UserError
 from retrofit.files import read_json

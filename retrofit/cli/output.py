@@ -1,0 +1,307 @@
+"""Results as people and machines read them: one function per command; what is measured is in `show_measured`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit.cli.output_measured import task_changes
+from retrofit.console import Console, heads, nbytes, seconds
+from retrofit.escape import python_string
+from retrofit.model.inspect import Inspection
+from retrofit.workflow.plan import Plan, describe_plan
+
+if TYPE_CHECKING:
+    from retrofit.api import RecipeEntry
+    from retrofit.model.inspect import Undescribed
+    from retrofit.system.doctor import Health
+    from retrofit.workflow.run import RunResult
+    from retrofit.workflow.single import Written
+    from retrofit.workflow.sweep import PriceList
+
+
+def run(console: Console, result: RunResult | Plan) -> None:
+    """`retrofit run`."""
+    if isinstance(result, Plan):
+        plan(console, result)
+        return
+    console.result(result)
+    labels = list(result.models)
+    rows = _by_length(result.models)
+    if rows:
+        console.table("Perplexity (95% interval)", ["text", "tokens", *labels], rows)
+    last = list(result.task_changes)[-1:]
+    for label in last:
+        title = f"Tasks: {label} - {labels[0]} on the same questions, right answers of only one"
+        task_changes(console, title, (labels[0], label), result.task_changes[label])
+    for requirement in result.gate:
+        console.say(f"required {requirement.metric} {requirement.bound}: {requirement.reason}")
+    console.say(f"\nreport: {result.report}")
+    if result.final:
+        console.say(f"checkpoint: {result.final} (loaded again in a fresh process: same losses)")
+
+
+def plan(console: Console, result: Plan) -> None:
+    """`retrofit plan`, and `run --dry-run`."""
+    totals = {"seconds": result.seconds, "disk_bytes": result.disk_bytes, "peak_bytes": result.peak_bytes}
+    console.result({**vars(result), "totals": totals})
+    rows = [
+        (cost.step, cost.does, nbytes(cost.peak_bytes), nbytes(cost.disk_bytes), seconds(cost.seconds))
+        for cost in result.steps
+    ]
+    total = ("all", "", nbytes(result.peak_bytes), nbytes(result.disk_bytes), seconds(result.seconds))
+    title = f"{result.recipe} on {result.model} (estimated)"
+    console.table(title, ["step", "what", "memory", "disk", "time"], [*rows, total])
+    for line in describe_plan(result):
+        console.say(line)
+
+
+def prices(console: Console, result: PriceList) -> None:
+    """`retrofit plan --kv-heads`."""
+    console.result(result)
+    at = f"{result.length // 1024}k" if result.length % 1024 == 0 else f"{result.length:,}"
+    columns = [
+        "KV heads",
+        "KV cache a token",
+        f"at {at}",
+        "loss (nats/token)",
+        "perplexity",
+        "",
+        "layers that pay most",
+    ]
+    rows = []
+    for price in result.prices:
+        dearest = ", ".join(f"{layer} ({share:.0%})" for layer, share in price.dearest())
+        rows.append(
+            (
+                price.kv_heads,
+                nbytes(price.kv_bytes_per_token),
+                nbytes(price.kv_cache_bytes),
+                "-" if price.increase is None else f"{price.increase:+.3f}{'' if price.tells else ' ~'}",
+                "-" if price.ratio is None else f"x {price.ratio:,.2f}",
+                price.how,
+                dearest or "-",
+            )
+        )
+    console.table(f"{result.model}: what fewer KV heads cost", columns, rows)
+    if not all(price.tells for price in result.prices):
+        console.say("~: below two standard errors, not to be told from zero on the text that was scored")
+    if result.calibrated:
+        for line in _how_calibrated(result):
+            console.say(line)
+    for note in result.notes:
+        console.say(f"note: {note}")
+    if result.budget and result.kv_heads:
+        size = next(price.kv_cache_bytes for price in result.prices if price.kv_heads == result.kv_heads)
+        console.say(
+            f"\n{heads(result.kv_heads)} {'fits' if result.kv_heads == 1 else 'fit'} {nbytes(result.budget.nbytes)} at "
+            f"{result.budget.length:,} tokens "
+            f"({nbytes(size)}):\n  {result.command}"
+        )
+
+
+def _how_calibrated(result: PriceList) -> list[str]:
+    measured, curve = result.calibrated, result.curve
+    assert measured
+    repair = "the merge and the closed-form repair" if measured.repair != "none" else "the merge alone"
+    probes = ", ".join(f"{heads(p.kv_heads)} {p.increase:+.3f} (standard error {p.error:.3f})" for p in measured.probes)
+    lines = [
+        f"measured: {probes}, converted on {measured.tokens:,} tokens of {', '.join(measured.kinds)} and scored on "
+        f"{measured.scored_tokens:,} others (original {measured.original_loss:.3f} nats/token)",
+        f"these are losses after {repair}, as `retrofit convert` writes it, before any recovery; a conversion on more "
+        "text loses less",
+    ]
+    if curve is None:
+        return [*lines, "no probe lost anything that was measurable: nothing is predicted"]
+    through = "both points" if len(curve.points) > 1 else f"{heads(curve.points[0])} (exponent 1 assumed)"
+    return [*lines, f"predicted: loss = {math.exp(curve.log_scale):.3g} cost^{curve.exponent:.2f}, through {through}"]
+
+
+def inspection(console: Console, result: Inspection | Undescribed) -> None:
+    """`retrofit inspect`."""
+    console.result(result)
+    if isinstance(result, Inspection):
+        _described(console, result)
+    else:
+        console.say(f"{result.model}: {result.reason}")
+    _positions(console, result)
+
+
+def _described(console: Console, result: Inspection) -> None:
+    facts = [
+        ("architecture", f"{result.architecture} ({result.family})"),
+        ("parameters", f"{result.parameters:,} in {result.dtype}"),
+        ("layers", result.layers),
+        ("query heads / KV heads", f"{result.query_heads} / {result.kv_heads}, head dim {result.head_dim}"),
+        ("positions", f"{result.max_position_embeddings:,}"),
+        ("licence", result.licence),
+        ("KV cache per token", nbytes(result.kv_bytes_per_token)),
+    ]
+    facts += [(f"KV cache at {tokens // 1024}k", nbytes(size)) for tokens, size in result.kv_cache_bytes.items()]
+    console.table(result.model, ["", ""], facts)
+    console.say("")
+    console.table("Layers", ["layers", "heads", "window", "RoPE", "q/k norm", "biases", "softcap"], _groups(result))
+    console.say("")
+    console.table("KV heads it can be converted to", ["KV heads", "possible", "KV cache at 32k", "why not"], [
+        (c.kv_heads, c.possible, nbytes(c.kv_cache_bytes[32768]) if c.possible else "", c.reason or "")
+        for c in result.conversions
+    ])  # fmt: skip
+
+
+def _positions(console: Console, result: Inspection | Undescribed) -> None:
+    """What three engines make of the rotary fields, and the linter's verdict."""
+    if result.readings:
+        console.say("")
+        console.table(
+            "Rotary frequencies as three engines read them",
+            ["engine", "layers", "inverse frequencies", "digest", "attention factor", "max length"],
+            [
+                (
+                    one.engine,
+                    one.layer_type or "all",
+                    f"{one.rule}, {one.first:.4g} to {one.last:.4g}",
+                    one.digest,
+                    f"{one.attention_factor:.4g}",
+                    f"{one.max_length:,}",
+                )
+                for one in result.readings
+            ],
+        )
+    if not result.findings and (result.readings or isinstance(result, Inspection)):
+        console.say("\nRoPE linter: nothing to complain about")
+    for finding in result.findings:
+        console.say(
+            f"\nRoPE linter, {finding.severity}: {finding.what}\n  where: {finding.where}\n  fix:   {finding.fix}"
+        )
+
+
+def _groups(result: Inspection) -> list[tuple[object, ...]]:
+    rows: list[tuple[object, ...]] = []
+    for group in result.groups:
+        rope = group.rope
+        encoding = "none"
+        if rope:
+            encoding = f"{rope.rope_type}, theta {rope.theta:g}, {rope.rotary_dim} dims, {rope.pairing}"
+        rows.append(
+            (
+                group.indices,
+                f"{group.query_heads} / {group.kv_heads} x {group.head_dim}",
+                group.window or "all",
+                encoding,
+                group.qk_norm or "none",
+                ", ".join(group.biases) or "none",
+                group.softcap,
+            )
+        )
+    return rows
+
+
+def written(console: Console, result: Written) -> None:
+    """`retrofit convert`, `extend`, `recover`."""
+    console.result(result)
+    if result.report.get("search"):
+        _search(console, result.report["search"])
+    by_kind = result.report.get("tokens_by_kind")
+    if by_kind:
+        console.say("calibrated on " + ", ".join(f"{tokens:,} tokens of {kind}" for kind, tokens in by_kind.items()))
+    for line in _kept_out(result.report.get("layers", ())):
+        console.say(line)
+    for note in result.report.get("notes", ()):
+        console.say(f"note: {note}")
+    console.say(f"written: {result.folder}")
+    console.say(f"load it with AutoModelForCausalLM.from_pretrained({python_string(str(result.folder))})")
+
+
+def _kept_out(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each repair that some layers did without."""
+    out: dict[str, list[str]] = {}
+    for layer in layers:
+        for repair in layer["repairs"]:
+            out.setdefault(repair["name"], []).extend([] if repair["accepted"] else [str(layer["index"])])
+    return [
+        f"the repair {name} was kept out of {len(indices)} of {len(layers)} layers, no better on text it had not seen: "
+        f"{', '.join(indices)}"
+        for name, indices in out.items()
+        if indices
+    ]
+
+
+def _search(console: Console, found: Mapping[str, Any]) -> None:
+    """The encodings that were compared over the whole window, the best first."""
+    last = [trial for trial in found["trials"] if trial["rung"] == found["winner"]["rung"]]
+    console.table(
+        f"search: {len(found['trials'])} passes, {found['tokens_read']:,} tokens read (a budget of {found['read']:,}); "
+        "nats per token over the whole window",
+        ["encoding", "original window", "last tokens", "answers", "objective"],
+        [
+            (trial["label"], *(f"{trial[name]:.3f}" for name in ("native", "tail", "needle", "objective")))
+            for trial in sorted(last, key=lambda trial: trial["objective"])
+        ],
+    )
+    console.say(f"before the extension, original window: {found['native']:.3f}")
+
+
+def published(console: Console, result: Any) -> None:
+    """`retrofit publish`."""
+    console.result(result)
+    console.say(f"published: {result.url}")
+
+
+def recipes(console: Console, result: tuple[RecipeEntry, ...]) -> None:
+    """`retrofit recipes list`."""
+    console.result(result)
+    console.table("", ["recipe", "what it does"], [(entry.name, entry.description) for entry in result])
+
+
+def recipe(console: Console, text: str) -> None:
+    """`retrofit recipes show`."""
+    import yaml
+
+    console.result(yaml.safe_load(text))
+    console.say(text.rstrip())
+
+
+def copied(console: Console, path: Path) -> None:
+    """`retrofit recipes copy`."""
+    console.result({"file": path})
+    console.say(f"written: {path}")
+
+
+def health(console: Console, result: Health) -> None:
+    """`retrofit doctor`."""
+    console.result(result)
+    speed = ", ".join(f"{value:,.0f} GFLOP/s {dtype}" for dtype, value in result.gflops.items())
+    machine = [
+        ("devices", ", ".join(result.devices)),
+        ("cores", result.cores),
+        ("memory", nbytes(result.memory_bytes)),
+        ("free disk here", nbytes(result.free_disk_bytes)),
+        ("matrix products", f"{speed} (measured)"),
+    ]
+    console.table("Machine", ["", ""], machine)
+    console.say("")
+    console.table("Packages", ["package", "version"], list(result.versions.items()))
+    console.say("")
+    console.table(
+        "Attention kernels",
+        ["kernel", "runs here", "why", "install"],
+        [(kernel.name, kernel.available, kernel.reason, kernel.install or "") for kernel in result.kernels],
+    )
+    console.say("")
+    console.table(
+        "Optional parts",
+        ["part", "there", "for", "install"],
+        [(check.name, check.ok, check.what, check.install or "") for check in result.optional],
+    )
+
+
+def _by_length(models: Any) -> list[tuple[object, ...]]:
+    """A row per kind of text and length, one cell per model."""
+    cells: dict[tuple[str, int], list[str]] = {}
+    for model in models.values():
+        for row in model["rows"]:
+            key = (row["kind"], row["length"])
+            cells.setdefault(key, []).append(f"{row['ppl']:.2f} ({row['low']:.2f} to {row['high']:.2f})")
+    return [(*key, *values) for key, values in cells.items()]

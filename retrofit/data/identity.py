@@ -1,0 +1,69 @@
+"""What a text source is, whatever it is called: digests of what it holds, and sources that are the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from retrofit.checkpoint.provenance import sha256
+from retrofit.data.corpora import BUILT_IN, built_in_digest
+from retrofit.data.folders import text_files
+from retrofit.data.sources import HUB, OURS, OWN_SAMPLES, kind_of, place_of
+from retrofit.errors import UserError
+from retrofit.files import local_path
+from retrofit.recipe.schema import TextSource
+
+if TYPE_CHECKING:
+    pass
+
+
+def identity(sources: Sequence[TextSource]) -> list[dict[str, object]]:
+    """What the sources hold, for a fingerprint: digests of files and built-in texts; the name of a hub dataset."""
+    return [{**source.model_dump(), "content": _content(source.source)} for source in sources]
+
+
+def content_digest(sources: Sequence[TextSource]) -> str:
+    """A digest of what the sources hold, whatever they are called."""
+    held = [[_content(source.source), source.field, source.split] for source in merged(sources)]
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+
+
+def _content(source: str) -> object:
+    if source in BUILT_IN:
+        return built_in_digest(source)
+    if source == OWN_SAMPLES or source.startswith(HUB):
+        return source
+    root = local_path(source)
+    return {
+        file.relative_to(root if root.is_dir() else root.parent).as_posix(): sha256(file) for file in text_files(source)
+    }
+
+
+def require_distinct(sources: Sequence[TextSource], where: str) -> None:
+    """UserError when two sources of one section have one name in results: they would be taken for one kind of text."""
+    known: dict[str, TextSource] = {}
+    for source in sources:
+        other = known.setdefault(kind_of(source.source), source)
+        if _documents_of(other) != _documents_of(source):
+            raise UserError(
+                f"`{other.source}` and `{source.source}` are both called `{kind_of(source.source)}`",
+                where=where,
+                fix="rename one" if other.source != source.source else "keep one of them",
+            )
+
+
+def merged(sources: Sequence[TextSource]) -> tuple[TextSource, ...]:
+    """The sources, each with other documents: those that are one under two names are one, with their weights added."""
+    found: dict[tuple[object, ...], TextSource] = {}
+    for source in sources:
+        known = found.get(key := _documents_of(source))
+        found[key] = source if known is None else known.model_copy(update={"weight": known.weight + source.weight})
+    return tuple(found.values())
+
+
+def _documents_of(source: TextSource) -> tuple[object, ...]:
+    """What two sources with the same documents have in common."""
+    named = source.source in OURS or source.source.startswith(HUB)
+    return source.source if named else place_of(source.source), source.field, source.split

@@ -1,0 +1,204 @@
+"""Rows of text for calibration and recovery: sources mixed by weight, cut into pieces, shuffled, packed end to end."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from retrofit.data.corpora import Split
+from retrofit.data.samples import Teacher
+from retrofit.data.sources import kind_of
+from retrofit.data.texts import read_texts
+from retrofit.errors import UserError
+from retrofit.escape import shown
+from retrofit.recipe.schema import TextSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from retrofit.console import Progress
+
+CHARS_PER_TOKEN = 12  # generous: how much text is read for a number of tokens
+SEGMENTS = 16  # no single document makes up more than this fraction of a source's share in one piece
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows of text packed end to end: token ids, and for each token the number of its document; both int64 [N, T].
+
+    notes: what is odd about the text.
+    """
+
+    ids_NT: torch.Tensor
+    documents_NT: torch.Tensor
+    notes: tuple[str, ...] = ()
+
+
+def training_rows(
+    sources: Sequence[TextSource],
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    sequence_length: int,
+    seed: int,
+    split: Split = "train",
+    *,
+    teacher: Teacher | None = None,
+    repeat: bool = True,
+    only: Mapping[str, frozenset[str]] | None = None,
+    progress: Progress | None = None,
+) -> Packed:
+    """Packed rows [N, sequence_length], N = ceil(tokens / sequence_length), mixed by the sources' weights.
+
+    Documents are cut into pieces, the pieces shuffled, and packed end to end as BOS, text, EOS; every sequence starts
+    with BOS (if the tokenizer has one), as every context does later. Deterministic under `seed`.
+    Text that does not suffice is read again, which is announced; with repeat=False it is a UserError that says how
+    much there is. A source without held-out text is left out of that split, which is announced as well.
+    only: by kind of text, the names of the documents to read, where not all are.
+    """
+    count = math.ceil(tokens / sequence_length)
+    chosen = {source: (only or {}).get(kind_of(source.source)) for source in sources}
+    usable = [source for source in sources if not _is_bare(source, split, teacher, chosen[source], progress)]
+    if not usable:
+        raise UserError(
+            "no text is left to hold out: a single document is used for training only",
+            where=f"text source {', '.join(f'`{source.source}`' for source in sources)}",
+            fix="add a second document, or a built-in source such as python-docs",
+        )
+    parts, notes = [], []
+    for index, (source, share) in enumerate(zip(usable, _shares(usable, count), strict=True)):
+        if share:
+            own = seed + 7919 * index
+            stream = _Stream(source, tokenizer, share, sequence_length, own, split, teacher, chosen[source], progress)
+            parts.append(stream.pack(repeat))
+            notes += spelled_tokens(kind_of(source.source), (text for text, _ in stream.pieces), tokenizer)
+    ids_NT, documents_NT = (torch.cat(part) for part in zip(*parts, strict=True))
+    order = torch.randperm(len(ids_NT), generator=torch.Generator().manual_seed(seed))
+    return Packed(ids_NT[order], documents_NT[order], tuple(notes))
+
+
+def spelled_tokens(kind: str, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A note where texts spell special tokens: a tokenizer reads `</s>` as the end of a text, not as letters."""
+    special = [token for token in tokenizer.all_special_tokens if token and not token.isspace()]
+    if not special:
+        return []
+    pattern = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
+    found = Counter(match for text in texts for match in pattern.findall(text))
+    if not found:
+        return []
+    named = ", ".join(f"{shown(token, 40)} {count:,} times" for token, count in found.most_common(3))
+    return [f"`{shown(kind)}` spells special tokens, which are read as such and not as text: {named}"]
+
+
+class _Stream:
+    """One source's share of a mix, tokenized piece by piece until the share is full."""
+
+    def __init__(
+        self,
+        source: TextSource,
+        tokenizer: PreTrainedTokenizerBase,
+        sequences: int,
+        sequence_length: int,
+        seed: int,
+        split: Split,
+        teacher: Teacher | None,
+        only: frozenset[str] | None,
+        progress: Progress | None,
+    ) -> None:
+        self.source, self.tokenizer, self.progress = source, tokenizer, progress
+        self.sequences, self.length, self.seed = sequences, sequence_length, seed
+        wanted = sequences * sequence_length
+        limit = CHARS_PER_TOKEN * wanted
+        texts = read_texts(source, split=split, teacher=teacher, limit_chars=limit, only=only, progress=progress)
+        piece_chars = 4 * max(sequence_length, wanted // SEGMENTS)
+        self.pieces = [piece for text in texts for piece in _pieces(text.text, piece_chars)]
+
+    def pack(self, repeat: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ids, document numbers), both [sequences, length].
+
+        Reads the pieces again in another order if they run out and `repeat` allows it.
+        """
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        start = [] if bos is None else [bos]
+        body = self.length - len(start)
+        wanted = self.sequences * body
+        ids: list[int] = []
+        begins: list[int] = []  # where each piece starts; pieces are shuffled, so neighbours belong to other documents
+        generator = torch.Generator().manual_seed(self.seed)
+        passes = 0
+        ended = False
+        while len(ids) < wanted:
+            if passes and not repeat:
+                raise UserError(
+                    f"too little text: {len(ids)} tokens, {wanted} needed",
+                    where=f"text source `{self.source.source}`",
+                    fix="ask for fewer tokens, or add text",
+                )
+            passes += 1
+            before = len(ids)
+            for index in torch.randperm(len(self.pieces), generator=generator).tolist():
+                text, last = self.pieces[index]
+                begins.append(len(ids))
+                ids += start if ended else []
+                ids += self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+                ids += [eos] if last and eos is not None else []
+                ended = last
+                if len(ids) >= wanted:
+                    break
+            if len(ids) == before:
+                raise UserError("the text gives no tokens", where=f"text source `{self.source.source}`")
+            if passes == 1 and len(ids) < wanted and repeat and self.progress is not None:
+                self.progress.note(
+                    f"{self.source.source}: {len(ids)} tokens of text for {wanted} tokens of training; "
+                    f"it is read {wanted / len(ids):.1f} times"
+                )
+        rows_NT = torch.tensor(ids[:wanted], dtype=torch.int64).view(self.sequences, body)
+        numbers = torch.searchsorted(torch.tensor(begins), torch.arange(wanted), right=True)
+        documents_NT = numbers.view(self.sequences, body)
+        if not start:
+            return rows_NT, documents_NT
+        rows_NT = torch.cat([torch.full((self.sequences, 1), bos, dtype=torch.int64), rows_NT], dim=1)
+        return rows_NT, torch.cat([documents_NT[:, :1], documents_NT], dim=1)
+
+
+def _pieces(text: str, chars: int) -> Iterator[tuple[str, bool]]:
+    """Cut at line ends (or anywhere, if a line is too long) into (piece, is the document's last)."""
+    start = 0
+    while start < len(text):
+        stop = start + chars
+        if stop >= len(text):
+            yield text[start:], True
+            return
+        newline = text.rfind("\n", start + chars // 2, stop)
+        stop = newline + 1 if newline >= 0 else stop
+        yield text[start:stop], False
+        start = stop
+
+
+def _shares(sources: Sequence[TextSource], count: int) -> list[int]:
+    """`count` sequences split by weight; the largest remainders get what rounding leaves over."""
+    total = sum(source.weight for source in sources)
+    exact = [count * source.weight / total for source in sources]
+    shares = [int(value) for value in exact]
+    order = sorted(range(len(sources)), key=lambda i: (shares[i] - exact[i], i))
+    for index in order[: count - sum(shares)]:
+        shares[index] += 1
+    return shares
+
+
+def _is_bare(
+    source: TextSource, split: Split, teacher: Teacher | None, only: frozenset[str] | None, progress: Progress | None
+) -> bool:
+    """Whether a source has nothing to hold out; announced."""
+    if split != "held_out" or next(
+        read_texts(source, split=split, teacher=teacher, only=only, progress=progress), None
+    ):
+        return False
+    if progress is not None and only is None:
+        progress.note(f"{source.source}: a single document, used for training only; nothing of it is held out")
+    return True

@@ -1,0 +1,185 @@
+"""User text: plain text, JSONL and parquet files, folders of them, and hub datasets, read document by document.
+
+A text file is one document; a row of JSONL, parquet or a hub dataset is one. Whatever is wrong with the text is a
+`UserError` that names file and line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from retrofit.data.corpora import BUILT_IN
+from retrofit.data.folders import LINES, PARQUET, text_files
+from retrofit.data.readers import json_lines, json_rows, plain_text, suffix_of
+from retrofit.errors import UserError
+from retrofit.escape import shown
+from retrofit.files import local_path
+from retrofit.recipe.hub import is_model_or_dataset, is_name
+from retrofit.recipe.schema import TextSource
+
+HUB = "hub:"
+OWN_SAMPLES = "self"
+OURS = (*BUILT_IN, OWN_SAMPLES)
+"""Sources that are no path: a file or folder of such a name gets another kind."""
+ALL = "all"
+"""Stands for all kinds together in results."""
+_LONGEST_KIND = 80
+
+Row = tuple[str, str]  # (name, text)
+
+
+def rows(source: TextSource) -> Callable[[], Iterator[Row]]:
+    """How to read the documents of a source; call the result once for each pass.
+
+    A name is unique within its source: the path below a named folder, with the number of the row.
+    Raises UserError if the file or folder is missing or of an unknown kind, or an optional package is not installed.
+    """
+    if source.source.startswith(HUB):
+        hub_dataset(source.source)
+        load = _hub_loader()
+        return lambda: _hub_rows(source, load)
+    files = text_files(source.source)
+    if any(suffix_of(file) == PARQUET for file in files):
+        _require_pyarrow(files)
+    root = local_path(source.source)
+    base = root if root.is_dir() else root.parent
+    return lambda: (row for file in files for row in _file_rows(file, file.relative_to(base).as_posix(), source.field))
+
+
+def hub_dataset(source: str) -> tuple[str, str | None]:
+    """(dataset, configuration or None) of `hub:DATASET[:CONFIG]`; UserError when they are no names of the hub."""
+    dataset, colon, config = source.removeprefix(HUB).partition(":")
+    if not is_model_or_dataset(dataset) or (colon and not is_name(config)):
+        raise UserError(
+            f"`{source.removeprefix(HUB)}` is no dataset of the hub",
+            where=f"text source `{source}`",
+            fix="write hub:OWNER/NAME, or hub:OWNER/NAME:CONFIG",
+        )
+    return dataset, config if colon else None
+
+
+def place_of(source: str) -> Path:
+    """Where the path of a text source leads. Raises UserError for a path that no file system can hold, or a loop."""
+    path = local_path(source)
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        raise UserError("the path is a loop of symbolic links", where=shown(source), fix="check the path") from None
+
+
+def kind_of(source: str) -> str:
+    """A short name for metrics: letters, digits, dot, dash and underscore only, and none of our own words."""
+    if source in OURS:
+        return source
+    name = source.removeprefix(HUB) if source.startswith(HUB) else place_of(source).name
+    kind = re.sub(r"[^\w.-]+", "-", name)[:_LONGEST_KIND]
+    if not any(character.isalnum() for character in kind):
+        return "text"
+    return f"{kind}-text" if kind in (*OURS, ALL) else kind
+
+
+def _file_rows(file: Path, name: str, field: str) -> Iterator[Row]:
+    suffix = suffix_of(file)
+    if suffix == PARQUET:
+        yield from _parquet_rows(file, name, field)
+        return
+    if suffix not in LINES:
+        text = plain_text(file)
+        keys = json_rows(text, field)
+        if not keys:
+            yield name, text
+            return
+        if suffix:
+            raise UserError(
+                f"the lines are JSON objects, not prose; their keys: {shown(', '.join(keys), 120)}",
+                where=shown(file),
+                fix="name the file .jsonl, and its rows are read as texts; `field:` names the key that holds the text",
+            )
+    for number, row in json_lines(file):
+        yield f"{name}:{number}", _text_field(row, field, f"{shown(file)}:{number}")
+
+
+def _parquet_rows(file: Path, name: str, field: str) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(file)
+        if field not in table.schema_arrow.names:
+            raise _no_field(field, table.schema_arrow.names, shown(file))
+        number = 0
+        for batch in table.iter_batches(batch_size=256, columns=[field]):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                yield f"{name}:{number}", _text_field({field: value}, field, f"{shown(file)}, row {number}")
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"not a readable parquet file: {shown(error, 160)}", where=shown(file), fix="write it again"
+        ) from None
+
+
+def _hub_loader() -> Callable[..., object]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise UserError(
+            "hub datasets need the package `datasets`", where="text source `hub:...`", fix="pip install datasets"
+        ) from error
+    return load_dataset
+
+
+def _hub_rows(source: TextSource, load_dataset: Callable[..., object]) -> Iterator[Row]:
+    from huggingface_hub.errors import HTTPError
+
+    dataset, config = hub_dataset(source.source)
+    try:
+        stream = load_dataset(dataset, config, split=source.split, streaming=True)
+        for number, row in enumerate(stream, 1):  # type: ignore[var-annotated, arg-type]
+            yield f"{dataset}:{number}", _text_field(row, source.field, f"{source.source}, row {number}")
+    except (ValueError, OSError, HTTPError) as error:  # datasets' own errors derive from the first two
+        raise UserError(
+            f"cannot read the dataset: {shown(str(error).splitlines()[0] if str(error) else type(error).__name__)}",
+            where=f"text source `{shown(source.source)}`, split `{shown(source.split)}`",
+            fix="check name, configuration (hub:DATASET:CONFIG), split, network and `hf auth login`",
+        ) from error
+
+
+def _text_field(row: dict[str, object], field: str, where: str) -> str:
+    if field not in row:
+        raise _no_field(field, list(row), where)
+    value = row[field]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(
+            f"`{shown(field, 40)}` holds {type(value).__name__}, not text",
+            where=where,
+            fix="name the key that holds the text",
+        )
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"half a character (the lone surrogate {shown(value[error.start])}) stands in `{shown(field, 40)}`",
+            where=where,
+            fix="write the text again with whole characters",
+        ) from None
+    return value
+
+
+def _no_field(field: str, names: list[str], where: str) -> UserError:
+    return UserError(
+        f"no key `{shown(field, 40)}`; there are: {shown(', '.join(map(str, names[:20]))) or 'none'}",
+        where=where,
+        fix="set `field:` of the text source to the key that holds the text",
+    )
+
+
+def _require_pyarrow(files: list[Path]) -> None:
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        where = shown(next(file for file in files if suffix_of(file) == PARQUET))
+        raise UserError("parquet files need the package `pyarrow`", where=where, fix="pip install pyarrow") from error

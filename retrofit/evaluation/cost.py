@@ -1,0 +1,228 @@
+"""What running a model costs at a context length: prefill, decoding, memory, and the bounds this machine sets to them.
+
+Decoding one sequence reads all weights and the whole KV cache for every token: it is bound by memory bandwidth. A
+prefill multiplies every token with every weight: it is bound by floating-point operations.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from retrofit.errors import UserError
+from retrofit.model.families import describe
+from retrofit.model.spec import AttentionSpec
+from retrofit.system.memory import Watch
+from retrofit.system.speed import bandwidth, flops
+
+WARM_UP = 16  # tokens of a pass that is not timed
+
+
+@dataclass(frozen=True)
+class LengthCost:
+    """One sequence of `length` tokens, read in one pass, then `decode_tokens` greedy tokens after it.
+
+    prefill_seconds: until the first token is known. prefill_bytes: memory beyond the weights at the pass's peak, KV
+    cache included. kv_bytes: what the cache held after the prefill; kv_bytes_expected: from the spec. decode_per_s is
+    None when nothing was decoded. The bounds are the most this machine could do, in tokens per second.
+    """
+
+    length: int
+    prefill_seconds: float
+    prefill_per_s: float
+    prefill_bound: float
+    prefill_bytes: int
+    kv_bytes: int
+    kv_bytes_expected: int
+    decode_tokens: int
+    decode_per_s: float | None
+    decode_bound: float
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What a machine can do: bytes it reads and writes, and floating-point operations in one dtype, per second."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """By length, and what was measured: kernel, dtype, and the machine's bytes and operations per second.
+
+    weight_bytes: what one decoded token reads; an input table that is not the output's is not counted. Of a mixture of
+    experts all experts are, so that its bound can be exceeded.
+    """
+
+    lengths: tuple[LengthCost, ...]
+    weight_bytes: int
+    kernel: str
+    dtype: str
+    device: str
+    bytes_per_second: float
+    flops_per_second: float
+
+
+def side_by_side(
+    models: Mapping[str, Callable[[], PreTrainedModel]],
+    lengths: Sequence[int],
+    decode_tokens: int = 64,
+    *,
+    rounds: int,
+    seed: int = 0,
+) -> dict[str, RunCost]:
+    """`run_cost` of each model, for comparing: all have their turn, `rounds` times over, and the fastest time of each
+    length counts, so that what else the machine does for a while does not slow one of them alone. The bounds of the
+    machine are measured once for each dtype.
+
+    models: by label, what loads each; one is in memory at a time.
+
+    Raises: as `run_cost`.
+    """
+    found: dict[str, RunCost] = {}
+    speeds: dict[tuple[torch.dtype, str], Speeds] = {}
+    for _ in range(rounds):
+        for label, load in models.items():
+            model = load()
+            where = model.dtype, model.device.type
+            speeds[where] = speeds.get(where) or machine_speeds(*where)
+            cost = run_cost(model, lengths, decode_tokens, speeds=speeds[where], seed=seed)
+            del model
+            gc.collect()
+            found[label] = _faster(found[label], cost) if label in found else cost
+    return found
+
+
+def _faster(a: RunCost, b: RunCost) -> RunCost:
+    """Of two measurements of one model, the faster prefill and the faster decoding at each length."""
+    lengths = []
+    for one, other in zip(a.lengths, b.lengths, strict=True):
+        prefill = min(one, other, key=lambda cost: cost.prefill_seconds)
+        speeds = [cost.decode_per_s for cost in (one, other) if cost.decode_per_s is not None]
+        lengths.append(replace(prefill, decode_per_s=max(speeds, default=None)))
+    return replace(a, lengths=tuple(lengths))
+
+
+def machine_speeds(dtype: torch.dtype, device: str) -> Speeds:
+    """Measured now, in a second."""
+    return Speeds(bandwidth(device), flops(dtype, device))
+
+
+def run_cost(
+    model: PreTrainedModel,
+    lengths: Sequence[int],
+    decode_tokens: int = 64,
+    *,
+    speeds: Speeds | None = None,
+    seed: int = 0,
+) -> RunCost:
+    """The cost at every length, clipped to the model's window, each measured once; random tokens, a stock cache.
+
+    With learned positions, which end with the window, what is decoded has its place inside it. speeds: of the machine
+    in the model's dtype, measured where they are not given.
+
+    Raises: UserError for a length below one token.
+    """
+    if not lengths or min(lengths) < 1:
+        raise UserError("a cost is measured at one token or more", fix="set evaluate.cost_lengths: [512, 2048]")
+    spec, device = describe(model.config), model.device.type
+    window = spec.max_position_embeddings
+    if spec.learned_positions:
+        window = max(1, window - decode_tokens)
+    speeds = speeds or machine_speeds(model.dtype, device)
+    weights = weights_read(model)
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    with torch.inference_mode():
+        _next(model, _prompt(model, min(WARM_UP, window), generator), DynamicCache(config=model.config))
+        for length in sorted({min(length, window) for length in lengths}):
+            prompt = _prompt(model, length, generator)
+            cache = DynamicCache(config=model.config)
+            with Watch(model.device) as watch:
+                seconds, token = _timed(model, prompt, cache)
+            held = cache_bytes(cache)
+            began = time.perf_counter()
+            for _ in range(decode_tokens):
+                token = _next(model, token, cache)
+            _wait(model)
+            spent = time.perf_counter() - began
+            expected = spec.kv_cache_bytes(length, model.dtype.itemsize)
+            found.append(
+                LengthCost(
+                    length=length,
+                    prefill_seconds=seconds,
+                    prefill_per_s=length / seconds,
+                    prefill_bound=length * speeds.flops_per_second / prefill_flops(model, spec, length),
+                    prefill_bytes=watch.most_bytes,
+                    kv_bytes=held,
+                    kv_bytes_expected=expected,
+                    decode_tokens=decode_tokens,
+                    decode_per_s=decode_tokens / spent if decode_tokens else None,
+                    decode_bound=speeds.bytes_per_second / (weights + expected),
+                )
+            )
+            del cache
+            gc.collect()
+    return RunCost(
+        lengths=tuple(found),
+        weight_bytes=weights,
+        kernel=str(model.config._attn_implementation),
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=device,
+        bytes_per_second=speeds.bytes_per_second,
+        flops_per_second=speeds.flops_per_second,
+    )
+
+
+def weights_read(model: PreTrainedModel) -> int:
+    """Bytes of the weights that every token reads: all but an input table that is not the output's as well."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(table.weight, torch.Tensor)
+    own = head is None or table.weight is not head.weight
+    every = sum(parameter.nbytes for parameter in model.parameters())
+    return every - (table.weight.nbytes if own else 0)
+
+
+def prefill_flops(model: PreTrainedModel, spec: AttentionSpec, tokens: int) -> float:
+    """Of one pass over `tokens` tokens that predicts one: matrices, and causal attention within each layer's window."""
+    head = spec.vocab_size * spec.hidden_size
+    body = weights_read(model) // model.dtype.itemsize - head
+    scores = 0.0
+    for layer in spec.layers:
+        window = min(tokens, layer.window or tokens)
+        pairs = window * (window + 1) / 2 + (tokens - window) * window
+        scores += 4 * layer.query_heads * layer.head_dim * pairs
+    return 2.0 * (body * tokens + head) + scores
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all keys and values a transformers cache holds."""
+    return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None)
+
+
+def _prompt(model: PreTrainedModel, tokens: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(model.config.get_text_config().vocab_size, (1, tokens), generator=generator).to(model.device)
+
+
+def _timed(model: PreTrainedModel, ids_1T: torch.Tensor, cache: DynamicCache) -> tuple[float, torch.Tensor]:
+    began = time.perf_counter()
+    token = _next(model, ids_1T, cache)
+    _wait(model)
+    return time.perf_counter() - began, token
+
+
+def _next(model: PreTrainedModel, ids_1T: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    logits = model(input_ids=ids_1T, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return logits[:, -1].argmax(-1, keepdim=True)
+
+
+def _wait(model: PreTrainedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)

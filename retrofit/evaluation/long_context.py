@@ -1,0 +1,297 @@
+"""Is the context used? The passes of an evaluation beyond the plain one, and what is computed from them.
+
+`measure` needs the model and leaves arrays and answers; `conclude` needs those only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from retrofit.checkpoint.extensions import first_original
+from retrofit.data.documents import Document
+from retrofit.evaluation.metrics.context_use import LongContext
+from retrofit.evaluation.metrics.effective import effective_length
+from retrofit.evaluation.metrics.longppl import (
+    SHORT_CONTEXT,
+    ContextGain,
+    LongPPL,
+    context_gains,
+    long_ppl,
+    native_windows,
+    short_windows,
+)
+from retrofit.evaluation.metrics.perplexity import ALL
+from retrofit.evaluation.metrics.protocols import STRIDE, Defined, prepared, value
+from retrofit.evaluation.scoring.losses import TokenLosses
+from retrofit.evaluation.scoring.windows import Windows
+from retrofit.model.families import describe
+from retrofit.recipe.schema import Definition, Evaluate
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from retrofit.console import Progress
+    from retrofit.evaluation.tasks.needle import NeedleResult
+    from retrofit.evaluation.tasks.ruler import RulerResult
+    from retrofit.kernels.registry import Choice
+
+NATIVE, SHORT = "native", "short"
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What the model was needed for. passes: token losses under another context (`native`, `short`)."""
+
+    passes: Mapping[str, TokenLosses]
+    defined: tuple[Defined, ...] = ()
+    needle: NeedleResult | None = None
+    ruler: RulerResult | None = None
+
+
+def native_length(config: PretrainedConfig) -> int:
+    """Tokens that the original was made for: the original length an extended checkpoint records, or its window."""
+    spec = describe(config)
+    folder = config.name_or_path  # of a configuration made in code: empty
+    recorded = first_original(Path(folder)) if folder else None
+    if recorded is not None:
+        return recorded
+    # With llama3 the length inside belongs to the encoding, which Llama 3.1 was trained with; a larger theta, and
+    # llama3 on a model that was extended by it, have theirs at the top.
+    ropes = [layer.rope for layer in spec.layers if layer.rope and layer.rope.rope_type != "llama3"]
+    lengths = [rope.parameters.get("original_max_position_embeddings") for rope in ropes]
+    lengths.append(getattr(config, "original_max_position_embeddings", None))
+    return min((length for length in lengths if isinstance(length, int)), default=spec.max_position_embeddings)
+
+
+def passes_of(section: Evaluate, native: int) -> tuple[str, ...]:
+    """The passes that `measure` makes over the documents."""
+    longest = max(section.lengths)
+    gain = section.context_gain and longest > native
+    keys = section.long_ppl and longest > SHORT_CONTEXT
+    return (*([NATIVE] if gain else []), *([SHORT] if keys else []))
+
+
+def _windows(section: Evaluate, native: int) -> dict[str, Windows]:
+    return {NATIVE: native_windows(native, section.lengths, section.tail), SHORT: short_windows()}
+
+
+def further_reading(section: Evaluate, native: int) -> tuple[tuple[int, int], ...]:
+    """(tokens, context) of everything read of one document of each source, beyond the plain pass; for a plan."""
+    longest = max(section.lengths)
+    windows = _windows(section, native)
+    # The first window of a pass over everything is known.
+    found = [
+        (windows[name].cost(longest) - (windows[name].length if name == SHORT else 0), windows[name].length)
+        for name in passes_of(section, native)
+    ]
+    total = max(longest, section.document_tokens or 0)
+    for name in section.definitions:
+        for length in section.lengths:
+            if name == "longlora":
+                found.append((length * max(0, (total - length) // STRIDE[name] - 1), length))
+            elif name != "yarn-truncated":
+                step = length if name == "lm-eval" else STRIDE.get(name, section.stride)
+                found.append((total * max(1, length // step), length))
+    return tuple(found)
+
+
+def definitions_of(
+    section: Evaluate, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[Definition, int, list[Document], Windows | None]]:
+    """(definition, length, documents to score, windows) of every published perplexity that `section` asks for.
+
+    Raises: UserError where no document is long enough for one of them.
+    """
+    bos, prefix = tokenizer.bos_token_id is not None, tokenizer.eos_token_id
+    return [
+        (name, length, *prepared(name, documents, length, bos=bos, prefix_id=prefix, stride=section.stride))
+        for name in section.definitions
+        for length in section.lengths
+    ]
+
+
+def questions_read(section: Evaluate) -> tuple[tuple[int, int], ...]:
+    """(tokens, context) of what the synthetic tests read."""
+    found: list[tuple[int, int]] = []
+    if section.needle:  # the first depth reads all of it, the others what follows the needle
+        share = 1.0 if section.needle.together else 1 + (section.needle.depths - 1) / 2 + 0.5
+        found += [(int(n * share * section.needle.samples), n) for n in section.needle.lengths]
+    if section.ruler:
+        found += [(n * len(section.ruler.tasks) * section.ruler.samples, n) for n in section.ruler.lengths]
+    return tuple(found)
+
+
+def require_room(section: Evaluate, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    """UserError where a question of the synthetic tests has no room in a length they are asked at."""
+    if not section.needle and not section.ruler:
+        return
+    from retrofit.evaluation.tasks.needle import depths, haystacks
+    from retrofit.evaluation.tasks.ruler import problems_of
+
+    if asked := section.needle:
+        how = {"test": asked.test, "samples": asked.samples, "together": asked.together, "seed": seed}
+        haystacks(tokenizer, haystack(asked.test), lengths=asked.lengths, depths=depths(asked.depths), **how)  # type: ignore[arg-type]
+    if tests := section.ruler:
+        problems_of(tokenizer, haystack(), tasks=tests.tasks, lengths=tests.lengths, samples=tests.samples, seed=seed)
+
+
+def haystack(test: str = "needle") -> str:
+    """The text in which a test hides what it asks for."""
+    from retrofit.data.corpora import docs_texts
+    from retrofit.evaluation.tasks.haystack import NOISE
+
+    return NOISE if test == "passkey" else "\n\n".join(docs_texts().values())
+
+
+def longest_prompt(section: Evaluate) -> int:
+    """Most tokens that anything reads at once."""
+    return max(*section.lengths, *(n for part in (section.needle, section.ruler) if part for n in part.lengths), 0)
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    losses: TokenLosses,
+    section: Evaluate,
+    native: int,
+    *,
+    kernel: Choice | None = None,
+    seed: int = 0,
+    partial: Path | None = None,
+    progress: Progress | None = None,
+) -> Measured:
+    """Everything that `section` asks for beyond `losses`, the plain pass over the first tokens of the documents.
+
+    partial: a folder in which every pass and test keeps what is finished, for the next call with the same question.
+    """
+    from retrofit.evaluation.scoring.score import score
+
+    def rescore(name: str, documents: Sequence[Document], **how: object) -> TokenLosses:
+        options = {"chunk": section.chunk, "kernel": kernel, "meta": facts, "progress": progress}
+        folder = partial / name if partial else None
+        return score(model, documents, partial=folder, **options, **how)  # type: ignore[arg-type]
+
+    facts = dict(_facts(losses))
+    cut = [document.cut(max(section.lengths)) for document in documents]
+    windows = _windows(section, native)
+    passes = {name: rescore(name, cut, windows=windows[name], known=losses) for name in passes_of(section, native)}
+    defined = []
+    for name, length, texts, moving in definitions_of(section, documents, tokenizer):
+        if name == "yarn-truncated":
+            found = replace(
+                losses, losses=losses.at(length), token_bytes=tuple(a[: length - 1] for a in losses.token_bytes)
+            )
+        else:
+            found = rescore(f"{name}@{length}", texts, windows=moving)
+        defined.append(value(name, found, length, moving))
+    asked = _asked(model, tokenizer, section, kernel, seed, facts, partial, progress)
+    return Measured(passes, tuple(defined), *asked)
+
+
+def _asked(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    section: Evaluate,
+    kernel: Choice | None,
+    seed: int,
+    facts: Mapping[str, object],
+    partial: Path | None,
+    progress: Progress | None,
+) -> tuple[NeedleResult | None, RulerResult | None]:
+    if not section.needle and not section.ruler:
+        return None, None
+    from retrofit.evaluation.tasks.needle import depths, needle
+    from retrofit.evaluation.tasks.ruler import ruler
+
+    asked, tasks = section.needle, section.ruler
+    found = (
+        needle(
+            model,
+            tokenizer,
+            haystack(asked.test),
+            test=asked.test,
+            lengths=asked.lengths,
+            depths=depths(asked.depths),
+            samples=asked.samples,
+            together=asked.together,
+            seed=seed,
+            chunk=section.chunk,
+            kernel=kernel,
+            meta=facts,
+            partial=partial / "needle" if partial else None,
+            progress=progress,
+        )
+        if asked
+        else None
+    )
+    answers = (
+        ruler(
+            model,
+            tokenizer,
+            haystack(),
+            tasks=tasks.tasks,
+            lengths=tasks.lengths,
+            samples=tasks.samples,
+            seed=seed,
+            chunk=section.chunk,
+            kernel=kernel,
+            meta=facts,
+            partial=partial / "ruler" if partial else None,
+            progress=progress,
+        )
+        if tasks
+        else None
+    )
+    return found, answers
+
+
+def conclude(
+    losses: TokenLosses,
+    passes: Mapping[str, TokenLosses],
+    section: Evaluate,
+    native: int,
+    *,
+    needle: Mapping[int, float] | None = None,
+    original: tuple[TokenLosses, TokenLosses] | None = None,
+    seed: int = 0,
+) -> LongContext:
+    """What stored arrays say of one model. passes: those of `Measured`. needle: its scores by length. original: plain
+    losses of the model before it was extended, and those with the native context, where they were measured."""
+    resamples = section.resamples
+    gains: tuple[ContextGain, ...] = ()
+    keyed: tuple[LongPPL, ...] = ()
+    if NATIVE in passes:
+        gains = tuple(
+            context_gains(
+                losses, passes[NATIVE], native, section.lengths, size=section.tail, resamples=resamples, seed=seed
+            )
+        )
+    if SHORT in passes:
+        keyed = tuple(long_ppl(losses, passes[SHORT], section.lengths, resamples=resamples, seed=seed))
+    effective = None
+    if section.context_gain or section.needle:
+        effective = effective_length(
+            losses,
+            section.lengths,
+            native,
+            size=section.tail,
+            original=original,
+            gains=[row for row in gains if row.kind == ALL],
+            needle=needle,
+            resamples=resamples,
+            seed=seed,
+        )
+    notes: tuple[str, ...] = ()
+    frequencies = losses.meta.get("frequencies")
+    if isinstance(frequencies, Mapping):
+        notes = (f"{frequencies['rope_type']} positions change with the length: each length was read by itself",)
+    return LongContext(native, gains, keyed, effective=effective, notes=notes)
+
+
+def _facts(losses: TokenLosses) -> Mapping[str, object]:
+    """What the caller recorded about the model, for the other passes."""
+    return {key: losses.meta[key] for key in ("model", "tokenizer_sha256", "checkpoint") if key in losses.meta}

@@ -1,0 +1,268 @@
+"""The scoring pass: every token loss of whole documents, in chunks.
+
+A chunk of tokens goes through the base model against a preallocated KV cache, its hidden states through the class's own
+head in rows, and each row to one float (`reader.py`). For a static position encoding the losses at every length up to
+the longest are prefixes of this one pass; for `dynamic` and `longrope` each length is a pass of its own. Under
+`windows` every token is scored once, in the pass over the first window that holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from retrofit.data.documents import Document, documents_digest, make_documents, tokenizer_digest
+from retrofit.errors import UserError
+from retrofit.evaluation.scoring.losses import TokenLosses
+from retrofit.evaluation.scoring.reader import Reader, frequencies_of, require_positions, varying
+from retrofit.evaluation.scoring.windows import Span, Windows
+from retrofit.kernels.registry import Choice, scoring_kernel, using
+from retrofit.model.families import describe
+from retrofit.system.resume import DISCARDED, Kept
+
+if TYPE_CHECKING:
+    from retrofit.console import Progress
+
+__all__ = ["Document", "TokenLosses", "make_documents", "reading", "score", "tokenizer_digest"]
+
+
+def score(
+    model: PreTrainedModel,
+    documents: Sequence[Document],
+    *,
+    windows: Windows | None = None,
+    lengths: Sequence[int] = (),
+    known: TokenLosses | None = None,
+    chunk: int = 512,
+    logits_rows: int = 256,
+    kernel: Choice | None = None,
+    meta: Mapping[str, object] | None = None,
+    partial: Path | None = None,
+    progress: Progress | None = None,
+) -> TokenLosses:
+    """Token losses of every document: l_i = -log_softmax(logits_{i-1})[token i], log-softmax in fp32.
+
+    windows: how much context each token gets; by default all that stands before it. lengths: the context lengths that
+    will be asked for; only a position encoding that changes with the length needs them, and costs a pass for each.
+    known: losses of whole documents under the same model, whose first `windows.length` tokens are then not read again.
+    chunk: tokens per forward pass. logits_rows: rows of logits [rows, V] that exist at one time. kernel: by default
+    blockwise where it can express the model's attention, else an exact stock one. meta: what to record beside the
+    kernel, dtype, chunk and digest of the documents. partial: a folder where finished documents are kept until all
+    are, for the next call with the same question. The model's attention kernel is put back afterwards.
+
+    Raises: UserError for a position encoding that changes with the length when no lengths are given, for a document
+    beyond the model's absolute positions, and for a loss that is not finite (names document and position).
+    """
+    model = getattr(model, "get_base_model", lambda: model)()  # of a peft model: the model its adapters sit in
+    known = known if varying(model.config) is None else None  # their frequencies are those of another length
+    plans = [_plan(model, document, windows, lengths) for document in documents]
+    _require_scorable(model, documents, plans, windows is not None or bool(lengths))
+    with reading(model, kernel, progress) as used:
+        facts = {
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "kernel": used,
+            "chunk": chunk,
+            "context": max((span.tokens for plan in plans for _, spans in plan for span in spans), default=0),
+            "windows": asdict(windows) if windows else None,
+            "documents_sha256": documents_digest(documents),
+            "texts_sha256": [document.text_sha256 for document in documents],
+            **(meta or {}),
+        }
+        kept = Kept(partial, {**facts, "device": str(model.device), "rows": logits_rows, "lengths": list(lengths)})
+        if kept.discarded and progress:
+            progress.note(f"{DISCARDED}; scored anew")
+        if progress:
+            progress.start("score", sum(span.tokens for plan in plans for _, spans in plan for span in spans), "tokens")
+        passes = [
+            _score_document(model, document, plan, known, i, chunk, logits_rows, kept, progress)
+            for i, (document, plan) in enumerate(zip(documents, plans, strict=True))
+        ]
+        if progress:
+            progress.finish()
+    varies = varying(model.config)
+    several = varies is not None and bool(lengths) and windows is None
+    if varies:
+        facts["frequencies"] = {"rope_type": varies[0], "static_until": varies[1]}
+    return TokenLosses(
+        documents=tuple(document.name for document in documents),
+        kinds=tuple(document.kind for document in documents),
+        losses=tuple(list(found.values())[-1] for found in passes),
+        nbytes=tuple(document.nbytes for document in documents),
+        token_bytes=tuple(
+            _token_bytes(document)[: len(found[max(found)])] for document, found in zip(documents, passes, strict=True)
+        ),
+        meta=facts,
+        by_length={length: tuple(found[length] for found in passes) for length in passes[0]} if several else {},
+    )
+
+
+Plan = list[tuple[int, list[Span]]]
+"""The passes over one document: (length its frequencies are those of, spans)."""
+
+
+def _plan(model: PreTrainedModel, document: Document, windows: Windows | None, lengths: Sequence[int]) -> Plan:
+    total = len(document.input_ids)
+    varies = varying(model.config)
+    if windows:
+        return [(min(windows.length, total), list(windows.spans(total)))]
+    if varies is None or not lengths:
+        return [(total, [Span(0, total, 1)])]
+    kind, until = varies
+    inside, beyond = [n for n in lengths if n <= until], sorted(n for n in set(lengths) if n > until)
+    if kind == "longrope":
+        beyond = beyond[-1:]  # one set of frequencies for every length beyond
+    return [(length, [Span(0, length, 1)]) for length in [*([max(inside)] if inside else []), *beyond]]
+
+
+def _score_document(
+    model: PreTrainedModel,
+    document: Document,
+    plan: Plan,
+    known: TokenLosses | None,
+    index: int,
+    chunk: int,
+    rows: int,
+    kept: Kept,
+    progress: Progress | None,
+) -> dict[int, np.ndarray]:
+    """Losses float32 [length - 1] of one document by pass."""
+    found: dict[int, np.ndarray] = {}
+    ids_T = torch.from_numpy(document.input_ids).to(model.device)
+    for length, spans in plan:
+        name = f"{index}@{length}"
+        losses = kept.get(name)
+        if losses is None:
+            losses = np.full(spans[-1].stop - 1, np.nan, np.float32)  # of tokens that no span scores
+            reader = Reader(model, max(span.tokens for span in spans), chunk=chunk, rows=rows)
+            with frequencies_of(model, length):
+                for span in spans:
+                    if known is not None and span.begin == 0:
+                        losses[: span.stop - 1] = known.losses[index][: span.stop - 1]
+                        _advance(progress, span.tokens, document)
+                        continue
+                    losses[span.first - 1 : span.stop - 1] = _score_span(reader, ids_T, span, document, progress)
+            kept.put(name, losses)
+        else:
+            _advance(progress, sum(span.tokens for span in spans), document)
+        found[length] = losses
+    return found
+
+
+def _score_span(reader: Reader, ids_T: Tensor, span: Span, document: Document, progress: Progress | None) -> np.ndarray:
+    """Losses float32 [stop - first] of the tokens a span scores."""
+    start = ids_T[:1] if span.start else ids_T[:0]
+    read_T = torch.cat([start, ids_T[span.begin : span.stop - 1]])
+    shift = span.begin - len(start) + 1  # token i of what is read predicts the document's token i + shift
+    losses_T = torch.empty(span.stop - span.first, dtype=torch.float32)
+    reader.rewind(0)
+    done = 0
+    for read, found in reader.predicted(read_T, ids_T[shift : shift + len(read_T)], span.first - shift):
+        _require_finite(found, span.first + done, document, reader.model.dtype)
+        losses_T[done : done + len(found)] = found
+        done += len(found)
+        _advance(progress, read, document)
+    _advance(progress, span.tokens - len(read_T), document)
+    return losses_T.numpy()
+
+
+def _advance(progress: Progress | None, tokens: int, document: Document) -> None:
+    if progress:
+        progress.advance(tokens, document=document.name)
+
+
+@contextmanager
+def reading(model: PreTrainedModel, kernel: Choice | None, progress: Progress | None) -> Iterator[str]:
+    """The model ready to read in chunks: no gradients, in eval mode, with a kernel that suits; gives its name."""
+    with torch.inference_mode(), _evaluating(model), _kernel(model, kernel, progress) as used:
+        yield used
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _kernel(model: PreTrainedModel, asked: Choice | None, progress: Progress | None) -> Iterator[str]:
+    """Run with the kernel asked for, or the one that suits a chunked prefill; a fallback is announced."""
+    choice = asked or scoring_kernel(model)
+    if asked is None and choice.name != "blockwise" and progress:
+        progress.note(choice.reason)
+    with using(model, choice):
+        yield choice.name
+
+
+def _require_scorable(model: PreTrainedModel, documents: Sequence[Document], plans: Sequence[Plan], told: bool) -> None:
+    """told: the lengths are known, so that an encoding that changes with them can be scored."""
+    config = model.config
+    longest = max(documents, key=lambda document: len(document.input_ids), default=None)
+    if longest is None:
+        raise UserError("there is no document to score", fix="name at least one text")
+    shortest = min(documents, key=lambda document: len(document.input_ids))
+    if len(shortest.input_ids) < 2:
+        raise UserError(
+            "a document needs at least two tokens to be scored", where=shortest.name, fix="give a longer text"
+        )
+    highest = max(int(document.input_ids.max()) for document in documents)
+    if highest >= config.vocab_size:
+        raise UserError(
+            f"token {highest} is outside the model's vocabulary of {config.vocab_size}",
+            fix="use the tokenizer that belongs to the model",
+        )
+    for document, plan in zip(documents, plans, strict=True):
+        if plan[-1][1][-1].stop > len(document.input_ids):
+            raise UserError(
+                f"perplexity at {plan[-1][0]} tokens needs documents of at least that many; this one has "
+                f"{len(document.input_ids)}",
+                where=document.name,
+                fix="give a longer text, or ask for a shorter length",
+            )
+    _require_positions(model, documents, plans)
+    varies = varying(config)
+    if varies is not None and not told and len(longest.input_ids) > varies[1]:
+        raise UserError(
+            f"this position encoding changes with the length beyond {varies[1]} tokens, so one pass cannot score "
+            f"the {len(longest.input_ids)} tokens of `{longest.name}`",
+            where="rope_parameters.rope_type in config.json",
+            fix=f"name the lengths, score at most {varies[1]} tokens, or use yarn, llama3, linear or a larger theta",
+        )
+
+
+def _require_positions(model: PreTrainedModel, documents: Sequence[Document], plans: Sequence[Plan]) -> None:
+    try:
+        describe(model.config)
+    except UserError:
+        return  # of an architecture that is not described here; it fails by itself if it must
+    for document, plan in zip(documents, plans, strict=True):
+        require_positions(model.config, max(span.tokens for _, spans in plan for span in spans), document.name)
+
+
+def _require_finite(losses: Tensor, first: int, document: Document, dtype: torch.dtype) -> None:
+    """first: position of the first of these tokens in the document."""
+    finite = torch.isfinite(losses)
+    if not bool(finite.all()):
+        position = first + int((~finite).nonzero()[0])
+        raise UserError(
+            f"the loss of token {position} is not a finite number (weights in {str(dtype).removeprefix('torch.')})",
+            where=f"{document.name}, token {position}",
+            fix="check the weights for NaN or infinity, or score in float32",
+        )
+
+
+def _token_bytes(document: Document) -> np.ndarray:
+    if document.token_bytes is None:
+        return np.zeros(len(document.input_ids) - 1, np.int32)
+    return document.token_bytes[1:]

@@ -1,0 +1,383 @@
+"""Tasks of lm-evaluation-harness (Gao et al., EleutherAI) on a model that is loaded already: its prompts, its metrics.
+
+The harness is the optional extra `eval`. `open_tasks` finds the tasks and reads their data, so that whatever is wrong
+with a name or a data set is known before any model is read; `ask` then has one model answer one of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import io
+import itertools
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit.errors import UserError
+from retrofit.evaluation.tasks.answers import Score, TaskAnswers
+from retrofit.recipe.schema import Tasks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from retrofit.console import Progress
+
+LEAST = (0, 4, 12)  # the first version whose tasks are loaded as here
+INSTALL = "pip install 'attention-retrofit[eval]'"
+PROBED = 32  # questions of a task whose requests are counted, for a plan
+GENERATED = 256  # tokens of an answer where the task sets no limit, as in the harness
+WHERE = "evaluate.tasks"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One name of a recipe: a task, or a group or tag of several, which are asked together.
+
+    given: as it was written. parts: the harness's objects. questions: of all parts. requests, request_bytes: of all
+    questions and on average, generated: tokens that answers may have in all; these three are counted on the first
+    `PROBED` questions of each part. longest_bytes: the longest request seen there. metrics: what the parts score.
+    digest: of tasks, questions and examples.
+    """
+
+    name: str
+    given: str
+    parts: tuple[Any, ...]
+    questions: int
+    requests: int
+    request_bytes: float
+    longest_bytes: int
+    generated: int
+    metrics: tuple[str, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Harness:
+    """The tasks of a recipe, found and with their data. manager: the harness's own index of tasks."""
+
+    manager: Any
+    tasks: tuple[Asked, ...]
+    version: str
+
+
+def require_harness() -> str:
+    """The version of the harness that is installed. Raises UserError without one, or with one that is too old."""
+    if util.find_spec("lm_eval") is None:
+        raise UserError("tasks are asked by lm-evaluation-harness, which is not installed", where=WHERE, fix=INSTALL)
+    version = metadata.version("lm_eval")
+    if tuple(int(part) for part in version.split(".")[:3] if part.isdigit()) < LEAST:
+        raise UserError(
+            f"lm-evaluation-harness {version} is older than {'.'.join(map(str, LEAST))}",
+            where=WHERE,
+            fix=f"{INSTALL} --upgrade",
+        )
+    return version
+
+
+def open_tasks(section: Tasks) -> Harness:
+    """Find every task that `section` names and read its data. No model is needed.
+
+    Raises UserError without the harness, for a name that no task has (with those nearest to it), data that cannot be
+    had, and tasks that this cannot ask: those that run generated code, or show pictures or sound.
+    """
+    version = require_harness()
+    files = [Path(name) for name in section.names if _is_file(name)]
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        raise UserError(f"there is no task file `{missing[0]}`", where=f"{WHERE}.names", fix="check the path")
+    if section.folder is not None and not Path(section.folder).is_dir():
+        raise UserError(f"there is no folder `{section.folder}`", where=f"{WHERE}.folder", fix="check the path")
+    with _silent():
+        manager = _manager(section)
+        asked = tuple(_open(manager, name, section) for name in section.names)
+    names = [one.name for one in asked]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"two of the tasks are called `{twice}`", where=f"{WHERE}.names", fix="leave one of them out")
+    return Harness(manager, asked, version)
+
+
+def ask(
+    harness: Harness,
+    asked: Asked,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    section: Tasks,
+    *,
+    length: int,
+    resamples: int = 2000,
+    progress: Progress | None = None,
+) -> TaskAnswers:
+    """Have a model answer one task, with the kernel and the dtype that it was loaded with.
+
+    length: tokens of the longest prompt; what is longer loses its beginning, so that models with different windows read
+    the same. resamples: for the standard error of metrics that are no mean. Seeds, and so the examples that are drawn,
+    are the harness's own defaults, which published numbers were made with.
+    """
+    from lm_eval import simple_evaluate
+
+    with _silent():
+        if progress:
+            progress.start(f"task {asked.name}", None, "requests")
+        reader = _reader(model, tokenizer, section.batch_size, length, progress)
+        found = simple_evaluate(
+            reader,
+            tasks=list(asked.parts),
+            num_fewshot=section.fewshot,
+            limit=section.limit,
+            bootstrap_iters=resamples,
+            task_manager=harness.manager,
+        )
+        if progress:
+            progress.finish()
+    return answers_of(asked.name, found, harness.version)
+
+
+def answers_of(name: str, found: Mapping[str, Any], version: str) -> TaskAnswers:
+    """What `simple_evaluate` returned for one task, group or tag. version: of the harness."""
+    samples: Mapping[str, Sequence[Mapping[str, Any]]] = found["samples"]
+    results, parts = found["results"], list(samples)
+    keys = [key for key in results[parts[0]] if "," in key and "_stderr," not in key]
+    scores = []
+    for key in (key for key in keys if all(key in results[part] for part in parts)):
+        metric, _, kept = key.partition(",")
+        each = [_of_questions(samples[part], metric, kept, float(results[part][key])) for part in parts]
+        questions = None
+        if all(one is not None for one in each):
+            questions = tuple(value for one in each if one is not None for value in one)
+        own = results.get(name, {})
+        if key in own:
+            value, stderr = float(own[key]), own.get(f"{metric}_stderr,{kept}")
+        elif questions:  # a tag has no score of its own: all questions count alike
+            value, stderr = sum(questions) / len(questions), _standard_error(questions)
+        else:
+            continue
+        higher = found["higher_is_better"][parts[0]].get(metric)
+        scores.append(
+            Score(
+                metric=metric if kept == "none" else key,
+                value=value,
+                stderr=float(stderr) if isinstance(stderr, int | float) else None,
+                higher_is_better=higher is not False,
+                questions=questions,
+            )
+        )
+    shots = {found["n-shot"][part] for part in parts}
+    versions = {str(found["versions"][part]) for part in parts}
+    return TaskAnswers(
+        task=name,
+        version=", ".join(sorted(versions)),
+        fewshot=max(shots),
+        harness=version,
+        asked=tuple(digest for part in parts for digest in _digests(part, samples[part])),
+        scores=tuple(sorted(scores, key=lambda one: one.questions is None)),
+    )
+
+
+def _of_questions(
+    samples: Sequence[Mapping[str, Any]], metric: str, kept: str, value: float
+) -> tuple[float, ...] | None:
+    """The metric of each question, None where it has none or its mean is not the task's value."""
+    found = [one[metric] for one in _answered(samples, kept) if metric in one]
+    if len(found) != len(_answered(samples, kept)) or not all(isinstance(one, int | float) for one in found):
+        return None
+    questions = tuple(float(one) for one in found)
+    return questions if math.isclose(sum(questions) / len(questions), value, rel_tol=1e-6, abs_tol=1e-9) else None
+
+
+def _answered(samples: Sequence[Mapping[str, Any]], kept: str) -> list[Mapping[str, Any]]:
+    """The samples of one filter, in the order of the questions."""
+    return sorted((one for one in samples if one["filter"] == kept), key=lambda one: one["doc_id"])
+
+
+def _digests(part: str, samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
+        hashlib.sha256(
+            json.dumps([part, one["doc_hash"], one["prompt_hash"], one["target_hash"], one["doc_id"]]).encode()
+        ).hexdigest()[:16]
+        for one in _answered(samples, samples[0]["filter"])
+    ]
+
+
+def _standard_error(values: Sequence[float]) -> float | None:
+    mean, n = sum(values) / len(values), len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n) if n > 1 else None
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).suffix in (".yaml", ".yml")
+
+
+def _manager(section: Tasks) -> Any:
+    """The index of tasks. The harness's own thousands are read only where a name is not in the folder."""
+    from lm_eval.tasks import TaskManager
+
+    names = [name for name in section.names if not _is_file(name)]
+    own = TaskManager(include_path=section.folder, include_defaults=False)
+    if all(name in own.all_tasks for name in names):
+        return own
+    manager = TaskManager(include_path=section.folder)
+    unknown = next((name for name in names if name not in manager.all_tasks), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(unknown, manager.all_tasks, n=3, cutoff=0.5)
+        meant = f"did you mean {', '.join(f'`{name}`' for name in near)}? " if near else ""
+        raise UserError(
+            f"lm-evaluation-harness knows no task `{unknown}`",
+            where=f"{WHERE}.names",
+            fix=f"{meant}`lm_eval ls tasks` lists them; a task of your own is named by its YAML file",
+        )
+    return manager
+
+
+def _open(manager: Any, given: str, section: Tasks) -> Asked:
+    from datasets.exceptions import DatasetsError
+
+    try:
+        loaded = manager.load([given])
+        return _examined(given, loaded, section)
+    except (OSError, DatasetsError) as error:
+        raise UserError(
+            f"the data of the task `{given}` cannot be had: {_first_line(error)}",
+            where=f"{WHERE}.names",
+            fix="give access to the hub once (its copies are read afterwards), or a task whose data are files here",
+        ) from error
+    except ImportError as error:
+        raise UserError(
+            f"the task `{given}` needs a package that is not installed: {_first_line(error)}",
+            where=f"{WHERE}.names",
+            fix="install it, or leave the task out",
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"the task `{given}` cannot be made: {_first_line(error)}",
+            where=f"{WHERE}.names",
+            fix="correct its YAML file, or leave the task out",
+        ) from error
+
+
+def _examined(given: str, loaded: Mapping[str, Any], section: Tasks) -> Asked:
+    """Count what a task asks. loaded: what the harness made of the name."""
+    tasks: dict[str, Any] = dict(loaded["tasks"])
+    groups: dict[str, Any] = dict(loaded.get("groups") or {})
+    name = next(iter(groups or tasks)) if _is_file(given) else given
+    for part, task in tasks.items():
+        for flag, what in (("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "shows more than text")):
+            if getattr(task, flag, False):
+                raise UserError(
+                    f"the task `{part}` {what}", where=f"{WHERE}.names", fix="leave it out, or run it with lm_eval"
+                )
+    questions = requests = generated = longest = 0
+    size = 0.0
+    metrics: dict[str, None] = {}
+    digest = hashlib.sha256()
+    for part, task in sorted(tasks.items()):
+        _set_examples(task, section.fewshot)
+        docs = list(itertools.islice(task.eval_docs, section.limit))
+        task.build_all_requests(limit=min(len(docs), PROBED), rank=0, world_size=1)
+        seen = [_request(one, task) for one in task.instances]
+        scale = len(docs) / min(len(docs), PROBED)
+        questions += len(docs)
+        requests += round(scale * len(seen))
+        size += scale * sum(nbytes for nbytes, _, _ in seen)
+        longest = max(longest, *(nbytes for nbytes, _, _ in seen))
+        generated += round(scale * sum(tokens for _, tokens, _ in seen))
+        metrics |= dict.fromkeys(task.aggregation())
+        texts = [text for _, _, text in seen]
+        digest.update(json.dumps([part, task.dump_config(), docs, texts], sort_keys=True, default=str).encode())
+    return Asked(
+        name=name,
+        given=given,
+        parts=(groups[next(iter(groups))],) if groups else tuple(tasks.values()),
+        questions=questions,
+        requests=requests,
+        request_bytes=size / requests,
+        longest_bytes=longest,
+        generated=generated,
+        metrics=tuple(metrics),
+        digest=digest.hexdigest(),
+    )
+
+
+def _set_examples(task: Any, fewshot: int | None) -> None:
+    """As `simple_evaluate` does: a task that fixes none keeps none."""
+    own = task.get_config("num_fewshot")
+    if own is None or (fewshot is not None and own != 0):
+        task.set_config(key="num_fewshot", value=fewshot or 0)
+    task.set_fewshot_seed(seed=1234)
+
+
+def _request(instance: Any, task: Any) -> tuple[int, int, str]:
+    """(bytes that are read, tokens that may be generated, the text) of one request."""
+    if instance.request_type == "generate_until":
+        text, options = str(instance.args[0]), instance.args[1]
+        limit = options.get("max_gen_toks", GENERATED) if isinstance(options, dict) else GENERATED
+        return len(text.encode()), int(limit), text
+    text = "".join(str(part) for part in instance.args)
+    return len(text.encode()), 0, text
+
+
+def _reader(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, length: int, progress: Progress | None
+) -> Any:
+    """The harness's own reader of transformers models, around ours; it tells `progress` what it has read."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Reader(HFLM):
+        """Its three kinds of requests without bars of their own."""
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().generate_until(requests, disable_tqdm=True)
+
+        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+            return _told(progress, inps, super()._model_call(inps, *args, **kwargs))
+
+        def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
+            return _told(progress, context, super()._model_generate(context, *args, **kwargs))
+
+    return Reader(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=length, backend="causal")
+
+
+def _told(progress: Progress | None, ids: Any, result: Any) -> Any:
+    if progress:
+        progress.advance(len(ids))
+    return result
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Bars, warnings and prints of the harness and of `datasets` off inside the block; ours say what is going on, and
+    stdout is for results."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from tqdm.std import tqdm
+
+    logger, shown, begin = logging.getLogger("lm_eval"), not are_progress_bars_disabled(), tqdm.__init__
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    disable_progress_bars()
+    tqdm.__init__ = functools.partialmethod(begin, disable=True)  # the bar of building requests has no switch
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tqdm.__init__ = begin
+        logger.setLevel(level)
+        if shown:
+            enable_progress_bars()
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,187 @@
+"""One pass over a model, layer by layer: the moments of every layer on some text, and the loss on other text.
+
+The residual stream lies on disk (`disk.StreamFolder`): memory is one layer, its Grams, a batch, and the head for some
+rows of logits at a time. A pass that was killed goes on at its layer.
+
+Legend: N sequences, B sequences of a batch, T tokens, C model width, V vocabulary, R rows of a chunk.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from retrofit.checkpoint.read import Checkpoint
+from retrofit.data.calibration import AVERAGED_TOKENS, CalibrationText
+from retrofit.errors import UserError
+from retrofit.kv_heads.calibrate.measure import layer_moments
+from retrofit.kv_heads.calibrate.moments import load, save
+from retrofit.kv_heads.calibrate.stream import LayerStream
+from retrofit.kv_heads.disk import StreamFolder, work_key
+from retrofit.kv_heads.merge.weights import Reader, read_layer
+from retrofit.model.families import describe
+from retrofit.model.load import load_config, product_dtype
+from retrofit.model.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from retrofit.console import Progress
+
+TOKENS_PER_BATCH = 4096
+ROWS = 256
+STREAM = "original"
+
+
+def survey(
+    folder: str | Path,
+    scored_NT: Tensor,
+    *,
+    measured: CalibrationText | None = None,
+    moments: str | Path | None = None,
+    averaged_tokens: int = AVERAGED_TOKENS,
+    device: str = "cpu",
+    work: Path | None = None,
+    task: str = "read the model",
+    progress: Progress | None = None,
+) -> Tensor:
+    """Mean loss in nats per token of each sequence of `scored_NT`, [N], float64.
+
+    measured: text whose moments in every layer are written to the folder `moments`; averaged_tokens: as in `convert`.
+    The stream is fp32, its matrix products bfloat16 where the processor has them. work: a folder for the stream, which
+    a later call with the same arguments goes on from; the caller removes it. Raises UserError for moments or losses
+    that are not finite, and where the disk has no room for the stream.
+    """
+    checkpoint, config = Checkpoint.open(folder), load_config(folder)
+    spec = describe(config)
+    autocast = product_dtype(device)
+    scored = list(scored_NT.split(max(1, TOKENS_PER_BATCH // scored_NT.shape[1])))
+    seen = measured.batches() if measured and moments is not None else []
+    batches = [*(ids for _, ids in seen), *scored]
+    key = work_key(
+        checkpoint,
+        config.to_dict(),
+        [CalibrationText(scored_NT, ("",) * len(scored_NT)).digest(), measured.digest() if measured and seen else None],
+        [averaged_tokens, device, str(autocast)],
+    )
+    with ExitStack() as stack:
+        if work is None:
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="retrofit-stream-"))) / "stream"
+        on_disk = StreamFolder(
+            work,
+            key,
+            (STREAM,),
+            [(*ids.shape, spec.hidden_size) for ids in batches],
+            layers=len(spec.layers),
+            whole=partial(load, moments) if moments is not None and seen else lambda index: None,
+            to_the_end=True,
+            say=progress.note if progress else lambda _: None,
+        )
+        if progress:
+            if on_disk.resumed_from:
+                progress.note(f"{task}: goes on after {on_disk.resumed_from} of {len(spec.layers)} layers")
+            progress.start(task, len(spec.layers), "layers")
+            progress.advance(on_disk.layers_done)
+        stream = LayerStream(copy.deepcopy(config), spec, checkpoint.tensor, device=device, autocast=autocast)
+        kwargs = _embedded(stream, on_disk, batches) if on_disk.layers_done < len(spec.layers) else {}
+        for layer in spec.layers[on_disk.layers_done :]:
+            x, after = (on_disk.stream(STREAM, layer.index + i) for i in (0, 1))
+            named = [kwargs[tuple(ids.shape)][layer.index] for ids in batches]
+            with stream.layer(layer.index) as run:
+                if moments is not None and seen:
+                    single = kwargs[1, seen[0][1].shape[1]][layer.index]
+                    weights, hidden = read_layer(checkpoint.tensor, layer), partial(x.read, device=device)
+                    found = layer_moments(
+                        run, weights, layer, seen, hidden, named.__getitem__, single, averaged_tokens=averaged_tokens
+                    )
+                    save(moments, layer.index, found)
+                for i in range(len(batches)):
+                    after.write(i, run.forward(x.read(i, device), named[i])[0])
+            on_disk.finished(layer.index)
+            if progress:
+                progress.advance(1)
+        del stream
+        readout = Readout(config, spec, checkpoint.tensor, device=device)
+        last, first = on_disk.stream(STREAM, len(spec.layers)), len(seen)
+        losses_N = torch.cat([readout.losses(last.read(first + i, device), ids) for i, ids in enumerate(scored)])
+    if progress:
+        progress.finish()
+    if not bool(torch.isfinite(losses_N).all()):
+        raise UserError(
+            "the loss on the calibration text is not finite",
+            where=str(folder),
+            fix="check the checkpoint for NaN weights (`retrofit inspect MODEL`), or give other text",
+        )
+    return losses_N
+
+
+def _embedded(
+    stream: LayerStream, on_disk: StreamFolder, batches: list[Tensor]
+) -> dict[tuple[int, ...], list[dict[str, Any]]]:
+    """Every layer's keyword arguments by the shape of a batch, of one sequence too; a fresh start also writes the
+    stream into layer 0."""
+    fresh, kwargs = on_disk.resumed_from is None, {}
+    for i, ids in enumerate(batches):
+        if fresh or tuple(ids.shape) not in kwargs:
+            hidden, kwargs[tuple(ids.shape)] = stream.embed(ids)
+            if fresh:
+                on_disk.stream(STREAM, 0).write(i, hidden)
+    single = batches[0][:1]  # for averaged values
+    kwargs[tuple(single.shape)] = stream.embed(single)[1]
+    stream.free_embeddings()
+    if fresh:
+        on_disk.started()
+    return kwargs
+
+
+class Readout:
+    """What a model makes of the residual stream after its last layer: its own class's final norm, head and scaling."""
+
+    def __init__(self, config: PretrainedConfig, spec: AttentionSpec, read: Reader, *, device: str = "cpu") -> None:
+        with init_empty_weights(include_buffers=False):
+            self._model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager"
+            ).eval()
+        head = self._model.get_output_embeddings()
+        tied = None
+        if spec.tied_embeddings:  # not stored under a name of its own
+            tied = next(f"{name}.weight" for name, module in self._model.named_modules() if module is head)
+        for name, _ in list(self._model.named_parameters()):
+            if not name.startswith(f"{spec.layers_path}.") and name != tied:
+                set_module_tensor_to_device(self._model, name, device, value=read(name).float())
+        if tied:
+            head.weight = self._model.get_input_embeddings().weight
+        layers: Any = self._model.get_submodule(spec.layers_path)
+        self._given: Tensor | None = None
+        for layer in layers:
+            layer.forward = self._replace
+        self._device = device
+
+    def _replace(self, *_: object, **__: object) -> Tensor:
+        """Stands in for every layer: the stream as it is given."""
+        assert self._given is not None
+        return self._given
+
+    def losses(self, hidden_BTC: Tensor, ids_BT: Tensor) -> Tensor:
+        """Mean next-token loss of each sequence, [B], float64; logits exist for `ROWS` rows at a time."""
+        out = []
+        with torch.no_grad():
+            for hidden_TC, ids_T in zip(hidden_BTC, ids_BT.to(self._device), strict=True):
+                total = 0.0
+                for start in range(0, len(ids_T) - 1, ROWS):
+                    rows = slice(start, min(start + ROWS, len(ids_T) - 1))
+                    self._given = hidden_TC[None, rows]
+                    logits_RV = self._model(input_ids=ids_T[None, rows], use_cache=False).logits[0].float()
+                    targets_R = ids_T[rows.start + 1 : rows.stop + 1]
+                    total += float(nn.functional.cross_entropy(logits_RV, targets_R, reduction="sum"))
+                out.append(total / (len(ids_T) - 1))
+        self._given = None
+        return torch.tensor(out, dtype=torch.float64)

@@ -1,0 +1,302 @@
+"""The model card: README.md of a published checkpoint, from measured values only.
+
+Names in it are foreign: whatever the template writes is escaped, but for what is `Markdown` already.
+
+Every value comes from `CardInput`; one that is not known is refused by name, never written as a placeholder.
+Front matter: https://huggingface.co/docs/hub/model-cards (a converted checkpoint is a `finetune` of its base model).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+import jinja2
+
+from retrofit.escape import Markdown, code_block, code_span, markdown, prose, table_row, visible
+from retrofit.evaluation.metrics.effective import certificate
+from retrofit.publishing.card_input import CardInput, require_known
+
+if TYPE_CHECKING:
+    from retrofit.evaluation.metrics.effective import EffectiveLength
+
+ALL = "all"
+_METHODS = {
+    "first": "the first head of each group was kept",
+    "mean": "the heads of each group were averaged",
+    "procrustes": "the heads of each group were turned to lie on each other and averaged",
+    "real-pca": "the heads of each group were merged along real principal components",
+    "calibrated": "the heads of each group were merged along the directions that calibration text uses most",
+}
+_ROPE = {
+    "linear": "linear interpolation",
+    "ntk": "a larger RoPE base",
+    "yarn": "YaRN",
+    "llama3": "Llama 3 scaling",
+    "longrope": "LongRoPE factors",
+    "none": "configuration alone, the position encoding left as it was",
+}
+_LOSSES = {"distill": "distilled from the original model", "lm": "trained on plain text"}
+
+
+def render_card(card: CardInput) -> str:
+    """README.md of the checkpoint. Raises UserError that lists every value which is not known."""
+    require_known(card)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("retrofit.publishing"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=prose,
+    )
+    environment.filters |= {"thousands": lambda value: f"{value:,}", "code": code_span}
+    return environment.get_template("card.md.j2").render(
+        card=card,
+        front_matter=_front_matter(card),
+        summary=_summary(card),
+        snippet=Markdown(card.snippet),
+        commands=code_block("\n".join(card.commands), "sh"),
+        recipe=code_block(card.recipe_yaml, "yaml"),
+        tables=[(ALL if kind == ALL else _name(kind), _table(card, kind)) for kind in _kinds(card)],
+        documents=_documents(card),
+        tasks=_tasks(card),
+        certificate=certificate(card.effective) if card.effective else "",
+        tests=_tests(card.effective) if card.effective else [],
+        kv_table=_kv_table(card),
+        limits=_limits(card),
+        chart_alt=f"Perplexity by context length: {', '.join(model.label for model in card.models)}",
+    )
+
+
+def _tests(effective: EffectiveLength) -> list[Markdown]:
+    """The certificate as a table: every length, every test, what it needed."""
+
+    def cell(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
+        return "–" if value is None else f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+
+    lines = [
+        table_row(
+            (
+                "context length",
+                "passed",
+                "tail, times the perplexity",
+                "context gain, nats a token",
+                "needle (needed)",
+            )
+        ),
+        Markdown("|---:|:---:|---:|---:|---:|"),
+    ]
+    for test in effective.tests:
+        needle = "–" if test.needle is None else f"{test.needle:.2f}"
+        needed = "" if test.needle_bound is None else f" ({test.needle_bound:.2f})"
+        cells = (
+            f"{test.length:,}",
+            "yes" if test.passed else "no",
+            cell(test.tail, test.tail_low, test.tail_high),
+            cell(test.gain, test.gain_low, test.gain_high, "+"),
+            needle + needed,
+        )
+        lines.append(table_row(cells))
+    return lines
+
+
+def _front_matter(card: CardInput) -> Markdown:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=_name(row.kind),
+            dataset_name="all held-out documents" if row.kind == ALL else _name(row.kind),
+            metric_type="perplexity",
+            metric_name=f"Perplexity at {row.length} tokens",
+            metric_value=float(f"{row.ppl:.6g}"),
+        )
+        for row in card.models[-1].rows
+    ]
+    results += [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=_name(score.task),
+            dataset_name=_name(score.task),
+            metric_type=visible(score.metric),
+            metric_name=visible(f"{score.metric}, {score.fewshot} examples"),
+            metric_value=float(f"{score.value:.6g}"),
+        )
+        for score in card.models[-1].tasks
+        if math.isfinite(score.value)
+    ]
+    data = ModelCardData(
+        language=[visible(language) for language in card.languages] or None,
+        license=card.licence,
+        license_name=card.licence_name and visible(card.licence_name),
+        license_link=card.licence_link,
+        base_model=card.base_model,
+        base_model_relation="finetune",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[visible(tag) for tag in dict.fromkeys([*_tags(card), *card.tags])],
+        model_name=visible(card.title),
+        eval_results=results,
+    )
+    return Markdown(data.to_yaml().strip())
+
+
+def _tags(card: CardInput) -> list[str]:
+    before, after = card.kv_heads
+    tags = ["attention-retrofit", "text-generation"]
+    if after < before:
+        tags.append("multi-query-attention" if after == 1 else "grouped-query-attention")
+    if card.claimed_length > card.native_length:
+        tags.append("long-context")
+    return tags
+
+
+def _summary(card: CardInput) -> Markdown:
+    """One paragraph: what was done, in the order it was done. `require_known` has seen that the base model is an id."""
+    at = f" (revision {code_span(card.revision[:12])})" if card.revision else ""
+    base = f"[{card.base_model}](https://huggingface.co/{card.base_model}){at}"
+    parts = []
+    before, after = card.kv_heads
+    if card.conversion and after < before:
+        heads = "1 KV head" if after == 1 else f"{after} KV heads"
+        parts.append(
+            f"Each of its {card.layers} layers has {heads} instead of {before}; {_METHODS[card.conversion]}, "
+            f"so the KV cache is {card.kv_bytes_per_token[0] / card.kv_bytes_per_token[1]:.3g} times smaller."
+        )
+    if card.context_method:
+        tried = card.encodings_tried
+        searched = f", the best of {tried} position encodings measured on this model" if tried else ""
+        parts.append(
+            f"Its context window went from {card.native_length:,} to {card.claimed_length:,} tokens by "
+            f"{_ROPE[card.context_method]}{searched}."
+        )
+    if card.recovery:
+        named = [markdown(_name(source)) for source in card.recovery.sources]
+        parts.append(
+            f"To win quality back it was {_LOSSES[card.recovery.loss]} for {card.recovery.tokens:,} tokens of "
+            f"{' and '.join(named)}, through LoRA adapters of rank {card.recovery.rank}, merged into the weights."
+        )
+    if not parts:
+        parts.append("Its weights and its context window are unchanged.")
+    plain = f"It is a plain {code_span(card.architecture)} checkpoint."
+    return Markdown(f"This is {base} after attention surgery. {' '.join(parts)} {plain}")
+
+
+def _name(kind: str) -> str:
+    """A kind of text or a task as a reader knows it: a path of somebody's machine becomes its last part."""
+    return visible(kind if kind.startswith("hub:") else PurePath(kind).name or kind)
+
+
+def _kinds(card: CardInput) -> list[str]:
+    """`all` first; alone when it is all there is."""
+    kinds = list(dict.fromkeys(row.kind for row in card.models[-1].rows))
+    own = [kind for kind in kinds if kind != ALL]
+    return [ALL, *own] if ALL in kinds and len(own) > 1 else own or kinds
+
+
+def _table(card: CardInput, kind: str) -> list[Markdown]:
+    """A Markdown table, one row a length: value (low to high) for each model, and last against first."""
+    labels = [model.label for model in card.models]
+    compared = len(labels) > 1
+    header = ["context (tokens)", *labels, *([f"{labels[-1]} / {labels[0]}"] if compared else [])]
+    lines = [table_row(header), Markdown("|---:" * len(header) + "|")]
+    lengths = sorted({row.length for row in card.models[-1].rows if row.kind == kind})
+    for length in lengths:
+        rows = [next(r for r in m.rows if r.kind == kind and r.length == length) for m in card.models]
+        beyond = " (beyond native)" if length > card.native_length else ""
+        cells = [f"{length:,}{beyond}"]
+        cells += [f"{_ppl(row.ppl)} ({_ppl(row.low)} to {_ppl(row.high)})" for row in rows]
+        if compared:
+            cells.append(f"{rows[-1].ppl / rows[0].ppl:.2f}")
+        lines.append(table_row(cells))
+    return lines
+
+
+def _ppl(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _tasks(card: CardInput) -> list[Markdown]:
+    """Scores in tasks as a Markdown table, one row a metric; the last column pairs the last model with the first."""
+    last = card.models[-1]
+    if not last.tasks:
+        return []
+    labels = [model.label for model in card.models]
+    compared = [f"{labels[-1]} - {labels[0]}"] if len(labels) > 1 else []
+    header = ["task", "metric", "questions", "examples", *labels, *compared]
+    lines = [table_row(header), Markdown("|---|---|" + "---:|" * (len(header) - 2))]
+    for score in last.tasks:
+        place = (score.task, score.metric)
+        cells = [score.task, score.metric, f"{score.questions:,}", str(score.fewshot)]
+        for model in card.models:
+            one = next(one for one in model.tasks if (one.task, one.metric) == place)
+            cells.append(f"{one.value:.4g}" if one.stderr is None else f"{one.value:.4g} ± {one.stderr:.2g}")
+        if compared:
+            change = next((one for one in last.task_changes if (one.task, one.metric) == place), None)
+            cells.append(f"{change.change:+.3f} ({change.low:+.3f} to {change.high:+.3f})" if change else "–")
+        lines.append(table_row(cells))
+    return lines
+
+
+def _documents(card: CardInput) -> str:
+    """How much was measured, per kind of text."""
+    rows = card.models[-1].rows
+    longest = max(row.length for row in rows)
+    own = [row for row in rows if row.length == longest and row.kind != ALL]
+    own = own or [row for row in rows if row.length == longest]
+    counted = [f"{r.documents} of {_name(r.kind)} ({r.tokens:,} tokens at the longest context)" for r in own]
+    unit = own[0].unit
+    return f"Documents: {'; '.join(counted)}. Intervals: percentile bootstrap over each {unit}."
+
+
+def _kv_table(card: CardInput) -> list[Markdown]:
+    lines = [table_row(("context (tokens)", "before", "after")), Markdown("|---:|---:|---:|")]
+    for tokens, (before, after) in sorted(card.kv_cache_bytes.items()):
+        lines.append(table_row((f"{tokens:,}", _bytes(before), _bytes(after))))
+    return lines
+
+
+def _bytes(count: int) -> str:
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.4g} {unit}"
+
+
+def _limits(card: CardInput) -> list[str]:
+    """What a reader must not conclude, from the numbers themselves."""
+    first, last = card.models[0], card.models[-1]
+    lengths = sorted({row.length for row in last.rows})
+    kinds = [_name(kind) for kind in _kinds(card) if kind != ALL]
+    asked = " and ".join(dict.fromkeys(score.task for score in last.tasks))
+    limits = [
+        f"Quality was measured as perplexity on {' and '.join(kinds) or 'held-out text'}"
+        f"{f' and with the questions of {asked}' if asked else ''} only: no {'other' if asked else 'task'} benchmark, "
+        "no other language and no safety evaluation was run.",
+    ]
+    if len(card.models) > 1:
+        pairs = {(r.kind, r.length): r.ppl for r in first.rows}
+        worst = max(last.rows, key=lambda row: row.ppl / pairs[row.kind, row.length])
+        ratio = worst.ppl / pairs[worst.kind, worst.length]
+        if ratio > 1:
+            on = "all text" if worst.kind == ALL else _name(worst.kind)
+            limits.append(
+                f"It is weaker than the original where the table says so; at worst its perplexity is {ratio:.2f} "
+                f"times the original's ({on}, {worst.length:,} tokens)."
+            )
+    if lengths[-1] < card.claimed_length:
+        limits.append(f"Contexts between {lengths[-1]:,} and {card.claimed_length:,} tokens were not measured.")
+    if card.effective and card.effective.length < card.claimed_length:
+        limits.append(
+            f"It is shown to use {card.effective.length:,} tokens of context, not the {card.claimed_length:,} of "
+            "its window."
+        )
+    if not card.effective or all(test.needle is None for test in card.effective.tests):
+        limits.append("Perplexity at a long context does not show that the model finds a fact far back in its context.")
+    limits.append("Whatever the base model gets wrong, and the terms of its licence, stay.")
+    return [*limits, *card.notes]

@@ -1,0 +1,138 @@
+"""What a model card says, as data, and the refusal of what is not known: never a placeholder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from retrofit.errors import UserError
+from retrofit.escape import shown
+from retrofit.recipe.hub import is_repo_id, licence_problem
+
+if TYPE_CHECKING:
+    from retrofit.evaluation.metrics.effective import EffectiveLength
+    from retrofit.evaluation.metrics.perplexity import Row
+    from retrofit.evaluation.tasks.answers import TaskChange, TaskScore
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The training behind the card: loss (`distill` | `lm`), tokens in all, LoRA rank, names of the text sources."""
+
+    loss: str
+    tokens: int
+    rank: int
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CardModel:
+    """Perplexities of one model, its scores in tasks, and what these are against the original's; label is `original`,
+    `converted` or `recovered`."""
+
+    label: str
+    rows: Sequence[Row]
+    tasks: Sequence[TaskScore] = ()
+    task_changes: Sequence[TaskChange] = ()
+
+
+@dataclass(frozen=True)
+class CardInput:
+    """What a card says.
+
+    base_model: hub id of the source. revision: its commit, if it came from the hub. licence: hub licence id.
+    kv_heads, kv_bytes_per_token: (before, after). kv_cache_bytes: {tokens: (before, after)}. conversion: method, None
+    when the heads were left. context_method: None when the window was left; encodings_tried: by the search that found
+    it. effective: how much of the window the published model is shown to use, None when that was not asked for.
+    models: the original first, the published one last. chart: path inside the folder. snippet: what `reload` executes.
+    notes: fallbacks and other limits.
+    """
+
+    title: str
+    base_model: str | None
+    licence: str | None
+    architecture: str
+    dtype: str
+    layers: int
+    kv_heads: tuple[int, int]
+    native_length: int
+    claimed_length: int
+    models: tuple[CardModel, ...]
+    kv_bytes_per_token: tuple[int, int]
+    kv_cache_bytes: Mapping[int, tuple[int, int]]
+    recipe_yaml: str
+    commands: tuple[str, ...]
+    versions: Mapping[str, str]
+    snippet: str
+    conversion: str | None = None
+    context_method: str | None = None
+    encodings_tried: int = 0
+    effective: EffectiveLength | None = None
+    recovery: Recovery | None = None
+    revision: str | None = None
+    chart: str | None = None
+    kernel: str | None = None
+    licence_name: str | None = None
+    licence_link: str | None = None
+    languages: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+
+def require_known(card: CardInput) -> None:
+    """UserError that lists every value of the card which is not known."""
+    problems = _problems(card)
+    if problems:
+        raise unknown(problems)
+
+
+def require_licence_and_base(
+    licence: str | None, base_model: str | None, name: str | None = None, link: str | None = None
+) -> None:
+    """UserError unless both are known; cheap, so that a run asks before hours of work and not at its end.
+
+    name, link: of the licence `other`.
+    """
+    problems = _identity_problems(licence, base_model, name, link)
+    if problems:
+        raise unknown(problems)
+
+
+def unknown(problems: Sequence[str]) -> UserError:
+    """The error that lists what is not known of a card."""
+    listed = "".join(f"\n  - {problem}" for problem in problems)
+    return UserError(f"the model card cannot be written:{listed}", where="README.md", fix="give the values named above")
+
+
+def _identity_problems(
+    licence: str | None, base_model: str | None, name: str | None = None, link: str | None = None
+) -> list[str]:
+    problem = licence_problem(licence, name, link)
+    problems = [problem] if problem else []
+    if not base_model:
+        problems.append("the base model is not known; give its hub id with --set publish.base_model=ORG/NAME")
+    elif not is_repo_id(base_model):
+        problems.append(f"`{shown(base_model, 60)}` is not a hub id; give --set publish.base_model=ORG/NAME")
+    return problems
+
+
+def _problems(card: CardInput) -> list[str]:
+    problems = _identity_problems(card.licence, card.base_model, card.licence_name, card.licence_link)
+    for name in ("title", "architecture", "dtype", "recipe_yaml", "commands", "versions", "snippet", "kv_cache_bytes"):
+        value = getattr(card, name)
+        if not value or (isinstance(value, str) and not value.strip()):
+            problems.append(f"{name} is empty")
+    if not card.models or not all(model.rows for model in card.models):
+        return [*problems, "no perplexity was measured; keep `evaluate` in the recipe"]
+    places = {(row.kind, row.length) for row in card.models[-1].rows}
+    for model in card.models:
+        missing = sorted(places - {(row.kind, row.length) for row in model.rows})
+        problems += [f"perplexity of the {model.label} model at {n} tokens on {k} is missing" for k, n in missing]
+        problems += [
+            f"perplexity of the {model.label} model at {row.length} tokens on {row.kind} is not finite"
+            for row in model.rows
+            if not all(math.isfinite(value) for value in (row.ppl, row.low, row.high))
+        ]
+    return problems

@@ -1,0 +1,148 @@
+"""What must be true of a folder before any of it leaves this machine. Nothing here uses the network."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from retrofit.checkpoint.provenance import FILE, digest, read_provenance
+from retrofit.checkpoint.read import Checkpoint
+from retrofit.errors import GateError, UserError
+from retrofit.escape import shown
+from retrofit.files import read_text
+from retrofit.publishing.snippet import front_matter, placeholders, shows_snippet
+from retrofit.recipe.hub import licence_problem
+
+CARD = "README.md"
+PARTIAL = f".{CARD}.partial"
+"""A card that is being written; a kill may leave it."""
+_AGAIN = "write the folder again: retrofit run RECIPE --from publish"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A folder that may be published: its card, licence and the files that make it up (relative, sorted)."""
+
+    folder: Path
+    card: str
+    licence: str
+    files: tuple[str, ...]
+    nbytes: int
+
+
+def require_finished(folder: str | Path, *, licence: str | None = None) -> Finished:
+    """Check that the folder is a whole checkpoint whose gate and reload passed and whose files are those recorded.
+
+    licence: hub licence id for a card that has none; the card is not changed here.
+
+    Raises UserError: no retrofit.json, gate or reload not passed, a file changed, missing or added since, something
+    that is no plain file, a card with placeholders, without a licence or with other load lines than those executed.
+    GateError when a requirement was not met or never checked.
+    """
+    folder = Path(folder)
+    record = read_provenance(folder)
+    _require_plain(folder)
+    Checkpoint.open(folder)
+    _require_gate(record, folder)
+    if not (record.get("reload") or {}).get("passed"):
+        raise UserError("the folder was never loaded again by a fresh process", where=str(folder), fix=_AGAIN)
+    _require_files(record, folder)
+    if not (folder / CARD).is_file():
+        raise UserError("the folder has no card", where=str(folder / CARD), fix=_AGAIN)
+    card = read_text(folder / CARD)
+    if not shows_snippet(card):
+        raise UserError(
+            "the card does not show the lines that a fresh process executed", where=str(folder / CARD), fix=_AGAIN
+        )
+    left = placeholders(card, _names(record))
+    if left:
+        raise UserError(
+            f"the card has placeholders ({'; '.join(left[:5])})", where=str(folder / CARD), fix="write the values there"
+        )
+    files = tuple(sorted({*record["files"], CARD, FILE}))
+    nbytes = sum((folder / name).stat().st_size for name in files)
+    return Finished(folder, card, _licence(card, licence, folder), files, nbytes)
+
+
+def _names(record: object) -> set[str]:
+    """Every text of the record, and the last part of every path: names of a user's own, whatever they look like."""
+    if isinstance(record, dict):
+        return _names(list(record)) | _names(list(record.values()))
+    if isinstance(record, list):
+        return set().union(*map(_names, record))
+    return {record, PurePath(record).name} if isinstance(record, str) else set()
+
+
+def _require_gate(record: dict[str, Any], folder: Path) -> None:
+    """Every requirement of the recipe was checked and met."""
+    results = {result.get("metric"): result for result in record.get("gate") or ()}
+    required = (record.get("recipe") or {}).get("require") or {}
+    unmet = sorted(
+        {name for name, result in results.items() if result.get("passed") is not True}
+        | required.keys() - results.keys()
+    )
+    if unmet:
+        raise GateError(
+            f"requirements of the recipe are not met: {', '.join(map(str, unmet))}",
+            where=str(folder / FILE),
+            fix="run the recipe again until its `require` holds",
+        )
+
+
+def _require_plain(folder: Path) -> None:
+    """Nothing but files and the folders that hold them: no link, which would publish what it points to."""
+    inside = [Path(place) / name for place, folders, files in os.walk(folder) for name in (*folders, *files)]
+    holding = {parent for path in inside if path.is_file() for parent in path.parents}
+    odd = [
+        path.relative_to(folder)
+        for path in inside
+        if path.is_symlink()
+        or (path.name.startswith(".") and path.name != PARTIAL)
+        or not (path.is_file() or path in holding)
+    ]
+    if odd:
+        raise UserError(
+            f"{', '.join(shown(path, 60) for path in sorted(odd)[:5])}: not part of the published checkpoint",
+            where=str(folder),
+            fix="remove what does not belong there",
+        )
+
+
+def _require_files(record: dict[str, Any], folder: Path) -> None:
+    recorded = record.get("files")
+    if not recorded:
+        raise UserError(f"{FILE} records no files", where=str(folder / FILE), fix=_AGAIN)
+    present = digest(folder, everything=True)
+    for problem, names in {
+        "missing": recorded.keys() - present.keys(),
+        "changed since it was measured": {n for n in recorded.keys() & present.keys() if recorded[n] != present[n]},
+        "not part of the published checkpoint": present.keys() - recorded.keys(),
+    }.items():
+        if names:
+            raise UserError(
+                f"{', '.join(sorted(names))}: {problem}",
+                where=str(folder),
+                fix="remove what does not belong there" if "not part" in problem else _AGAIN,
+            )
+
+
+def _licence(card: str, asked: str | None, folder: Path) -> str:
+    front = front_matter(card)
+    stated = front.get("license")
+    if stated and asked and stated != asked:
+        raise UserError(
+            f"the card says licence {stated}, and {asked} was asked for",
+            where=str(folder / CARD),
+            fix=f"leave --licence out, or change `license: {stated}` in the card",
+        )
+    licence = stated or asked
+    if not licence:
+        raise UserError(
+            "no licence is known for this model", where=str(folder / CARD), fix="give one: --licence apache-2.0"
+        )
+    problem = licence_problem(str(licence), front.get("license_name"), front.get("license_link"))
+    if problem:
+        raise UserError(problem, where=str(folder / CARD), fix="correct `license:` in the card")
+    return str(licence)

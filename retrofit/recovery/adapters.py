@@ -1,0 +1,188 @@
+"""LoRA adapters by peft: where they sit, what else is trained, and how they are merged back into a checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from retrofit.checkpoint.read import Checkpoint
+from retrofit.checkpoint.rewrite import Rewritten, rewrite
+from retrofit.checkpoint.write import copy_side_files
+from retrofit.errors import UserError
+from retrofit.model.completeness import leftovers, tied_copy
+from retrofit.model.families.experts import EXPERTS
+from retrofit.model.load import load_config
+from retrofit.model.spec import AttentionSpec
+from retrofit.recipe.schema import Adapter
+from retrofit.recovery.fused import fuse
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from retrofit.console import Progress
+
+RATE_BY_WIDTH = 0.576
+
+
+def attach(model: PreTrainedModel, adapter: Adapter, spec: AttentionSpec, seed: int) -> PeftModel:
+    """The model with trainable adapters in float32; everything else is frozen in its own dtype.
+
+    LoRA (Hu et al. 2021, arXiv:2106.09685) on the projections that `adapter` names; B starts at zero, so that the
+    model's outputs are the same as before. Norms and embeddings, where asked for, are trained in full, in float32.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = target_modules(model, adapter, spec)
+    full = full_modules(model, adapter)
+    if not targets:
+        raise UserError(
+            "the adapter sits nowhere", where="recover.adapter", fix="set attention: true or mlp: true (or both)"
+        )
+    model.requires_grad_(False)
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=targets,
+        modules_to_save=full or None,
+        bias="none",
+    )
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        # `head_of` and the merge take care of a tied head, which peft warns about.
+        warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*")
+        peft_model = cast("PeftModel", get_peft_model(cast(Any, model), config))
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    fuse(peft_model)
+    return peft_model
+
+
+def default_rate(width: int) -> float:
+    """Adam's learning rate for adapters where a recipe names none: RATE_BY_WIDTH / width, 1e-3 for 576 channels.
+
+    It falls as 1 / width like that of hidden weights in Yang et al. 2022 (arXiv:2203.03466). The constant was measured
+    on SmolLM2-135M with converted heads, where a third of it recovers far less in as many steps.
+    """
+    return RATE_BY_WIDTH / width
+
+
+def target_modules(model: nn.Module, adapter: Adapter, spec: AttentionSpec) -> list[str]:
+    """Module names of the projections that carry LoRA: the spec's q/k/v/o, and every other linear of a layer (MLP)."""
+    names: set[str] = set()
+    if adapter.attention:
+        slots = (slot for layer in spec.layers for slot in (layer.q, layer.k, layer.v, layer.o))
+        names |= {slot.name.removesuffix(".weight") for slot in slots}
+    if adapter.mlp:
+        for layer in spec.layers:
+            root = f"{spec.layers_path}.{layer.index}."
+            attention = f"{root}{spec.attention_path}."
+            names |= {
+                name
+                for name, module in model.named_modules()
+                if isinstance(module, nn.Linear) and name.startswith(root) and not name.startswith(attention)
+            }
+    return sorted(names)
+
+
+def about_experts(adapter: Adapter, spec: AttentionSpec) -> tuple[str, ...]:
+    """A note on what of the MLPs carries no adapter although it is asked for; () where all of it does.
+
+    The class stacks experts in one parameter and no linear modules; peft's adapters on parameters would have to be
+    merged expert by expert into a checkpoint that stores them apart.
+    """
+    if not adapter.mlp or spec.family not in EXPERTS:
+        return ()
+    return ("the experts carry no adapters (adapter.mlp): attention, and linear layers outside the experts, do",)
+
+
+def full_modules(model: PreTrainedModel, adapter: Adapter) -> list[str]:
+    """Module names that are trained in full. A tied head is the input embedding itself and is not named."""
+    names: list[str] = []
+    if adapter.norms:
+        names += [name for name, module in model.named_modules() if _is_norm(module)]
+    if adapter.embeddings:
+        wanted = [module for module in model.modules() if isinstance(module, nn.Embedding)]  # of positions as well
+        if not model.config.tie_word_embeddings:
+            wanted.append(model.get_output_embeddings())
+        names += [name for name, module in model.named_modules() if any(module is other for other in wanted)]
+    return names
+
+
+def changed_weights(peft_model: PeftModel) -> dict[str, Callable[[Tensor], Tensor]]:
+    """{checkpoint name: function from the stored tensor to the trained one, in float32}."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    changes: dict[str, Callable[[Tensor], Tensor]] = {}
+    for name, module in cast(nn.Module, peft_model.base_model.model).named_modules():
+        if isinstance(module, LoraLayer):
+            changes[f"{name}.weight"] = _add_delta(cast(Any, module))
+        elif isinstance(module, ModulesToSaveWrapper):
+            for key, value in module.modules_to_save[module.active_adapters[0]].named_parameters():
+                changes[f"{name}.{key}"] = _replace(value)
+    return changes
+
+
+def merge_and_save(
+    peft_model: PeftModel,
+    source: str | Path,
+    out: str | Path,
+    *,
+    max_shard_size: str = "5GB",
+    progress: Progress | None = None,
+) -> Rewritten:
+    """Write the checkpoint `source` with the adapters merged into the existing folder `out`.
+
+    W + s B A is formed in float32 and rounded once to the stored dtype; tensors without an adapter are copied as
+    bytes. Names, dtypes, configuration and tokenizer are the source's.
+    """
+    checkpoint = Checkpoint.open(source)
+    changes = changed_weights(peft_model)
+    copy = tied_copy(checkpoint, load_config(source))
+    if copy and copy[1] in changes:
+        changes[copy[0]] = changes[copy[1]]  # the head is stored as well, and stays what it is tied to
+    missing = sorted(changes.keys() - set(checkpoint.names))
+    assert not missing, f"trained tensors that the checkpoint does not hold: {missing}"
+
+    def rule(name: str, stored: Tensor) -> Iterable[tuple[str, Tensor]]:
+        return [(name, changes[name](stored))]
+
+    written = rewrite(
+        checkpoint,
+        out,
+        {**dict.fromkeys(changes, rule), **dict.fromkeys(leftovers(checkpoint, str(checkpoint.config["model_type"])))},
+        config=checkpoint.config,
+        max_shard_size=max_shard_size,
+        progress=progress,
+    )
+    copy_side_files(source, out)
+    return written
+
+
+def _add_delta(module: Any) -> Callable[[Tensor], Tensor]:
+    def merged(stored: Tensor) -> Tensor:
+        name = module.active_adapters[0]
+        a_RI, b_OR = (
+            module.lora_A[name].weight.detach().float().cpu(),
+            module.lora_B[name].weight.detach().float().cpu(),
+        )
+        return stored.float() + module.scaling[name] * (b_OR @ a_RI)
+
+    return merged
+
+
+def _replace(value: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda stored: value.detach().float().cpu().reshape(stored.shape)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "Norm" in type(module).__name__ and any(True for _ in module.parameters(recurse=False))

@@ -1,0 +1,132 @@
+"""transformers' Trainer with our loss: the objective of one batch, and the same on held-out text.
+
+Legend: B batch, T tokens, N = B T rows, C model width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import Trainer
+
+from retrofit.errors import UserError
+from retrofit.recipe.schema import Recover
+from retrofit.recovery.callbacks import Watch
+from retrofit.recovery.objectives import distill_loss, lm_loss
+from retrofit.recovery.schedule import Rows
+from retrofit.recovery.student_teacher import Pair, head_of, hidden_states
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class Objective:
+    """The loss of one batch from the student's hidden states, and the held-out loss."""
+
+    def __init__(self, pair: Pair, recipe: Recover) -> None:
+        self.pair, self.recipe = pair, recipe
+        self.teacher_head = None if pair.teacher is None else head_of(pair.teacher)
+
+    @torch.no_grad()
+    def target(self, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor | None:
+        """The teacher's hidden states [B, T, C], if there is a teacher.
+
+        Positions that skip are the student's alone: the teacher reads the same text at 0 .. T-1, inside the window it
+        knows. What it says of each token is then what the student should still say when the context lies far away.
+        """
+        if self.pair.teacher is None:
+            return None
+        documents = self.recipe.document_masking
+        return hidden_states(self.pair.teacher, ids_BT, positions_BT if documents else None, documents=documents)
+
+    def __call__(self, hidden_BTC: Tensor, ids_BT: Tensor, target_BTC: Tensor | None) -> tuple[Tensor, int]:
+        """(sum over tokens of the loss, number of tokens)."""
+        head, rows = head_of(self.pair.student), self.recipe.row_chunk
+        if target_BTC is not None and self.teacher_head is not None:
+            hidden_NC = hidden_BTC.flatten(0, 1).to(target_BTC.dtype)
+            loss = distill_loss(hidden_NC, head, target_BTC.flatten(0, 1), self.teacher_head, rows)
+            return loss, ids_BT.numel()
+        dtype = next(p.dtype for p in self.pair.student.parameters() if not p.requires_grad)
+        hidden_NC = hidden_BTC[:, :-1].flatten(0, 1).to(dtype)
+        labels_N = ids_BT[:, 1:].flatten()
+        return lm_loss(hidden_NC, head, labels_N, rows), labels_N.numel()
+
+
+class RecoveryTrainer(Trainer):
+    """transformers' Trainer with our loss, over packed rows in the order they come in."""
+
+    def __init__(
+        self, *, objective: Objective, compute: torch.dtype, watch: Watch | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.objective: Objective = objective
+        self.compute, self.watch = compute, watch
+        self.model_accepts_loss_kwargs = True  # the loss is already divided by the tokens of the whole step
+
+    def compute_loss(  # type: ignore[override]
+        self, model: torch.nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+    ) -> Tensor:
+        """Sum of the losses over the step's tokens on all processes, divided by their number."""
+        ids_BT = inputs["input_ids"]
+        target_BTC = self.objective.target(ids_BT, inputs.get("position_ids"))
+        with autocast(ids_BT.device, self.compute):
+            hidden_BTC = model(**inputs)
+        total, count = self.objective(hidden_BTC, ids_BT, target_BTC)
+        ranks = self.accelerator.num_processes
+        if ranks > 1:  # the gradients are averaged over the processes
+            counts = self.accelerator.reduce(torch.tensor(count, device=total.device), "sum")
+            loss = total * ranks / cast(Tensor, counts)
+        else:
+            loss = total / count
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise _diverged(f"the training loss is {value} at step {self.state.global_step + 1}")
+        if self.watch is not None:
+            self.watch.loss = value
+        return loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        return SequentialSampler(cast(Any, train_dataset if train_dataset is not None else self.train_dataset))
+
+
+class HeldOut:
+    """Mean held-out loss per token; the teacher's hidden states are computed once and kept."""
+
+    def __init__(self, objective: Objective, model: PeftModel, rows: Rows, compute: torch.dtype, device: str) -> None:
+        self.objective: Objective = objective
+        self.model, self.compute = model, compute
+        self.batches = [{key: value.to(device) for key, value in rows[i].items()} for i in range(len(rows))]
+        self.targets: list[Tensor | None] = []
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        if not self.targets:
+            self.targets = [
+                self.objective.target(batch["input_ids"], batch.get("position_ids")) for batch in self.batches
+            ]
+        training = self.model.training
+        self.model.eval()
+        total, count = 0.0, 0
+        for batch, target in zip(self.batches, self.targets, strict=True):
+            ids_BT = batch["input_ids"]
+            with autocast(ids_BT.device, self.compute):
+                hidden_BTC: Any = self.model(**batch)
+            loss, number = self.objective(hidden_BTC, ids_BT, target)
+            total, count = total + float(loss), count + number
+        self.model.train(training)
+        if not math.isfinite(total):
+            raise _diverged(f"the held-out loss is {total}")
+        return total / count
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> Any:
+    """Autocast to `dtype`; off for float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def _diverged(what: str) -> UserError:
+    return UserError(what, where="recover", fix="lower recover.learning_rate (try a third of it) and run again")

@@ -1,0 +1,293 @@
+"""From a run's data to what is said about it: the verdict, the key numbers, what to watch out for, the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from retrofit.evaluation.metrics.perplexity import ALL, Row
+from retrofit.report import format as words
+from retrofit.report.data import RunData
+from retrofit.report.parts import Number, Table
+from retrofit.report.sections import context_use, costs, tasks
+
+FEW_DOCUMENTS = 5
+OVERFIT = 1.02
+"""A last held-out loss this much above the best one is said to have risen."""
+
+
+def title_of(run: RunData) -> str:
+    """The model's own name, without folders."""
+    return run.model.rstrip("/").rsplit("/", 1)[-1] or "the model"
+
+
+def kind_name(kind: str) -> str:
+    """A kind of text as a reader sees it."""
+    return "all texts together" if kind == ALL else kind
+
+
+def ratio(run: RunData, kind: str, length: int) -> float | None:
+    """Perplexity of the final model over the original's, same kind and length."""
+    if run.original is None or run.final is None:
+        return None
+    before, after = run.original.row(kind, length), run.final.row(kind, length)
+    return after.ppl / before.ppl if before and after else None
+
+
+def kv_ratio(run: RunData) -> float | None:
+    """How many times smaller the KV cache of a token has become."""
+    before, after = run.original, run.final
+    if before is None or after is None or not before.kv_bytes_per_token or not after.kv_bytes_per_token:
+        return None
+    return before.kv_bytes_per_token / after.kv_bytes_per_token
+
+
+def grew(run: RunData) -> bool:
+    """Whether the window became longer."""
+    return bool(run.native_length and run.claimed_length and run.claimed_length > run.native_length)
+
+
+def verdict(run: RunData) -> str:
+    """One sentence: what changed and what it cost."""
+    changes = []
+    shrunk = kv_ratio(run)
+    if shrunk and shrunk > 1.001:
+        changes.append(f"has a {words.times(shrunk)} smaller KV cache")
+    if grew(run):
+        changes.append(f"reads {words.count(run.claimed_length)} tokens instead of {words.count(run.native_length)}")
+    changed = " and ".join(changes) if changes else "keeps its KV cache and its window"
+    name = title_of(run)
+    if run.final is None and run.original is not None:
+        return f"{name} was measured as it is; nothing was changed."
+    said = [_used(run), _costs(run) or "how well it predicts text was not compared"]
+    return f"{name} {'now ' if changes else ''}{changed}; {'; '.join(filter(None, said))}."
+
+
+def _used(run: RunData) -> str:
+    """How much of the window is certified to be used, where that is less than all of it."""
+    found = run.final.effective if run.final else None
+    if found is None or not run.claimed_length or found.length >= run.claimed_length:
+        return ""
+    return (
+        f"of its window of {words.count(run.claimed_length)} tokens, {words.count(found.length)} are shown to be used"
+    )
+
+
+def _costs(run: RunData) -> str:
+    length = run.head_length
+    if length is None:
+        return ""
+    kinds = [kind for kind in run.kinds if kind != ALL]
+    found = [(kind, value) for kind in kinds if (value := ratio(run, kind, length)) is not None]
+    if not found:
+        return ""
+    whose = [" the original's"] + [""] * len(found)
+    parts = [f"{words.times(value)}{of} on {kind}" for (kind, value), of in zip(found, whose, strict=False)]
+    return f"its perplexity at {words.count(length)} tokens is {_and(parts)}"
+
+
+def key_numbers(run: RunData) -> tuple[Number, ...]:
+    """The numbers at the top of the page; those that the run does not have are left out."""
+    before, after, numbers = run.original, run.final, []
+    shrunk = kv_ratio(run)
+    if shrunk and before and after:
+        heads = f"{before.kv_heads} → {after.kv_heads} KV heads, " if before.kv_heads and after.kv_heads else ""
+        detail = f"{heads}{words.size(before.kv_bytes_per_token)} → {words.size(after.kv_bytes_per_token)} a token"
+        value = f"÷ {words.times(shrunk).rstrip('×')}" if shrunk > 1.001 else "unchanged"
+        numbers.append(Number("KV cache", value, detail))
+    if run.claimed_length:
+        detail = f"tokens, was {words.count(run.native_length)}" if grew(run) else "tokens, unchanged"
+        numbers.append(Number("Window", words.count(run.claimed_length), detail))
+    if run.head_length and before and after:
+        for kind in run.kinds:
+            old, new = before.row(kind, run.head_length), after.row(kind, run.head_length)
+            if kind != ALL and old and new:
+                detail = f"{words.number(old.ppl)} → {words.number(new.ppl)} at {words.count(run.head_length)} tokens"
+                numbers.append(
+                    Number(f"Perplexity against the original, {kind}", words.times(new.ppl / old.ppl), detail)
+                )
+    numbers += context_use.number(run)
+    numbers += _beyond(run)
+    return (*numbers, *costs.number(run))
+
+
+def past_native(run: RunData) -> bool:
+    """Whether something was measured past the window the original was made for."""
+    return bool(run.native_length and run.lengths and run.lengths[-1] > run.native_length)
+
+
+def _beyond(run: RunData) -> list[Number]:
+    """The final model at the longest length, where that lies past the original's window."""
+    if run.final is None or not run.kinds or not past_native(run):
+        return []
+    kind, length = (ALL if ALL in run.kinds else run.kinds[0]), run.lengths[-1]
+    after = run.final.row(kind, length)
+    before = run.original.row(kind, length) if run.original else None
+    if after is None:
+        return []
+    detail = f"the original, past its window: {words.number(before.ppl)}" if before else kind_name(kind)
+    return [Number(f"Perplexity at {words.count(length)} tokens", words.number(after.ppl), detail)]
+
+
+def checks(run: RunData) -> tuple[tuple[str, bool | None], ...]:
+    """(what was checked, passed; None when it was not checked) for the line under the verdict."""
+    unmet = [one for one in run.gate if not one.get("passed")]
+    gate = f"{len(run.gate) - len(unmet)} of {len(run.gate)} requirements met" if run.gate else "no requirements set"
+    proof, reload = run.kernel_proof, run.reload
+    return (
+        (gate, not unmet if run.gate else None),
+        ("kernel proven against eager" if proof else "kernel not proven", bool(proof["passed"]) if proof else None),
+        (
+            "reloaded in a fresh process with stock transformers" if reload else "not reloaded",
+            bool(reload["passed"]) if reload else None,
+        ),
+    )
+
+
+def cautions(run: RunData) -> tuple[str, ...]:
+    """What to watch out for, from the data alone, then the notes of the steps."""
+    said = [
+        f"Requirement not met: {one.get('metric')} {one.get('bound')}." for one in run.gate if not one.get("passed")
+    ]
+    for what, proof in (("The kernel", run.kernel_proof), ("The reloaded checkpoint", run.reload)):
+        if proof and not proof.get("passed"):
+            said.append(f"{what} differs by {words.number(proof.get('max_difference'))}, more than the tolerance.")
+    said += _about_texts(run)
+    if grew(run) and run.claimed_length not in run.lengths:
+        said.append(f"The new window of {words.count(run.claimed_length)} tokens was not measured to its end.")
+    said += tasks.cautions(run)
+    said += context_use.cautions(run)
+    held = [loss for _, _, loss in run.training if loss is not None]
+    if len(held) > 1 and held[-1] > OVERFIT * min(held):
+        said.append("The held-out loss rose again before training ended; the best state was kept, not the last.")
+    for part in (run.conversion, run.context):
+        said += [str(note) for note in (part or {}).get("notes") or ()]
+    return tuple(dict.fromkeys([*said, *run.notes]))
+
+
+def _about_texts(run: RunData) -> list[str]:
+    said = []
+    kinds = [kind for kind in run.kinds if kind != ALL]
+    if run.lengths and len(kinds) == 1:
+        said.append(f"Measured on one kind of text only ({kinds[0]}); other kinds can come out differently.")
+    few = sorted({row.documents for model in run.models for row in model.rows if row.kind != ALL})
+    if few and few[0] < FEW_DOCUMENTS:
+        said.append(
+            f"As few as {few[0]} document{'s' if few[0] > 1 else ''} per kind of text: the intervals show the spread "
+            "within these documents, not over all text of the kind."
+        )
+    if run.head_length and len(kinds) > 1:
+        found = {kind: value for kind in kinds if (value := ratio(run, kind, run.head_length)) is not None}
+        if found and max(found.values()) > 1.25 * min(found.values()):
+            worst = max(found, key=lambda kind: found[kind])
+            said.append(f"Quality differs by kind of text: {worst} lost most ({words.times(found[worst])}).")
+    return said
+
+
+def comparison(run: RunData, kind: str) -> Table:
+    """Perplexity with its 95% interval for each length (rows) and model (columns), and the ratio final / original."""
+    models = [model for model in run.models if any(row.kind == kind for row in model.rows)]
+    compare = run.original in models and run.final in models
+    headers = ["context length", *(model.label for model in models), *(["ratio"] if compare else [])]
+    rows = []
+    for length in run.lengths:
+        past = " (past native)" if run.native_length and length > run.native_length else ""
+        cells = [interval_of(model.row(kind, length)) for model in models]
+        rows.append(
+            (f"{words.count(length)}{past}", *cells, *([words.times(ratio(run, kind, length))] if compare else []))
+        )
+    return Table(tuple(headers), tuple(rows), kind_name(kind))
+
+
+def interval_of(row: Row | None) -> str:
+    """PrefixPPL [low, high]."""
+    return words.NONE if row is None else words.interval(row.ppl, row.low, row.high)
+
+
+def details(run: RunData, kind: str) -> Table:
+    """Everything else that was measured at each length."""
+    headers = ("context length", "model", "tokens", "documents", "tail perplexity", "bits per byte", "intervals over")
+    rows = [
+        (
+            words.count(row.length),
+            model.label,
+            words.count(row.tokens),
+            words.count(row.documents),
+            f"{words.interval(row.tail_ppl, row.tail_low, row.tail_high)} (last {words.count(row.tail)})",
+            words.number(row.bpb),
+            row.unit,
+        )
+        for length in run.lengths
+        for model in run.models
+        if (row := model.row(kind, length)) is not None
+    ]
+    return Table(headers, tuple(rows), kind_name(kind))
+
+
+def steps(run: RunData) -> Table:
+    """Seconds and memory of each step beside what the plan predicted."""
+    rows: list[tuple[str, ...]] = [
+        (
+            step.name,
+            words.duration(step.seconds),
+            words.duration(step.predicted_seconds),
+            words.size(step.peak_bytes),
+            words.size(step.predicted_peak_bytes),
+        )
+        for step in run.steps
+    ]
+    known = [step.seconds for step in run.steps if step.seconds is not None]
+    planned = [step.predicted_seconds for step in run.steps if step.predicted_seconds is not None]
+    if len(rows) > 1:
+        peak = max((step.peak_bytes for step in run.steps if step.peak_bytes), default=None)
+        expected = max((step.predicted_peak_bytes for step in run.steps if step.predicted_peak_bytes), default=None)
+        total = sum(known) if known else None
+        plan = sum(planned) if planned else None
+        rows.append(
+            ("all (time: sum, memory: most)", *map(words.duration, (total, plan)), *map(words.size, (peak, expected)))
+        )
+    return Table(("step", "time", "time predicted", "peak memory", "peak predicted"), tuple(rows))
+
+
+def layers(run: RunData) -> Table:
+    """What the conversion cost in each layer, the costliest first."""
+    found = list((run.conversion or {}).get("layers") or ())
+    found.sort(key=lambda one: -((one.get("keys") or 0) + (one.get("values") or 0)))
+    rows = []
+    for one in found:
+        repairs = one.get("repairs") or ()
+        rows.append(
+            (
+                str(one.get("index")),
+                percent(one.get("keys")),
+                percent(one.get("values")),
+                ", ".join(f"{r.get('name')} {'kept' if r.get('accepted') else 'not kept'}" for r in repairs)
+                or words.NONE,
+                percent(repairs[0].get("held_out_before") if repairs else None),
+                percent(repairs[-1].get("held_out_after") if repairs else None),
+            )
+        )
+    headers = ("layer", "keys lost", "values lost", "repairs", "held-out error before repairs", "after")
+    return Table(headers, tuple(rows))
+
+
+def percent(value: float | None) -> str:
+    """A share: 12.3%."""
+    return words.NONE if value is None else f"{value:.1%}"
+
+
+def requirements(run: RunData) -> Table:
+    """What the recipe requires, what was measured, and whether it is met."""
+    rows = [
+        (
+            str(one.get("metric")),
+            str(one.get("bound")),
+            words.number(one.get("value")),
+            "met" if one.get("passed") else f"NOT MET {one.get('reason') or ''}".strip(),
+        )
+        for one in run.gate
+    ]
+    return Table(("measure", "required", "measured", "result"), tuple(rows))
+
+
+def _and(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

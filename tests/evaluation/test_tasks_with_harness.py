@@ -1,0 +1,244 @@
+"""Tasks end to end with lm-evaluation-harness: tasks of our own on a tiny model, beside the harness's own numbers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retrofit.errors import UserError
+from retrofit.evaluation.tasks.answers import from_file
+from retrofit.recipe.schema import Tasks
+from tests.workflow.conftest import model, recipe, retrofit, sections, texts
+
+__all__ = ["model", "recipe", "texts"]  # fixtures
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `eval`; `make test-eval` installs it)")
+
+QUESTIONS = 24
+WORDS = ("red", "blue", "yellow", "green")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three tasks on one file of questions: a choice, the likelihood of a last word, a generated word."""
+    path = tmp_path_factory.mktemp("own-tasks")
+    rows = [
+        {"question": f"Number {i} is", "choices": list(WORDS), "answer": (7 * i) % 4, "word": WORDS[(7 * i) % 4]}
+        for i in range(QUESTIONS)
+    ]
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = (
+        "dataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{train: {path / 'rows.jsonl'}, test: {path / 'rows.jsonl'}}}}}\n"
+        'test_split: test\nfewshot_split: train\ndoc_to_text: "{{question}}"\n'
+    )
+    choice = 'output_type: multiple_choice\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{answer}}"\n'
+    choice += "metric_list: [{metric: acc}, {metric: acc_norm}]\n"
+    word = 'output_type: loglikelihood\ndoc_to_target: " {{word}}"\n'
+    word += "metric_list: [{metric: acc}, {metric: perplexity}]\n"
+    story = 'output_type: generate_until\ndoc_to_target: "{{word}}"\n'
+    story += "generation_kwargs: {until: ['.'], max_gen_toks: 4}\nmetric_list: [{metric: exact_match}]\n"
+    for name, rest in (("own_choice", choice), ("own_word", word), ("own_story", story)):
+        (path / f"{name}.yaml").write_text(f"task: {name}\n{data}{rest}metadata: {{version: 3}}\n")
+    (path / "both.yaml").write_text(
+        "group: own_both\ntask: [own_choice, own_word]\naggregate_metric_list: [{metric: acc}]\n"
+    )
+    return path
+
+
+def theirs(model: Path, folder: Path, names: list[str], **how: Any) -> dict[str, Any]:
+    """The harness on a folder that it loads itself."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    found = simple_evaluate(
+        "hf",
+        model_args={"pretrained": str(model), "dtype": "float32", "max_length": 512},
+        tasks=names,
+        device="cpu",
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        **how,
+    )
+    assert found is not None
+    return found["results"]
+
+
+def asked(folder: Path, *more: object) -> list[object]:
+    return ["--lengths", 64, "--task-folder", folder, *more]
+
+
+def test_the_command_gives_the_harness_s_own_numbers(model: Path, texts: Path, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.npz"
+    names = ["own_choice", "own_word", "own_story", "own_both"]
+    tasks = [part for name in names for part in ("--task", name)]
+    result = retrofit(
+        "evaluate", model, "--text", texts / "held.txt", *asked(folder, *tasks), "--fewshot", 2, "--limit", 15,
+        "--out", out, "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    expected: dict[str, Any] = {}
+    for name in names:  # it refuses a task and its group together
+        expected |= theirs(model, folder, [name], num_fewshot=2, limit=15)
+    rows = {(row["task"], row["metric"]): row for row in json.loads(result.stdout)["tasks"]}
+    assert list(rows) == [
+        ("own_choice", "acc"), ("own_choice", "acc_norm"), ("own_word", "acc"), ("own_word", "perplexity"),
+        ("own_story", "exact_match"), ("own_both", "acc"),
+    ]  # fmt: skip
+    for (task, metric), row in rows.items():
+        assert row["value"] == pytest.approx(expected[task][f"{metric},none"], rel=1e-5)
+        if metric != "perplexity":  # a bootstrap
+            assert row["stderr"] == pytest.approx(expected[task][f"{metric}_stderr,none"], rel=1e-5)
+        assert row["questions"] == (30 if task == "own_both" else 15) and row["fewshot"] == 2
+    stored = from_file(tmp_path / "a.tasks.json")
+    assert set(stored) == set(names) and len(stored["own_choice"].asked) == 15
+    by_metric = {one.metric: one for one in stored["own_word"].scores}
+    assert by_metric["perplexity"].questions is None and not by_metric["perplexity"].higher_is_better
+    assert len(by_metric["acc"].questions or ()) == 15
+    (whole,) = stored["own_both"].scores
+    assert whole.questions is not None and len(whole.questions) == 30
+
+
+def test_a_run_asks_every_model_and_goes_on_after_a_stop(
+    recipe: Callable[..., Path], model: Path, texts: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retrofit.workflow import tasks as module
+
+    section = sections(model, texts)["evaluate"]
+    own = str(folder / "own_word.yaml")
+    evaluate = {
+        **section,
+        "lengths": [64],
+        "cost_lengths": [],
+        "tasks": {"names": ["own_choice", own], "folder": str(folder)},
+    }
+    require = {"task_drop@own_choice": "<= 1", "task@own_word/perplexity": "<= 1e30"}
+    path, out = recipe(context=None, recover=None, evaluate=evaluate, require=require), tmp_path / "run"
+    plan = json.loads(retrofit("plan", path, "--json").stdout)
+    (planned,) = [step for step in plan["steps"] if step["step"] == "evaluate"]
+    assert f"{2 * QUESTIONS} questions of own_choice, own_word" in planned["does"]
+    assert f"about {5 * QUESTIONS} requests" in planned["does"] and planned["pieces"] == 2
+
+    real, calls = module.ask, itertools.count()
+
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "ask", stopped)
+    assert retrofit("run", path, "--out", out).exit_code == 130
+    asked_again: list[str] = []
+    monkeypatch.setattr(
+        module, "ask", lambda *args, **kwargs: asked_again.append(args[1].name) or real(*args, **kwargs)
+    )
+    result = retrofit("run", path, "--out", out, "--json")
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert asked_again == ["own_word"]  # of the converted model
+
+    found = json.loads((out / "4-evaluate" / "metrics.json").read_text())
+    scores, changes = found["tasks"]["scores"], found["tasks"]["changes"]
+    assert list(scores) == ["original", "converted"] and list(changes) == ["converted"]
+    assert [row["metric"] for row in changes["converted"]] == ["acc", "acc_norm", "acc"]
+    for label, checkpoint in (("original", model), ("converted", out / "1-convert")):
+        expected = theirs(checkpoint, folder, ["own_choice", "own_word"])
+        for row in scores[label]:
+            assert row["value"] == pytest.approx(expected[row["task"]][f"{row['metric']},none"], rel=1e-5)
+    drop = scores["original"][0]["value"] - scores["converted"][0]["value"]
+    assert found["metrics"]["task_drop@own_choice"] == pytest.approx(drop)
+    (changed, *_) = json.loads(result.stdout)["task_changes"]["converted"]
+    assert changed["drop"] == pytest.approx(drop)
+    assert (
+        "own_choice" in (out / "report.html").read_text()
+        and "How it answers questions" in (out / "report.md").read_text()
+    )
+    assert "| own_choice | acc | 24 | 0 |" in (out / "final" / "README.md").read_text()
+    assert "task_drop@own_choice" in json.loads((out / "final" / "retrofit.json").read_text())["metrics"]
+    (kept, *_) = json.loads(retrofit("compare", out, out, "--json").stdout)["tasks"]
+    assert kept["change"] == 0 and kept["questions"] == QUESTIONS
+
+    fewer = {**evaluate, "tasks": {**evaluate["tasks"], "limit": 8}}
+    recipe(context=None, recover=None, publish=None, evaluate=fewer, require={})
+    again = json.loads(retrofit("run", path, "--out", out, "--json").stdout)
+    assert "evaluate:original" in again["reused"] and "evaluate:original:own_choice" not in again["reused"]
+
+
+def test_a_stopped_command_keeps_what_it_asked(
+    model: Path, texts: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retrofit.workflow import tasks as module
+
+    real, names = module.ask, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        names.append(args[1].name)
+        if names == ["own_choice", "own_word"]:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "ask", interrupted)
+    more = asked(folder, "--task", "own_choice", "--task", "own_word", "--out", tmp_path / "a.npz")
+    assert retrofit("evaluate", model, "--text", texts / "held.txt", *more).exit_code == 130
+    assert not (tmp_path / "a.tasks.json").exists()
+    names.clear()
+    result = retrofit("evaluate", model, "--text", texts / "held.txt", *more)
+    assert result.exit_code == 0 and names == ["own_word"] and "own_choice: done before" in result.output
+    assert set(from_file(tmp_path / "a.tasks.json")) == {"own_choice", "own_word"}
+    assert not (tmp_path / "a.npz.scored").exists()
+
+
+def refused(**section: Any) -> str:
+    from retrofit.evaluation.tasks.harness import open_tasks
+
+    with pytest.raises(UserError) as error:
+        open_tasks(Tasks.model_validate(section))
+    return str(error.value)
+
+
+def test_names_and_data_that_are_not_there(folder: Path, tmp_path: Path) -> None:
+    said = refused(names=["hellaswagg"])
+    assert "knows no task `hellaswagg`" in said and "did you mean `hellaswag`" in said
+    assert "there is no task file" in refused(names=[str(tmp_path / "no.yaml")])
+    assert "there is no folder" in refused(names=["own_choice"], folder=str(tmp_path / "no"))
+    lost = tmp_path / "lost.yaml"
+    lost.write_text((folder / "own_word.yaml").read_text().replace(str(folder), str(tmp_path)))
+    said = refused(names=[str(lost)])
+    assert f"the data of the task `{lost}` cannot be had" in said and "rows.jsonl" in said
+    assert "called `own_word`" in refused(names=[str(folder / "own_word.yaml"), "own_word"], folder=str(folder))
+
+
+def test_a_task_whose_data_are_on_the_hub_is_refused_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    assert "the data of the task `arc_easy` cannot be had" in refused(names=["arc_easy"])
+
+
+def test_what_a_task_takes_is_counted_before_a_model_is_read(folder: Path) -> None:
+    from retrofit.evaluation.tasks.harness import open_tasks
+
+    section = Tasks(names=("own_choice", "own_story", "own_both"), folder=str(folder), limit=20, fewshot=1)
+    choice, story, both = open_tasks(section).tasks
+    assert (choice.questions, choice.requests, choice.generated) == (20, 80, 0)
+    assert (story.questions, story.requests, story.generated) == (20, 20, 80)
+    assert (both.questions, both.requests, both.metrics) == (40, 100, ("acc", "acc_norm", "perplexity"))
+    assert 0 < choice.request_bytes <= choice.longest_bytes
+    more = open_tasks(section.model_copy(update={"fewshot": 2})).tasks[0]
+    assert more.digest != choice.digest and more.request_bytes > choice.request_bytes
+
+
+def progress_bars(text: str) -> Iterator[str]:
+    yield from (line for line in text.splitlines() if "it/s" in line or "Running" in line)
+
+
+def test_the_harness_says_nothing_of_its_own(
+    model: Path, texts: Path, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = retrofit("evaluate", model, "--text", texts / "held.txt", *asked(folder, "--task", "own_choice"))
+    assert result.exit_code == 0 and "own_choice" in result.output
+    assert not [*progress_bars(result.output), *progress_bars(capfd.readouterr().err)]

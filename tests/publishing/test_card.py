@@ -1,0 +1,189 @@
+"""The card: parses as the hub parses it, says the measured numbers, and refuses what is not known."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+from huggingface_hub import ModelCard
+
+from retrofit.errors import UserError
+from retrofit.publishing.card import render_card
+from retrofit.publishing.card_input import CardModel, require_licence_and_base
+from retrofit.publishing.snippet import front_matter, load_snippet, placeholders, shows_snippet, with_model_id
+from retrofit.recipe.schema import RopeMethod
+from tests.publishing.cards import card_input, row, rows
+from tests.report.made_up import effective, task_changes, tasks
+
+
+def test_front_matter_as_the_hub_reads_it() -> None:
+    data = ModelCard(render_card(card_input())).data
+    assert data.license == "apache-2.0"
+    assert data.base_model == "acme/Tiny"
+    assert data.to_dict()["base_model_relation"] == "finetune"
+    assert data.library_name == "transformers" and data.pipeline_tag == "text-generation"
+    assert {"multi-query-attention", "long-context", "attention-retrofit"} <= set(data.tags)
+    assert data.model_name == "Tiny-mqa-16k"
+    found = {(e.dataset_type, e.metric_name): e.metric_value for e in data.eval_results}
+    assert found["python-docs", "Perplexity at 16384 tokens"] == pytest.approx(11 * 1.4)
+    assert found["all", "Perplexity at 1024 tokens"] == pytest.approx(14.0)
+    assert len(found) == 6
+    assert all(e.metric_type == "perplexity" for e in data.eval_results)
+
+
+def test_other_licence_carries_name_and_link() -> None:
+    text = render_card(card_input(licence="other", licence_name="acme-1", licence_link="https://acme.org/l"))
+    assert ModelCard(text).data.to_dict()["license_link"] == "https://acme.org/l"
+
+
+def test_a_person_finds_what_was_done() -> None:
+    text = render_card(card_input())
+    assert "1 KV head instead of 3" in text and "3 times smaller" in text
+    assert "from 8,192 to 16,384 tokens by YaRN" in text
+    assert "distilled from the original model for 300,000 tokens" in text
+    assert "| 1,024 | 10.00 (9.00 to 11.00) | 4,000 (3,600 to 4,400) | 14.00 (12.60 to 15.40) | 1.40 |" in text
+    assert "| 16,384 (beyond native) |" in text
+    assert "![Perplexity by context length: original, converted, recovered](assets/perplexity.svg)" in text
+    assert "| 16,384 | 360 MiB | 120 MiB |" in text
+    assert "name: quickstart" in text and "retrofit run quickstart --out runs/quickstart" in text
+    assert "1.40 times the original's" in text
+    assert "/home/someone" not in text and "notes.txt" in text
+
+
+def test_tasks_are_told_with_the_paired_difference() -> None:
+    labels = ("original", "converted", "recovered")
+    models = tuple(CardModel(label, rows(1.0), tasks(label), task_changes(label)) for label in labels)
+    text = render_card(card_input(models=models))
+    assert "| task | metric | questions | examples | original | converted | recovered | recovered - original |" in text
+    cells = "| arc_easy | acc | 2,376 | 0 | 0.612 ± 0.01 | 0.381 ± 0.01 | 0.574 ± 0.01 | -0.038 (-0.049 to -0.026) |"
+    assert cells in text and "| lambada | perplexity | 5,153 | 0 | 12.5 | 12.5 | 12.5 | – |" in text
+    assert "with the questions of arc_easy and lambada only: no other benchmark" in text
+    found = {(e.dataset_type, e.metric_type): e.metric_value for e in ModelCard(text).data.eval_results}
+    assert found["arc_easy", "acc_norm"] == pytest.approx(0.534)
+    assert "no task benchmark" in render_card(card_input()) and "harness" not in render_card(card_input())
+
+
+def test_the_effective_length_is_told_with_what_shows_it() -> None:
+    text = render_card(card_input(effective=effective("recovered")))
+    assert "**Effective length: 16,384 tokens.** 16,384 tokens pass: the last 1,024 tokens are predicted as" in text
+    assert "| 16,384 | yes | 0.981 (0.952 to 1.010) | +0.041 (+0.031 to +0.051) | 0.90 (0.77) |" in text
+    assert "| 2,048 | yes | – | – | 0.90 (0.77) |" in text
+    assert "0.90 of the needle's tokens are found, 0.77 are needed" in text and "finds a fact far back" not in text
+    less = render_card(card_input(effective=effective("original")))
+    assert "Not beyond, at 16384 tokens" in less
+    assert "It is shown to use 8,192 tokens of context, not the 16,384 of its window." in less
+    assert "Effective length" not in render_card(card_input())
+
+
+def test_markdown_is_well_formed() -> None:
+    text = render_card(card_input())
+    lines = text.splitlines()
+    assert "\n\n\n\n" not in text
+    assert sum(line.startswith("```") for line in lines) % 2 == 0
+    for i, line in enumerate(lines):  # a table needs an empty line before it and as many cells in every row
+        if line.startswith("|--"):
+            assert lines[i - 2] == ""
+            width = line.count("|")
+            j = i + 1
+            while lines[j].startswith("|"):
+                assert lines[j].count("|") == width
+                j += 1
+    assert placeholders(text) == []
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_snippet_is_python_and_can_be_pointed_elsewhere(chat: bool) -> None:
+    text = render_card(card_input(snippet=load_snippet(chat=chat)))
+    assert shows_snippet(text)
+    moved = with_model_id(text, 'a "b"\\c')
+    assert shows_snippet(moved)
+    block = with_model_id(load_snippet(chat=chat), 'a "b"\\c')
+    assert block in moved
+    assert next(n.value.value for n in ast.walk(ast.parse(block)) if isinstance(n, ast.Assign)) == 'a "b"\\c'  # type: ignore[attr-defined]
+    assert with_model_id(moved, "x/y") == with_model_id(text, "x/y")
+
+
+def test_a_card_with_other_lines_does_not_show_the_snippet() -> None:
+    assert not shows_snippet("# Nothing")
+    assert not shows_snippet(render_card(card_input()).replace("output = model", "import os; output = model"))
+
+
+def test_only_what_was_done_is_told() -> None:
+    plain = card_input(
+        kv_heads=(3, 3),
+        conversion=None,
+        context_method=None,
+        recovery=None,
+        claimed_length=8192,
+        chart=None,
+        kernel=None,
+        models=(CardModel("original", (row("all", 1024, 10.0),)),),
+    )
+    text = render_card(plain)
+    assert "unchanged" in text and "KV heads" not in text and "LoRA" not in text and "![" not in text
+    assert "| context (tokens) | original |" in text
+    assert "between 1,024 and 8,192 tokens were not measured" in text
+    assert "long-context" not in front_matter(text)["tags"]
+
+
+@pytest.mark.parametrize(
+    ("over", "said"),
+    [
+        ({"licence": None}, "--set publish.licence=ID"),
+        ({"licence": "unknown"}, "not a licence id"),
+        ({"licence": "My Own Licence"}, "not a licence id"),
+        ({"base_model": None}, "--set publish.base_model=ORG/NAME"),
+        ({"base_model": "/home/me/model"}, "not a hub id"),
+        ({"models": ()}, "no perplexity was measured"),
+        ({"commands": ()}, "commands is empty"),
+        ({"versions": {}}, "versions is empty"),
+        ({"title": " "}, "title is empty"),
+        ({"models": (CardModel("original", rows(1.0)), CardModel("converted", rows(float("nan"))))}, "not finite"),
+        ({"models": (CardModel("original", rows(1.0)[1:]), CardModel("converted", rows(2.0)))}, "is missing"),
+    ],
+)
+def test_unknown_values_are_refused_by_name(over: dict, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        render_card(card_input(**over))
+    assert said in str(caught.value)
+
+
+def test_all_unknown_values_are_named_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        render_card(replace(card_input(), licence=None, base_model=None, commands=()))
+    assert str(caught.value).count("\n  - ") == 3
+
+
+def test_early_check() -> None:
+    require_licence_and_base("mit", "a/b")
+    with pytest.raises(UserError, match=r"publish\.licence"):
+        require_licence_and_base(None, "a/b")
+
+
+def test_a_text_called_todo_is_no_placeholder() -> None:
+    models = tuple(CardModel(label, (row("TODO.txt", 1024, 10.0),)) for label in ("original", "converted"))
+    text = render_card(card_input(models=models, base_model="acme/TBD"))
+    assert "TODO.txt" in text
+    assert placeholders(text, ["/home/me/TODO.txt", "TODO.txt", "TBD"]) == []
+
+
+def test_placeholders_are_found_with_their_lines() -> None:
+    text = "fine\nTODO: x\n| a | nan | 3 |\n<your name>\n{{ x }}\n```yaml\nTODO: in a recipe\n```\n"
+    text += "[more information needed]\n"
+    assert [place.split(":")[0] for place in placeholders(text)] == ["line 2", "line 3", "line 4", "line 5", "line 9"]
+
+
+def test_broken_front_matter() -> None:
+    for text in ("# no", "---\na: [\n---\n", "---\n- a\n---\n"):
+        with pytest.raises(UserError):
+            front_matter(text)
+
+
+@pytest.mark.parametrize("method", get_args(RopeMethod))
+def test_every_context_method_has_words(method: str) -> None:
+    if method == "search":  # the card names what the search found
+        return
+    text = render_card(replace(card_input(), context_method=method, encodings_tried=48))
+    assert "tokens by " in text and "best of 48 position encodings measured" in text

@@ -1,0 +1,400 @@
+"""Publishing against a local hub: what arrives is byte-identical, faults are survived or named, bad folders refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.utils import close_session
+from safetensors.torch import save_file
+
+from retrofit.checkpoint.provenance import digest, sha256, write_provenance
+from retrofit.errors import GateError, UserError
+from retrofit.publishing.card import render_card
+from retrofit.publishing.hub import Retry, publish
+from retrofit.publishing.snippet import shows_snippet
+from retrofit.publishing.verify import require_finished
+from tests.publishing.cards import card_input
+from tests.publishing.hub_server import HubServer
+
+GATE = {"metric": "ppl_ratio@1024", "bound": "<= 1.5", "value": 1.4, "passed": True, "reason": "is 1.4, as <= 1.5"}
+RECORD = {"recipe": {"require": {"ppl_ratio@1024": "<= 1.5"}}, "gate": [GATE], "reload": {"passed": True}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A finished checkpoint in two shards, as the publish step leaves it."""
+    folder = tmp_path / "final"
+    (folder / "assets").mkdir(parents=True)
+    shards = {}
+    for i in range(2):
+        shard = f"model-{i + 1:05d}-of-00002.safetensors"
+        save_file({f"t{i}": torch.randn(64, 64)}, folder / shard, metadata={"format": "pt"})
+        shards[f"t{i}"] = shard
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "assets" / "perplexity.svg").write_text("<svg/>")
+    (folder / "README.md").write_text(render_card(card_input()))
+    record(folder)
+    return folder
+
+
+def record(folder: Path, **over: object) -> None:
+    write_provenance(folder, {**RECORD, "files": digest(folder, everything=True), **over})
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub._commit_api.is_xet_available", lambda: False)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: None)
+    close_session()
+    with HubServer() as server:
+        yield server
+    close_session()
+
+
+def push(hub: HubServer, folder: Path, repo: str = "ann/tiny", **over):
+    waits: list[float] = []
+    retry = Retry(attempts=4, sleep=waits.append)
+    published = publish(folder, repo, **{"token": "hf_write", "endpoint": hub.endpoint, "retry": retry, **over})
+    return published, waits
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_what_arrives_is_what_the_folder_holds(hub: HubServer, folder: Path) -> None:
+    published, waits = push(hub, folder)
+    assert hub.repos["ann/tiny"].files == files(folder)
+    assert hub.repos["ann/tiny"].private and published.private
+    assert hub.repos["ann/tiny"].commits == [published.commit]
+    assert published.url == f"{hub.endpoint}/ann/tiny" and published.licence == "apache-2.0"
+    assert set(published.files) == files(folder).keys() and published.nbytes == sum(map(len, files(folder).values()))
+    assert waits == []
+    url = f"{published.url}/resolve/main/model-00001-of-00002.safetensors"
+    with pytest.raises(urllib.error.HTTPError, match="404"):  # private: nobody without a token
+        urllib.request.urlopen(url)
+    asked = urllib.request.Request(url, headers={"Authorization": "Bearer hf_write"})
+    with urllib.request.urlopen(asked) as answer:
+        assert answer.read() == (folder / "model-00001-of-00002.safetensors").read_bytes()
+
+
+def test_the_card_names_its_repository(hub: HubServer, folder: Path) -> None:
+    push(hub, folder)
+    card = hub.repos["ann/tiny"].files["README.md"].decode()
+    assert 'model_id = "ann/tiny"\n' in card
+    assert shows_snippet(card)
+    push(hub, folder, "acme/other", private=False)
+    assert 'model_id = "acme/other"\n' in (folder / "README.md").read_text()
+    assert not hub.repos["acme/other"].private
+
+
+def test_short_name_goes_to_the_user(hub: HubServer, folder: Path) -> None:
+    assert push(hub, folder, "tiny")[0].repo_id == "ann/tiny"
+
+
+def test_publishing_again_sends_nothing_twice(hub: HubServer, folder: Path) -> None:
+    push(hub, folder)
+    before = dict(hub.puts)
+    push(hub, folder)
+    assert hub.puts == before and set(before.values()) == {1}
+    assert len(hub.repos["ann/tiny"].commits) == 1
+
+
+def test_weights_of_an_earlier_version_go(hub: HubServer, folder: Path) -> None:
+    push(hub, folder)
+    hub.repos["ann/tiny"].files |= {"model.safetensors": b"old", "notes.md": b"mine"}
+    push(hub, folder)
+    assert hub.repos["ann/tiny"].files == files(folder) | {"notes.md": b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("route", "status"),
+    [
+        ("whoami", 429),
+        ("create", 500),
+        ("validate", 502),
+        ("preupload", 503),
+        ("batch", 504),
+        ("put", 429),
+        ("put", 500),
+        ("commit", 429),
+        ("commit", 500),
+        ("tree", 503),
+    ],
+)
+def test_passing_faults_are_survived(hub: HubServer, folder: Path, route: str, status: int) -> None:
+    hub.fail(route, status, times=2)
+    push(hub, folder)
+    assert hub.requests[route] >= 3
+    assert hub.repos["ann/tiny"].files == files(folder)
+    assert len(hub.repos["ann/tiny"].commits) == 1
+
+
+@pytest.mark.parametrize(
+    ("route", "after"), [("whoami", True), ("create", True), ("preupload", False), ("put", False), ("put", True)]
+)
+def test_cut_connections_are_survived(hub: HubServer, folder: Path, route: str, after: bool) -> None:
+    hub.cut(route, times=2, after=after)
+    push(hub, folder)
+    assert hub.repos["ann/tiny"].files == files(folder)
+    assert len(hub.repos["ann/tiny"].commits) == 1
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub: HubServer, folder: Path, after: bool) -> None:
+    hub.cut("commit", after=after)
+    push(hub, folder)
+    assert hub.requests["commit"] == (1 if after else 2)
+    assert hub.repos["ann/tiny"].files == files(folder)
+    assert len(hub.repos["ann/tiny"].commits) == 1
+
+
+def test_the_hub_says_how_long_to_wait(hub: HubServer, folder: Path) -> None:
+    hub.fail("commit", 429, Retry_After="17")
+    hub.fail("commit", 503)
+    _, waits = push(hub, folder)
+    assert waits == [17.0, 2.0]
+
+
+def test_a_hub_that_stays_down_is_given_up_and_resumed(hub: HubServer, folder: Path) -> None:
+    second = sha256(folder / "model-00002-of-00002.safetensors")
+    hub.fail("commit", 500, times=10**6)
+    with pytest.raises(UserError, match="in 4 attempts") as caught:
+        push(hub, folder)
+    assert "500" in str(caught.value) and "not sent again" in str(caught.value)
+    assert hub.requests["commit"] == 4 and hub.repos["ann/tiny"].files == {}
+    hub.faults.clear()
+    push(hub, folder)
+    assert hub.puts[second] == 1
+    assert hub.repos["ann/tiny"].files == files(folder)
+
+
+def test_cut_in_mid_upload_leaves_no_commit_and_is_resumed(hub: HubServer, folder: Path) -> None:
+    hub.cut("put", times=10**6)
+    with pytest.raises(UserError, match="in 4 attempts"):
+        push(hub, folder)
+    assert hub.repos["ann/tiny"].commits == [] and hub.blobs == {}
+    hub.faults.clear()
+    push(hub, folder)
+    assert hub.repos["ann/tiny"].files == files(folder)
+
+
+@pytest.mark.parametrize(("status", "said"), [(401, "does not accept this token"), (403, "may not write to ann/tiny")])
+@pytest.mark.parametrize("route", ["create", "preupload", "put", "commit"])
+def test_refusals_are_named_and_not_repeated(hub: HubServer, folder: Path, route: str, status: int, said: str) -> None:
+    hub.fail(route, status, times=10**6)
+    with pytest.raises(UserError, match=said) as caught:
+        push(hub, folder)
+    assert str(status) in str(caught.value) and caught.value.fix
+    assert hub.requests[route] <= 2  # two files go side by side
+    assert not hub.repos.get("ann/tiny") or hub.repos["ann/tiny"].files == {}
+
+
+def test_other_refusals_carry_the_hubs_words(hub: HubServer, folder: Path) -> None:
+    hub.fail("commit", 413)
+    with pytest.raises(UserError, match="413"):
+        push(hub, folder)
+
+
+@pytest.mark.parametrize("error", [PermissionError("no access to storage"), ValueError("metadata is wrong")])
+def test_refusals_that_are_no_http_answer(
+    hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", refuse)
+    with pytest.raises(UserError, match=str(error)):
+        push(hub, folder)
+
+
+def nothing_was_asked(hub: HubServer) -> bool:
+    return not hub.requests.keys() - {"whoami"} and not hub.repos
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "said"),
+    [
+        ("hf_wrong", "ann/tiny", "does not accept this token"),
+        ("hf_read", "ann/tiny", "may only read"),
+        ("hf_fine_read", "ann/tiny", "may only read"),
+        ("hf_write", "strangers/tiny", "does not belong to strangers"),
+        ("hf_write", "readers/tiny", "may only read in readers"),
+    ],
+)
+def test_tokens_are_checked_first(hub: HubServer, folder: Path, token: str, repo: str, said: str) -> None:
+    before = files(folder)
+    with pytest.raises(UserError, match=said):
+        push(hub, folder, repo, token=token)
+    assert nothing_was_asked(hub) and files(folder) == before
+
+
+def test_tokens_that_may_write(hub: HubServer, folder: Path) -> None:
+    push(hub, folder, token="hf_fine")
+    with pytest.raises(UserError, match="no token"):
+        push(hub, folder, token=None)
+
+
+@pytest.mark.parametrize("repo", ["a/b/c", "ann/", "ann/ti ny", "ann/-x", "ann/x..y", "", "ann/" + "x" * 100])
+def test_names_are_checked_first(hub: HubServer, folder: Path, repo: str) -> None:
+    with pytest.raises(UserError, match="not a name the hub allows"):
+        push(hub, folder, repo)
+    assert not hub.requests
+
+
+def test_offline_is_said(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="switched off") as caught:
+        push(hub, folder)
+    assert "HF_HUB_OFFLINE" in str(caught.value)
+
+
+def test_private_is_not_uploaded_into_a_public_repository(hub: HubServer, folder: Path) -> None:
+    push(hub, folder, private=False)
+    hub.repos["ann/tiny"].files.clear()
+    with pytest.raises(UserError, match="exists and is public"):
+        push(hub, folder, private=True)
+    assert hub.repos["ann/tiny"].files == {}
+
+
+def test_public_is_not_uploaded_into_a_private_repository(hub: HubServer, folder: Path) -> None:
+    push(hub, folder, private=True)
+    hub.repos["ann/tiny"].files.clear()
+    with pytest.raises(UserError, match="exists and is private") as caught:
+        push(hub, folder, private=False)
+    assert "leave out --public" in str(caught.value) and hub.repos["ann/tiny"].files == {}
+    published, _ = push(hub, folder, "ann/other", private=False)
+    assert not published.private and not hub.repos["ann/other"].private
+
+
+def test_what_arrived_broken_is_noticed(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retrofit.publishing.hub.sha256", lambda path: "0" * 64)
+    with pytest.raises(UserError, match="differs from the folder"):
+        push(hub, folder)
+
+
+def edit_card(folder: Path, old: str, new: str) -> None:
+    card = (folder / "README.md").read_text()
+    assert old in card
+    (folder / "README.md").write_text(card.replace(old, new))
+
+
+def test_licence_may_be_given_for_a_card_that_has_none(hub: HubServer, folder: Path) -> None:
+    edit_card(folder, "license: apache-2.0\n", "")
+    with pytest.raises(UserError, match="no licence is known"):
+        push(hub, folder)
+    with pytest.raises(UserError, match="not a licence id"):
+        push(hub, folder, licence="My Licence")
+    assert not hub.requests
+    assert push(hub, folder, licence="mit")[0].licence == "mit"
+    assert hub.repos["ann/tiny"].files["README.md"].startswith(b"---\nlicense: mit\n")
+    with pytest.raises(UserError, match="card says licence mit"):
+        push(hub, folder, licence="apache-2.0")
+
+
+def test_a_finished_folder_passes(folder: Path) -> None:
+    finished = require_finished(folder)
+    assert finished.licence == "apache-2.0" and set(finished.files) == files(folder).keys()
+
+
+@pytest.mark.parametrize(
+    ("over", "said"),
+    [
+        ({"gate": []}, "ppl_ratio@1024"),
+        ({"gate": [{**GATE, "passed": False}]}, "ppl_ratio@1024"),
+        ({"gate": None}, "ppl_ratio@1024"),
+        ({"recipe": {}, "gate": [{**GATE, "passed": None}]}, "ppl_ratio@1024"),
+    ],
+)
+def test_gate_not_met(folder: Path, over: dict, said: str) -> None:
+    record(folder, **over)
+    with pytest.raises(GateError, match="requirements of the recipe are not met") as caught:
+        require_finished(folder)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("reload", [None, {}, {"passed": False}])
+def test_reload_not_passed(folder: Path, reload: dict | None) -> None:
+    record(folder, reload=reload)
+    with pytest.raises(UserError, match="never loaded again"):
+        require_finished(folder)
+
+
+def test_folders_that_changed_since(folder: Path) -> None:
+    whole = files(folder)
+
+    def refused(said: str) -> None:
+        with pytest.raises(UserError) as caught:
+            require_finished(folder)
+        assert said in str(caught.value)
+        for name, data in whole.items():
+            (folder / name).write_bytes(data)
+
+    data = bytearray(whole["model-00001-of-00002.safetensors"])
+    data[-1] ^= 1
+    (folder / "model-00001-of-00002.safetensors").write_bytes(data)
+    refused("model-00001-of-00002.safetensors: changed since it was measured")
+    (folder / "model-00002-of-00002.safetensors").write_bytes(data[:-8])
+    refused("truncated")
+    (folder / "tokenizer.json").unlink()
+    refused("tokenizer.json: missing")
+    (folder / "secrets.txt").write_text("x")
+    refused("secrets.txt: not part of the published checkpoint")
+    (folder / "secrets.txt").unlink()
+    edit_card(folder, "# Tiny-mqa-16k", "# [More Information Needed]")
+    refused("placeholders")
+    (folder / "README.md").unlink()
+    refused("no card")
+    (folder / "retrofit.json").unlink()
+    refused("no retrofit.json")
+    require_finished(folder)
+
+
+def linked(folder: Path, name: str, target: str | Path) -> None:
+    (folder / name).symlink_to(target)
+
+
+ODD = {
+    ".env": lambda folder: (folder / ".env").write_text("HF_TOKEN=x"),
+    "l": lambda folder: linked(folder, "l", "/etc/hostname"),
+    "d": lambda folder: linked(folder, "d", "/etc"),
+    "gone": lambda folder: linked(folder, "gone", "/nowhere"),
+    "empty": lambda folder: (folder / "empty").mkdir(),
+    "pipe": lambda folder: os.mkfifo(folder / "pipe"),
+    "s/x": lambda folder: ((folder / "s").mkdir(), (folder / "s/x").write_text("x")),
+    "a\\x1b[2J": lambda folder: (folder / "a\x1b[2J").write_text("x"),
+    "README.md": lambda folder: (
+        (folder / "README.md").rename(folder.parent / "card"),
+        linked(folder, "README.md", "../card"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_folder_that_holds_anything_else_is_not_published(folder: Path, name: str) -> None:
+    ODD[name](folder)
+    with pytest.raises(UserError) as caught:
+        require_finished(folder)
+    assert f"{name}: not part of the published checkpoint" in str(caught.value)
+
+
+def test_a_card_that_was_left_half_written_is_no_part_of_the_folder(folder: Path) -> None:
+    (folder / ".README.md.partial").write_text("half")
+    assert ".README.md.partial" not in require_finished(folder).files
+
+
+def test_a_card_with_other_load_lines_is_not_published(folder: Path) -> None:
+    edit_card(folder, "output = model", "import os; output = model")
+    with pytest.raises(UserError, match="does not show the lines that a fresh process executed"):
+        require_finished(folder)

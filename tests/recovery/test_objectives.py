@@ -1,0 +1,106 @@
+"""Chunked losses against the plain formulas, in value and gradient, and against the logits of real architectures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from retrofit.recovery.objectives import Head, distill_loss, lm_loss
+from retrofit.recovery.student_teacher import head_of, hidden_states
+from tests.tiny import FAMILIES, tiny_model
+
+N, C, V = 21, 12, 40
+SHAPES = [(1.0, None), (0.25, None), (1.0, 5.0), (0.5, 3.0)]
+
+
+def tensors(seed: int, bias: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, C, generator=generator).requires_grad_()
+    weight = torch.randn(V, C, generator=generator).requires_grad_()
+    return hidden, weight, torch.randn(V, generator=generator).requires_grad_() if bias else None
+
+
+def plain_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    logits = hidden.double() @ head.weight.double().T
+    if head.bias is not None:
+        logits = logits + head.bias.double()
+    logits = logits * head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def plain_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
+    return (log_t.exp() * (log_t - log_s)).sum()
+
+
+def gradients(loss: torch.Tensor, inputs: list[torch.Tensor | None]) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(3 * loss, [x for x in inputs if x is not None]))
+
+
+@pytest.mark.parametrize("rows", [1, 8, 21, 64])
+@pytest.mark.parametrize(("scale", "softcap"), SHAPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_distillation_is_the_plain_formula(rows: int, scale: float, softcap: float | None, bias: bool) -> None:
+    hidden, weight, offset = tensors(0, bias)
+    other, other_weight, other_offset = (None if x is None else x.detach() for x in tensors(1, bias))
+    assert other is not None and other_weight is not None
+    student = Head(weight, offset, scale, softcap)
+    teacher = Head(other_weight, other_offset, scale, softcap)
+    expected = plain_kl(plain_logits(hidden, student), plain_logits(other, teacher))
+    actual = distill_loss(hidden, student, other, teacher, rows)
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
+    inputs = [hidden, weight, offset]
+    for got, want in zip(gradients(actual, inputs), gradients(expected, inputs), strict=True):
+        torch.testing.assert_close(got, want.to(got.dtype), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [4, 64])
+@pytest.mark.parametrize(("scale", "softcap"), SHAPES)
+def test_language_model_loss_is_cross_entropy(rows: int, scale: float, softcap: float | None) -> None:
+    hidden, weight, offset = tensors(0, True)
+    labels = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(2))
+    head = Head(weight, offset, scale, softcap)
+    expected = torch.nn.functional.cross_entropy(plain_logits(hidden, head), labels, reduction="sum")
+    actual = lm_loss(hidden, head, labels, rows)
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
+    inputs = [hidden, weight, offset]
+    for got, want in zip(gradients(actual, inputs), gradients(expected, inputs), strict=True):
+        torch.testing.assert_close(got, want.to(got.dtype), rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_model_twice_has_no_loss_and_no_gradient() -> None:
+    hidden, weight, _ = tensors(0, False)
+    loss = distill_loss(hidden, Head(weight.detach()), hidden.detach(), Head(weight.detach()), 8)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    assert abs(loss.item()) < 1e-5 and gradient.abs().max() < 1e-5
+
+
+def test_a_frozen_head_gets_no_gradient_and_nothing_is_made_without_grad() -> None:
+    hidden, weight, _ = tensors(0, False)
+    weight = weight.detach()
+    distill_loss(hidden, Head(weight), hidden.detach() + 1, Head(weight), 8).backward()
+    assert weight.grad is None and hidden.grad is not None
+    with torch.no_grad():
+        assert not distill_loss(hidden, Head(weight), hidden + 1, Head(weight), 8).requires_grad
+
+
+def test_bfloat16_is_near_the_formula() -> None:
+    hidden, weight, _ = tensors(0, False)
+    low, other = hidden.detach().bfloat16().requires_grad_(), (hidden.detach() + 0.3).bfloat16()
+    head = Head(weight.detach().bfloat16())
+    loss = distill_loss(low, head, other, head, 8)
+    expected = plain_kl(plain_logits(low, head), plain_logits(other, head))
+    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
+    got, want = torch.autograd.grad(loss, low)[0].float(), torch.autograd.grad(expected, low)[0].float()
+    assert (got - want).norm() < 0.02 * want.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_head_of_every_family_gives_the_logits_of_its_class(family: str) -> None:
+    model = tiny_model(family)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        labels = torch.roll(ids[0], 1)
+        expected = torch.nn.functional.cross_entropy(model(ids).logits[0], labels, reduction="sum")
+        actual = lm_loss(hidden_states(model, ids)[0], head_of(model), labels, 5)
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -1,0 +1,135 @@
+"""What each step reads: stages in order, the same for the same seed, at the lengths that were asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from retrofit.data.packing import Packed, training_rows
+from retrofit.data.samples import Teacher
+from retrofit.errors import UserError
+from retrofit.model.families import describe
+from retrofit.recipe.load import RecipeError, validate
+from retrofit.recipe.schema import Recover, TextSource
+from retrofit.recovery.schedule import (
+    Rows,
+    Span,
+    about,
+    check_lengths,
+    collate,
+    held_out_lines,
+    recovery_rows,
+    spans,
+    training_lines,
+)
+from tests.tiny import BOS_ID, tiny_config, tiny_tokenizer
+
+TEXT = (TextSource(source="python-docs"),)
+STAGES = [{"length": 64, "tokens": 100}, {"length": 512, "tokens": 200}]
+POSE = Recover(positions="pose", sequence_length=32, batch_size=2, stages=STAGES, text=TEXT, eval_tokens=128)
+FULL_STAGES = [{"length": 16, "tokens": 64}, {"length": 32, "tokens": 128}]
+FULL = Recover(sequence_length=32, batch_size=2, stages=FULL_STAGES, text=TEXT, eval_tokens=64)
+NOBODY = Teacher(Path("nowhere"))
+
+
+def packed(rows: int, length: int = 32) -> Packed:
+    return Packed(torch.arange(rows * length).view(rows, length) % 200, torch.arange(length).expand(rows, -1) // 5)
+
+
+def test_a_stage_has_whole_batches() -> None:
+    assert POSE.tokens == 300 and spans(POSE, 1024) == (Span(4, 64), Span(8, 512))
+    plain = Recover(tokens=100, sequence_length=32, batch_size=2)
+    assert spans(plain, 1024) == (Span(4, 32),)
+    assert spans(plain.model_copy(update={"positions": "pose"}), 1024) == (Span(4, 1024),)
+
+
+def test_skips_of_a_stage_reach_its_length_and_not_beyond() -> None:
+    lines = training_lines(packed(12), POSE, 1024, seed=3)
+    positions_NT = lines.positions_NT
+    assert positions_NT is not None and set(lines.cuts) == {32}
+    assert positions_NT[:4].max() < 64 <= positions_NT[4:].max() < 512
+    ordinary = (positions_NT == torch.arange(32)).all(1)
+    assert int(ordinary[:4].sum()) == 1 and int(ordinary[4:].sum()) == 3  # 0.35 of 4 and of 8
+    again, other = (training_lines(packed(12), POSE, 1024, seed).positions_NT for seed in (3, 4))
+    assert torch.equal(positions_NT, again) and not torch.equal(positions_NT, other)
+    held_out = held_out_lines(packed(8), POSE, 1024, seed=3).positions_NT
+    assert held_out is not None and 64 <= held_out.max() < 512
+    assert int((held_out == torch.arange(32)).all(1).sum()) == 3
+
+
+def test_rows_of_short_stages_are_several_texts() -> None:
+    train, held_out = recovery_rows(FULL, tiny_tokenizer(), 0, teacher=NOBODY)
+    assert held_out is not None and held_out.ids_NT.shape == (2, 32)
+    lines = training_lines(train, FULL, 512, seed=0)
+    assert train.ids_NT.shape == (6, 32) and lines.positions_NT is None and lines.cuts == (16, 16, 32, 32, 32, 32)
+    dataset = Rows(lines)
+    first, last = (collate([dataset[i], dataset[i + 1]])["input_ids"] for i in (0, 4))
+    assert first.shape == (4, 16) and last.shape == (2, 32)
+    assert (first[:, 0] == BOS_ID).all() and (last[:, 0] == BOS_ID).all()
+    assert torch.equal(first, training_rows(TEXT, tiny_tokenizer(), 64, 16, 0).ids_NT)
+    assert lines.longest()[0].shape == (4, 32)
+
+
+def test_positions_start_again_with_each_document() -> None:
+    recipe = FULL.model_copy(update={"document_masking": True})
+    lines = training_lines(packed(6), recipe, 512, seed=0)
+    assert lines.positions_NT is not None
+    five = [0, 1, 2, 3, 4]
+    # Documents of 5 tokens, in two texts of 16.
+    assert lines.positions_NT[0].tolist() == [*five, *five, *five, 0, 0, 1, 2, 3, *five, *five, 0, 1]
+    assert lines.positions_NT[-1].tolist() == [i % 5 for i in range(32)]
+    batch = collate([Rows(lines)[0], Rows(lines)[1]])
+    assert batch["position_ids"].shape == batch["input_ids"].shape == (4, 16)
+
+
+def test_packing_knows_where_documents_begin() -> None:
+    rows = training_rows(TEXT, tiny_tokenizer(), 4096, 128, 0)
+    assert rows.ids_NT.shape == rows.documents_NT.shape == (32, 128)
+    begins_NT = rows.documents_NT.diff() != 0
+    assert begins_NT.any()
+    # A document that begins after one that ended carries its own BOS.
+    bos_NT = rows.ids_NT[:, 1:] == BOS_ID
+    assert (begins_NT | ~bos_NT)[:, 1:].all()
+
+
+@pytest.mark.parametrize(
+    ("over", "native", "claimed", "what"),
+    [
+        ({}, 512, 256, "a stage reaches 512"),
+        ({"stages": ()}, 32, 32, "nothing to skip"),
+        ({}, 16, 512, "reads 16 tokens"),
+    ],
+)
+def test_lengths_that_do_not_fit_the_model(over, native: int, claimed: int, what: str) -> None:
+    with pytest.raises(UserError, match=what) as error:
+        check_lengths(POSE.model_copy(update=over), native, claimed)
+    assert error.value.fix
+    check_lengths(POSE, 32, 512)
+    check_lengths(POSE.model_copy(update={"loss": "lm"}), 16, 512)
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ({"stages": [{"length": 512, "tokens": 9}]}, "divide `sequence_length`"),
+        ({"stages": [{"length": 1024, "tokens": 9}], "tokens": 8}, "the stages' sum is 9"),
+        ({"stages": [{"length": 1024, "tokens": 9}], "positions": "pose"}, "nothing to skip"),
+        ({"positions": "pose", "document_masking": True}, "read as one text"),
+        ({"positions": "pose", "sequence_length": 16, "pose_chunks": 17}, "more than `sequence_length`"),
+        ({"positions": "pose", "pose_chunks": 1}, "at least 2"),
+        ({"short_share": 1.0}, "less than 1"),
+        ({"stages": [{"length": 1024}]}, "is required"),
+    ],
+)
+def test_schedules_that_contradict_themselves(values, what: str) -> None:
+    with pytest.raises(RecipeError, match=what):
+        validate(values, Recover, "options")
+
+
+def test_what_people_are_told() -> None:
+    gemma = describe(tiny_config("gemma3_text"))
+    told = about(POSE, 1024, gemma)
+    assert "reach 64, then 512 positions; 35%" in told[0] and "sliding-window" in told[1]
+    assert about(Recover(), 1024, gemma) == ()

@@ -1,0 +1,251 @@
+"""Training ends better than it started, survives a kill with the same bytes, and fails with a clear error."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from retrofit.checkpoint.read import Checkpoint
+from retrofit.console import Silent
+from retrofit.data.packing import Packed, training_rows
+from retrofit.errors import UserError
+from retrofit.recipe.schema import Adapter, Recover, Stage, TextSource
+from retrofit.recovery.callbacks import Watch
+from retrofit.recovery.train import RecoverReport, _arguments, recover
+from tests.tiny import save_tiny, tiny_tokenizer
+
+RECIPE = Recover(
+    tokens=16 * 48,
+    sequence_length=48,
+    batch_size=2,
+    learning_rate=1e-2,
+    row_chunk=32,
+    evals=2,
+    checkpoints=4,
+    adapter=Adapter(rank=4, alpha=8),
+)
+
+
+STAGES = (Stage(length=128, tokens=8 * 48), Stage(length=512, tokens=8 * 48))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(student, teacher): the student is the teacher with other values in its attention."""
+    root = tmp_path_factory.mktemp("pair")
+    teacher = save_tiny(root / "teacher", "llama")
+    student = save_tiny(root / "student", "llama")
+    model = AutoModelForCausalLM.from_pretrained(student)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            weight = layer.self_attn.v_proj.weight
+            weight.add_(0.5 * weight.std() * torch.randn(weight.shape, generator=generator))
+    model.save_pretrained(student)
+    return student, teacher
+
+
+@pytest.fixture(scope="module")
+def rows() -> tuple[Packed, Packed]:
+    tokenizer = tiny_tokenizer()
+    source = (TextSource(source="python-docs"),)
+    train = training_rows(source, tokenizer, RECIPE.tokens, RECIPE.sequence_length, 0)
+    held_out = training_rows(source, tokenizer, 96, RECIPE.sequence_length, 0, "held_out")
+    return train, held_out
+
+
+def run(folders, rows, root: Path, recipe: Recover = RECIPE, **over) -> RecoverReport:
+    out = root / "out"
+    out.mkdir(parents=True, exist_ok=True)
+    student, teacher = folders
+    options = {"dtype": "float32", "kernel": "sdpa", "work_dir": root / "work", **over}
+    return recover(student, teacher, out, recipe, *rows, **options)
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_distillation_brings_the_student_nearer_and_leaves_the_rest_alone(folders, rows, tmp_path: Path) -> None:
+    report = run(folders, rows, tmp_path)
+    assert report.start_loss is not None and report.best_loss is not None
+    assert report.best_loss < 0.8 * report.start_loss
+    assert report.best_step in {4, 8} and report.steps == 8 and report.tokens == RECIPE.tokens
+    assert [point.step for point in report.history] == list(range(9))
+    rates = [point.learning_rate for point in report.history[1:]]
+    assert rates[0] == 0.0 and rates[1] == max(rates) and rates[1:] == sorted(rates[1:], reverse=True)
+    before, after = Checkpoint.open(folders[0]), Checkpoint.open(tmp_path / "out")
+    assert set(before.names) == set(after.names)
+    for name in before.names:
+        assert after.dtype(name) == before.dtype(name)
+        assert torch.equal(before.tensor(name), after.tensor(name)) == ("proj" not in name), name
+
+
+def test_the_written_checkpoint_has_the_loss_that_was_measured(folders, rows, tmp_path: Path) -> None:
+    report = run(folders, rows, tmp_path)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32)
+    with torch.no_grad():
+        log_t, log_s = (model(rows[1].ids_NT).logits.log_softmax(-1) for model in (teacher, student))
+    divergence = (log_t.exp() * (log_t - log_s)).sum(-1).mean()
+    assert report.best_loss == pytest.approx(float(divergence), rel=1e-4)
+
+
+def test_without_a_learning_rate_it_follows_from_the_width(folders, rows, tmp_path) -> None:
+    recipe = RECIPE.model_copy(update={"learning_rate": None, "warmup_ratio": 0.0})
+    report = run(folders, rows, tmp_path, recipe)
+    width = AutoModelForCausalLM.from_pretrained(folders[0]).config.hidden_size
+    assert report.history[1].learning_rate == pytest.approx(0.576 / width)
+    assert any(f"width of {width}" in note for note in report.notes)
+
+
+def test_more_gpus_than_one_do_not_split_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def two_gpus(arguments: TrainingArguments) -> torch.device:
+        arguments._n_gpu = 2
+        return torch.device("cpu")
+
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(two_gpus))
+    arguments = _arguments(RECIPE, tmp_path, 16, "cuda", 0)
+    assert arguments._n_gpu == 1 and arguments.train_batch_size == RECIPE.batch_size
+    assert arguments.max_steps == 8
+
+
+@pytest.mark.parametrize(("killed_at", "positions"), [(3, "full"), (5, "full"), (8, "full"), (5, "pose")])
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+    folders, rows, tmp_path, monkeypatch, killed_at, positions
+) -> None:
+    recipe = RECIPE.model_copy(update={"adapter": Adapter(rank=4, alpha=8, dropout=0.1)})
+    if positions == "pose":
+        recipe = recipe.model_copy(update={"positions": "pose", "stages": STAGES})
+    whole = run(folders, rows, tmp_path / "whole", recipe)
+
+    class Killed(BaseException):
+        pass
+
+    step_end = Watch.on_step_end
+
+    def die(self, args, state, control, **kwargs) -> None:
+        step_end(self, args, state, control, **kwargs)
+        if state.global_step == killed_at:
+            (Path(args.output_dir) / f"checkpoint-{killed_at}").mkdir()  # half a checkpoint
+            raise Killed
+
+    monkeypatch.setattr(Watch, "on_step_end", die)
+    with pytest.raises(Killed):
+        run(folders, rows, tmp_path / "killed", recipe)
+    monkeypatch.setattr(Watch, "on_step_end", step_end)
+    again = run(folders, rows, tmp_path / "killed", recipe)
+    assert again.resumed_from == (killed_at - 1) // 2 * 2
+    assert digest(tmp_path / "killed/out") == digest(tmp_path / "whole/out")
+    losses = [[(p.step, p.loss, p.held_out_loss, p.learning_rate) for p in r.history] for r in (whole, again)]
+    assert losses[0] == losses[1]
+    assert (whole.best_step, whole.best_loss) == (again.best_step, again.best_loss)
+
+
+def test_a_finished_training_is_not_run_again_and_another_recipe_starts_anew(folders, rows, tmp_path: Path) -> None:
+    first = run(folders, rows, tmp_path)
+    bytes_before = digest(tmp_path / "out")
+    for file in (tmp_path / "out").iterdir():
+        file.unlink()
+    again = run(folders, rows, tmp_path)
+    assert again.resumed_from == again.steps and again.history == first.history
+    assert digest(tmp_path / "out") == bytes_before
+    for file in (tmp_path / "out").iterdir():
+        file.unlink()
+    other = run(folders, rows, tmp_path, RECIPE.model_copy(update={"learning_rate": 5e-3}))
+    assert other.resumed_from == 0
+
+
+def test_when_nothing_is_better_the_start_is_kept_byte_for_byte(folders, rows, tmp_path: Path) -> None:
+    progress = Silent()
+    recipe = RECIPE.model_copy(update={"learning_rate": 30.0, "max_grad_norm": 1e9, "warmup_ratio": 0.0})
+    report = run((folders[1], folders[1]), rows, tmp_path, recipe, progress=progress)
+    assert report.best_step == 0 and report.best_loss == report.start_loss
+    assert any("no measurement was better" in note for note in progress.notes)
+    before, after = Checkpoint.open(folders[1]), Checkpoint.open(tmp_path / "out")
+    assert all(torch.equal(before.tensor(name), after.tensor(name)) for name in before.names)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_fix(folders, rows, tmp_path, monkeypatch) -> None:
+    import retrofit.recovery.trainer as trainer
+
+    calls = iter(range(100))
+    real = trainer.distill_loss
+    # Two calls measure the two held-out rows at the start.
+    monkeypatch.setattr(trainer, "distill_loss", lambda *a: real(*a) * (float("nan") if next(calls) >= 4 else 1.0))
+    with pytest.raises(UserError, match="step 3") as caught:
+        run(folders, rows, tmp_path)
+    assert "learning_rate" in str(caught.value.fix)
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_language_model_loss_without_held_out_text_keeps_the_last_weights(folders, rows, tmp_path: Path) -> None:
+    progress = Silent()
+    recipe = RECIPE.model_copy(update={"loss": "lm", "gradient_checkpointing": True})
+    report = run((folders[0], None), (rows[0], None), tmp_path, recipe, progress=progress)
+    losses = [point.loss for point in report.history if point.loss is not None]
+    assert report.best_step == report.steps and losses[-1] < losses[0]
+    assert any("nothing is held out" in note for note in progress.notes)
+
+
+def test_distillation_needs_a_teacher_of_the_same_vocabulary(folders, rows, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs the original model"):
+        run((folders[0], None), rows, tmp_path)
+    other = save_tiny(tmp_path / "other", "llama", vocab_size=300)
+    with pytest.raises(UserError, match="vocabulary"):
+        run((folders[0], other), rows, tmp_path)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "blockwise"])
+def test_skipped_positions_are_trained_from_a_teacher_at_ordinary_ones(folders, rows, tmp_path, kernel) -> None:
+    recipe = RECIPE.model_copy(update={"positions": "pose", "pose_chunks": 3})
+    report = run(folders, rows, tmp_path, recipe, kernel=kernel)
+    assert report.start_loss is not None and report.best_loss is not None
+    assert report.best_loss < 0.8 * report.start_loss
+    assert any("reach 512 positions; 35% of the rows" in note for note in report.notes)
+
+
+def test_a_schedule_of_lengths_with_norms_and_embeddings(folders, rows, tmp_path: Path) -> None:
+    stages = (Stage(length=16, tokens=8 * 48), Stage(length=48, tokens=8 * 48))
+    adapter = Adapter(rank=4, alpha=8, norms=True, embeddings=True)
+    recipe = RECIPE.model_copy(update={"loss": "lm", "stages": stages, "adapter": adapter})
+    report = run((folders[0], None), rows, tmp_path, recipe)
+    assert report.best_loss is not None and report.start_loss is not None and report.best_loss < report.start_loss
+    assert report.steps == 8 and any("rows of 16, then 48 tokens" in note for note in report.notes)
+    before, after = Checkpoint.open(folders[0]), Checkpoint.open(tmp_path / "out")
+    assert not any(torch.equal(before.tensor(name), after.tensor(name)) for name in before.names)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = rows[1].ids_NT
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(student(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert report.best_loss == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_masked_documents_are_trained_with_a_kernel_that_reads_masks(folders, rows, tmp_path: Path) -> None:
+    recipe = RECIPE.model_copy(update={"document_masking": True})
+    documents = [Packed(one.ids_NT, torch.arange(48).expand_as(one.ids_NT) // 20) for one in rows]
+    report = run(folders, documents, tmp_path, recipe, kernel="auto", dtype="bfloat16")
+    assert report.kernel == "sdpa" and "do not read" in report.notes[0]
+    assert report.best_loss is not None and report.best_loss < report.start_loss
+    with pytest.raises(UserError, match="does not keep packed documents apart"):
+        run(folders, documents, tmp_path / "refused", recipe, kernel="blockwise")
+
+
+def test_a_teacher_is_not_asked_beyond_its_window(folders, rows, tmp_path: Path) -> None:
+    short = save_tiny(tmp_path / "short", "llama", max_position_embeddings=32)
+    with pytest.raises(UserError, match="reads 32 tokens") as caught:
+        run((folders[0], short), rows, tmp_path)
+    assert "loss: lm" in str(caught.value.fix)
+
+
+def test_a_kernel_that_does_not_cross_the_skips_is_found_before_training(folders, rows, tmp_path, monkeypatch) -> None:
+    import retrofit.recovery.train as module
+
+    real = module.hidden_states
+    monkeypatch.setattr(module, "hidden_states", lambda *a, documents: real(*a, documents=True))  # no mask of ones
+    with pytest.raises(UserError, match="does not cross the skips"):
+        run(folders, rows, tmp_path, RECIPE.model_copy(update={"positions": "pose"}))

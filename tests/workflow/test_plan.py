@@ -1,0 +1,170 @@
+"""Plans: torch-free arithmetic from the recipe and the spec, checked against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from retrofit.model.families import describe
+from retrofit.recipe.load import load_recipe
+from retrofit.workflow.estimate import throughput
+from retrofit.workflow.estimate.flops import CALL_SECONDS, EFFICIENCY, ModelFacts, Throughput
+from retrofit.workflow.plan import COST_ROUNDS, MACHINE_SECONDS, make_plan, steps_of
+from tests.tiny import tiny_config
+
+SMOLLM2 = SimpleNamespace(
+    model_type="llama",
+    num_hidden_layers=30,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    vocab_size=49152,
+    max_position_embeddings=8192,
+    tie_word_embeddings=True,
+    attention_bias=False,
+    rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+)
+FACTS = ModelFacts("smollm2", describe(SMOLLM2), 134_515_008, "bfloat16")
+SPEED = Throughput(100e9, 25e9, "100 GFLOP/s for this test")
+
+
+def test_kv_cache_before_and_after_is_exact() -> None:
+    plan = make_plan(load_recipe("quickstart"), FACTS, SPEED)
+    per_head = 2 * 64 * 2 * 30  # K and V, head dim, bytes of bfloat16, layers
+    assert plan.kv_heads == (3, 1) and plan.kv_bytes_per_token == (3 * per_head, per_head)
+    assert plan.positions == (8192, 16384)
+    assert plan.kv_cache_bytes == (3 * per_head * 16384, per_head * 16384)
+
+
+def test_time_is_operations_over_throughput() -> None:
+    recipe = load_recipe("quickstart", ["evaluate.lengths=[1000]", "evaluate.cost_lengths=[]"])
+    assert recipe.evaluate is not None
+    evaluate = make_plan(recipe, FACTS, SPEED).of("evaluate")
+    assert evaluate is not None
+    tokens = 3 * 2 * 1000  # three models, one document of each of two sources
+    flops = tokens * (2 * 134_515_008 + 30 * 4 * 9 * 64 * 1000 / 2)
+    assert evaluate.seconds == pytest.approx(flops / (100e9 * EFFICIENCY) + 5)
+
+
+def test_running_is_priced_at_each_length_up_to_the_window() -> None:
+    def seconds(*overrides: str) -> float:
+        step = make_plan(load_recipe("quickstart", ["evaluate.lengths=[1000]", *overrides]), FACTS, SPEED).of(
+            "evaluate"
+        )
+        assert step is not None
+        return step.seconds
+
+    without = seconds("evaluate.cost_lengths=[]")
+    prefill = 2 * 134_515_008 * 2048 + 30 * 4 * 9 * 64 * 2048 * 2048 / 2
+    turns = 3 * COST_ROUNDS  # the original, the converted and the recovered
+    cost = turns * (prefill / (100e9 * EFFICIENCY) + MACHINE_SECONDS)
+    assert seconds("evaluate.cost_lengths=[2048]", "evaluate.decode_tokens=0") - without == pytest.approx(cost)
+    read = (2 * 134_515_008 + 2 * 3 * 64 * 2 * 30 * 2048) / SPEED.bytes_per_second + CALL_SECONDS * 30
+    more = seconds("evaluate.cost_lengths=[2048]", "evaluate.decode_tokens=10") - without
+    assert more == pytest.approx(cost + turns * 10 * read)
+    beyond = seconds("evaluate.cost_lengths=[16384, 1000000]")
+    assert beyond == pytest.approx(seconds("evaluate.cost_lengths=[16384]")), "cut to the window the recipe makes"
+
+
+@pytest.mark.parametrize("tokens", ["recover.tokens", "convert.calibration.tokens"])
+def test_twice_the_tokens_take_twice_the_time(tokens: str) -> None:
+    def step_of(count: int) -> float:
+        overrides = ["recover.eval_tokens=64", "recover.evals=1", f"{tokens}={count}"]
+        step = make_plan(load_recipe("quickstart", overrides), FACTS, SPEED).of(tokens.split(".")[0])
+        assert step is not None
+        return step.seconds
+
+    assert step_of(2 * 196_608) == pytest.approx(2 * step_of(196_608), rel=0.01)
+
+
+def test_a_plan_has_the_steps_of_its_recipe() -> None:
+    assert steps_of(load_recipe("kernel-only")) == ("evaluate",)
+    plan = make_plan(load_recipe("extend-4x"), FACTS, SPEED)
+    assert [cost.step for cost in plan.steps] == ["extend", "recover", "evaluate", "publish"]
+    assert plan.positions == (8192, 32768) and plan.kv_bytes_per_token[0] == plan.kv_bytes_per_token[1]
+    assert plan.disk_bytes == sum(cost.disk_bytes for cost in plan.steps) > 2 * FACTS.weight_bytes
+
+
+def test_a_sliding_window_bounds_the_cache() -> None:
+    spec = describe(tiny_config("gemma3_text"))
+    plan = make_plan(load_recipe("mqa"), ModelFacts("tiny", spec, 100_000, "float32"), SPEED)
+    window, full = 32, 512
+    assert plan.kv_cache_bytes[0] == 2 * 4 * 16 * 4 * (window + full)
+
+
+def test_planning_needs_no_torch() -> None:
+    code = (
+        "import sys; import retrofit.workflow.plan, retrofit.recipe.load, retrofit.workflow.journal, retrofit.console; "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "loss", "checkpointing", "measured_mib"),
+    # evals/results/recovery.md: SmolLM2-135M in bfloat16, each in a process of its own.
+    [
+        (2048, "lm", False, 2631),
+        (2048, "distill", False, 2647),
+        (2048, "lm", True, 1075),
+        (2048, "distill", True, 1150),
+        (4096, "lm", False, 4420),
+        (4096, "distill", False, 4505),
+        (4096, "lm", True, 1489),
+        (4096, "distill", True, 1457),
+    ],
+)
+def test_memory_of_training_is_near_what_was_measured(
+    tokens: int, loss: str, checkpointing: bool, measured_mib: int
+) -> None:
+    overrides = [f"recover.sequence_length={tokens}", f"recover.loss={loss}", "recover.adapter.rank=16"]
+    recipe = load_recipe("quickstart", [*overrides, f"recover.gradient_checkpointing={str(checkpointing).lower()}"])
+    recover = make_plan(recipe, FACTS, SPEED).of("recover")
+    assert recover is not None
+    # The plan allows for what other steps have imported, so it is never below and not far above.
+    assert measured_mib <= recover.peak_bytes / 2**20 <= measured_mib + 550
+
+
+def test_memory_of_the_quickstart_is_near_what_was_measured() -> None:
+    float32 = Throughput(80e9, 80e9, "a processor without bfloat16 products")
+    recover = make_plan(load_recipe("quickstart"), FACTS, float32).of("recover")
+    assert recover is not None
+    assert recover.peak_bytes / 2**30 == pytest.approx(3.50, rel=0.05), "evals/results/quickstart.md"
+
+
+def test_checkpointing_costs_a_pass_and_saves_memory() -> None:
+    without, with_ = (
+        make_plan(load_recipe("quickstart", [f"recover.gradient_checkpointing={on}"]), FACTS, SPEED).of("recover")
+        for on in ("false", "true")
+    )
+    assert without and with_ and without.peak_bytes > with_.peak_bytes and without.seconds < with_.seconds
+
+
+def test_experts_without_adapters_are_told_of() -> None:
+    recipe = load_recipe("quickstart")
+    said = []
+    for family in ("llama", "mixtral"):
+        step = make_plan(recipe, ModelFacts("tiny", describe(tiny_config(family)), 10**6, "float32")).of("recover")
+        assert step is not None
+        said.append("the experts carry no adapters" in step.does)
+    assert said == [False, True]
+
+
+def test_a_plan_times_the_products_that_are_used(bfloat16_products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[torch.dtype] = []
+
+    def flops(dtype: torch.dtype, device: str, seconds: float) -> float:
+        timed.append(dtype)
+        return 4e9 if dtype == torch.bfloat16 else 1e9
+
+    monkeypatch.setattr(throughput, "flops", flops)
+    found = throughput.measure()
+    assert timed == [torch.float32, torch.bfloat16][: 1 + bfloat16_products]
+    assert (found.flops, found.float32) == (4e9 if bfloat16_products else 1e9, 1e9)
+    assert ("in bfloat16" in found.how) == bfloat16_products
