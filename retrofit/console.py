@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TextIO, runtime_checkable
 
 from retrofit.escape import json_text, visible
+from retrofit.format import amount, count, duration, nbytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichBar
@@ -86,7 +87,7 @@ class PlainProgress:
     def finish(self) -> None:
         if self._open:
             self._open = False
-            self._write(f"{self._line()} in {seconds(self._clock() - self._began)}")
+            self._write(f"{self._line()} in {duration(self._clock() - self._began)}")
 
     def note(self, text: str) -> None:
         self._write(f"  {text}")
@@ -103,7 +104,7 @@ class PlainProgress:
         if elapsed > 0.5 and self._done:
             extra.append(f"{amount(self._done / elapsed, self._unit)}/s")
             if self._open and self._total and self._total > self._done:
-                extra.append(f"{seconds(elapsed / self._done * (self._total - self._done))} left")
+                extra.append(f"{duration(elapsed / self._done * (self._total - self._done))} left")
         return f"{line}, {', '.join(extra)}" if extra else line
 
     def _write(self, line: str) -> None:
@@ -155,7 +156,7 @@ class RichProgress:
             description = self._bar.tasks[0].description
             self._bar.stop()
             self._bar = None
-            elapsed = seconds(time.monotonic() - self._began)
+            elapsed = duration(time.monotonic() - self._began)
             done = amount(self._done, self._unit) if self._done else ""
             self.note(", ".join([description, *filter(None, [done]), *_shown(self._fields), elapsed]))
 
@@ -238,41 +239,6 @@ def cell(value: object) -> str:
 
 def _is_number(text: str) -> bool:
     return text == "-" or text.replace(",", "").replace(".", "").replace("-", "").replace("e+", "").isdigit()
-
-
-def count(value: float) -> str:
-    """A count with thousands separators; below 100 with one decimal if it has a fraction."""
-    return f"{value:,.1f}" if value < 100 and value != int(value) else f"{value:,.0f}"
-
-
-def amount(value: float, unit: str) -> str:
-    """A count with its unit; bytes in binary units."""
-    return nbytes(value) if unit == "B" else f"{count(value)} {unit}".rstrip()
-
-
-def seconds(value: float) -> str:
-    """A duration: 3.2 s, 4 min 10 s, 2 h 5 min."""
-    if value < 60:
-        return f"{value:.1f} s"
-    minutes, rest = divmod(round(value), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min"
-
-
-def nbytes(value: float) -> str:
-    """Bytes in binary units: 512 B, 11.2 KiB, 257.0 MiB."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(value) < 1024 or unit == "TiB":
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError("unreachable")
-
-
-def heads(count: int) -> str:
-    """ "1 KV head", "2 KV heads"."""
-    return f"{count} KV head{'' if count == 1 else 's'}"
 
 
 def jsonable(value: object) -> object:

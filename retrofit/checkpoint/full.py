@@ -18,9 +18,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from retrofit.console import nbytes
 from retrofit.errors import UserError
 from retrofit.escape import shown
+from retrofit.format import nbytes
 
 LITTLE = 16 << 20
 """A disk with less than this free is the one that is full, where an error does not say which."""

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.cli.output_measured import task_changes
-from retrofit.console import Console, heads, nbytes, seconds
+from retrofit.console import Console
 from retrofit.escape import python_string
+from retrofit.format import duration, heads, nbytes
 from retrofit.model.inspect import Inspection
 from retrofit.workflow.plan import Plan, describe_plan
 
@@ -48,10 +49,10 @@ def plan(console: Console, result: Plan) -> None:
     totals = {"seconds": result.seconds, "disk_bytes": result.disk_bytes, "peak_bytes": result.peak_bytes}
     console.result({**vars(result), "totals": totals})
     rows = [
-        (cost.step, cost.does, nbytes(cost.peak_bytes), nbytes(cost.disk_bytes), seconds(cost.seconds))
+        (cost.step, cost.does, nbytes(cost.peak_bytes), nbytes(cost.disk_bytes), duration(cost.seconds))
         for cost in result.steps
     ]
-    total = ("all", "", nbytes(result.peak_bytes), nbytes(result.disk_bytes), seconds(result.seconds))
+    total = ("all", "", nbytes(result.peak_bytes), nbytes(result.disk_bytes), duration(result.seconds))
     title = f"{result.recipe} on {result.model} (estimated)"
     console.table(title, ["step", "what", "memory", "disk", "time"], [*rows, total])
     for line in describe_plan(result):

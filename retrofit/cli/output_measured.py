@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from retrofit.console import Console, nbytes, seconds
+from retrofit.console import Console
 from retrofit.evaluation.metrics.effective import certificate
+from retrofit.format import duration, nbytes
 
 if TYPE_CHECKING:
     from retrofit.evaluation.cost import RunCost
@@ -101,7 +102,7 @@ def _cost(console: Console, found: RunCost) -> None:
             (
                 one.length,
                 nbytes(one.kv_bytes),
-                seconds(one.prefill_seconds),
+                duration(one.prefill_seconds),
                 f"{one.prefill_per_s:,.0f} [{one.prefill_bound:,.0f}]",
                 f"{one.decode_per_s:.1f} [{one.decode_bound:.1f}]" if one.decode_per_s else "-",
                 nbytes(one.prefill_bytes),

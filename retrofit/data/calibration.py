@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.console import nbytes
 from retrofit.data.packing import CHARS_PER_TOKEN, Packed, training_rows
 from retrofit.data.samples import Teacher, sample_path
 from retrofit.data.sources import OWN_SAMPLES, kind_of
 from retrofit.data.texts import distinct_texts, require_known
 from retrofit.errors import UserError
+from retrofit.format import nbytes
 from retrofit.model.load import resolve_dtype, working_dtype
 from retrofit.recipe.schema import Calibration, TextSource
 

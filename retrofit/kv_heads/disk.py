@@ -24,8 +24,8 @@ from torch import Tensor
 
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.staging import free_space, require_writable
-from retrofit.console import nbytes
 from retrofit.errors import UserError
+from retrofit.format import nbytes
 from retrofit.kv_heads import VERSION
 
 STATE = "state.json"

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit import escape
+from retrofit import format as fmt
 from retrofit.evaluation.metrics.perplexity import ALL
-from retrofit.report import format as words
 from retrofit.report.charts.figures import card_picture, figures
 from retrofit.report.data import CACHE_LENGTHS, ModelResult, RunData, StepRecord, loss_by_position
 from retrofit.report.glossary import definitions
@@ -114,19 +114,19 @@ def _changes(run: RunData) -> tuple[tuple[str, str], ...]:
     said = []
     got: Mapping[str, Any] = run.conversion or {}
     if got:
-        calibration = f", calibrated on {words.count(got.get('tokens'))} tokens" if got.get("tokens") else ""
+        calibration = f", calibrated on {fmt.count(got.get('tokens'))} tokens" if got.get("tokens") else ""
         by_kind = got.get("tokens_by_kind") or {}
-        kinds = f" ({', '.join(f'{kind} {words.count(n)}' for kind, n in by_kind.items())})" if by_kind else ""
+        kinds = f" ({', '.join(f'{kind} {fmt.count(n)}' for kind, n in by_kind.items())})" if by_kind else ""
         how = f"{got.get('kv_heads_before')} → {got.get('kv_heads_after')} KV heads in every layer"
         said.append(("KV heads", f"{how} by method `{got.get('method')}`{calibration}{kinds}"))
     got = run.context or {}
     if got:
-        how = f"{words.count(got.get('before'))} → {words.count(got.get('length'))} tokens by `{got.get('method')}`"
-        said.append(("Window", f"{how}, factor {words.plain(got.get('factor'))}"))
+        how = f"{fmt.count(got.get('before'))} → {fmt.count(got.get('length'))} tokens by `{got.get('method')}`"
+        said.append(("Window", f"{how}, factor {fmt.plain(got.get('factor'))}"))
     if encodings.found(run):
         said.append(("Position encoding", encodings.said(run)))
     if run.training:
-        said.append(("Recovery", f"{words.count(run.training[-1][0])} optimizer steps"))
+        said.append(("Recovery", f"{fmt.count(run.training[-1][0])} optimizer steps"))
     if run.kernel:
         said.append(("Attention kernel", run.kernel))
     return tuple(said)
@@ -138,9 +138,9 @@ def _proof(proof: Mapping[str, Any] | None) -> str:
     result = "within" if proof.get("passed") else "MORE THAN"
     return (
         f"Kernel `{proof.get('kernel')}` against `{proof.get('reference', 'eager')}` on "
-        f"{words.count(proof.get('tokens'))} tokens: "
-        f"the logits differ by at most {words.number(proof.get('max_difference'))}, {result} the tolerance of "
-        f"{words.plain(proof.get('tolerance'))}."
+        f"{fmt.count(proof.get('tokens'))} tokens: "
+        f"the logits differ by at most {fmt.number(proof.get('max_difference'))}, {result} the tolerance of "
+        f"{fmt.plain(proof.get('tolerance'))}."
     )
 
 
@@ -151,9 +151,9 @@ def _reload(report: Mapping[str, Any] | None) -> str:
     mean = report.get("mean_difference")
     return (
         "A fresh process with stock transformers, without this package, loaded the written checkpoint and scored the "
-        f"same tokens again: losses differ by at most {words.number(report.get('max_difference'))}"
-        f"{'' if mean is None else f' (mean {words.number(mean)})'}, {result} the tolerance of "
-        f"{words.plain(report.get('tolerance_token'))} for a token."
+        f"same tokens again: losses differ by at most {fmt.number(report.get('max_difference'))}"
+        f"{'' if mean is None else f' (mean {fmt.number(mean)})'}, {result} the tolerance of "
+        f"{fmt.plain(report.get('tolerance_token'))} for a token."
     )
 
 

@@ -10,9 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from retrofit.console import nbytes
 from retrofit.context.search.candidates import NEAR, TAIL, rungs
 from retrofit.evaluation.long_context import further_reading, passes_of, questions_read
+from retrofit.format import nbytes
 from retrofit.model.families.experts import EXPERTS
 from retrofit.model.spec import AttentionSpec
 from retrofit.recipe.schema import Context, Convert, Evaluate, Recipe, Recover, TextSource

@@ -8,7 +8,6 @@ from typing import Any
 from retrofit.checkpoint.config import read_config
 from retrofit.checkpoint.files import holds_weights
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.console import nbytes
 from retrofit.context import rope
 from retrofit.context.lint import require_clean
 from retrofit.context.search.candidates import candidates, rungs
@@ -19,6 +18,7 @@ from retrofit.data.texts import OWN_SAMPLES, check_sources
 from retrofit.errors import UserError
 from retrofit.evaluation.long_context import longest_prompt
 from retrofit.evaluation.scoring.reader import require_positions
+from retrofit.format import nbytes
 from retrofit.kernels.registry import choose
 from retrofit.model.completeness import require_complete
 from retrofit.model.families import family_of

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.provenance import sha256
-from retrofit.console import seconds as duration
 from retrofit.errors import UserError
 from retrofit.escape import shown
+from retrofit.format import duration
 from retrofit.kv_heads import VERSION as HEADS
 from retrofit.system.memory import peak_bytes, reset_peak
 from retrofit.system.resume import VERSION as EVALUATION

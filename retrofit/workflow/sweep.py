@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING, Any
 from retrofit.checkpoint.provenance import digest
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.staging import require_writable
-from retrofit.console import heads, nbytes
-from retrofit.console import seconds as duration
 from retrofit.data.calibration import check_calibration, within_window
 from retrofit.data.identity import content_digest, merged, require_distinct
 from retrofit.data.texts import check_sources
 from retrofit.errors import UserError
 from retrofit.escape import shown
+from retrofit.format import duration, heads, nbytes
 from retrofit.kv_heads.calibrate import moments as stored_moments
 from retrofit.kv_heads.merge.folding import Turnings
 from retrofit.kv_heads.merge.weights import read_layer

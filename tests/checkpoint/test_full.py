@@ -59,9 +59,9 @@ def test_a_full_disk_tells_where_how_much_and_what_may_go(tmp_path: Path) -> Non
     (tmp_path / "out.work" / "stream").write_bytes(b"x" * 2048)
     with pytest.raises(UserError) as caught, writing(tmp_path / "out", needed=3 << 30):
         raise OSError(errno.ENOSPC, "No space left on device")
-    assert "needs about 3.0 GiB" in caught.value.what
+    assert "needs about 3.00 GiB" in caught.value.what
     assert caught.value.where == str(tmp_path / "out")
-    assert f"{tmp_path / 'out.work'} (2.0 KiB)" in str(caught.value.fix)
+    assert f"{tmp_path / 'out.work'} (2.00 KiB)" in str(caught.value.fix)
 
 
 @contextmanager

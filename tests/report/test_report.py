@@ -13,7 +13,6 @@ from retrofit.console import jsonable
 from retrofit.evaluation.metrics.context_use import LongContext, restored
 from retrofit.kernels.registry import Proof
 from retrofit.publishing.reload import ReloadReport
-from retrofit.report import format as words
 from retrofit.report.charts import plots
 from retrofit.report.charts.drawing import STYLES, Line
 from retrofit.report.charts.figures import card_picture, figures
@@ -347,35 +346,6 @@ def test_loss_by_position_is_the_mean_over_documents() -> None:
     assert loss_by_position(losses, buckets=4) == ((2.0, 1.5), (4.0, 3.5), (6.0, 5.5), (8.0, 7.5))
     assert loss_by_position([], buckets=4) == ()
     assert len(loss_by_position([np.zeros(3)], buckets=24)) == 3
-
-
-@pytest.mark.parametrize(
-    ("said", "expected"),
-    [
-        (words.number(0.001), "0.00100"),
-        (words.number(3.1e-5), "3.10e-05"),
-        (words.number(0), "0"),
-        (words.number(0.79), "0.790"),
-        (words.number(43.51), "43.5"),
-        (words.number(17521.2), "17,521"),
-        (words.number(None), "–"),
-        (words.number(float("inf")), "inf"),
-        (words.times(3.0), "3×"),
-        (words.times(100.0), "100×"),
-        (words.plain(0.001), "0.001"),
-        (words.plain(2.0), "2"),
-        (words.plain(1e-4), "1.00e-04"),
-        (words.size(23040), "22.5 KiB"),
-        (words.size(12), "12 B"),
-        (words.duration(200), "3 min 20 s"),
-        (words.duration(3900), "1 h 5 min"),
-        (words.duration(0.42), "0.4 s"),
-        (words.tokens(131072), "128k"),
-        (words.tokens(1000), "1,000"),
-    ],
-)
-def test_numbers_as_people_read_them(said: str, expected: str) -> None:
-    assert said == expected
 
 
 def test_render_writes_the_files(tmp_path) -> None:

@@ -83,7 +83,7 @@ def test_more_memory_than_there_is(
 ) -> None:
     assert "`recover` needs about" in refused(recipe(), "--set", "recover.tokens=1000000000000")
     monkeypatch.setattr(recipe_checks, "total_memory", lambda device: 1 << 20)
-    assert "of memory, and this machine has 1.0 MiB" in refused(recipe())
+    assert "of memory, and this machine has 1.00 MiB" in refused(recipe())
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from retrofit.console import heads, nbytes
 from retrofit.errors import UserError
+from retrofit.format import heads, nbytes
 
 _BUDGET = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(B|[KMGT]i?B)\s*@\s*(\d+(?:\.\d+)?)\s*([kKmM]?)\s*")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

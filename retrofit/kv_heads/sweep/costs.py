@@ -21,8 +21,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from retrofit.console import heads
 from retrofit.errors import UserError
+from retrofit.format import heads
 from retrofit.kv_heads.calibrate.moments import LayerMoments
 from retrofit.kv_heads.merge.folding import Turning
 from retrofit.kv_heads.merge.grouping import best_groups

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from retrofit.checkpoint.copying import copy_file
-from retrofit.console import heads, to_json
+from retrofit.console import to_json
 from retrofit.data.calibration import CalibrationText
 from retrofit.errors import UserError
+from retrofit.format import heads
 from retrofit.kv_heads.calibrate.moments import PROBES, Origin, layer_file, saved
 from retrofit.kv_heads.calibrate.survey import survey
 from retrofit.kv_heads.convert import convert as convert_heads

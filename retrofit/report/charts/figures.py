@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from retrofit import format as fmt
 from retrofit.evaluation.metrics.perplexity import ALL
-from retrofit.report import format as words
 from retrofit.report.charts import plots
 from retrofit.report.charts.drawing import Line, Picture
 from retrofit.report.data import RunData
@@ -83,7 +83,7 @@ def _positions(run: RunData) -> Iterator[Figure]:
     picture = plots.loss_by_position("positions", lines, native=run.native_length, title=title)
     places = sorted({position for model in models for position, _ in model.position_losses})
     found = [dict(model.position_losses) for model in models]
-    rows = [(words.count(round(place)), *(words.number(one.get(place)) for one in found)) for place in places]
+    rows = [(fmt.count(round(place)), *(fmt.number(one.get(place)) for one in found)) for place in places]
     caption = (
         "The mean loss of the tokens around each position. A line that falls or stays level uses its context; one that "
         "climbs has lost track of where its tokens are."
@@ -95,12 +95,12 @@ def _training(run: RunData) -> Iterator[Figure]:
     if not any(loss is not None or held is not None for _, loss, held in run.training):
         return
     title = "Loss during training"
-    rows = [(words.count(step), words.number(loss), words.number(held)) for step, loss, held in run.training]
+    rows = [(fmt.count(step), fmt.number(loss), fmt.number(held)) for step, loss, held in run.training]
     held = [(loss, step) for step, _, loss in run.training if loss is not None]
     caption = "The loss on the training text (thin line) and on documents kept out of it (squares)."
     if held:
         best, step = min(held)
-        caption += f" Best held-out loss: {words.number(best)} at step {words.count(step)}; that state is kept."
+        caption += f" Best held-out loss: {fmt.number(best)} at step {fmt.count(step)}; that state is kept."
     picture = plots.training_curve("training", run.training, title=title)
     yield Figure("training", title, caption, Table(("step", "training loss", "held-out loss"), tuple(rows)), picture)
 

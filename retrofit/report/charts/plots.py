@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from retrofit.report import format as words
+from retrofit import format as fmt
 from retrofit.report.charts.drawing import (
     GRID,
     INK,
@@ -42,7 +42,7 @@ def perplexity_by_length(
     def draw(axes: Axes) -> None:
         axes.set_xscale("log", base=2)
         ticks = sorted({x for line in lines for x in line.x})
-        axes.set_xticks(ticks, [words.tokens(int(x)) for x in ticks])
+        axes.set_xticks(ticks, [fmt.tokens(int(x)) for x in ticks])
         axes.minorticks_off()
         draw_lines(axes, lines)
         log_if_wide(axes, [y for line in lines for y in line.y])
@@ -97,7 +97,7 @@ def perplexity_by_seconds(
         axes.set_xscale("log")
         axes.set_yscale("log")
         for axis in (axes.xaxis, axes.yaxis):  # numbers, not the powers of ten that only matplotlib's TeX can set
-            axis.set_major_formatter(lambda value, _: words.count(int(value)))
+            axis.set_major_formatter(lambda value, _: fmt.count(int(value)))
             axis.set_minor_formatter(lambda value, _: "")
         for line, style in zip(lines, palette, strict=False):
             dash = "none" if line.label in apart else style.dash
@@ -122,7 +122,7 @@ def loss_by_position(name: str, lines: Sequence[Line], *, native: int | None, ti
         axes.set_ylabel("loss (nats), lower is better")
         axes.set_xlim(left=0)
         axes.locator_params(axis="x", nbins=6)
-        axes.xaxis.set_major_formatter(lambda x, _: words.count(int(x)))
+        axes.xaxis.set_major_formatter(lambda x, _: fmt.count(int(x)))
         end_labels(axes, lines)
 
     return picture(name, title, draw)
@@ -235,7 +235,7 @@ def heat_map(
             axes.annotate(text, (x, y), ha="center", va="center", fontsize=9.0, color=written)
         axes.set_xlim(-0.5, len(lengths) - 0.5)
         axes.set_ylim(len(depths) - 0.5, -0.5)
-        axes.set_xticks(range(len(lengths)), [words.tokens(length) for length in lengths])
+        axes.set_xticks(range(len(lengths)), [fmt.tokens(length) for length in lengths])
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         axes.set_xlabel("context length (tokens)")
         axes.set_ylabel("depth of the fact")
@@ -284,7 +284,7 @@ def decode_by_context(name: str, lines: Sequence[Line], bounds: Sequence[Line], 
     def draw(axes: Axes) -> None:
         axes.set_xscale("log", base=2)
         ticks = sorted({x for line in lines for x in line.x})
-        axes.set_xticks(ticks, [words.tokens(int(x)) for x in ticks])
+        axes.set_xticks(ticks, [fmt.tokens(int(x)) for x in ticks])
         axes.minorticks_off()
         draw_lines(axes, lines)
         for index, line in enumerate(bounds):

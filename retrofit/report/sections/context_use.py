@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from retrofit import format as fmt
 from retrofit.evaluation.metrics.effective import TAIL_MARGIN, certificate
-from retrofit.report import format as words
 from retrofit.report.charts import plots
 from retrofit.report.data import ModelResult, RunData
 from retrofit.report.parts import Figure, Number, Table
@@ -36,8 +36,8 @@ def number(run: RunData) -> list[Number]:
     if shown is None or shown.effective is None:
         return []
     before = original.effective if original and original is not shown else None
-    detail = f"tokens, the original's {words.count(before.length)}" if before else "tokens"
-    return [Number("Effective length", words.count(shown.effective.length), detail)]
+    detail = f"tokens, the original's {fmt.count(before.length)}" if before else "tokens"
+    return [Number("Effective length", fmt.count(shown.effective.length), detail)]
 
 
 def cautions(run: RunData) -> list[str]:
@@ -50,8 +50,8 @@ def cautions(run: RunData) -> list[str]:
     if run.claimed_length and found.length < run.claimed_length:
         why = f" Stopped by {found.stopped_by}." if found.stopped_by else ""
         said.append(
-            f"The effective length is {words.count(found.length)} tokens, less than the window of "
-            f"{words.count(run.claimed_length)}.{why}"
+            f"The effective length is {fmt.count(found.length)} tokens, less than the window of "
+            f"{fmt.count(run.claimed_length)}.{why}"
         )
     if found.not_tested:
         said.append(f"The effective length was certified without: {'; '.join(found.not_tested)}.")
@@ -62,12 +62,12 @@ def short_context(run: RunData) -> Iterator[Figure]:
     """What the change cost within the original's window, paired token by token."""
     rows = [
         (
-            words.count(row.length),
+            fmt.count(row.length),
             model.label,
-            words.number(row.before),
-            words.number(row.after),
-            words.interval(row.ratio, row.low, row.high),
-            words.count(row.tokens),
+            fmt.number(row.before),
+            fmt.number(row.after),
+            fmt.interval(row.ratio, row.low, row.high),
+            fmt.count(row.tokens),
         )
         for model in run.models
         for row in model.short_context
@@ -89,11 +89,11 @@ def _certificates(models: Sequence[ModelResult]) -> Iterator[Figure]:
         return
     rows = [
         (
-            words.count(test.length),
+            fmt.count(test.length),
             label,
             "passed" if test.passed else "NOT PASSED",
-            words.interval(test.tail, test.tail_low, test.tail_high),
-            words.interval(test.gain, test.gain_low, test.gain_high),
+            fmt.interval(test.tail, test.tail_low, test.tail_high),
+            fmt.interval(test.gain, test.gain_low, test.gain_high),
             _needle_cell(test),
             _margins(test),
         )
@@ -102,18 +102,18 @@ def _certificates(models: Sequence[ModelResult]) -> Iterator[Figure]:
     ]
     _, found = certified[-1]
     said = "\n".join(
-        f"{label}: effective length {words.count(one.length)} tokens. {certificate(one)}" for label, one in certified
+        f"{label}: effective length {fmt.count(one.length)} tokens. {certificate(one)}" for label, one in certified
     )
     control = next((one.control for _, one in certified if one.control), "")
     tail = (
-        f"the last {words.count(found.tail)} tokens before it are predicted as well as at that length (ratio of "
+        f"the last {fmt.count(found.tail)} tokens before it are predicted as well as at that length (ratio of "
         f"perplexities, set against {control}; interval below {1 + TAIL_MARGIN}), "
         if control
         else ""
     )
     unit = next((one.unit for _, one in certified if one.unit), "")
     resampled = (
-        f"Bootstrap over each {unit}, {words.count(found.documents)} document{'s' * (found.documents != 1)}."
+        f"Bootstrap over each {unit}, {fmt.count(found.documents)} document{'s' * (found.documents != 1)}."
         if unit
         else ""
     )
@@ -121,23 +121,23 @@ def _certificates(models: Sequence[ModelResult]) -> Iterator[Figure]:
     yield Figure(
         "context",
         "Effective length",
-        f"{said}\nA length beyond the native {words.count(found.native)} passes when {tail}context beyond the native "
+        f"{said}\nA length beyond the native {fmt.count(found.native)} passes when {tail}context beyond the native "
         "one lowers the loss of the same tokens (interval above 0), and the needle is found nearly as often as within "
-        f"it; a test that was not made stands as {words.NONE}. A margin is by how much it passed. {resampled}",
+        f"it; a test that was not made stands as {fmt.NONE}. A margin is by how much it passed. {resampled}",
         Table(headers, tuple(rows)),
     )
 
 
 def _needle_cell(test: LengthTests) -> str:
     if test.needle is None:
-        return words.NONE
+        return fmt.NONE
     needed = f" (needs {test.needle_bound:.2f})" if test.needle_bound is not None else ""
     return f"{test.needle:.2f}{needed}"
 
 
 def _margins(test: LengthTests) -> str:
     units = {"tail": " nats", "gain": " nats", "needle": ""}
-    return ", ".join(f"{name} {value:+.3f}{units[name]}" for name, value in test.margins.items()) or words.NONE
+    return ", ".join(f"{name} {value:+.3f}{units[name]}" for name, value in test.margins.items()) or fmt.NONE
 
 
 def _gains(models: Sequence[ModelResult]) -> Iterator[Figure]:
@@ -145,13 +145,13 @@ def _gains(models: Sequence[ModelResult]) -> Iterator[Figure]:
     for model in models:
         for row in model.long_context.context_gain if model.long_context else ():
             native, unit = row.native, row.unit
-            gain = words.interval(row.gain, row.low, row.high)
-            rows.append((words.count(row.length), row.kind, model.label, gain, words.count(row.tokens)))
+            gain = fmt.interval(row.gain, row.low, row.high)
+            rows.append((fmt.count(row.length), row.kind, model.label, gain, fmt.count(row.tokens)))
     if rows:
         yield Figure(
             "context",
             "Context gain",
-            f"What context beyond {words.count(native)} tokens saves, in nats a token: the loss with the native "
+            f"What context beyond {fmt.count(native)} tokens saves, in nats a token: the loss with the native "
             "context less the loss with all of the context, on the same tokens; above 0 the longer context helps. 95% "
             f"intervals, paired, bootstrap over each {unit}.",
             Table(("context length", "text", "model", "context gain, nats", "tokens"), tuple(rows)),
@@ -168,11 +168,11 @@ def _needles(models: Sequence[ModelResult]) -> Iterator[Figure]:
         cells = {place: (one.found, f"{one.found:.0%}\n{one.loss:.2g} nats") for place, one in grid.items()}
         rows = [
             (
-                words.count(length),
+                fmt.count(length),
                 f"{depth:.0%}",
                 f"{one.found:.0%}",
                 f"{one.exact:.0%}",
-                words.number(one.loss),
+                fmt.number(one.loss),
                 f"{one.margin:+.2f}",
             )
             for (length, depth), one in grid.items()
@@ -221,13 +221,13 @@ def _tasks(models: Sequence[ModelResult]) -> Iterator[Figure]:
     rows = [
         (
             row.task,
-            words.count(row.length),
+            fmt.count(row.length),
             model.label,
             f"{row.recall:.0%}",
             f"{row.preferred:.0%}",
-            words.number(row.loss),
+            fmt.number(row.loss),
             f"{row.margin:+.2f}",
-            words.count(row.questions),
+            fmt.count(row.questions),
         )
         for model in models
         if model.long_context and model.long_context.ruler
@@ -257,11 +257,11 @@ def _tasks(models: Sequence[ModelResult]) -> Iterator[Figure]:
 def _key_tokens(models: Sequence[ModelResult]) -> Iterator[Figure]:
     rows = [
         (
-            words.count(row.length),
+            fmt.count(row.length),
             row.kind,
             model.label,
-            words.interval(row.ppl, row.low, row.high),
-            f"{words.count(row.key_tokens)} of {words.count(row.tokens)}",
+            fmt.interval(row.ppl, row.low, row.high),
+            f"{fmt.count(row.key_tokens)} of {fmt.count(row.tokens)}",
             row.keys_from,
         )
         for model in models
@@ -281,12 +281,12 @@ def _defined(models: Sequence[ModelResult]) -> Iterator[Figure]:
     rows = [
         (
             row.definition,
-            words.count(row.length),
+            fmt.count(row.length),
             model.label,
-            words.count(row.stride),
-            words.interval(row.ppl, row.low, row.high),
-            words.number(row.bits_per_byte),
-            words.count(row.tokens),
+            fmt.count(row.stride),
+            fmt.interval(row.ppl, row.low, row.high),
+            fmt.number(row.bits_per_byte),
+            fmt.count(row.tokens),
         )
         for model in models
         if model.long_context

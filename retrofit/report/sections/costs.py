@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from retrofit.report import format as words
+from retrofit import format as fmt
 from retrofit.report.charts import plots
 from retrofit.report.charts.drawing import Line
 from retrofit.report.data import ModelResult, RunData
@@ -22,13 +22,13 @@ def memory(run: RunData) -> Table:
     models = _with_cache(run)
     lengths = sorted({tokens for model in models for tokens in model.kv_cache_bytes})
     rows = [
-        (_named(run, length), *(words.size(model.kv_cache_bytes.get(length)) for model in models)) for length in lengths
+        (_named(run, length), *(fmt.nbytes(model.kv_cache_bytes.get(length)) for model in models)) for length in lengths
     ]
     return Table(("tokens in the cache", *(model.label for model in models)), tuple(rows))
 
 
 def _named(run: RunData, length: int) -> str:
-    return f"{words.count(length)} (the window)" if length == run.claimed_length else words.count(length)
+    return f"{fmt.count(length)} (the window)" if length == run.claimed_length else fmt.count(length)
 
 
 def _with_cache(run: RunData) -> list[ModelResult]:
@@ -42,11 +42,11 @@ def _cache(run: RunData) -> Iterator[Figure]:
     models = _with_cache(run)
     lengths = sorted({tokens for model in models for tokens in model.kv_cache_bytes})
     groups = {
-        model.label: {f"{words.tokens(length)} tokens": model.kv_cache_bytes.get(length) for length in lengths}
+        model.label: {f"{fmt.tokens(length)} tokens": model.kv_cache_bytes.get(length) for length in lengths}
         for model in models
     }
     title = "Memory of the KV cache"
-    picture = plots.bars("cache", groups, label="bytes for one sequence", show=words.size, title=title)
+    picture = plots.bars("cache", groups, label="bytes for one sequence", show=fmt.nbytes, title=title)
     caption = (
         "What one sequence of this many tokens keeps in memory while text is generated, in the checkpoint's dtype. "
         "Computed from the configuration; what was measured stands with the speed."
@@ -61,8 +61,8 @@ def number(run: RunData) -> list[Number]:
     if not both:
         return []
     old, new = before[both[-1]], after[both[-1]]
-    detail = f"{words.number(old)} → {words.number(new)} tokens/s after {words.count(both[-1])} tokens"
-    return [Number("Decoding speed", words.times(new / old), detail)]
+    detail = f"{fmt.number(old)} → {fmt.number(new)} tokens/s after {fmt.count(both[-1])} tokens"
+    return [Number("Decoding speed", fmt.times(new / old), detail)]
 
 
 def _decoded(model: ModelResult) -> dict[int, float]:
@@ -74,13 +74,13 @@ def running(run: RunData) -> Table:
     """Everything measured at each context length, with the most that the machine could do in brackets."""
     rows = [
         (
-            words.count(one.length),
+            fmt.count(one.length),
             model.label,
-            f"{words.size(one.kv_bytes)} (spec: {words.size(one.kv_bytes_expected)})",
+            f"{fmt.nbytes(one.kv_bytes)} (spec: {fmt.nbytes(one.kv_bytes_expected)})",
             f"{one.prefill_seconds:.2f} s",
-            f"{words.number(one.prefill_per_s)} [{words.number(one.prefill_bound)}]",
-            f"{words.number(one.decode_per_s)} [{words.number(one.decode_bound)}]" if one.decode_per_s else words.NONE,
-            words.size(one.prefill_bytes),
+            f"{fmt.number(one.prefill_per_s)} [{fmt.number(one.prefill_bound)}]",
+            f"{fmt.number(one.decode_per_s)} [{fmt.number(one.decode_bound)}]" if one.decode_per_s else fmt.NONE,
+            fmt.nbytes(one.prefill_bytes),
         )
         for model in run.models
         if model.cost
@@ -105,9 +105,9 @@ def _running(run: RunData) -> Iterator[Figure]:
     _, cost = measured[-1]
     said = (
         f"One sequence, {cost.dtype}, kernel {cost.kernel}, on the {cost.device} of this run. In brackets, and dashed "
-        f"in the chart, the most that it could do: decoding reads {words.size(cost.weight_bytes)} of weights and the "
-        f"whole KV cache for each token, at {words.size(cost.bytes_per_second)}/s measured with a large copy; a "
-        f"prefill multiplies, at {words.number(cost.flops_per_second / 1e9)} GFLOP/s measured with large matrices. "
+        f"in the chart, the most that it could do: decoding reads {fmt.nbytes(cost.weight_bytes)} of weights and the "
+        f"whole KV cache for each token, at {fmt.nbytes(cost.bytes_per_second)}/s measured with a large copy; a "
+        f"prefill multiplies, at {fmt.number(cost.flops_per_second / 1e9)} GFLOP/s measured with large matrices. "
         "First token after: the time of the prefill. Its memory is what it held at its peak beyond the weights. The "
         "models were measured in turn, twice, and the faster time counts."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from retrofit.report import format as words
+from retrofit import format as fmt
 from retrofit.report.charts import plots
 from retrofit.report.data import RunData
 from retrofit.report.parts import Figure, Table
@@ -25,11 +25,11 @@ def said(run: RunData) -> str:
         return ""
     tried = len({trial["label"] for trial in got["trials"]})
     won, reference = got["winner"], got["reference"]
-    by = f"; its objective is {words.number(won['objective'])}, that of `{reference['label']}` "
+    by = f"; its objective is {fmt.number(won['objective'])}, that of `{reference['label']}` "
     return (
         f"`{won['label']}`, the best of {tried} position encodings measured on this model "
-        f"(a budget of {words.count(got['read'])} tokens)"
-        f"{by + words.number(reference['objective']) if won != reference else ''}"
+        f"(a budget of {fmt.count(got['read'])} tokens)"
+        f"{by + fmt.number(reference['objective']) if won != reference else ''}"
     )
 
 
@@ -44,7 +44,7 @@ def figures(run: RunData) -> Iterator[Figure]:
     rows = [
         (
             f"{trial['label']}{_mark(marked.get(trial['label']))}",
-            *(words.number(trial[name]) for name in ("native", "excess", "tail", "needle", "objective")),
+            *(fmt.number(trial[name]) for name in ("native", "excess", "tail", "needle", "objective")),
         )
         for trial in ranked
     ]
@@ -60,7 +60,7 @@ def figures(run: RunData) -> Iterator[Figure]:
         f"{tried} encodings in {last} rounds, the best going on to longer readings. Large marks: the last round, with "
         "the one chosen and the reference; left and down is better. Small dots: earlier rounds, which saw less text, "
         f"so that their height is not quite comparable.{beyond} Before the extension the model's loss at its own "
-        f"window was {words.number(got['native'])}; the objective is the tail loss and what the search adds for lost "
+        f"window was {fmt.number(got['native'])}; the objective is the tail loss and what the search adds for lost "
         "answers and for the excess."
     )
     title = "What each position encoding costs and gives"

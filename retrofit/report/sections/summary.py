@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from retrofit import format as fmt
 from retrofit.evaluation.metrics.perplexity import ALL, Row
-from retrofit.report import format as words
 from retrofit.report.data import RunData
 from retrofit.report.parts import Number, Table
 from retrofit.report.sections import context_use, costs, tasks
@@ -51,9 +51,9 @@ def verdict(run: RunData) -> str:
     changes = []
     shrunk = kv_ratio(run)
     if shrunk and shrunk > 1.001:
-        changes.append(f"has a {words.times(shrunk)} smaller KV cache")
+        changes.append(f"has a {fmt.times(shrunk)} smaller KV cache")
     if grew(run):
-        changes.append(f"reads {words.count(run.claimed_length)} tokens instead of {words.count(run.native_length)}")
+        changes.append(f"reads {fmt.count(run.claimed_length)} tokens instead of {fmt.count(run.native_length)}")
     changed = " and ".join(changes) if changes else "keeps its KV cache and its window"
     name = title_of(run)
     if run.final is None and run.original is not None:
@@ -67,9 +67,7 @@ def _used(run: RunData) -> str:
     found = run.final.effective if run.final else None
     if found is None or not run.claimed_length or found.length >= run.claimed_length:
         return ""
-    return (
-        f"of its window of {words.count(run.claimed_length)} tokens, {words.count(found.length)} are shown to be used"
-    )
+    return f"of its window of {fmt.count(run.claimed_length)} tokens, {fmt.count(found.length)} are shown to be used"
 
 
 def _costs(run: RunData) -> str:
@@ -81,8 +79,8 @@ def _costs(run: RunData) -> str:
     if not found:
         return ""
     whose = [" the original's"] + [""] * len(found)
-    parts = [f"{words.times(value)}{of} on {kind}" for (kind, value), of in zip(found, whose, strict=False)]
-    return f"its perplexity at {words.count(length)} tokens is {_and(parts)}"
+    parts = [f"{fmt.times(value)}{of} on {kind}" for (kind, value), of in zip(found, whose, strict=False)]
+    return f"its perplexity at {fmt.count(length)} tokens is {_and(parts)}"
 
 
 def key_numbers(run: RunData) -> tuple[Number, ...]:
@@ -91,20 +89,18 @@ def key_numbers(run: RunData) -> tuple[Number, ...]:
     shrunk = kv_ratio(run)
     if shrunk and before and after:
         heads = f"{before.kv_heads} → {after.kv_heads} KV heads, " if before.kv_heads and after.kv_heads else ""
-        detail = f"{heads}{words.size(before.kv_bytes_per_token)} → {words.size(after.kv_bytes_per_token)} a token"
-        value = f"÷ {words.times(shrunk).rstrip('×')}" if shrunk > 1.001 else "unchanged"
+        detail = f"{heads}{fmt.nbytes(before.kv_bytes_per_token)} → {fmt.nbytes(after.kv_bytes_per_token)} a token"
+        value = f"÷ {fmt.times(shrunk).rstrip('×')}" if shrunk > 1.001 else "unchanged"
         numbers.append(Number("KV cache", value, detail))
     if run.claimed_length:
-        detail = f"tokens, was {words.count(run.native_length)}" if grew(run) else "tokens, unchanged"
-        numbers.append(Number("Window", words.count(run.claimed_length), detail))
+        detail = f"tokens, was {fmt.count(run.native_length)}" if grew(run) else "tokens, unchanged"
+        numbers.append(Number("Window", fmt.count(run.claimed_length), detail))
     if run.head_length and before and after:
         for kind in run.kinds:
             old, new = before.row(kind, run.head_length), after.row(kind, run.head_length)
             if kind != ALL and old and new:
-                detail = f"{words.number(old.ppl)} → {words.number(new.ppl)} at {words.count(run.head_length)} tokens"
-                numbers.append(
-                    Number(f"Perplexity against the original, {kind}", words.times(new.ppl / old.ppl), detail)
-                )
+                detail = f"{fmt.number(old.ppl)} → {fmt.number(new.ppl)} at {fmt.count(run.head_length)} tokens"
+                numbers.append(Number(f"Perplexity against the original, {kind}", fmt.times(new.ppl / old.ppl), detail))
     numbers += context_use.number(run)
     numbers += _beyond(run)
     return (*numbers, *costs.number(run))
@@ -124,8 +120,8 @@ def _beyond(run: RunData) -> list[Number]:
     before = run.original.row(kind, length) if run.original else None
     if after is None:
         return []
-    detail = f"the original, past its window: {words.number(before.ppl)}" if before else kind_name(kind)
-    return [Number(f"Perplexity at {words.count(length)} tokens", words.number(after.ppl), detail)]
+    detail = f"the original, past its window: {fmt.number(before.ppl)}" if before else kind_name(kind)
+    return [Number(f"Perplexity at {fmt.count(length)} tokens", fmt.number(after.ppl), detail)]
 
 
 def checks(run: RunData) -> tuple[tuple[str, bool | None], ...]:
@@ -150,10 +146,10 @@ def cautions(run: RunData) -> tuple[str, ...]:
     ]
     for what, proof in (("The kernel", run.kernel_proof), ("The reloaded checkpoint", run.reload)):
         if proof and not proof.get("passed"):
-            said.append(f"{what} differs by {words.number(proof.get('max_difference'))}, more than the tolerance.")
+            said.append(f"{what} differs by {fmt.number(proof.get('max_difference'))}, more than the tolerance.")
     said += _about_texts(run)
     if grew(run) and run.claimed_length not in run.lengths:
-        said.append(f"The new window of {words.count(run.claimed_length)} tokens was not measured to its end.")
+        said.append(f"The new window of {fmt.count(run.claimed_length)} tokens was not measured to its end.")
     said += tasks.cautions(run)
     said += context_use.cautions(run)
     held = [loss for _, _, loss in run.training if loss is not None]
@@ -179,7 +175,7 @@ def _about_texts(run: RunData) -> list[str]:
         found = {kind: value for kind in kinds if (value := ratio(run, kind, run.head_length)) is not None}
         if found and max(found.values()) > 1.25 * min(found.values()):
             worst = max(found, key=lambda kind: found[kind])
-            said.append(f"Quality differs by kind of text: {worst} lost most ({words.times(found[worst])}).")
+            said.append(f"Quality differs by kind of text: {worst} lost most ({fmt.times(found[worst])}).")
     return said
 
 
@@ -192,15 +188,13 @@ def comparison(run: RunData, kind: str) -> Table:
     for length in run.lengths:
         past = " (past native)" if run.native_length and length > run.native_length else ""
         cells = [interval_of(model.row(kind, length)) for model in models]
-        rows.append(
-            (f"{words.count(length)}{past}", *cells, *([words.times(ratio(run, kind, length))] if compare else []))
-        )
+        rows.append((f"{fmt.count(length)}{past}", *cells, *([fmt.times(ratio(run, kind, length))] if compare else [])))
     return Table(tuple(headers), tuple(rows), kind_name(kind))
 
 
 def interval_of(row: Row | None) -> str:
     """PrefixPPL [low, high]."""
-    return words.NONE if row is None else words.interval(row.ppl, row.low, row.high)
+    return fmt.NONE if row is None else fmt.interval(row.ppl, row.low, row.high)
 
 
 def details(run: RunData, kind: str) -> Table:
@@ -208,12 +202,12 @@ def details(run: RunData, kind: str) -> Table:
     headers = ("context length", "model", "tokens", "documents", "tail perplexity", "bits per byte", "intervals over")
     rows = [
         (
-            words.count(row.length),
+            fmt.count(row.length),
             model.label,
-            words.count(row.tokens),
-            words.count(row.documents),
-            f"{words.interval(row.tail_ppl, row.tail_low, row.tail_high)} (last {words.count(row.tail)})",
-            words.number(row.bpb),
+            fmt.count(row.tokens),
+            fmt.count(row.documents),
+            f"{fmt.interval(row.tail_ppl, row.tail_low, row.tail_high)} (last {fmt.count(row.tail)})",
+            fmt.number(row.bpb),
             row.unit,
         )
         for length in run.lengths
@@ -228,10 +222,10 @@ def steps(run: RunData) -> Table:
     rows: list[tuple[str, ...]] = [
         (
             step.name,
-            words.duration(step.seconds),
-            words.duration(step.predicted_seconds),
-            words.size(step.peak_bytes),
-            words.size(step.predicted_peak_bytes),
+            fmt.duration(step.seconds),
+            fmt.duration(step.predicted_seconds),
+            fmt.nbytes(step.peak_bytes),
+            fmt.nbytes(step.predicted_peak_bytes),
         )
         for step in run.steps
     ]
@@ -243,7 +237,11 @@ def steps(run: RunData) -> Table:
         total = sum(known) if known else None
         plan = sum(planned) if planned else None
         rows.append(
-            ("all (time: sum, memory: most)", *map(words.duration, (total, plan)), *map(words.size, (peak, expected)))
+            (
+                "all (time: sum, memory: most)",
+                *map(fmt.duration, (total, plan)),
+                *map(fmt.nbytes, (peak, expected)),
+            )
         )
     return Table(("step", "time", "time predicted", "peak memory", "peak predicted"), tuple(rows))
 
@@ -261,7 +259,7 @@ def layers(run: RunData) -> Table:
                 percent(one.get("keys")),
                 percent(one.get("values")),
                 ", ".join(f"{r.get('name')} {'kept' if r.get('accepted') else 'not kept'}" for r in repairs)
-                or words.NONE,
+                or fmt.NONE,
                 percent(repairs[0].get("held_out_before") if repairs else None),
                 percent(repairs[-1].get("held_out_after") if repairs else None),
             )
@@ -272,7 +270,7 @@ def layers(run: RunData) -> Table:
 
 def percent(value: float | None) -> str:
     """A share: 12.3%."""
-    return words.NONE if value is None else f"{value:.1%}"
+    return fmt.NONE if value is None else f"{value:.1%}"
 
 
 def requirements(run: RunData) -> Table:
@@ -281,7 +279,7 @@ def requirements(run: RunData) -> Table:
         (
             str(one.get("metric")),
             str(one.get("bound")),
-            words.number(one.get("value")),
+            fmt.number(one.get("value")),
             "met" if one.get("passed") else f"NOT MET {one.get('reason') or ''}".strip(),
         )
         for one in run.gate

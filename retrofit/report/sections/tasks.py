@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from retrofit.report import format as words
+from retrofit import format as fmt
 from retrofit.report.parts import Figure, Table
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def figures(run: RunData) -> Iterator[Figure]:
             score = next((one for one in model.tasks if (one.task, one.metric) == (task, metric)), None)
             change = next((one for one in model.task_changes if (one.task, one.metric) == (task, metric)), None)
             if score is not None:
-                rows.append((task, metric, model.label, scored(score), *_paired(change), words.count(score.questions)))
+                rows.append((task, metric, model.label, scored(score), *_paired(change), fmt.count(score.questions)))
     shots = sorted({score.fewshot for model in run.models for score in model.tasks})
     yield Figure(
         "tasks",
@@ -64,6 +64,6 @@ def changed(change: TaskChange) -> str:
 
 def _paired(change: TaskChange | None) -> tuple[str, str, str, str]:
     if change is None:
-        return (words.NONE, words.NONE, words.NONE, words.NONE)
-    p = words.NONE if change.p is None else words.number(change.p, 2)
-    return (changed(change), words.count(change.lost), words.count(change.gained), p)
+        return (fmt.NONE, fmt.NONE, fmt.NONE, fmt.NONE)
+    p = fmt.NONE if change.p is None else fmt.number(change.p, 2)
+    return (changed(change), fmt.count(change.lost), fmt.count(change.gained), p)

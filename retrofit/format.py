@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers as people read them: counts, bytes, durations, ratios, lengths. The one place that writes them."""
 
 from __future__ import annotations
 
@@ -32,12 +32,24 @@ def times(value: float | None) -> str:
     return NONE if value is None else f"{plain(value)}×"
 
 
-def count(value: int | None) -> str:
-    """A whole number with thousands separators."""
-    return NONE if value is None else f"{value:,}"
+def count(value: float | None) -> str:
+    """A count with thousands separators; below 100 with one decimal if it has a fraction."""
+    if value is None:
+        return NONE
+    return f"{value:,.1f}" if value < 100 and value != int(value) else f"{value:,.0f}"
 
 
-def size(value: float | None) -> str:
+def amount(value: float, unit: str) -> str:
+    """A count with its unit; bytes in binary units."""
+    return nbytes(value) if unit == "B" else f"{count(value)} {unit}".rstrip()
+
+
+def heads(count: int) -> str:
+    """ "1 KV head", "2 KV heads"."""
+    return f"{count} KV head{'' if count == 1 else 's'}"
+
+
+def nbytes(value: float | None) -> str:
     """Bytes: 22.5 KiB, 1.41 GiB."""
     if value is None:
         return NONE
