@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from retrofit.checkpoint.config import without_run_fields
 from retrofit.checkpoint.files import INDEX, SINGLE
@@ -103,8 +102,8 @@ class ShardWriter:
     """Writes tensors as they come into `model.safetensors`, or shards with an index when they exceed `max_shard_size`.
 
     Use as a context manager, or call `close`; the index is written last. The order of the tensors is the order of
-    `add`. A matrix that is the same view of the same memory as one written before (tied embeddings) is not written
-    again; `aliases` says which. `header_reserve`: bytes kept for each header; a longer one moves the data once.
+    `add`, and every name is written, tensors that share their memory as well: a reader that looks for a tied embedding
+    by its name finds it. `header_reserve`: bytes kept for each header; a longer one moves the data once.
 
     resume: the folder may hold shards that an interrupted writer of the same tensors finished; they are not written
     again. A shard is whole when it has its header, which is written last, and the size that this promises; when it
@@ -124,10 +123,8 @@ class ShardWriter:
         self.limit = parse_size(max_shard_size)
         self.metadata = {"format": "pt", **(metadata or {})}
         self.reserve = -(-max(header_reserve, 64) // 8) * 8
-        self.aliases: dict[str, str] = {}
         self.nbytes = 0
         self.shards: tuple[str, ...] = ()
-        self._seen: dict[tuple[StorageWeakRef, int, tuple[int, ...], tuple[int, ...]], str] = {}
         self._headers: list[dict[str, dict[str, Any]]] = []
         self._names: set[str] = set()
         self._file: FileIO | None = None
@@ -153,15 +150,6 @@ class ShardWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor; it is not kept."""
-        if tensor.ndim >= 2:
-            # A weak reference keeps the identity of the memory from being reused, not the memory itself.
-            storage = StorageWeakRef(tensor.untyped_storage())
-            key = (storage, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
-            if key in self._seen:
-                self._claim(name)
-                self.aliases[name] = self._seen[key]
-                return
-            self._seen[key] = name
         dense = tensor.detach().to("cpu").contiguous()
         file = self._begin(name, _DTYPE_NAMES[dense.dtype], tuple(dense.shape), dense.nbytes)
         if dense.nbytes and file:

@@ -78,6 +78,7 @@ def test_trained_embeddings_are_merged_and_a_tied_head_follows(tied: bool, store
     out = tmp_path / "out"
     out.mkdir()
     merge_and_save(peft_model, source, out)
+    assert Checkpoint.open(out).names == Checkpoint.open(source).names
     merged = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
     with torch.no_grad():
         expected = model.model(IDS).last_hidden_state @ head.T
