@@ -445,16 +445,16 @@ def publish(
     *,
     repo: str,
     private: bool = True,
-    licence: str | None = None,
+    license: str | None = None,
     token: str | None = None,
     progress: Progress | None = None,
 ) -> Published:
-    """Push a finished checkpoint folder to the hub repository `repo`; token, name and licence are checked first."""
+    """Push a finished checkpoint folder to the hub repository `repo`; token, name and license are checked first."""
     from retrofit.publishing.hub import publish as push
 
     with _entered():
         return push(
-            local_path(folder, where="FOLDER"), repo, private=private, token=token, licence=licence, progress=progress
+            local_path(folder, where="FOLDER"), repo, private=private, token=token, license=license, progress=progress
         )
 
 

@@ -188,7 +188,7 @@ def _recipe() -> dict[str, Any]:
             "cost_lengths": [],
             "resamples": 200,
         },
-        "publish": {"licence": "apache-2.0", "base_model": "someone/tiny"},
+        "publish": {"license": "apache-2.0", "base_model": "someone/tiny"},
     }
 
 

@@ -285,7 +285,7 @@ def remove_shards(folder: str | Path) -> int:
 
 
 def side_files(source: str | Path) -> tuple[str, ...]:
-    """Names of a checkpoint's tokenizer, chat template, generation settings and licence texts that are there, sorted;
+    """Names of a checkpoint's tokenizer, chat template, generation settings and license texts that are there, sorted;
     never weights, config.json, card or code.
 
     Raises UserError for a link to a file of another name elsewhere, whose content would be copied and published.

@@ -556,14 +556,14 @@ def publish(
     folder: Annotated[str, typer.Argument(help="The `final` folder of a run.")],
     repo: Annotated[str, typer.Option("--repo", metavar="ID", help="OWNER/NAME on the hub.")],
     public: Annotated[bool, typer.Option("--public", help="Make the repository public; private otherwise.")] = False,
-    licence: Annotated[str | None, typer.Option("--licence", help="Licence id, when the card has none.")] = None,
+    license: Annotated[str | None, typer.Option("--license", help="License id, when the card has none.")] = None,
     json: Json = False,
 ) -> None:
     """Push a finished checkpoint to the hub. The token is that of `hf auth login` or HF_TOKEN."""
     from retrofit.cli import output
 
     console = _console(json)
-    result = retrofit.publish(folder, repo=repo, private=not public, licence=licence, progress=console.progress)
+    result = retrofit.publish(folder, repo=repo, private=not public, license=license, progress=console.progress)
     output.published(console, result)
 
 

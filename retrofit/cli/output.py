@@ -137,7 +137,7 @@ def _described(console: Console, result: Inspection) -> None:
         ("layers", result.layers),
         ("query heads / KV heads", f"{result.query_heads} / {result.kv_heads}, head dim {result.head_dim}"),
         ("positions", f"{result.max_position_embeddings:,}"),
-        ("licence", result.licence),
+        ("license", result.license),
         ("KV cache per token", nbytes(result.kv_bytes_per_token)),
     ]
     facts += [(f"KV cache at {tokens // 1024}k", nbytes(size)) for tokens, size in result.kv_cache_bytes.items()]

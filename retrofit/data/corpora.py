@@ -30,7 +30,7 @@ LONG_CHARS = 80_000  # a source file of 16k tokens or more
 PHRASE = 8  # words
 OVERLAP = 0.15  # share of the shorter text's marks that makes two texts one group
 EXCERPT = 0.8  # share of a text's marks found in one longer text that makes it an excerpt of it
-COMMON = 40  # a mark that more documents than this share (a licence header) says nothing
+COMMON = 40  # a mark that more documents than this share (a license header) says nothing
 SKIPPED_PARTS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "encodings", "__pycache__"}
 )

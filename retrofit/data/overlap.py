@@ -27,7 +27,7 @@ SKETCH = 1024
 NEAR = 0.4
 """Share of a text found elsewhere that makes it a copy. One word in ten changed leaves 0.45 of the windows."""
 COMMON = 40
-"""A window that more texts than this share (a licence header, a template) says nothing, as in `corpora`."""
+"""A window that more texts than this share (a license header, a template) says nothing, as in `corpora`."""
 _MANY = 4  # from so many texts on, what more than half of them share says nothing either
 _TELLING = 0.2  # share of a text's windows that must be left to go by them alone
 _PIECE = 1 << 20  # characters hashed at once

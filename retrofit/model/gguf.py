@@ -52,7 +52,7 @@ _SPLIT_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 def convert(path: str | Path, *, weights: bool = True, progress: Progress | None = None) -> Path:
     """The folder in the cache for a GGUF file, made if needed; without `weights` only configuration and tokenizer.
 
-    The folder's name holds the file's SHA-256; its README.md names licence and base model, where the file does.
+    The folder's name holds the file's SHA-256; its README.md names license and base model, where the file does.
     Raises UserError as `read_header` does, and for a cache folder that cannot be written or has no room.
     """
     path = Path(path)
@@ -228,7 +228,7 @@ def _tidy_tokenizer_config(folder: Path) -> None:
 
 
 def _write_card(header: GgufFile, folder: Path) -> None:
-    """README.md whose front matter carries the licence and base model that the file states, and its quantisation."""
+    """README.md whose front matter carries the license and base model that the file states, and its quantisation."""
     url = str(header.metadata.get("general.base_model.0.repo_url") or "")
     stated = {
         "license": header.metadata.get("general.license"),

@@ -41,7 +41,7 @@ class Snapshot:
     folder: Path
     repo_id: str
     revision: str
-    licence: str | None
+    license: str | None
 
 
 def download(repo_id: str, *, revision: str | None, weights: bool, progress: Progress | None = None) -> Snapshot:
@@ -80,7 +80,7 @@ def download(repo_id: str, *, revision: str | None, weights: bool, progress: Pro
                 progress.finish()
     except _UnreachableError as error:
         return _cached(repo_id, revision, weights, str(error), progress)
-    return Snapshot(Path(folder), repo_id, commit, _licence(info.card_data))
+    return Snapshot(Path(folder), repo_id, commit, _license(info.card_data))
 
 
 def require_files(repo_id: str, files: set[str]) -> None:
@@ -199,6 +199,6 @@ def _shards(repo_id: str, commit: str, files: set[str]) -> set[str]:
     return shards
 
 
-def _licence(card: Any) -> str | None:
-    licence = getattr(card, "license", None)
-    return licence if isinstance(licence, str) else None
+def _license(card: Any) -> str | None:
+    license = getattr(card, "license", None)
+    return license if isinstance(license, str) else None

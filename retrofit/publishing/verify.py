@@ -13,7 +13,7 @@ from retrofit.errors import GateError, UserError
 from retrofit.escape import shown
 from retrofit.files import read_text
 from retrofit.publishing.snippet import front_matter, placeholders, shows_snippet
-from retrofit.recipe.hub import licence_problem
+from retrofit.recipe.hub import license_problem
 
 CARD = "README.md"
 PARTIAL = f".{CARD}.partial"
@@ -23,22 +23,22 @@ _AGAIN = "write the folder again: retrofit run RECIPE --from publish"
 
 @dataclass(frozen=True)
 class Finished:
-    """A folder that may be published: its card, licence and the files that make it up (relative, sorted)."""
+    """A folder that may be published: its card, license and the files that make it up (relative, sorted)."""
 
     folder: Path
     card: str
-    licence: str
+    license: str
     files: tuple[str, ...]
     nbytes: int
 
 
-def require_finished(folder: str | Path, *, licence: str | None = None) -> Finished:
+def require_finished(folder: str | Path, *, license: str | None = None) -> Finished:
     """Check that the folder is a whole checkpoint whose gate and reload passed and whose files are those recorded.
 
-    licence: hub licence id for a card that has none; the card is not changed here.
+    license: hub license id for a card that has none; the card is not changed here.
 
     Raises UserError: no retrofit.json, gate or reload not passed, a file changed, missing or added since, something
-    that is no plain file, a card with placeholders, without a licence or with other load lines than those executed.
+    that is no plain file, a card with placeholders, without a license or with other load lines than those executed.
     GateError when a requirement was not met or never checked.
     """
     folder = Path(folder)
@@ -63,7 +63,7 @@ def require_finished(folder: str | Path, *, licence: str | None = None) -> Finis
         )
     files = tuple(sorted({*record["files"], CARD, FILE}))
     nbytes = sum((folder / name).stat().st_size for name in files)
-    return Finished(folder, card, _licence(card, licence, folder), files, nbytes)
+    return Finished(folder, card, _license(card, license, folder), files, nbytes)
 
 
 def _names(record: object) -> set[str]:
@@ -128,21 +128,21 @@ def _require_files(record: dict[str, Any], folder: Path) -> None:
             )
 
 
-def _licence(card: str, asked: str | None, folder: Path) -> str:
+def _license(card: str, asked: str | None, folder: Path) -> str:
     front = front_matter(card)
     stated = front.get("license")
     if stated and asked and stated != asked:
         raise UserError(
-            f"the card says licence {stated}, and {asked} was asked for",
+            f"the card says license {stated}, and {asked} was asked for",
             where=str(folder / CARD),
-            fix=f"leave --licence out, or change `license: {stated}` in the card",
+            fix=f"leave --license out, or change `license: {stated}` in the card",
         )
-    licence = stated or asked
-    if not licence:
+    license = stated or asked
+    if not license:
         raise UserError(
-            "no licence is known for this model", where=str(folder / CARD), fix="give one: --licence apache-2.0"
+            "no license is known for this model", where=str(folder / CARD), fix="give one: --license apache-2.0"
         )
-    problem = licence_problem(str(licence), front.get("license_name"), front.get("license_link"))
+    problem = license_problem(str(license), front.get("license_name"), front.get("license_link"))
     if problem:
         raise UserError(problem, where=str(folder / CARD), fix="correct `license:` in the card")
-    return str(licence)
+    return str(license)

@@ -1,4 +1,4 @@
-"""What the Hugging Face hub accepts as the name of a repository or a revision, and as a licence. Whole texts are
+"""What the Hugging Face hub accepts as the name of a repository or a revision, and as a license. Whole texts are
 compared; nothing here uses the network."""
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ import re
 
 from retrofit.escape import shown, visible
 
-LICENCE_PAGE = "https://huggingface.co/docs/hub/repositories-licenses"
+LICENSE_PAGE = "https://huggingface.co/docs/hub/repositories-licenses"
 OTHER = "other"
-"""The licence of a model whose own has no id: its name and a link to its text stand beside it."""
+"""The license of a model whose own has no id: its name and a link to its text stand beside it."""
 
 _IDS = """
 afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
@@ -22,8 +22,8 @@ fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 grok2-communi
 lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by
 ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl postgresql unlicense wtfpl zlib
 """
-LICENCES = frozenset(_IDS.split())
-"""The ids of LICENCE_PAGE, without `unknown`, which grants nothing."""
+LICENSES = frozenset(_IDS.split())
+"""The ids of LICENSE_PAGE, without `unknown`, which grants nothing."""
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
@@ -58,23 +58,23 @@ def is_link(text: str) -> bool:
     return len(text) <= 2000 and ".." not in text and visible(text) == text and _LINK.fullmatch(text) is not None
 
 
-def licence_problem(licence: str | None, name: str | None = None, link: str | None = None) -> str | None:
-    """What keeps the hub from accepting this licence, and the fix; None where nothing does.
+def license_problem(license: str | None, name: str | None = None, link: str | None = None) -> str | None:
+    """What keeps the hub from accepting this license, and the fix; None where nothing does.
 
-    name, link: beside the licence `other`, which says nothing without them.
+    name, link: beside the license `other`, which says nothing without them.
     """
-    if not licence:
-        return "the licence is not known; give it with --set publish.licence=ID (for example apache-2.0)"
-    if licence not in LICENCES:
-        near = difflib.get_close_matches(licence.lower(), LICENCES, n=1, cutoff=0.6)
+    if not license:
+        return "the license is not known; give it with --set publish.license=ID (for example apache-2.0)"
+    if license not in LICENSES:
+        near = difflib.get_close_matches(license.lower(), LICENSES, n=1, cutoff=0.6)
         meant = f"; did you mean `{near[0]}`?" if near else "."
         return (
-            f"`{shown(licence, 60)}` is not a licence id of the hub{meant} Give one with --set publish.licence=ID, "
-            f"from {LICENCE_PAGE}; or `{OTHER}` with licence_name and licence_link"
+            f"`{shown(license, 60)}` is not a license id of the hub{meant} Give one with --set publish.license=ID, "
+            f"from {LICENSE_PAGE}; or `{OTHER}` with license_name and license_link"
         )
-    if licence == OTHER and not (name and link):
+    if license == OTHER and not (name and link):
         return (
-            "the licence `other` needs a name and a link to its text; give them with --set publish.licence_name=NAME "
-            "--set publish.licence_link=https://..."
+            "the license `other` needs a name and a link to its text; give them with --set publish.license_name=NAME "
+            "--set publish.license_link=https://..."
         )
     return None

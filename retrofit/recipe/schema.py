@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from retrofit.escape import shown, visible
-from retrofit.recipe.hub import OTHER, is_link, is_repo_id, licence_problem
+from retrofit.recipe.hub import OTHER, is_link, is_repo_id, license_problem
 
 Kernel = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "blockwise"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -480,31 +480,31 @@ class Evaluate(Section):
 class Publish(Section):
     """The checkpoint that can be published."""
 
-    licence: str | None = Field(None, description="licence id for the card; by default the source model's own")
-    licence_name: str | None = Field(
-        None, min_length=1, max_length=200, description="with the licence `other`: its name; by default the source's"
+    license: str | None = Field(None, description="license id for the card; by default the source model's own")
+    license_name: str | None = Field(
+        None, min_length=1, max_length=200, description="with the license `other`: its name; by default the source's"
     )
-    licence_link: str | None = Field(None, description="with the licence `other`: where its text is")
+    license_link: str | None = Field(None, description="with the license `other`: where its text is")
     base_model: str | None = Field(None, description="hub id of the source for the card, when it cannot be known")
     max_shard_size: str = Field("5GB", description="most bytes of a weight file: 500MB, 5GB; 1KB at least")
     reload_tokens: Length = Field(1024, description="tokens per document that a fresh process scores again")
 
-    @field_validator("licence")
+    @field_validator("license")
     @classmethod
-    def _known_licence(cls, value: str | None) -> str | None:
-        problem = None if value in (None, OTHER) else licence_problem(value)
+    def _known_license(cls, value: str | None) -> str | None:
+        problem = None if value in (None, OTHER) else license_problem(value)
         if problem:
             raise ValueError(problem)
         return value
 
-    @field_validator("licence_name")
+    @field_validator("license_name")
     @classmethod
     def _one_line(cls, value: str | None) -> str | None:
         if value is not None and (visible(value) != value or not value.strip()):
             raise ValueError("must be one line of plain text")
         return value
 
-    @field_validator("licence_link")
+    @field_validator("license_link")
     @classmethod
     def _address(cls, value: str | None) -> str | None:
         if value is not None and not is_link(value):
@@ -532,8 +532,8 @@ class Publish(Section):
 
     @model_validator(mode="after")
     def _terms(self) -> Publish:
-        if self.licence not in (None, OTHER) and (self.licence_name or self.licence_link):
-            raise ValueError(f"`licence_name` and `licence_link` belong to `licence: other`, not to `{self.licence}`")
+        if self.license not in (None, OTHER) and (self.license_name or self.license_link):
+            raise ValueError(f"`license_name` and `license_link` belong to `license: other`, not to `{self.license}`")
         return self
 
 

@@ -46,7 +46,7 @@ def source_record(source: Source) -> Mapping[str, object]:
         "kind": source.kind,
         "revision": source.revision,
         "base_model": source.base_model,
-        "licence": source.licence,
+        "license": source.license,
         "dtype": source.dtype,
         **({"notes": list(source.notes)} if source.notes else {}),
         "digests": dict(source.digests),

@@ -1,4 +1,4 @@
-"""What publishing will need at the end of a run, checked at its start: licence, names, and lines that run the model."""
+"""What publishing will need at the end of a run, checked at its start: license, names, and lines that run the model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.evaluation.scoring.reader import varying
 from retrofit.model.chat import rendered
-from retrofit.model.license import other_licence_of
+from retrofit.model.license import other_license_of
 from retrofit.model.side_files import GENERATION, side_file
 from retrofit.model.source import Source
-from retrofit.publishing.card_input import require_licence_and_base
+from retrofit.publishing.card_input import require_license_and_base
 from retrofit.publishing.reload import nothing_to_compare
 from retrofit.publishing.snippet import MESSAGES, PROMPT, TOKEN_TYPES, load_snippet
 from retrofit.recipe.hub import OTHER
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Terms:
-    """The licence of what is published; name and link only beside the licence `other`."""
+    """The license of what is published; name and link only beside the license `other`."""
 
-    licence: str | None
+    license: str | None
     name: str | None = None
     link: str | None = None
 
 
 def terms_of(section: Publish, source: Source) -> Terms:
-    """What the recipe says of the licence, and of the rest what the source's card says."""
-    licence = section.licence or source.licence
-    if licence != OTHER:
-        return Terms(licence)
-    name, link = other_licence_of(source.folder)
-    return Terms(licence, section.licence_name or name, section.licence_link or link)
+    """What the recipe says of the license, and of the rest what the source's card says."""
+    license = section.license or source.license
+    if license != OTHER:
+        return Terms(license)
+    name, link = other_license_of(source.folder)
+    return Terms(license, section.license_name or name, section.license_link or link)
 
 
 def check_publish(recipe: Recipe, source: Source, config: PretrainedConfig) -> None:
@@ -53,7 +53,7 @@ def check_publish(recipe: Recipe, source: Source, config: PretrainedConfig) -> N
             "nothing is published without measurements", where="publish", fix="keep `evaluate`, or add publish: null"
         )
     terms = terms_of(section, source)
-    require_licence_and_base(terms.licence, section.base_model or source.base_model, terms.name, terms.link)
+    require_license_and_base(terms.license, section.base_model or source.base_model, terms.name, terms.link)
     context, encoded = recipe.context, config
     if context and not context.searches:  # what is searched for does not change with the length
         method, settings = str(context.method), context.settings

@@ -150,9 +150,9 @@ def _card(runner: Runner, state: State, folder: Path, section: Publish, *, chart
     return CardInput(
         title=title(recipe, base, data.claimed_length),
         base_model=base,
-        licence=terms.licence,
-        licence_name=terms.name,
-        licence_link=terms.link,
+        license=terms.license,
+        license_name=terms.name,
+        license_link=terms.link,
         architecture=stock_class(config),
         dtype=str(config.dtype).removeprefix("torch."),
         layers=len(prepared.spec.layers),

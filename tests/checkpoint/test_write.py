@@ -181,10 +181,10 @@ def test_links_to_files_of_a_model_are_followed(tmp_path: Path) -> None:
         folder.mkdir()
     for name in ("tokenizer.json", "0123456789abcdef" * 4):
         (store / name).write_text(name)
-    (model / "licence.old").write_text("mine")
+    (model / "license.old").write_text("mine")
     (model / "tokenizer.json").symlink_to(store / "tokenizer.json")
     (model / "vocab.json").symlink_to(store / ("0123456789abcdef" * 4))
-    (model / "LICENSE").symlink_to("licence.old")
+    (model / "LICENSE").symlink_to("license.old")
     assert copy_side_files(model, out) == ("LICENSE", "tokenizer.json", "vocab.json")
     assert not any(path.is_symlink() for path in out.iterdir())
 

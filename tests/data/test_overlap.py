@@ -96,7 +96,7 @@ def test_short_texts_are_compared_whole() -> None:
 
 
 def test_what_most_texts_share_says_nothing() -> None:
-    """Rows made from one template are no copies of each other, and a licence in every file makes none either."""
+    """Rows made from one template are no copies of each other, and a license in every file makes none either."""
     template = "Below is an instruction that describes a task, write a response that answers it. Response: "
     rows = [template + prose(seed, 12) for seed in range(100, 160)]
     overlap = Overlap(rows[:10])

@@ -254,8 +254,8 @@ def tokenizer(data: bytes) -> None:
 
 @target
 def card(data: bytes) -> None:
-    """README.md and the licence file of a model folder."""
-    from retrofit.model.license import base_model_of, licence_of
+    """README.md and the license file of a model folder."""
+    from retrofit.model.license import base_model_of, license_of
 
     choices = Choices(data)
     folder = place() / "card"
@@ -264,5 +264,5 @@ def card(data: bytes) -> None:
         _written("card/README.md", b"no front matter")
     else:
         _written("card/README.md", b"---\n" + choices.rest() + b"\n---\nwords\n")
-    licence_of(folder)
+    license_of(folder)
     base_model_of(folder)

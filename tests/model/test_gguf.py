@@ -99,7 +99,7 @@ def logits(model) -> torch.Tensor:
 
 def test_float_file_is_the_same_model(tmp_path, cache):
     found = resolve(write_gguf(tmp_path / "m.gguf"))
-    assert (found.kind, found.dtype, found.licence, found.base_model) == ("gguf", "float32", "mit", "org/base")
+    assert (found.kind, found.dtype, found.license, found.base_model) == ("gguf", "float32", "mit", "org/base")
     assert found.folder.parent == cache
     torch.testing.assert_close(
         logits(load_model(found.folder, kernel="eager")), logits(source_model()), atol=1e-5, rtol=1e-5
@@ -251,7 +251,7 @@ def test_embedded_model_predicts_english(tmp_path):
     except UserError:
         pytest.skip("the demo extra is not installed")
     found = resolve("embedded")
-    assert (found.dtype, found.licence, found.base_model) == ("bfloat16", "apache-2.0", EMBEDDED_MODEL)
+    assert (found.dtype, found.license, found.base_model) == ("bfloat16", "apache-2.0", EMBEDDED_MODEL)
     config = load_config(found.folder)
     assert config.rope_parameters == {"rope_theta": 100_000.0, "rope_type": "default"}
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (9, 3, 64)

@@ -38,7 +38,7 @@ def edited(folder: Path, out: Path, **config: object) -> Path:
 def test_folder(folder):
     found = resolve(folder)
     assert (found.kind, found.folder, found.dtype) == ("folder", folder, "bfloat16")
-    assert (found.repo_id, found.revision, found.licence, found.base_model) == (None, None, None, None)
+    assert (found.repo_id, found.revision, found.license, found.base_model) == (None, None, None, None)
     assert set(found.digests) == {"config.json", "model.safetensors"}
     for name, digest in found.digests.items():
         assert digest == hashlib.sha256((folder / name).read_bytes()).hexdigest()
@@ -55,7 +55,7 @@ def test_folder(folder):
 
 
 @pytest.mark.parametrize(
-    ("card", "licence_file", "licence", "base_model"),
+    ("card", "license_file", "license", "base_model"),
     [
         ("---\nlicense: mit\nbase_model: [a/b]\n---\ntext", "", "mit", "a/b"),
         ("---\nlanguage: en\n---\n", "  Apache License\n  Version 2.0, January 2004", "apache-2.0", None),
@@ -63,12 +63,12 @@ def test_folder(folder):
         ("---\nlicense: [broken\n---\n", "Words nobody knows", None, None),
     ],
 )
-def test_licence_and_base_model(folder, tmp_path, card, licence_file, licence, base_model):
+def test_license_and_base_model(folder, tmp_path, card, license_file, license, base_model):
     copy = edited(folder, tmp_path / "m")
     (copy / "README.md").write_text(card)
-    (copy / "LICENSE").write_text(licence_file)
+    (copy / "LICENSE").write_text(license_file)
     found = resolve(copy, weights=False)
-    assert (found.licence, found.base_model) == (licence, base_model)
+    assert (found.license, found.base_model) == (license, base_model)
 
 
 def refused(model: object, match: str | None, **kwargs: object) -> UserError:
@@ -167,7 +167,7 @@ answers = []
 for arguments in json.loads(sys.argv[1]):
     try:
         found = resolve(**arguments)
-        answers.append([found.kind, found.repo_id, found.revision, found.dtype, found.licence, found.base_model,
+        answers.append([found.kind, found.repo_id, found.revision, found.dtype, found.license, found.base_model,
                         sorted(p.name for p in found.folder.iterdir()), found.digests])
         if arguments.get("weights", True):
             load_model(found.folder)
@@ -234,9 +234,9 @@ def test_hub(folder, tmp_path):
         assert expected[name] in answer, answer
     nope, light, whole, shards, both, broken = answers[len(names) :]
     assert "no revision `nope`" in nope
-    kind, repo_id, revision, dtype, licence, base_model, files, digests = light
+    kind, repo_id, revision, dtype, license, base_model, files, digests = light
     assert (kind, repo_id, revision, dtype) == ("hub", "org/good", SHA, "bfloat16")
-    assert (licence, base_model) == ("llama3.2", "org/good")
+    assert (license, base_model) == ("llama3.2", "org/good")
     assert not any(name.endswith((".safetensors", ".bin")) for name in files)
     assert set(digests) == {"config.json"}
     *_, files, digests = whole

@@ -37,7 +37,7 @@ def card_input(**over: Any) -> CardInput:
     base = CardInput(
         title="Tiny-mqa-16k",
         base_model="acme/Tiny",
-        licence="apache-2.0",
+        license="apache-2.0",
         architecture="LlamaForCausalLM",
         dtype="bfloat16",
         layers=30,

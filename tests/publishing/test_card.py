@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from retrofit.errors import UserError
 from retrofit.publishing.card import render_card
-from retrofit.publishing.card_input import CardModel, require_licence_and_base
+from retrofit.publishing.card_input import CardModel, require_license_and_base
 from retrofit.publishing.snippet import front_matter, load_snippet, placeholders, shows_snippet, with_model_id
 from retrofit.recipe.schema import RopeMethod
 from tests.publishing.cards import card_input, row, rows
@@ -33,8 +33,8 @@ def test_front_matter_as_the_hub_reads_it() -> None:
     assert all(e.metric_type == "perplexity" for e in data.eval_results)
 
 
-def test_other_licence_carries_name_and_link() -> None:
-    text = render_card(card_input(licence="other", licence_name="acme-1", licence_link="https://acme.org/l"))
+def test_other_license_carries_name_and_link() -> None:
+    text = render_card(card_input(license="other", license_name="acme-1", license_link="https://acme.org/l"))
     assert ModelCard(text).data.to_dict()["license_link"] == "https://acme.org/l"
 
 
@@ -131,9 +131,9 @@ def test_only_what_was_done_is_told() -> None:
 @pytest.mark.parametrize(
     ("over", "said"),
     [
-        ({"licence": None}, "--set publish.licence=ID"),
-        ({"licence": "unknown"}, "not a licence id"),
-        ({"licence": "My Own Licence"}, "not a licence id"),
+        ({"license": None}, "--set publish.license=ID"),
+        ({"license": "unknown"}, "not a license id"),
+        ({"license": "My Own License"}, "not a license id"),
         ({"base_model": None}, "--set publish.base_model=ORG/NAME"),
         ({"base_model": "/home/me/model"}, "not a hub id"),
         ({"models": ()}, "no perplexity was measured"),
@@ -152,14 +152,14 @@ def test_unknown_values_are_refused_by_name(over: dict, said: str) -> None:
 
 def test_all_unknown_values_are_named_at_once() -> None:
     with pytest.raises(UserError) as caught:
-        render_card(replace(card_input(), licence=None, base_model=None, commands=()))
+        render_card(replace(card_input(), license=None, base_model=None, commands=()))
     assert str(caught.value).count("\n  - ") == 3
 
 
 def test_early_check() -> None:
-    require_licence_and_base("mit", "a/b")
-    with pytest.raises(UserError, match=r"publish\.licence"):
-        require_licence_and_base(None, "a/b")
+    require_license_and_base("mit", "a/b")
+    with pytest.raises(UserError, match=r"publish\.license"):
+        require_license_and_base(None, "a/b")
 
 
 def test_a_text_called_todo_is_no_placeholder() -> None:

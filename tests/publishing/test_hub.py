@@ -78,7 +78,7 @@ def test_what_arrives_is_what_the_folder_holds(hub: HubServer, folder: Path) -> 
     assert hub.repos["ann/tiny"].files == files(folder)
     assert hub.repos["ann/tiny"].private and published.private
     assert hub.repos["ann/tiny"].commits == [published.commit]
-    assert published.url == f"{hub.endpoint}/ann/tiny" and published.licence == "apache-2.0"
+    assert published.url == f"{hub.endpoint}/ann/tiny" and published.license == "apache-2.0"
     assert set(published.files) == files(folder).keys() and published.nbytes == sum(map(len, files(folder).values()))
     assert waits == []
     url = f"{published.url}/resolve/main/model-00001-of-00002.safetensors"
@@ -290,22 +290,22 @@ def edit_card(folder: Path, old: str, new: str) -> None:
     (folder / "README.md").write_text(card.replace(old, new))
 
 
-def test_licence_may_be_given_for_a_card_that_has_none(hub: HubServer, folder: Path) -> None:
+def test_license_may_be_given_for_a_card_that_has_none(hub: HubServer, folder: Path) -> None:
     edit_card(folder, "license: apache-2.0\n", "")
-    with pytest.raises(UserError, match="no licence is known"):
+    with pytest.raises(UserError, match="no license is known"):
         push(hub, folder)
-    with pytest.raises(UserError, match="not a licence id"):
-        push(hub, folder, licence="My Licence")
+    with pytest.raises(UserError, match="not a license id"):
+        push(hub, folder, license="My License")
     assert not hub.requests
-    assert push(hub, folder, licence="mit")[0].licence == "mit"
+    assert push(hub, folder, license="mit")[0].license == "mit"
     assert hub.repos["ann/tiny"].files["README.md"].startswith(b"---\nlicense: mit\n")
-    with pytest.raises(UserError, match="card says licence mit"):
-        push(hub, folder, licence="apache-2.0")
+    with pytest.raises(UserError, match="card says license mit"):
+        push(hub, folder, license="apache-2.0")
 
 
 def test_a_finished_folder_passes(folder: Path) -> None:
     finished = require_finished(folder)
-    assert finished.licence == "apache-2.0" and set(finished.files) == files(folder).keys()
+    assert finished.license == "apache-2.0" and set(finished.files) == files(folder).keys()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from retrofit.data.sources import hub_dataset, rows
 from retrofit.errors import UserError
 from retrofit.model.source import resolve
-from retrofit.recipe.hub import is_model_or_dataset, is_name, is_repo_id, is_revision, licence_problem
+from retrofit.recipe.hub import is_model_or_dataset, is_name, is_repo_id, is_revision, license_problem
 from retrofit.recipe.schema import TextSource
 from tests.hostile import HOSTILE
 
@@ -29,7 +29,7 @@ ENDS = ("{}\n", "\n{}", "{} ", "{}\x00", "{}/../x", "../{}", "{}//x", "{}`", "{}
 @pytest.mark.parametrize("text", [*HOSTILE, "", ".", "..", "/", *(end.format("a/b") for end in ENDS)])
 def test_what_is_no_name(text: str) -> None:
     assert not any(check(text) for check in (is_name, is_repo_id, is_model_or_dataset, is_revision))
-    assert licence_problem(text)
+    assert license_problem(text)
     with pytest.raises(UserError):
         hub_dataset(f"hub:{text}")
     with pytest.raises(UserError):

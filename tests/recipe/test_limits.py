@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from retrofit.recipe.hub import LICENCES, is_link, is_repo_id, licence_problem
+from retrofit.recipe.hub import LICENSES, is_link, is_repo_id, license_problem
 from retrofit.recipe.load import RecipeError, parse
 from retrofit.recipe.schema import MOST_SEED, MOST_TOKENS, Recipe, parse_bound, parse_size
 
@@ -94,14 +94,14 @@ def test_a_metric_has_a_known_name(key: str) -> None:
         ("publish.max_shard_size", "0.1B", "at least 1000 bytes"),
         ("publish.max_shard_size", "1e999GB", "not a size"),
         ("publish.max_shard_size", "-5GB", "not a size"),
-        ("publish.licence", "apache2", "did you mean `apache-2.0`?"),
-        ("publish.licence", "mit\n", "not a licence id"),
-        ("publish.licence", "unknown", "not a licence id"),
-        ("publish.licence_link", "javascript:alert(1)", "no address"),
-        ("publish.licence_name", "a\nb: c", "one line of plain text"),
+        ("publish.license", "apache2", "did you mean `apache-2.0`?"),
+        ("publish.license", "mit\n", "not a license id"),
+        ("publish.license", "unknown", "not a license id"),
+        ("publish.license_link", "javascript:alert(1)", "no address"),
+        ("publish.license_name", "a\nb: c", "one line of plain text"),
         ("publish.base_model", "a/b\n", "not a hub id"),
         ("publish.base_model", "../..", "not a hub id"),
-        ("publish", {"licence": "mit", "licence_name": "x"}, "belong to `licence: other`"),
+        ("publish", {"license": "mit", "license_name": "x"}, "belong to `license: other`"),
     ],
 )
 def test_what_no_step_could_work_with_is_refused(key: str, value: Any, said: str) -> None:
@@ -125,13 +125,13 @@ def test_the_range_stands_in_the_schema() -> None:
     assert (seed["minimum"], seed["maximum"]) == (0, MOST_SEED)
 
 
-def test_the_licence_other_needs_name_and_link() -> None:
-    assert "needs a name and a link" in str(licence_problem("other", "tiny-1", None))
-    assert licence_problem("other", "tiny-1", "https://example.org/LICENSE") is None
+def test_the_license_other_needs_name_and_link() -> None:
+    assert "needs a name and a link" in str(license_problem("other", "tiny-1", None))
+    assert license_problem("other", "tiny-1", "https://example.org/LICENSE") is None
 
 
-def test_every_id_of_the_hub_is_a_licence_of_its_own() -> None:
-    assert [one for one in LICENCES - {"other"} if licence_problem(one)] == []
+def test_every_id_of_the_hub_is_a_license_of_its_own() -> None:
+    assert [one for one in LICENSES - {"other"} if license_problem(one)] == []
 
 
 def test_repositories_are_named_as_the_hub_allows() -> None:
@@ -139,6 +139,6 @@ def test_repositories_are_named_as_the_hub_allows() -> None:
     assert [name for name in names if is_repo_id(name)] == ["a/b", "A-1/b.c_d"]
 
 
-def test_a_licence_link_is_an_address_or_a_file_of_the_repository() -> None:
+def test_a_license_link_is_an_address_or_a_file_of_the_repository() -> None:
     links = ("https://a.org/x?y=1", "LICENSE", "../x", "https://a.org/ x", "file:///etc/passwd", "a\nb")
     assert [link for link in links if is_link(link)] == ["https://a.org/x?y=1", "LICENSE"]

@@ -83,7 +83,7 @@ def sections(model: Path, texts: Path) -> dict[str, Any]:
             "decode_tokens": 2,
             "resamples": 100,
         },
-        "publish": {"licence": "apache-2.0", "base_model": "someone/tiny"},
+        "publish": {"license": "apache-2.0", "base_model": "someone/tiny"},
         "require": {"ppl_ratio@64": "<= 100"},
     }
 

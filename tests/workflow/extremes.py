@@ -101,7 +101,7 @@ def base(key: str, model: Path, texts: Path) -> dict[str, Any]:
             "cost_lengths": [],
             "resamples": 100,
         },
-        "publish": {"licence": "mit", "base_model": "a/b"},
+        "publish": {"license": "mit", "base_model": "a/b"},
     }
     needed = {"publish": ("evaluate", "publish")}.get(section := key.partition(".")[0], (section,))
     if section not in sections:

@@ -157,8 +157,8 @@ def test_requirements_on_what_is_not_measured(recipe: Recipe, out: Path) -> None
     assert "no text `prose`" in refused(out, recipe(require={"ppl@64/prose": "<= 3"}))
 
 
-def test_no_licence_to_put_on_the_card(recipe: Recipe, out: Path) -> None:
-    assert "licence" in refused(out, recipe(publish={"base_model": "someone/tiny"}))
+def test_no_license_to_put_on_the_card(recipe: Recipe, out: Path) -> None:
+    assert "license" in refused(out, recipe(publish={"base_model": "someone/tiny"}))
 
 
 def test_no_model(recipe: Recipe, out: Path) -> None:

@@ -99,7 +99,7 @@ def test_special_tokens_beyond_the_vocabulary(recipe: Recipe, refused: Callable[
     assert "the bos_token `<s>` has the id 256" in refused(recipe(), "--model", small)
 
 
-def test_the_licence_other_without_its_name(recipe: Recipe, refused: Callable[..., str], copy: Path) -> None:
+def test_the_license_other_without_its_name(recipe: Recipe, refused: Callable[..., str], copy: Path) -> None:
     (copy / "README.md").write_text("---\nlicense: other\nlicense_link: https://example.org/l\nbase_model: a/b\n---\n")
     assert "needs a name and a link" in refused(recipe(publish={}), "--model", copy)
 

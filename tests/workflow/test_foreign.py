@@ -55,7 +55,7 @@ def out(tmp_path_factory: pytest.TempPathFactory, model: Path, texts: Path) -> P
     held = home / "$(touch PWNED)`|![a](http:evil)<img src=x onerror=alert(1)>.txt".replace("/", "")
     shutil.copy(texts / "held.txt", held)
     recipe = sections(source, texts)
-    recipe |= {"description": DESCRIPTION, "recover": None, "publish": {"base_model": "someone/tiny", "licence": "mit"}}
+    recipe |= {"description": DESCRIPTION, "recover": None, "publish": {"base_model": "someone/tiny", "license": "mit"}}
     del recipe["context"], recipe["require"]
     recipe["evaluate"] |= {"lengths": [64], "text": [str(held)], "cost_lengths": []}
     (home / "recipe.yaml").write_text(yaml.safe_dump(recipe))
