@@ -74,6 +74,22 @@ def completed(raw: Mapping[str, Any], loaded: PretrainedConfig) -> dict[str, Any
     return {**raw, "text_config": whole} if prefix else whole
 
 
+def class_thetas(loaded: PretrainedConfig) -> dict[str | None, float]:
+    """The base of each layer type (None: of all layers) as the model's class loads it, its defaults filled in."""
+    found = views(as_dict(loaded.get_text_config()))
+    thetas = {view.layer_type: view.parameters.get("rope_theta") for view in found}
+    return {layer_type: theta for layer_type, theta in thetas.items() if theta is not None}
+
+
+def left_to_the_class(view: RopeView) -> bool:
+    """Whether a set of parameters leaves its base to the model's class, as files of before `rope_theta` do.
+
+    They have the old name `rope_scaling`. transformers writes a base into every `rope_parameters`, and null where an
+    assignment dropped it: there it was lost.
+    """
+    return view.where == "rope_scaling" and "rope_theta" not in view.parameters
+
+
 def is_nested(parameters: object) -> TypeGuard[Mapping[str, Any]]:
     """True for one dict per layer type."""
     return isinstance(parameters, Mapping) and any(key in LAYER_TYPES for key in parameters)
@@ -161,4 +177,21 @@ def original_length(raw: Mapping[str, Any], parameters: Mapping[str, Any]) -> in
     inside, outside = parameters.get("original_max_position_embeddings"), raw.get("original_max_position_embeddings")
     first, second = (inside, outside) if is_nested(raw.get("rope_parameters")) else (outside, inside)
     value = second if first is None else first
+    if value is None:
+        value = _scaled_from(raw, parameters)
     return value if is_whole(value) and 1 < value < 2**31 else None
+
+
+def trained_length(raw: Mapping[str, Any], window: int) -> int:
+    """The window that the weights know. Vicuna-16k and LongChat say it in `max_sequence_length`, and in
+    `max_position_embeddings`, here `window`, the original one."""
+    longer = raw.get("max_sequence_length")
+    return max(longer, window) if is_whole(longer) else window
+
+
+def _scaled_from(raw: Mapping[str, Any], parameters: Mapping[str, Any]) -> int | None:
+    """`max_position_embeddings`, where `max_sequence_length` is that times the factor: it is the original length."""
+    factor, window = parameters.get("factor"), raw.get("max_position_embeddings")
+    if not (is_number(factor) and is_whole(window) and factor > 1):
+        return None
+    return window if trained_length(raw, window) == factor * window else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from retrofit.context.fields import RopeView, original_length
+from retrofit.context.fields import RopeView, original_length, trained_length
 from retrofit.context.longrope import written_as_longrope
 from retrofit.errors import UserError
 from retrofit.recipe.schema import ROPE_SETTINGS
@@ -61,4 +61,4 @@ def total_factor(text: Mapping[str, Any], view: RopeView, method: str, before: i
     known = original_length(text, view.parameters)
     if known is None or view.rope_type == "default" or method not in ("linear", "yarn"):
         return used * length / before  # of llama3 the window may be longer than original x factor, as Llama 3.1's is
-    return max(length / known, used if before > known else 1.0)
+    return max(length / known, used if trained_length(text, before) > known else 1.0)

@@ -7,18 +7,21 @@ already filled them in. Each rule is one function from the facts of a configurat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from retrofit.checkpoint.config import is_number, is_whole, read_config
+from retrofit.checkpoint.extensions import first_original
 from retrofit.context.engines import differences
 from retrofit.context.fields import (
     LAYER_TYPES,
     RopeView,
     as_dict,
+    class_thetas,
     completed,
     is_nested,
+    left_to_the_class,
     original_length,
     rotary_dim,
     text_part,
@@ -84,6 +87,7 @@ class _Facts:
     views: tuple[RopeView, ...]
     window: object
     prefix: str = ""
+    thetas: Mapping[str | None, float] = field(default_factory=dict)
 
 
 def lint(config: object, loaded: PretrainedConfig | None = None) -> list[Finding]:
@@ -92,7 +96,8 @@ def lint(config: object, loaded: PretrainedConfig | None = None) -> list[Finding
     loaded: what the model's class makes of the same dict, where it fills in other fields than the rotary ones.
     """
     prefix, raw = text_part(completed(as_dict(config), loaded) if loaded is not None else as_dict(config))
-    facts = _Facts(raw, views(raw), raw.get("max_position_embeddings"), prefix)
+    thetas = class_thetas(loaded) if loaded is not None else {}
+    facts = _Facts(raw, views(raw), raw.get("max_position_embeddings"), prefix, thetas)
     found = [
         Finding(one.severity, prefix + one.where, one.what, one.fix, one.rule) for rule in _RULES for one in rule(facts)
     ]
@@ -104,7 +109,26 @@ def lint_folder(path: str | Path, loaded: PretrainedConfig | None = None) -> lis
     raw = read_config(path)
     whole = raw if loaded is None else completed(raw, loaded)
     tokenizer, generation = (side_file(path, name) for name in (TOKENIZER, GENERATION))
-    return [*lint(raw, loaded), *_tokenizer(whole, tokenizer), *_generation(whole, generation)]
+    return [
+        *recorded(path, loaded),
+        *lint(raw, loaded),
+        *_tokenizer(whole, tokenizer),
+        *_generation(whole, generation),
+    ]
+
+
+def recorded(path: str | Path, loaded: PretrainedConfig | None) -> list[Finding]:
+    """An error where retrofit.json records an extension, which wrote a base, and config.json has none any more.
+
+    loaded: the configuration as the model's class, where that has rotary encodings.
+    """
+    if loaded is None or not class_thetas(loaded) or first_original(Path(path)) is None:
+        return []
+    prefix, raw = text_part(read_config(path))
+    if all(view.parameters.get("rope_theta") is not None for view in views(raw)) and views(raw):
+        return []
+    what = "rope_theta is missing, and retrofit.json records an extension, which had written it"
+    return [Finding("error", f"{prefix}rope_parameters", what, "take config.json from that extension", "theta-lost")]
 
 
 def require_clean(findings: Sequence[Finding], where: str) -> None:
@@ -137,11 +161,18 @@ def _shape(facts: _Facts) -> Iterator[Finding]:
 
 
 def _theta(facts: _Facts) -> Iterator[Finding]:
-    """transformers fills a class default in for a missing theta: perplexity explodes, nothing is said."""
+    """transformers fills a class default in for a missing theta. Of a file older than the field, that is the base it
+    was trained with; where theta was lost, perplexity explodes and nothing is said."""
     for view in facts.views:
-        if view.parameters.get("rope_theta") is None:
+        if view.parameters.get("rope_theta") is not None:
+            continue
+        default, fix = facts.thetas.get(view.layer_type), "write rope_theta into rope_parameters"
+        if default is not None and left_to_the_class(view):
+            what = f"rope_theta is missing: {_shown(default)} is used, the default of the model's class in transformers"
+            yield Finding("warning", view.where, what, fix, "theta-implicit")
+        else:
             what = "rope_theta is missing: the class default is used, whatever the model was trained with"
-            yield Finding("error", view.where, what, "write rope_theta into rope_parameters", "theta-lost")
+            yield Finding("error", view.where, what, fix, "theta-lost")
     outside = facts.raw.get("rope_theta")
     for name in ("rope_parameters", "rope_scaling") if outside is not None else ():
         inside = facts.raw.get(name)

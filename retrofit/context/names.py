@@ -11,7 +11,18 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from retrofit.context.fields import ROTARY, RopeView, as_dict, completed, original_length, text_part, views
+from retrofit.checkpoint.config import is_whole
+from retrofit.context.fields import (
+    ROTARY,
+    RopeView,
+    as_dict,
+    class_thetas,
+    completed,
+    left_to_the_class,
+    original_length,
+    text_part,
+    views,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -33,15 +44,15 @@ def portable(config: PretrainedConfig | Mapping[str, Any]) -> dict[str, Any]:
 def with_theta(raw: Mapping[str, Any], loaded: PretrainedConfig) -> Mapping[str, Any]:
     """`config.json` without gaps: `completed`, and it says which theta its model has.
 
-    Llama 2's says nothing about RoPE, Gemma 3's leaves both thetas to the model's class. loaded: the same configuration
-    as its class.
+    Llama 2's says nothing about RoPE, Vicuna-16k's has a scaling and no theta, Gemma 3's leaves both thetas to the
+    model's class. loaded: the same configuration as its class. A theta that was lost is not made up.
     """
     whole = completed(raw, loaded)
     prefix, text = text_part(whole)
-    # A set of parameters without theta has lost it; an empty one, and a rotated share alone, say nothing of theta.
+    # An empty set of parameters, and a rotated share alone, say nothing of theta.
     silent = not any(text.get(name) for name in ROTARY if name != "partial_rotary_factor")
-    known = {view.layer_type: view.parameters.get("rope_theta") for view in views(as_dict(loaded.get_text_config()))}
-    if not known or not silent:
+    known = class_thetas(loaded)
+    if not known or not (silent or any(map(left_to_the_class, views(text)))):
         return whole
     theta = {"rope_theta": known.get("full_attention", known.get(None))}
     if "sliding_attention" in known:
@@ -79,6 +90,9 @@ def rotary_fields(
     at_top = "original_max_position_embeddings" in text or of_all
     if known is not None and known < length and at_top:
         fields["original_max_position_embeddings"] = known
+    longer = text.get("max_sequence_length")  # vLLM takes the least of all such fields
+    if is_whole(longer) and longer < length:
+        fields["max_sequence_length"] = length
     return fields
 
 

@@ -15,15 +15,16 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.config import is_number
 from retrofit.context import learned
 from retrofit.context.engines import Reading, readings
-from retrofit.context.fields import as_dict, text_part
+from retrofit.context.fields import as_dict, text_part, views
 from retrofit.context.frequencies import frequencies
-from retrofit.context.lint import Finding, lint, lint_folder, require_clean
+from retrofit.context.lint import Finding, lint, lint_folder, recorded, require_clean
 from retrofit.context.methods import METHODS, Extension, extended
 from retrofit.context.names import portable, replaced, with_theta
 from retrofit.model.side_files import side_file
@@ -47,10 +48,18 @@ __all__ = [
     "plan",
     "portable",
     "readings",
+    "recorded",
     "write_extended",
 ]
 
 DEFAULTS = RopeSettings()
+_SET = (
+    "max_position_embeddings",
+    "max_sequence_length",
+    "original_max_position_embeddings",
+    "rope_parameters",
+    "head_dim",
+)
 SIDE_FILES = ("tokenizer_config.json", "generation_config.json")
 """Files beside config.json that hold the window too."""
 
@@ -91,7 +100,7 @@ def extend_and_plan(
         for name, value in fields.items():
             setattr(text, name, value)
         return result, done
-    for name in ("max_position_embeddings", "original_max_position_embeddings", "rope_parameters", "head_dim"):
+    for name in _SET:
         if name in fields:
             setattr(text, name, fields[name])
     if hasattr(text, "rope_theta"):
@@ -169,11 +178,13 @@ def write_extended(
     source, out = Path(source_folder), Path(out)
     checkpoint = Checkpoint.open(source)
     loaded = load_config(source)
+    require_clean(recorded(source, loaded), str(source))
     raw = with_theta(checkpoint.config, loaded)
     held = held_scale(source) if held is None else held
     extension = plan(raw, length=length, factor=factor, method=method, settings=settings, held=held)
     fields = extend_fields(checkpoint.config, length=length, factor=factor, method=method, settings=settings, whole=raw)
     require_clean(lint(fields, loaded), str(out))
+    extension = replace(extension, notes=(*_filled_in(checkpoint.config, fields), *extension.notes))
     for name in SIDE_FILES:
         side_file(source, name)
     with staged(out, overwrite=overwrite) as folder:
@@ -193,6 +204,17 @@ def write_extended(
         # Any other limit of what is generated was somebody's choice.
         _raise(folder / generation, "max_length", extension.length, only=extension.before)
     return extension
+
+
+def _filled_in(raw: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """A note where the base was left to the model's class and stands in the new fields."""
+    _, text = text_part(raw)
+    _, new = text_part(fields)
+    stated = [view.parameters.get("rope_theta") is not None for view in views(text)]
+    if new.get("rope_theta") is None or (stated and all(stated)):
+        return ()
+    name = str(text.get("model_type"))
+    return (f"config.json left rope_theta to the model's class: the default of transformers for {name} is written.",)
 
 
 def _raise(path: Path, name: str, length: int, *, only: int | None = None) -> None:

@@ -110,7 +110,7 @@ def check_surgery(
         notes.append(f"the model already has {recipe.convert.kv_heads} KV heads: its weights are copied unchanged")
     claimed = claimed_length(recipe, spec.max_position_embeddings)
     for finding in _findings(config, folder):
-        if finding.severity == "error" and (finding.rule != "theta-lost" or recipe.context):
+        if finding.severity == "error":
             raise UserError(finding.what, where=f"config.json: {finding.where}", fix=finding.fix)
         notes.append(f"{finding.where}: {finding.what}")
     if recipe.context:
@@ -152,12 +152,8 @@ def _check_lengths(recipe: Recipe, config: Any, spec: AttentionSpec, claimed: in
 
 
 def _findings(config: Any, folder: Path) -> list[rope.Finding]:
-    """Of the linter on config.json as it is stored, where a gap is still seen, and on what became of it.
-
-    A theta left to the model's class (`theta-lost`) is the right one for many models: told, and refused only where it
-    would have to be written.
-    """
-    stored = rope.lint(read_config(folder), config)
+    """Of the linter on config.json as it is stored, where a gap is still seen, and on what became of it."""
+    stored = [*rope.recorded(folder, config), *rope.lint(read_config(folder), config)]
     known = {(finding.rule, finding.where) for finding in stored}
     return [*stored, *(finding for finding in rope.lint(config) if (finding.rule, finding.where) not in known)]
 
@@ -189,7 +185,7 @@ def _check_context(context: Context, config: Any, claimed: int) -> tuple[str, ..
         method = candidates(config, length=claimed, count=1, portable=search.portable)[0].method
     how: dict[str, Any] = {"length": context.length, "factor": context.factor, "settings": context.settings}
     encoded, planned = rope.extend_and_plan(config, method=method, **how)
-    require_clean([one for one in rope.lint(encoded) if one.rule != "theta-lost"], "context")
+    require_clean(rope.lint(encoded), "context")
     return () if search else planned.notes
 
 

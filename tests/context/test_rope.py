@@ -10,6 +10,7 @@ import pytest
 
 from retrofit.context import rope
 from retrofit.context.fields import as_dict, views
+from retrofit.context.names import with_theta
 from retrofit.errors import UserError
 from retrofit.evaluation.scoring.reader import varying
 from retrofit.recipe.schema import RopeSettings
@@ -480,3 +481,69 @@ def test_llama3_writes_the_original_length_where_the_converter_of_llama_cpp_look
     fields = rope.extend_fields(as_dict(tiny_config("llama")), factor=2, method="llama3")
     assert fields["original_max_position_embeddings"] == 512
     assert not rope.lint(fields)
+
+
+def left_to_the_class(folder, scaling: dict[str, object], **over: object):
+    """The folder, its config.json as those from before `rope_theta`: a scaling under the old name, and no base."""
+    raw = json.loads((folder / "config.json").read_text())
+    old = {key: value for key, value in raw.items() if not key.startswith("rope")}
+    (folder / "config.json").write_text(json.dumps({**old, "rope_scaling": scaling, **over}))
+    return folder
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+@pytest.mark.parametrize("family", ["llama", "smollm3", "cohere", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
+def test_a_scaling_without_theta_is_read_as_transformers_reads_it(tmp_path, family: str, kind: str, key: str) -> None:
+    """Vicuna-16k, LongChat, Yarn-Llama-2: each class has a default of its own."""
+    from transformers import AutoConfig
+
+    from retrofit.model.load import load_config
+
+    original = {"original_max_position_embeddings": 128} if kind == "yarn" else {}
+    folder = left_to_the_class(save_tiny(tmp_path / "source", family), {key: kind, "factor": 4.0, **original})
+    stored, loaded = json.loads((folder / "config.json").read_text()), load_config(folder)
+    layer_type = "full_attention" if family == "gemma3_text" else None
+    got, scale = rope.frequencies(with_theta(stored, loaded), layer_type)
+    model_says, model_scale = computed(tiny_model_from(AutoConfig.from_pretrained(folder)), layer_type)
+    np.testing.assert_allclose(got, model_says, rtol=2e-6)
+    assert scale == pytest.approx(model_scale)
+    assert "theta-lost" not in [one.rule for one in rope.lint_folder(folder, loaded)]
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_a_scaling_without_theta_is_extended_with_the_default_of_the_class(tmp_path, kind: str, key: str) -> None:
+    original = {"original_max_position_embeddings": 128} if kind == "yarn" else {}
+    folder = left_to_the_class(save_tiny(tmp_path / "source", "llama"), {key: kind, "factor": 4.0, **original})
+    done = rope.write_extended(folder, tmp_path / "out", factor=2, method=kind)
+    assert (done.original, done.length, done.factor) == (128, 1024, 8.0)
+    assert any("left rope_theta to the model's class" in note for note in done.notes)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["rope_theta"] == 1e4
+    assert written["rope_parameters"]["rope_theta"] == 1e4
+    assert not [one for one in rope.lint_folder(tmp_path / "out") if one.severity == "error"]
+
+
+def test_the_window_of_fastchat_is_the_original_times_the_factor(tmp_path) -> None:
+    """Vicuna-16k has max_position_embeddings 4096, max_sequence_length 16384 and a linear factor of 4."""
+    scaling = {"type": "linear", "factor": 4.0}
+    folder = left_to_the_class(save_tiny(tmp_path / "source", "llama"), scaling, max_sequence_length=2048)
+    done = rope.write_extended(folder, tmp_path / "out", length=4096, method="linear")
+    assert (done.original, done.factor) == (512, 8.0)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["max_sequence_length"] == 4096
+    assert written["original_max_position_embeddings"] == 512
+    within = rope.write_extended(folder, tmp_path / "within", length=1024, method="linear")
+    assert within.factor == 4.0  # which the weights were trained with
+
+
+def test_a_theta_lost_after_an_extension_is_refused(tmp_path) -> None:
+    from retrofit.checkpoint.provenance import FILE
+
+    source = left_to_the_class(save_tiny(tmp_path / "source", "llama"), {"type": "linear", "factor": 4.0})
+    steps = [{"step": "extend", "result": {"original": 128}}]
+    (source / FILE).write_text(json.dumps({"schema_version": 1, "steps": steps}))
+    with pytest.raises(UserError, match="which had written it"):
+        rope.write_extended(source, tmp_path / "out", factor=2, method="linear")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]

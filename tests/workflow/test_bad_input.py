@@ -182,19 +182,22 @@ def test_gate_not_met(recipe: Recipe, out: Path) -> None:
     assert "ppl_ratio@64" in (out / "report.md").read_text()
 
 
-def test_a_theta_left_to_the_class_is_refused_only_where_it_would_be_written(
+def test_a_theta_left_to_the_class_is_told_and_a_lost_one_refused(
     recipe: Recipe, model: Path, tmp_path: Path, out: Path
 ) -> None:
     other = copy_of(model, tmp_path)
     config = json.loads((other / "config.json").read_text())
     del config["rope_parameters"]
-    scaling = {"rope_type": "linear", "factor": 2.0}
+    scaling = {"type": "linear", "factor": 2.0}
     (other / "config.json").write_text(json.dumps({**config, "rope_scaling": scaling}))
-    said = refused(out, recipe(model=str(other)))
-    assert "rope_theta is missing" in said and "write rope_theta" in said
-    short = recipe(model=str(other), context=None, evaluate={"lengths": [64], "documents": 1, "text": ["python-docs"]})
-    result = retrofit("run", short, "--out", out, "--dry-run")
-    assert result.exit_code == 0 and "rope_theta is missing" in result.output
+    asked = recipe(model=str(other), context={"factor": 2, "method": "linear"}, recover=None)
+    result = retrofit("run", asked, "--out", out, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "rope_theta is missing: 10000" in " ".join(result.output.split())
+    (other / "config.json").write_text(json.dumps({**config, "rope_parameters": scaling}))
+    said = refused(out, asked)
+    assert "rope_theta is missing" in said
+    assert "write rope_theta" in said
 
 
 def test_lengths_at_which_a_reloaded_model_cannot_be_compared(recipe: Recipe, out: Path) -> None:
