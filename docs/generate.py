@@ -190,6 +190,8 @@ def _type_of(field: Mapping[str, Any]) -> str:
         return " or ".join(_type_of(option) for option in field["anyOf"])
     if "$ref" in field:
         return field["$ref"].rpartition("/")[2]
+    if "examples" in field:  # another way of writing the same value
+        return " or ".join(f"`{example}`" for example in field["examples"])
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
     if "const" in field:

@@ -121,7 +121,7 @@ def test_every_key_of_the_recipe_language_is_in_its_table() -> None:
 
 
 def test_a_default_in_the_table_is_that_of_the_schema() -> None:
-    assert "| `tokens` | integer, ≥ 256, ≤ 1e+12 | `49152` | tokens read in all |" in generate.recipe_keys()
+    assert "| `tokens` | integer, ≥ 256, ≤ 1e+12 or `32k` | `49152` | tokens read in all |" in generate.recipe_keys()
     assert "| `text` | list of TextSource | `[python-docs, python-stdlib, self]` |" in generate.recipe_keys()
 
 

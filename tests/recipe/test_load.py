@@ -88,7 +88,10 @@ def test_an_override_reaches_an_item_of_a_list_and_removes_a_section() -> None:
 
 def test_errors_in_overrides_name_the_option() -> None:
     found = problems("name: x\n", "recover.tokens=many", "evaluate.chunck=3")
-    assert found["recover.tokens"] == ("--set recover.tokens=many", "must be a whole number, not `many`")
+    assert found["recover.tokens"] == (
+        "--set recover.tokens=many",
+        "must be a whole number of tokens, for example 4096 or 32k, not `many`",
+    )
     assert found["evaluate.chunck"][1] == "unknown key; did you mean `chunk`?"
     with pytest.raises(RecipeError, match=r"write --set a\.b=value"):
         parse("name: x\n", "r.yaml", Recipe, ["recover"])

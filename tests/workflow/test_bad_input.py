@@ -44,7 +44,8 @@ def test_unknown_key(recipe: Recipe, out: Path) -> None:
 
 
 def test_wrong_type(recipe: Recipe, out: Path) -> None:
-    assert "must be a whole number, not `many`" in refused(out, recipe(), "--set", "recover.tokens=many")
+    said = refused(out, recipe(), "--set", "recover.tokens=many")
+    assert "must be a whole number of tokens, for example 4096 or 32k, not `many`" in said
 
 
 def test_kv_heads_that_do_not_divide(recipe: Recipe, out: Path) -> None:

@@ -1,0 +1,144 @@
+"""What is measured (`evaluate`): perplexities, the use of context, tasks, and what a sequence costs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from retrofit.recipe.values import (
+    LISTED,
+    MOST_TOKENS,
+    TOKEN_COUNT,
+    Dtype,
+    Length,
+    Section,
+    Texts,
+    Tokens,
+    Word,
+    text_mix,
+)
+
+Definition = Literal["sliding", "transformers", "lm-eval", "yarn", "yarn-truncated", "longlora"]
+RulerTask = Literal["niah_single", "niah_multikey", "variable_tracking", "common_words", "frequent_words"]
+RULER_TASKS: tuple[RulerTask, ...] = (
+    "niah_single",
+    "niah_multikey",
+    "variable_tracking",
+    "common_words",
+    "frequent_words",
+)
+NEEDLE_KEYS = 12  # names that needles in one haystack are told apart by
+
+
+class Needle(Section):
+    """Needle in a haystack: lengths x depths x samples, each prompt exactly as long as asked for."""
+
+    test: Literal["needle", "passkey"] = Field("needle", description="what is hidden: a fact, or a number")
+    lengths: Annotated[tuple[Annotated[int, Field(ge=64, le=MOST_TOKENS), TOKEN_COUNT], ...], LISTED] = Field(
+        min_length=1, max_length=100, description="needle test at these lengths"
+    )
+    depths: int = Field(5, ge=1, le=1000, description="depths of the needle, from 0 to 1")
+    samples: int = Field(1, ge=1, le=10_000, description="needles per length and depth")
+    together: bool = Field(
+        False, description="the needles of all depths in one haystack, with a key each: one pass a length, and harder"
+    )
+
+    _ascending = field_validator("lengths")(lambda value: tuple(sorted(set(value))))
+
+    @model_validator(mode="after")
+    def _keys(self) -> Needle:
+        if self.together and (self.test != "needle" or self.depths > NEEDLE_KEYS):
+            raise ValueError(f"`together` needs the test `needle`, with {NEEDLE_KEYS} depths at most: a key for each")
+        return self
+
+
+class Ruler(Section):
+    """RULER's tasks that need no data: retrieval, variable tracking, common and frequent words."""
+
+    tasks: tuple[RulerTask, ...] = Field(RULER_TASKS, min_length=1, description="which of the tasks")
+    lengths: Annotated[tuple[Annotated[int, Field(ge=256, le=MOST_TOKENS), TOKEN_COUNT], ...], LISTED] = Field(
+        min_length=1, max_length=100, description="RULER's tasks at these lengths"
+    )
+    samples: int = Field(1, ge=1, le=10_000, description="texts per task and length")
+
+    _ascending = field_validator("lengths")(lambda value: tuple(sorted(set(value))))
+
+
+class Tasks(Section):
+    """Tasks of lm-evaluation-harness (the extra `eval`), asked of every model in the same words."""
+
+    names: tuple[Word, ...] = Field(
+        min_length=1,
+        max_length=1000,
+        description="a task or group of lm-evaluation-harness or of `folder`, or a YAML file of one",
+    )
+    folder: Word | None = Field(
+        None, description="folder with YAML files of your own tasks, which go before the harness's of the same name"
+    )
+    fewshot: int | None = Field(
+        None,
+        ge=0,
+        le=1000,
+        description="examples before each question; by default, and where a task fixes 0, the task's own",
+    )
+    limit: int | None = Field(
+        None, ge=1, le=10**9, description="questions of each task, from its beginning; by default all"
+    )
+    batch_size: int = Field(
+        1, ge=1, le=65_536, description="requests read at a time; more are faster on a GPU, and change the last digits"
+    )
+
+    @field_validator("names")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(value))
+
+
+class Evaluate(Section):
+    """Token losses of whole documents and the perplexities computed from them.
+
+    context_gain, long_ppl, definitions, needle, ruler and tasks cost passes of their own. With context_gain or a
+    needle, the effective length is certified.
+    """
+
+    lengths: Annotated[tuple[Length, ...], LISTED] = Field(
+        (1024, 2048, 4096, 8192), min_length=1, max_length=100, description="context lengths"
+    )
+    text: Texts = Field(
+        default_factory=lambda: text_mix("python-docs", "python-stdlib"), description="text to measure on"
+    )
+    documents: int = Field(
+        2, ge=1, le=10**6, description="documents per source, each at least as long as the longest length"
+    )
+    tail: Tokens = Field(1024, ge=1, le=MOST_TOKENS, description="TailPPL(L) looks at the last `tail` tokens before L")
+    chunk: Tokens = Field(512, ge=1, le=MOST_TOKENS, description="tokens per forward chunk")
+    dtype: Dtype = Field("auto", description="dtype that models are measured in; auto is their own")
+    resamples: int = Field(2000, ge=100, le=100_000, description="bootstrap resamples")
+    cost_lengths: Annotated[tuple[Annotated[int, Field(ge=1, le=MOST_TOKENS), TOKEN_COUNT], ...], LISTED] = Field(
+        (512, 2048),
+        max_length=100,
+        description="lengths, cut to the window, at which prefill, decoding and memory are measured; [] skips it",
+    )
+    decode_tokens: Tokens = Field(
+        64, ge=0, le=8192, description="tokens decoded at each of `cost_lengths`; 0 measures the prefill"
+    )
+    document_tokens: Length | None = Field(
+        None, description="tokens read of each document, for windows that move; by default the longest length"
+    )
+    context_gain: bool = Field(
+        False, description="beyond the native length: does the longer context lower the loss of the same tokens?"
+    )
+    long_ppl: bool = Field(False, description="perplexity of the tokens that a context beyond 4,096 makes predictable")
+    definitions: tuple[Definition, ...] = Field((), max_length=100, description="perplexities as others define them")
+    stride: Tokens = Field(
+        256, ge=1, le=MOST_TOKENS, description="tokens that the windows of `definitions: [sliding]` move by"
+    )
+    needle: Needle | None = Field(None, description="needle in a haystack")
+    ruler: Ruler | None = Field(None, description="RULER's tasks")
+    tasks: Tasks | None = Field(None, description="tasks of lm-evaluation-harness")
+
+    @field_validator("lengths", "cost_lengths")
+    @classmethod
+    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(set(value)))

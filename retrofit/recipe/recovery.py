@@ -1,0 +1,142 @@
+"""What wins quality back: a short adapter training (`recover`)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from retrofit.recipe.values import MOST_READ, Length, Section, Texts, Tokens, text_mix
+
+
+class Adapter(Section):
+    """LoRA by peft."""
+
+    rank: int = Field(64, ge=1, le=65_536, description="LoRA rank")
+    alpha: int = Field(128, ge=1, le=131_072, description="LoRA's scale times the rank; by default twice the rank")
+    dropout: float = Field(0.0, ge=0, le=0.9, description="dropout before each adapter")
+    attention: bool = Field(True, description="adapters on q, k, v and o")
+    mlp: bool = Field(True, description="adapters on the MLP's projections")
+    norms: bool = Field(False, description="train the norms as well, in full")
+    embeddings: bool = Field(False, description="train the embeddings, and learned positions, as well, in full")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alpha_of_rank(cls, value: object) -> object:
+        if not isinstance(value, dict) or "alpha" in value:
+            return value
+        rank = str(value.get("rank", 64))
+        known = rank.isascii() and rank.isdigit() and 1 <= int(rank[:9]) <= 65_536  # else the rank is told
+        return {**value, "alpha": 2 * int(rank)} if known else value
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> Adapter:
+        if not (self.attention or self.mlp):
+            raise ValueError("the adapter sits nowhere; set `attention: true` or `mlp: true` (or both)")
+        return self
+
+
+class Stage(Section):
+    """One stage of a length schedule: `tokens` training tokens whose positions reach `length`."""
+
+    length: Length = Field(description="the length that positions reach, or with `positions: full` that of the rows")
+    tokens: Tokens = Field(ge=1, le=MOST_READ, description="training tokens of this stage")
+
+
+class Recover(Section):
+    """Short adapter training that wins the quality back, and where asked for teaches a longer window.
+
+    With `positions: full` a row's tokens stand at 0, 1, 2, ...; with `pose` (arXiv 2309.10400) a row is cut into
+    `pose_chunks` chunks whose positions skip ahead at random, up to the length of the window, so that rows of
+    `sequence_length` tokens train long distances. One learning-rate schedule spans all stages, and `tokens` is their
+    sum.
+    """
+
+    loss: Literal["distill", "lm"] = Field(
+        "distill", description="follow the original model's distribution, or predict the text alone"
+    )
+    tokens: Tokens = Field(200_000, ge=1, le=MOST_READ, description="training tokens in all")
+    sequence_length: Length = Field(1024, description="tokens per row")
+    positions: Literal["full", "pose"] = Field(
+        "full", description="`pose`: short rows whose positions skip ahead up to the window"
+    )
+    pose_chunks: int = Field(2, ge=2, le=65_536, description="with pose: chunks of a row")
+    short_share: float = Field(
+        0.35, ge=0, lt=1, description="with pose: share of rows that keep ordinary positions, for short-context quality"
+    )
+    document_masking: bool = Field(
+        False, description="packed documents do not see each other and count their positions from 0"
+    )
+    stages: tuple[Stage, ...] = Field(
+        (),
+        max_length=1000,
+        description="a length schedule: with `pose` the lengths that skips reach, with `full` those of the rows "
+        "(divisors of `sequence_length`, which the longest stage has)",
+    )
+    batch_size: int = Field(1, ge=1, le=65_536, description="sequences per optimizer step and process")
+    learning_rate: float | None = Field(
+        None,
+        ge=1e-9,
+        le=1,
+        description="the highest one of the schedule; by default 0.576 / hidden size, 1e-3 for 576 channels",
+    )
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    weight_decay: float = Field(0.0, ge=0, le=10, description="AdamW's")
+    max_grad_norm: float = Field(1.0, ge=1e-6, le=1e6, description="longer gradients are cut to this norm")
+    row_chunk: int = Field(512, ge=1, le=2**20, description="rows of logits that exist at one time in the loss")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="compute activations again in the backward pass instead of keeping them: slower, less memory. "
+        "Turn on when they do not fit, for billions of parameters or many thousand tokens per step; "
+        "a small model at 1,024 tokens gains nothing",
+    )
+    evals: int = Field(
+        4, ge=1, le=10_000, description="how often the held-out loss is measured; the best adapter is kept"
+    )
+    eval_tokens: Tokens = Field(8192, ge=64, le=MOST_READ, description="tokens that the held-out loss is measured on")
+    checkpoints: int = Field(4, ge=1, le=10_000, description="how often training can be resumed from")
+    adapter: Adapter = Field(Adapter(), description="what is trained")
+    text: Texts = Field(
+        default_factory=lambda: text_mix("python-docs", "python-stdlib"), description="text to train on"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sum_of_stages(cls, value: object) -> object:
+        stages = value.get("stages") if isinstance(value, dict) else None
+        if not stages or "tokens" in value:  # type: ignore[operator]
+            return value
+        try:
+            total = sum(Stage.model_validate(stage).tokens for stage in stages)
+        except (ValidationError, TypeError):
+            return value  # told with its line when the stages themselves are validated
+        return {**value, "tokens": total}  # type: ignore[dict-item]
+
+    @model_validator(mode="after")
+    def _schedule(self) -> Recover:
+        if self.positions == "pose" and self.document_masking:
+            raise ValueError("with `positions: pose` a row is read as one text; leave out `document_masking`")
+        if self.positions == "pose" and self.pose_chunks > self.sequence_length:
+            raise ValueError(f"`pose_chunks` {self.pose_chunks} is more than `sequence_length` tokens")
+        step = self.batch_size * self.sequence_length
+        if not self.stages and self.tokens < step:
+            raise ValueError(
+                f"`tokens` is {self.tokens}, and one step reads {step}: `batch_size` rows of `sequence_length` tokens"
+            )
+        if not self.stages:
+            return self
+        total, longest = sum(stage.tokens for stage in self.stages), max(stage.length for stage in self.stages)
+        if self.tokens != total:
+            raise ValueError(f"`tokens` is {self.tokens}, the stages' sum is {total}; leave `tokens` out")
+        if self.positions == "pose":
+            short = [stage.length for stage in self.stages if stage.length <= self.sequence_length]
+            if short:
+                raise ValueError(
+                    f"a stage of length {short[0]} leaves rows of {self.sequence_length} tokens nothing to skip"
+                )
+        elif longest != self.sequence_length or any(self.sequence_length % stage.length for stage in self.stages):
+            raise ValueError(
+                f"with `positions: full` the stages' lengths divide `sequence_length` ({self.sequence_length}), "
+                "and the longest is equal to it"
+            )
+        return self

@@ -1,0 +1,157 @@
+"""The kinds of values that a recipe holds, and how they may be written: 32k tokens, bf16, 5GB, "<= 1.5"."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
+
+from retrofit.escape import shown
+
+NAME = r"^[A-Za-z0-9][\w.-]*$"
+"""What a recipe or a suite may be called: it names a folder."""
+
+# The widest range of each kind of number. What a model or a machine can hold of it is checked when both are known.
+MOST_TOKENS = 2**31 - 1
+"""The longest context length: engines count positions in 32 bits."""
+MOST_READ = 10**12
+"""Most tokens that a step is asked to read in all."""
+MOST_SEED = 2**31 - 1
+"""The largest seed: what is drawn from its neighbours stays below numpy's 2**32."""
+
+_BOUND = re.compile(r"\s*(<=|>=|<|>)\s*((?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*")
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(B|KB|MB|GB|TB)?\s*", re.IGNORECASE)
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_TOKENS = re.compile(r"\s*([0-9]{1,12}(?:\.[0-9]{1,12})?)\s*([kKmM])\s*")
+_WHOLE = re.compile(r"\s*[+-]?[0-9][0-9_]*\s*")
+_DTYPES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+
+
+def parse_bound(text: str) -> tuple[str, float] | None:
+    """("<=", 1.5) of "<= 1.5"; None for what is no comparison with a finite number."""
+    match = _BOUND.fullmatch(text)
+    if match is None or not math.isfinite(limit := float(match[2])):
+        return None
+    return match[1], limit
+
+
+def parse_size(size: str) -> int | None:
+    """Bytes of "5GB" (powers of ten, as on the hub); None for what is no size."""
+    match = _SIZE.fullmatch(size)
+    nbytes = float(match[1]) * _UNITS[(match[2] or "B").upper()] if match else math.inf
+    return int(nbytes) if nbytes < 2**63 else None
+
+
+def token_count(value: object) -> object:
+    """32768 of "32k" and 1048576 of "1m"; other values as they are. ValueError for text that is no number of tokens."""
+    if not isinstance(value, str) or _WHOLE.fullmatch(value):
+        return value
+    match = _TOKENS.fullmatch(value)
+    count = float(match[1]) * (1024 if match[2] in "kK" else 1024**2) if match else 0.5
+    if not count.is_integer():
+        raise ValueError(f"must be a whole number of tokens, for example 4096 or 32k, not `{shown(value, 60)}`")
+    return int(count)
+
+
+def dtype_name(value: object) -> object:
+    """The full name of a dtype that is called fp32, bf16, fp16 or half; other values as they are."""
+    return _DTYPES.get(value.strip().lower(), value) if isinstance(value, str) else value
+
+
+def _listed(value: object) -> object:
+    """The parts of "1k,4k", and a single number as a list of one."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+@dataclass(frozen=True, eq=False)  # annotations are hashed
+class Written:
+    """A value that may be written in other ways as well. read: what makes the value of them.
+    schema: these ways in JSON Schema, for editors."""
+
+    read: Callable[[object], object]
+    schema: dict[str, Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self.read, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [handler(schema), self.schema]}
+
+
+TOKEN_COUNT = Written(token_count, {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?[kKmM]$", "examples": ["32k"]})
+
+Kernel = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "blockwise"]
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], Written(dtype_name, {"type": "string", "enum": list(_DTYPES)})
+]
+Tokens = Annotated[int, TOKEN_COUNT]
+"""A number of tokens; 32k is 32,768."""
+Length = Annotated[int, Field(ge=16, le=MOST_TOKENS), TOKEN_COUNT]
+LISTED = BeforeValidator(_listed)
+"""A list that may be written with commas: 1k,4k."""
+Divisor = Annotated[float, Field(ge=1e-3, le=MOST_TOKENS)]
+Word = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: unknown keys and numbers that are not finite are errors, values do not change
+    after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch(cls, value: object, info: ValidationInfo) -> object:
+        """`true`, `yes` and `on` are no numbers, whatever Python counts them as."""
+        some = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(one, bool) for one in some) and _counts(cls.model_fields[info.field_name or ""].annotation):
+            raise ValueError("must be a number, not true or false")
+        return value
+
+
+def _counts(annotation: object) -> bool:
+    """Whether a type is that of a number, or holds one."""
+    return annotation in (int, float) or any(map(_counts, get_args(annotation)))
+
+
+class TextSource(Section):
+    """One source of text. A plain string in YAML is short for {source: ...}."""
+
+    source: Word = Field(
+        description="`python-docs`, `python-stdlib`, `self` (the original model's own samples), a text, JSONL or "
+        "parquet file, a folder of such files, or `hub:DATASET[:CONFIG]`"
+    )
+    weight: float = Field(1.0, ge=1e-6, le=1e6, description="its share of a mix")
+    field: Word = Field("text", description="the key that holds the text in JSONL, parquet and hub rows")
+    split: Word = Field("train", description="the split of a hub dataset")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: object) -> object:
+        return {"source": value} if isinstance(value, str) else value
+
+
+def text_mix(*names: str) -> tuple[TextSource, ...]:
+    """Sources of equal weight."""
+    return tuple(TextSource(source=name) for name in names)
+
+
+Texts = Annotated[tuple[TextSource, ...], Field(min_length=1, max_length=1000)]
