@@ -6,6 +6,7 @@ They are read within limits before another library parses them, and a loaded tok
 from __future__ import annotations
 
 import os
+from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,30 @@ _FIX = "download the file again"
 
 
 def require_side_files(folder: str | Path) -> None:
-    """Raises UserError for a side file that is no regular file, too large, or no JSON object where it should be one."""
+    """Raises UserError for a side file that is no regular file, too large, no JSON object where it should be one, or
+    that begins with a byte order mark."""
     for name in _LARGE:
         path = Path(folder) / name
         if os.path.lexists(path):
             require_regular(path, fix=_FIX)
             require_size(path, _MOST_BYTES_LARGE)
+            require_no_mark(path)
     for name in _JSON:
         side_file(folder, name)
+        if os.path.lexists(path := Path(folder) / name):
+            require_no_mark(path)
+
+
+def require_no_mark(path: Path) -> None:
+    """UserError for a file that begins with a byte order mark: transformers fails on it, leaves the file out, or takes
+    the mark for a character of a template or a vocabulary."""
+    with path.open("rb") as file:
+        if file.read(len(BOM_UTF8)) == BOM_UTF8:
+            raise UserError(
+                f"{path.name} begins with a byte order mark, which transformers does not expect",
+                where=shown(path),
+                fix="save it as UTF-8 without the mark",
+            )
 
 
 def side_file(folder: str | Path, name: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from retrofit.checkpoint.files import PICKLE_SUFFIXES, SUFFIX, checkpoint_files,
 from retrofit.errors import UserError
 from retrofit.escape import shell_word, shown
 from retrofit.files import local_path, require_regular
+from retrofit.model.side_files import require_side_files
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -77,6 +78,7 @@ def resolve(
     that makes the source unusable; see `hub.download`, `gguf.convert` and `load.load_config` for the list.
     """
     source = _resolve(model, revision, weights, progress)
+    require_side_files(source.folder)  # they are copied into every result
     return _reexpressed(source, weights, progress) if reexpress else source
 
 

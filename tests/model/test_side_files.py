@@ -11,6 +11,7 @@ import pytest
 from retrofit.errors import UserError
 from retrofit.model import side_files
 from retrofit.model.load import load_config, load_tokenizer
+from retrofit.model.source import resolve
 from tests.tiny import save_tiny
 
 DEEP = "[" * 100_000
@@ -39,6 +40,33 @@ def test_settings_that_are_no_object_are_refused(folder, name, text):
     rewrite(folder / name, text)
     with pytest.raises(UserError, match=name):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"],
+)
+def test_a_byte_order_mark_that_transformers_reads_otherwise_is_told(folder, name):
+    text = (folder / name).read_text("utf-8") if (folder / name).exists() else "{}"
+    rewrite(folder / name, "\ufeff" + text)
+    with pytest.raises(UserError, match=f"^{name} begins with a byte order mark"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer_config.json", "{"),
+        ("tokenizer_config.json", "\ufeff{}"),
+        ("generation_config.json", "[]"),
+        ("generation_config.json", "\ufeff{}"),
+        ("chat_template.jinja", "\ufeff{{ messages }}"),
+    ],
+)
+def test_a_model_whose_side_files_would_be_copied_broken_is_no_source(folder, name, text):
+    rewrite(folder / name, text)
+    with pytest.raises(UserError, match=name):
+        resolve(folder)
 
 
 @pytest.mark.parametrize(
