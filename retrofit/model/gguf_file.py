@@ -35,6 +35,7 @@ _TYPES: dict[str, type] = {
     "tokenizer.ggml.add_space_prefix": bool,
 }
 _LONGEST_TOKEN = 1024
+_LARGEST_TOKEN_TYPE = 6  # a byte; 0 is undefined
 _BLOCK = re.compile(r"blk\.([0-9]+)\.")
 _PART = re.compile(r"-[0-9]{5}(-of-[0-9]{5}\.gguf)\Z", re.IGNORECASE)
 
@@ -209,6 +210,9 @@ def _require_vocabulary(found: GgufFile) -> None:
         values = found.metadata.get(key, [kind()] * len(tokens))
         if not _list_of(kind, values) or len(values) != len(tokens):
             raise _contradiction(found, f"{key} has no value for every token")
+        unknown = next((one for one in values if kind is int and not 0 <= one <= _LARGEST_TOKEN_TYPE), None)
+        if unknown is not None:
+            raise _contradiction(found, f"a token is of type {unknown}, which there is not")
     for name in ("bos", "eos", "unknown", "padding"):
         key = f"tokenizer.ggml.{name}_token_id"
         value = found.metadata.get(key, 0)

@@ -16,6 +16,7 @@ from retrofit.errors import UserError
 from retrofit.model.gguf_file import read_header
 from retrofit.model.source import resolve
 from tests.model.test_gguf import write_gguf
+from tests.tiny import VOCAB_SIZE
 
 writer = pytest.importorskip("gguf")
 
@@ -94,6 +95,10 @@ BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     ),
     "theta": (value_of("llama.rope.freq_base", struct.pack("<If", 6, float("inf"))), "freq_base is inf"),
     "size missing": (lambda whole: whole.replace(b"llama.context_length", b"llama.context_LENGTH"), "is missing"),
+    "token type": (
+        value_of("tokenizer.ggml.token_type", struct.pack("<IIQi", 9, 5, VOCAB_SIZE, 2**23)),
+        "type 8388608",
+    ),
     "bos": (value_of("tokenizer.ggml.bos_token_id", *u32(2**31)), "bos_token_id is 2147483648"),
     "merge": (lambda whole: whole.replace(struct.pack("<Q", 3) + b"h e", struct.pack("<Q", 3) + b"h-e"), "`h-e`"),
     "merge of no tokens": (
