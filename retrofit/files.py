@@ -72,9 +72,24 @@ def local_path(name: str | Path, *, where: str | None = None) -> Path:
 def output_path(name: str | Path, *, where: str) -> Path:
     """The path of something to be written: as `local_path`, with room for the names that stand beside it meanwhile."""
     path = local_path(name, where=where)
+    require_links(path, where=where)
+    if not path.resolve().name:
+        raise UserError(f"{shown(name)} is the root of the file system", where=where, fix="name a place below it")
     if len(os.fsencode(path.name)) > MAX_NAME_BYTES - SPARE_BYTES or len(os.fsencode(path.absolute())) > MAX_PATH_BYTES:
         raise UserError(f"the name is too long: {shown(path.name, 60)}", where=where, fix="use a shorter one")
     return path
+
+
+def require_links(path: Path, *, where: str) -> None:
+    """UserError where a symbolic link on the way to `path`, or `path` itself, leads to nothing, or in a loop: nothing
+    can be made there, and a loop cannot be followed."""
+    for part in (path.absolute(), *path.absolute().parents):
+        if os.path.lexists(part) and not os.access(part, os.F_OK):
+            raise UserError(
+                f"{shown(part.name)} is a symbolic link to something that is not there",
+                where=where,
+                fix="remove the link, or choose another place",
+            )
 
 
 def require_regular(path: Path, *, missing: str = "there is no such file", fix: str = "check the path") -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from retrofit.errors import UserError
-from retrofit.files import MAX_DEPTH, local_path, parse_json, read_json, read_text, require_regular
+from retrofit.files import MAX_DEPTH, local_path, output_path, parse_json, read_json, read_text, require_regular
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,20 @@ def test_a_loop_is_refused_as_a_path_too(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(UserError, match="loop"):
         local_path(tmp_path / "loop" / "x")
+
+
+@pytest.mark.parametrize("target", ["nowhere/x", "link"])
+@pytest.mark.parametrize("below", ["", "a/b"])
+def test_a_link_that_leads_nowhere_is_no_output(target: str, below: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(target)
+    with pytest.raises(UserError, match="link"):
+        output_path(tmp_path / "link" / below, where="--out")
+
+
+@pytest.mark.parametrize("name", ["/", "/..", "//", "/tmp/.."])
+def test_the_root_of_the_file_system_is_no_output(name: str) -> None:
+    with pytest.raises(UserError, match="root of the file system"):
+        output_path(name, where="--out")
 
 
 @pytest.mark.parametrize(

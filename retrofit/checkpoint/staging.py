@@ -15,6 +15,7 @@ from pathlib import Path
 
 from retrofit.errors import UserError
 from retrofit.escape import shell_word, shown
+from retrofit.files import require_links
 
 
 def existing_ancestor(path: Path) -> Path:
@@ -28,6 +29,7 @@ def existing_ancestor(path: Path) -> Path:
 def require_writable(path: str | Path) -> None:
     """UserError unless `path` can be created or written to."""
     path = Path(path)
+    require_links(path, where=shown(path))
     place = existing_ancestor(path)
     if not place.is_dir():
         raise UserError(

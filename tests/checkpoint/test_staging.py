@@ -167,6 +167,14 @@ def test_below_a_file(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("target", ["nowhere/x", "link"])
+@pytest.mark.parametrize("below", ["", "a/b"])
+def test_a_link_that_leads_nowhere_is_no_place_to_write(target: str, below: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(target)
+    with pytest.raises(UserError, match="link is a symbolic link to something that is not there"):
+        require_writable(tmp_path / "link" / below)
+
+
 def test_no_write_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     require_writable(tmp_path / "out")
     monkeypatch.setattr(os, "access", lambda path, mode: mode & os.W_OK == 0)

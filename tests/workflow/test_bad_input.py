@@ -140,6 +140,12 @@ def test_no_write_permission(recipe: Recipe, out: Path, monkeypatch: pytest.Monk
     assert "permission" in refused(out, recipe())
 
 
+@pytest.mark.parametrize("target", ["nowhere/x", "one"])
+def test_a_link_to_nothing(recipe: Recipe, out: Path, target: str) -> None:
+    out.symlink_to(target)
+    assert "is a symbolic link to something that is not there" in refused(out, recipe())
+
+
 def test_folder_in_use(recipe: Recipe, out: Path) -> None:
     with folder_lock(out):
         assert "in use by process" in refused(out, recipe())
