@@ -129,7 +129,7 @@ def require_room(section: Evaluate, tokenizer: PreTrainedTokenizerBase, seed: in
     if not section.needle and not section.ruler:
         return
     from retrofit.evaluation.tasks.needle import depths, haystacks
-    from retrofit.evaluation.tasks.ruler import problems_of
+    from retrofit.evaluation.tasks.ruler_problems import problems_of
 
     if asked := section.needle:
         how = {"test": asked.test, "samples": asked.samples, "together": asked.together, "seed": seed}

@@ -14,7 +14,7 @@ import pytest
 from retrofit.errors import UserError
 from retrofit.evaluation.metrics.bootstrap import mean_interval
 from retrofit.evaluation.tasks.answers import Score, TaskAnswers, changes, from_file, mcnemar, metrics_of, to_file
-from retrofit.evaluation.tasks.harness import answers_of
+from retrofit.evaluation.tasks.harness_answers import answers_of
 
 
 def answers(right: list[float], *, name: str = "quiz", first: int = 0, metric: str = "acc", higher: bool = True) -> Any:

@@ -14,6 +14,7 @@ import torch
 
 from retrofit.console import Silent
 from retrofit.evaluation.scoring.reader import Reader
+from retrofit.evaluation.tasks import asking
 from retrofit.evaluation.tasks import needle as needles
 from retrofit.evaluation.tasks import ruler as tasks
 from retrofit.kernels.registry import choose
@@ -45,15 +46,14 @@ def counted(monkeypatch: pytest.MonkeyPatch, stop: int | None = None) -> list[in
     """Tokens of every haystack that is read from here on; at question number `stop` the call is stopped."""
     read: list[int] = []
     questions = iter(range(10**6))
-    for module in (needles, tasks):
-        ask = module.ask  # type: ignore[attr-defined]
+    ask = asking.ask
 
-        def stopped(*arguments: Any, ask: Callable[..., Any] = ask) -> Any:
-            if next(questions) == stop:
-                raise KeyboardInterrupt
-            return ask(*arguments)
+    def stopped(*arguments: Any) -> Any:
+        if next(questions) == stop:
+            raise KeyboardInterrupt
+        return ask(*arguments)
 
-        monkeypatch.setattr(module, "ask", stopped)
+    monkeypatch.setattr(asking, "ask", stopped)
 
     class Counting(Reader):
         def read(self, ids_T: torch.Tensor) -> None:
@@ -61,8 +61,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, stop: int | None = None) -> list[in
                 read.append(len(ids_T))
             super().read(ids_T)
 
-    for module in (needles, tasks):
-        monkeypatch.setattr(module, "Reader", Counting)
+    monkeypatch.setattr(asking, "Reader", Counting)
     return read
 
 

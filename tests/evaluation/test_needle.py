@@ -14,7 +14,8 @@ from retrofit.evaluation.scoring.score import reading
 from retrofit.evaluation.tasks.asking import Question, ask
 from retrofit.evaluation.tasks.haystack import NOISE, boundaries, encode, filler
 from retrofit.evaluation.tasks.needle import KEYS, WORDINGS, _prompt, depths, needle
-from retrofit.evaluation.tasks.ruler import TASKS, problem, ruler
+from retrofit.evaluation.tasks.ruler import ruler
+from retrofit.evaluation.tasks.ruler_problems import TASKS, problem
 from retrofit.recipe.schema import NEEDLE_KEYS, Needle
 from tests.tiny import BOS_ID, tiny_model, tiny_tokenizer
 

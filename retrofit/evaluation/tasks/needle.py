@@ -17,17 +17,13 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial as bound
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from retrofit.errors import UserError
-from retrofit.evaluation.scoring.reader import Reader, frequencies_of
-from retrofit.evaluation.scoring.score import reading
-from retrofit.evaluation.tasks.asking import EXTRA_TOKENS, Answer, Question, answered, ask, kept_answers
+from retrofit.evaluation.tasks.asking import EXTRA_TOKENS, Answer, Question, TextReader, answers_about, tokens_read
 from retrofit.evaluation.tasks.haystack import Wording, boundaries, encode, filler
 from retrofit.kernels.registry import Choice
 
@@ -157,30 +153,27 @@ def needle(
     prompts = haystacks(
         tokenizer, prose, test=test, lengths=lengths, depths=depths, samples=samples, together=together, seed=seed
     )
-    cells: list[Cell] = []
-    read = 0
-    if progress:
-        progress.start(test, len(lengths) * len(depths) * samples, "questions")
-    with reading(model, kernel, progress) as used:
-        asked = ((p.ids, [one.question for one in p.needles]) for some in prompts.values() for p in some)
-        kept = kept_answers(partial, model, asked, kernel=used, chunk=chunk, meta=meta, progress=progress)
-        for length in lengths:
-            asking = _Haystacks(model, tokenizer, length, chunk)
-            before: list[int] = []
-            for index, prompt in enumerate(prompts[length]):
-                read += len(prompt.ids) - asking.read_before(prompt.ids, before)
-                before = prompt.ids
-                answers = answered(kept, f"{length}-{index}", bound(asking.answers, prompt))
-                for one, answer in zip(prompt.needles, answers, strict=True):
-                    found = answer.margin > 0 if len(prompt.needles) > 1 else answer.starts
-                    cells.append(Cell(length, one.depth, prompt.sample, one.position, answer, found))
-                if progress:
-                    progress.advance(len(answers), tokens=length)
-    if progress:
-        progress.finish()
+    texts = {f"{length}-{index}": p for length, some in prompts.items() for index, p in enumerate(some)}
+    readers: dict[int, TextReader] = {}
+
+    def read(prompt: _Prompt) -> list[Answer]:
+        if prompt.length not in readers:
+            readers.clear()  # one cache at a time
+            readers[prompt.length] = TextReader(model, tokenizer, prompt.length, chunk)
+        return readers[prompt.length].answers(prompt)
+
+    answers, used = answers_about(
+        texts, read, model, test=test, chunk=chunk, kernel=kernel, meta=meta, partial=partial, progress=progress
+    )
+    cells = []
+    for name, prompt in texts.items():
+        for one, answer in zip(prompt.needles, answers[name], strict=True):
+            found = answer.margin > 0 if len(prompt.needles) > 1 else answer.starts
+            cells.append(Cell(prompt.length, one.depth, prompt.sample, one.position, answer, found))
     cells.sort(key=lambda cell: (cell.length, cell.depth, cell.sample))
     scores = {n: float(np.mean([cell.found for cell in cells if cell.length == n])) for n in lengths}
-    return NeedleResult(test, tuple(lengths), tuple(depths), samples, together, seed, tuple(cells), scores, read, used)
+    count = sum(tokens_read(some, chunk) for some in prompts.values())
+    return NeedleResult(test, tuple(lengths), tuple(depths), samples, together, seed, tuple(cells), scores, count, used)
 
 
 @dataclass(frozen=True)
@@ -199,29 +192,11 @@ class _Prompt:
     ids: list[int]
     needles: tuple[_Hidden, ...]
     sample: int
+    length: int
 
-
-class _Haystacks:
-    """Haystacks of one length, read one after another through one cache."""
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, chunk: int) -> None:
-        self._model, self._tokenizer, self._length = model, tokenizer, length
-        self._reader = Reader(model, length + EXTRA_TOKENS, chunk=chunk, rewindable=True)
-        self._held: list[int] = []
-
-    def read_before(self, ids: Sequence[int], before: Sequence[int]) -> int:
-        """How many tokens of `ids` need no reading where `before` was read: whole chunks, and not all of them."""
-        shared = min(_shared(ids, before), len(ids) - 1)
-        return shared - shared % self._reader.chunk
-
-    def answers(self, prompt: _Prompt) -> list[Answer]:
-        """Read a haystack and ask about each of its needles."""
-        shared = self.read_before(prompt.ids, self._held)
-        with frequencies_of(self._model, self._length):
-            self._reader.rewind(shared)
-            self._reader.read(torch.tensor(prompt.ids[shared:], device=self._model.device))
-            self._held = prompt.ids
-            return [ask(self._reader, self._tokenizer, one.question) for one in prompt.needles]
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        return tuple(one.question for one in self.needles)
 
 
 def _prompt(
@@ -264,7 +239,7 @@ def _prompt(
         needles.append(_Hidden(depth, len(ids), question))
         ids += fact
         done = at
-    return _Prompt(ids + hay[done:room], tuple(needles), sample)
+    return _Prompt(ids + hay[done:room], tuple(needles), sample, length)
 
 
 def _number(rng: random.Random) -> str:
@@ -281,8 +256,3 @@ def _like(
         if other != value and len(encode(tokenizer, text)) == tokens:
             break
     return text
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
