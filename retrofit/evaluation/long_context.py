@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from retrofit.console import Progress
+    from retrofit.evaluation.continuations import Continuation
     from retrofit.evaluation.tasks.needle import NeedleResult
     from retrofit.evaluation.tasks.ruler import RulerResult
     from retrofit.kernels.registry import Choice
@@ -43,12 +44,14 @@ NATIVE, SHORT = "native", "short"
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What the model was needed for. passes: token losses under another context (`native`, `short`)."""
+    """What the model was needed for. passes: token losses under another context (`native`, `short`).
+    continuations: what it writes after a few prompts."""
 
     passes: Mapping[str, TokenLosses]
     defined: tuple[Defined, ...] = ()
     needle: NeedleResult | None = None
     ruler: RulerResult | None = None
+    continuations: tuple[Continuation, ...] = ()
 
 
 def native_length(config: PretrainedConfig) -> int:

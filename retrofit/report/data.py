@@ -12,6 +12,7 @@ import numpy as np
 from retrofit.evaluation.metrics.perplexity import ALL, Row
 
 if TYPE_CHECKING:
+    from retrofit.evaluation.continuations import Continuation
     from retrofit.evaluation.cost import RunCost
     from retrofit.evaluation.metrics.context_use import LongContext
     from retrofit.evaluation.metrics.effective import EffectiveLength, ShortContext
@@ -28,7 +29,8 @@ class ModelResult:
     rows: perplexities by kind and length. position_losses: (position in tokens, mean loss in nats). kv_cache_bytes:
     bytes of the KV cache by number of tokens. cost: of running it, by length. long_context: how it uses its context, as
     far as that was asked for. short_context: what it lost against the original at or below the native length.
-    tasks: scores of the tasks asked; task_changes: against the original, on the same questions.
+    tasks: scores of the tasks asked; task_changes: against the original, on the same questions. continuations: what it
+    writes after a few prompts.
     """
 
     label: str
@@ -42,6 +44,7 @@ class ModelResult:
     short_context: tuple[ShortContext, ...] = ()
     tasks: tuple[TaskScore, ...] = ()
     task_changes: tuple[TaskChange, ...] = ()
+    continuations: tuple[Continuation, ...] = ()
 
     @property
     def effective(self) -> EffectiveLength | None:

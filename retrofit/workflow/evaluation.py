@@ -88,6 +88,7 @@ def _score(
             device=prepared.device,
             native=native,
             seed=prepared.recipe.seed,
+            continuation_tokens=section.continuation_tokens,
             identity=state.identity,
             partial=partial,
             progress=runner.progress,
@@ -96,11 +97,12 @@ def _score(
         for name, scored in measured.passes.items():
             save_losses(scored, pass_file(path, name))
         answers = {"defined": measured.defined, "needle": measured.needle, "ruler": measured.ruler}
-        return {**kernel, "answers": jsonable(answers)}
+        return {**kernel, "answers": jsonable(answers), "continuations": jsonable(measured.continuations)}
 
     native = prepared.plan.positions[0]
     config = {
         "chunk": section.chunk,
+        "continuation_tokens": section.continuation_tokens,
         "dtype": section.dtype,
         "kernel": prepared.kernel.name,
         "kernel_asked_for": prepared.kernel.requested != "auto",

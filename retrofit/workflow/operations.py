@@ -29,6 +29,7 @@ from retrofit.data.identity import merged
 from retrofit.data.samples import Teacher
 from retrofit.data.search_text import searched_text
 from retrofit.data.texts import require_known
+from retrofit.evaluation.continuations import continuations
 from retrofit.evaluation.long_context import Measured, longest_prompt, measure, native_length
 from retrofit.evaluation.scoring.reader import require_positions
 from retrofit.evaluation.scoring.score import TokenLosses, score
@@ -319,14 +320,16 @@ def score_folder(
     device: str,
     native: int | None = None,
     seed: int = 0,
+    continuation_tokens: int = 0,
     identity: Mapping[str, str] | None = None,
     partial: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[TokenLosses, dict[str, str], Measured]:
     """Token losses of a checkpoint folder, the {"kernel", "reason"} it was read with, and what else was asked for.
 
-    native: the length the original was made for; by default what the folder records. identity: digests of the
-    checkpoint, recorded with the losses. partial: where finished documents are kept until all are.
+    native: the length the original was made for; by default what the folder records. continuation_tokens: to write
+    after a few prompts. identity: digests of the checkpoint, recorded with the losses. partial: where finished
+    documents are kept until all are.
 
     Raises UserError, before anything is read, where learned positions end before the longest length.
     """
@@ -366,9 +369,10 @@ def score_folder(
         partial=partial,
         progress=progress,
     )
+    written = continuations(model, tokenizer, documents, tokens=continuation_tokens, kernel=asked)
     del model
     gc.collect()
-    return losses, {"kernel": choice.name, "reason": choice.reason}, measured
+    return losses, {"kernel": choice.name, "reason": choice.reason}, replace(measured, continuations=written)
 
 
 def ready(

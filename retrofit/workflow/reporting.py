@@ -11,6 +11,7 @@ from retrofit import bundled
 from retrofit.checkpoint.provenance import versions
 from retrofit.console import jsonable
 from retrofit.escape import shell_word
+from retrofit.evaluation.continuations import Continuation
 from retrofit.evaluation.cost import RunCost
 from retrofit.evaluation.metrics.context_use import restored
 from retrofit.evaluation.metrics.effective import ShortContext
@@ -101,6 +102,7 @@ def _model(runner: Runner, label: str, value: dict[str, Any], evaluated: dict[st
         short_context=tuple(ShortContext(**row) for row in evaluated["short_context"].get(label, ())),
         tasks=tuple(TaskScore(**row) for row in evaluated["tasks"]["scores"].get(label, ())),
         task_changes=tuple(TaskChange(**row) for row in evaluated["tasks"]["changes"].get(label, ())),
+        continuations=tuple(Continuation(**one) for one in value["continuations"]),
     )
 
 

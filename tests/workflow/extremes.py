@@ -18,6 +18,7 @@ from retrofit.workflow.run import run
 SCHEMA: Mapping[str, Any] = Recipe.model_json_schema()
 
 LONG = (
+    "evaluate.continuation_tokens",
     "evaluate.decode_tokens",
     "evaluate.needle.depths",
     "evaluate.needle.samples",
