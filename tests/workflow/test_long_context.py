@@ -211,7 +211,7 @@ def test_a_run_killed_while_it_asks_ends_with_the_same_answers(
 def test_what_was_asked_before_a_stop_is_not_asked_again(
     extended: Path, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from retrofit.evaluation.tasks import needle as module
+    from retrofit.evaluation.tasks import asking as module
     from retrofit.workflow import single
 
     out, kept = tmp_path / "l.npz", tmp_path / "l.npz.scored"
