@@ -179,7 +179,7 @@ def prices(
         options = "".join(f" --set {shell_word(value)}" for value in values)
         name = loaded.name if isinstance(recipe, Recipe) else shell_word(str(recipe))
         command = f"retrofit run {name}{named}{options} --set convert.kv_heads={{kv_heads}}"
-    with _entered():
+    with _entered(folder):
         return price(
             loaded,
             command=command,
@@ -452,10 +452,9 @@ def publish(
     """Push a finished checkpoint folder to the hub repository `repo`; token, name and license are checked first."""
     from retrofit.publishing.hub import publish as push
 
-    with _entered():
-        return push(
-            local_path(folder, where="FOLDER"), repo, private=private, token=token, license=license, progress=progress
-        )
+    finished = local_path(folder, where="FOLDER")
+    with _entered(finished):
+        return push(finished, repo, private=private, token=token, license=license, progress=progress)
 
 
 def compare(a: str | Path, b: str | Path, *, lengths: Sequence[int] | None = None, bits: bool = False) -> Comparison:

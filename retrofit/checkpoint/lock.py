@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from retrofit.checkpoint.full import writing
 from retrofit.checkpoint.staging import require_writable
 from retrofit.errors import UserError
 from retrofit.escape import shown
@@ -72,8 +73,9 @@ def folder_lock(path: str | Path, *, wait: bool = False, progress: Progress | No
         os.close(descriptor)
     try:
         _require_ours(descriptor, lock)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"retrofit, process {os.getpid()}\n".encode(), 0)
+        with writing(path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"retrofit, process {os.getpid()}\n".encode(), 0)
         yield
     finally:
         if _is_file(descriptor, lock) and _is_ours(descriptor):

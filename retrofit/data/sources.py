@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from retrofit.checkpoint.full import machine_error
 from retrofit.data.corpora import BUILT_IN
 from retrofit.data.folders import LINES, PARQUET, text_files
 from retrofit.data.readers import json_lines, json_rows, plain_text, suffix_of
@@ -131,6 +132,7 @@ def _hub_loader() -> Callable[..., object]:
 
 
 def _hub_rows(source: TextSource, load_dataset: Callable[..., object]) -> Iterator[Row]:
+    from huggingface_hub.constants import HF_HOME
     from huggingface_hub.errors import HTTPError
 
     dataset, config = hub_dataset(source.source)
@@ -139,7 +141,7 @@ def _hub_rows(source: TextSource, load_dataset: Callable[..., object]) -> Iterat
         for number, row in enumerate(stream, 1):  # type: ignore[var-annotated, arg-type]
             yield f"{dataset}:{number}", _text_field(row, source.field, f"{source.source}, row {number}")
     except (ValueError, OSError, HTTPError) as error:  # datasets' own errors derive from the first two
-        raise UserError(
+        raise machine_error(error, HF_HOME) or UserError(
             f"cannot read the dataset: {shown(str(error).splitlines()[0] if str(error) else type(error).__name__)}",
             where=f"text source `{shown(source.source)}`, split `{shown(source.split)}`",
             fix="check name, configuration (hub:DATASET:CONFIG), split, network and `hf auth login`",

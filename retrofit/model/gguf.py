@@ -16,6 +16,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrofit.checkpoint.full import machine_error
 from retrofit.checkpoint.provenance import sha256
 from retrofit.checkpoint.staging import require_free_space
 from retrofit.errors import UserError
@@ -120,7 +121,7 @@ def _write(header: GgufFile, weights: bool, out: Path) -> None:
 
 @contextmanager
 def _reading(header: GgufFile) -> Iterator[None]:
-    """What transformers raises for a file that it cannot read, as a UserError."""
+    """What transformers raises for a file that it cannot read, as a UserError; failures of the machine stay."""
     from huggingface_hub.errors import StrictDataclassError
 
     try:
@@ -135,6 +136,8 @@ def _reading(header: GgufFile) -> Iterator[None]:
         TypeError,
         ValueError,
     ) as error:
+        if machine_error(error) is not None:  # told by whoever knows where was written
+            raise
         raise UserError(
             f"transformers cannot read the GGUF file: {shown(error, 200)}",
             where=shown(header.path),

@@ -22,6 +22,7 @@ from retrofit.checkpoint.files import (
     read_index,
     require_no_adapter,
 )
+from retrofit.checkpoint.full import writing
 from retrofit.errors import UserError
 from retrofit.escape import shell_word
 from retrofit.model.families import require_known
@@ -53,12 +54,12 @@ def download(repo_id: str, *, revision: str | None, weights: bool, progress: Pro
     architecture.
     """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.constants import HF_HUB_CACHE, is_offline_mode
 
     if is_offline_mode():
         return _cached(repo_id, revision, weights, "HF_HUB_OFFLINE is set", progress)
     try:
-        with hub_errors(repo_id, revision):
+        with hub_errors(repo_id, revision), writing(HF_HUB_CACHE):
             info = HfApi().model_info(repo_id, revision=revision)
             files = {sibling.rfilename for sibling in info.siblings or ()}
             require_files(repo_id, files)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from retrofit.checkpoint.files import require_no_adapter
+from retrofit.checkpoint.full import machine_error
 from retrofit.checkpoint.provenance import sha256
 from retrofit.errors import UserError
 from retrofit.publishing.snippet import front_matter, with_model_id
@@ -203,6 +204,7 @@ class _Caller:
 
     def __call__(self, action: Callable[[], T]) -> T:
         """The result of `action`, which may be called up to `attempts` times."""
+        from huggingface_hub.constants import HF_HOME
         from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
         # The base of every error of the HTTP library that huggingface_hub uses, whichever that is.
@@ -217,6 +219,8 @@ class _Caller:
                     "the hub is switched off here", where="HF_HUB_OFFLINE", fix="unset HF_HUB_OFFLINE and try again"
                 ) from error
             except (http_error, OSError, RuntimeError, ValueError) as error:
+                if (found := machine_error(error, HF_HOME)) is not None:
+                    raise found from error
                 # A broken answer is no JSON and may pass; other ValueErrors tell what is wrong with the upload, and
                 # these two come from a file here or from the hub's storage, which will not change its mind.
                 if isinstance(error, (ValueError, PermissionError, FileNotFoundError)) and not isinstance(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from retrofit.checkpoint import lock
+from retrofit.checkpoint.full import writing
 from retrofit.checkpoint.lock import folder_lock
 from retrofit.console import Silent
 from retrofit.errors import UserError
@@ -103,3 +105,16 @@ def test_where_nothing_can_be_made_is_told(name: str, tmp_path: Path, monkeypatc
     monkeypatch.setattr(lock.os, "mkdir", refuse)
     with pytest.raises(UserError, match="cannot write there: No such file"), folder_lock(tmp_path / name):
         pass
+
+
+def test_a_disk_too_full_for_the_lock_is_told_by_its_own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The write names no file: a block outside that writes to another disk would name that one."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(lock.os, "pwrite", full)
+    with pytest.raises(UserError, match="disk is full") as caught, writing("/elsewhere"), folder_lock(tmp_path / "out"):
+        pass
+    assert caught.value.where == str(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -251,6 +252,15 @@ def test_a_hub_stream_that_breaks_off_is_told_and_a_check_reads_one_row(
     with pytest.raises(UserError, match="cannot read the dataset") as caught:
         list(read_texts(source("hub:owner/name"), split="all"))
     assert "hub:owner/name" in str(caught.value.where) and "network" in str(caught.value.fix)
+
+
+def test_a_disk_that_fills_while_a_dataset_streams_is_no_fault_of_the_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: object, **__: object) -> object:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sources, "_hub_loader", lambda: load_dataset)
+    with pytest.raises(UserError, match="disk is full"):
+        list(read_texts(source("hub:owner/name"), split="all"))
 
 
 # ------------------------------------------------------------------------------------------- evaluation and samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -217,6 +218,16 @@ def test_a_task_whose_data_are_on_the_hub_is_refused_offline(monkeypatch: pytest
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     assert "the data of the task `arc_easy` cannot be had" in refused(names=["arc_easy"])
+
+
+def test_a_disk_that_fills_is_no_fault_of_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(datasets, "load_dataset", full)
+    assert "the disk is full" in refused(names=["arc_easy"])
 
 
 def test_what_a_task_takes_is_counted_before_a_model_is_read(folder: Path) -> None:

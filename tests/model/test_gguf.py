@@ -266,3 +266,14 @@ def test_embedded_model_predicts_english(tmp_path):
     with torch.no_grad():
         perplexity = torch.exp(model(ids, labels=ids).loss)
     assert perplexity < 40
+
+
+def test_a_machine_without_memory_is_no_fault_of_the_file(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "m.gguf")
+
+    def small(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.from_pretrained", small)
+    with pytest.raises(UserError, match="not enough memory"):
+        resolve(tmp_path / "m.gguf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 
+from retrofit.checkpoint.full import writing
 from retrofit.errors import UserError
 from retrofit.model import source
 from retrofit.model.load import load_model, load_tokenizer
@@ -256,3 +259,16 @@ def test_hub(folder, tmp_path):
     assert gone[:3] == ["hub", "org/good", SHA]
     assert "could not be reached" in unknown
     assert "not in the local cache" in unknown
+
+
+def test_a_full_disk_of_the_hub_cache_is_told_by_its_own_place(monkeypatch, tmp_path):
+    """The client's writes name no file: the output, on another disk, would be said to be full."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", full)
+    with pytest.raises(UserError, match="disk is full") as caught, writing(tmp_path / "out"):
+        source.resolve("org/model")
+    assert caught.value.where == HF_HUB_CACHE

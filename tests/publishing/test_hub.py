@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import urllib.error
@@ -188,6 +189,17 @@ def test_cut_in_mid_upload_leaves_no_commit_and_is_resumed(hub: HubServer, folde
     hub.faults.clear()
     push(hub, folder)
     assert hub.repos["ann/tiny"].files == files(folder)
+
+
+def test_a_failure_of_this_machine_is_neither_repeated_nor_the_hubs(
+    hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", full)
+    with pytest.raises(UserError, match="disk is full"):
+        push(hub, folder)
 
 
 @pytest.mark.parametrize(("status", "said"), [(401, "does not accept this token"), (403, "may not write to ann/tiny")])

@@ -20,6 +20,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrofit.checkpoint.full import machine_error
 from retrofit.errors import UserError
 from retrofit.evaluation.tasks.answers import TaskAnswers
 from retrofit.evaluation.tasks.harness_answers import answers_of
@@ -168,12 +169,13 @@ def _manager(section: Tasks) -> Any:
 
 def _open(manager: Any, given: str, section: Tasks) -> Asked:
     from datasets.exceptions import DatasetsError
+    from huggingface_hub.constants import HF_HOME
 
     try:
         loaded = manager.load([given])
         return _examined(given, loaded, section)
     except (OSError, DatasetsError) as error:
-        raise UserError(
+        raise machine_error(error, HF_HOME) or UserError(
             f"the data of the task `{given}` cannot be had: {_first_line(error)}",
             where=f"{WHERE}.names",
             fix="give access to the hub once (its copies are read afterwards), or a task whose data are files here",
