@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
 from collections.abc import Callable, Mapping
 from io import FileIO
 from pathlib import Path
@@ -40,30 +38,6 @@ FLUSH_BYTES = 64 << 20
 KEPT = "{} weight files were written before, and are kept"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# What travels with the weights besides the configuration. A literal list: code, pickles and cards never do.
-SIDE_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-    "NOTICE",
-    "NOTICE.txt",
-    "USE_POLICY.md",
-)
-SIDE_FOLDERS = ("additional_chat_templates",)
-_BLOB = re.compile(r"[0-9a-f]{30,}")
 # Fields that other engines read and that must not depend on a class default of one transformers version.
 EXPLICIT_FIELDS = (
     "hidden_size",
@@ -282,43 +256,6 @@ def remove_shards(folder: str | Path) -> int:
     for path in shards:
         path.unlink()
     return len(shards)
-
-
-def side_files(source: str | Path) -> tuple[str, ...]:
-    """Names of a checkpoint's tokenizer, chat template, generation settings and license texts that are there, sorted;
-    never weights, config.json, card or code.
-
-    Raises UserError for a link to a file of another name elsewhere, whose content would be copied and published.
-    """
-    source = Path(source)
-    templates = [path for folder in SIDE_FOLDERS for path in (source / folder).glob("*.jinja")]
-    names = [name for name in SIDE_FILES if (source / name).is_file()]
-    found = sorted(names + [path.relative_to(source).as_posix() for path in templates])
-    for path in (source / part for part in (*found, *SIDE_FOLDERS)):
-        _require_own(path, source)
-    return tuple(found)
-
-
-def _require_own(path: Path, source: Path) -> None:
-    """A link is to something in the folder, to a file of the same name, or into a cache that names files by digest."""
-    target = path.resolve()
-    own = target.is_relative_to(source.resolve()) or target.name == path.name or _BLOB.fullmatch(target.name)
-    if path.is_symlink() and not own:
-        raise UserError(
-            f"{shown(path.name)} links to {shown(target)}, which is no file of the model",
-            where=shown(path),
-            fix="put the model's own file there, or remove the link",
-        )
-
-
-def copy_side_files(source: str | Path, out: str | Path) -> tuple[str, ...]:
-    """Copy what `side_files` names; returns the names copied."""
-    source, out = Path(source), Path(out)
-    copied = side_files(source)
-    for name in copied:
-        (out / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / name, out / name)
-    return copied
 
 
 def write_config(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.config import is_number
+from retrofit.checkpoint.side_files import GENERATION, TOKENIZER
 from retrofit.context import learned
 from retrofit.context.engines import Reading, readings
 from retrofit.context.fields import as_dict, text_part, views
@@ -60,7 +61,7 @@ _SET = (
     "rope_parameters",
     "head_dim",
 )
-SIDE_FILES = ("tokenizer_config.json", "generation_config.json")
+SIDE_FILES = (TOKENIZER, GENERATION)
 """Files beside config.json that hold the window too."""
 
 
@@ -169,8 +170,9 @@ def write_extended(
     from retrofit.checkpoint.extensions import held_scale
     from retrofit.checkpoint.read import Checkpoint
     from retrofit.checkpoint.rewrite import rewrite
+    from retrofit.checkpoint.side_files import copy_side_files
     from retrofit.checkpoint.staging import staged
-    from retrofit.checkpoint.write import copy_side_files, write_config
+    from retrofit.checkpoint.write import write_config
     from retrofit.context.temperature import query_rules
     from retrofit.model.families import describe
     from retrofit.model.load import load_config

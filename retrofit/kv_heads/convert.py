@@ -20,7 +20,8 @@ from torch import Tensor
 from retrofit.checkpoint.provenance import digest
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.rewrite import Rule, rewrite
-from retrofit.checkpoint.write import copy_side_files, remove_shards
+from retrofit.checkpoint.side_files import copy_side_files
+from retrofit.checkpoint.write import remove_shards
 from retrofit.data.calibration import AVERAGED_TOKENS, CalibrationText
 from retrofit.errors import UserError
 from retrofit.kv_heads.merge.joint import contiguous_groups

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.config import CONFIG, read_config
+from retrofit.checkpoint.side_files import GENERATION
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.model.families import is_known
 from retrofit.model.foreign import foreign_values
 from retrofit.model.sensible import require_sensible
-from retrofit.model.side_files import GENERATION, require_no_mark, require_side_files, require_usable, side_file
+from retrofit.model.side_files import require_no_mark, require_side_files, require_usable, side_file
 
 if TYPE_CHECKING:
     import torch

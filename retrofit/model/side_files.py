@@ -11,25 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from retrofit.checkpoint.config import finite, is_number
+from retrofit.checkpoint.side_files import GENERATION, JSON, TOKENIZER, TOKENS
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.files import read_json, require_regular, require_size
 
-TOKENIZER = "tokenizer_config.json"
-GENERATION = "generation_config.json"
-
-_JSON = (TOKENIZER, GENERATION, "special_tokens_map.json", "added_tokens.json")
-_LARGE = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 _MOST_BYTES = 16 << 20
 _MOST_BYTES_LARGE = 256 << 20
 _FIX = "download the file again"
@@ -38,13 +24,13 @@ _FIX = "download the file again"
 def require_side_files(folder: str | Path) -> None:
     """Raises UserError for a side file that is no regular file, too large, no JSON object where it should be one, or
     that begins with a byte order mark."""
-    for name in _LARGE:
+    for name in TOKENS:
         path = Path(folder) / name
         if os.path.lexists(path):
             require_regular(path, fix=_FIX)
             require_size(path, _MOST_BYTES_LARGE)
             require_no_mark(path)
-    for name in _JSON:
+    for name in (GENERATION, *JSON):
         side_file(folder, name)
         if os.path.lexists(path := Path(folder) / name):
             require_no_mark(path)

@@ -178,7 +178,7 @@ def embedded_file() -> Path:
 
 def _from_folder(name: str, folder: Path, weights: bool) -> Source:
     from retrofit.checkpoint.read import Checkpoint
-    from retrofit.checkpoint.write import side_files
+    from retrofit.checkpoint.side_files import side_files
     from retrofit.model.families import require_known
     from retrofit.model.license import base_model_of, license_of
     from retrofit.model.load import load_config, stored_dtype

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.rewrite import Rewritten, rewrite
-from retrofit.checkpoint.write import copy_side_files
+from retrofit.checkpoint.side_files import copy_side_files
 from retrofit.errors import UserError
 from retrofit.model.completeness import leftovers, tied_copy
 from retrofit.model.families.experts import EXPERTS

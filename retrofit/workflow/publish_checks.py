@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrofit.checkpoint.side_files import GENERATION
 from retrofit.context import rope
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.evaluation.scoring.reader import varying
 from retrofit.model.chat import rendered
 from retrofit.model.license import other_license_of
-from retrofit.model.side_files import GENERATION, side_file
+from retrofit.model.side_files import side_file
 from retrofit.model.source import Source
 from retrofit.publishing.card_input import require_license_and_base
 from retrofit.publishing.reload import nothing_to_compare

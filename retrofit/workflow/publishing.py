@@ -13,8 +13,9 @@ from retrofit.checkpoint.copying import copy_file
 from retrofit.checkpoint.provenance import digest, sha256, versions, write_provenance
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.rewrite import rewrite
+from retrofit.checkpoint.side_files import copy_side_files
 from retrofit.checkpoint.staging import staged
-from retrofit.checkpoint.write import copy_side_files, parse_size
+from retrofit.checkpoint.write import parse_size
 from retrofit.console import jsonable
 from retrofit.data.documents import documents_digest
 from retrofit.evaluation.scoring.losses import TokenLosses

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from retrofit.checkpoint.files import INDEX, SINGLE
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.checkpoint.write import ShardWriter, copy_side_files, parse_size, remove_shards, write_config
+from retrofit.checkpoint.side_files import copy_side_files
+from retrofit.checkpoint.write import ShardWriter, parse_size, remove_shards, write_config
 from retrofit.errors import UserError
 
 

@@ -20,8 +20,9 @@ from retrofit.checkpoint.cast import narrowed
 from retrofit.checkpoint.heap import give_back
 from retrofit.checkpoint.provenance import sha256
 from retrofit.checkpoint.read import Checkpoint
+from retrofit.checkpoint.side_files import copy_side_files, side_files
 from retrofit.checkpoint.staging import require_free_space
-from retrofit.checkpoint.write import KEPT, ShardWriter, copy_side_files, going_on, held, side_files, write_config
+from retrofit.checkpoint.write import KEPT, ShardWriter, going_on, held, write_config
 from retrofit.errors import UserError
 from retrofit.files import read_json
 from retrofit.model.cache import cache_dir, cached, sound
