@@ -77,7 +77,9 @@ def python_api() -> str:
 
 def functions() -> ModuleType:
     """The module that holds the public functions."""
-    return sys.modules[retrofit.schema.__module__]
+    from retrofit import api
+
+    return api
 
 
 def measures() -> str:

@@ -12,7 +12,25 @@ Every command of the `retrofit` program is a function of the same name here. The
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from retrofit.api import (
+        compare,
+        convert,
+        doctor,
+        evaluate,
+        extend,
+        inspect,
+        plan,
+        prices,
+        publish,
+        recipes,
+        recover,
+        run,
+        schema,
+    )
+    from retrofit.errors import UserError
 
 __version__ = "0.1.0"
 
@@ -31,7 +49,23 @@ COMMANDS = (
     "schema",
     "doctor",
 )
-__all__ = [*COMMANDS, "UserError", "__version__"]
+__all__ = [
+    "UserError",
+    "__version__",
+    "compare",
+    "convert",
+    "doctor",
+    "evaluate",
+    "extend",
+    "inspect",
+    "plan",
+    "prices",
+    "publish",
+    "recipes",
+    "recover",
+    "run",
+    "schema",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,12 +12,13 @@ import yaml
 from typer.testing import CliRunner
 
 import retrofit
-from retrofit.cli.app import _Record, _show_exception, app
+from retrofit.cli.app import app
+from retrofit.cli.group import Record, show_exception
 from retrofit.data.measured import _reads, read_before
 from retrofit.escape import visible
 from retrofit.evaluation.scoring.losses import TokenLosses
+from retrofit.recipe.options import recipe_of
 from retrofit.recipe.schema import TextSource
-from retrofit.workflow import single
 from tests.hostile import HOSTILE
 from tests.tiny import save_tiny
 
@@ -44,7 +45,7 @@ try:
     app(["--help"])
 except SystemExit:
     pass
-heavy = {"torch", "transformers", "numpy", "pydantic", "matplotlib"} & set(sys.modules)
+heavy = {"torch", "transformers", "numpy", "matplotlib", "rich"} & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else 0)
 """
 
@@ -52,7 +53,7 @@ sys.exit(f"imported {heavy}" if heavy else 0)
 def cli(*arguments: object, code: int = 0) -> str:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == code, result.output + repr(result.exception)
-    return result.stdout if code == 0 else result.output
+    return result.stdout if code == 0 or "--json" in arguments else result.output
 
 
 @pytest.fixture(scope="module")
@@ -292,29 +293,25 @@ def test_a_suite_sets_lengths_and_options_win_over_it(tiny: Path) -> None:
     }
 
 
-def test_options_of_evaluate_are_laid_over_the_suite(tiny: Path, tmp_path: Path) -> None:
-    suite = tmp_path / "suite.yaml"
-    needle = {"lengths": [64], "samples": 2, "depths": 3}
-    suite.write_text(yaml.safe_dump({"name": "mine", "dtype": "float32", "needle": needle}))
-    asked: dict[str, object] = {"text": (), "lengths": None, "documents": None, "dtype": "auto"}
-    values = single.evaluate_section(suite, **asked, needle={"lengths": [], "depths": 2, "together": True})
-    assert (
-        values["dtype"] == "float32"
-        and single.evaluate_section(suite, **{**asked, "dtype": "bfloat16"})["dtype"] == "bfloat16"
-    )
-    assert values["needle"] == {**needle, "test": "needle", "depths": 2, "together": True}
+def test_options_of_evaluate_are_laid_over_the_suite(tiny: Path) -> None:
+    suite = {"dtype": "float32", "needle": {"lengths": [64], "samples": 2, "depths": 3}}
+    found = recipe_of("evaluate", {"depths": "2", "together": True}, {"evaluate": suite}).evaluate
+    assert found is not None and found.dtype == "float32" and found.needle is not None
+    assert found.needle.model_dump() == {
+        "lengths": (64,), "samples": 2, "depths": 2, "test": "needle", "together": True
+    }  # fmt: skip
+    found = recipe_of("evaluate", {"dtype": "bf16"}, {"evaluate": suite}).evaluate
+    assert found is not None and found.dtype == "bfloat16"
     short = ["--text", "python-docs", "--lengths", 32]
     assert "where: --depths" in cli("evaluate", tiny, *short, "--depths", 3, code=2)
     assert "where: --together" in cli("evaluate", tiny, *short, "--suite", "quick", "--together", code=2)
 
 
-def test_options_of_tasks_are_laid_over_the_suite(tmp_path: Path) -> None:
-    suite = tmp_path / "suite.yaml"
-    suite.write_text(yaml.safe_dump({"name": "mine", "tasks": {"names": ["arc_easy"], "limit": 100}}))
-    asked: dict[str, object] = {"text": (), "lengths": None, "documents": None, "dtype": "auto"}
-    values = single.evaluate_section(suite, **asked, tasks={"names": [], "folder": None, "fewshot": 0, "limit": 50})
-    own = {"folder": None, "batch_size": 1}
-    assert values["tasks"] == {"names": ["arc_easy"], "fewshot": 0, "limit": 50, **own}
+def test_options_of_tasks_are_laid_over_the_suite() -> None:
+    suite = {"tasks": {"names": ["arc_easy"], "limit": 100}}
+    found = recipe_of("evaluate", {"fewshot": 0, "limit": 50, "tasks": []}, {"evaluate": suite}).evaluate
+    assert found is not None and found.tasks is not None
+    assert (found.tasks.names, found.tasks.fewshot, found.tasks.limit) == (("arc_easy",), 0, 50)
 
 
 def test_only_the_folder_of_a_finished_run_is_published(tiny: Path) -> None:
@@ -324,7 +321,8 @@ def test_only_the_folder_of_a_finished_run_is_published(tiny: Path) -> None:
 def test_errors_are_three_lines_and_exit_code_2(tmp_path: Path) -> None:
     text = cli("inspect", tmp_path / "missing", code=2)
     assert "Traceback" not in text and "fix:" in text and len(text.strip().splitlines()) <= 3
-    assert "not a list of lengths" in cli("compare", "a", "b", "--lengths", "1k", code=2)
+    said = cli("compare", "a", "b", "--lengths", "1q", code=2)
+    assert "--lengths: must be a whole number of tokens, for example 4096 or 32k, not `1q`" in said
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -351,10 +349,10 @@ def test_foreign_words_in_arguments_are_shown_as_words(
 
 
 def test_logs_of_libraries_show_words(capsys: pytest.CaptureFixture[str]) -> None:
-    record = _Record("transformers", 40, "x.py", 1, "model type %s", ("\x1b[2J",), None)
+    record = Record("transformers", 40, "x.py", 1, "model type %s", ("\x1b[2J",), None)
     assert record.getMessage() == "model type \\x1b[2J"
     try:
         raise ValueError("\x1b[2J")
     except ValueError as error:
-        _show_exception(ValueError, error, None)
+        show_exception(ValueError, error, None)
     assert capsys.readouterr().err == "ValueError: \\x1b[2J\n"

@@ -157,6 +157,7 @@ def curve(model: Path, work: Path) -> dict[str, Any]:
     """Predicted and measured loss at every number of KV heads: {original, cases: {case: {heads: {...}}}}."""
     import retrofit
     from retrofit.model.load import load_tokenizer
+    from retrofit.recipe.options import recipe_of
     from retrofit.workflow import single
 
     text = held_out(load_tokenizer(model))
@@ -166,12 +167,12 @@ def curve(model: Path, work: Path) -> dict[str, Any]:
         listed: Any = None
         section = {**options, "calibration": {"sequence_length": LENGTH}}
         if options["method"] == "calibrated":
-            listed = retrofit.prices(model, recipe=single.recipe("convert", {"kv_heads": 1, **section}))
+            listed = retrofit.prices(model, recipe=recipe_of("convert", {"kv_heads": 1}, {"convert": section}))
         cases[case] = {"curve": listed and vars(listed.curve), "probes": listed and listed.calibrated, "heads": {}}
         for heads in HEADS:
             out = work / f"{case}-{heads}".replace(" ", "-")
-            recipe = single.recipe("convert", {"kv_heads": heads, **section}, model=str(model))
-            single.convert(recipe, out, moments=None, revision=None, progress=None)
+            recipe = recipe_of("convert", {"kv_heads": heads, "model": model}, {"convert": section})
+            single.convert(recipe, out, moments=None, revision=None, overwrite=False, progress=None)
             found = losses(out, text)
             price = listed and next(price for price in listed.prices if price.kv_heads == heads)
             cases[case]["heads"][heads] = {

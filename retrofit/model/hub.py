@@ -155,15 +155,35 @@ def hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
         raise _UnreachableError(f"the hub could not be reached ({type(error.__cause__ or error).__name__})") from error
 
 
+def require_there(repo_id: str, revision: str | None) -> None:
+    """UserError where the hub has no such model, or cannot be reached and the local cache has none either."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import is_offline_mode
+
+    if is_offline_mode():
+        _cached_folder(repo_id, revision, "HF_HUB_OFFLINE is set")
+        return
+    try:
+        with hub_errors(repo_id, revision):
+            HfApi().model_info(repo_id, revision=revision)
+    except _UnreachableError as error:
+        _cached_folder(repo_id, revision, str(error))
+
+
 def _cached(repo_id: str, revision: str | None, weights: bool, reason: str, progress: Progress | None) -> Snapshot:
+    folder = _cached_folder(repo_id, revision, reason)
+    if weights and not holds_weights(folder):
+        raise _not_cached(repo_id, reason)
+    require_known(load_config(folder))
+    if progress:
+        progress.note(f"{reason}: using revision {folder.name} of {repo_id} from the local cache")
+    return Snapshot(folder, repo_id, folder.name, None)
+
+
+def _cached_folder(repo_id: str, revision: str | None, reason: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    missing = UserError(
-        f"{reason}, and the model is not in the local cache",
-        where=f"https://huggingface.co/{repo_id}",
-        fix="connect (or unset HF_HUB_OFFLINE) and try again, or give a local folder, a .gguf file or `embedded`",
-    )
     try:
         folder = Path(
             snapshot_download(
@@ -177,13 +197,18 @@ def _cached(repo_id: str, revision: str | None, weights: bool, reason: str, prog
     except HFValidationError as error:
         raise UserError(f"`{repo_id}` is no hub id", where="model", fix="write OWNER/NAME") from error
     except LocalEntryNotFoundError as error:
-        raise missing from error
-    if not (folder / "config.json").is_file() or (weights and not holds_weights(folder)):
-        raise missing
-    require_known(load_config(folder))
-    if progress:
-        progress.note(f"{reason}: using revision {folder.name} of {repo_id} from the local cache")
-    return Snapshot(folder, repo_id, folder.name, None)
+        raise _not_cached(repo_id, reason) from error
+    if not (folder / "config.json").is_file():
+        raise _not_cached(repo_id, reason)
+    return folder
+
+
+def _not_cached(repo_id: str, reason: str) -> UserError:
+    return UserError(
+        f"{reason}, and the model is not in the local cache",
+        where=f"https://huggingface.co/{repo_id}",
+        fix="connect (or unset HF_HUB_OFFLINE) and try again, or give a local folder, a .gguf file or `embedded`",
+    )
 
 
 def _shards(repo_id: str, commit: str, files: set[str]) -> set[str]:

@@ -104,6 +104,21 @@ def _resolve(model: str | Path, revision: str | None, weights: bool, progress: P
     return _from_hub(name, revision, weights, progress)
 
 
+def require_there(model: str | Path, revision: str | None = None) -> None:
+    """UserError where a model is neither on this machine nor on the hub. Nothing of it is read, so that a wrong name is
+    told before torch and transformers are imported."""
+    name, path = str(model), local_path(model, where="model")
+    if name == EMBEDDED and not path.exists():
+        embedded_file()
+    elif _is_gguf_name(path):
+        require_regular(path)
+    elif not os.path.lexists(path):
+        from retrofit.model import hub
+
+        _require_hub_id(name, revision)
+        hub.require_there(name, revision)
+
+
 def _is_gguf_name(path: Path) -> bool:
     return path.suffix.lower() == ".gguf"
 
@@ -231,8 +246,7 @@ def _from_gguf(
     )
 
 
-def _from_hub(name: str, revision: str | None, weights: bool, progress: Progress | None) -> Source:
-    from retrofit.model.hub import download
+def _require_hub_id(name: str, revision: str | None) -> None:
     from retrofit.recipe.hub import is_model_or_dataset, is_revision
 
     if not is_model_or_dataset(name):
@@ -245,7 +259,12 @@ def _from_hub(name: str, revision: str | None, weights: bool, progress: Progress
         raise UserError(
             f"`{revision}` is no name of a revision", where="revision", fix="give a branch, a tag or a commit"
         )
+
+
+def _from_hub(name: str, revision: str | None, weights: bool, progress: Progress | None) -> Source:
+    _require_hub_id(name, revision)
     from retrofit.checkpoint.read import Checkpoint
+    from retrofit.model.hub import download
     from retrofit.model.license import license_of
     from retrofit.model.load import stored_dtype
 

@@ -282,7 +282,7 @@ def _short(value: object) -> str:
 def _meant(root: type[BaseModel], key: Key) -> str:
     """ "; did you mean `x`?": a key of the same section, else the same or a near key of another one."""
     wrong = str(key[-1])
-    here = _section(root, key[:-1])
+    here = section_at(root, key[:-1])
     near = difflib.get_close_matches(wrong, here.model_fields if here else (), n=1, cutoff=0.6)
     if near:
         return f"; did you mean `{near[0]}`?"
@@ -294,7 +294,7 @@ def _meant(root: type[BaseModel], key: Key) -> str:
     return f"; known here: {', '.join(here.model_fields)}" if here else ""
 
 
-def _section(root: type[BaseModel], key: Key) -> type[BaseModel] | None:
+def section_at(root: type[BaseModel], key: Key) -> type[BaseModel] | None:
     """The model that validates the section at `key`."""
     section: type[BaseModel] | None = root
     for part in key:

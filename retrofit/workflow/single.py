@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,6 @@ from retrofit.model.families import describe
 from retrofit.model.load import load_config, resolve_dtype
 from retrofit.model.reexpress import FORMAT, reexpression_of
 from retrofit.model.source import Source, resolve
-from retrofit.recipe.load import load_suite, validate
 from retrofit.recipe.schema import Evaluate, Recipe
 from retrofit.recovery.schedule import check_lengths
 from retrofit.recovery.student_teacher import require_same_vocabulary
@@ -52,23 +51,6 @@ from retrofit.workflow.work_folder import kept, require_own
 if TYPE_CHECKING:
     from retrofit.console import Progress
     from retrofit.evaluation.cost import RunCost
-
-# Of the options that are not called like the key they set.
-_OPTIONS = {
-    "calibration.text": "--calibrate",
-    "calibration.text.source": "--calibrate",
-    "text.source": "--text",
-    "search.text.source": "--text",
-    "adapter.alpha": "--rank",
-    "definitions": "--definition",
-    "needle": "--needle",
-    "needle.lengths": "--needle",
-    "ruler.lengths": "--ruler",
-    "tasks.names": "--task",
-    "tasks.folder": "--task-folder",
-    "tasks": "--task",
-}
-SECTIONS = ("convert", "context", "recover", "evaluate", "publish")
 
 
 @dataclass(frozen=True)
@@ -100,20 +82,6 @@ class Evaluation:
     losses: Path | None
     long_context: LongContext
     tasks: tuple[TaskScore, ...] = ()
-
-
-def recipe(section: str, values: Mapping[str, Any], **top: Any) -> Recipe:
-    """A recipe with one step, from options. Raises RecipeError in the words of the recipe language."""
-    others = {name: None for name in SECTIONS if name != section}
-    return validate({"name": section, section: dict(values), **others, **top}, Recipe, "options", _option_of)
-
-
-def _option_of(key: Sequence[str | int]) -> str | None:
-    """The option that sets the value of a recipe's key; None for a section, which several set."""
-    words = [part for part in key if isinstance(part, str)]
-    if not words or words[-1] in SECTIONS:
-        return None
-    return _OPTIONS.get(".".join(words[1:])) or f"--{words[-1].replace('_', '-')}"
 
 
 def convert(
@@ -314,59 +282,6 @@ def _check_teacher(recipe: Recipe, teacher: str, progress: Progress | None) -> N
     student, original = (describe(load_config(folder)) for folder in folders)
     require_same_vocabulary(original, student, "--teacher")
     check_lengths(section, original.max_position_embeddings, student.max_position_embeddings)
-
-
-def evaluate_section(
-    suite: str | Path | None,
-    *,
-    text: Sequence[str],
-    lengths: Sequence[int] | None,
-    documents: int | None,
-    dtype: str,
-    needle: Mapping[str, Any] | None = None,
-    tasks: Mapping[str, Any] | None = None,
-    **asked: Any,
-) -> dict[str, Any]:
-    """The `evaluate` section of a recipe from a suite and options; options win, those of `needle` and `tasks` one by
-    one.
-
-    asked: further keys of the section.
-    """
-    values: dict[str, Any] = (
-        load_suite(suite).evaluation().model_dump(mode="json") if suite is not None else {"documents": 1}
-    )
-    if text:
-        values["text"] = list(text)
-    if lengths:
-        values["lengths"] = list(lengths)
-    if documents is not None:
-        values["documents"] = documents
-    if dtype != "auto":
-        values["dtype"] = dtype
-    if needle := {key: value for key, value in (needle or {}).items() if _given(value)}:
-        fix = "add --needle N,N, or a --suite that has a needle test"
-        values["needle"] = _over(values.get("needle"), needle, "lengths", "needle test", fix)
-    if tasks := {key: value for key, value in (tasks or {}).items() if _given(value)}:
-        fix = "add --task NAME, or a --suite that asks tasks"
-        values["tasks"] = _over(values.get("tasks"), tasks, "names", "task", fix)
-    return {**values, **{key: value for key, value in asked.items() if _given(value)}}
-
-
-def _given(value: object) -> bool:
-    """Whether an option was given: 0 and "" were, and are refused by what they are meant for."""
-    return value is not None and value is not False and value != []
-
-
-def _over(
-    suite: Mapping[str, Any] | None, asked: Mapping[str, Any], needed: str, what: str, fix: str
-) -> dict[str, Any]:
-    """A section of a suite, if it has one, with the options laid over it. needed: the field that makes one alone."""
-    if not suite and needed not in asked:
-        names = ("task-folder" if name == "folder" else name for name in asked)
-        raise UserError(
-            f"there is no {what} to apply this to", where=" and ".join(f"--{name}" for name in names), fix=fix
-        )
-    return {**(suite or {}), **asked}
 
 
 def evaluate(

@@ -136,7 +136,7 @@ def test_options_are_answered_in_their_own_words(model: Path, tmp_path: Path) ->
     [
         (("--document-tokens", 0), "--document-tokens: must be at least 16, not `0`"),
         (("--suite", ""), "path is empty|no suite"),
-        (("--needle", "0"), "where: --needle"),
+        (("--needle", "0"), "--needle: must be at least 64, not `0`"),
     ],
 )
 def test_an_option_of_nothing_is_an_option(model: Path, options: tuple[object, ...], said: str) -> None:

@@ -264,6 +264,7 @@ def test_the_probe_needs_room_for_a_checkpoint(eight: Path, texts: Path, monkeyp
 def test_the_next_command_is_for_the_same_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(module, "prices", lambda recipe, **options: said.append(options["command"]))
+    monkeypatch.setattr("retrofit.entry.require_there", lambda model, revision: None)
     retrofit.prices("someone/model", revision="v1.0", measure=False)
     retrofit.prices("someone/model", recipe="gqa", revision="v1.0", measure=False)
     assert said[0].startswith("retrofit convert someone/model --revision v1.0 --kv-heads {kv_heads}")

@@ -1,0 +1,82 @@
+"""What every public function does first: what can be told without torch is told, then one line says what goes on.
+
+Importing torch and transformers takes seconds; a wrong option, a model that is not there and an output folder in use
+are refused before.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from retrofit.checkpoint.full import writing
+from retrofit.checkpoint.provenance import FILE
+from retrofit.checkpoint.staging import require_writable
+from retrofit.console import Console, Progress
+from retrofit.errors import UserError
+from retrofit.escape import shown
+from retrofit.model.cache import cache_dir
+from retrofit.model.source import require_there
+from retrofit.surroundings import require_usable
+from retrofit.workflow.journal import is_run
+
+
+def display(progress: Progress | bool) -> Progress | None:
+    """Where progress is shown: True is stderr, as on the command line, and False is nowhere."""
+    if isinstance(progress, bool):
+        return Console().progress if progress else None
+    return progress
+
+
+@contextmanager
+def begun(
+    what: str,
+    progress: Progress | None,
+    *,
+    model: str | Path | None = None,
+    revision: str | None = None,
+    out: Path | None = None,
+    writes: tuple[Path | None, ...] = (),
+) -> Iterator[None]:
+    """The block that does a command's work, when its surroundings are right.
+
+    what: the line that says what goes on. model: has to be there. out: a new folder, or one that this program wrote.
+    writes: other places that it writes. In the block failures of the machine become a UserError, and other libraries
+    print neither progress bars nor warnings.
+    """
+    require_usable()
+    with writing(out, *writes, cache_dir()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=UserWarning)
+        if out is not None:
+            _require_free(out)
+        if model is not None:
+            require_there(model, revision)
+        if progress:
+            progress.note(what if "torch" in sys.modules else f"{what} (loading PyTorch)")
+        from retrofit.model.load import quiet
+
+        with quiet():
+            yield
+
+
+def require_run_folder(out: Path) -> None:
+    """UserError unless `out` can be made, is empty, or is the folder of a run."""
+    require_writable(out)
+    if out.is_file():
+        raise UserError("the run folder is a file", where=shown(out), fix="give another --out")
+    if out.is_dir() and not is_run(out) and any(out.iterdir()):
+        raise UserError("the folder holds something that is not a run", where=shown(out), fix="give another --out")
+
+
+def _require_free(out: Path) -> None:
+    """UserError where the output holds what this program did not write; what it did is looked at by the command."""
+    require_writable(out)
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())) and not (out / FILE).is_file():
+        raise UserError(
+            "the output folder exists and is not empty", where=shown(out), fix="remove it, or give another --out"
+        )

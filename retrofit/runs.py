@@ -1,0 +1,178 @@
+"""The public functions that take a recipe: run it, plan it, and the price list of its conversion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit.console import Progress
+from retrofit.entry import begun, display, require_run_folder
+from retrofit.errors import UserError
+from retrofit.escape import shell_word
+from retrofit.files import output_path
+from retrofit.recipe.load import load_recipe
+from retrofit.recipe.options import recipe_of
+from retrofit.recipe.schema import Device, Recipe
+
+if TYPE_CHECKING:
+    from retrofit.workflow.estimate.flops import Throughput
+    from retrofit.workflow.plan import Plan
+    from retrofit.workflow.run import RunResult
+    from retrofit.workflow.sweep import PriceList
+
+
+def run(
+    recipe: str | Path | Recipe,
+    *,
+    model: str | Path | None = None,
+    revision: str | None = None,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    from_step: str | None = None,
+    dry_run: bool = False,
+    progress: Progress | bool = True,
+) -> RunResult | Plan:
+    """Run a recipe (a bundled name, a .yaml file, or a `Recipe`) in the folder `out` (default `runs/<name>`).
+
+    The same call goes on after an interruption. from_step: do this step and all after it again. dry_run: check
+    everything that is on this machine and return the plan. Raises UserError for bad input, GateError when a requirement
+    of the recipe is not met.
+    """
+    loaded, shown = _recipe(recipe, overrides, model), display(progress)
+    folder = output_path(out if out is not None else Path("runs") / loaded.name, where="--out")
+    require_run_folder(folder)
+    with begun(f"run {loaded.name} in {folder}", shown, model=loaded.model, revision=revision, writes=(folder,)):
+        from retrofit.workflow import run as runs
+        from retrofit.workflow.prepare import prepare
+
+        runs.check_from_step(from_step, loaded)
+        prepared = prepare(
+            loaded, revision=revision, out=folder, dry=dry_run, throughput=_measured(loaded), progress=shown
+        )
+        if not dry_run:
+            return runs.run(prepared, folder, from_step=from_step, progress=shown)
+        for note in prepared.notes if shown else ():
+            shown.note(note)  # type: ignore[union-attr]
+        return prepared.plan
+
+
+def plan(
+    recipe: str | Path | Recipe,
+    *,
+    model: str | Path | None = None,
+    revision: str | None = None,
+    overrides: Sequence[str] = (),
+    measure: bool = True,
+    progress: Progress | bool = True,
+) -> Plan:
+    """What each step of a recipe would do, its memory, disk and time. Reads the model's configuration, no weights.
+    Raises UserError when a step is not possible on this model.
+
+    measure: time a small matrix product for the estimate; otherwise a throughput is assumed, and the plan says so.
+    """
+    loaded, shown = _recipe(recipe, overrides, model), display(progress)
+    with begun(f"plan {loaded.name}", shown, model=loaded.model, revision=revision):
+        from retrofit.model.families import describe
+        from retrofit.model.load import load_config
+        from retrofit.model.source import resolve
+        from retrofit.workflow.estimate.flops import ASSUMED
+        from retrofit.workflow.plan import make_plan
+        from retrofit.workflow.prepare import facts_of, require_model, sizes, tasks_of
+        from retrofit.workflow.recipe_checks import check_headers, check_surgery
+
+        named, revision = require_model(loaded), revision or loaded.revision
+        source = resolve(named, revision=revision, weights=False, progress=shown)
+        config = load_config(source.folder)
+        spec = describe(config)
+        check_surgery(loaded, config, spec, source.folder)
+        check_headers(loaded, config, spec, source.folder)
+        facts, tasks = facts_of(source, config, spec), sizes(tasks_of(loaded))
+        return make_plan(loaded, facts, _measured(loaded) if measure else ASSUMED, tasks)
+
+
+def prices(
+    model: str | Path | None = None,
+    *,
+    recipe: str | Path | Recipe | None = None,
+    budget: str | None = None,
+    calibrate: Sequence[str] | None = None,
+    tokens: int | str | None = None,
+    moments: str | Path | None = None,
+    revision: str | None = None,
+    overrides: Sequence[str] = (),
+    device: Device | None = None,
+    measure: bool = True,
+    progress: Progress | bool = True,
+) -> PriceList:
+    """The price list of `model` (`retrofit plan --kv-heads`): for every possible number of KV heads, its KV cache and
+    what it costs in quality, before any recovery.
+
+    recipe: take model, calibration text, repair, seed and dtype from it. budget: bytes at a length (`2GiB@32k`), which
+    picks the most KV heads that fit. tokens: of the calibration text. moments: a folder that keeps what was measured;
+    the same call then needs no pass over text. measure: time a small matrix product for the estimate. A call that was
+    killed is gone on from by the same call.
+    Raises UserError for bad input, before any long work.
+    """
+    from retrofit.kv_heads.sweep.budget import parse_budget
+
+    given, shown = locals(), display(progress)
+    limit = None if budget is None else parse_budget(budget)
+    folder = None if moments is None else output_path(moments, where="--moments")
+    base: dict[str, Any] = {"convert": {"kv_heads": 1}}
+    if recipe is not None:
+        base = _recipe(recipe, overrides, model).model_dump(mode="json")
+        base["convert"] = base["convert"] or ({"kv_heads": 1} if calibrate else None)
+    loaded = recipe_of("prices", {**given, "model": model if recipe is None else None}, base)
+    read = recipe_of("convert", {"kv_heads": 1, "tokens": tokens}).convert
+    command = _command_for_heads(model, recipe, loaded.name, calibrate or (), revision, overrides)
+    with begun(f"price list of {loaded.model}", shown, model=loaded.model, revision=revision, writes=(folder,)):
+        from retrofit.workflow.sweep import prices as price
+
+        return price(
+            loaded,
+            command=command,
+            budget=limit,
+            tokens=read.calibration.tokens if tokens is not None and read else None,
+            moments=folder,
+            revision=revision,
+            **({"throughput": lambda: _measured(loaded)} if measure else {}),
+            progress=shown,
+        )
+
+
+def _recipe(recipe: str | Path | Recipe, overrides: Sequence[str], model: str | Path | None) -> Recipe:
+    named = None if model is None else str(model)
+    if not isinstance(recipe, Recipe):
+        return load_recipe(recipe, overrides, named)
+    if overrides:
+        raise UserError("overrides apply to a recipe file", where="overrides", fix="change the Recipe itself")
+    return recipe.model_copy(update={"model": named}) if named else recipe
+
+
+def _command_for_heads(
+    model: str | Path | None,
+    recipe: str | Path | Recipe | None,
+    name: str,
+    calibrate: Sequence[str],
+    revision: str | None,
+    overrides: Sequence[str],
+) -> str:
+    """What to type to get `{kv_heads}` KV heads, chosen from a price list."""
+    pinned = "" if revision is None else f" --revision {shell_word(revision)}"
+    if recipe is None:
+        options = "".join(f" --calibrate {shell_word(source)}" for source in calibrate)
+        return f"retrofit convert {shell_word(model)}{pinned} --kv-heads {{kv_heads}}{options} --out out/kv{{kv_heads}}"
+    named = "" if model is None else f" --model {shell_word(model)}"
+    values = [*overrides, *([f"convert.calibration.text={json.dumps(list(calibrate))}"] if calibrate else [])]
+    options = "".join(f" --set {shell_word(value)}" for value in values)
+    said = name if isinstance(recipe, Recipe) else shell_word(recipe)
+    return f"retrofit run {said}{named}{pinned}{options} --set convert.kv_heads={{kv_heads}}"
+
+
+def _measured(recipe: Recipe) -> Throughput:
+    from retrofit.model.load import resolve_device
+    from retrofit.workflow.estimate.throughput import measure
+
+    return measure(resolve_device(recipe.device))
