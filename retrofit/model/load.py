@@ -15,6 +15,7 @@ from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.model.families import is_known
 from retrofit.model.foreign import foreign_values
+from retrofit.model.patterns import require_bounded
 from retrofit.model.sensible import require_sensible
 from retrofit.model.side_files import require_no_mark, require_side_files, require_usable, side_file
 
@@ -192,6 +193,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     require_side_files(folder)
     if model:
         require_no_mark(Path(folder) / CONFIG)  # transformers reads it for the class of the tokenizer
+    require_bounded(folder)
     fix = "put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into the folder"
     with foreign_values("no tokenizer could be loaded", where, fix), quiet():
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
