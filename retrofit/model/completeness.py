@@ -56,7 +56,8 @@ def require_complete(
 ) -> None:
     """Check names, dtypes and shapes against what `config` asks for; reads no values.
 
-    spec: given where tensors are found by the names that transformers writes; it reads some older names as well.
+    spec: given where the names must be those that transformers writes, by which tensors are found and which other
+    programs know; it reads some older names as well.
     ignored: endings of further names that are left out knowingly. Raises UserError that lists the tensors which are
     quantised, missing, of another shape, or not part of the architecture.
     """
@@ -64,7 +65,7 @@ def require_complete(
     loading = _loading(checkpoint, config, checkpoint.names)
     _require_unquantised(checkpoint, config, loading)
     if spec is not None:
-        _require_names(checkpoint, config, spec)
+        _require_names(checkpoint, config, spec, found=loading is not None and not loading.missing)
     if loading is None:
         raise UserError(
             "transformers cannot put the stored tensors together: some are missing or have another shape",
@@ -200,7 +201,8 @@ def _is_narrow(dtype: torch.dtype) -> bool:
     return not dtype.is_floating_point or dtype.itemsize == 1
 
 
-def _require_names(checkpoint: Checkpoint, config: PretrainedConfig, spec: AttentionSpec) -> None:
+def _require_names(checkpoint: Checkpoint, config: PretrainedConfig, spec: AttentionSpec, *, found: bool) -> None:
+    """UserError for names that are not those transformers writes. found: it finds the tensors under those that are."""
     missing: list[str] = []
     misshapen: list[str] = []
     for name, shape in expected(config, spec):
@@ -208,6 +210,13 @@ def _require_names(checkpoint: Checkpoint, config: PretrainedConfig, spec: Atten
             missing.append(name)
         elif checkpoint.shape(name) != shape:
             misshapen.append(f"`{name}` is {shown(list(checkpoint.shape(name)), 120)} and not {list(shape)}")
+    if missing and found:
+        raise UserError(
+            f"{len(missing)} tensors have older names, which transformers changes at loading and other programs do not "
+            f"know; missing: {_quoted(missing)}",
+            where=shown(checkpoint.folder),
+            fix="write the folder again with transformers (from_pretrained, save_pretrained)",
+        )
     if missing:
         raise _lacking(checkpoint, missing)
     if misshapen:
@@ -215,13 +224,10 @@ def _require_names(checkpoint: Checkpoint, config: PretrainedConfig, spec: Atten
 
 
 def _lacking(checkpoint: Checkpoint, names: Collection[str]) -> UserError:
-    without = next(iter(names)).partition(".")[2]
     return UserError(
         f"the checkpoint lacks {len(names)} tensors of its architecture: {_quoted(names)}",
         where=shown(checkpoint.folder),
-        fix=f"`{without}` is there: write the folder again with transformers (from_pretrained, save_pretrained)"
-        if without in checkpoint.entries
-        else "download it again, or check that config.json belongs to these weights",
+        fix="download it again, or check that config.json belongs to these weights",
     )
 
 

@@ -163,18 +163,9 @@ def check_headers(recipe: Recipe, config: Any, spec: AttentionSpec, folder: Path
     weights that are not what the configuration says."""
     if not holds_weights(folder):
         return False
-    by_name = recipe.convert or recipe.recover or (recipe.context and _changes_weights(recipe.context, config))
+    by_name = recipe.convert or recipe.recover or recipe.context
     require_complete(Checkpoint.open(folder), config, spec if by_name else None)
     return True
-
-
-def _changes_weights(context: Context, config: Any) -> bool:
-    """Whether an extension may change queries, which it finds by their stored names; a search may come to that."""
-    if context.searches:
-        return True
-    method, settings = str(context.method), context.settings
-    planned = rope.plan(config, length=context.length, factor=context.factor, method=method, settings=settings)
-    return planned.query_scale != 1
 
 
 def _check_context(context: Context, config: Any, claimed: int) -> tuple[str, ...]:

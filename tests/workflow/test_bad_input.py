@@ -189,6 +189,25 @@ def test_gate_not_met(recipe: Recipe, out: Path) -> None:
     assert "ppl_ratio@64" in (out / "report.md").read_text()
 
 
+@pytest.mark.parametrize("rename", [lambda name: name.removeprefix("model."), lambda name: f"model.{name}"])
+def test_older_names_are_refused_alike_by_convert_and_extend(
+    rename: Callable[[str], str], model: Path, tmp_path: Path
+) -> None:
+    """transformers reads a base model's names, and those with a prefix too many; other programs do not."""
+    other = copy_of(model, tmp_path)
+    weights = other / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name if "lm_head" in name else rename(name): t for name, t in tensors.items()}, weights)
+    said = []
+    for command in (["convert", other, "--kv-heads", 1, "--method", "mean"], ["extend", other, "--factor", 2]):
+        result = retrofit(*command, "--out", tmp_path / "out")
+        assert result.exit_code == 2, result.output
+        said.append(result.output[result.output.index("tensors have") :])
+    assert said[0] == said[1]
+    assert "older names" in said[0]
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_theta_left_to_the_class_is_told_and_a_lost_one_refused(
     recipe: Recipe, model: Path, tmp_path: Path, out: Path
 ) -> None:
