@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from retrofit.checkpoint.provenance import sha256
 from retrofit.data.corpora import BUILT_IN, built_in_digest
 from retrofit.data.folders import text_files
-from retrofit.data.sources import HUB, OURS, OWN_SAMPLES, kind_of, place_of
+from retrofit.data.revision import commit_of
+from retrofit.data.sources import HUB, OURS, OWN_SAMPLES, hub_dataset, kind_of, place_of
 from retrofit.errors import UserError
 from retrofit.files import local_path
 from retrofit.recipe.schema import TextSource
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def identity(sources: Sequence[TextSource]) -> list[dict[str, object]]:
-    """What the sources hold, for a fingerprint: digests of files and built-in texts; the name of a hub dataset."""
+    """What the sources hold, for a fingerprint: digests of files and built-in texts, the commit of a hub dataset."""
     return [{**source.model_dump(), "content": _content(source.source)} for source in sources]
 
 
@@ -33,7 +34,9 @@ def content_digest(sources: Sequence[TextSource]) -> str:
 def _content(source: str) -> object:
     if source in BUILT_IN:
         return built_in_digest(source)
-    if source == OWN_SAMPLES or source.startswith(HUB):
+    if source.startswith(HUB):
+        return {"dataset": source, "commit": commit_of(hub_dataset(source)[0])}
+    if source == OWN_SAMPLES:
         return source
     root = local_path(source)
     return {

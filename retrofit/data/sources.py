@@ -14,6 +14,7 @@ from retrofit.checkpoint.full import machine_error
 from retrofit.data.corpora import BUILT_IN
 from retrofit.data.folders import LINES, PARQUET, text_files
 from retrofit.data.readers import json_lines, json_rows, plain_text, suffix_of
+from retrofit.data.revision import commit_of
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.files import local_path
@@ -137,7 +138,9 @@ def _hub_rows(source: TextSource, load_dataset: Callable[..., object]) -> Iterat
 
     dataset, config = hub_dataset(source.source)
     try:
-        stream = load_dataset(dataset, config, split=source.split, streaming=True)
+        commit = commit_of(dataset)
+        pinned = {"revision": commit} if commit else {}
+        stream = load_dataset(dataset, config, split=source.split, streaming=True, **pinned)
         for number, row in enumerate(stream, 1):  # type: ignore[var-annotated, arg-type]
             yield f"{dataset}:{number}", _text_field(row, source.field, f"{source.source}, row {number}")
     except (ValueError, OSError, HTTPError) as error:  # datasets' own errors derive from the first two
