@@ -20,6 +20,7 @@ from retrofit.recipe.load import load_suite
 from retrofit.recipe.options import recipe_of
 from retrofit.recipe.schema import Definition, Device, Dtype, Kernel, Method, RopeMethod
 from retrofit.runs import plan, prices, run
+from retrofit.views.notebook import as_tables
 
 if TYPE_CHECKING:
     from retrofit.model.inspect import Inspection, Undescribed
@@ -49,6 +50,7 @@ __all__ = [
 ]
 
 
+@as_tables
 def inspect(
     model: str | Path, *, revision: str | None = None, progress: Progress | bool = True
 ) -> Inspection | Undescribed:
@@ -79,6 +81,7 @@ def inspect(
         return inspect_source(source, findings=lint_folder(source.folder, config), readings=readings(config))
 
 
+@as_tables
 def convert(
     model: str | Path,
     *,
@@ -129,6 +132,7 @@ def convert(
         return single.convert(recipe, folder, moments=kept, **usual)
 
 
+@as_tables
 def extend(
     model: str | Path,
     *,
@@ -161,6 +165,7 @@ def extend(
         return single.extend(recipe, folder, revision=revision, overwrite=overwrite, progress=shown)
 
 
+@as_tables
 def recover(
     model: str | Path,
     *,
@@ -202,6 +207,7 @@ def recover(
         return single.recover(recipe, str(teacher), folder, overwrite=overwrite, progress=shown)
 
 
+@as_tables
 def evaluate(
     model: str | Path,
     *,
@@ -250,6 +256,7 @@ def evaluate(
         return single.evaluate(recipe, file, revision=revision, beyond=beyond, overwrite=overwrite, progress=shown)
 
 
+@as_tables
 def publish(
     folder: str | Path,
     *,
@@ -268,25 +275,28 @@ def publish(
         return push(place, repo, private=private, token=token, license=license, progress=shown)
 
 
+@as_tables
 def compare(
     a: str | Path,
     b: str | Path,
     *,
     lengths: Sequence[int | str] | int | str | None = None,
     bits: bool = False,
+    progress: Progress | bool = True,
 ) -> Comparison:
     """Two stored results (run folders or .npz) side by side; no model is loaded.
 
     bits: compare bits per byte on the same bytes instead, which two models with different tokenizers allow.
     """
-    from retrofit.workflow.compare import compare as compare_stored
-
     asked = recipe_of("evaluate", {"lengths": lengths}, {"evaluate": {}}).evaluate
-    with begun("compare", None):
+    with begun(f"compare {a} with {b}", display(progress), torch=False):
+        from retrofit.workflow.compare import compare as compare_stored
+
         chosen = asked.lengths if asked and lengths is not None else None
         return compare_stored(local_path(a, where="A"), local_path(b, where="B"), lengths=chosen, bits=bits)
 
 
+@as_tables
 def doctor(*, progress: Progress | bool = True) -> Health:
     """What this machine can run, and what to install for the rest."""
     with begun("doctor", display(progress)):

@@ -12,12 +12,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TextIO, runtime_checkable
 
 from retrofit.escape import json_text, visible
 from retrofit.format import amount, count, duration, nbytes
+from retrofit.tables import Part, plain_text, print_rich
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichBar
@@ -183,62 +184,22 @@ class Console:
         if self.mode != "json":
             self.out.write(visible(text, keep="\n") + "\n")
 
-    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """A table of the result for people. Columns that hold numbers are aligned right."""
-        cells = [[visible(cell(value)) for value in row] for row in rows]
-        title, columns = visible(title), [visible(column) for column in columns]
-        if self.mode == "rich":
-            self._rich_table(title, columns, cells)
-        elif self.mode == "plain":
-            self.say(plain_table(title, columns, cells))
+    def show(self, value: object, parts: Iterable[Part]) -> None:
+        """A result: `value` for machines, the parts for people."""
+        self.result(value)
+        for part in parts if self.mode != "json" else ():
+            if isinstance(part, str):
+                self.say(part)
+            elif self.mode == "rich":
+                print_rich(part, self.out)
+            else:
+                self.say(plain_text(part))
 
     def result(self, value: object) -> None:
         """The whole result for machines: one JSON document."""
         if self.mode == "json":
             ascii_only = not (getattr(self.out, "encoding", None) or "utf-8").lower().startswith("utf")
             self.out.write(to_json(value, ascii_only=ascii_only) + "\n")
-
-    def _rich_table(self, title: str, columns: Sequence[str], cells: list[list[str]]) -> None:
-        from rich import box
-        from rich.console import Console as RichConsole
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title=Text(title) if title else None, box=box.SIMPLE_HEAD, title_justify="left")
-        for index, column in enumerate(columns):
-            numeric = bool(cells) and all(_is_number(row[index]) for row in cells)
-            table.add_column(Text(column), justify="right" if numeric else "left")
-        for row in cells:
-            table.add_row(*map(Text, row))
-        RichConsole(file=self.out).print(table)
-
-
-def plain_table(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """The table as aligned text without colours."""
-    widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
-    right = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
-
-    def line(row: Sequence[str]) -> str:
-        padded = [v.rjust(w) if r else v.ljust(w) for v, w, r in zip(row, widths, right, strict=True)]
-        return "  ".join(padded).rstrip()
-
-    lines = [title] if title else []
-    return "\n".join([*lines, line(columns), line(["-" * w for w in widths]), *(line(row) for row in cells)])
-
-
-def cell(value: object) -> str:
-    """One value of a table as people read it."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    return str(value)
-
-
-def _is_number(text: str) -> bool:
-    return text == "-" or text.replace(",", "").replace(".", "").replace("-", "").replace("e+", "").isdigit()
 
 
 def jsonable(value: object) -> object:

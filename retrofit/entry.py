@@ -41,12 +41,13 @@ def begun(
     revision: str | None = None,
     out: Path | None = None,
     writes: tuple[Path | None, ...] = (),
+    torch: bool = True,
 ) -> Iterator[None]:
     """The block that does a command's work, when its surroundings are right.
 
     what: the line that says what goes on. model: has to be there. out: a new folder, or one that this program wrote.
-    writes: other places that it writes. In the block failures of the machine become a UserError, and other libraries
-    print neither progress bars nor warnings.
+    writes: other places that it writes. torch: whether the work needs it. In the block failures of the machine become a
+    UserError, and other libraries print neither progress bars nor warnings.
     """
     require_usable()
     with writing(out, *writes, cache_dir()), warnings.catch_warnings():
@@ -57,7 +58,10 @@ def begun(
         if model is not None:
             require_there(model, revision)
         if progress:
-            progress.note(what if "torch" in sys.modules else f"{what} (loading PyTorch)")
+            progress.note(f"{what} (loading PyTorch)" if torch and "torch" not in sys.modules else what)
+        if not torch:
+            yield
+            return
         from retrofit.model.load import quiet
 
         with quiet():

@@ -15,6 +15,7 @@ from retrofit.files import output_path
 from retrofit.recipe.load import load_recipe
 from retrofit.recipe.options import recipe_of
 from retrofit.recipe.schema import Device, Recipe
+from retrofit.views.notebook import as_tables
 
 if TYPE_CHECKING:
     from retrofit.workflow.estimate.flops import Throughput
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from retrofit.workflow.sweep import PriceList
 
 
+@as_tables
 def run(
     recipe: str | Path | Recipe,
     *,
@@ -58,6 +60,7 @@ def run(
         return prepared.plan
 
 
+@as_tables
 def plan(
     recipe: str | Path | Recipe,
     *,
@@ -92,6 +95,7 @@ def plan(
         return make_plan(loaded, facts, _measured(loaded) if measure else ASSUMED, tasks)
 
 
+@as_tables
 def prices(
     model: str | Path | None = None,
     *,

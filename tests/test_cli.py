@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -96,6 +98,7 @@ def test_schema_is_json_schema_of_every_key() -> None:
 
 def test_recipes_are_listed_shown_and_copied(tmp_path: Path) -> None:
     assert "quickstart" in cli("recipes", "list")
+    assert "next: retrofit plan NAME --model MODEL" in cli("recipes", "list")
     assert {entry["name"] for entry in json.loads(cli("recipes", "list", "--json"))} >= {"gqa", "mqa"}
     shown = yaml.safe_load(cli("recipes", "show", "gqa", "--set", "convert.kv_heads=2"))
     assert shown["convert"]["kv_heads"] == 2 and shown["recover"]["warmup_ratio"] == 0.05
@@ -107,6 +110,7 @@ def test_recipes_are_listed_shown_and_copied(tmp_path: Path) -> None:
 
 def test_inspect_shows_conversions_and_cache(tiny: Path) -> None:
     text = cli("inspect", tiny)
+    assert f"next: retrofit convert {tiny} --kv-heads 2 --out out/kv2" in text
     assert "3 does not divide 4 KV heads" in text and "RoPE linter: nothing" in text
     found = json.loads(cli("inspect", tiny, "--json"))
     assert found["kv_heads"] == 4 and found["kv_cache_bytes"]["8192"] == 8192 * 1024
@@ -162,6 +166,34 @@ def test_doctor_names_every_kernel() -> None:
     assert "flash_attention_2" in cli("doctor")
 
 
+def test_a_plan_is_followed_by_its_run(tiny: Path) -> None:
+    options = ["kernel-only", "--model", tiny, "--set", "evaluate.lengths=[64, 128]"]
+    said = cli("plan", *options)
+    assert f"next: retrofit run kernel-only --model {tiny} --set 'evaluate.lengths=[64, 128]'" in said
+
+
+def test_results_are_tables_in_a_notebook(tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 20)
+    quiet: dict[str, Any] = {"progress": False}
+    found = retrofit.inspect(tiny, **quiet)._repr_html_()
+    assert "KV heads it can be converted to" in found
+    assert (
+        "<table>" in retrofit.plan("kernel-only", model=tiny, overrides=["evaluate.lengths=64"], **quiet)._repr_html_()
+    )  # type: ignore[attr-defined]
+    evaluation = retrofit.evaluate(tiny, text=[text], lengths="64", out=tmp_path / "a.npz", **quiet)
+    assert ">95% interval</th>" in evaluation._repr_html_()
+    assert "b / a" in retrofit.compare(tmp_path / "a.npz", tmp_path / "a.npz", **quiet)._repr_html_()
+
+
+def test_python_shows_progress_unless_told_not_to(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    retrofit.inspect(tiny)
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", f"  inspect {tiny}\n")
+    retrofit.inspect(tiny, progress=False)
+    assert capsys.readouterr().err == ""
+
+
 def test_plan_reads_no_weights(tiny: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -176,7 +208,9 @@ def test_plan_reads_no_weights(tiny: Path, tmp_path: Path) -> None:
 def test_convert_and_extend_write_folders_that_stock_transformers_loads(tiny: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    cli("convert", tiny, "--kv-heads", 2, "--method", "mean", "--out", tmp_path / "two")
+    two = shlex.quote(str(tmp_path / "two"))
+    said = cli("convert", tiny, "--kv-heads", 2, "--method", "mean", "--out", tmp_path / "two")
+    assert f"next: retrofit evaluate {two}\n  or: retrofit recover {two} --teacher {tiny} --out {two}-recovered" in said
     result = json.loads(
         cli(
             "extend", tmp_path / "two", "--factor", 2, "--method", "ntk", "--attention-factor", 1.2,

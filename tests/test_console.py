@@ -6,14 +6,16 @@ import io
 import json
 import re
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
 
-from retrofit.console import Console, PlainProgress, Progress, RichProgress, Silent, plain_table, to_json
+from retrofit.console import Console, PlainProgress, Progress, RichProgress, Silent, to_json
 from retrofit.escape import visible
+from retrofit.tables import Table, as_html, plain_text
 from tests.hostile import HOSTILE
 
 
@@ -41,9 +43,8 @@ def test_json_mode_writes_one_document_to_stdout() -> None:
     out, err = io.StringIO(), io.StringIO()
     console = Console("json", out=out, err=err)
     console.progress.note("working")
-    console.say("words")
-    console.table("t", ["a"], [[1]])
-    console.result({"value": np.float32(1.5), "path": Path("x"), "none": None, "nan": float("nan")})
+    value = {"value": np.float32(1.5), "path": Path("x"), "none": None, "nan": float("nan")}
+    console.show(value, ["words", Table("t", ["a"], [[1]])])
     assert json.loads(out.getvalue()) == {"value": 1.5, "path": "x", "none": None, "nan": "nan"}
     assert "working" in err.getvalue()
 
@@ -58,13 +59,33 @@ def test_dataclasses_and_arrays_become_json() -> None:
 
 
 def test_tables_align_numbers_right_and_words_left() -> None:
-    text = plain_table("", ["name", "value"], [["a", "1"], ["long", "1,000"]])
+    text = plain_text(Table("", ["name", "value"], [["a", "1"], ["long", "1,000"]]))
     assert text.splitlines()[2:] == ["a         1", "long  1,000"]
 
 
 def test_rich_tables_show_what_they_are_given(capsys: pytest.CaptureFixture[str]) -> None:
-    Console("rich").table("title", ["a", "b"], [["[bold]x[/bold]", 3]])
+    Console("rich").show(None, [Table("title", ["a", "b"], [["[bold]x[/bold]", 3]])])
     assert "[bold]x[/bold]" in capsys.readouterr().out
+
+
+def test_a_notebook_shows_the_same_table() -> None:
+    text = as_html([Table("title", ["name", "value"], [["a", 1], ["b", None]]), "one\n\ntwo", ""])
+    assert '<caption style="text-align: left">title</caption>' in text
+    assert '<td style="text-align: left">b</td><td style="text-align: right">-</td>' in text
+    assert text.rstrip().endswith("<p>one<br>two</p>")
+
+
+@pytest.mark.parametrize("text", [*HOSTILE, "<script>x</script>", "&amp;", "\"'"])
+def test_foreign_words_in_a_notebook_are_shown_as_words(text: str) -> None:
+    shown = as_html([Table(f"t{text}", [f"c{text}"], [[f"v{text}"]]), f"line {text}"])
+    assert visible(shown, keep="\n") == shown
+    assert "<script" not in shown
+    found: list[str] = []
+    parser = HTMLParser()
+    parser.handle_data = found.append  # type: ignore[method-assign]
+    parser.feed(shown)
+    parser.close()
+    assert f"v{visible(text)}" in "".join(found)
 
 
 class Terminal(io.StringIO):
@@ -88,7 +109,7 @@ def test_foreign_words_are_words_on_a_terminal(
     out, err = Terminal(), Terminal()
     console = Console(mode, out=out, err=err)
     console.say(f"say {text}")
-    console.table(f"title {text}", [f"column {text}"], [[f"cell {text}"]])
+    console.show(None, [Table(f"title {text}", [f"column {text}"], [[f"cell {text}"]])])
     progress = RichProgress(err) if mode == "rich" else PlainProgress(err)
     progress.note(f"note {text}")
     progress.start(f"task {text}", 3, "steps")

@@ -32,7 +32,7 @@ def parameter(command: str, option: Option) -> inspect.Parameter:
 
 def annotation(command: str, option: Option) -> Any:
     """The type of a parameter, which allows None as well unless it is needed."""
-    return eval(parameter(command, option).annotation, getattr(retrofit, command).__globals__)
+    return eval(parameter(command, option).annotation, inspect.unwrap(getattr(retrofit, command)).__globals__)
 
 
 def bare(hint: Any) -> Any:
@@ -141,7 +141,7 @@ from retrofit.cli.app import main
 try:
     main()
 finally:
-    heavy = {"torch", "transformers"} & set(sys.modules)
+    heavy = {"torch", "transformers", "numpy"} & set(sys.modules)
     print("heavy:", sorted(heavy))
 """
 

@@ -11,16 +11,22 @@ import gc
 import logging
 import os
 import sys
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import retrofit
-from retrofit.cli import streams
+from retrofit.cli import following, streams
 from retrofit.cli.group import Commands, Record, show_exception
-from retrofit.cli.options import command
+from retrofit.cli.options import Json, Overwrite, Recipe, Set, command, console_for
+from retrofit.cli.recipes import recipes_app
 from retrofit.console import Console
 from retrofit.errors import UserError
+from retrofit.views import measured, results
+
+if TYPE_CHECKING:
+    from retrofit.workflow.single import Written
 
 app = typer.Typer(
     cls=Commands,
@@ -32,14 +38,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-recipes_app = typer.Typer(help="List, show and copy the bundled recipes.", no_args_is_help=True, rich_markup_mode=None)
-
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, progress on stderr.")]
 Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or `embedded`.")]
-Recipe = Annotated[str, typer.Argument(help="A bundled recipe's name, or a .yaml file.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one value of the recipe.")]
 Out = Annotated[str, typer.Option("--out", metavar="DIR", help="Folder to write; it must not exist.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what this program wrote there before.")]
 Lengths = Annotated[str | None, typer.Option("--lengths", metavar="N,N", help="Context lengths.")]
 
 
@@ -70,11 +70,13 @@ def run(
     **options: Any,
 ) -> None:
     """Run a recipe: convert, extend, recover, evaluate, publish. Run it again to go on after an interruption."""
-    from retrofit.cli import output
-
-    console = _console(json)
+    console = console_for(json)
     options |= {"out": out, "from_step": from_step, "dry_run": dry_run, "progress": console.progress}
-    output.run(console, retrofit.run(recipe, overrides=set_ or (), **options))
+    result: Any = retrofit.run(recipe, overrides=set_ or (), **options)
+    if dry_run:
+        _plan(console, result, recipe, options, set_)
+    else:
+        console.show(result, [*results.run(result), *following.after_run(result)])
 
 
 @command(
@@ -115,9 +117,7 @@ def plan(
 
     A price list that was interrupted goes on with the same command.
     """
-    from retrofit.cli import output
-
-    console = _console(json)
+    console = console_for(json)
     model, revision = options.pop("model"), options.pop("revision")
     usual: Any = {"revision": revision, "overrides": set_ or (), "progress": console.progress}
     if not kv_heads and kv_budget is None:
@@ -125,27 +125,37 @@ def plan(
         for name, value in listed.items():
             if value:
                 raise UserError(f"--{name} belongs to the price list", where="retrofit plan", fix="add --kv-heads")
-        output.plan(console, retrofit.plan(recipe, model=model, **usual))
+        result = retrofit.plan(recipe, model=model, **usual)
+        _plan(console, result, recipe, {"model": model, "revision": revision}, set_)
         return
     from retrofit.api import is_recipe
 
     named = model is not None or is_recipe(recipe)
     what = {"model": model, "recipe": recipe} if named else {"model": recipe}
-    output.prices(
-        console, retrofit.prices(**what, budget=kv_budget, tokens=tokens, moments=moments, **usual, **options)
-    )
+    options |= {**what, "budget": kv_budget, "tokens": tokens, "moments": moments}
+    prices = retrofit.prices(**usual, **options)
+    console.show(prices, [*results.prices(prices), *following.after_prices(prices)])
+
+
+def _plan(console: Console, plan: Any, recipe: str, options: Mapping[str, Any], values: list[str] | None) -> None:
+    """A plan for people, and with its totals for machines."""
+    given = [(f"--{name}", options.get(name)) for name in ("model", "revision", "out")]
+    words = [word for pair in [*given, *(("--set", value) for value in values or ())] if pair[1] for word in pair]
+    totals = {"seconds": plan.seconds, "disk_bytes": plan.disk_bytes, "peak_bytes": plan.peak_bytes}
+    console.show({**vars(plan), "totals": totals}, [*results.plan(plan), *following.after_plan(recipe, *words)])
 
 
 @command(app, "inspect", "retrofit inspect Qwen/Qwen3-0.6B", "retrofit inspect ./my-model --json")
 def inspect(model: Model, json: Json = False, **options: Any) -> None:
     """What a model's attention is, what its KV cache costs, and which conversions are possible. Loads no weights."""
-    from retrofit.cli import output
-    from retrofit.model.inspect import Undescribed
-
-    console = _console(json)
+    console = console_for(json)
     result = retrofit.inspect(model, progress=console.progress, **options)
-    output.inspection(console, result)
-    if isinstance(result, Undescribed):
+    from retrofit.model.inspect import Inspection
+
+    known = isinstance(result, Inspection)
+    after = following.after_inspect(model, options["revision"], result) if isinstance(result, Inspection) else ()
+    console.show(result, [*results.inspection(result), *after])
+    if not known:
         raise typer.Exit(UserError.exit_code)
 
 
@@ -179,11 +189,10 @@ def convert(
 
     GPT-NeoX, GPT-J, GPT-2 and OPT cannot hold fewer KV heads and are first re-expressed, exactly, as one that can.
     """
-    from retrofit.cli import output
-
-    console = _console(json)
+    console = console_for(json)
     options |= {"moments": moments, "reexpress_only": reexpress_only, "target": target, "overwrite": overwrite}
-    output.written(console, retrofit.convert(model, out=out, progress=console.progress, **options))
+    result = retrofit.convert(model, out=out, progress=console.progress, **options)
+    _written(console, result, None if options["revision"] else model)
 
 
 @command(
@@ -196,10 +205,8 @@ def convert(
 )
 def extend(model: Model, out: Out, overwrite: Overwrite = False, json: Json = False, **options: Any) -> None:
     """Write the model with a longer context window; only positions change, and with a factor the queries."""
-    from retrofit.cli import output
-
-    console = _console(json)
-    output.written(console, retrofit.extend(model, out=out, overwrite=overwrite, progress=console.progress, **options))
+    console = console_for(json)
+    _written(console, retrofit.extend(model, out=out, overwrite=overwrite, progress=console.progress, **options))
 
 
 @command(
@@ -217,11 +224,9 @@ def recover(
     **options: Any,
 ) -> None:
     """Win quality back by a short adapter training, merged into the written checkpoint."""
-    from retrofit.cli import output
-
-    console = _console(json)
+    console = console_for(json)
     options |= {"overwrite": overwrite, "progress": console.progress}
-    output.written(console, retrofit.recover(model, teacher=teacher, out=out, **options))
+    _written(console, retrofit.recover(model, teacher=teacher, out=out, **options))
 
 
 @command(
@@ -247,11 +252,10 @@ def evaluate(
 
     With --task also what lm-evaluation-harness asks; `retrofit compare` pairs two models' answers.
     """
-    from retrofit.cli import output_measured
-
-    console = _console(json)
+    console = console_for(json)
     options |= {"suite": suite, "beyond": beyond, "out": out, "overwrite": overwrite, "progress": console.progress}
-    output_measured.evaluation(console, retrofit.evaluate(model, **options))
+    result = retrofit.evaluate(model, **options)
+    console.show(result, [*measured.evaluation(result), *following.after_evaluate(model, result)])
 
 
 @command(
@@ -268,11 +272,9 @@ def publish(
     **options: Any,
 ) -> None:
     """Push a finished checkpoint to the hub. The token is that of `hf auth login` or HF_TOKEN."""
-    from retrofit.cli import output
-
-    console = _console(json)
+    console = console_for(json)
     result = retrofit.publish(folder, repo=repo, private=not public, progress=console.progress, **options)
-    output.published(console, result)
+    console.show(result, results.published(result))
 
 
 @command(
@@ -292,40 +294,9 @@ def compare(
     json: Json = False,
 ) -> None:
     """Two models side by side from their stored token losses: perplexities, and the ratio with its 95% interval."""
-    from retrofit.cli import output_measured
-
-    output_measured.comparison(_console(json), retrofit.compare(a, b, lengths=lengths, bits=bits))
-
-
-@command(recipes_app, "recipes", "retrofit recipes list", name="list")
-def recipes_list(json: Json = False) -> None:
-    """The bundled recipes."""
-    from retrofit.cli import output
-
-    output.recipes(_console(json), retrofit.recipes())
-
-
-@command(recipes_app, "recipes", "retrofit recipes show gqa", name="show")
-def recipes_show(name: Recipe, set_: Set = None, json: Json = False) -> None:
-    """A recipe with every default written out."""
-    from retrofit import api
-    from retrofit.cli import output
-
-    output.recipe(_console(json), api.show_recipe(name, overrides=set_ or ()))
-
-
-@command(recipes_app, "recipes", "retrofit recipes copy gqa my-gqa.yaml", name="copy")
-def recipes_copy(
-    name: Recipe,
-    to: Annotated[str | None, typer.Argument(metavar="FILE", help="Default NAME.yaml here.")] = None,
-    overwrite: Overwrite = False,
-    json: Json = False,
-) -> None:
-    """Copy a recipe, comments included, to change it."""
-    from retrofit import api
-    from retrofit.cli import output
-
-    output.copied(_console(json), api.copy_recipe(name, to, overwrite=overwrite))
+    console = console_for(json)
+    result = retrofit.compare(a, b, lengths=lengths, bits=bits, progress=console.progress)
+    console.show(result, [*measured.comparison(result), *following.after_compare(b)])
 
 
 app.add_typer(recipes_app, name="recipes")
@@ -340,14 +311,13 @@ def schema() -> None:
 @command(app, "doctor", "retrofit doctor", "retrofit doctor --json")
 def doctor(json: Json = False) -> None:
     """What this machine can run: packages, devices, attention kernels, and what to install for the others."""
-    from retrofit.cli import output
+    console = console_for(json)
+    result = retrofit.doctor(progress=console.progress)
+    console.show(result, [*results.health(result), *following.lines("retrofit run quickstart")])
 
-    console = _console(json)
-    output.health(console, retrofit.doctor(progress=console.progress))
 
-
-def _console(json: bool) -> Console:
-    return Console("json" if json else None)
+def _written(console: Console, result: Written, original: str | None = None) -> None:
+    console.show(result, [*results.written(result), *following.after_written(result, original)])
 
 
 def main() -> None:

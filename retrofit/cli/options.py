@@ -8,7 +8,13 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
+from retrofit.console import Console
 from retrofit.recipe.options import OPTIONS, Option
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, progress on stderr.")]
+Recipe = Annotated[str, typer.Argument(help="A bundled recipe's name, or a .yaml file.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one value of the recipe.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what this program wrote there before.")]
 
 Function = TypeVar("Function", bound=Callable[..., None])
 
@@ -83,3 +89,8 @@ def _completion(choices: Sequence[str]) -> Callable[[str], list[str]]:
 
 def _examples(lines: Sequence[str]) -> str:
     return "Examples:\n\n\b\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def console_for(json: bool) -> Console:
+    """Where a command writes, for machines or for people."""
+    return Console("json" if json else None)

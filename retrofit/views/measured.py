@@ -1,13 +1,12 @@
-"""What was measured as people and machines read it: `evaluate` and `compare`."""
+"""What was measured as tables and lines: `evaluate` and `compare`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from retrofit.console import Console
-from retrofit.evaluation.metrics.effective import certificate
 from retrofit.format import duration, nbytes
+from retrofit.tables import Part, Table
 
 if TYPE_CHECKING:
     from retrofit.evaluation.cost import RunCost
@@ -17,10 +16,9 @@ if TYPE_CHECKING:
     from retrofit.workflow.single import Evaluation
 
 
-def evaluation(console: Console, result: Evaluation) -> None:
+def evaluation(result: Evaluation) -> Iterator[Part]:
     """`retrofit evaluate`."""
-    console.result(result)
-    console.table(
+    yield Table(
         f"{result.model}: perplexity, {result.dtype}, kernel {result.kernel}",
         ["text", "length", "ppl", "95% interval", "tail ppl", "bits/byte", "tokens", "texts"],
         [
@@ -39,20 +37,20 @@ def evaluation(console: Console, result: Evaluation) -> None:
     )
     if result.rows:
         unit, tail = result.rows[0].unit, max(row.tail for row in result.rows)
-        console.say(f"intervals: bootstrap over each {unit}; tail ppl: the last {tail:,} tokens before the length")
-    console.say(f"KV cache: {nbytes(result.kv_bytes_per_token)} per token, {result.kv_heads} KV heads")
+        yield f"intervals: bootstrap over each {unit}; tail ppl: the last {tail:,} tokens before the length"
+    yield f"KV cache: {nbytes(result.kv_bytes_per_token)} per token, {result.kv_heads} KV heads"
     if result.cost:
-        _cost(console, result.cost)
-    tasks(console, result.tasks)
+        yield from _cost(result.cost)
+    yield from tasks(result.tasks)
     if result.losses:
-        console.say(f"token losses: {result.losses}")
-    _long_context(console, result.long_context)
+        yield f"token losses: {result.losses}"
+    yield from _long_context(result.long_context)
 
 
-def tasks(console: Console, rows: Sequence[TaskScore]) -> None:
+def tasks(rows: Sequence[TaskScore]) -> Iterator[Part]:
     """What one model scored in tasks."""
     if rows:
-        console.table(
+        yield Table(
             "Tasks of lm-evaluation-harness",
             ["task", "metric", "score", "standard error", "questions", "examples"],
             [
@@ -69,10 +67,10 @@ def tasks(console: Console, rows: Sequence[TaskScore]) -> None:
         )
 
 
-def task_changes(console: Console, title: str, names: tuple[str, str], rows: Sequence[TaskChange]) -> None:
+def task_changes(title: str, names: tuple[str, str], rows: Sequence[TaskChange]) -> Iterator[Part]:
     """Two models on the same questions. names: of the two, as the columns are called."""
     if rows:
-        console.table(
+        yield Table(
             title,
             ["task", "metric", *names, "difference", "95% interval", f"only {names[0]}", f"only {names[1]}", "p"],
             [
@@ -92,9 +90,9 @@ def task_changes(console: Console, title: str, names: tuple[str, str], rows: Seq
         )
 
 
-def _cost(console: Console, found: RunCost) -> None:
+def _cost(found: RunCost) -> Iterator[Part]:
     """What one sequence costs, beside the most that the machine could do."""
-    console.table(
+    yield Table(
         f"Cost of one sequence, {found.dtype}, kernel {found.kernel}; in brackets what memory bandwidth and "
         "floating-point speed allow",
         ["tokens", "KV cache", "first token", "prefill tokens/s", "decode tokens/s", "prefill memory"],
@@ -112,12 +110,12 @@ def _cost(console: Console, found: RunCost) -> None:
     )
 
 
-def _long_context(console: Console, found: LongContext) -> None:
+def _long_context(found: LongContext) -> Iterator[Part]:
     """What was asked for beyond the plain pass."""
     for note in found.notes:
-        console.say(f"note: {note}")
+        yield f"note: {note}"
     if found.defined:
-        console.table(
+        yield Table(
             "Perplexity as others define it",
             ["definition", "length", "stride", "ppl", "bits/byte", "tokens", "read"],
             [
@@ -134,7 +132,7 @@ def _long_context(console: Console, found: LongContext) -> None:
             ],
         )
     if found.context_gain:
-        console.table(
+        yield Table(
             f"Context gain: nats that context beyond {found.native:,} tokens saves on the same tokens",
             ["text", "length", "gain", "95% interval", "tokens"],
             [
@@ -143,7 +141,7 @@ def _long_context(console: Console, found: LongContext) -> None:
             ],
         )
     if found.long_ppl:
-        console.table(
+        yield Table(
             "LongPPL: perplexity of the tokens that need long context",
             ["text", "length", "ppl", "key tokens", "tokens"],
             [(r.kind, r.length, f"{r.ppl:.3f}" if r.ppl else "-", r.key_tokens, r.tokens) for r in found.long_ppl],
@@ -151,7 +149,7 @@ def _long_context(console: Console, found: LongContext) -> None:
     if found.needle:
         together = found.needle.together and len(found.needle.depths) > 1
         counts = "preferred to every other needle's answer" if together else "answered exactly"
-        console.table(
+        yield Table(
             f"{found.needle.test}, found: {counts}; loss in nats per token, margin over a wrong answer",
             ["length", "depth", "at token", "found", "exact match", "loss", "margin", "answer"],
             [
@@ -169,7 +167,7 @@ def _long_context(console: Console, found: LongContext) -> None:
             ],
         )
     if found.ruler:
-        console.table(
+        yield Table(
             "RULER tasks: share of the answers in the text generated, loss in nats per token",
             ["task", "length", "recall", "loss", "margin", "preferred", "questions"],
             [
@@ -186,21 +184,20 @@ def _long_context(console: Console, found: LongContext) -> None:
             ],
         )
     if found.effective:
-        console.say(
-            f"effective length: {found.effective.length:,} of {found.effective.tests[-1].length:,} tokens measured"
-        )
-        console.say(f"  {certificate(found.effective)}")
+        from retrofit.evaluation.metrics.effective import certificate
+
+        yield (f"effective length: {found.effective.length:,} of {found.effective.tests[-1].length:,} tokens measured")
+        yield f"  {certificate(found.effective)}"
 
 
-def comparison(console: Console, result: Comparison) -> None:
+def comparison(result: Comparison) -> Iterator[Part]:
     """`retrofit compare`."""
-    console.result(result)
-    console.say(f"a: {result.a}, {result.read[0]}\nb: {result.b}, {result.read[1]}")
+    yield f"a: {result.a}, {result.read[0]}\nb: {result.b}, {result.read[1]}"
     for note in result.notes:
-        console.say(f"note: {note}")
-    task_changes(console, "Tasks: b - a on the same questions, right answers of only one", ("a", "b"), result.tasks)
+        yield f"note: {note}"
+    yield from task_changes("Tasks: b - a on the same questions, right answers of only one", ("a", "b"), result.tasks)
     if result.bits:
-        console.table(
+        yield Table(
             "Bits per byte on the same bytes, and b / a with its paired 95% interval",
             ["text", "bytes", "a", "b", "b / a", "interval"],
             [
@@ -209,7 +206,7 @@ def comparison(console: Console, result: Comparison) -> None:
             ],
         )
         return
-    console.table(
+    yield Table(
         "Perplexity, and b / a with its paired 95% interval",
         ["text", "length", "a", "b", "b / a", "interval"],
         [

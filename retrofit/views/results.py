@@ -1,67 +1,59 @@
-"""Results as people and machines read them: one function per command; what is measured is in `show_measured`."""
+"""Results as tables and lines, for a terminal and a notebook: one function per command; `measured` has the others."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from retrofit.cli.output_measured import task_changes
-from retrofit.console import Console
 from retrofit.escape import python_string
 from retrofit.format import duration, heads, nbytes
-from retrofit.model.inspect import Inspection
-from retrofit.workflow.plan import Plan, describe_plan
+from retrofit.tables import Part, Table
+from retrofit.views.measured import task_changes
 
 if TYPE_CHECKING:
-    from retrofit.api import RecipeEntry
-    from retrofit.model.inspect import Undescribed
+    from retrofit.catalogue import RecipeEntry
+    from retrofit.model.inspect import Inspection, Undescribed
     from retrofit.system.doctor import Health
+    from retrofit.workflow.plan import Plan
     from retrofit.workflow.run import RunResult
     from retrofit.workflow.single import Written
     from retrofit.workflow.sweep import PriceList
 
 
-def run(console: Console, result: RunResult | Plan) -> None:
+def run(result: RunResult) -> Iterator[Part]:
     """`retrofit run`."""
-    if isinstance(result, Plan):
-        plan(console, result)
-        return
-    console.result(result)
     labels = list(result.models)
     rows = _by_length(result.models)
     if rows:
-        console.table("Perplexity (95% interval)", ["text", "tokens", *labels], rows)
+        yield Table("Perplexity (95% interval)", ["text", "tokens", *labels], rows)
     last = list(result.task_changes)[-1:]
     for label in last:
         title = f"Tasks: {label} - {labels[0]} on the same questions, right answers of only one"
-        task_changes(console, title, (labels[0], label), result.task_changes[label])
+        yield from task_changes(title, (labels[0], label), result.task_changes[label])
     for requirement in result.gate:
-        console.say(f"required {requirement.metric} {requirement.bound}: {requirement.reason}")
-    console.say(f"\nreport: {result.report}")
+        yield f"required {requirement.metric} {requirement.bound}: {requirement.reason}"
+    yield f"\nreport: {result.report}"
     if result.final:
-        console.say(f"checkpoint: {result.final} (loaded again in a fresh process: same losses)")
+        yield f"checkpoint: {result.final} (loaded again in a fresh process: same losses)"
 
 
-def plan(console: Console, result: Plan) -> None:
+def plan(result: Plan) -> Iterator[Part]:
     """`retrofit plan`, and `run --dry-run`."""
-    totals = {"seconds": result.seconds, "disk_bytes": result.disk_bytes, "peak_bytes": result.peak_bytes}
-    console.result({**vars(result), "totals": totals})
+    from retrofit.workflow.plan import describe_plan
+
     rows = [
         (cost.step, cost.does, nbytes(cost.peak_bytes), nbytes(cost.disk_bytes), duration(cost.seconds))
         for cost in result.steps
     ]
     total = ("all", "", nbytes(result.peak_bytes), nbytes(result.disk_bytes), duration(result.seconds))
     title = f"{result.recipe} on {result.model} (estimated)"
-    console.table(title, ["step", "what", "memory", "disk", "time"], [*rows, total])
-    for line in describe_plan(result):
-        console.say(line)
+    yield Table(title, ["step", "what", "memory", "disk", "time"], [*rows, total])
+    yield from describe_plan(result)
 
 
-def prices(console: Console, result: PriceList) -> None:
+def prices(result: PriceList) -> Iterator[Part]:
     """`retrofit plan --kv-heads`."""
-    console.result(result)
     at = f"{result.length // 1024}k" if result.length % 1024 == 0 else f"{result.length:,}"
     columns = [
         "KV heads",
@@ -86,17 +78,16 @@ def prices(console: Console, result: PriceList) -> None:
                 dearest or "-",
             )
         )
-    console.table(f"{result.model}: what fewer KV heads cost", columns, rows)
+    yield Table(f"{result.model}: what fewer KV heads cost", columns, rows)
     if not all(price.tells for price in result.prices):
-        console.say("~: below two standard errors, not to be told from zero on the text that was scored")
+        yield "~: below two standard errors, not to be told from zero on the text that was scored"
     if result.calibrated:
-        for line in _how_calibrated(result):
-            console.say(line)
+        yield from _how_calibrated(result)
     for note in result.notes:
-        console.say(f"note: {note}")
+        yield f"note: {note}"
     if result.budget and result.kv_heads:
         size = next(price.kv_cache_bytes for price in result.prices if price.kv_heads == result.kv_heads)
-        console.say(
+        yield (
             f"\n{heads(result.kv_heads)} {'fits' if result.kv_heads == 1 else 'fit'} {nbytes(result.budget.nbytes)} at "
             f"{result.budget.length:,} tokens "
             f"({nbytes(size)}):\n  {result.command}"
@@ -120,17 +111,18 @@ def _how_calibrated(result: PriceList) -> list[str]:
     return [*lines, f"predicted: loss = {math.exp(curve.log_scale):.3g} cost^{curve.exponent:.2f}, through {through}"]
 
 
-def inspection(console: Console, result: Inspection | Undescribed) -> None:
+def inspection(result: Inspection | Undescribed) -> Iterator[Part]:
     """`retrofit inspect`."""
-    console.result(result)
+    from retrofit.model.inspect import Inspection
+
     if isinstance(result, Inspection):
-        _described(console, result)
+        yield from _described(result)
     else:
-        console.say(f"{result.model}: {result.reason}")
-    _positions(console, result)
+        yield f"{result.model}: {result.reason}"
+    yield from _positions(result, isinstance(result, Inspection))
 
 
-def _described(console: Console, result: Inspection) -> None:
+def _described(result: Inspection) -> Iterator[Part]:
     facts = [
         ("architecture", f"{result.architecture} ({result.family})"),
         ("parameters", f"{result.parameters:,} in {result.dtype}"),
@@ -141,21 +133,21 @@ def _described(console: Console, result: Inspection) -> None:
         ("KV cache per token", nbytes(result.kv_bytes_per_token)),
     ]
     facts += [(f"KV cache at {tokens // 1024}k", nbytes(size)) for tokens, size in result.kv_cache_bytes.items()]
-    console.table(result.model, ["", ""], facts)
-    console.say("")
-    console.table("Layers", ["layers", "heads", "window", "RoPE", "q/k norm", "biases", "softcap"], _groups(result))
-    console.say("")
-    console.table("KV heads it can be converted to", ["KV heads", "possible", "KV cache at 32k", "why not"], [
+    yield Table(result.model, ["", ""], facts)
+    yield ""
+    yield Table("Layers", ["layers", "heads", "window", "RoPE", "q/k norm", "biases", "softcap"], _groups(result))
+    yield ""
+    yield Table("KV heads it can be converted to", ["KV heads", "possible", "KV cache at 32k", "why not"], [
         (c.kv_heads, c.possible, nbytes(c.kv_cache_bytes[32768]) if c.possible else "", c.reason or "")
         for c in result.conversions
     ])  # fmt: skip
 
 
-def _positions(console: Console, result: Inspection | Undescribed) -> None:
+def _positions(result: Inspection | Undescribed, known: bool) -> Iterator[Part]:
     """What three engines make of the rotary fields, and the linter's verdict."""
     if result.readings:
-        console.say("")
-        console.table(
+        yield ""
+        yield Table(
             "Rotary frequencies as three engines read them",
             ["engine", "layers", "inverse frequencies", "digest", "attention factor", "max length"],
             [
@@ -170,12 +162,10 @@ def _positions(console: Console, result: Inspection | Undescribed) -> None:
                 for one in result.readings
             ],
         )
-    if not result.findings and (result.readings or isinstance(result, Inspection)):
-        console.say("\nRoPE linter: nothing to complain about")
+    if not result.findings and (result.readings or known):
+        yield "\nRoPE linter: nothing to complain about"
     for finding in result.findings:
-        console.say(
-            f"\nRoPE linter, {finding.severity}: {finding.what}\n  where: {finding.where}\n  fix:   {finding.fix}"
-        )
+        yield (f"\nRoPE linter, {finding.severity}: {finding.what}\n  where: {finding.where}\n  fix:   {finding.fix}")
 
 
 def _groups(result: Inspection) -> list[tuple[object, ...]]:
@@ -199,20 +189,18 @@ def _groups(result: Inspection) -> list[tuple[object, ...]]:
     return rows
 
 
-def written(console: Console, result: Written) -> None:
+def written(result: Written) -> Iterator[Part]:
     """`retrofit convert`, `extend`, `recover`."""
-    console.result(result)
     if result.report.get("search"):
-        _search(console, result.report["search"])
+        yield from _search(result.report["search"])
     by_kind = result.report.get("tokens_by_kind")
     if by_kind:
-        console.say("calibrated on " + ", ".join(f"{tokens:,} tokens of {kind}" for kind, tokens in by_kind.items()))
-    for line in _kept_out(result.report.get("layers", ())):
-        console.say(line)
+        yield "calibrated on " + ", ".join(f"{tokens:,} tokens of {kind}" for kind, tokens in by_kind.items())
+    yield from _kept_out(result.report.get("layers", ()))
     for note in result.report.get("notes", ()):
-        console.say(f"note: {note}")
-    console.say(f"written: {result.folder}")
-    console.say(f"load it with AutoModelForCausalLM.from_pretrained({python_string(str(result.folder))})")
+        yield f"note: {note}"
+    yield f"written: {result.folder}"
+    yield f"load it with AutoModelForCausalLM.from_pretrained({python_string(str(result.folder))})"
 
 
 def _kept_out(layers: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -229,10 +217,10 @@ def _kept_out(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _search(console: Console, found: Mapping[str, Any]) -> None:
+def _search(found: Mapping[str, Any]) -> Iterator[Part]:
     """The encodings that were compared over the whole window, the best first."""
     last = [trial for trial in found["trials"] if trial["rung"] == found["winner"]["rung"]]
-    console.table(
+    yield Table(
         f"search: {len(found['trials'])} passes, {found['tokens_read']:,} tokens read (a budget of {found['read']:,}); "
         "nats per token over the whole window",
         ["encoding", "original window", "last tokens", "answers", "objective"],
@@ -241,38 +229,21 @@ def _search(console: Console, found: Mapping[str, Any]) -> None:
             for trial in sorted(last, key=lambda trial: trial["objective"])
         ],
     )
-    console.say(f"before the extension, original window: {found['native']:.3f}")
+    yield f"before the extension, original window: {found['native']:.3f}"
 
 
-def published(console: Console, result: Any) -> None:
+def published(result: Any) -> Iterator[Part]:
     """`retrofit publish`."""
-    console.result(result)
-    console.say(f"published: {result.url}")
+    yield f"published: {result.url}"
 
 
-def recipes(console: Console, result: tuple[RecipeEntry, ...]) -> None:
+def recipes(result: tuple[RecipeEntry, ...]) -> Iterator[Part]:
     """`retrofit recipes list`."""
-    console.result(result)
-    console.table("", ["recipe", "what it does"], [(entry.name, entry.description) for entry in result])
+    yield Table("", ["recipe", "what it does"], [(entry.name, entry.description) for entry in result])
 
 
-def recipe(console: Console, text: str) -> None:
-    """`retrofit recipes show`."""
-    import yaml
-
-    console.result(yaml.safe_load(text))
-    console.say(text.rstrip())
-
-
-def copied(console: Console, path: Path) -> None:
-    """`retrofit recipes copy`."""
-    console.result({"file": path})
-    console.say(f"written: {path}")
-
-
-def health(console: Console, result: Health) -> None:
+def health(result: Health) -> Iterator[Part]:
     """`retrofit doctor`."""
-    console.result(result)
     speed = ", ".join(f"{value:,.0f} GFLOP/s {dtype}" for dtype, value in result.gflops.items())
     machine = [
         ("devices", ", ".join(result.devices)),
@@ -281,17 +252,17 @@ def health(console: Console, result: Health) -> None:
         ("free disk here", nbytes(result.free_disk_bytes)),
         ("matrix products", f"{speed} (measured)"),
     ]
-    console.table("Machine", ["", ""], machine)
-    console.say("")
-    console.table("Packages", ["package", "version"], list(result.versions.items()))
-    console.say("")
-    console.table(
+    yield Table("Machine", ["", ""], machine)
+    yield ""
+    yield Table("Packages", ["package", "version"], list(result.versions.items()))
+    yield ""
+    yield Table(
         "Attention kernels",
         ["kernel", "runs here", "why", "install"],
         [(kernel.name, kernel.available, kernel.reason, kernel.install or "") for kernel in result.kernels],
     )
-    console.say("")
-    console.table(
+    yield ""
+    yield Table(
         "Optional parts",
         ["part", "there", "for", "install"],
         [(check.name, check.ok, check.what, check.install or "") for check in result.optional],
