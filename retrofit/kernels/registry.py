@@ -24,6 +24,9 @@ KERNELS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_atte
 
 _HALF = ("float16", "bfloat16")
 
+COMPILES = "PyTorch compiles it first, half a minute of a core for each of: a first chunk, later chunks, single tokens"
+"""What `flex_attention` does on a CPU, for people who wait for it."""
+
 # Largest |logit difference| to eager that rounding explains, over some 10^7 logits. In bfloat16 PyTorch's own sdpa
 # differs by 1.3 (SmolLM2-135M, 768 tokens), so prove in float32 wherever the kernel has it.
 TOLERANCE = {"float64": 1e-5, "float32": 1e-3, "float16": 0.3, "bfloat16": 2.5}
@@ -99,7 +102,8 @@ def choose(
             where=f"kernel, for {spec.family} on {device}",
             fix=f"use kernel: {instead}, or auto" if instead in KERNELS else "use kernel: auto",
         )
-    return Choice(kernel, kernel, "asked for")
+    compiles = kernel == "flex_attention" and not device.startswith("cuda")
+    return Choice(kernel, kernel, f"asked for; {COMPILES}" if compiles else "asked for")
 
 
 def apply(model: PreTrainedModel, choice: Choice) -> None:
@@ -260,7 +264,7 @@ def _objection(kernel: str, spec: AttentionSpec, device: str, training: bool, dt
         if not status.available:
             return status.reason
         if training and not cuda:
-            return "on a CPU it has no backward pass"
+            return "on a CPU it has no backward pass, so it cannot train"
     return None
 
 
@@ -278,5 +282,5 @@ def _flex_status(cuda: bool) -> KernelStatus:
         return KernelStatus("flex_attention", True, "compiled by PyTorch for this GPU")
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler:
-        return KernelStatus("flex_attention", True, "compiled by PyTorch; forward only on a CPU")
+        return KernelStatus("flex_attention", True, f"forward only on a CPU; {COMPILES}")
     return KernelStatus("flex_attention", False, "on a CPU it needs a C++ compiler", "apt-get install g++")

@@ -42,6 +42,15 @@ def test_flex_attention_needs_a_gpu_or_a_compiler(
     assert status.available == (cuda or compiler)
 
 
+def test_flex_attention_on_a_cpu_says_that_it_compiles_and_does_not_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++")
+    llama = describe(tiny_config("llama"))
+    assert "compiles it first" in choose("flex_attention", llama, "cpu").reason
+    assert "compiles it first" in next(one for one in available() if one.name == "flex_attention").reason
+    with pytest.raises(UserError, match="cannot train"):
+        choose("flex_attention", llama, "cpu", training=True)
+
+
 def test_every_kernel_has_a_status() -> None:
     statuses = {status.name: status for status in available()}
     assert tuple(statuses) == (*KERNELS, "products")  # listed, not offered
