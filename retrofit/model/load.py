@@ -219,8 +219,14 @@ def multiplies_in_bfloat16(device: str) -> bool:
 
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported()
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "sve_bf16", "bf16"))
+    asked = getattr(torch.cpu, "get_capabilities", None)
+    if asked is not None:
+        capabilities = asked()
+        names = ("avx512_bf16", "amx_bf16", "amx_tile", "sve_bf16", "bf16")
+        return any(capabilities.get(name, False) for name in names)
+    # Older releases of torch answer one question each, and none about Arm.
+    older = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(one() for one in older if one is not None)
 
 
 def product_dtype(device: str) -> torch.dtype | None:

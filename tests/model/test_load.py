@@ -60,6 +60,18 @@ def test_bfloat16_products_of_a_gpu_are_what_torch_says(monkeypatch):
         assert multiplies_in_bfloat16("cuda:0") == has
 
 
+@pytest.mark.parametrize("name", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])
+def test_bfloat16_products_with_a_torch_that_lists_no_capabilities(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    for one in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, one, lambda has=one == name: has, raising=False)
+    assert multiplies_in_bfloat16("cpu")
+    monkeypatch.setattr(torch.cpu, name, lambda: False)
+    assert not multiplies_in_bfloat16("cpu")
+    monkeypatch.delattr(torch.cpu, name)
+    assert not multiplies_in_bfloat16("cpu")
+
+
 def test_products_are_in_bfloat16_where_the_processor_has_them(bfloat16_products):
     assert multiplies_in_bfloat16("cpu") == bfloat16_products
     assert product_dtype("cpu") == (torch.bfloat16 if bfloat16_products else None)
