@@ -160,7 +160,7 @@ def _command_section(path: tuple[str, ...], command: Any) -> str:
         usage = " ".join(context.get_usage().removeprefix("Usage:").split())
         records = [parameter.get_help_record(context) for parameter in command.params]
     lines = [f"## {words}", "", inspect.cleandoc(command.help), "", "```", usage, "```", ""]
-    rows = [(f"`{name}`", _cell(" ".join(text.split()))) for name, text in filter(None, records)]
+    rows = [(_cell(f"`{name}`"), _cell(" ".join(text.split()))) for name, text in filter(None, records)]
     if rows:
         lines += [_table(("argument or option", "meaning"), rows), ""]
     examples = [line.strip() for line in (command.epilog or "").splitlines() if line.startswith("  ")]

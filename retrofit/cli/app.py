@@ -19,10 +19,11 @@ import typer
 import retrofit
 from retrofit.cli import following, streams
 from retrofit.cli.group import Commands, Record, show_exception
-from retrofit.cli.options import Json, Overwrite, Recipe, Set, command, console_for
+from retrofit.cli.options import Json, Overwrite, Recipe, Set, command, console_for, described
 from retrofit.cli.recipes import recipes_app
 from retrofit.console import Console
 from retrofit.errors import UserError
+from retrofit.recipe.options import OPTIONS
 from retrofit.views import measured, results
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or `embedded`.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=described(OPTIONS["inspect"][0]))]
 Out = Annotated[str, typer.Option("--out", metavar="DIR", help="Folder to write; it must not exist.")]
 Lengths = Annotated[str | None, typer.Option("--lengths", metavar="N,N", help="Context lengths.")]
 
@@ -241,7 +242,9 @@ def recover(
 )
 def evaluate(
     model: Model,
-    suite: Annotated[str | None, typer.Option("--suite", help="A bundled suite or a .yaml file.")] = None,
+    suite: Annotated[
+        str | None, typer.Option("--suite", metavar="NAME", help="A bundled suite or a .yaml file.")
+    ] = None,
     beyond: Annotated[bool, typer.Option("--beyond", help="Allow lengths beyond the model's positions.")] = False,
     out: Annotated[str | None, typer.Option("--out", metavar="FILE.npz", help="Keep the token losses.")] = None,
     overwrite: Overwrite = False,
@@ -265,7 +268,7 @@ def evaluate(
     "retrofit publish runs/quickstart/final --repo me/SmolLM2-135M-mqa-16k --public",
 )
 def publish(
-    folder: Annotated[str, typer.Argument(help="The `final` folder of a run.")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="The `final` folder of a run.")],
     repo: Annotated[str, typer.Option("--repo", metavar="ID", help="OWNER/NAME on the hub.")],
     public: Annotated[bool, typer.Option("--public", help="Make the repository public; private otherwise.")] = False,
     json: Json = False,
@@ -285,8 +288,8 @@ def publish(
     "retrofit compare smollm2.npz qwen3.npz --bits-per-byte",
 )
 def compare(
-    a: Annotated[str, typer.Argument(help="A run folder, or token losses (.npz).")],
-    b: Annotated[str, typer.Argument(help="A run folder, or token losses (.npz).")],
+    a: Annotated[str, typer.Argument(metavar="A", help="A run folder, or token losses (.npz).")],
+    b: Annotated[str, typer.Argument(metavar="B", help="A run folder, or token losses (.npz).")],
     lengths: Lengths = None,
     bits: Annotated[
         bool, typer.Option("--bits-per-byte", help="Compare bits per byte; the models may have different tokenizers.")

@@ -12,7 +12,7 @@ from retrofit.console import Console
 from retrofit.recipe.options import OPTIONS, Option
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, progress on stderr.")]
-Recipe = Annotated[str, typer.Argument(help="A bundled recipe's name, or a .yaml file.")]
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A bundled recipe's name, or a .yaml file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one value of the recipe.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what this program wrote there before.")]
 
@@ -60,24 +60,25 @@ def _with_options(body: Callable[..., None], offered: Sequence[Option]) -> Calla
 
 def _parameter(option: Option) -> inspect.Parameter:
     """An option that is None unless given, and then the text that was typed: the recipe language reads it."""
-    help_text = described(option)
+    help_text = described(option, "; may be repeated" if option.many == "repeated" else "")
     kind: Any = str | None
     extra: dict[str, Any] = {"metavar": option.metavar}
     if option.kind == "flag":
         kind, extra = bool | None, {}
     elif option.many == "repeated":
-        kind, help_text = list[str] | None, f"{help_text}; may be repeated"
+        kind = list[str] | None
     if option.choices:
         extra["autocompletion"] = _completion(option.choices)
-    help_text += "." if option.default is None else f". [default: {option.default}]"
+    if option.default is not None:
+        help_text += f" [default: {option.default}]"
     annotation = Annotated[kind, typer.Option(option.flag, help=help_text, show_default=False, **extra)]
     return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def described(option: Option) -> str:
-    """What an option is, in the words of its key."""
-    text = option.field.description or ""
-    return text[:1].upper() + text[1:]
+def described(option: Option, more: str = "") -> str:
+    """What an option is, as a sentence in the words of its key."""
+    text = f"{option.field.description}{more}"
+    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith('?') else '.'}"
 
 
 def _completion(choices: Sequence[str]) -> Callable[[str], list[str]]:

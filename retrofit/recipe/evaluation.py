@@ -71,7 +71,7 @@ class Tasks(Section):
     names: tuple[Word, ...] = Field(
         min_length=1,
         max_length=1000,
-        description="a task or group of lm-evaluation-harness or of `folder`, or a YAML file of one",
+        description="a task or group of lm-evaluation-harness or of your own, or a YAML file of one",
     )
     folder: Word | None = Field(
         None, description="folder with YAML files of your own tasks, which go before the harness's of the same name"

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from retrofit import api
-from retrofit.cli import output
 from retrofit.console import Console
 from retrofit.data import calibration as calibration_module
 from retrofit.data import identity, samples
@@ -21,6 +20,7 @@ from retrofit.kv_heads.calibrate.moments import saved
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, load_model, load_tokenizer
 from retrofit.recipe.schema import Calibration, Recipe, TextSource
+from retrofit.views import results
 from retrofit.workflow import operations, plan, single
 from retrofit.workflow.estimate.flops import ModelFacts
 from retrofit.workflow.plan import make_plan, sampled_tokens
@@ -200,7 +200,7 @@ def test_layers_that_did_without_a_repair_are_named(capsys: pytest.CaptureFixtur
         {"index": i, "repairs": [{"name": name, "accepted": kept} for name, kept in repairs]}
         for i, repairs in enumerate(outcomes)
     ]
-    output.written(Console("plain"), single.Written("convert", tmp_path, {"layers": layers}))
+    Console("plain").show(None, results.written(single.Written("convert", tmp_path, {"layers": layers})))
     said = capsys.readouterr().out
     assert "the repair transfer was kept out of 1 of 2 layers, no better on text it had not seen: 0\n" in said
     assert "o_proj" not in said
