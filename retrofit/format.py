@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 NONE = "–"
@@ -83,3 +85,10 @@ def interval(value: float | None, low: float | None, high: float | None) -> str:
     if value is None or low is None or high is None:
         return number(value)
     return f"{number(value)} [{number(low)}, {number(high)}]"
+
+
+def same_losses(reload: Mapping[str, Any]) -> str:
+    """How near the losses of a reloaded checkpoint are, beside the tolerance; of the fields of a ReloadReport."""
+    found, allowed = number(reload.get("max_difference")), plain(reload.get("tolerance_token"))
+    what = "same losses" if reload.get("passed") else "OTHER LOSSES"
+    return f"{what} (a token's differs by at most {found} nats, tolerance {allowed})"

@@ -2,11 +2,15 @@
 
 Decoding one sequence reads all weights and the whole KV cache for every token: it is bound by memory bandwidth. A
 prefill multiplies every token with every weight: it is bound by floating-point operations.
+
+A speed is a median over short rounds, kept with all of them: what the rounds of two models do not tell apart is no
+difference between the models.
 """
 
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,15 +26,17 @@ from retrofit.system.memory import Watch
 from retrofit.system.speed import bandwidth, flops
 
 WARM_UP = 16  # tokens of a pass that is not timed
+FEWEST_ROUNDS = 3  # of each model: two of one are faster than two of the other by chance once in three times
 
 
 @dataclass(frozen=True)
 class LengthCost:
-    """One sequence of `length` tokens, read in one pass, then `decode_tokens` greedy tokens after it.
+    """One sequence of `length` tokens, read in one pass, then `decode_tokens` greedy tokens after it, in each round.
 
     prefill_seconds: until the first token is known. prefill_bytes: memory beyond the weights at the pass's peak, KV
     cache included. kv_bytes: what the cache held after the prefill; kv_bytes_expected: from the spec. decode_per_s is
-    None when nothing was decoded. The bounds are the most this machine could do, in tokens per second.
+    None when nothing was decoded. Seconds and speeds are medians over the rounds, which prefill_rounds (seconds) and
+    decode_rounds (tokens per second) hold. The bounds are the most this machine could do, in tokens per second.
     """
 
     length: int
@@ -43,6 +49,34 @@ class LengthCost:
     decode_tokens: int
     decode_per_s: float | None
     decode_bound: float
+    prefill_rounds: tuple[float, ...]
+    decode_rounds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A ratio of two speeds, and the least and the most that the rounds allow it to be."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+def decoding_change(before: LengthCost, after: LengthCost) -> Change | None:
+    """Return how much faster `after` decodes than `before`; None where the rounds do not tell the two apart.
+
+    They do when every round of one is faster than every round of the other, and when the rounds of neither differ from
+    each other by more than the two models do. That takes several rounds of each.
+    """
+    old, new = before.decode_rounds, after.decode_rounds
+    if min(len(old), len(new)) < FEWEST_ROUNDS or before.length != after.length:
+        return None
+    ratio = statistics.median(new) / statistics.median(old)
+    disagreement = max(max(rounds) / min(rounds) for rounds in (old, new))
+    apart = max(old) < min(new) or max(new) < min(old)
+    if not apart or disagreement >= max(ratio, 1 / ratio):
+        return None
+    return Change(ratio, min(new) / max(old), max(new) / min(old))
 
 
 @dataclass(frozen=True)
@@ -73,41 +107,51 @@ class RunCost:
 def side_by_side(
     models: Mapping[str, Callable[[], PreTrainedModel]],
     lengths: Sequence[int],
-    decode_tokens: int = 64,
+    decode_tokens: int = 16,
     *,
     rounds: int,
     seed: int = 0,
 ) -> dict[str, RunCost]:
-    """`run_cost` of each model, for comparing: all have their turn, `rounds` times over, and the fastest time of each
-    length counts, so that what else the machine does for a while does not slow one of them alone. The bounds of the
-    machine are measured once for each dtype.
+    """`run_cost` of each model, for comparing: all have their turn, `rounds` times over, so that what else the machine
+    does for a while slows rounds of every model, and their spread shows it. The bounds of the machine are measured once
+    for each dtype.
 
     models: by label, what loads each; one is in memory at a time.
 
     Raises: as `run_cost`.
     """
-    found: dict[str, RunCost] = {}
+    found: dict[str, list[RunCost]] = {label: [] for label in models}
     speeds: dict[tuple[torch.dtype, str], Speeds] = {}
     for _ in range(rounds):
         for label, load in models.items():
             model = load()
             where = model.dtype, model.device.type
             speeds[where] = speeds.get(where) or machine_speeds(*where)
-            cost = run_cost(model, lengths, decode_tokens, speeds=speeds[where], seed=seed)
+            found[label].append(run_cost(model, lengths, decode_tokens, speeds=speeds[where], seed=seed))
             del model
             gc.collect()
-            found[label] = _faster(found[label], cost) if label in found else cost
-    return found
+    return {label: _together(costs) for label, costs in found.items()}
 
 
-def _faster(a: RunCost, b: RunCost) -> RunCost:
-    """Of two measurements of one model, the faster prefill and the faster decoding at each length."""
+def _together(costs: Sequence[RunCost]) -> RunCost:
+    """Rounds of one model as one measurement: the median of each length."""
     lengths = []
-    for one, other in zip(a.lengths, b.lengths, strict=True):
-        prefill = min(one, other, key=lambda cost: cost.prefill_seconds)
-        speeds = [cost.decode_per_s for cost in (one, other) if cost.decode_per_s is not None]
-        lengths.append(replace(prefill, decode_per_s=max(speeds, default=None)))
-    return replace(a, lengths=tuple(lengths))
+    for rounds in zip(*(cost.lengths for cost in costs), strict=True):
+        prefills = tuple(second for one in rounds for second in one.prefill_rounds)
+        decoded = tuple(speed for one in rounds for speed in one.decode_rounds)
+        seconds = statistics.median(prefills)
+        lengths.append(
+            replace(
+                rounds[0],
+                prefill_seconds=seconds,
+                prefill_per_s=rounds[0].length / seconds,
+                prefill_bytes=max(one.prefill_bytes for one in rounds),
+                decode_per_s=statistics.median(decoded) if decoded else None,
+                prefill_rounds=prefills,
+                decode_rounds=decoded,
+            )
+        )
+    return replace(costs[0], lengths=tuple(lengths))
 
 
 def machine_speeds(dtype: torch.dtype, device: str) -> Speeds:
@@ -118,7 +162,7 @@ def machine_speeds(dtype: torch.dtype, device: str) -> Speeds:
 def run_cost(
     model: PreTrainedModel,
     lengths: Sequence[int],
-    decode_tokens: int = 64,
+    decode_tokens: int = 16,
     *,
     speeds: Speeds | None = None,
     seed: int = 0,
@@ -141,7 +185,10 @@ def run_cost(
     generator = torch.Generator().manual_seed(seed)
     found = []
     with torch.inference_mode():
-        _next(model, _prompt(model, min(WARM_UP, window), generator), DynamicCache(config=model.config))
+        cache = DynamicCache(config=model.config)
+        token = _next(model, _prompt(model, min(WARM_UP, window), generator), cache)
+        if decode_tokens:
+            _next(model, token, cache)
         for length in sorted({min(length, window) for length in lengths}):
             prompt = _prompt(model, length, generator)
             cache = DynamicCache(config=model.config)
@@ -152,7 +199,7 @@ def run_cost(
             for _ in range(decode_tokens):
                 token = _next(model, token, cache)
             _wait(model)
-            spent = time.perf_counter() - began
+            speed = decode_tokens / (time.perf_counter() - began)
             expected = spec.kv_cache_bytes(length, model.dtype.itemsize)
             found.append(
                 LengthCost(
@@ -164,8 +211,10 @@ def run_cost(
                     kv_bytes=held,
                     kv_bytes_expected=expected,
                     decode_tokens=decode_tokens,
-                    decode_per_s=decode_tokens / spent if decode_tokens else None,
+                    decode_per_s=speed if decode_tokens else None,
                     decode_bound=speeds.bytes_per_second / (weights + expected),
+                    prefill_rounds=(seconds,),
+                    decode_rounds=(speed,) if decode_tokens else (),
                 )
             )
             del cache

@@ -9,6 +9,15 @@ from typing import Any
 from retrofit.escape import visible
 from retrofit.recipe.hub import is_link, is_repo_id
 
+# What of a card may go on into another card: codes and words, nothing that is structure anywhere.
+_LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[A-Za-z0-9]{2,8})?|code|multilingual")
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,47}|arxiv:\d{4}\.\d{4,5}")
+_MOST_LANGUAGES, _MOST_TAGS = 200, 32
+# Of how the source's files are stored, which ours are not.
+_OF_FILES = frozenset(
+    ("gguf", "onnx", "awq", "gptq", "exl2", "mlx", "openvino", "coreml", "bitsandbytes", "4-bit", "8-bit")
+)
+
 _MAX_READ = 1 << 20  # characters of a card or a license text
 _LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
 
@@ -57,6 +66,24 @@ def other_license_of(folder: str | Path) -> tuple[str | None, str | None]:
     name, link = _first(card.get("license_name")), _first(card.get("license_link"))
     plain = name is not None and name == visible(name) and len(name) <= 200
     return name if plain else None, link if link is not None and is_link(link) else None
+
+
+def languages_and_tags(folder: str | Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(languages, tags) that a card states, in its order and once each; those that are no plain code or word, or that
+    say how the source's files are stored, are left out."""
+    card = card_data(folder)
+    languages = ["no" if one is False else one for one in _listed(card.get("language"))]  # Norwegian, to YAML
+    tags = [one for one in _listed(card.get("tags")) if not isinstance(one, str) or one.lower() not in _OF_FILES]
+    return _plain(languages, _LANGUAGE, _MOST_LANGUAGES), _plain(tags, _TAG, _MOST_TAGS)
+
+
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
+
+
+def _plain(values: list[object], pattern: re.Pattern[str], most: int) -> tuple[str, ...]:
+    found = dict.fromkeys(one for one in values if isinstance(one, str) and pattern.fullmatch(one))
+    return tuple(found)[:most]
 
 
 def base_model_of(folder: str | Path) -> str | None:

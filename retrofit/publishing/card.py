@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
+from retrofit import format as fmt
+from retrofit.data.corpora import BUILT_IN
 from retrofit.escape import Markdown, code_block, code_span, markdown, prose, table_row, visible
 from retrofit.evaluation.metrics.effective import certificate
 from retrofit.publishing.card_input import CardInput, require_known
@@ -54,6 +56,8 @@ def render_card(card: CardInput) -> str:
     environment.filters |= {"thousands": lambda value: f"{value:,}", "code": code_span}
     return environment.get_template("card.md.j2").render(
         card=card,
+        heading=_heading(card),
+        tolerance=_tolerance(card),
         front_matter=_front_matter(card),
         summary=_summary(card),
         snippet=Markdown(card.snippet),
@@ -68,6 +72,14 @@ def render_card(card: CardInput) -> str:
         limits=_limits(card),
         chart_alt=f"Perplexity by context length: {', '.join(model.label for model in card.models)}",
     )
+
+
+def _tolerance(card: CardInput) -> str:
+    """How near the reloaded losses had to be."""
+    if card.tolerance is None:
+        return ""
+    token, mean = map(fmt.plain, card.tolerance)
+    return f", a token's to within {token} and the mean of 1,024 to within {mean} (in nats)"
 
 
 def _tests(effective: EffectiveLength) -> list[Markdown]:
@@ -171,18 +183,41 @@ def _summary(card: CardInput) -> Markdown:
         searched = f", the best of {tried} position encodings measured on this model" if tried else ""
         parts.append(
             f"Its context window went from {card.native_length:,} to {card.claimed_length:,} tokens by "
-            f"{_ROPE[card.context_method]}{searched}."
+            f"{_ROPE[card.context_method]}{searched}{'' if _to_the_end(card) else f'; it was {_measured(card)}'}."
         )
     if card.recovery:
         named = [markdown(_name(source)) for source in card.recovery.sources]
+        rate, speed = card.recovery.learning_rate, card.recovery.tokens_per_second
+        how = [f"a learning rate of {rate:.2g}"] if rate else []
+        how += [f"{fmt.count(speed)} tokens/s on the machine of the run"] if speed else []
         parts.append(
             f"To win quality back it was {_LOSSES[card.recovery.loss]} for {card.recovery.tokens:,} tokens of "
-            f"{' and '.join(named)}, through LoRA adapters of rank {card.recovery.rank}, merged into the weights."
+            f"{' and '.join(named)}, through LoRA adapters of rank {card.recovery.rank}, merged into the weights"
+            f"{', at ' if how else ''}{' and '.join(how)}."
         )
     if not parts:
         parts.append("Its weights and its context window are unchanged.")
     plain = f"It is a plain {code_span(card.architecture)} checkpoint."
     return Markdown(f"This is {base} after attention surgery. {' '.join(parts)} {plain}")
+
+
+def _longest(card: CardInput) -> int:
+    return max(row.length for row in card.models[-1].rows)
+
+
+def _to_the_end(card: CardInput) -> bool:
+    """Whether the window was measured to its end."""
+    return _longest(card) >= card.claimed_length
+
+
+def _measured(card: CardInput) -> str:
+    return f"measured up to {_longest(card):,} tokens"
+
+
+def _heading(card: CardInput) -> str:
+    """The title, which may name the new window; where that was not measured to its end, how far it was."""
+    grew = card.claimed_length > card.native_length
+    return card.title if not grew or _to_the_end(card) else f"{card.title} ({_measured(card)})"
 
 
 def _name(kind: str) -> str:
@@ -255,27 +290,17 @@ def _documents(card: CardInput) -> str:
 def _kv_table(card: CardInput) -> list[Markdown]:
     lines = [table_row(("context (tokens)", "before", "after")), Markdown("|---:|---:|---:|")]
     for tokens, (before, after) in sorted(card.kv_cache_bytes.items()):
-        lines.append(table_row((f"{tokens:,}", _bytes(before), _bytes(after))))
+        lines.append(table_row((f"{tokens:,}", fmt.nbytes(before), fmt.nbytes(after))))
     return lines
-
-
-def _bytes(count: int) -> str:
-    value, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.4g} {unit}"
 
 
 def _limits(card: CardInput) -> list[str]:
     """What a reader must not conclude, from the numbers themselves."""
     first, last = card.models[0], card.models[-1]
     lengths = sorted({row.length for row in last.rows})
-    kinds = [_name(kind) for kind in _kinds(card) if kind != ALL]
     asked = " and ".join(dict.fromkeys(score.task for score in last.tasks))
     limits = [
-        f"Quality was measured as perplexity on {' and '.join(kinds) or 'held-out text'}"
+        "Quality was measured as perplexity on the texts above"
         f"{f' and with the questions of {asked}' if asked else ''} only: no {'other' if asked else 'task'} benchmark, "
         "no other language and no safety evaluation was run.",
     ]
@@ -284,7 +309,8 @@ def _limits(card: CardInput) -> list[str]:
         worst = max(last.rows, key=lambda row: row.ppl / pairs[row.kind, row.length])
         ratio = worst.ppl / pairs[worst.kind, worst.length]
         if ratio > 1:
-            on = "all text" if worst.kind == ALL else _name(worst.kind)
+            named = worst.kind in BUILT_IN or worst.kind.startswith("hub:")  # a file of somebody's is not in the folder
+            on = "all text" if worst.kind == ALL else worst.kind if named else "one of these texts"
             limits.append(
                 f"It is weaker than the original where the table says so; at worst its perplexity is {ratio:.2f} "
                 f"times the original's ({on}, {worst.length:,} tokens)."
@@ -299,4 +325,4 @@ def _limits(card: CardInput) -> list[str]:
     if not card.effective or all(test.needle is None for test in card.effective.tests):
         limits.append("Perplexity at a long context does not show that the model finds a fact far back in its context.")
     limits.append("Whatever the base model gets wrong, and the terms of its license, stay.")
-    return [*limits, *card.notes]
+    return limits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from retrofit.errors import UserError
@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recovery:
-    """The training behind the card: loss (`distill` | `lm`), tokens in all, LoRA rank, names of the text sources."""
+    """The training behind the card: loss (`distill` | `lm`), tokens in all, LoRA rank, names of the text sources, the
+    highest learning rate of the schedule and the speed it ran at."""
 
     loss: str
     tokens: int
     rank: int
     sources: tuple[str, ...]
+    learning_rate: float | None = None
+    tokens_per_second: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class CardInput:
     when the heads were left. context_method: None when the window was left; encodings_tried: by the search that found
     it. effective: how much of the window the published model is shown to use, None when that was not asked for.
     models: the original first, the published one last. chart: path inside the folder. snippet: what `reload` executes.
-    notes: fallbacks and other limits.
+    tolerance: what `reload` allows a token's loss and the mean of 1,024 to differ by, in nats. languages, tags: of the
+    source's card.
     """
 
     title: str
@@ -78,7 +82,7 @@ class CardInput:
     license_link: str | None = None
     languages: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    tolerance: tuple[float, float] | None = None
 
 
 def require_known(card: CardInput) -> None:

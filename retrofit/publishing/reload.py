@@ -61,6 +61,13 @@ TOLERANCES: Mapping[str, Tolerance] = {
 }
 
 
+def tolerance_of(dtype: str) -> Tolerance:
+    """The tolerance of a dtype. Raises UserError where none is known."""
+    if dtype not in TOLERANCES:
+        raise UserError(f"no tolerance is known for dtype {dtype}", fix=f"use one of {', '.join(TOLERANCES)}")
+    return TOLERANCES[dtype]
+
+
 @dataclass(frozen=True)
 class ReloadReport:
     """What the fresh process found. Differences are in nats; `worst` is the document with the largest of a token."""
@@ -107,8 +114,7 @@ def reload_and_score(
     """
     folder = Path(folder).absolute()
     dtype = dtype or str(recorded.meta.get("dtype"))
-    if dtype not in TOLERANCES:
-        raise UserError(f"no tolerance is known for dtype {dtype}", fix=f"use one of {', '.join(TOLERANCES)}")
+    tolerance_of(dtype)
     assert tuple(document.name for document in documents) == recorded.documents, "documents in another order"
     tokens, losses = _comparable(recorded, tokens)
     if progress:

@@ -121,7 +121,7 @@ class Evaluate(Section):
         description="lengths, cut to the window, at which prefill, decoding and memory are measured; [] skips it",
     )
     decode_tokens: Tokens = Field(
-        64, ge=0, le=8192, description="tokens decoded at each of `cost_lengths`; 0 measures the prefill"
+        16, ge=0, le=8192, description="tokens decoded at each of `cost_lengths`, each round; 0 measures the prefill"
     )
     continuation_tokens: Tokens = Field(
         40, ge=0, le=1024, description="tokens that each model writes after a few prompts, for the report; 0 skips it"

@@ -71,7 +71,8 @@ class StepRecord:
 class RunData:
     """Everything the report shows.
 
-    training: (step, training loss or None, held-out loss or None). kernel_proof: the fields of
+    training: (step, training loss or None, held-out loss or None). recovery: of the training, `loss`, `steps`,
+    `tokens`, `tokens_per_second`, `rank` and `learning_rate`. kernel_proof: the fields of
     `kernels.registry.Proof`; conversion: of `kv_heads.convert.ConvertReport`; context: of `context.rope.Extension`, and
     under `search`, where the encoding was searched for, of `context.search.Found`; reload: of
     `publish.reload.ReloadReport`. gate: one dict per requirement (metric, bound, value, passed, reason).
@@ -87,6 +88,7 @@ class RunData:
     native_length: int | None = None
     claimed_length: int | None = None
     training: tuple[tuple[int, float | None, float | None], ...] = ()
+    recovery: Mapping[str, Any] | None = None
     steps: tuple[StepRecord, ...] = ()
     kernel: str | None = None
     kernel_proof: Mapping[str, Any] | None = None
@@ -121,6 +123,11 @@ class RunData:
     def lengths(self) -> tuple[int, ...]:
         """Every context length measured."""
         return tuple(sorted({row.length for model in self.models for row in model.rows}))
+
+    @property
+    def longest(self) -> int | None:
+        """The longest context length measured."""
+        return self.lengths[-1] if self.lengths else None
 
     @property
     def head_length(self) -> int | None:

@@ -58,7 +58,9 @@ _TEXTS: tuple[tuple[str, str], ...] = (
         "95% interval",
         "percentile bootstrap: the measured losses are drawn again with replacement, the perplexity is "
         "computed each time, and 95% of the results lie within the interval. It says how much the number "
-        "depends on the documents chosen, not how other kinds of text would do.{units}",
+        "depends on the documents chosen, not how other kinds of text would do. A ratio's interval that holds 1 "
+        "does not show that nothing was lost: a loss of up to its upper end is compatible with the "
+        "data.{units}",
     ),
     (
         "KV cache",
@@ -68,7 +70,9 @@ _TEXTS: tuple[tuple[str, str], ...] = (
     (
         "Prefill, decode",
         "a prefill reads a prompt in one pass and gives the first token of the answer; decoding makes the others one "
-        "by one, each reading all weights and the KV cache.",
+        "by one, each reading all weights and the KV cache. Each is timed in several short rounds, the models in turn. "
+        "A factor is given only where every round of one model is faster than every round of the other, and the rounds "
+        "of neither differ from each other by more than the two models do.",
     ),
     (
         "Window",

@@ -28,6 +28,15 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Passage:
+    """A prompt, where it comes from, and what each model writes after it: (label, text)."""
+
+    origin: str
+    prompt: str
+    texts: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
 class Figure:
     """A chart, what it says, and its data; without a picture the table stands for itself. section: a key of
     `render.SECTIONS`."""

@@ -17,7 +17,7 @@ from retrofit.report.charts.figures import card_picture, figures
 from retrofit.report.data import CACHE_LENGTHS, ModelResult, RunData, StepRecord, loss_by_position
 from retrofit.report.glossary import definitions
 from retrofit.report.parts import Figure, Table
-from retrofit.report.sections import encodings, summary
+from retrofit.report.sections import continuations, encodings, summary
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -91,6 +91,8 @@ def _content(run: RunData, shown: tuple[Figure, ...]) -> dict[str, Any]:
     return {
         "run": run,
         "title": f"{summary.title_of(run)}: {run.name}",
+        "passages": continuations.passages(run),
+        "about_passages": continuations.about(run),
         "verdict": summary.verdict(run),
         "numbers": summary.key_numbers(run),
         "checks": summary.checks(run),
@@ -125,11 +127,23 @@ def _changes(run: RunData) -> tuple[tuple[str, str], ...]:
         said.append(("Window", f"{how}, factor {fmt.plain(got.get('factor'))}"))
     if encodings.found(run):
         said.append(("Position encoding", encodings.said(run)))
-    if run.training:
-        said.append(("Recovery", f"{fmt.count(run.training[-1][0])} optimizer steps"))
+    if run.recovery:
+        said.append(("Recovery", _recovery(run.recovery)))
     if run.kernel:
         said.append(("Attention kernel", run.kernel))
     return tuple(said)
+
+
+def _recovery(got: Mapping[str, Any]) -> str:
+    """How the training went, in numbers."""
+    speed, rate = got.get("tokens_per_second"), got.get("learning_rate")
+    parts = [
+        f"loss `{got.get('loss')}` on {fmt.count(got.get('tokens'))} tokens in {fmt.count(got.get('steps'))} steps",
+        f"LoRA rank {fmt.count(got.get('rank'))}",
+        f"learning rate {rate:.2g}" if rate else "",
+        f"{fmt.count(speed)} tokens/s" if speed else "",
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def _proof(proof: Mapping[str, Any] | None) -> str:
@@ -153,8 +167,13 @@ def _reload(report: Mapping[str, Any] | None) -> str:
         "A fresh process with stock transformers, without this package, loaded the written checkpoint and scored the "
         f"same tokens again: losses differ by at most {fmt.number(report.get('max_difference'))}"
         f"{'' if mean is None else f' (mean {fmt.number(mean)})'}, {result} the tolerance of "
-        f"{fmt.plain(report.get('tolerance_token'))} for a token."
+        f"{fmt.plain(report.get('tolerance_token'))} for a token{_mean_tolerance(report)}."
     )
+
+
+def _mean_tolerance(report: Mapping[str, Any]) -> str:
+    allowed = report.get("tolerance_mean")
+    return "" if allowed is None else f" and of {fmt.plain(allowed)} for the mean of 1,024"
 
 
 def _template(name: str, *, autoescape: bool, finalize: Callable[[Any], Any]) -> Any:
@@ -174,6 +193,7 @@ def _template(name: str, *, autoescape: bool, finalize: Callable[[Any], Any]) ->
         "split": _split,
         "row": escape.table_row,
         "bold": escape.bold,
+        "capitalize_first": lambda text: text[:1].upper() + text[1:],
         "table": _table,
         "fenced": escape.code_block,
     }

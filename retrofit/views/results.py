@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from retrofit.escape import python_string
-from retrofit.format import duration, heads, nbytes
+from retrofit.format import duration, heads, nbytes, same_losses
 from retrofit.tables import Part, Table
 from retrofit.views.measured import task_changes
 
@@ -35,7 +35,8 @@ def run(result: RunResult) -> Iterator[Part]:
         yield f"required {requirement.metric} {requirement.bound}: {requirement.reason}"
     yield f"\nreport: {result.report}"
     if result.final:
-        yield f"checkpoint: {result.final} (loaded again in a fresh process: same losses)"
+        said = f"; loaded again in a fresh process: {same_losses(result.reload)}" if result.reload else ""
+        yield f"checkpoint: {result.final}{said}"
 
 
 def plan(result: Plan) -> Iterator[Part]:

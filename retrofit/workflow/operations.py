@@ -388,7 +388,8 @@ def ready(
 def run_costs(
     folders: Mapping[str, Path], evaluate: Evaluate, *, kernel: str, device: str, seed: int
 ) -> Mapping[str, RunCost | None]:
-    """What each checkpoint folder costs to run, measured in turn; None where the recipe asks for no lengths."""
+    """What the first and the last checkpoint folder cost to run, measured in turn; None for those between them, and
+    where the recipe asks for no lengths."""
     if not evaluate.cost_lengths:
         return dict.fromkeys(folders)
     from retrofit.evaluation.cost import side_by_side
@@ -396,9 +397,11 @@ def run_costs(
     def load(folder: Path) -> PreTrainedModel:
         return ready(folder, evaluate, kernel, device)[0]
 
-    models = {label: functools.partial(load, folder) for label, folder in folders.items()}
-    rounds = COST_ROUNDS if len(folders) > 1 else 1
-    return side_by_side(models, evaluate.cost_lengths, evaluate.decode_tokens, rounds=rounds, seed=seed)
+    compared = [label for i, label in enumerate(folders) if i in (0, len(folders) - 1)]
+    models = {label: functools.partial(load, folders[label]) for label in compared}
+    rounds = COST_ROUNDS if len(models) > 1 else 1
+    found = side_by_side(models, evaluate.cost_lengths, evaluate.decode_tokens, rounds=rounds, seed=seed)
+    return {label: found.get(label) for label in folders}
 
 
 def prove_kernel(folder: Path, document: Document, *, kernel: str, device: str) -> Proof:

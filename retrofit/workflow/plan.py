@@ -32,7 +32,7 @@ from retrofit.workflow.estimate.training_memory import trained_parameters, train
 
 STEPS = ("convert", "extend", "recover", "evaluate", "publish")
 FOLDERS = {name: f"{number}-{name}" for number, name in enumerate(STEPS, start=1)}
-COST_ROUNDS = 2  # turns that each of several models has when what it costs to run is measured
+COST_ROUNDS = 4  # turns of the first and the last model when what they cost to run is measured
 PROMPTS_CONTINUED = 3  # short ones, by each model
 MACHINE_SECONDS = 1.0  # of measuring the machine's own speed beside a model's
 PROOF_SECONDS = 5.0  # of loading a model once more and proving its kernel
@@ -287,7 +287,7 @@ def _evaluate(shape: Shape, recipe: Recipe, evaluate: Evaluate, tasks: Sequence[
     piece += sum(shape.seconds(tokens, context) for tokens, context in questions_read(evaluate))
     piece += PROMPTS_CONTINUED * evaluate.continuation_tokens * shape.decode_seconds(0)
     running = MACHINE_SECONDS + sum(shape.run_seconds(n, evaluate) for n in costed) if costed else 0.0
-    turns = models * (COST_ROUNDS if models > 1 else 1)
+    turns = 2 * COST_ROUNDS if models > 1 else 1
     lengths = ", ".join(f"{length:,}" for length in evaluate.lengths)
     does = f"{models} models on {documents} documents at {lengths} tokens, one pass each"
     if further or evaluate.needle or evaluate.ruler:

@@ -20,11 +20,12 @@ from retrofit.console import jsonable
 from retrofit.data.documents import documents_digest
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.model.families import describe, stock_class
+from retrofit.model.license import languages_and_tags
 from retrofit.model.load import load_config, load_tokenizer
 from retrofit.publishing.card import render_card
 from retrofit.publishing.card_input import CardInput, CardModel, Recovery
 from retrofit.publishing.gate import GateResult, check, enforce
-from retrofit.publishing.reload import reload_and_score
+from retrofit.publishing.reload import Tolerance, reload_and_score, tolerance_of
 from retrofit.recipe.load import dump_recipe
 from retrofit.recipe.schema import Publish, Recipe
 from retrofit.report.charts.figures import card_picture
@@ -94,9 +95,10 @@ def _write_final(
     picture = card_picture(reporting.run_data(runner, results))
     if picture is not None:
         (folder / CHART).write_bytes(picture.png)
-    card = _card(runner, state, folder, section, chart=CHART if picture else None)
-    (folder / "README.md").write_text(render_card(card), encoding="utf-8")
     losses = TokenLosses.load(losses_file(runner.folder, label))
+    allowed = tolerance_of(str(losses.meta.get("dtype")))
+    card = _card(runner, state, folder, section, allowed, chart=CHART if picture else None)
+    (folder / "README.md").write_text(render_card(card), encoding="utf-8")
     report = reload_and_score(
         folder,
         prepared.documents,
@@ -139,7 +141,9 @@ def copy_checkpoint(source: Path, folder: Path, max_shard_size: str, *, link: bo
         copy_file(source / name, folder / name, link=link)
 
 
-def _card(runner: Runner, state: State, folder: Path, section: Publish, *, chart: str | None) -> CardInput:
+def _card(
+    runner: Runner, state: State, folder: Path, section: Publish, allowed: Tolerance, *, chart: str | None
+) -> CardInput:
     prepared, recipe = runner.prepared, runner.prepared.recipe
     source = prepared.source
     data = reporting.run_data(runner, ())
@@ -148,6 +152,7 @@ def _card(runner: Runner, state: State, folder: Path, section: Publish, *, chart
     first, extension = data.models[0], data.context or {}
     assert data.native_length and data.claimed_length
     base, terms = section.base_model or source.base_model, terms_of(section, source)
+    languages, tags = languages_and_tags(source.folder)
     return CardInput(
         title=title(recipe, base, data.claimed_length),
         base_model=base,
@@ -171,19 +176,22 @@ def _card(runner: Runner, state: State, folder: Path, section: Publish, *, chart
         context_method=extension.get("method"),
         encodings_tried=len({trial["label"] for trial in extension.get("search", {}).get("trials", ())}),
         effective=data.models[-1].effective,
-        recovery=_recovery(recipe),
+        recovery=_recovery(recipe, data.recovery),
         revision=source.revision,
         chart=chart,
         kernel=data.kernel,
-        notes=data.notes,
+        languages=languages,
+        tags=tags,
+        tolerance=(allowed.token, allowed.mean),
     )
 
 
-def _recovery(recipe: Recipe) -> Recovery | None:
-    if recipe.recover is None:
+def _recovery(recipe: Recipe, done: Mapping[str, Any] | None) -> Recovery | None:
+    if recipe.recover is None or done is None:
         return None
     sources = tuple(source.source for source in recipe.recover.text)
-    return Recovery(recipe.recover.loss, recipe.recover.tokens, recipe.recover.adapter.rank, sources)
+    numbers = {name: done[name] for name in ("loss", "tokens", "rank", "learning_rate", "tokens_per_second")}
+    return Recovery(sources=sources, **numbers)
 
 
 def title(recipe: Recipe, base_model: str | None, claimed: int) -> str:

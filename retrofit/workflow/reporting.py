@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
@@ -57,6 +58,7 @@ def run_data(runner: Runner, results: tuple[GateResult, ...]) -> RunData:
         native_length=prepared.plan.positions[0],
         claimed_length=prepared.plan.positions[1],
         training=_training(found.get("recover", {})),
+        recovery=_recovery(recipe, found.get("recover")),
         steps=tuple(_steps(runner)),
         kernel=proof["kernel"] if proof else prepared.kernel.name,
         kernel_proof=proof,
@@ -108,6 +110,21 @@ def _model(runner: Runner, label: str, value: dict[str, Any], evaluated: dict[st
 
 def _training(result: dict[str, Any]) -> tuple[tuple[int, float | None, float | None], ...]:
     return tuple((point["step"], point.get("loss"), point.get("held_out_loss")) for point in result.get("history", ()))
+
+
+def _recovery(recipe: Recipe, result: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What the training was and how fast: the highest learning rate of its schedule, the median step's tokens/s."""
+    if result is None or recipe.recover is None:
+        return None
+    steps = [point for point in result.get("history", ()) if point["step"] > 0]
+    return {
+        "loss": recipe.recover.loss,
+        "steps": result["steps"],
+        "tokens": result["tokens"],
+        "rank": recipe.recover.adapter.rank,
+        "learning_rate": max((point["learning_rate"] for point in steps), default=None),
+        "tokens_per_second": median(point["tokens_per_second"] for point in steps) if steps else None,
+    }
 
 
 def _steps(runner: Runner) -> list[StepRecord]:

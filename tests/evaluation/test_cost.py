@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,16 @@ import torch
 
 from retrofit.errors import UserError
 from retrofit.evaluation import cost as costs
-from retrofit.evaluation.cost import LengthCost, RunCost, Speeds, prefill_flops, run_cost, side_by_side, weights_read
+from retrofit.evaluation.cost import (
+    LengthCost,
+    RunCost,
+    Speeds,
+    decoding_change,
+    prefill_flops,
+    run_cost,
+    side_by_side,
+    weights_read,
+)
 from retrofit.model.families import describe
 from retrofit.system.memory import Watch
 from tests.tiny import tiny_model
@@ -36,11 +46,12 @@ def test_measured_cache_bytes_equal_the_formula() -> None:
         assert cost.kernel == "eager" and cost.dtype == "float32" and cost.device == "cpu"
 
 
-def test_models_have_their_turn_and_the_faster_time_of_each_length_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_have_their_turn_and_every_round_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[str] = []
     speeds: list[Speeds] = []
-    # (prefill seconds, decoded tokens a second) of a, b, a, b at two lengths
-    times = [[(4.0, 10.0), (9.0, 8.0)], [(1.0, 5.0), (2.0, 4.0)], [(3.0, 9.0), (9.5, 8.5)], [(1.5, 6.0), (1.8, 3.0)]]
+    # (prefill seconds, decoded tokens a second) of a, b, a, b, a, b at two lengths
+    times = [[(4.0, 10.0), (9.0, 8.0)], [(1.0, 5.0), (2.0, 4.0)], [(3.0, 9.0), (9.5, 8.5)], [(1.5, 6.0), (1.8, 3.0)],
+             [(3.5, 2.0), (9.1, 8.2)], [(9.9, 5.5), (1.9, 3.5)]]  # fmt: skip
 
     def fake(name: str) -> Callable[[], Any]:
         return lambda: SimpleNamespace(name=name, dtype=torch.float32, device=torch.device("cpu"))
@@ -51,7 +62,7 @@ def test_models_have_their_turn_and_the_faster_time_of_each_length_counts(monkey
 
     def measured(model: Any, lengths: list[int], decode_tokens: int, *, speeds: Speeds, seed: int) -> RunCost:
         found = [
-            LengthCost(n, prefill, n / prefill, 1.0, 0, 0, 0, decode_tokens, decode, 1.0)
+            LengthCost(n, prefill, n / prefill, 1.0, 0, 0, 0, decode_tokens, decode, 1.0, (prefill,), (decode,))
             for n, (prefill, decode) in zip(lengths, times[len(turns)], strict=True)
         ]
         turns.append(model.name)
@@ -59,11 +70,45 @@ def test_models_have_their_turn_and_the_faster_time_of_each_length_counts(monkey
 
     monkeypatch.setattr(costs, "run_cost", measured)
     monkeypatch.setattr(costs, "machine_speeds", measured_speeds)
-    found = side_by_side({"a": fake("a"), "b": fake("b")}, [8, 16], 4, rounds=2)
-    assert turns == ["a", "b", "a", "b"] and len(speeds) == 1
+    found = side_by_side({"a": fake("a"), "b": fake("b")}, [8, 16], 4, rounds=3)
+    assert turns == ["a", "b"] * 3
+    assert len(speeds) == 1
     seen = {label: [(one.prefill_seconds, one.decode_per_s) for one in cost.lengths] for label, cost in found.items()}
-    assert seen == {"a": [(3.0, 10.0), (9.0, 8.5)], "b": [(1.0, 6.0), (1.8, 4.0)]}
-    assert found["a"].lengths[0].prefill_per_s == 8 / 3.0
+    assert seen == {"a": [(3.5, 9.0), (9.1, 8.2)], "b": [(1.5, 5.5), (1.9, 3.5)]}
+    assert found["a"].lengths[0].prefill_per_s == 8 / 3.5
+    assert found["a"].lengths[0].decode_rounds == (10.0, 9.0, 2.0)
+    assert found["b"].lengths[1].prefill_rounds == (2.0, 1.8, 1.9)
+
+
+def decoded(*rounds: float, length: int = 8) -> LengthCost:
+    return LengthCost(length, 1.0, 8.0, 1.0, 0, 0, 0, 4, rounds[0], 1.0, (1.0,), rounds)
+
+
+def test_speeds_are_compared_where_the_rounds_tell_the_models_apart() -> None:
+    change = decoding_change(decoded(10.0, 10.5, 10.2), decoded(13.0, 12.5, 12.8))
+    assert change is not None
+    assert (change.ratio, change.low, change.high) == pytest.approx((12.8 / 10.2, 12.5 / 10.5, 13.0 / 10.0))
+    slower = decoding_change(decoded(13.0, 12.5, 12.8), decoded(10.0, 10.5, 10.2))
+    assert slower is not None
+    assert slower.ratio < slower.high < 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((3.4, 20.0, 19.0, 3.5), (20.0, 19.9, 20.1, 20.2)),  # half of one model's rounds beside other work: 5.9 times
+        ((3.0, 12.0, 11.0), (12.5, 13.0, 60.0)),  # apart, but rounds of one model differ by more than the two models
+        ((10.0, 10.1), (20.0, 20.1)),  # two rounds
+        ((), ()),
+    ],
+)
+def test_rounds_that_disagree_give_no_factor(before: tuple[float, ...], after: tuple[float, ...]) -> None:
+    old, new = (decoded(*rounds) if rounds else replace(decoded(1.0), decode_rounds=()) for rounds in (before, after))
+    assert decoding_change(old, new) is None
+
+
+def test_speeds_at_two_lengths_are_not_compared() -> None:
+    assert decoding_change(decoded(1.0, 1.0, 1.0), decoded(2.0, 2.0, 2.0, length=16)) is None
 
 
 def test_a_window_holds_the_cache_down() -> None:

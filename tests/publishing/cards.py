@@ -57,9 +57,10 @@ def card_input(**over: Any) -> CardInput:
         snippet=load_snippet(chat=False),
         conversion="calibrated",
         context_method="yarn",
-        recovery=Recovery("distill", 300_000, 16, ("python-docs", "python-stdlib")),
+        recovery=Recovery("distill", 300_000, 16, ("python-docs", "python-stdlib"), 1e-3, 498.2),
         revision="0123456789abcdef0123456789abcdef01234567",
         chart="assets/perplexity.svg",
         kernel="blockwise",
+        tolerance=(1.0, 2e-2),
     )
     return replace(base, **over)

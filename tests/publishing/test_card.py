@@ -35,7 +35,48 @@ def test_front_matter_as_the_hub_reads_it() -> None:
 
 def test_other_license_carries_name_and_link() -> None:
     text = render_card(card_input(license="other", license_name="acme-1", license_link="https://acme.org/l"))
-    assert ModelCard(text).data.to_dict()["license_link"] == "https://acme.org/l"
+    found = ModelCard(text).data.to_dict()
+    assert found["license_link"] == "https://acme.org/l"
+    assert found["license_name"] == "acme-1"
+
+
+def test_languages_and_tags_of_the_source_go_on() -> None:
+    data = ModelCard(render_card(card_input(languages=("en", "no"), tags=("chat", "text-generation")))).data
+    assert data.language == ["en", "no"]
+    assert "chat" in data.tags
+    assert data.tags.count("text-generation") == 1
+
+
+def test_a_window_that_was_not_measured_to_its_end_is_not_claimed() -> None:
+    text = render_card(card_input(title="Tiny-mqa-64k", claimed_length=65536))
+    assert "# Tiny-mqa-64k (measured up to 16,384 tokens)\n" in text
+    assert "from 8,192 to 65,536 tokens by YaRN; it was measured up to 16,384 tokens." in text
+    assert "# Tiny-mqa-16k\n" in render_card(card_input())
+
+
+def test_the_training_and_the_tolerances_are_told_in_numbers() -> None:
+    text = render_card(card_input())
+    assert "LoRA adapters of rank 16, merged into the weights, at a learning rate of 0.001 and 498 tokens/s" in text
+    assert "the recorded losses, a token's to within 1 and the mean of 1,024 to within 0.02 (in nats)" in text
+
+
+def test_limits_are_those_of_the_model_and_name_no_file_that_is_not_there() -> None:
+    worse = tuple(row("/home/me/notes.txt", n, 99.0) for n in (1024, 16384))
+    better = tuple(row("/home/me/notes.txt", n, 10.0) for n in (1024, 16384))
+    text = render_card(card_input(models=(CardModel("original", better), CardModel("converted", worse))))
+    limits = text.split("## Limits")[1].split("##")[0]
+    assert "notes.txt" not in limits
+    assert "9.90 times the original's (one of these texts, 1,024 tokens)" in limits
+
+
+def test_overlapping_intervals_are_not_said_to_show_that_nothing_was_lost() -> None:
+    assert "Intervals that overlap do not show that nothing was lost" in render_card(card_input())
+
+
+def test_a_recipe_of_ones_own_is_said_to_stand_on_the_page() -> None:
+    text = render_card(card_input(commands=("retrofit run recipe.yaml --model a/b",)))
+    assert "With the recipe at the end of this page as `recipe.yaml`:" in text
+    assert "as `recipe.yaml`" not in render_card(card_input())
 
 
 def test_a_person_finds_what_was_done() -> None:

@@ -46,7 +46,6 @@ def named(name: str) -> CardInput:
         license_link="https://a.test/x",
         languages=(name,),
         tags=(name,),
-        notes=(f"`{name}` was read by {name}",),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from retrofit.evaluation.continuations import Continuation
 from retrofit.evaluation.cost import LengthCost, RunCost
 from retrofit.evaluation.metrics.context_use import LongContext
 from retrofit.evaluation.metrics.effective import AGAINST_ORIGINAL, EffectiveLength, LengthTests, ShortContext
@@ -174,15 +175,34 @@ def search() -> dict[str, object]:
     }  # fmt: skip
 
 
-def cost(label: str, per_token: int) -> RunCost:
-    """At two lengths."""
-    speed = {"original": 21.4, "converted": 24.9, "recovered": 25.1}[label]
+def cost(label: str, per_token: int) -> RunCost | None:
+    """At two lengths, four rounds of the first and the last model."""
+    if label == "converted":
+        return None
+    speed = {"original": 21.4, "recovered": 25.1}[label]
     at = tuple(
-        LengthCost(n, n / 700, 700.0, 1450.0, 90 << 20, per_token * n, per_token * n, 64, speed - n / 400,
-                   9.5e9 / (269e6 + per_token * n))
+        LengthCost(n, n / 700, 700.0, 1450.0, 90 << 20, per_token * n, per_token * n, 16, speed - n / 400,
+                   9.5e9 / (269e6 + per_token * n), tuple(n / 700 * r for r in ROUNDS),
+                   tuple((speed - n / 400) / r for r in ROUNDS))
         for n in (512, 2048)
     )  # fmt: skip
     return RunCost(at, 269_030_016, "blockwise", "bfloat16", "cpu", 9.5e9, 3.9e11)
+
+
+ROUNDS = (0.98, 1.0, 1.0, 1.03)
+
+
+def written(label: str) -> tuple[Continuation, ...]:
+    """Of the original and of the recovered model."""
+    ends = {
+        "original": " it boils and turns into steam, which rises into the air.\nWhen it cools",
+        "recovered": " the water boils, and the steam rises. The steam is a gas",
+    }
+    if label not in ends:
+        return ()
+    prompts = ("When water is heated to 100 degrees,", "def read(path):\n    with open(path)")
+    sources = ("", "/home/somebody/python-stdlib/argparse.py")
+    return tuple(Continuation(p, ends[label], 40, source) for p, source in zip(prompts, sources, strict=True))
 
 
 def model(label: str, heads: int) -> ModelResult:
@@ -199,6 +219,7 @@ def model(label: str, heads: int) -> ModelResult:
         short_context(label),
         tasks(label),
         task_changes(label),
+        written(label),
     )
 
 
@@ -251,6 +272,14 @@ def run(**over: object) -> RunData:
         "native_length": 8192,
         "claimed_length": 16384,
         "training": training,
+        "recovery": {
+            "loss": "distill",
+            "steps": 200,
+            "tokens": 204_800,
+            "tokens_per_second": 498.2,
+            "rank": 16,
+            "learning_rate": 1e-3,
+        },
         "steps": (
             StepRecord("load", 4.1, 800 << 20, 6.0, 700 << 20),
             StepRecord("convert", 201.0, 1900 << 20, 240.0, 2100 << 20),
@@ -283,7 +312,13 @@ def run(**over: object) -> RunData:
             {"metric": "ppl_ratio@8192", "bound": "<= 2.0", "value": 1.6, "passed": True, "reason": ""},
             {"metric": "kv_ratio", "bound": ">= 3", "value": 3.0, "passed": True, "reason": ""},
         ),
-        "reload": {"max_difference": 2.4e-7, "mean_difference": 1.1e-8, "tolerance_token": 1e-3, "passed": True},
+        "reload": {
+            "max_difference": 2.4e-7,
+            "mean_difference": 1.1e-8,
+            "tolerance_token": 2e-3,
+            "tolerance_mean": 1e-4,
+            "passed": True,
+        },
         "notes": (),
         "commands": ("retrofit run quickstart --model HuggingFaceTB/SmolLM2-135M-Instruct --out runs/quickstart",),
     }

@@ -63,7 +63,7 @@ def test_running_is_priced_at_each_length_up_to_the_window() -> None:
 
     without = seconds("evaluate.cost_lengths=[]")
     prefill = 2 * 134_515_008 * 2048 + 30 * 4 * 9 * 64 * 2048 * 2048 / 2
-    turns = 3 * COST_ROUNDS  # the original, the converted and the recovered
+    turns = 2 * COST_ROUNDS  # the original and the recovered
     cost = turns * (prefill / (100e9 * EFFICIENCY) + MACHINE_SECONDS)
     assert seconds("evaluate.cost_lengths=[2048]", "evaluate.decode_tokens=0") - without == pytest.approx(cost)
     read = (2 * 134_515_008 + 2 * 3 * 64 * 2 * 30 * 2048) / SPEED.bytes_per_second + CALL_SECONDS * 30

@@ -17,6 +17,7 @@ from retrofit.errors import UserError
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.kernels import registry
 from retrofit.recipe.load import load_recipe
+from retrofit.workflow.plan import COST_ROUNDS
 from tests.workflow.conftest import retrofit, sections
 
 Recipe = Callable[..., Path]
@@ -71,6 +72,20 @@ def test_the_journal_has_a_line_for_each_step_with_what_it_took(done: SimpleName
     assert all(line["predicted_seconds"] > 0 and line["predicted_peak_bytes"] > 0 for line in lines)
 
 
+def test_every_face_of_the_run_says_what_was_measured(done: SimpleNamespace, copy: Path) -> None:
+    """The terminal, the report and the card: tolerances, the training in numbers, what both models write."""
+    shown = retrofit("run", done.recipe, "--out", copy)
+    assert "same losses (a token's differs by at most" in shown.output.replace("\n", " ")
+    report = (copy / "report.md").read_text()
+    assert "same losses (a token's differs by at most" in report
+    assert "The beginning of held.txt" in report
+    for text in (report, (copy / "final" / "README.md").read_text()):
+        assert "512 tokens" in text
+        assert "rank 2" in text
+        assert "tokens/s" in text
+        assert "learning rate" in text
+
+
 def test_the_published_model_has_fewer_heads_and_a_longer_window(done: SimpleNamespace) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -90,8 +105,10 @@ def test_metrics_are_those_of_the_stored_losses(done: SimpleNamespace) -> None:
     assert metrics["kv_ratio"] == 0.25 and 0 <= metrics["kernel_max_diff"] < 1e-3
     tail = np.exp(np.mean(losses["recovered"].losses[0][599 - 32 : 599], dtype=np.float64))
     assert metrics["tail_ppl@600"] == pytest.approx(tail)
-    cost = {label: found["cost"]["lengths"] for label, found in done.result.models.items()}
+    assert done.result.models["converted"]["cost"] is None, "the first and the last model are compared"
+    cost = {label: done.result.models[label]["cost"]["lengths"] for label in ("original", "recovered")}
     assert [(one["length"], one["decode_tokens"]) for one in cost["original"]] == [(32, 2), (64, 2)]
+    assert [len(one["decode_rounds"]) for one in cost["recovered"]] == [COST_ROUNDS, COST_ROUNDS]
     assert cost["recovered"][1]["kv_bytes"] * 4 == cost["original"][1]["kv_bytes"]
     cache = done.result.models["recovered"]["kv_cache_bytes"]
     assert cache["1024"] == 1024 * done.result.models["recovered"]["kv_bytes_per_token"], "of the whole window"

@@ -78,7 +78,8 @@ def short_context(run: RunData) -> Iterator[Figure]:
             "quality",
             "What it lost within the original's window",
             "The same tokens before and after, over all texts: the ratio of the two perplexities with its 95% "
-            f"interval, paired token by token (bootstrap over each {unit}). An interval that holds 1 shows no loss.",
+            f"interval, paired token by token (bootstrap over each {unit}). An interval that holds 1 does not show "
+            "that nothing was lost: a loss of up to its upper end is compatible with the data.",
             Table(("context length", "model", "before", "after", "after / before", "tokens"), tuple(rows)),
         )
 

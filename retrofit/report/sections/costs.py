@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from retrofit import format as fmt
+from retrofit.evaluation.cost import decoding_change
 from retrofit.report.charts import plots
 from retrofit.report.charts.drawing import Line
 from retrofit.report.data import ModelResult, RunData
 from retrofit.report.parts import Figure, Number, Table
+
+if TYPE_CHECKING:
+    from retrofit.evaluation.cost import LengthCost
 
 
 def figures(run: RunData) -> Iterator[Figure]:
@@ -55,47 +60,85 @@ def _cache(run: RunData) -> Iterator[Figure]:
 
 
 def number(run: RunData) -> list[Number]:
-    """The speed of decoding at the longest context that both models were measured at."""
-    before, after = (_decoded(model) if model else {} for model in (run.original, run.final))
-    both = sorted(set(before) & set(after))
-    if not both:
+    """The speed of decoding, where the rounds tell both models apart at every length they were measured at."""
+    pairs = _decoded(run)
+    changes = [decoding_change(before, after) for before, after in pairs]
+    found = [change.ratio for change in changes if change is not None]
+    if not found or len(found) < len(pairs):
         return []
-    old, new = before[both[-1]], after[both[-1]]
-    detail = f"{fmt.number(old)} → {fmt.number(new)} tokens/s after {fmt.count(both[-1])} tokens"
-    return [Number("Decoding speed", fmt.times(new / old), detail)]
+    least, most = fmt.times(min(found)), fmt.times(max(found))
+    detail = "; ".join(
+        f"{fmt.number(before.decode_per_s)} → {fmt.number(after.decode_per_s)} after {fmt.count(before.length)}"
+        for before, after in pairs
+    )
+    value = least if least == most else f"{least} to {most}"
+    return [Number("Decoding speed", value, f"tokens/s {detail} tokens")]
 
 
-def _decoded(model: ModelResult) -> dict[int, float]:
-    """Decoded tokens a second by context length."""
-    return {one.length: one.decode_per_s for one in model.cost.lengths if one.decode_per_s} if model.cost else {}
+def decoding(run: RunData) -> str:
+    """A sentence for every length at which both models decoded: how much faster, or that nothing can be said."""
+    said = []
+    for before, after in _decoded(run):
+        change = decoding_change(before, after)
+        rounds = f"{_range(before.decode_rounds)} → {_range(after.decode_rounds)} tokens/s"
+        if change is None:
+            what = f"no difference could be measured here ({rounds}: the rounds do not tell the models apart)"
+        else:
+            interval = f"{fmt.times(change.low)} to {fmt.times(change.high)}"
+            what = f"{fmt.times(change.ratio)} the original's speed, {interval} over the rounds ({rounds})"
+        said.append(f"Decoding after {fmt.count(before.length)} tokens: {what}.")
+    return " ".join(said)
+
+
+def _decoded(run: RunData) -> list[tuple[LengthCost, LengthCost]]:
+    """(original, final model) at each length at which both decoded."""
+    if run.original is None or run.final is None or not run.original.cost or not run.final.cost:
+        return []
+    after = {one.length: one for one in run.final.cost.lengths if one.decode_rounds}
+    return [(one, after[one.length]) for one in run.original.cost.lengths if one.decode_rounds and one.length in after]
+
+
+def _range(values: Sequence[float]) -> str:
+    least, most = fmt.number(min(values)), fmt.number(max(values))
+    return least if least == most else f"{least} to {most}"
+
+
+def _spread(value: float | None, rounds: Sequence[float]) -> str:
+    """A median, and in brackets what the rounds gave."""
+    if value is None or not rounds:
+        return fmt.NONE
+    return f"{fmt.number(value)} ({_range(rounds)})" if len(rounds) > 1 else fmt.number(value)
 
 
 def running(run: RunData) -> Table:
-    """Everything measured at each context length, with the most that the machine could do in brackets."""
+    """Everything measured at each context length, with the most that the machine could do beside it."""
+    measured = [(one, model.label) for model in run.models if model.cost for one in model.cost.lengths]
     rows = [
         (
             fmt.count(one.length),
-            model.label,
+            label,
             f"{fmt.nbytes(one.kv_bytes)} (spec: {fmt.nbytes(one.kv_bytes_expected)})",
-            f"{one.prefill_seconds:.2f} s",
-            f"{fmt.number(one.prefill_per_s)} [{fmt.number(one.prefill_bound)}]",
-            f"{fmt.number(one.decode_per_s)} [{fmt.number(one.decode_bound)}]" if one.decode_per_s else fmt.NONE,
+            _spread(one.prefill_seconds, one.prefill_rounds),
+            fmt.number(one.prefill_per_s),
+            fmt.number(one.prefill_bound),
+            _spread(one.decode_per_s, one.decode_rounds),
+            fmt.number(one.decode_bound),
             fmt.nbytes(one.prefill_bytes),
         )
-        for model in run.models
-        if model.cost
-        for one in model.cost.lengths
+        for one, label in sorted(measured, key=lambda found: found[0].length)
     ]
     headers = (
         "context length",
         "model",
         "KV cache",
-        "first token after",
+        "first token after, s",
         "prefill tokens/s",
+        "at most",
         "decode tokens/s",
+        "at most",
         "memory of the prefill",
     )
-    return Table(headers, tuple(sorted(rows, key=lambda row: int(row[0].replace(",", "")))))
+    return Table(headers, tuple(rows))
 
 
 def _running(run: RunData) -> Iterator[Figure]:
@@ -103,22 +146,25 @@ def _running(run: RunData) -> Iterator[Figure]:
     if not measured:
         return
     _, cost = measured[-1]
-    said = (
-        f"One sequence, {cost.dtype}, kernel {cost.kernel}, on the {cost.device} of this run. In brackets, and dashed "
-        f"in the chart, the most that it could do: decoding reads {fmt.nbytes(cost.weight_bytes)} of weights and the "
-        f"whole KV cache for each token, at {fmt.nbytes(cost.bytes_per_second)}/s measured with a large copy; a "
-        f"prefill multiplies, at {fmt.number(cost.flops_per_second / 1e9)} GFLOP/s measured with large matrices. "
-        "First token after: the time of the prefill. Its memory is what it held at its peak beyond the weights. The "
-        "models were measured in turn, twice, and the faster time counts."
+    rounds = max(len(one.prefill_rounds) for one in cost.lengths)
+    turns = (
+        f"The models were measured in turn, {rounds} times over: the median, and in brackets the least and the most. "
     )
-    decoded = {model.label: _decoded(model) for model in (run.original, run.final) if model is not None}
-    lines = [Line(label, list(found), list(found.values())) for label, found in decoded.items() if found]
+    said = (
+        f"{decoding(run)} One sequence, {cost.dtype}, kernel {cost.kernel}, on the {cost.device} of this run. "
+        f"{turns if rounds > 1 else ''}At most (dashed in the chart): what the machine could do; decoding reads "
+        f"{fmt.nbytes(cost.weight_bytes)} of weights and the whole KV cache for each token, at "
+        f"{fmt.nbytes(cost.bytes_per_second)}/s measured with a large copy; a prefill multiplies, at "
+        f"{fmt.number(cost.flops_per_second / 1e9)} GFLOP/s measured with large matrices. First token after: the "
+        "time of the prefill. Its memory is what it held at its peak beyond the weights."
+    ).strip()
     title = "Speed and memory by context length"
-    picture = None
-    if lines:
-        bounds = [
-            Line(label, [x.length for x in one.lengths], [x.decode_bound for x in one.lengths])
-            for label, one in measured
-        ]
-        picture = plots.decode_by_context("decode", lines, bounds, title=title)
+    lines, bounds = [], []
+    for label, one in measured:
+        decoded = [at for at in one.lengths if at.decode_per_s is not None]
+        if len(decoded) > 1:
+            spans = [(min(at.decode_rounds), max(at.decode_rounds)) for at in decoded]
+            lines.append(Line(label, [at.length for at in decoded], [at.decode_per_s or 0.0 for at in decoded], spans))
+            bounds.append(Line(label, [at.length for at in one.lengths], [at.decode_bound for at in one.lengths]))
+    picture = plots.decode_by_context("decode", lines, bounds, title=title) if lines else None
     yield Figure("cost", title, said, running(run), picture)

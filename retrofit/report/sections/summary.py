@@ -53,13 +53,31 @@ def verdict(run: RunData) -> str:
     if shrunk and shrunk > 1.001:
         changes.append(f"has a {fmt.times(shrunk)} smaller KV cache")
     if grew(run):
-        changes.append(f"reads {fmt.count(run.claimed_length)} tokens instead of {fmt.count(run.native_length)}")
+        changes.append(_window(run))
     changed = " and ".join(changes) if changes else "keeps its KV cache and its window"
     name = title_of(run)
     if run.final is None and run.original is not None:
         return f"{name} was measured as it is; nothing was changed."
     said = [_used(run), _costs(run) or "how well it predicts text was not compared"]
     return f"{name} {'now ' if changes else ''}{changed}; {'; '.join(filter(None, said))}."
+
+
+def _window(run: RunData) -> str:
+    """The new window; where it was not measured to its end, also how far it was."""
+    claimed, native = fmt.count(run.claimed_length), fmt.count(run.native_length)
+    if measured_to_the_end(run):
+        return f"reads {claimed} tokens instead of {native}"
+    return f"is set to read {claimed} tokens instead of {native}, {measured_up_to(run)}"
+
+
+def measured_to_the_end(run: RunData) -> bool:
+    """Whether the longest length measured is the window."""
+    return not run.claimed_length or (run.longest or 0) >= run.claimed_length
+
+
+def measured_up_to(run: RunData) -> str:
+    """How far the window was measured."""
+    return f"measured up to {fmt.count(run.longest)}" if run.longest else "of which nothing was measured"
 
 
 def _used(run: RunData) -> str:
@@ -94,6 +112,8 @@ def key_numbers(run: RunData) -> tuple[Number, ...]:
         numbers.append(Number("KV cache", value, detail))
     if run.claimed_length:
         detail = f"tokens, was {fmt.count(run.native_length)}" if grew(run) else "tokens, unchanged"
+        if grew(run) and not measured_to_the_end(run):
+            detail += f"; {measured_up_to(run)}"
         numbers.append(Number("Window", fmt.count(run.claimed_length), detail))
     if run.head_length and before and after:
         for kind in run.kinds:
@@ -133,7 +153,9 @@ def checks(run: RunData) -> tuple[tuple[str, bool | None], ...]:
         (gate, not unmet if run.gate else None),
         ("kernel proven against eager" if proof else "kernel not proven", bool(proof["passed"]) if proof else None),
         (
-            "reloaded in a fresh process with stock transformers" if reload else "not reloaded",
+            f"reloaded in a fresh process with stock transformers: {fmt.same_losses(reload)}"
+            if reload
+            else "not reloaded",
             bool(reload["passed"]) if reload else None,
         ),
     )
@@ -148,8 +170,9 @@ def cautions(run: RunData) -> tuple[str, ...]:
         if proof and not proof.get("passed"):
             said.append(f"{what} differs by {fmt.number(proof.get('max_difference'))}, more than the tolerance.")
     said += _about_texts(run)
-    if grew(run) and run.claimed_length not in run.lengths:
-        said.append(f"The new window of {fmt.count(run.claimed_length)} tokens was not measured to its end.")
+    if grew(run) and not measured_to_the_end(run):
+        window = fmt.count(run.claimed_length)
+        said.append(f"The new window of {window} tokens was not measured to its end: {measured_up_to(run)}.")
     said += tasks.cautions(run)
     said += context_use.cautions(run)
     held = [loss for _, _, loss in run.training if loss is not None]

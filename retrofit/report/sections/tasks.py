@@ -36,8 +36,9 @@ def figures(run: RunData) -> Iterator[Figure]:
         "Tasks",
         "Tasks of lm-evaluation-harness, the same questions for every model, after "
         f"{' or '.join(map(str, shots))} examples. Against the original: the mean difference on the same questions "
-        "with its 95% interval (paired bootstrap over questions); an interval that holds 0 shows no change. Beside it "
-        "the questions that only one of the two answers right.",
+        "with its 95% interval (paired bootstrap over questions). An interval that holds 0 does not show that nothing "
+        "changed: a change of up to either end is compatible with the data. Beside it the questions that only one of "
+        "the two answers right.",
         Table(HEADERS, tuple(rows)),
     )
 
