@@ -59,10 +59,11 @@ def recorded(path: str | Path, loaded: PretrainedConfig | None) -> list[Finding]
 
     loaded: the configuration as the model's class, where that has rotary encodings.
     """
-    if loaded is None or not class_thetas(loaded) or first_original(Path(path)) is None:
+    if loaded is None or not class_thetas(loaded):
         return []
     prefix, raw = text_part(read_config(path))
-    if all(view.parameters.get("rope_theta") is not None for view in views(raw)) and views(raw):
+    stated = [view.parameters.get("rope_theta") is not None for view in views(raw)]
+    if (stated and all(stated)) or first_original(Path(path)) is None:
         return []
     what = "rope_theta is missing, and retrofit.json records an extension, which had written it"
     return [Finding("error", f"{prefix}rope_parameters", what, "take config.json from that extension", "theta-lost")]
