@@ -101,7 +101,8 @@ def test_recipes_are_listed_shown_and_copied(tmp_path: Path) -> None:
     assert "next: retrofit plan NAME --model MODEL" in cli("recipes", "list")
     assert {entry["name"] for entry in json.loads(cli("recipes", "list", "--json"))} >= {"gqa", "mqa"}
     shown = yaml.safe_load(cli("recipes", "show", "gqa", "--set", "convert.kv_heads=2"))
-    assert shown["convert"]["kv_heads"] == 2 and shown["recover"]["warmup_ratio"] == 0.05
+    assert shown["convert"]["kv_heads"] == 2
+    assert shown["recover"]["warmup_ratio"] == 0.05
     target = tmp_path / "mine.yaml"
     cli("recipes", "copy", "gqa", target)
     assert target.read_text().startswith("#")
@@ -111,9 +112,11 @@ def test_recipes_are_listed_shown_and_copied(tmp_path: Path) -> None:
 def test_inspect_shows_conversions_and_cache(tiny: Path) -> None:
     text = cli("inspect", tiny)
     assert f"next: retrofit convert {tiny} --kv-heads 2 --out out/kv2" in text
-    assert "3 does not divide 4 KV heads" in text and "RoPE linter: nothing" in text
+    assert "3 does not divide 4 KV heads" in text
+    assert "RoPE linter: nothing" in text
     found = json.loads(cli("inspect", tiny, "--json"))
-    assert found["kv_heads"] == 4 and found["kv_cache_bytes"]["8192"] == 8192 * 1024
+    assert found["kv_heads"] == 4
+    assert found["kv_cache_bytes"]["8192"] == 8192 * 1024
 
 
 def test_inspect_lints_a_folder_whose_architecture_is_not_known(tmp_path: Path) -> None:
@@ -121,11 +124,13 @@ def test_inspect_lints_a_folder_whose_architecture_is_not_known(tmp_path: Path) 
     config = {"model_type": "falcon", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 2048}
     (tmp_path / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
     text = cli("inspect", tmp_path, code=2)
-    assert "`falcon` is not supported" in text and "without the original length" in text
+    assert "`falcon` is not supported" in text
+    assert "without the original length" in text
     rope["original_max_position_embeddings"] = 512
     (tmp_path / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
     found = json.loads(cli("inspect", tmp_path, "--json", code=2))
-    assert found["findings"] == [] and {one["engine"] for one in found["readings"]} == {
+    assert found["findings"] == []
+    assert {one["engine"] for one in found["readings"]} == {
         "transformers",
         "vLLM",
         "llama.cpp",
@@ -201,7 +206,8 @@ def test_plan_reads_no_weights(tiny: Path, tmp_path: Path) -> None:
     short = ["--set", "convert.calibration.sequence_length=64", "--set", "recover.sequence_length=512"]
     found = json.loads(cli("plan", "quickstart", "--model", bare, *short, "--json"))
     assert [step["step"] for step in found["steps"]] == ["convert", "extend", "recover", "evaluate", "publish"]
-    assert found["kv_heads"] == [4, 1] and found["positions"] == [512, 16384]
+    assert found["kv_heads"] == [4, 1]
+    assert found["positions"] == [512, 16384]
     assert "measured here" in found["throughput"]["how"]
 
 
@@ -218,8 +224,10 @@ def test_convert_and_extend_write_folders_that_stock_transformers_loads(tiny: Pa
         )
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "long")
-    assert model.config.num_key_value_heads == 2 and model.config.max_position_embeddings == 1024
-    assert result["report"]["length"] == 1024 and result["report"]["query_scale"] == pytest.approx(1.44)
+    assert model.config.num_key_value_heads == 2
+    assert model.config.max_position_embeddings == 1024
+    assert result["report"]["length"] == 1024
+    assert result["report"]["query_scale"] == pytest.approx(1.44)
     record = json.loads((tmp_path / "long" / "retrofit.json").read_text())
     assert [step["step"] for step in record["steps"]] == ["convert", "extend"]
     assert "not empty" in cli("extend", tiny, "--factor", 2, "--out", tmp_path / "long", code=2)
@@ -267,11 +275,13 @@ def test_recover_trains_towards_the_original(tiny: Path, tmp_path: Path) -> None
     options = ["--tokens", 512, "--sequence-length", 64, "--learning-rate", "0.01", "--text", tmp_path / "text"]
     found = cli("recover", tmp_path / "two", "--teacher", tiny, *options, "--out", tmp_path / "recovered", "--json")
     report = json.loads(found)["report"]
-    assert report["best_loss"] < report["start_loss"] and report["tokens"] == 512
+    assert report["best_loss"] < report["start_loss"]
+    assert report["tokens"] == 512
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "recovered").config.num_key_value_heads == 2
     record = json.loads((tmp_path / "recovered" / "retrofit.json").read_text())
     assert [step["step"] for step in record["steps"]] == ["convert", "recover"]
-    assert not list(tmp_path.glob("*.work")) and not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.work"))
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_recover_takes_positions_and_what_is_trained_from_options(tiny: Path, tmp_path: Path) -> None:
@@ -285,7 +295,8 @@ def test_recover_takes_positions_and_what_is_trained_from_options(tiny: Path, tm
     (step,) = json.loads((tmp_path / "long" / "retrofit.json").read_text())["steps"]
     section = step["config"]
     assert (section["positions"], section["short_share"], section["gradient_checkpointing"]) == ("pose", 0.5, True)
-    assert section["adapter"]["norms"] and not section["document_masking"]
+    assert section["adapter"]["norms"]
+    assert not section["document_masking"]
 
 
 def test_what_a_checkpoint_was_trained_on_is_measured_on_its_held_out_part(tiny: Path, tmp_path: Path) -> None:
@@ -298,7 +309,8 @@ def test_what_a_checkpoint_was_trained_on_is_measured_on_its_held_out_part(tiny:
     for model, name in ((tiny, "before"), (tmp_path / "recovered", "after")):
         cli("evaluate", model, *evaluate, tmp_path / f"{name}.npz")
     before, after = (TokenLosses.load(tmp_path / f"{name}.npz") for name in ("before", "after"))
-    assert len(before.documents) == 12 and after.documents == ("11.txt",)
+    assert len(before.documents) == 12
+    assert after.documents == ("11.txt",)
 
     config = {"text": [{"source": "text", "split": "train"}]}  # as a published record names it
     assert _reads(config, TextSource(source=str(tmp_path / "text")))
@@ -313,9 +325,12 @@ def test_a_kernel_is_measured_without_touching_a_weight(tiny: Path, tmp_path: Pa
     short = ["--set", "evaluate.lengths=[64,128]", "--set", "evaluate.cost_lengths=[]", "--set", "evaluate.tail=16"]
     found = cli("run", "kernel-only", "--model", tiny, *short, "--out", tmp_path / "run", "--json")
     result = json.loads(found)
-    assert list(result["models"]) == ["original"] and result["models"]["original"]["kernel"] == "blockwise"
-    assert result["metrics"]["kernel_max_diff"] < 1e-3 and result["final"] is None
-    assert result["gate"][0]["passed"] and (tmp_path / "run" / "report.html").exists()
+    assert list(result["models"]) == ["original"]
+    assert result["models"]["original"]["kernel"] == "blockwise"
+    assert result["metrics"]["kernel_max_diff"] < 1e-3
+    assert result["final"] is None
+    assert result["gate"][0]["passed"]
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_a_suite_sets_lengths_and_options_win_over_it(tiny: Path) -> None:
@@ -330,12 +345,15 @@ def test_a_suite_sets_lengths_and_options_win_over_it(tiny: Path) -> None:
 def test_options_of_evaluate_are_laid_over_the_suite(tiny: Path) -> None:
     suite = {"dtype": "float32", "needle": {"lengths": [64], "samples": 2, "depths": 3}}
     found = recipe_of("evaluate", {"depths": "2", "together": True}, {"evaluate": suite}).evaluate
-    assert found is not None and found.dtype == "float32" and found.needle is not None
+    assert found is not None
+    assert found.dtype == "float32"
+    assert found.needle is not None
     assert found.needle.model_dump() == {
         "lengths": (64,), "samples": 2, "depths": 2, "test": "needle", "together": True
     }  # fmt: skip
     found = recipe_of("evaluate", {"dtype": "bf16"}, {"evaluate": suite}).evaluate
-    assert found is not None and found.dtype == "bfloat16"
+    assert found is not None
+    assert found.dtype == "bfloat16"
     short = ["--text", "python-docs", "--lengths", 32]
     assert "where: --depths" in cli("evaluate", tiny, *short, "--depths", 3, code=2)
     assert "where: --together" in cli("evaluate", tiny, *short, "--suite", "quick", "--together", code=2)
@@ -344,7 +362,8 @@ def test_options_of_evaluate_are_laid_over_the_suite(tiny: Path) -> None:
 def test_options_of_tasks_are_laid_over_the_suite() -> None:
     suite = {"tasks": {"names": ["arc_easy"], "limit": 100}}
     found = recipe_of("evaluate", {"fewshot": 0, "limit": 50, "tasks": []}, {"evaluate": suite}).evaluate
-    assert found is not None and found.tasks is not None
+    assert found is not None
+    assert found.tasks is not None
     assert (found.tasks.names, found.tasks.fewshot, found.tasks.limit) == (("arc_easy",), 0, 50)
 
 
@@ -354,7 +373,9 @@ def test_only_the_folder_of_a_finished_run_is_published(tiny: Path) -> None:
 
 def test_errors_are_three_lines_and_exit_code_2(tmp_path: Path) -> None:
     text = cli("inspect", tmp_path / "missing", code=2)
-    assert "Traceback" not in text and "fix:" in text and len(text.strip().splitlines()) <= 3
+    assert "Traceback" not in text
+    assert "fix:" in text
+    assert len(text.strip().splitlines()) <= 3
     said = cli("compare", "a", "b", "--lengths", "1q", code=2)
     assert "--lengths: must be a whole number of tokens, for example 4096 or 32k, not `1q`" in said
 

@@ -35,7 +35,8 @@ def test_plain_progress_tells_rate_fields_and_time_left() -> None:
 
 
 def test_every_kind_of_progress_is_one() -> None:
-    assert isinstance(Silent(), Progress) and isinstance(PlainProgress(io.StringIO()), Progress)
+    assert isinstance(Silent(), Progress)
+    assert isinstance(PlainProgress(io.StringIO()), Progress)
     assert isinstance(Console("plain").progress, Progress)
 
 

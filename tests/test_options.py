@@ -119,7 +119,8 @@ def test_an_error_in_a_part_is_told_of_the_option_that_makes_the_part() -> None:
 
 def test_a_length_may_be_typed_as_it_is_said() -> None:
     found = recipe_of("evaluate", {"lengths": "1k,4k", "needle": ["32k"], "dtype": "half"}).evaluate
-    assert found is not None and found.needle is not None
+    assert found is not None
+    assert found.needle is not None
     assert (found.lengths, found.needle.lengths, found.dtype) == ((1024, 4096), (32768,), "float16")
 
 

@@ -220,4 +220,5 @@ def test_require_finite_looks_at_the_dtype_that_will_be_written(tmp_path: Path) 
     checkpoint.require_finite(written=torch.bfloat16)
     with pytest.raises(UserError, match=r"`b.weight` has values beyond the largest float16") as caught:
         checkpoint.require_finite(written=torch.float16)
-    assert SINGLE in str(caught.value.where) and "bfloat16 or float32" in str(caught.value.fix)
+    assert SINGLE in str(caught.value.where)
+    assert "bfloat16 or float32" in str(caught.value.fix)

@@ -41,7 +41,9 @@ def test_identity(tmp_path: Path, size: str) -> None:
     before, after = loaded(tmp_path / "in"), loaded(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert set(report.copied) == set(before) and not report.changed and not report.dropped
+    assert set(report.copied) == set(before)
+    assert not report.changed
+    assert not report.dropped
     assert Checkpoint.open(tmp_path / "out").config == {"model_type": "llama", "dtype": "bfloat16"}
 
 
@@ -58,7 +60,8 @@ def test_stock_transformers_reads_what_was_rewritten(tmp_path: Path, tied: bool)
     rewrite(checkpoint, tmp_path / "out", {}, config=checkpoint.config, max_shard_size="70KB")
     before = AutoModelForCausalLM.from_pretrained(folder)
     after, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     ids = torch.arange(20)[None]
     assert torch.equal(before(ids).logits, after(ids).logits)
 
@@ -76,7 +79,8 @@ def test_rules_change_split_and_drop(tmp_path: Path) -> None:
     assert torch.equal(after["layers.0.k.weight"], before["layers.0.k.weight"][:4] * 2)
     assert after["layers.0.k.weight"].dtype == torch.bfloat16
     assert torch.equal(torch.cat([after["layers.1.q1"], after["layers.1.q2"]]), before["layers.1.q.weight"])
-    assert "layers.2.v.weight" not in after and "layers.1.q.weight" not in after
+    assert "layers.2.v.weight" not in after
+    assert "layers.1.q.weight" not in after
     assert report.dropped == ("layers.2.v.weight",)
     assert set(report.changed) == {"layers.0.k.weight", "layers.1.q.weight"}
 
@@ -100,8 +104,10 @@ def test_the_dtype_of_most_bytes_is_the_checkpoint_s(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     rewrite(checkpoint, tmp_path / "out", {}, config=CONFIG)
     after = Checkpoint.open(tmp_path / "out")
-    assert after.config["dtype"] == stored_dtype(folder) == "bfloat16" and checkpoint.main_dtype == torch.bfloat16
-    assert after.dtype("norm.0") == torch.float32 and after.dtype("layers.0.q.weight") == torch.bfloat16
+    assert after.config["dtype"] == stored_dtype(folder) == "bfloat16"
+    assert checkpoint.main_dtype == torch.bfloat16
+    assert after.dtype("norm.0") == torch.float32
+    assert after.dtype("layers.0.q.weight") == torch.bfloat16
 
 
 @pytest.mark.parametrize("through", ["a cast alone", "a rule", "made"])

@@ -23,7 +23,8 @@ from retrofit.errors import UserError
 def test_staged_renames_when_whole(tmp_path: Path) -> None:
     final = tmp_path / "deep" / "out"
     with staged(final) as partial:
-        assert partial == final.with_name("out.partial") and not final.exists()
+        assert partial == final.with_name("out.partial")
+        assert not final.exists()
         (partial / "a").write_text("1")
     assert (final / "a").read_text() == "1"
     assert not partial.exists()
@@ -66,7 +67,8 @@ def test_staged_follows_a_link_to_an_empty_folder_or_to_none_yet(tmp_path: Path)
         link.symlink_to(tmp_path / "disk" / name)
         with staged(link, keep=keep) as partial:
             (partial / "a").write_text("1")
-        assert link.is_symlink() and (tmp_path / "disk" / name / "a").read_text() == "1"
+        assert link.is_symlink()
+        assert (tmp_path / "disk" / name / "a").read_text() == "1"
     assert {path.name for path in (tmp_path / "disk").iterdir()} == {"there", "not yet", "kept"}
 
 
@@ -77,7 +79,8 @@ def test_staged_refuses_a_work_folder_on_another_disk_before_any_work(
     (tmp_path / "link").symlink_to(tmp_path / "out")
     with pytest.raises(UserError, match="different disks") as caught, staged(tmp_path / "link", keep=tmp_path / "work"):
         pass
-    assert str(tmp_path / "out") in str(caught.value.fix) and not (tmp_path / "work").exists()
+    assert str(tmp_path / "out") in str(caught.value.fix)
+    assert not (tmp_path / "work").exists()
 
 
 def test_staged_overwrites_when_asked_and_keeps_the_old_one_on_error(tmp_path: Path) -> None:
@@ -99,7 +102,8 @@ def test_staged_restores_after_a_kill_between_the_renames(tmp_path: Path) -> Non
     (tmp_path / ".out.replaced.staging").write_text(str((tmp_path / "out.replaced").stat().st_ino))
     with pytest.raises(RuntimeError), staged(tmp_path / "out", overwrite=True):
         raise RuntimeError
-    assert (tmp_path / "out" / "a").read_text() == "1" and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "a").read_text() == "1"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("name", ["out.partial", "out.replaced"])
@@ -111,7 +115,8 @@ def test_staged_removes_no_folder_that_is_not_its_own(name: str, overwrite: bool
     with pytest.raises(UserError, match="not made for that") as caught, staged(tmp_path / "out", overwrite=overwrite):
         pass
     assert caught.value.where == str(tmp_path / name)
-    assert (tmp_path / name / "thesis.tex").read_text() == "years of work" and not (tmp_path / "out").exists()
+    assert (tmp_path / name / "thesis.tex").read_text() == "years of work"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("keep", [None, "work"])
@@ -121,7 +126,8 @@ def test_staged_does_not_replace_what_came_while_it_wrote(keep: str | None, tmp_
         (partial / "a").write_text("1")
         final.mkdir()
         (final / "moments").write_text("hours of work")
-    assert [path.name for path in final.iterdir()] == ["moments"] and not (tmp_path / "out.partial").exists()
+    assert [path.name for path in final.iterdir()] == ["moments"]
+    assert not (tmp_path / "out.partial").exists()
     assert work is None or (work / "a").read_text() == "1"
 
 
@@ -141,7 +147,8 @@ def test_killed_process_leaves_no_final_folder(tmp_path: Path) -> None:
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False)
-    assert killed.returncode == -signal.SIGKILL and (tmp_path / "out.partial" / "a").exists()
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "out.partial" / "a").exists()
     assert not (tmp_path / "out").exists()
     with folder_lock(tmp_path / "out"), staged(tmp_path / "out") as partial:  # the lock died with its owner
         assert list(partial.iterdir()) == []

@@ -99,7 +99,8 @@ def test_views_are_written_dense(tmp_path: Path) -> None:
     found = read(tmp_path / "m")
     assert torch.equal(found["t"], base.T)
     assert torch.equal(found["part"], base[1:3, 2:4])
-    assert found["scalar"] == 2 and found["none"].shape == (0, 3)
+    assert found["scalar"] == 2
+    assert found["none"].shape == (0, 3)
 
 
 def test_copied_bytes(tmp_path: Path) -> None:
@@ -132,7 +133,8 @@ def test_what_a_writer_left_is_removed_and_nothing_else(size: int | str, tmp_pat
     shards = write(folder, values(), max_shard_size=size)
     (folder / ".shard-00099").write_bytes(b"torn")
     assert remove_shards(folder) == len(shards) + 1
-    assert [path.name for path in folder.iterdir()] == ["config.json"] and remove_shards(folder) == 0
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert remove_shards(folder) == 0
 
 
 def test_writer_refuses_names_twice_and_nothing(tmp_path: Path) -> None:
@@ -196,9 +198,11 @@ def test_config_of_a_class_states_what_the_attention_reads(tmp_path: Path) -> No
     config = LlamaConfig(num_key_value_heads=32, architectures=["LlamaForCausalLM"], _name_or_path="/home/me/model")
     write_config(tmp_path, config, torch.bfloat16)
     stored = json.loads((tmp_path / "config.json").read_text())
-    assert stored["num_key_value_heads"] == 32 and stored["num_attention_heads"] == 32
+    assert stored["num_key_value_heads"] == 32
+    assert stored["num_attention_heads"] == 32
     assert stored["rope_parameters"]["rope_theta"] == 10000.0
-    assert stored["dtype"] == "bfloat16" and stored["architectures"] == ["LlamaForCausalLM"]
+    assert stored["dtype"] == "bfloat16"
+    assert stored["architectures"] == ["LlamaForCausalLM"]
     assert "_name_or_path" not in stored
     assert AutoConfig.from_pretrained(tmp_path).to_dict()["rope_parameters"] == config.rope_parameters
 

@@ -39,7 +39,8 @@ def test_plain_rope_is_read_alike_by_all(family: str) -> None:
 def test_what_we_write_for_llama_is_read_alike_by_all(method: str) -> None:
     config = rope.extend(tiny_config("llama"), factor=4, method=method)
     found = by_engine(config)
-    assert len(found) == 3 and len({one.digest for one in found.values()}) == 1
+    assert len(found) == 3
+    assert len({one.digest for one in found.values()}) == 1
     assert {one.max_length for one in found.values()} == {2048}
     wanted, scale = rope.frequencies(config)
     assert (found["llama.cpp"].first, found["llama.cpp"].last) == pytest.approx((wanted[0], wanted[-1]), rel=1e-6)
@@ -53,7 +54,8 @@ def test_learned_positions_have_no_readings() -> None:
 def test_vllm_counts_an_enlarged_linear_window_twice() -> None:
     assert by_engine(raw(LINEAR, **TOP))["vLLM"].max_length == 8192
     assert [one.rule for one in lint(raw(LINEAR, **TOP))] == ["engine-length"]
-    assert "8192" in lint(raw(LINEAR, **TOP))[0].what and "--max-model-len 2048" in lint(raw(LINEAR, **TOP))[0].fix
+    assert "8192" in lint(raw(LINEAR, **TOP))[0].what
+    assert "--max-model-len 2048" in lint(raw(LINEAR, **TOP))[0].fix
 
 
 def test_vllm_takes_yarns_window_from_original_and_factor() -> None:
@@ -75,7 +77,8 @@ def test_dynamic_is_one_fixed_base_for_vllm_and_nothing_for_llama_cpp() -> None:
 
 def test_longrope_is_plain_rope_in_llama_cpp_outside_phi3() -> None:
     found = by_engine(raw(LONGROPE))
-    assert found["llama.cpp"].last == pytest.approx(slowest(1e4), rel=1e-9) and found["llama.cpp"].rule == "default"
+    assert found["llama.cpp"].last == pytest.approx(slowest(1e4), rel=1e-9)
+    assert found["llama.cpp"].rule == "default"
     assert found["transformers"].last == pytest.approx(slowest(1e4) / 2, rel=1e-9) == found["vLLM"].last
     assert found["llama.cpp"].attention_factor == 1.0
     assert {one.rule for one in lint(raw(LONGROPE))} == {"engine-frequencies", "engine-attention"}
@@ -85,7 +88,8 @@ def test_longrope_is_plain_rope_in_llama_cpp_outside_phi3() -> None:
 
 def test_vllm_starts_phi3_with_the_original_window_and_the_short_factors() -> None:
     found = by_engine(raw(TWO_LISTS, model_type="phi3", **TOP))
-    assert found["vLLM"].max_length == 512 and found["vLLM"].last == pytest.approx(slowest(1e4), rel=1e-9)
+    assert found["vLLM"].max_length == 512
+    assert found["vLLM"].last == pytest.approx(slowest(1e4), rel=1e-9)
     assert found["transformers"].last == pytest.approx(slowest(1e4) / 3, rel=1e-9)
     usual = math.sqrt(1 + math.log(4) / math.log(512))
     assert {one.attention_factor for one in found.values()} == {usual}

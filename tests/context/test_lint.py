@@ -133,7 +133,8 @@ def test_filled_in_original_length_is_seen_on_a_configuration_object() -> None:
     )
     assert config.rope_parameters["original_max_position_embeddings"] == 2048  # transformers filled it in
     found = [one for one in lint(config) if one.rule == "window-mismatch"]
-    assert found and "original length is lost" in found[0].what
+    assert found
+    assert "original length is lost" in found[0].what
 
 
 def test_text_config_is_linted_under_its_name() -> None:

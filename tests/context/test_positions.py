@@ -32,9 +32,12 @@ def drawn(**over):
 def test_chunks_skip_ahead_and_stay_inside_the_length() -> None:
     positions_NT = drawn()
     skips_NT = positions_NT - torch.arange(32)
-    assert positions_NT.shape == (400, 32) and positions_NT.dtype == torch.int64
-    assert (skips_NT[:, 0] == 0).all() and (skips_NT.diff() >= 0).all()  # u_0 = 0, u_i from u_(i-1)
-    assert positions_NT.max() < 256 and positions_NT.max() > 250
+    assert positions_NT.shape == (400, 32)
+    assert positions_NT.dtype == torch.int64
+    assert (skips_NT[:, 0] == 0).all()
+    assert (skips_NT.diff() >= 0).all()  # u_0 = 0, u_i from u_(i-1)
+    assert positions_NT.max() < 256
+    assert positions_NT.max() > 250
     assert max(len(jumps(row)) for row in positions_NT) == 2
     short = (skips_NT == 0).all(1)
     assert int(short.sum()) in range(100, 103)  # a skip of zero may be drawn
@@ -43,11 +46,14 @@ def test_chunks_skip_ahead_and_stay_inside_the_length() -> None:
     assert longest.mean() == pytest.approx(0.75 * 224, rel=0.05)
     assert drawn(chunks=2, short_share=0.0)[:, -1].double().mean() - 31 == pytest.approx(112, rel=0.1)
     cuts = torch.tensor([jumps(row)[0] for row in drawn(chunks=2, short_share=0.0) if jumps(row)]).double()
-    assert cuts.min() == 1 and cuts.max() == 31 and cuts.mean() == pytest.approx(16, rel=0.1)
+    assert cuts.min() == 1
+    assert cuts.max() == 31
+    assert cuts.mean() == pytest.approx(16, rel=0.1)
 
 
 def test_the_same_seed_gives_the_same_ids() -> None:
-    assert torch.equal(drawn(), drawn()) and not torch.equal(drawn(), drawn(seed=2))
+    assert torch.equal(drawn(), drawn())
+    assert not torch.equal(drawn(), drawn(seed=2))
     plain = torch.arange(32).expand(3, -1)
     assert torch.equal(drawn(rows=3, length=32), plain)  # no room: ordinary positions
     assert not torch.equal(drawn(rows=1, short_share=0.9), plain[:1])  # one row is never a short one
@@ -57,7 +63,8 @@ def test_documents_count_from_zero() -> None:
     documents_NT = torch.tensor([[4, 4, 4, 5, 5, 7, 7, 7], [1, 2, 2, 2, 2, 2, 2, 3]])
     wanted = [[0, 1, 2, 0, 1, 0, 1, 2], [0, 0, 1, 2, 3, 4, 5, 0]]
     assert document_positions(documents_NT).tolist() == wanted
-    assert jumps(torch.tensor(wanted[0])) == [3, 5] and jumps(torch.arange(5)) == []
+    assert jumps(torch.tensor(wanted[0])) == [3, 5]
+    assert jumps(torch.arange(5)) == []
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi", "gpt_bigcode"])

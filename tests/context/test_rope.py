@@ -96,7 +96,8 @@ def by_hand(method: str, theta: float, dim: int, s: float, length: int) -> tuple
 def test_model_computes_the_formula(family: str, method: str) -> None:
     before = tiny_config(family)
     after = rope.extend(before, factor=FACTOR, **options(method, rotary_pairs(before)))
-    assert after.max_position_embeddings == 4 * WINDOW and type(after.max_position_embeddings) is int
+    assert after.max_position_embeddings == 4 * WINDOW
+    assert type(after.max_position_embeddings) is int
     assert before.max_position_embeddings == WINDOW
     layer_type = "full_attention" if family == "gemma3_text" else None
     old = next(view for view in views(as_dict(before)) if view.layer_type == layer_type).parameters
@@ -183,7 +184,8 @@ def test_gemma3_sliding_layers_stay() -> None:
 def test_smollm3_nope_layers_stay() -> None:
     before = tiny_config("smollm3")
     after = rope.extend(before, length=1024, method="yarn")
-    assert after.no_rope_layers == before.no_rope_layers and 0 in after.no_rope_layers
+    assert after.no_rope_layers == before.no_rope_layers
+    assert 0 in after.no_rope_layers
 
 
 @pytest.mark.parametrize("method", rope.METHODS)
@@ -237,7 +239,8 @@ def test_a_scale_of_its_own_follows_from_the_original_length_when_extended_furth
 
 def test_llama_3_1_is_extended_by_the_step() -> None:
     after = rope.extend(tiny_config("llama", **LLAMA31), factor=2, method="llama3")
-    assert after.rope_parameters["factor"] == 16.0 and after.max_position_embeddings == 262144
+    assert after.rope_parameters["factor"] == 16.0
+    assert after.max_position_embeddings == 262144
     assert after.rope_parameters["original_max_position_embeddings"] == 8192
     done = rope.plan(tiny_config("llama", **LLAMA31), factor=2, method="llama3")
     assert (done.original, done.factor) == (131072, 2.0)  # its window is the original one
@@ -447,7 +450,8 @@ def test_settings_reach_the_model() -> None:
     np.testing.assert_allclose(built("ntk", theta=7e4)[0], plain(7e4, 16), rtol=2e-6)
     np.testing.assert_allclose(built("linear", scale=3.0)[0], plain(1e4, 16) / 3, rtol=2e-6)
     narrow, wide = built("llama3")[0], built("llama3", low_freq_factor=2.0, high_freq_factor=8.0)[0]
-    assert (wide <= narrow).all() and (wide < narrow).any()
+    assert (wide <= narrow).all()
+    assert (wide < narrow).any()
 
 
 @pytest.mark.parametrize(
@@ -468,10 +472,13 @@ def test_settings_that_cannot_be_meant(method: str, over, what: str) -> None:
 def test_the_length_alone_leaves_every_other_byte(tmp_path) -> None:
     source = save_tiny(tmp_path / "source", "llama")
     done = rope.write_extended(source, tmp_path / "out", length=1024, method="none")
-    assert "encoding stays" in done.notes[-1] and done.original == 512
+    assert "encoding stays" in done.notes[-1]
+    assert done.original == 512
     raw = json.loads((tmp_path / "out/config.json").read_text())
-    assert raw["max_position_embeddings"] == 1024 and "original_max_position_embeddings" not in raw
-    assert "rope_scaling" not in raw and raw["rope_theta"] == 1e4
+    assert raw["max_position_embeddings"] == 1024
+    assert "original_max_position_embeddings" not in raw
+    assert "rope_scaling" not in raw
+    assert raw["rope_theta"] == 1e4
     scaled = rope.extend(tiny_config("llama"), factor=2, method="yarn")
     with pytest.raises(UserError, match="already extended by `yarn`"):
         rope.plan(scaled, factor=2, method="none")

@@ -78,7 +78,8 @@ def test_candidates_are_read_alike_everywhere(family: str) -> None:
     assert found[1:] != candidates(config, length=length, count=24, seed=4)[1:]
     assert [c.label for c in found if c.published] == [c.method for c in found if c.published]
     methods = Counter(candidate.method for candidate in found if not candidate.published)
-    assert methods["ntk"] >= 3 and methods["yarn"] >= 3
+    assert methods["ntk"] >= 3
+    assert methods["yarn"] >= 3
     thetas = [candidate.settings.theta for candidate in found if candidate.method == "ntk" and not candidate.published]
     assert max(thetas) > 2 * min(thetas)
 
@@ -92,7 +93,8 @@ def test_an_encoding_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(rope, "extended", counted)
     found = candidates(tiny_config("llama"), length=LENGTH, count=24)
-    assert len(found) == 24 and max(asked.count(one) for one in asked) == 1
+    assert len(found) == 24
+    assert max(asked.count(one) for one in asked) == 1
 
 
 def test_transformers_alone_has_more_to_choose_from() -> None:
@@ -147,10 +149,13 @@ def test_the_search_keeps_its_reference_and_takes_the_least_objective(tmp_path, 
     for low, high in ((None, None), (1.0, 1.069), (1.07, 1.138), (1.139, 1.21)):
         factors = [(t.label, t.settings.get("attention_factor")) for t in ranked if t.label not in gentler | {"yarn"}]
         inside = [label for label, f in factors if (f is None if low is None else f is not None and low <= f <= high)]
-        assert inside and inside[0] in kept
-    assert "yarn" in kept and len(kept) == 8
+        assert inside
+        assert inside[0] in kept
+    assert "yarn" in kept
+    assert len(kept) == 8
     assert found.winner == min(by_rung[3], key=lambda trial: trial.objective)
-    assert found.reference.label == "yarn" and found.reference.rung == 3
+    assert found.reference.label == "yarn"
+    assert found.reference.rung == 3
     assert found.read == sum(trial.tokens for trial in found.trials) <= SECTION.tokens
     for trial in found.trials:
         expected = trial.tail + 0.1 * trial.needle
@@ -158,7 +163,8 @@ def test_the_search_keeps_its_reference_and_takes_the_least_objective(tmp_path, 
     assert found.winner.objective == pytest.approx(
         found.winner.tail + 0.1 * found.winner.needle + max(0, found.winner.native - found.native)
     )
-    assert model.config.rope_parameters == before and model.config.max_position_embeddings == 512
+    assert model.config.rope_parameters == before
+    assert model.config.max_position_embeddings == 512
     # The same question again reads nothing; another one starts anew.
     monkeypatch.setattr(halving, "Reader", None)
     assert search(model, tokenizer, ids, **asked) == found
@@ -208,8 +214,10 @@ def test_every_token_that_passes_read_is_counted(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Reader, "hidden", counted)
     found = search(model, tiny_tokenizer(), text(), section=SECTION, name="book")
-    assert found.tokens_read == sum(read) > found.read and found.text == "book"
-    assert len(found.baselines) == 3 and found.baselines[-1] == found.native
+    assert found.tokens_read == sum(read) > found.read
+    assert found.text == "book"
+    assert len(found.baselines) == 3
+    assert found.baselines[-1] == found.native
     for trial in found.trials:
         assert trial.excess == pytest.approx(trial.native - found.baselines[trial.rung - 1])
 
@@ -218,7 +226,9 @@ def test_the_second_rung_reads_the_middle_with_attention_to_nearby_tokens() -> N
     model, tokenizer, ids = tiny_model("llama", max_position_embeddings=512), tiny_tokenizer(), text()
     plan = rungs(LENGTH, SECTION.tokens)
     read = rung_text(tokenizer, ids, 2, plan, 512, 0)
-    assert len(read.ids_T) == LENGTH and read.cost == plan[1][0] == 512 and not read.skip
+    assert len(read.ids_T) == LENGTH
+    assert read.cost == plan[1][0] == 512
+    assert not read.skip
     assert (read.cut, read.resume, read.near, read.tail) == (512, 1536, 64, 512)
     config = extend(model.config, length=LENGTH, method="yarn")
     with encoded(model, config), reading(model, None, None):

@@ -26,11 +26,13 @@ def unigram_tokenizer():
 def test_bytes_of_a_byte_level_tokenizer_are_exact_at_every_length() -> None:
     tokenizer, raw = tiny_tokenizer(), TEXT.encode()
     (document,) = make_documents([("t", "k", TEXT)], tokenizer, length=None, count=1)
-    assert document.input_ids[0] == BOS_ID and document.token_bytes[0] == 0
+    assert document.input_ids[0] == BOS_ID
+    assert document.token_bytes[0] == 0
     assert document.token_bytes.sum() == document.nbytes == len(raw)
     assert (document.token_bytes[1:] == 1).all()
     (cut,) = make_documents([("t", "k", TEXT)], tokenizer, length=11, count=1)
-    assert len(cut.input_ids) == 11 and cut.nbytes == 10
+    assert len(cut.input_ids) == 11
+    assert cut.nbytes == 10
 
 
 def test_one_bos_also_when_the_tokenizer_adds_one_itself() -> None:
@@ -45,7 +47,9 @@ def test_bytes_of_another_tokenizer_add_up_and_follow_its_pieces() -> None:
     ids = tokenizer("Grüße 世界 line", add_special_tokens=False)["input_ids"]
     (document,) = make_documents([("t", "k", "Grüße 世界 line")], tokenizer, length=None, count=1)
     sizes = dict(zip(tokenizer.convert_ids_to_tokens(ids), document.token_bytes.tolist(), strict=True))
-    assert sizes["ü"] == 2 and sizes["世界"] == 6 and sizes["line"] == 4
+    assert sizes["ü"] == 2
+    assert sizes["世界"] == 6
+    assert sizes["line"] == 4
 
 
 def test_count_is_per_kind_and_short_texts_are_passed_over() -> None:
@@ -68,7 +72,8 @@ def test_too_short_empty_and_no_text_are_refused_with_counts() -> None:
     tokenizer = tiny_tokenizer()
     with pytest.raises(UserError, match="11 tokens") as error:
         make_documents([("short.txt", "a", "x" * 10)], tokenizer, length=32, count=1)
-    assert "short.txt" in str(error.value) and "at most 11" in error.value.fix
+    assert "short.txt" in str(error.value)
+    assert "at most 11" in error.value.fix
     for text in ("", " \n\t"):
         with pytest.raises(UserError, match="empty"):
             make_documents([("empty.txt", "a", text)], tokenizer, length=None, count=1)

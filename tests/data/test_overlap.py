@@ -121,5 +121,6 @@ def test_a_text_longer_than_a_piece_is_one_text(monkeypatch: pytest.MonkeyPatch)
     overlap = Overlap([long[4000:4400], long])
     overlap.see([long])
     assert overlap.shares() == [1, 1]
-    assert overlap.seen == 1 and int(overlap._count_S.max()) == 1
+    assert overlap.seen == 1
+    assert int(overlap._count_S.max()) == 1
     assert content(long) == content(long.replace(" ", "\n  ")) != content(long[:-5])

@@ -26,7 +26,8 @@ def test_packing_separates_documents_and_starts_every_row_with_bos(tmp_path: Pat
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": letter * 7}) + "\n" for letter in "abcdefghij"))
     rows = training_rows([source(file)], TOKENIZER, 40, 10, seed=0, split="all").ids_NT
-    assert rows.shape == (4, 10) and rows.dtype == torch.int64
+    assert rows.shape == (4, 10)
+    assert rows.dtype == torch.int64
     assert (rows[:, 0] == BOS_ID).all()
     stream = "".join(
         TOKENIZER.decode(row[1:]) for row in training_rows([source(file)], TOKENIZER, 89, 89, 0, "all").ids_NT
@@ -40,7 +41,8 @@ def test_packing_separates_documents_and_starts_every_row_with_bos(tmp_path: Pat
 def test_the_seed_decides_everything() -> None:
     mix = [source("python-docs"), source("python-stdlib", weight=3.0)]
     first, again, other = (training_rows(mix, TOKENIZER, 4096, 256, seed).ids_NT for seed in (0, 0, 1))
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 def test_weights_are_shares_of_the_sequences(tmp_path: Path) -> None:
@@ -49,7 +51,8 @@ def test_weights_are_shares_of_the_sequences(tmp_path: Path) -> None:
     mix = [source(tmp_path / "a.txt", weight=3), source(tmp_path / "b.txt")]
     rows = training_rows(mix, TOKENIZER, 16 * 32, 32, seed=0).ids_NT
     letters = [TOKENIZER.decode(row[5:6]) for row in rows]
-    assert letters.count("a") == 12 and letters.count("b") == 4
+    assert letters.count("a") == 12
+    assert letters.count("b") == 4
     assert letters != sorted(letters)
 
 

@@ -31,7 +31,8 @@ def names(path: Path) -> list[str]:
 def refusal(path: object) -> UserError:
     with pytest.raises(UserError) as caught:
         check_sources([TextSource(source=str(path))])
-    assert "\n" not in caught.value.what and len(str(caught.value)) < 1000
+    assert "\n" not in caught.value.what
+    assert len(str(caught.value)) < 1000
     return caught.value
 
 

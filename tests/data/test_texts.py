@@ -68,8 +68,10 @@ def test_docs_are_split_without_near_duplicates_across_the_sides() -> None:
 
 def test_excerpts_of_a_longer_topic_are_left_out() -> None:
     texts = docs_texts()
-    assert "specialnames" in texts and "customization" not in texts  # every line of it stands in specialnames
-    assert "compound" in texts and "while" not in texts
+    assert "specialnames" in texts
+    assert "customization" not in texts  # every line of it stands in specialnames
+    assert "compound" in texts
+    assert "while" not in texts
     long = "\n".join(f"line number {i} of a long document, with some words" for i in range(50))
     kept = without_excerpts(
         {"long": long, "part": long[500:1500], "other": "a text of its own, on one long line"}, lines
@@ -85,9 +87,11 @@ def test_texts_that_share_lines_are_one_group() -> None:
 
 def test_held_out_docs_are_one_long_document() -> None:
     (document,) = read_texts(source("python-docs"), split="held_out")
-    assert len(document.text) > 100_000 and "joined" in document.name
+    assert len(document.text) > 100_000
+    assert "joined" in document.name
     train = list(read_texts(source("python-docs"), split="train"))
-    assert len(train) > 20 and all(text.text not in document.text for text in train)
+    assert len(train) > 20
+    assert all(text.text not in document.text for text in train)
 
 
 def test_stdlib_holds_out_whole_files_long_ones_among_them(stdlib: dict[str, str]) -> None:
@@ -124,14 +128,16 @@ def test_the_last_tenth_of_user_text_is_held_out(tmp_path: Path) -> None:
         [text.text for text in read_texts(source(file, field="body"), split=split)]
         for split in ("train", "held_out", "all")
     ]
-    assert read[0] == [f"text {i}" for i in range(18)] and read[1] == ["text 18", "text 19"]
+    assert read[0] == [f"text {i}" for i in range(18)]
+    assert read[1] == ["text 18", "text 19"]
     assert read[2] == read[0] + read[1]
 
 
 def test_a_single_document_is_never_on_both_sides(tmp_path: Path) -> None:
     file = tmp_path / "one.txt"
     file.write_text("only one document")
-    assert names(file, "train") == ["one.txt"] and names(file, "held_out") == []
+    assert names(file, "train") == ["one.txt"]
+    assert names(file, "held_out") == []
     with pytest.raises(UserError, match="used for training only"):
         training_rows([source(file)], TOKENIZER, 32, 16, seed=0, split="held_out")
     progress = Silent()
@@ -177,7 +183,8 @@ def test_bad_rows_are_named(tmp_path: Path, content: str, what: str, where: str)
     (tmp_path / "bad.jsonl").write_text(content)
     with pytest.raises(UserError, match=what) as caught:
         list(read_texts(source(tmp_path / "bad.jsonl"), split="all"))
-    assert where in str(caught.value.where) and caught.value.fix
+    assert where in str(caught.value.where)
+    assert caught.value.fix
 
 
 def test_bad_files_are_refused_before_any_work(tmp_path: Path) -> None:
@@ -251,7 +258,8 @@ def test_a_hub_stream_that_breaks_off_is_told_and_a_check_reads_one_row(
     check_sources([source("hub:owner/name")])
     with pytest.raises(UserError, match="cannot read the dataset") as caught:
         list(read_texts(source("hub:owner/name"), split="all"))
-    assert "hub:owner/name" in str(caught.value.where) and "network" in str(caught.value.fix)
+    assert "hub:owner/name" in str(caught.value.where)
+    assert "network" in str(caught.value.fix)
 
 
 def test_a_disk_that_fills_while_a_dataset_streams_is_no_fault_of_the_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +318,8 @@ def test_own_samples_are_seeded_and_cached(tmp_path: Path, monkeypatch: pytest.M
     folder = save_tiny(tmp_path / "model", "llama")
     teacher = Teacher(folder, tokens=192)
     read = list(read_texts(source("self"), split="all", teacher=teacher))
-    assert len(read) == 8 and len({text.text for text in read}) == 8
+    assert len(read) == 8
+    assert len({text.text for text in read}) == 8
     (cached,) = (tmp_path / "cache/samples").iterdir()
     monkeypatch.setattr(samples, "_sample_texts", None)  # a second call would fail
     assert list(read_texts(source("self"), split="all", teacher=teacher)) == read

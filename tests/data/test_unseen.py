@@ -85,7 +85,8 @@ def test_what_was_trained_on_is_left_out_and_told(train: Path, held: Path, how: 
     assert names == ["new0.txt", "new1.txt", "new2.txt"]
     (note,) = notes
     assert "1 document was not measured" in note
-    assert "in `train`" in note and copy.name in note
+    assert "in `train`" in note
+    assert copy.name in note
 
 
 def test_the_part_that_is_measured_decides_as_well(train: Path, held: Path) -> None:
@@ -94,7 +95,8 @@ def test_the_part_that_is_measured_decides_as_well(train: Path, held: Path) -> N
     assert "a.txt" not in chosen(held, train, tokens=500)[0]
     names, notes = chosen(held, train, tokens=3000, count=1)
     assert names == ["a.txt"]
-    assert "parts of what is measured" in notes[0] and "of a.txt in `train`" in notes[0]
+    assert "parts of what is measured" in notes[0]
+    assert "of a.txt in `train`" in notes[0]
 
 
 def test_others_take_the_place_of_what_is_left_out(train: Path, held: Path) -> None:
@@ -102,7 +104,8 @@ def test_others_take_the_place_of_what_is_left_out(train: Path, held: Path) -> N
         shutil.copy(train / f"{index}.txt", held / f"copy{index}.txt")
     names, notes = chosen(held, train, count=2)
     assert names == ["new0.txt", "new1.txt"]
-    assert "9 documents were not measured" in notes[0] and "and 6 more" in notes[0]
+    assert "9 documents were not measured" in notes[0]
+    assert "and 6 more" in notes[0]
 
 
 def test_nothing_left_is_refused(train: Path, tmp_path: Path) -> None:
@@ -191,7 +194,9 @@ def test_calibration_reads_nothing_twice(tmp_path: Path) -> None:
     }
     only, notes = without_repeats(texts)
     assert only == {"a": frozenset({"other"}), "b": frozenset({"book"})}
-    assert len(notes) == 2 and "part" in notes[0] and "`b`: 1 document was not read" in notes[1]
+    assert len(notes) == 2
+    assert "part" in notes[0]
+    assert "`b`: 1 document was not read" in notes[1]
     with pytest.raises(UserError, match="all of it stands in other text") as caught:
         without_repeats({"b": texts["b"], "c": [Text("copy", "c", book)]})
     assert "`c`" in str(caught.value.where)

@@ -56,8 +56,10 @@ def test_what_is_recorded_comes_from_the_run(
         "--text 'a book.txt' --text b.txt"
     )
     text = (tmp_path / "out/extension.md").read_text()
-    assert text.startswith("# A window 2 times as long\n") and "tiny-llama, 64 to 128 positions" in text
-    assert "| YaRN |" in text and "SmolLM2" not in text
+    assert text.startswith("# A window 2 times as long\n")
+    assert "tiny-llama, 64 to 128 positions" in text
+    assert "| YaRN |" in text
+    assert "SmolLM2" not in text
     done = json.loads(next((tmp_path / "work/yarn-run").glob("*-evaluate/metrics.json")).read_text())
     assert list(done["models"]) == ["original", "extended"]
     assert record["models"]["yarn"]["rows"] == done["models"]["extended"]["rows"]
@@ -90,8 +92,11 @@ def test_yarn_is_the_recipe_without_its_training(
     progress = PlainProgress(io.StringIO())
     assert extension._yarn(recipe, tmp_path, progress) == {"rows": [3]}
     (plain,) = runs
-    assert plain.context and (plain.context.method, plain.context.factor) == ("yarn", 2)
-    assert plain.evaluate == recipe.evaluate and plain.recover is plain.publish is None and plain.require == {}
+    assert plain.context
+    assert (plain.context.method, plain.context.factor) == ("yarn", 2)
+    assert plain.evaluate == recipe.evaluate
+    assert plain.recover is plain.publish is None
+    assert plain.require == {}
     digests["yarn-run"] = "other"
     with pytest.raises(UserError, match="other documents"):
         extension._yarn(recipe, tmp_path, progress)

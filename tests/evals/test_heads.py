@@ -71,13 +71,16 @@ def test_a_missing_start_is_measured_and_a_known_one_only_converted(run: Any) ->
     first = "+ o_proj + distillation, 50k"
     did, record = run("--only", first)
     assert did == [("convert", "+ o_proj"), ("train", first, "+ o_proj")]
-    assert record["rows"][first]["seconds"] == 15.0 and record["rows"]["+ o_proj"]["seconds"] == 10.0
+    assert record["rows"][first]["seconds"] == 15.0
+    assert record["rows"]["+ o_proj"]["seconds"] == 10.0
     stored = record["rows"][first]["settings"]
     assert (stored["rank"], stored["alpha"], stored["learning_rate"]) == (64, 128, None)
-    assert stored["tokens"] == 50_000 and stored["calibration_tokens"] == 49_152
+    assert stored["tokens"] == 50_000
+    assert stored["calibration_tokens"] == 49_152
     assert stored["start"] == record["rows"]["+ o_proj"]["settings"]
     again, same = run("--only", first)
-    assert again == [] and same == record
+    assert again == []
+    assert same == record
     second = "+ o_proj + distillation, 150k"
     did, record = run("--only", second)  # the temporary work folder of the first call is gone
     assert did == [("convert", "+ o_proj"), ("train", second, "+ o_proj")]
@@ -118,7 +121,8 @@ def test_unread_pages_share_nothing_with_what_fits_have_read(tmp_path: Path) -> 
     texts = Texts(tmp_path, tiny_tokenizer(), tmp_path, tokens=4096, distil=[20_000])
     rows = texts.training(20_000).ids_NT.numpy()
     unread = texts.unread([rows])
-    assert len(unread) == PIECES and all(len(piece) == LENGTH for piece in unread)
+    assert len(unread) == PIECES
+    assert all(len(piece) == LENGTH for piece in unread)
     read = " ".join(",".join(map(str, row)) for row in rows.tolist())
     starts = range(1, LENGTH - 32, 32)
     assert ",".join(map(str, rows[3, 1:33].tolist())) in read
@@ -162,7 +166,8 @@ def test_the_recorded_command_gives_the_same_rows(run: Any, tmp_path: Path, monk
     table = (tmp_path / "kv_heads.md").read_text()
     assert "my model, converted to 1 KV head" in table
     did, record = run(*options, "--only", "mean")
-    assert did == [] and record["command"].endswith("--distil 20000")
+    assert did == []
+    assert record["command"].endswith("--distil 20000")
 
 
 def test_a_file_adds_rows_whose_mix_of_other_text_has_it(
@@ -178,7 +183,8 @@ def test_a_file_adds_rows_whose_mix_of_other_text_has_it(
     assert did == [("convert", name), ("convert", "+ o_proj, other text")]
     assert record["rows"][name]["settings"]["also"] == "wiki.txt"
     assert "also" not in record["rows"]["+ o_proj, other text"]["settings"]
-    assert record["command"].endswith(" --also wiki.txt") and str(tmp_path) not in json.dumps(record)
+    assert record["command"].endswith(" --also wiki.txt")
+    assert str(tmp_path) not in json.dumps(record)
     did, _ = run("--also", str(file), "--only", name)
     assert did == []
 
@@ -188,7 +194,8 @@ def test_another_machine_is_told_and_the_first_ones_stays(run: Any, tmp_path: Pa
     _, before = run("--only", "first")
     monkeypatch.setattr(heads, "machine", lambda: there)
     _, record = run("--only", "mean")
-    assert record["machine"] == before["machine"] and record["rows"]["mean"]["machine"] == there
+    assert record["machine"] == before["machine"]
+    assert record["rows"]["mean"]["machine"] == there
     assert " and of another, torch 2, transformers 5." in (tmp_path / "kv_heads.md").read_text()
 
 
@@ -196,7 +203,8 @@ def test_the_results_in_the_repository_are_readable() -> None:
     record = json.loads((RESULTS / "kv_heads.json").read_text())
     table = heads.shown(record)
     assert "SmolLM2-135M-Instruct, converted to 1 KV head in every layer" in table
-    assert heads._typed(record).model == "embedded" and heads._typed(record).books
+    assert heads._typed(record).model == "embedded"
+    assert heads._typed(record).books
 
 
 def test_points_that_are_not_one_way_are_not_joined() -> None:

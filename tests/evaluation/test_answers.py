@@ -27,8 +27,10 @@ def answers(right: list[float], *, name: str = "quiz", first: int = 0, metric: s
 def test_the_difference_is_paired_question_by_question() -> None:
     before, after = [1, 1, 1, 0, 0, 1, 1, 0, 1, 1], [1, 0, 0, 0, 1, 1, 0, 0, 1, 1]
     (row,) = changes(answers(before), answers(after))
-    assert (row.before, row.after) == (0.7, 0.5) and row.change == pytest.approx(-0.2)
-    assert row.drop == pytest.approx(0.2) and (row.lost, row.gained) == (3, 1)
+    assert (row.before, row.after) == (0.7, 0.5)
+    assert row.change == pytest.approx(-0.2)
+    assert row.drop == pytest.approx(0.2)
+    assert (row.lost, row.gained) == (3, 1)
     # A plain bootstrap that draws questions with replacement.
     rng, difference = np.random.default_rng(1), np.array(after) - np.array(before)
     plain = [difference[rng.integers(10, size=10)].mean() for _ in range(20_000)]
@@ -44,14 +46,19 @@ def test_the_same_answers_show_no_change_and_no_chance_of_one() -> None:
 
 def test_a_loss_gets_worse_upwards() -> None:
     (row,) = changes(answers([2.0, 3.0], higher=False), answers([2.5, 3.5], higher=False))
-    assert row.change == 0.5 and row.drop == 0.5 and row.p is None and row.lost is None
+    assert row.change == 0.5
+    assert row.drop == 0.5
+    assert row.p is None
+    assert row.lost is None
     (error,) = changes(answers([0, 1, 0], higher=False), answers([1, 1, 0], higher=False))
-    assert (error.lost, error.gained) == (1, 0) and error.drop == pytest.approx(1 / 3)
+    assert (error.lost, error.gained) == (1, 0)
+    assert error.drop == pytest.approx(1 / 3)
 
 
 def test_only_questions_that_both_were_asked_are_paired() -> None:
     (row,) = changes(answers([1, 1, 0, 0]), answers([0, 1, 1], first=2))
-    assert row.questions == 2 and (row.before, row.after) == (0.0, 0.5)
+    assert row.questions == 2
+    assert (row.before, row.after) == (0.0, 0.5)
     assert changes(answers([1, 1]), answers([1, 1], first=2)) == []
     assert changes(answers([1, 1]), answers([1, 1], metric="f1")) == []
 
@@ -65,14 +72,16 @@ def test_mcnemar_is_the_exact_test_of_a_fair_coin(lost: int, gained: int) -> Non
 
 
 def test_mcnemar_of_many_questions_does_not_overflow() -> None:
-    assert mcnemar(6000, 6000) == 1.0 and 0 <= mcnemar(9000, 1000) < 1e-300
+    assert mcnemar(6000, 6000) == 1.0
+    assert 0 <= mcnemar(9000, 1000) < 1e-300
 
 
 def test_the_interval_of_a_mean_is_that_of_a_bootstrap_over_units() -> None:
     values = np.random.default_rng(0).normal(size=400)
     found = mean_interval(values, "question", resamples=4000)
     half = 1.96 * values.std() / math.sqrt(len(values))
-    assert found.value == pytest.approx(values.mean()) and found.units == 400
+    assert found.value == pytest.approx(values.mean())
+    assert found.units == 400
     assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
 
 
@@ -118,12 +127,15 @@ def test_one_number_a_question_where_the_score_is_their_mean() -> None:
     samples = [sample(1, acc=0.0, ppl=(1.0, 2)), sample(0, acc=1.0, ppl=(3.0, 2))]
     found = answers_of("quiz", returned({"quiz": scores}, {"quiz": samples}), "0.4.13")
     acc, ppl = found.scores
-    assert acc == Score("acc", 0.5, 0.5, True, (1.0, 0.0)) and ppl == Score("ppl", 7.0, None, False, None)
-    assert len(set(found.asked)) == 2 and found.fewshot == 2
+    assert acc == Score("acc", 0.5, 0.5, True, (1.0, 0.0))
+    assert ppl == Score("ppl", 7.0, None, False, None)
+    assert len(set(found.asked)) == 2
+    assert found.fewshot == 2
     other = answers_of(
         "quiz", returned({"quiz": scores}, {"quiz": [{**samples[0], "prompt_hash": "x"}, samples[1]]}), ""
     )
-    assert other.asked[0] == found.asked[0] and other.asked[1] != found.asked[1]
+    assert other.asked[0] == found.asked[0]
+    assert other.asked[1] != found.asked[1]
 
 
 def test_every_filter_of_a_task_is_a_metric() -> None:
@@ -141,5 +153,6 @@ def test_the_questions_of_a_group_stand_together() -> None:
     (own,) = answers_of("all", returned({**results, **group}, parts), "").scores
     assert own == Score("acc", 0.4, 0.2, True, (1, 0, 0))  # the harness's own mean over tasks, its weights
     (tag,) = answers_of("all", returned(results, parts), "").scores
-    assert tag.value == pytest.approx(1 / 3) and tag.stderr == pytest.approx(1 / 3)
+    assert tag.value == pytest.approx(1 / 3)
+    assert tag.stderr == pytest.approx(1 / 3)
     assert len(set(answers_of("all", returned(results, parts), "").asked)) == 3

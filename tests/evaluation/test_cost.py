@@ -39,11 +39,15 @@ def test_measured_cache_bytes_equal_the_formula() -> None:
         model = tiny_model("llama", num_key_value_heads=kv_heads)
         cost = run_cost(model, [16, 32], 4)
         for one, tokens in zip(cost.lengths, (16, 32), strict=True):
-            assert one.length == tokens and one.kv_bytes == one.kv_bytes_expected
+            assert one.length == tokens
+            assert one.kv_bytes == one.kv_bytes_expected
             assert one.kv_bytes == tokens * describe(model.config).kv_bytes_per_token(4)
-            assert one.prefill_per_s == pytest.approx(tokens / one.prefill_seconds) and one.decode_per_s > 0
+            assert one.prefill_per_s == pytest.approx(tokens / one.prefill_seconds)
+            assert one.decode_per_s > 0
             assert one.decode_bound == pytest.approx(1e9 / (cost.weight_bytes + one.kv_bytes))
-        assert cost.kernel == "eager" and cost.dtype == "float32" and cost.device == "cpu"
+        assert cost.kernel == "eager"
+        assert cost.dtype == "float32"
+        assert cost.device == "cpu"
 
 
 def test_models_have_their_turn_and_every_round_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +133,8 @@ def test_what_is_decoded_lies_within_learned_positions() -> None:
     model = tiny_model("gpt_bigcode")
     window = model.config.max_position_embeddings
     (cost,) = run_cost(model, [window], 4).lengths
-    assert cost.length == window - 4 and cost.decode_per_s is not None
+    assert cost.length == window - 4
+    assert cost.decode_per_s is not None
 
 
 @pytest.mark.parametrize("tied", [True, False])

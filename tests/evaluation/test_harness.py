@@ -112,7 +112,8 @@ def test_what_we_write_is_a_stock_model_to_it_and_its_tasks_run(tmp_path: Path) 
         "metric_list: [{metric: byte_perplexity}, {metric: bits_per_byte}]\n"
     )
     harness = HFLM(pretrained=str(tmp_path / "long"), dtype="float32", batch_size=1, device="cpu")
-    assert harness.max_length == 1024 and harness.config.num_key_value_heads == 1
+    assert harness.max_length == 1024
+    assert harness.config.num_key_value_heads == 1
     found = simple_evaluate(
         harness, tasks=["own_text"], task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False)
     )

@@ -56,7 +56,8 @@ def test_a_grid_through_one_cache_is_that_of_a_pass_per_needle(family: str, toge
         answer = encode(tokenizer, one.question.right[0])
         assert len(ids) + len(answer) == cell.length or (together and len(ids) + len(answer) <= cell.length)
         loss, match = whole(model, ids, answer)
-        assert cell.answer.loss == pytest.approx(loss, abs=1e-4) and cell.answer.token_match == match
+        assert cell.answer.loss == pytest.approx(loss, abs=1e-4)
+        assert cell.answer.token_match == match
         wrong = [whole(model, ids, encode(tokenizer, text))[0] for text in one.question.wrong]
         assert len(wrong) == (2 if together else 1)
         assert cell.answer.margin == pytest.approx(min(wrong) - loss, abs=1e-4)
@@ -150,7 +151,8 @@ def test_an_answer_is_exact_only_when_nothing_goes_on(said: str, starts: bool, r
     question = Question("?", ("12345",), (" 12345",), (" 54321",), 9)
     reader = Oracle(tokenizer, said)
     found = ask(reader, tokenizer, question)
-    assert (found.starts, found.recall) == (starts, recall) and reader.position == 0
+    assert (found.starts, found.recall) == (starts, recall)
+    assert reader.position == 0
     assert found.token_match == np.mean([a == b for a, b in zip(" 12345", said, strict=False)])
     assert (found.margin > 0) == (said[:4] == " 123")
 
@@ -173,7 +175,8 @@ def test_ruler_texts_are_exactly_as_long_as_asked_for(task: str, length: int) ->
         value = re.search(r"assigned the value (\d+)", found.questions[0].text)[1]
         bound = dict(re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", text))
         expected = [name for name in bound if _resolved(bound, name) == value]
-        assert sorted(expected) == sorted(found.questions[0].expected) and len(bound) == 6
+        assert sorted(expected) == sorted(found.questions[0].expected)
+        assert len(bound) == 6
     if task == "common_words":
         listed = re.findall(r"\d+\. (\w+)", text)
         counts = {word: listed.count(word) for word in set(listed)}
@@ -200,9 +203,11 @@ def test_ruler_answers_are_those_of_one_pass_per_question() -> None:
         ids = found.ids + encode(tokenizer, question.text)
         loss, _ = whole(model, ids, encode(tokenizer, question.right[0]))
         wrong, _ = whole(model, ids, encode(tokenizer, question.wrong[0]))
-        assert answer.loss == pytest.approx(loss, abs=1e-4) and answer.margin == pytest.approx(wrong - loss, abs=1e-4)
+        assert answer.loss == pytest.approx(loss, abs=1e-4)
+        assert answer.margin == pytest.approx(wrong - loss, abs=1e-4)
     (row,) = result.rows
-    assert row.questions == 4 and row.loss == pytest.approx(np.mean([a.loss for *_, a in result.answers]))
+    assert row.questions == 4
+    assert row.loss == pytest.approx(np.mean([a.loss for *_, a in result.answers]))
 
 
 def test_greedy_answers_are_the_models_own() -> None:

@@ -43,7 +43,8 @@ def test_a_document_too_short_is_refused() -> None:
 def test_bits_per_byte_of_a_uniform_guess_over_bytes_is_eight() -> None:
     uniform = [np.full(7, 2 * math.log(256))]  # every token is two bytes, each one of 256
     losses = TokenLosses(("d",), ("k",), tuple(uniform), (14,), (np.full(7, 2, np.int32),))
-    assert bits_per_byte(losses, 8) == pytest.approx(8) and bits_per_byte(losses, 3) == pytest.approx(8)
+    assert bits_per_byte(losses, 8) == pytest.approx(8)
+    assert bits_per_byte(losses, 3) == pytest.approx(8)
     unknown = TokenLosses(("d",), ("k",), tuple(uniform), (14,), (np.zeros(7, np.int32),))
     assert bits_per_byte(unknown, 8) is None
 
@@ -53,7 +54,9 @@ def test_table_has_each_kind_and_all() -> None:
     rows = table(losses, [64, 16], tail=8, resamples=200)
     assert [(row.kind, row.length) for row in rows] == [(k, n) for k in ("a", "b", "all") for n in (16, 64)]
     last = rows[-1]
-    assert last.tokens == 126 and last.documents == 2 and last.tail == 8
+    assert last.tokens == 126
+    assert last.documents == 2
+    assert last.tail == 8
     assert last.ppl == pytest.approx(prefix_ppl(losses.losses, 64))
     assert last.tail_ppl == pytest.approx(tail_ppl(losses.losses, 64, 8))
     assert rows[1].ppl == pytest.approx(prefix_ppl(losses.losses[:1], 64))
@@ -65,7 +68,8 @@ def test_table_has_each_kind_and_all() -> None:
 def test_the_unit_is_the_document_from_five_on() -> None:
     assert perplexity_interval(made_up(5).losses).unit == "document"
     few = perplexity_interval(made_up(2, 1025).losses)
-    assert few.unit == "block of 256 tokens" and few.units == 8
+    assert few.unit == "block of 256 tokens"
+    assert few.units == 8
     assert perplexity_interval(made_up(4, 4097).losses).unit == "block of 512 tokens"
 
 

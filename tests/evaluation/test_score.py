@@ -40,7 +40,8 @@ def test_chunks_equal_one_whole_forward_pass(family: str, over: dict) -> None:
         losses = score(model, [doc], chunk=chunk, logits_rows=5)
         np.testing.assert_allclose(losses.losses[0], expected, rtol=0, atol=1e-4)
     assert losses.meta["kernel"] == ("eager" if family == "gemma2" else "blockwise")
-    assert model.config._attn_implementation == "eager" and not model.training
+    assert model.config._attn_implementation == "eager"
+    assert not model.training
 
 
 def test_a_prefix_scores_the_same_as_the_document_it_starts() -> None:
@@ -55,7 +56,8 @@ def test_a_training_model_and_its_kernel_are_put_back() -> None:
     model.set_attn_implementation("sdpa")
     model.train()
     score(model, [document(20)])
-    assert model.training and model.config._attn_implementation == "sdpa"
+    assert model.training
+    assert model.config._attn_implementation == "sdpa"
     assert type(model.model).__name__ == "LlamaModel"
 
 
@@ -91,7 +93,8 @@ def test_logits_exist_for_a_few_rows_only(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(nn.Linear, "forward", watched)
     score(model, [document(100)], chunk=64, logits_rows=10)
-    assert max(rows) == 10 and sum(rows) == 99
+    assert max(rows) == 10
+    assert sum(rows) == 99
 
 
 def test_a_sliding_layer_keeps_its_window_and_one_chunk_only() -> None:
@@ -103,7 +106,8 @@ def test_a_sliding_layer_keeps_its_window_and_one_chunk_only() -> None:
         for part in torch.arange(96)[None].split(8, dim=1):
             model(input_ids=part, past_key_values=cache)
     sliding, full = cache.layers
-    assert sliding.buffers[0].shape[2] == 31 + 8 and full.buffers[0].shape[2] == 100
+    assert sliding.buffers[0].shape[2] == 31 + 8
+    assert full.buffers[0].shape[2] == 100
     assert sliding.get_seq_length() == full.get_seq_length() == 96
 
 
@@ -121,7 +125,8 @@ def test_reading_past_learned_positions_names_the_command_that_extends() -> None
     reader = Reader(model, 600)
     with pytest.raises(UserError, match="512 learned positions") as caught:
         reader.read(torch.full((513,), 5))
-    assert "retrofit extend MODEL --length 513" in str(caught.value.fix) and reader.position == 0
+    assert "retrofit extend MODEL --length 513" in str(caught.value.fix)
+    assert reader.position == 0
 
 
 def test_length_dependent_encodings_are_refused_beyond_their_static_length() -> None:
@@ -150,8 +155,11 @@ def test_saved_losses_come_back(tmp_path: Path) -> None:
     losses = score(tiny_model("llama"), [document(30), document(20, "b", seed=1)], meta={"model": "tiny"})
     losses.save(tmp_path / "losses.npz")
     again = TokenLosses.load(tmp_path / "losses.npz")
-    assert again.documents == ("a", "b") and again.nbytes == losses.nbytes and dict(again.meta) == dict(losses.meta)
-    assert again.meta["model"] == "tiny" and again.meta["dtype"] == "float32"
+    assert again.documents == ("a", "b")
+    assert again.nbytes == losses.nbytes
+    assert dict(again.meta) == dict(losses.meta)
+    assert again.meta["model"] == "tiny"
+    assert again.meta["dtype"] == "float32"
     for ours, theirs in zip(again.losses + again.token_bytes, losses.losses + losses.token_bytes, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     whole_file = (tmp_path / "losses.npz").read_bytes()

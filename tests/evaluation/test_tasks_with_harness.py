@@ -94,14 +94,18 @@ def test_the_command_gives_the_harness_s_own_numbers(model: Path, texts: Path, f
         assert row["value"] == pytest.approx(expected[task][f"{metric},none"], rel=1e-5)
         if metric != "perplexity":  # a bootstrap
             assert row["stderr"] == pytest.approx(expected[task][f"{metric}_stderr,none"], rel=1e-5)
-        assert row["questions"] == (30 if task == "own_both" else 15) and row["fewshot"] == 2
+        assert row["questions"] == (30 if task == "own_both" else 15)
+        assert row["fewshot"] == 2
     stored = from_file(tmp_path / "a.tasks.json")
-    assert set(stored) == set(names) and len(stored["own_choice"].asked) == 15
+    assert set(stored) == set(names)
+    assert len(stored["own_choice"].asked) == 15
     by_metric = {one.metric: one for one in stored["own_word"].scores}
-    assert by_metric["perplexity"].questions is None and not by_metric["perplexity"].higher_is_better
+    assert by_metric["perplexity"].questions is None
+    assert not by_metric["perplexity"].higher_is_better
     assert len(by_metric["acc"].questions or ()) == 15
     (whole,) = stored["own_both"].scores
-    assert whole.questions is not None and len(whole.questions) == 30
+    assert whole.questions is not None
+    assert len(whole.questions) == 30
 
 
 def test_a_run_asks_every_model_and_goes_on_after_a_stop(
@@ -122,7 +126,8 @@ def test_a_run_asks_every_model_and_goes_on_after_a_stop(
     plan = json.loads(retrofit("plan", path, "--json").stdout)
     (planned,) = [step for step in plan["steps"] if step["step"] == "evaluate"]
     assert f"{2 * QUESTIONS} questions of own_choice, own_word" in planned["does"]
-    assert f"about {5 * QUESTIONS} requests" in planned["does"] and planned["pieces"] == 2
+    assert f"about {5 * QUESTIONS} requests" in planned["does"]
+    assert planned["pieces"] == 2
 
     real, calls = module.ask, itertools.count()
 
@@ -143,7 +148,8 @@ def test_a_run_asks_every_model_and_goes_on_after_a_stop(
 
     found = json.loads((out / "4-evaluate" / "metrics.json").read_text())
     scores, changes = found["tasks"]["scores"], found["tasks"]["changes"]
-    assert list(scores) == ["original", "converted"] and list(changes) == ["converted"]
+    assert list(scores) == ["original", "converted"]
+    assert list(changes) == ["converted"]
     assert [row["metric"] for row in changes["converted"]] == ["acc", "acc_norm", "acc"]
     for label, checkpoint in (("original", model), ("converted", out / "1-convert")):
         expected = theirs(checkpoint, folder, ["own_choice", "own_word"])
@@ -153,19 +159,19 @@ def test_a_run_asks_every_model_and_goes_on_after_a_stop(
     assert found["metrics"]["task_drop@own_choice"] == pytest.approx(drop)
     (changed, *_) = json.loads(result.stdout)["task_changes"]["converted"]
     assert changed["drop"] == pytest.approx(drop)
-    assert (
-        "own_choice" in (out / "report.html").read_text()
-        and "How it answers questions" in (out / "report.md").read_text()
-    )
+    assert "own_choice" in (out / "report.html").read_text()
+    assert "How it answers questions" in (out / "report.md").read_text()
     assert "| own_choice | acc | 24 | 0 |" in (out / "final" / "README.md").read_text()
     assert "task_drop@own_choice" in json.loads((out / "final" / "retrofit.json").read_text())["metrics"]
     (kept, *_) = json.loads(retrofit("compare", out, out, "--json").stdout)["tasks"]
-    assert kept["change"] == 0 and kept["questions"] == QUESTIONS
+    assert kept["change"] == 0
+    assert kept["questions"] == QUESTIONS
 
     fewer = {**evaluate, "tasks": {**evaluate["tasks"], "limit": 8}}
     recipe(context=None, recover=None, publish=None, evaluate=fewer, require={})
     again = json.loads(retrofit("run", path, "--out", out, "--json").stdout)
-    assert "evaluate:original" in again["reused"] and "evaluate:original:own_choice" not in again["reused"]
+    assert "evaluate:original" in again["reused"]
+    assert "evaluate:original:own_choice" not in again["reused"]
 
 
 def test_a_stopped_command_keeps_what_it_asked(
@@ -187,7 +193,9 @@ def test_a_stopped_command_keeps_what_it_asked(
     assert not (tmp_path / "a.tasks.json").exists()
     names.clear()
     result = retrofit("evaluate", model, "--text", texts / "held.txt", *more)
-    assert result.exit_code == 0 and names == ["own_word"] and "own_choice: done before" in result.output
+    assert result.exit_code == 0
+    assert names == ["own_word"]
+    assert "own_choice: done before" in result.output
     assert set(from_file(tmp_path / "a.tasks.json")) == {"own_choice", "own_word"}
     assert not (tmp_path / "a.npz.scored").exists()
 
@@ -202,13 +210,15 @@ def refused(**section: Any) -> str:
 
 def test_names_and_data_that_are_not_there(folder: Path, tmp_path: Path) -> None:
     said = refused(names=["hellaswagg"])
-    assert "knows no task `hellaswagg`" in said and "did you mean `hellaswag`" in said
+    assert "knows no task `hellaswagg`" in said
+    assert "did you mean `hellaswag`" in said
     assert "there is no task file" in refused(names=[str(tmp_path / "no.yaml")])
     assert "there is no folder" in refused(names=["own_choice"], folder=str(tmp_path / "no"))
     lost = tmp_path / "lost.yaml"
     lost.write_text((folder / "own_word.yaml").read_text().replace(str(folder), str(tmp_path)))
     said = refused(names=[str(lost)])
-    assert f"the data of the task `{lost}` cannot be had" in said and "rows.jsonl" in said
+    assert f"the data of the task `{lost}` cannot be had" in said
+    assert "rows.jsonl" in said
     assert "called `own_word`" in refused(names=[str(folder / "own_word.yaml"), "own_word"], folder=str(folder))
 
 
@@ -240,7 +250,8 @@ def test_what_a_task_takes_is_counted_before_a_model_is_read(folder: Path) -> No
     assert (both.questions, both.requests, both.metrics) == (40, 100, ("acc", "acc_norm", "perplexity"))
     assert 0 < choice.request_bytes <= choice.longest_bytes
     more = open_tasks(section.model_copy(update={"fewshot": 2})).tasks[0]
-    assert more.digest != choice.digest and more.request_bytes > choice.request_bytes
+    assert more.digest != choice.digest
+    assert more.request_bytes > choice.request_bytes
 
 
 def progress_bars(text: str) -> Iterator[str]:
@@ -251,5 +262,6 @@ def test_the_harness_says_nothing_of_its_own(
     model: Path, texts: Path, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     result = retrofit("evaluate", model, "--text", texts / "held.txt", *asked(folder, "--task", "own_choice"))
-    assert result.exit_code == 0 and "own_choice" in result.output
+    assert result.exit_code == 0
+    assert "own_choice" in result.output
     assert not [*progress_bars(result.output), *progress_bars(capfd.readouterr().err)]

@@ -91,7 +91,8 @@ def test_transformers_guide(length: int, stride: int) -> None:
             if end == ids.shape[1]:
                 break
     found = defined(model, "transformers", docs, length)
-    assert found.ppl == pytest.approx(math.exp(nll_sum / n_tokens), rel=1e-5) and found.stride == stride
+    assert found.ppl == pytest.approx(math.exp(nll_sum / n_tokens), rel=1e-5)
+    assert found.stride == stride
 
 
 @pytest.mark.parametrize("bos", [True, False])
@@ -117,7 +118,8 @@ def test_yarn(bos: bool) -> None:
             break
     assert len(nlls) == 2
     found = defined(model, "yarn", [doc], length, bos=bos)
-    assert found.ppl == pytest.approx(float(torch.stack(nlls).mean().exp()), rel=1e-5) and found.stride == 256
+    assert found.ppl == pytest.approx(float(torch.stack(nlls).mean().exp()), rel=1e-5)
+    assert found.stride == 256
 
 
 def test_yarn_truncated_is_the_mean_over_documents_of_their_beginnings() -> None:
@@ -127,7 +129,8 @@ def test_yarn_truncated_is_the_mean_over_documents_of_their_beginnings() -> None
             model(ids, labels=ids).loss for ids in (torch.from_numpy(doc.input_ids[:40])[None] for doc in docs[:2])
         ]
     found = defined(model, "yarn-truncated", docs, 40)
-    assert found.ppl == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-5) and found.documents == 2
+    assert found.ppl == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-5)
+    assert found.documents == 2
     with pytest.raises(UserError, match="longest has 70"):
         prepared("yarn-truncated", docs, 80, bos=True)
 
@@ -144,8 +147,10 @@ def test_longlora() -> None:
         with torch.no_grad():
             losses.append(float(model(input_ids=x, labels=x).loss))
     found = defined(model, "longlora", docs, length)
-    assert len(losses) == 2 and found.ppl == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
-    assert found.read == 600 and found.log_likelihood is None
+    assert len(losses) == 2
+    assert found.ppl == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+    assert found.read == 600
+    assert found.log_likelihood is None
 
 
 def harness_windows(tokens: list[int], prefix: int, length: int) -> list[tuple[list[int], list[int]]]:
@@ -171,7 +176,8 @@ def test_rolling_log_likelihood(bos: bool) -> None:
         doc = document(71)
         doc.input_ids[0], doc.input_ids[1:] = BOS_ID, ids
     found = defined(model, "lm-eval", [doc], 32, bos=bos, prefix_id=BOS_ID)
-    assert found.tokens == 70 and found.log_likelihood == pytest.approx(total, rel=1e-6)
+    assert found.tokens == 70
+    assert found.log_likelihood == pytest.approx(total, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])

@@ -49,7 +49,9 @@ def test_tiles_cover_every_visible_pair_once(window: int | None, run: int | None
         seen = torch.zeros(queries, keys, dtype=torch.int)
         for tile in blockwise.tiles(queries, keys, window, run):
             n, m = tile.q1 - tile.q0, tile.k1 - tile.k0
-            assert n > 0 and m > 0 and (tile.kind == "full" or n == m)
+            assert n > 0
+            assert m > 0
+            assert tile.kind == "full" or n == m
             shape = {"full": torch.ones(n, m), "causal": torch.ones(n, m).tril(), "edge": torch.ones(n, m).triu()}
             seen[tile.q0 : tile.q1, tile.k0 : tile.k1] += shape[tile.kind].int()
         assert torch.equal(seen, visible(queries, keys, window).int()), (queries, keys)
@@ -163,7 +165,9 @@ def test_cuda_calls_fit_their_signatures() -> None:
         q = torch.empty(1, 6, 128, 64, dtype=torch.bfloat16, device="cuda")
         k = torch.empty(1, 2, 256, 64, dtype=torch.bfloat16, device="cuda")
         out, lse = blockwise.block(q, k, k, False, 0.125)
-        assert out.shape == q.shape and lse.shape == q.shape[:3] and lse.dtype == torch.float32
+        assert out.shape == q.shape
+        assert lse.shape == q.shape[:3]
+        assert lse.dtype == torch.float32
         grads = blockwise.block_backward(torch.empty_like(out), q, k, k, out, lse, False, 0.125)
         assert [x.shape for x in grads] == [q.shape, k.shape, k.shape]
         x = torch.empty(1, 2, 8, 64, device="cuda")

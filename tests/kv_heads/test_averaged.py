@@ -25,7 +25,9 @@ def plain(a_TC: torch.Tensor, weights: LayerWeights, theta: float, biased: bool)
     k_heads = weights.k_KDC.shape[0]
     q, k, v = (torch.einsum("hdc,tc->htd", w, a_TC) for w in (weights.q_HDC, weights.k_KDC, weights.v_KDC))
     if biased:
-        assert weights.q_bias_HD is not None and weights.k_bias_KD is not None and weights.v_bias_KD is not None
+        assert weights.q_bias_HD is not None
+        assert weights.k_bias_KD is not None
+        assert weights.v_bias_KD is not None
         q, k, v = q + weights.q_bias_HD[:, None], k + weights.k_bias_KD[:, None], v + weights.v_bias_KD[:, None]
     angle = torch.arange(len(a_TC))[:, None] * theta ** (-torch.arange(0, d, 2) / d)
 

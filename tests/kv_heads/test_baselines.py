@@ -40,7 +40,8 @@ def test_real_pca_loses_what_calibrated_keeps_where_pairs_are_turned(tmp_path: P
         (tmp_path / method).mkdir()
         reports[method] = convert(source, tmp_path / method, kv_heads=2, method=method, repair="none", text=text())  # type: ignore[arg-type]
     keys = {method: report.layers[0].keys for method, report in reports.items()}
-    assert keys["calibrated"] < 1e-5 and keys["procrustes"] < 1e-5 < 0.05 < keys["real-pca"]  # type: ignore[operator]
+    assert keys["calibrated"] < 1e-5
+    assert keys["procrustes"] < 1e-5 < 0.05 < keys["real-pca"]  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("repair", ["none", "o_proj"])
@@ -49,7 +50,8 @@ def test_methods_convert_with_and_without_repair(method: str, repair: str, tmp_p
     source, out = save_tiny(tmp_path / "source", "qwen2"), tmp_path / "out"
     out.mkdir()
     report = convert(source, out, kv_heads=1, method=method, repair=repair, text=text())  # type: ignore[arg-type]
-    assert report.method == method and report.tokens == 8 * 48
+    assert report.method == method
+    assert report.tokens == 8 * 48
     assert all(0 < (layer.keys or 0) < 1 and 0 < (layer.values or 0) < 1 for layer in report.layers)
     assert logits(out, torch.zeros(1, 5, dtype=torch.long)).isfinite().all()
 

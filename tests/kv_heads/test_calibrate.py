@@ -37,8 +37,10 @@ def test_moments_are_kept_where_asked_and_the_work_folder_holds_no_streams(tmp_p
     )
     assert saved(tmp_path / "moments") == (0, 1)
     moments = load(tmp_path / "moments", 1)
-    assert moments.tokens == 8 * 48 == report.tokens and moments.averaged_tokens == 2 * 48
-    assert moments.stream_energy is not None and moments.stream_energy > 0
+    assert moments.tokens == 8 * 48 == report.tokens
+    assert moments.averaged_tokens == 2 * 48
+    assert moments.stream_energy is not None
+    assert moments.stream_energy > 0
     assert report.tokens_by_kind == {"a": 192, "b": 192}
     names = {path.name for path in (tmp_path / "work" / "calibration").iterdir()}
     assert names == {"state.json", "layer-000.safetensors", "layer-001.safetensors", "moments"}
@@ -70,7 +72,8 @@ def test_keys_are_merged_for_the_window_that_they_will_be_read_in(tmp_path: Path
         written = Checkpoint.open(tmp_path / name)
         found[name] = {part: written.tensor(f"model.layers.0.self_attn.{part}_proj.weight") for part in "kv"}
         assert written.config["max_position_embeddings"] == config.max_position_embeddings
-    assert torch.equal(found["own"]["k"], found["same"]["k"]) and torch.equal(found["own"]["v"], found["longer"]["v"])
+    assert torch.equal(found["own"]["k"], found["same"]["k"])
+    assert torch.equal(found["own"]["v"], found["longer"]["v"])
     assert not torch.allclose(found["own"]["k"], found["longer"]["k"], atol=1e-3)
 
 
@@ -82,7 +85,8 @@ def test_averaged_values_change_the_values_and_nothing_of_the_keys(tmp_path: Pat
         convert(source, tmp_path / name, kv_heads=1, repair="none", text=text(), averaged_tokens=tokens)
         checkpoint = Checkpoint.open(tmp_path / name)
         found.append({part: checkpoint.tensor(f"model.layers.0.self_attn.{part}_proj.weight") for part in "kv"})
-    assert torch.equal(found[0]["k"], found[1]["k"]) and not torch.allclose(found[0]["v"], found[1]["v"])
+    assert torch.equal(found[0]["k"], found[1]["k"])
+    assert not torch.allclose(found[0]["v"], found[1]["v"])
 
 
 def test_pooling_reads_no_tensor_that_it_leaves_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,4 +171,5 @@ def test_repairs_work_on_what_the_ones_before_them_left(accepted: bool, tmp_path
 
 
 def test_the_ridge_counts_its_columns() -> None:
-    assert OutputRidge().columns(4, 16, False) == 64 and OutputRidge().columns(4, 16, True) == 65
+    assert OutputRidge().columns(4, 16, False) == 64
+    assert OutputRidge().columns(4, 16, True) == 65

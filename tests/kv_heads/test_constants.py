@@ -28,7 +28,8 @@ def with_own_constants(family: str, folder: Path) -> Path:
     with torch.no_grad():
         for layer in describe(model.config).layers:
             weights = read_layer(lambda name: state[name].detach().clone(), layer)
-            assert weights.v_bias_KD is not None and weights.k_bias_KD is not None
+            assert weights.v_bias_KD is not None
+            assert weights.k_bias_KD is not None
             rest = rotary_indices(layer.rope, layer.head_dim)[2]
             weights.v_bias_KD.add_(2 * torch.randn(weights.v_bias_KD.shape, generator=generator))
             weights.k_bias_KD[:, rest] += 2 * torch.randn(4, len(rest), generator=generator)
@@ -71,7 +72,8 @@ def test_biases_go_through_the_maps_exactly(family: str) -> None:
         index = list(heads)
         key = torch.einsum("sde,tse->td", maps.key_encode[index], k[:, index].double())
         value = torch.einsum("sde,tse->td", maps.value_encode[index], v[:, index].double())
-        assert torch.allclose(k2[:, g].double(), key, atol=1e-4) and torch.allclose(v2[:, g].double(), value, atol=1e-4)
+        assert torch.allclose(k2[:, g].double(), key, atol=1e-4)
+        assert torch.allclose(v2[:, g].double(), value, atol=1e-4)
         for s, head in enumerate(heads):
             want = torch.einsum("de,te->td", maps.query_map[head], q[:, head].double())
             assert torch.allclose(q2[:, 2 * g + s].double(), want, atol=1e-4)
@@ -97,10 +99,12 @@ def test_a_constant_costs_nothing_where_a_bias_holds_it() -> None:
         sums = MomentSums(2)
         sums.add(q, k - k.mean(0) + shift * torch.tensor([0.0, 0, 1, 1]), v - v.mean(0) + shift)
         shifted = calibrated_maps(sums.finish(0), weights, ((0, 1),), rope)[1]
-        assert whole.keys is not None and shifted.keys is not None
+        assert whole.keys is not None
+        assert shifted.keys is not None
         return shifted.keys / whole.keys, shifted.values / whole.values
 
     with_bias = replace(plain, o_bias_C=torch.zeros(16))
     keys, values = lost(with_bias, k, v)
-    assert keys == pytest.approx(1, rel=1e-4) and values == pytest.approx(1, rel=1e-4)
+    assert keys == pytest.approx(1, rel=1e-4)
+    assert values == pytest.approx(1, rel=1e-4)
     assert lost(plain, k, v)[1] != pytest.approx(1, rel=1e-2)

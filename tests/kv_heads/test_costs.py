@@ -75,7 +75,9 @@ def test_costs_match_a_plain_reference_from_the_tokens() -> None:
         median = float(stream.square().mean(1).median())
         want = (lost_v / whole_v + lost_k / whole_k) * (whole_v / C) / (median + whole_v / C)
         assert cost.cost == pytest.approx(want, rel=0.02, abs=1e-9), count
-    assert found[4].cost == 0 and found[4].values == 0 and found[4].keys == 0
+    assert found[4].cost == 0
+    assert found[4].values == 0
+    assert found[4].keys == 0
     assert 0 < found[2].cost < found[1].cost
     assert (0, 1) in found[2].groups
 
@@ -88,7 +90,8 @@ def test_keys_are_priced_as_the_conversion_folds_them() -> None:
     seen, turning = sums.finish(3), Turning.over(np.array([1e-3, 9e-4, 8e-4]), 64)
     pairs, folded = (layer_costs(seen, weights(), LAYER, (1, 2, 4), way) for way in (None, turning))
     for count in (1, 2):
-        assert folded[count].groups == pairs[count].groups and folded[count].values == pairs[count].values
+        assert folded[count].groups == pairs[count].groups
+        assert folded[count].values == pairs[count].values
         _, wanted = calibrated_maps(seen, weights(), folded[count].groups, ROPE, turning=turning)
         assert folded[count].keys == pytest.approx(wanted.keys)
         assert folded[count].cost < pairs[count].cost
@@ -103,7 +106,8 @@ def test_a_few_massive_tokens_do_not_own_the_cost() -> None:
 
 def test_mean_pooled_keys_are_not_counted() -> None:
     normed = layer_costs(moments(), weights(), replace(LAYER, qk_norm="head", qk_norm_bias=True), (1,))[1]
-    assert normed.keys is None and 0 < normed.cost < layer_costs(moments(), weights(), LAYER, (1,))[1].cost
+    assert normed.keys is None
+    assert 0 < normed.cost < layer_costs(moments(), weights(), LAYER, (1,))[1].cost
 
 
 def test_moments_without_the_stream_are_a_user_error() -> None:
@@ -122,21 +126,33 @@ def test_kept_moments_give_the_same_prices(tmp_path: Path) -> None:
 def test_the_curve_goes_through_what_was_measured() -> None:
     costs = {4: 0.0, 2: 0.1, 1: 0.4}
     one = fit_curve(costs, [Measured(1, 0.8, 0.1)])
-    assert one is not None and one.exponent == 1 and one.points == (1,) and one.note is None
-    assert one(0.4) == pytest.approx(0.8) and one(0.1) == pytest.approx(0.2) and one(0.0) == 0
+    assert one is not None
+    assert one.exponent == 1
+    assert one.points == (1,)
+    assert one.note is None
+    assert one(0.4) == pytest.approx(0.8)
+    assert one(0.1) == pytest.approx(0.2)
+    assert one(0.0) == 0
     two = fit_curve(costs, [Measured(1, 0.8, 0.1), Measured(2, 0.1, 0.1)])
-    assert two is not None and two.points == (1, 2)
-    assert two(0.4) == pytest.approx(0.8) and two(0.1) == pytest.approx(0.1)
+    assert two is not None
+    assert two.points == (1, 2)
+    assert two(0.4) == pytest.approx(0.8)
+    assert two(0.1) == pytest.approx(0.1)
     assert two.exponent == pytest.approx(math.log(8) / math.log(4))
 
 
 def test_points_that_say_nothing_are_left_out_and_told() -> None:
     costs = {2: 0.1, 1: 0.4}
     noise = fit_curve(costs, [Measured(1, 0.8, 0.1), Measured(2, -0.01, 0.1)])
-    assert noise is not None and noise.exponent == 1 and noise.points == (1,)
-    assert noise.note is not None and "2 KV heads lost nothing" in noise.note
+    assert noise is not None
+    assert noise.exponent == 1
+    assert noise.points == (1,)
+    assert noise.note is not None
+    assert "2 KV heads lost nothing" in noise.note
     wrong = fit_curve(costs, [Measured(1, 0.8, 0.1), Measured(2, 0.9, 0.1)])
-    assert wrong is not None and wrong.exponent == 1 and "no less than 1" in str(wrong.note)
+    assert wrong is not None
+    assert wrong.exponent == 1
+    assert "no less than 1" in str(wrong.note)
     assert fit_curve(costs, [Measured(1, -0.1, 0.1)]) is None
 
 
@@ -159,7 +175,8 @@ def test_a_layer_wise_pass_finds_the_loss_of_the_whole_model(family: str, tmp_pa
     seen = CalibrationText(ids[:1], ("a",))
     found = survey(source, ids, measured=seen, moments=tmp_path / "moments")
     assert torch.allclose(found.float(), want, atol=1e-4)
-    assert saved(tmp_path / "moments") == (0, 1) and load(tmp_path / "moments", 1).tokens == 300
+    assert saved(tmp_path / "moments") == (0, 1)
+    assert load(tmp_path / "moments", 1).tokens == 300
 
 
 def test_a_layer_wise_pass_multiplies_as_the_processor_does(tmp_path: Path, bfloat16_products: bool) -> None:
@@ -186,4 +203,5 @@ def test_a_pass_over_the_layers_holds_a_batch_and_not_the_text(tmp_path: Path, m
 
     monkeypatch.setattr(DiskTensors, "read", counted)
     survey(source, ids[12:], measured=CalibrationText(ids[:12], ("a", "b") * 6), moments=tmp_path / "moments")
-    assert len(alive) > 10 and max(most) <= 2
+    assert len(alive) > 10
+    assert max(most) <= 2

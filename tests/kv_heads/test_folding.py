@@ -90,7 +90,8 @@ def test_pairs_of_like_frequency_lend_each_other_their_room() -> None:
     encode, query_map, lost, whole = merge_keys(moments, (0, 1, 2), ROPE, R, turning=turning)
     assert alone / whole_alone > 0.3
     assert lost / whole < 0.1 * alone / whole_alone
-    assert torch.isfinite(encode).all() and torch.isfinite(query_map).all()
+    assert torch.isfinite(encode).all()
+    assert torch.isfinite(query_map).all()
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -44,7 +44,8 @@ def test_means_and_norms_match_their_formula_in_any_chunking() -> None:
     middle, *_, largest = moments.stream_quantiles
     assert largest == pytest.approx(float(energy.max()), rel=1e-6)
     assert int((energy < middle * (1 - 1e-6)).sum()) == T // 2
-    assert moments.averaged_KDKD is None and moments.merged_values_KDKD is moments.value_KDKD
+    assert moments.averaged_KDKD is None
+    assert moments.merged_values_KDKD is moments.value_KDKD
 
 
 def test_averaged_values_are_summed_over_tokens_and_query_heads() -> None:
@@ -54,7 +55,8 @@ def test_averaged_values_are_summed_over_tokens_and_query_heads() -> None:
     sums.add_averaged(averaged[11:])
     moments = sums.finish(0)
     plain = sum(torch.einsum("kd,le->kdle", u, u) for u in averaged.double().flatten(0, 1)) / (30 * H)
-    assert moments.averaged_KDKD is not None and moments.averaged_tokens == 30
+    assert moments.averaged_KDKD is not None
+    assert moments.averaged_tokens == 30
     assert torch.allclose(moments.averaged_KDKD, plain, atol=1e-5)
     assert moments.merged_values_KDKD is moments.averaged_KDKD
 
@@ -96,7 +98,8 @@ def test_saved_moments_give_the_same_costs(averaged: bool, tmp_path: Path) -> No
             assert other.dtype == tensor.dtype
             assert torch.allclose(other, tensor, rtol=1e-6, atol=1e-6), name
     costs = [group_cost(m, weights(), ROPE)((0, 1)) for m in (moments, again)]
-    assert costs[0] == pytest.approx(costs[1], rel=1e-6) and costs[0] > 0.01
+    assert costs[0] == pytest.approx(costs[1], rel=1e-6)
+    assert costs[0] > 0.01
 
 
 def test_moments_that_are_missing_or_torn_are_user_errors(tmp_path: Path) -> None:
@@ -124,7 +127,8 @@ def test_a_gram_of_rank_one_merges_without_loss_and_with_finite_weights() -> Non
     merged = apply_maps(weights(), maps, groups)
     for tensor in (merged.q_HDC, merged.k_KDC, merged.v_KDC, merged.o_CHD):
         assert tensor.isfinite().all()
-    assert cost.values == pytest.approx(0, abs=1e-6) and cost.keys == pytest.approx(0, abs=0.2)
+    assert cost.values == pytest.approx(0, abs=1e-6)
+    assert cost.keys == pytest.approx(0, abs=0.2)
     # One value vector for each head: the code of rank D holds them exactly.
     v = torch.randn(K, D, generator=torch.Generator().manual_seed(1)).double()
     only = replace(moments, value_KDKD=torch.einsum("kd,le->kdle", v, v))

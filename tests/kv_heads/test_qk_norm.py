@@ -54,7 +54,8 @@ def twins(phases: bool) -> Callable[[LayerWeights, LayerAttention], None]:
         x, y, _ = rotary_indices(layer.rope, layer.head_dim)
         for name in ("q_norm_HD", "k_norm_KD"):  # shared weights are one row, seen from every head
             object.__setattr__(weights, name, getattr(weights, name).clone())
-        assert weights.q_norm_HD is not None and weights.k_norm_KD is not None
+        assert weights.q_norm_HD is not None
+        assert weights.k_norm_KD is not None
         for norm in (weights.q_norm_HD, weights.k_norm_KD):
             if phases:
                 norm[:, y] = norm[:, x]
@@ -144,7 +145,8 @@ def fit(
 @pytest.mark.parametrize("family", NORMED)
 def test_fitted_keys_beat_pooled_ones_and_their_error_is_that_of_the_written_weights(family: str) -> None:
     layer, weights, result, chunks = fit(family, 400)
-    assert result.accepted and result.lost == result.fitted < 0.9 * result.pooled
+    assert result.accepted
+    assert result.lost == result.fitted < 0.9 * result.pooled
     a = next(a for held_out, a in chunks() if held_out)
     x, y, rest = rotary_indices(layer.rope, layer.head_dim)
     q, k = (z.double() for z in queries_and_keys(a, weights, layer))
@@ -175,7 +177,8 @@ def test_pooled_keys_stay_where_a_fit_to_little_text_is_worse() -> None:
         weights.k_KDC[2:] = weights.k_KDC[:2]
 
     _, weights, result, _ = fit("qwen3", 3, equal)
-    assert not result.accepted and result.lost == result.pooled < 1e-6
+    assert not result.accepted
+    assert result.lost == result.pooled < 1e-6
     assert torch.equal(result.weights.q_HDC, weights.q_HDC)
 
 
@@ -198,7 +201,9 @@ def test_reports_say_whether_keys_were_fitted(tmp_path: Path) -> None:
     out.mkdir()
     report = convert(source, out, kv_heads=2, text=text(16))
     for layer in report.layers:
-        assert layer.keys_fitted is not None and layer.keys is not None and layer.keys > 0
+        assert layer.keys_fitted is not None
+        assert layer.keys is not None
+        assert layer.keys > 0
     pooled = [layer.index for layer in report.layers if not layer.keys_fitted]
     assert any("mean-pooled" in note for note in report.notes) == bool(pooled)
 

@@ -59,16 +59,19 @@ def test_a_file_is_made_where_the_system_reserves_no_room(tmp_path: Path, monkey
     file.create()
     assert (tmp_path / "x").stat().st_size == file.nbytes
     file.write(1, torch.ones(4))
-    assert torch.equal(file.read(0), torch.zeros(2, 3)) and torch.equal(file.read(1), torch.ones(4))
+    assert torch.equal(file.read(0), torch.zeros(2, 3))
+    assert torch.equal(file.read(1), torch.ones(4))
 
 
 def test_a_layer_that_is_done_is_gone_on_from(tmp_path: Path) -> None:
     streams = one_layer(tmp_path / "w")
     said: list[str] = []
     work = opened(tmp_path / "w", said)
-    assert work.layers_done == work.resumed_from == 1 and not said
+    assert work.layers_done == work.resumed_from == 1
+    assert not said
     assert work.reports() == [REPORT]
-    assert work.tensor_names() == {"k": 0} and torch.equal(work.tensor(0, "k"), torch.ones(3, dtype=torch.bfloat16))
+    assert work.tensor_names() == {"k": 0}
+    assert torch.equal(work.tensor(0, "k"), torch.ones(3, dtype=torch.bfloat16))
     for name in ("original", "converted"):
         assert all(torch.equal(work.stream(name, 1).read(i), x) for i, x in enumerate(streams))
     work.finish_layer(LayerReport(1, REPORT.groups), {"v": torch.zeros(1)})
@@ -106,8 +109,11 @@ def test_a_damaged_folder_is_started_again_and_announced(harm: object, tmp_path:
     harm(tmp_path / "w")  # type: ignore[operator]
     said: list[str] = []
     work = opened(tmp_path / "w", said)
-    assert work.resumed_from is None and work.layers_done == 0
-    assert len(said) == 1 and "started again" in said[0] and str(tmp_path / "w") in said[0]
+    assert work.resumed_from is None
+    assert work.layers_done == 0
+    assert len(said) == 1
+    assert "started again" in said[0]
+    assert str(tmp_path / "w") in said[0]
     assert not (tmp_path / "w" / "layer-000.safetensors").exists()
 
 
@@ -126,7 +132,8 @@ def test_no_room_is_found_before_any_work_and_says_what_to_lower(
     require_room(tmp_path / "new" / "w", 1000)
     with pytest.raises(UserError, match=r"\(1001 bytes\) needed") as caught:
         require_room(tmp_path / "new" / "w", 1001)
-    assert str(tmp_path / "new" / "w") in str(caught.value) and "convert.calibration.tokens" in str(caught.value)
+    assert str(tmp_path / "new" / "w") in str(caught.value)
+    assert "convert.calibration.tokens" in str(caught.value)
     with pytest.raises(UserError, match="no room for the residual streams"):
         opened(tmp_path / "w", [])
     assert not (tmp_path / "w").exists()

@@ -27,7 +27,8 @@ def test_one_kind_of_several_is_held_out_whole_and_another_in_each_layer() -> No
     unseen = []
     for layer in range(3):
         train, held_out = split(FOLDS, layer)
-        assert set(held_out) == set("abc") and not set(train) & {i for out in held_out.values() for i in out}
+        assert set(held_out) == set("abc")
+        assert not set(train) & {i for out in held_out.values() for i in out}
         missing = {kind for kind, _ in FOLDS} - {FOLDS[i][0] for i in train}
         assert len(missing) == 1
         unseen.append(missing.pop())
@@ -86,7 +87,8 @@ def test_transfer_brings_the_model_nearer_to_the_original(tmp_path: Path, monkey
         report = converted(source, tmp_path / repair, repair, monkeypatch, passes=60.0)
         errors[repair] = float((logits(tmp_path / repair) - wanted).square().mean())
     transfer = report.layers[0].repairs[1]
-    assert transfer.accepted and transfer.held_out_after < 0.6 * transfer.held_out_before
+    assert transfer.accepted
+    assert transfer.held_out_after < 0.6 * transfer.held_out_before
     assert errors["transfer"] < 0.8 * errors["o_proj"], errors
 
 

@@ -264,7 +264,8 @@ def test_gpt_bigcode_shares_one_head_or_none():
     with pytest.raises(UserError, match="one KV head or one for each query head"):
         family_of(config).with_kv_heads(config, 2)
     shared = family_of(config).with_kv_heads(config, 1)
-    assert shared.multi_query and shared.num_key_value_heads == 1
+    assert shared.multi_query
+    assert shared.num_key_value_heads == 1
 
 
 def test_experts_are_named_as_stock_transformers_stores_them(tmp_path):

@@ -99,7 +99,9 @@ def reexpress(source: Path, out: Path, **options: Any) -> Any:
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     loader: Any = AutoModelForCausalLM
     model, info = loader.from_pretrained(folder, dtype=dtype, attn_implementation="eager", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
     return model.eval().requires_grad_(False)
 
 
@@ -196,7 +198,8 @@ def test_shards_and_narrow_dtypes(tmp_path: Path) -> None:
     assert len(Checkpoint.open(folder).shards) > 1
     report = reexpress(folder, tmp_path / "out", max_shard_size="60KB")
     written = Checkpoint.open(tmp_path / "out")
-    assert len(written.shards) > 1 and {written.dtype(name) for name in written.names} == {torch.bfloat16}
+    assert len(written.shards) > 1
+    assert {written.dtype(name) for name in written.names} == {torch.bfloat16}
     assert any("rounded to bfloat16" in note for note in report.notes)
     reexpress(folder, tmp_path / "wide", dtype="float32")
     want = load(folder)(ids()).logits
@@ -308,12 +311,15 @@ def test_a_source_is_re_expressed_once_in_the_cache(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "cache"))
     folder = save(tmp_path / "source", *_case("gptj"))
     light = resolve(folder, weights=False)
-    assert load_config(light.folder).model_type == "phi" and not list(light.folder.glob("*.safetensors"))
+    assert load_config(light.folder).model_type == "phi"
+    assert not list(light.folder.glob("*.safetensors"))
     source = resolve(folder)
-    assert source.folder.parent == tmp_path / "cache" and "gptj was re-expressed as phi" in source.notes[0]
+    assert source.folder.parent == tmp_path / "cache"
+    assert "gptj was re-expressed as phi" in source.notes[0]
     written = (source.folder / "model.safetensors").stat().st_mtime_ns
     again = resolve(folder)
-    assert again.folder == source.folder and (again.folder / "model.safetensors").stat().st_mtime_ns == written
+    assert again.folder == source.folder
+    assert (again.folder / "model.safetensors").stat().st_mtime_ns == written
     assert resolve(folder, reexpress=False).folder == folder
     want = load(folder)(ids()).logits
     assert torch.allclose(load(source.folder)(ids()).logits, want, atol=1e-5 * float(want.abs().max()))

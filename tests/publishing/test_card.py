@@ -23,7 +23,8 @@ def test_front_matter_as_the_hub_reads_it() -> None:
     assert data.license == "apache-2.0"
     assert data.base_model == "acme/Tiny"
     assert data.to_dict()["base_model_relation"] == "finetune"
-    assert data.library_name == "transformers" and data.pipeline_tag == "text-generation"
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == "text-generation"
     assert {"multi-query-attention", "long-context", "attention-retrofit"} <= set(data.tags)
     assert data.model_name == "Tiny-mqa-16k"
     found = {(e.dataset_type, e.metric_name): e.metric_value for e in data.eval_results}
@@ -81,16 +82,19 @@ def test_a_recipe_of_ones_own_is_said_to_stand_on_the_page() -> None:
 
 def test_a_person_finds_what_was_done() -> None:
     text = render_card(card_input())
-    assert "1 KV head instead of 3" in text and "3 times smaller" in text
+    assert "1 KV head instead of 3" in text
+    assert "3 times smaller" in text
     assert "from 8,192 to 16,384 tokens by YaRN" in text
     assert "distilled from the original model for 300,000 tokens" in text
     assert "| 1,024 | 10.00 (9.00 to 11.00) | 4,000 (3,600 to 4,400) | 14.00 (12.60 to 15.40) | 1.40 |" in text
     assert "| 16,384 (beyond native) |" in text
     assert "![Perplexity by context length: original, converted, recovered](assets/perplexity.svg)" in text
     assert "| 16,384 | 360 MiB | 120 MiB |" in text
-    assert "name: quickstart" in text and "retrofit run quickstart --out runs/quickstart" in text
+    assert "name: quickstart" in text
+    assert "retrofit run quickstart --out runs/quickstart" in text
     assert "1.40 times the original's" in text
-    assert "/home/someone" not in text and "notes.txt" in text
+    assert "/home/someone" not in text
+    assert "notes.txt" in text
 
 
 def test_tasks_are_told_with_the_paired_difference() -> None:
@@ -99,11 +103,13 @@ def test_tasks_are_told_with_the_paired_difference() -> None:
     text = render_card(card_input(models=models))
     assert "| task | metric | questions | examples | original | converted | recovered | recovered - original |" in text
     cells = "| arc_easy | acc | 2,376 | 0 | 0.612 ± 0.01 | 0.381 ± 0.01 | 0.574 ± 0.01 | -0.038 (-0.049 to -0.026) |"
-    assert cells in text and "| lambada | perplexity | 5,153 | 0 | 12.5 | 12.5 | 12.5 | – |" in text
+    assert cells in text
+    assert "| lambada | perplexity | 5,153 | 0 | 12.5 | 12.5 | 12.5 | – |" in text
     assert "with the questions of arc_easy and lambada only: no other benchmark" in text
     found = {(e.dataset_type, e.metric_type): e.metric_value for e in ModelCard(text).data.eval_results}
     assert found["arc_easy", "acc_norm"] == pytest.approx(0.534)
-    assert "no task benchmark" in render_card(card_input()) and "harness" not in render_card(card_input())
+    assert "no task benchmark" in render_card(card_input())
+    assert "harness" not in render_card(card_input())
 
 
 def test_the_effective_length_is_told_with_what_shows_it() -> None:
@@ -111,7 +117,8 @@ def test_the_effective_length_is_told_with_what_shows_it() -> None:
     assert "**Effective length: 16,384 tokens.** 16,384 tokens pass: the last 1,024 tokens are predicted as" in text
     assert "| 16,384 | yes | 0.981 (0.952 to 1.010) | +0.041 (+0.031 to +0.051) | 0.90 (0.77) |" in text
     assert "| 2,048 | yes | – | – | 0.90 (0.77) |" in text
-    assert "0.90 of the needle's tokens are found, 0.77 are needed" in text and "finds a fact far back" not in text
+    assert "0.90 of the needle's tokens are found, 0.77 are needed" in text
+    assert "finds a fact far back" not in text
     less = render_card(card_input(effective=effective("original")))
     assert "Not beyond, at 16384 tokens" in less
     assert "It is shown to use 8,192 tokens of context, not the 16,384 of its window." in less
@@ -163,7 +170,10 @@ def test_only_what_was_done_is_told() -> None:
         models=(CardModel("original", (row("all", 1024, 10.0),)),),
     )
     text = render_card(plain)
-    assert "unchanged" in text and "KV heads" not in text and "LoRA" not in text and "![" not in text
+    assert "unchanged" in text
+    assert "KV heads" not in text
+    assert "LoRA" not in text
+    assert "![" not in text
     assert "| context (tokens) | original |" in text
     assert "between 1,024 and 8,192 tokens were not measured" in text
     assert "long-context" not in front_matter(text)["tags"]
@@ -227,4 +237,5 @@ def test_every_context_method_has_words(method: str) -> None:
     if method == "search":  # the card names what the search found
         return
     text = render_card(replace(card_input(), context_method=method, encodings_tried=48))
-    assert "tokens by " in text and "best of 48 position encodings measured" in text
+    assert "tokens by " in text
+    assert "best of 48 position encodings measured" in text

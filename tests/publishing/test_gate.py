@@ -36,8 +36,11 @@ def test_not_finite_never_passes(value: float, bound: str) -> None:
 
 def test_not_measured_and_not_readable_fail() -> None:
     missing, unreadable, dots = check({"ppl@4096": "<= 9", "kv_ratio": "about 1", "ppl@2048": "<= ."}, METRICS)
-    assert not missing.passed and "was not measured" in missing.reason and "ppl@2048" in missing.reason
-    assert not unreadable.passed and "not a bound" in unreadable.reason
+    assert not missing.passed
+    assert "was not measured" in missing.reason
+    assert "ppl@2048" in missing.reason
+    assert not unreadable.passed
+    assert "not a bound" in unreadable.reason
     assert not dots.passed
 
 
@@ -48,6 +51,10 @@ def test_enforce_lists_every_unmet_requirement() -> None:
     with pytest.raises(GateError) as caught:
         enforce(check(require, METRICS))
     text = str(caught.value)
-    assert isinstance(caught.value, UserError) and caught.value.exit_code == 2
-    assert "3 of 4" in text and "is 20, not <= 10" in text and "nan" in text and "tail_ppl@99" in text
+    assert isinstance(caught.value, UserError)
+    assert caught.value.exit_code == 2
+    assert "3 of 4" in text
+    assert "is 20, not <= 10" in text
+    assert "nan" in text
+    assert "tail_ppl@99" in text
     assert "kv_ratio" not in text

@@ -77,10 +77,13 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_what_arrives_is_what_the_folder_holds(hub: HubServer, folder: Path) -> None:
     published, waits = push(hub, folder)
     assert hub.repos["ann/tiny"].files == files(folder)
-    assert hub.repos["ann/tiny"].private and published.private
+    assert hub.repos["ann/tiny"].private
+    assert published.private
     assert hub.repos["ann/tiny"].commits == [published.commit]
-    assert published.url == f"{hub.endpoint}/ann/tiny" and published.license == "apache-2.0"
-    assert set(published.files) == files(folder).keys() and published.nbytes == sum(map(len, files(folder).values()))
+    assert published.url == f"{hub.endpoint}/ann/tiny"
+    assert published.license == "apache-2.0"
+    assert set(published.files) == files(folder).keys()
+    assert published.nbytes == sum(map(len, files(folder).values()))
     assert waits == []
     url = f"{published.url}/resolve/main/model-00001-of-00002.safetensors"
     with pytest.raises(urllib.error.HTTPError, match="404"):  # private: nobody without a token
@@ -108,7 +111,8 @@ def test_publishing_again_sends_nothing_twice(hub: HubServer, folder: Path) -> N
     push(hub, folder)
     before = dict(hub.puts)
     push(hub, folder)
-    assert hub.puts == before and set(before.values()) == {1}
+    assert hub.puts == before
+    assert set(before.values()) == {1}
     assert len(hub.repos["ann/tiny"].commits) == 1
 
 
@@ -173,8 +177,10 @@ def test_a_hub_that_stays_down_is_given_up_and_resumed(hub: HubServer, folder: P
     hub.fail("commit", 500, times=10**6)
     with pytest.raises(UserError, match="in 4 attempts") as caught:
         push(hub, folder)
-    assert "500" in str(caught.value) and "not sent again" in str(caught.value)
-    assert hub.requests["commit"] == 4 and hub.repos["ann/tiny"].files == {}
+    assert "500" in str(caught.value)
+    assert "not sent again" in str(caught.value)
+    assert hub.requests["commit"] == 4
+    assert hub.repos["ann/tiny"].files == {}
     hub.faults.clear()
     push(hub, folder)
     assert hub.puts[second] == 1
@@ -185,7 +191,8 @@ def test_cut_in_mid_upload_leaves_no_commit_and_is_resumed(hub: HubServer, folde
     hub.cut("put", times=10**6)
     with pytest.raises(UserError, match="in 4 attempts"):
         push(hub, folder)
-    assert hub.repos["ann/tiny"].commits == [] and hub.blobs == {}
+    assert hub.repos["ann/tiny"].commits == []
+    assert hub.blobs == {}
     hub.faults.clear()
     push(hub, folder)
     assert hub.repos["ann/tiny"].files == files(folder)
@@ -208,7 +215,8 @@ def test_refusals_are_named_and_not_repeated(hub: HubServer, folder: Path, route
     hub.fail(route, status, times=10**6)
     with pytest.raises(UserError, match=said) as caught:
         push(hub, folder)
-    assert str(status) in str(caught.value) and caught.value.fix
+    assert str(status) in str(caught.value)
+    assert caught.value.fix
     assert hub.requests[route] <= 2  # two files go side by side
     assert not hub.repos.get("ann/tiny") or hub.repos["ann/tiny"].files == {}
 
@@ -249,7 +257,8 @@ def test_tokens_are_checked_first(hub: HubServer, folder: Path, token: str, repo
     before = files(folder)
     with pytest.raises(UserError, match=said):
         push(hub, folder, repo, token=token)
-    assert nothing_was_asked(hub) and files(folder) == before
+    assert nothing_was_asked(hub)
+    assert files(folder) == before
 
 
 def test_tokens_that_may_write(hub: HubServer, folder: Path) -> None:
@@ -285,9 +294,11 @@ def test_public_is_not_uploaded_into_a_private_repository(hub: HubServer, folder
     hub.repos["ann/tiny"].files.clear()
     with pytest.raises(UserError, match="exists and is private") as caught:
         push(hub, folder, private=False)
-    assert "leave out --public" in str(caught.value) and hub.repos["ann/tiny"].files == {}
+    assert "leave out --public" in str(caught.value)
+    assert hub.repos["ann/tiny"].files == {}
     published, _ = push(hub, folder, "ann/other", private=False)
-    assert not published.private and not hub.repos["ann/other"].private
+    assert not published.private
+    assert not hub.repos["ann/other"].private
 
 
 def test_what_arrived_broken_is_noticed(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +328,8 @@ def test_license_may_be_given_for_a_card_that_has_none(hub: HubServer, folder: P
 
 def test_a_finished_folder_passes(folder: Path) -> None:
     finished = require_finished(folder)
-    assert finished.license == "apache-2.0" and set(finished.files) == files(folder).keys()
+    assert finished.license == "apache-2.0"
+    assert set(finished.files) == files(folder).keys()
 
 
 @pytest.mark.parametrize(

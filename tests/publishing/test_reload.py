@@ -61,9 +61,13 @@ def test_a_fresh_process_matches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("retrofit.publishing.reload.CHUNK", 16)
     folder, documents, recorded = prepare(tmp_path, "gemma3_text", chat=True)
     report = reload_and_score(folder, documents, recorded, tokens=TOKENS, snippet=load_snippet(chat=True))
-    assert report.passed and report.problems == ()
-    assert report.max_difference < 1e-4 and report.documents == 2 and report.tokens == 2 * TOKENS
-    assert report.new_tokens >= 1 and report.dtype == "float32"
+    assert report.passed
+    assert report.problems == ()
+    assert report.max_difference < 1e-4
+    assert report.documents == 2
+    assert report.tokens == 2 * TOKENS
+    assert report.new_tokens >= 1
+    assert report.dtype == "float32"
     assert report.versions.keys() == {"python", "torch", "transformers"}
 
 
@@ -119,13 +123,16 @@ def test_differences_beyond_the_tolerance_of_the_dtype(dtype: str) -> None:
     assert compared([same[0], same[1] + 0.9 * allowed], dtype).passed
     shifted = [same[0], same[1] + 1.5 * allowed]  # every token a little: only the mean tells
     report = compared(shifted, dtype)
-    assert not report.passed and report.worst == "b"
-    assert len(report.problems) == 1 and report.problems[0].startswith("b: mean loss")
+    assert not report.passed
+    assert report.worst == "b"
+    assert len(report.problems) == 1
+    assert report.problems[0].startswith("b: mean loss")
 
     spiked = [same[0].copy(), same[1]]
     spiked[0][7] += 2 * TOLERANCES[dtype].token
     report = compared(spiked, dtype)
-    assert not report.passed and "token 8" in report.problems[0]
+    assert not report.passed
+    assert "token 8" in report.problems[0]
     assert report.max_difference == pytest.approx(2 * TOLERANCES[dtype].token, rel=1e-3)
 
 
@@ -153,7 +160,8 @@ def test_an_encoding_that_changes_with_the_length_is_compared_at_a_recorded_shor
     recorded = score(model, [document.cut(48) for document in documents], lengths=[24, 48])
     assert np.abs(recorded.losses[0][:23] - recorded.by_length[24][0]).max() > 0.01, "the lengths must differ"
     report = reload_and_score(folder, documents, recorded, tokens=TOKENS, snippet=SNIPPET)
-    assert report.passed and report.tokens == 2 * 24
+    assert report.passed
+    assert report.tokens == 2 * 24
     with pytest.raises(UserError, match="change beyond 32 tokens") as caught:
         reload_and_score(folder, documents, score(model, documents, lengths=[40, 48]), tokens=TOKENS, snippet=SNIPPET)
     assert "at most 32" in str(caught.value.fix)
@@ -164,7 +172,8 @@ def test_a_document_is_compared_as_far_as_it_was_scored(tmp_path: Path) -> None:
     short = tuple(losses[:20] for losses in recorded.losses)
     recorded = replace(recorded, losses=short, token_bytes=tuple(np.zeros(20, np.int32) for _ in short))
     report = reload_and_score(folder, documents, recorded, tokens=TOKENS, snippet=SNIPPET)
-    assert report.passed and report.tokens == 2 * 21
+    assert report.passed
+    assert report.tokens == 2 * 21
 
 
 def test_unknown_dtype_is_refused_before_any_work(tmp_path: Path) -> None:

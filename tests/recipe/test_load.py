@@ -39,7 +39,8 @@ def test_all_problems_are_reported_at_once_each_with_its_line() -> None:
     found = problems(BAD)
     assert found["modle"] == ("r.yaml:2", "unknown key; did you mean `model`?")
     assert found["convert.kv_head"] == ("r.yaml:4", "unknown key; did you mean `kv_heads`?")
-    assert found["convert.method"][0] == "r.yaml:5" and "did you mean `calibrated`?" in found["convert.method"][1]
+    assert found["convert.method"][0] == "r.yaml:5"
+    assert "did you mean `calibrated`?" in found["convert.method"][1]
     assert found["convert.kv_heads"] == ("r.yaml:6", "must be a whole number, not `two`")
     assert found["recover.adapter.rnk"] == ("r.yaml:8", "unknown key; did you mean `rank`?")
     assert found["evaluate.lengths[0]"] == ("r.yaml:11", "must be at least 16, not `1`")
@@ -73,16 +74,20 @@ def test_overrides_are_laid_over_the_file_before_it_is_validated() -> None:
     overrides = ["convert.kv_heads=2", "recover.tokens=2048", "evaluate.lengths=[64, 32]"]
     overrides += ["require.ppl@64=<= 3", "require.kv_ratio=>= 2"]
     recipe = parse(text, "r.yaml", Recipe, overrides)
-    assert recipe.convert is not None and recipe.convert.kv_heads == 2
-    assert recipe.recover is not None and recipe.recover.tokens == 2048
-    assert recipe.evaluate is not None and recipe.evaluate.lengths == (32, 64)
+    assert recipe.convert is not None
+    assert recipe.convert.kv_heads == 2
+    assert recipe.recover is not None
+    assert recipe.recover.tokens == 2048
+    assert recipe.evaluate is not None
+    assert recipe.evaluate.lengths == (32, 64)
     assert recipe.require == {"ppl@64": "<= 3", "kv_ratio": ">= 2"}
 
 
 def test_an_override_reaches_an_item_of_a_list_and_removes_a_section() -> None:
     text = "name: x\nevaluate: {text: [a.txt, b.txt]}\nconvert: {kv_heads: 1}\n"
     recipe = parse(text, "r.yaml", Recipe, ["evaluate.text.1=c.txt", "convert=null"])
-    assert recipe.evaluate is not None and [source.source for source in recipe.evaluate.text] == ["a.txt", "c.txt"]
+    assert recipe.evaluate is not None
+    assert [source.source for source in recipe.evaluate.text] == ["a.txt", "c.txt"]
     assert recipe.convert is None
 
 
@@ -188,7 +193,8 @@ def test_the_model_option_wins_over_the_file() -> None:
 @pytest.mark.parametrize("name", ["extend-4x", "gqa", "gqa-long", "kernel-only", "mqa", "quickstart"])
 def test_every_bundled_recipe_is_valid_and_survives_a_round_trip(name: str) -> None:
     recipe = load_recipe(name)
-    assert recipe.name == name and recipe.description
+    assert recipe.name == name
+    assert recipe.description
     text = dump_recipe(recipe)
     assert parse(text, "again.yaml", Recipe) == recipe
     assert "warmup_ratio: 0.05" in text or recipe.recover is None
@@ -203,13 +209,15 @@ def test_the_catalogue_is_the_folder() -> None:
 @pytest.mark.parametrize("name", bundled.names("suites"))
 def test_every_bundled_suite_is_an_evaluation(name: str) -> None:
     suite = load_suite(name)
-    assert suite.name == name and suite.evaluation().lengths == suite.lengths
+    assert suite.name == name
+    assert suite.evaluation().lengths == suite.lengths
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_recipe("quikstart")
-    assert caught.value.fix is not None and "did you mean `quickstart`?" in caught.value.fix
+    assert caught.value.fix is not None
+    assert "did you mean `quickstart`?" in caught.value.fix
     with pytest.raises(UserError, match="no recipe file"):
         load_recipe(tmp_path / "missing.yaml")
 

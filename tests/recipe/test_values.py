@@ -21,8 +21,10 @@ def recipe(**values: Any) -> Recipe:
 )
 def test_a_length_may_be_written_in_thousands_of_1024(written: Any, count: int) -> None:
     found = recipe(context={"length": written}, evaluate={"lengths": [written], "tail": written})
-    assert found.context is not None and found.context.length == count
-    assert found.evaluate is not None and (found.evaluate.lengths, found.evaluate.tail) == ((count,), count)
+    assert found.context is not None
+    assert found.context.length == count
+    assert found.evaluate is not None
+    assert (found.evaluate.lengths, found.evaluate.tail) == ((count,), count)
 
 
 @pytest.mark.parametrize("written", ["32q", "k", "1.0001k", "-4k", "1e3", "9" * 400 + "k", "", "٣k"])
@@ -38,7 +40,8 @@ def test_the_range_of_a_length_is_that_of_the_number() -> None:
 
 def test_lengths_may_be_written_with_commas() -> None:
     found = parse("name: x\nevaluate: {cost_lengths: 512}\n", "r.yaml", Recipe, ["evaluate.lengths=1k, 4k"]).evaluate
-    assert found is not None and (found.lengths, found.cost_lengths) == ((1024, 4096), (512,))
+    assert found is not None
+    assert (found.lengths, found.cost_lengths) == ((1024, 4096), (512,))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +50,8 @@ def test_lengths_may_be_written_with_commas() -> None:
 def test_a_dtype_is_kept_by_its_full_name(written: str, name: str) -> None:
     found = recipe(dtype=written, evaluate={"dtype": written})
     assert yaml.safe_load(dump_recipe(found))["dtype"] == name
-    assert found.evaluate is not None and found.evaluate.dtype == name
+    assert found.evaluate is not None
+    assert found.evaluate.dtype == name
 
 
 def test_a_dtype_that_is_none_is_told_with_those_there_are() -> None:

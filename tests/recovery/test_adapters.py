@@ -55,7 +55,8 @@ def test_merged_weights_are_the_adapted_model(family: str, full: bool, tmp_path:
         expected = peft_model(IDS).logits
         assert (merged(IDS).logits - expected).abs().max() < 1e-4 * expected.abs().max()
     before, after = Checkpoint.open(source), Checkpoint.open(out)
-    assert set(before.names) == set(after.names) and before.config == after.config
+    assert set(before.names) == set(after.names)
+    assert before.config == after.config
     assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     changed = {name for name in before.names if not torch.equal(before.tensor(name), after.tensor(name))}
     assert {name for name in changed if "norm" in name} == {n for n in before.names if "norm" in n and full}
@@ -122,7 +123,8 @@ def test_which_projections_carry_adapters() -> None:
     mlp = target_modules(model, Adapter(attention=False), spec)
     assert {name.split(".")[-1] for name in attention} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert {name.split(".")[-1] for name in mlp} == {"gate_proj", "up_proj", "down_proj"}
-    assert len(attention) == 8 and len(mlp) == 6
+    assert len(attention) == 8
+    assert len(mlp) == 6
     with pytest.raises(ValidationError, match="sits nowhere"):
         Adapter(attention=False, mlp=False)
 

@@ -43,7 +43,8 @@ def gradients(loss: torch.Tensor, inputs: list[torch.Tensor | None]) -> list[tor
 def test_distillation_is_the_plain_formula(rows: int, scale: float, softcap: float | None, bias: bool) -> None:
     hidden, weight, offset = tensors(0, bias)
     other, other_weight, other_offset = (None if x is None else x.detach() for x in tensors(1, bias))
-    assert other is not None and other_weight is not None
+    assert other is not None
+    assert other_weight is not None
     student = Head(weight, offset, scale, softcap)
     teacher = Head(other_weight, other_offset, scale, softcap)
     expected = plain_kl(plain_logits(hidden, student), plain_logits(other, teacher))
@@ -72,14 +73,16 @@ def test_the_same_model_twice_has_no_loss_and_no_gradient() -> None:
     hidden, weight, _ = tensors(0, False)
     loss = distill_loss(hidden, Head(weight.detach()), hidden.detach(), Head(weight.detach()), 8)
     (gradient,) = torch.autograd.grad(loss, hidden)
-    assert abs(loss.item()) < 1e-5 and gradient.abs().max() < 1e-5
+    assert abs(loss.item()) < 1e-5
+    assert gradient.abs().max() < 1e-5
 
 
 def test_a_frozen_head_gets_no_gradient_and_nothing_is_made_without_grad() -> None:
     hidden, weight, _ = tensors(0, False)
     weight = weight.detach()
     distill_loss(hidden, Head(weight), hidden.detach() + 1, Head(weight), 8).backward()
-    assert weight.grad is None and hidden.grad is not None
+    assert weight.grad is None
+    assert hidden.grad is not None
     with torch.no_grad():
         assert not distill_loss(hidden, Head(weight), hidden + 1, Head(weight), 8).requires_grad
 

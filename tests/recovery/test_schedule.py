@@ -39,7 +39,8 @@ def packed(rows: int, length: int = 32) -> Packed:
 
 
 def test_a_stage_has_whole_batches() -> None:
-    assert POSE.tokens == 300 and spans(POSE, 1024) == (Span(4, 64), Span(8, 512))
+    assert POSE.tokens == 300
+    assert spans(POSE, 1024) == (Span(4, 64), Span(8, 512))
     plain = Recover(tokens=100, sequence_length=32, batch_size=2)
     assert spans(plain, 1024) == (Span(4, 32),)
     assert spans(plain.model_copy(update={"positions": "pose"}), 1024) == (Span(4, 1024),)
@@ -48,26 +49,35 @@ def test_a_stage_has_whole_batches() -> None:
 def test_skips_of_a_stage_reach_its_length_and_not_beyond() -> None:
     lines = training_lines(packed(12), POSE, 1024, seed=3)
     positions_NT = lines.positions_NT
-    assert positions_NT is not None and set(lines.cuts) == {32}
+    assert positions_NT is not None
+    assert set(lines.cuts) == {32}
     assert positions_NT[:4].max() < 64 <= positions_NT[4:].max() < 512
     ordinary = (positions_NT == torch.arange(32)).all(1)
-    assert int(ordinary[:4].sum()) == 1 and int(ordinary[4:].sum()) == 3  # 0.35 of 4 and of 8
+    assert int(ordinary[:4].sum()) == 1
+    assert int(ordinary[4:].sum()) == 3  # 0.35 of 4 and of 8
     again, other = (training_lines(packed(12), POSE, 1024, seed).positions_NT for seed in (3, 4))
-    assert torch.equal(positions_NT, again) and not torch.equal(positions_NT, other)
+    assert torch.equal(positions_NT, again)
+    assert not torch.equal(positions_NT, other)
     held_out = held_out_lines(packed(8), POSE, 1024, seed=3).positions_NT
-    assert held_out is not None and 64 <= held_out.max() < 512
+    assert held_out is not None
+    assert 64 <= held_out.max() < 512
     assert int((held_out == torch.arange(32)).all(1).sum()) == 3
 
 
 def test_rows_of_short_stages_are_several_texts() -> None:
     train, held_out = recovery_rows(FULL, tiny_tokenizer(), 0, teacher=NOBODY)
-    assert held_out is not None and held_out.ids_NT.shape == (2, 32)
+    assert held_out is not None
+    assert held_out.ids_NT.shape == (2, 32)
     lines = training_lines(train, FULL, 512, seed=0)
-    assert train.ids_NT.shape == (6, 32) and lines.positions_NT is None and lines.cuts == (16, 16, 32, 32, 32, 32)
+    assert train.ids_NT.shape == (6, 32)
+    assert lines.positions_NT is None
+    assert lines.cuts == (16, 16, 32, 32, 32, 32)
     dataset = Rows(lines)
     first, last = (collate([dataset[i], dataset[i + 1]])["input_ids"] for i in (0, 4))
-    assert first.shape == (4, 16) and last.shape == (2, 32)
-    assert (first[:, 0] == BOS_ID).all() and (last[:, 0] == BOS_ID).all()
+    assert first.shape == (4, 16)
+    assert last.shape == (2, 32)
+    assert (first[:, 0] == BOS_ID).all()
+    assert (last[:, 0] == BOS_ID).all()
     assert torch.equal(first, training_rows(TEXT, tiny_tokenizer(), 64, 16, 0).ids_NT)
     assert lines.longest()[0].shape == (4, 32)
 
@@ -131,5 +141,6 @@ def test_schedules_that_contradict_themselves(values, what: str) -> None:
 def test_what_people_are_told() -> None:
     gemma = describe(tiny_config("gemma3_text"))
     told = about(POSE, 1024, gemma)
-    assert "reach 64, then 512 positions; 35%" in told[0] and "sliding-window" in told[1]
+    assert "reach 64, then 512 positions; 35%" in told[0]
+    assert "sliding-window" in told[1]
     assert about(Recover(), 1024, gemma) == ()

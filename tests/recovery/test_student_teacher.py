@@ -17,7 +17,9 @@ from tests.tiny import save_tiny
 def test_both_models_get_the_kernel_of_the_registry(dtype: torch.dtype, kernel: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "llama")
     pair = load_pair(folder, folder, device="cpu", dtype=dtype, kernel="auto")
-    assert pair.teacher is not None and pair.kernel == kernel and pair.kernel_reason
+    assert pair.teacher is not None
+    assert pair.kernel == kernel
+    assert pair.kernel_reason
     assert {model.config._attn_implementation for model in (pair.student, pair.teacher)} == {kernel}
     assert torch.isfinite(pair.student(torch.arange(20)[None], use_cache=False).logits).all()
 

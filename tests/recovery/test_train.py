@@ -72,12 +72,17 @@ def digest(folder: Path) -> str:
 
 def test_distillation_brings_the_student_nearer_and_leaves_the_rest_alone(folders, rows, tmp_path: Path) -> None:
     report = run(folders, rows, tmp_path)
-    assert report.start_loss is not None and report.best_loss is not None
+    assert report.start_loss is not None
+    assert report.best_loss is not None
     assert report.best_loss < 0.8 * report.start_loss
-    assert report.best_step in {4, 8} and report.steps == 8 and report.tokens == RECIPE.tokens
+    assert report.best_step in {4, 8}
+    assert report.steps == 8
+    assert report.tokens == RECIPE.tokens
     assert [point.step for point in report.history] == list(range(9))
     rates = [point.learning_rate for point in report.history[1:]]
-    assert rates[0] == 0.0 and rates[1] == max(rates) and rates[1:] == sorted(rates[1:], reverse=True)
+    assert rates[0] == 0.0
+    assert rates[1] == max(rates)
+    assert rates[1:] == sorted(rates[1:], reverse=True)
     before, after = Checkpoint.open(folders[0]), Checkpoint.open(tmp_path / "out")
     assert set(before.names) == set(after.names)
     for name in before.names:
@@ -110,7 +115,8 @@ def test_more_gpus_than_one_do_not_split_the_batch(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(TrainingArguments, "_setup_devices", property(two_gpus))
     arguments = _arguments(RECIPE, tmp_path, 16, "cuda", 0)
-    assert arguments._n_gpu == 1 and arguments.train_batch_size == RECIPE.batch_size
+    assert arguments._n_gpu == 1
+    assert arguments.train_batch_size == RECIPE.batch_size
     assert arguments.max_steps == 8
 
 
@@ -152,7 +158,8 @@ def test_a_finished_training_is_not_run_again_and_another_recipe_starts_anew(fol
     for file in (tmp_path / "out").iterdir():
         file.unlink()
     again = run(folders, rows, tmp_path)
-    assert again.resumed_from == again.steps and again.history == first.history
+    assert again.resumed_from == again.steps
+    assert again.history == first.history
     assert digest(tmp_path / "out") == bytes_before
     for file in (tmp_path / "out").iterdir():
         file.unlink()
@@ -164,7 +171,8 @@ def test_when_nothing_is_better_the_start_is_kept_byte_for_byte(folders, rows, t
     progress = Silent()
     recipe = RECIPE.model_copy(update={"learning_rate": 30.0, "max_grad_norm": 1e9, "warmup_ratio": 0.0})
     report = run((folders[1], folders[1]), rows, tmp_path, recipe, progress=progress)
-    assert report.best_step == 0 and report.best_loss == report.start_loss
+    assert report.best_step == 0
+    assert report.best_loss == report.start_loss
     assert any("no measurement was better" in note for note in progress.notes)
     before, after = Checkpoint.open(folders[1]), Checkpoint.open(tmp_path / "out")
     assert all(torch.equal(before.tensor(name), after.tensor(name)) for name in before.names)
@@ -188,7 +196,8 @@ def test_language_model_loss_without_held_out_text_keeps_the_last_weights(folder
     recipe = RECIPE.model_copy(update={"loss": "lm", "gradient_checkpointing": True})
     report = run((folders[0], None), (rows[0], None), tmp_path, recipe, progress=progress)
     losses = [point.loss for point in report.history if point.loss is not None]
-    assert report.best_step == report.steps and losses[-1] < losses[0]
+    assert report.best_step == report.steps
+    assert losses[-1] < losses[0]
     assert any("nothing is held out" in note for note in progress.notes)
 
 
@@ -204,7 +213,8 @@ def test_distillation_needs_a_teacher_of_the_same_vocabulary(folders, rows, tmp_
 def test_skipped_positions_are_trained_from_a_teacher_at_ordinary_ones(folders, rows, tmp_path, kernel) -> None:
     recipe = RECIPE.model_copy(update={"positions": "pose", "pose_chunks": 3})
     report = run(folders, rows, tmp_path, recipe, kernel=kernel)
-    assert report.start_loss is not None and report.best_loss is not None
+    assert report.start_loss is not None
+    assert report.best_loss is not None
     assert report.best_loss < 0.8 * report.start_loss
     assert any("reach 512 positions; 35% of the rows" in note for note in report.notes)
 
@@ -214,8 +224,11 @@ def test_a_schedule_of_lengths_with_norms_and_embeddings(folders, rows, tmp_path
     adapter = Adapter(rank=4, alpha=8, norms=True, embeddings=True)
     recipe = RECIPE.model_copy(update={"loss": "lm", "stages": stages, "adapter": adapter})
     report = run((folders[0], None), rows, tmp_path, recipe)
-    assert report.best_loss is not None and report.start_loss is not None and report.best_loss < report.start_loss
-    assert report.steps == 8 and any("rows of 16, then 48 tokens" in note for note in report.notes)
+    assert report.best_loss is not None
+    assert report.start_loss is not None
+    assert report.best_loss < report.start_loss
+    assert report.steps == 8
+    assert any("rows of 16, then 48 tokens" in note for note in report.notes)
     before, after = Checkpoint.open(folders[0]), Checkpoint.open(tmp_path / "out")
     assert not any(torch.equal(before.tensor(name), after.tensor(name)) for name in before.names)
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -229,8 +242,10 @@ def test_masked_documents_are_trained_with_a_kernel_that_reads_masks(folders, ro
     recipe = RECIPE.model_copy(update={"document_masking": True})
     documents = [Packed(one.ids_NT, torch.arange(48).expand_as(one.ids_NT) // 20) for one in rows]
     report = run(folders, documents, tmp_path, recipe, kernel="auto", dtype="bfloat16")
-    assert report.kernel == "sdpa" and "do not read" in report.notes[0]
-    assert report.best_loss is not None and report.best_loss < report.start_loss
+    assert report.kernel == "sdpa"
+    assert "do not read" in report.notes[0]
+    assert report.best_loss is not None
+    assert report.best_loss < report.start_loss
     with pytest.raises(UserError, match="does not keep packed documents apart"):
         run(folders, documents, tmp_path / "refused", recipe, kernel="blockwise")
 

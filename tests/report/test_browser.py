@@ -48,6 +48,7 @@ def test_a_page_fits_its_screen_and_asks_for_nothing(tmp_path: Path, width: int)
     assert found, "the page did not load"
     seen = json.loads(found[0])
     assert seen["wide"] <= width
-    assert len(seen["drawn"]) == 17 and all(w > 100 and h > 40 and marks > 3 for w, h, marks in seen["drawn"])
+    assert len(seen["drawn"]) == 17
+    assert all(w > 100 and h > 40 and marks > 3 for w, h, marks in seen["drawn"])
     assert seen["fetched"] == []
     assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]

@@ -58,7 +58,8 @@ def test_the_verdict_says_how_much_of_the_window_is_used() -> None:
 
 def test_the_cache_is_computed_up_to_the_window() -> None:
     shown = dict(row[:2] for row in costs.memory(run()).rows)
-    assert "16,384 (the window)" in shown and "8,192" in shown
+    assert "16,384 (the window)" in shown
+    assert "8,192" in shown
     (cache,) = (one for one in costs.figures(run()) if one.title == "Memory of the KV cache")
     assert "Computed from the configuration" in cache.caption
 
@@ -102,22 +103,28 @@ def test_page_has_every_part(page: str) -> None:
 
 def test_page_is_self_contained_and_well_formed(page: str) -> None:
     assert not re.search(r'(?:src|href)="(?!#)', page)
-    assert "@import" not in page and "url(http" not in page and "<script" not in page
+    assert "@import" not in page
+    assert "url(http" not in page
+    assert "<script" not in page
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r"url\(#([^)]+)\)", page)) <= set(ids)
     assert set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
     for picture in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
         root = ElementTree.fromstring(picture)
-        assert root.get("role") == "img" and root[0].tag == "title" and root[0].text
+        assert root.get("role") == "img"
+        assert root[0].tag == "title"
+        assert root[0].text
     assert "#101112" not in page
 
 
 def test_same_data_same_bytes(page: str) -> None:
     assert html(run()) == page
     first, second = card_picture(run()), card_picture(run())
-    assert first == second and first is not None
-    assert first.png.startswith(b"\x89PNG") and "dc:date" not in first.svg
+    assert first == second
+    assert first is not None
+    assert first.png.startswith(b"\x89PNG")
+    assert "dc:date" not in first.svg
 
 
 def untested() -> LongContext:
@@ -171,7 +178,8 @@ def test_any_part_may_be_missing(name: str) -> None:
     shown = figures(data)
     page, plain = html(data, shown), markdown(data, shown)
     for text in (visible(page), plain):
-        assert "None" not in text and "nan" not in text.split()
+        assert "None" not in text
+        assert "nan" not in text.split()
         assert summary.verdict(data).split(";")[0][:40] in text
     assert "What the measures mean" in page
 
@@ -208,7 +216,8 @@ def test_text_cannot_break_the_page_or_the_table() -> None:
         models=(ModelResult("original", rows), ModelResult(bad, rows)),
     )  # fmt: skip
     page, plain = html(data), markdown(data)
-    assert "<script>" not in page and "{{ 7*7 }}" in visible(page)
+    assert "<script>" not in page
+    assert "{{ 7*7 }}" in visible(page)
     assert "&lt;script&gt;" in page
     table = next(line for line in plain.splitlines() if line.startswith("| 1,024"))
     header = next(line for line in plain.splitlines() if line.startswith("| context length"))
@@ -225,7 +234,8 @@ def test_the_effective_length_stands_at_the_top_with_its_certificate_below(page:
         "NOT PASSED", "9.20 [8.92, 9.48]", "-2.10 [-2.11, -2.09]", "0.05 (needs 0.77)",
         "tail -2.200 nats, needle -0.715, gain -2.110 nats",
     )  # fmt: skip
-    assert rows["16,384", "recovered"][0] == "passed" and "tail +0.038 nats" in rows["16,384", "recovered"][-1]
+    assert rows["16,384", "recovered"][0] == "passed"
+    assert "tail +0.038 nats" in rows["16,384", "recovered"][-1]
     assert "tail" not in rows["4,096", "recovered"][-1], "below the native length the tail proves nothing"
     text = visible(page)
     assert "Not beyond, at 16384 tokens: the tail is not shown to be predicted as well" in text
@@ -244,7 +254,8 @@ def test_tasks_are_shown_with_what_they_are_against_the_original() -> None:
     paired = ("0.574 ± 0.01", "-0.038 [-0.049, -0.026]", "210", "120", "7.4e-07", "2,376")
     assert rows["arc_easy", "acc", "recovered"] == paired
     assert rows["lambada", "perplexity", "recovered"] == ("12.5", "–", "–", "–", "–", "5,153")
-    assert "How it answers questions" in visible(html(run())) and "| arc_easy | acc_norm |" in markdown(run())
+    assert "How it answers questions" in visible(html(run()))
+    assert "| arc_easy | acc_norm |" in markdown(run())
     worse = [one for one in summary.cautions(run()) if "does worse" in one]
     assert worse[0] == "It does worse than the original on arc_easy, acc: -0.038 [-0.049, -0.026]."
     last = run().models[2]
@@ -257,21 +268,26 @@ def test_tasks_are_shown_with_what_they_are_against_the_original() -> None:
 
 def test_the_needle_map_holds_what_its_table_holds() -> None:
     (found,) = (one for one in figures(run()) if one.title == "Needle in a haystack: original")
-    assert len(found.table.rows) == 15 and found.picture is not None
+    assert len(found.table.rows) == 15
+    assert found.picture is not None
     assert found.table.rows[0] == ("2,048", "0%", "0%", "0%", "1.00", "+2.48")
     assert found.table.rows[-1] == ("16,384", "100%", "0%", "0%", "4.20", "+0.00")
     written = found.picture.themed
     # Two depths of two lengths, all past the window, and the scale of depths.
-    assert written.count(">0%<") == 4 + 5 + 1 and ">80%<" not in written
+    assert written.count(">0%<") == 4 + 5 + 1
+    assert ">80%<" not in written
     assert "#ffffff" in written and "#010101" in written, "text stands out from dark and from light cells"
 
 
 def test_the_search_is_shown_with_its_winner_and_its_reference() -> None:
     (found,) = (one for one in figures(run()) if one.section == "search")
-    assert len(found.table.rows) == 4 and "24 encodings in 3 rounds" in found.caption
+    assert len(found.table.rows) == 4
+    assert "24 encodings in 3 rounds" in found.caption
     assert found.table.rows[0][0] == f"{search()['winner']['label']} (chosen)"  # type: ignore[index]
     assert any(row[0] == "yarn (reference)" for row in found.table.rows)
-    assert found.picture is not None and ">chosen<" in found.picture.themed and ">YaRN<" in found.picture.themed
+    assert found.picture is not None
+    assert ">chosen<" in found.picture.themed
+    assert ">YaRN<" in found.picture.themed
     assert found.picture.themed.count("<use ") >= 24 + 8 + 4
     assert "best of 24 position encodings measured on this model (a budget of 187,392 tokens)" in visible(html(run()))
 
@@ -285,14 +301,16 @@ def test_encodings_that_fail_do_not_press_the_others_together() -> None:
     )
     assert "1 of them lost more than this chart shows" in found.caption
     assert "lost more than this chart shows" not in before.caption
-    assert found.picture is not None and before.picture is not None
+    assert found.picture is not None
+    assert before.picture is not None
     assert found.picture.themed.count("<use ") == before.picture.themed.count("<use ")
 
 
 def test_made_up_checks_have_the_fields_of_the_real_ones() -> None:
     data = run()
     for made_up, real in ((data.reload, ReloadReport), (data.kernel_proof, Proof)):
-        assert made_up is not None and set(made_up) <= {field.name for field in fields(real)}
+        assert made_up is not None
+        assert set(made_up) <= {field.name for field in fields(real)}
     assert "within the tolerance of 0.002 for a token and of 1.00e-04 for the mean of 1,024." in visible(html(data))
 
 
@@ -304,11 +322,13 @@ def test_what_running_costs_stands_beside_what_the_machine_could_do() -> None:
         "512", "original", "11.2 MiB (spec: 11.2 MiB)", "0.731 (0.717 to 0.753)", "700", "1,450",
         "20.1 (19.5 to 20.5)", "33.8", "90.0 MiB",
     )  # fmt: skip
-    assert found.picture.themed.count(">bound<") == 2 and "8.85 GiB/s" in found.caption
+    assert found.picture.themed.count(">bound<") == 2
+    assert "8.85 GiB/s" in found.caption
     bare = replace(run().models[0].cost.lengths[0], decode_tokens=0, decode_per_s=None, decode_rounds=())  # type: ignore[union-attr]
     only = replace(run().models[0], cost=replace(run().models[0].cost, lengths=(bare,)))  # type: ignore[type-var]
     (found,) = (one for one in figures(run(models=(only,))) if one.title == "Speed and memory by context length")
-    assert found.picture is None and found.table.rows[0][6] == "–"
+    assert found.picture is None
+    assert found.table.rows[0][6] == "–"
 
 
 def with_rounds(label: str, *rounds: tuple[float, ...]) -> ModelResult:
@@ -393,8 +413,10 @@ def test_wide_values_get_a_logarithmic_axis() -> None:
     lengths = [1024, 2048]
     narrow = plots.perplexity_by_length("a", [Line("original", lengths, [10, 40])], native=1024)
     wide = plots.perplexity_by_length("a", [Line("original", lengths, [10, 900_000])], native=1024)
-    assert ">20<" in narrow.themed and ">100,000<" not in narrow.themed
-    assert ">100,000<" in wide.themed and ">1,000<" in wide.themed
+    assert ">20<" in narrow.themed
+    assert ">100,000<" not in narrow.themed
+    assert ">100,000<" in wide.themed
+    assert ">1,000<" in wide.themed
 
 
 def test_native_window_is_marked_only_inside_the_axis() -> None:

@@ -40,7 +40,8 @@ def test_text_that_is_too_short_is_not_read_twice_but_refused(model: Path, tmp_p
         calibration_module.calibration_text(
             calibration(text=[str(tmp_path / "short.txt")]), tokenizer, seed=0, teacher=teacher
         )
-    assert "short.txt" in str(caught.value) and "fewer tokens" in str(caught.value)
+    assert "short.txt" in str(caught.value)
+    assert "fewer tokens" in str(caught.value)
 
 
 def test_a_model_that_does_not_fit_is_calibrated_without_its_own_samples(
@@ -52,8 +53,10 @@ def test_a_model_that_does_not_fit_is_calibrated_without_its_own_samples(
     found = calibration_module.calibration_text(
         calibration(text=["python-docs", "self"]), tokenizer, seed=0, teacher=teacher
     )
-    assert set(found.kinds) == {"python-docs"} and found.input_ids_NT.numel() == 512
-    assert "self" in found.notes[0] and "1000 B of memory are free" in found.notes[0]
+    assert set(found.kinds) == {"python-docs"}
+    assert found.input_ids_NT.numel() == 512
+    assert "self" in found.notes[0]
+    assert "1000 B of memory are free" in found.notes[0]
     with pytest.raises(UserError, match="to write samples"):
         calibration_module.calibration_text(calibration(text=["self"]), tokenizer, seed=0, teacher=teacher)
 
@@ -75,14 +78,16 @@ def test_what_samples_need_is_the_model_as_it_is_run(
 
 def test_own_samples_are_part_of_the_default_mix_and_of_the_plan(model: Path) -> None:
     assert [source.source for source in Calibration().text] == ["python-docs", "python-stdlib", "self"]
-    assert Teacher(model).tokens == plan.SAMPLED_TOKENS and plan.SAMPLE_ROWS == samples.BATCH
+    assert Teacher(model).tokens == plan.SAMPLED_TOKENS
+    assert plan.SAMPLE_ROWS == samples.BATCH
     facts = ModelFacts("tiny", describe(load_config(model)), 10_000_000, "bfloat16")
     costs = {}
     for name, sources in (("own", ["python-docs", "self"]), ("none", ["python-docs"])):
         section = {"kv_heads": 1, "calibration": {"text": sources}}
         recipe = Recipe.model_validate({"name": "x", "convert": section, "evaluate": None, "publish": None})
         costs[name] = make_plan(recipe, facts).steps[0]
-    assert "30,720 sampled from the original" in costs["own"].does and "sampled" not in costs["none"].does
+    assert "30,720 sampled from the original" in costs["own"].does
+    assert "sampled" not in costs["none"].does
     assert costs["own"].seconds > costs["none"].seconds + 2
 
 
@@ -102,7 +107,8 @@ def test_what_a_folder_holds_is_told_apart_by_path(tmp_path: Path) -> None:
         TextSource(source=str(tmp_path / "books" / "a" / "notes.txt")),
     ]
     folder, file = (found["content"] for found in identity.identity(sources))
-    assert list(folder) == ["a/notes.txt", "b/notes.txt"] and list(file) == ["notes.txt"]  # type: ignore[call-overload]
+    assert list(folder) == ["a/notes.txt", "b/notes.txt"]
+    assert list(file) == ["notes.txt"]  # type: ignore[call-overload]
 
 
 def test_one_source_under_two_names_is_one_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +127,8 @@ def test_convert_calibrates_within_a_short_window_and_says_so(model: Path, texts
     assert "calibrated on sequences of 512 tokens instead of 1,024" in written.report["notes"][0]
     with pytest.raises(UserError, match="so nothing is measured"):
         api.convert(model, out=tmp_path / "b", kv_heads=4, moments=tmp_path / "m", **options)
-    assert not (tmp_path / "m").exists() and not (tmp_path / "b").exists()
+    assert not (tmp_path / "m").exists()
+    assert not (tmp_path / "b").exists()
     config = load_config(model)
     section = {"kv_heads": 4, "method": "mean"}
     same = Recipe.model_validate({"name": "x", "convert": section, "evaluate": None, "publish": None})

@@ -38,7 +38,8 @@ def test_ratios_are_paired_and_no_torch_is_loaded(tmp_path: Path) -> None:
     losses = made_up(2, 256)
     a, b = save(tmp_path / "a.npz", losses), save(tmp_path / "b.npz", worse(losses, 0.1))
     row = compare(a, b, lengths=[64]).rows[-1]
-    assert row.ratio == pytest.approx(math.exp(0.1), rel=1e-5) and row.high - row.low < 1e-5
+    assert row.ratio == pytest.approx(math.exp(0.1), rel=1e-5)
+    assert row.high - row.low < 1e-5
     assert row.bpb_b - row.bpb_a == pytest.approx(0.1 / math.log(2) / 4, rel=1e-5)
     code = f"import sys, retrofit; retrofit.compare({str(a)!r}, {str(b)!r}); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -79,7 +80,8 @@ def test_dtype_and_kernel_of_both_are_told_and_a_difference_is_noted(tmp_path: P
     a = save(tmp_path / "a.npz", made_up(2, 256), dtype="float32", kernel="blockwise")
     b = save(tmp_path / "b.npz", made_up(2, 256), dtype="bfloat16", kernel="blockwise")
     shown = " ".join(retrofit("compare", a, b).output.split())
-    assert "dtype float32, kernel blockwise" in shown and "dtype bfloat16, kernel blockwise" in shown
+    assert "dtype float32, kernel blockwise" in shown
+    assert "dtype bfloat16, kernel blockwise" in shown
     assert "a was read with dtype float32, b with bfloat16" in shown
     assert not compare(a, a).notes
 
@@ -135,20 +137,26 @@ def test_bits_per_byte_of_two_tokenizers_are_over_the_same_bytes() -> None:
     b = text_losses([[3] * 1500, [3, 0, 3] * 300], 0.6, given=3)  # up to 4503 and 1803 bytes, three a token
     found = compare_bits(a, b, "k")
     # From the first to the last byte where both have a token end: 6 to 4500, and 6 to 1800.
-    assert found.nbytes == 4494 + 1794 and found.documents == 2
-    assert found.tokens_a == (4494 + 1794) // 2 and found.tokens_b == 1498 + 598 + 299
-    assert found.bpb_a == pytest.approx(0.5 / math.log(2)) and found.bpb_b == pytest.approx(0.6 / math.log(2))
-    assert found.ratio == pytest.approx(1.2) and found.high - found.low < 1e-5
+    assert found.nbytes == 4494 + 1794
+    assert found.documents == 2
+    assert found.tokens_a == (4494 + 1794) // 2
+    assert found.tokens_b == 1498 + 598 + 299
+    assert found.bpb_a == pytest.approx(0.5 / math.log(2))
+    assert found.bpb_b == pytest.approx(0.6 / math.log(2))
+    assert found.ratio == pytest.approx(1.2)
+    assert found.high - found.low < 1e-5
 
 
 def test_two_tokenizers_need_the_flag_and_the_same_texts(tmp_path: Path) -> None:
     a = save(tmp_path / "a.npz", made_up(2, 256))
     b = save(tmp_path / "b.npz", worse(made_up(2, 256), 0.1), tokenizer_sha256="other", documents_sha256="other")
     refused = retrofit("compare", a, b)
-    assert refused.exit_code == 2 and "--bits-per-byte" in refused.output
+    assert refused.exit_code == 2
+    assert "--bits-per-byte" in refused.output
     shown = retrofit("compare", a, b, "--bits-per-byte", "--json")
     (row, *_) = json.loads(shown.stdout)["bits"]
-    assert row["bpb_b"] > row["bpb_a"] and row["low"] < row["ratio"] < row["high"]
+    assert row["bpb_b"] > row["bpb_a"]
+    assert row["low"] < row["ratio"] < row["high"]
     assert "bits per byte on the same bytes" in retrofit("compare", a, b, "--bits-per-byte").output.lower()
     save(tmp_path / "c.npz", made_up(2, 256), tokenizer_sha256="other", texts_sha256=["x", "z"])
     with pytest.raises(UserError, match="not known to be of the same texts"):

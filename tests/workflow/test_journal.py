@@ -27,7 +27,8 @@ def test_a_step_is_done_with_its_fingerprint_only(tmp_path: Path, entry: Entry) 
     Journal(tmp_path).append(entry)
     again = Journal(tmp_path)
     assert again.done("convert", "abc") == entry
-    assert again.done("convert", "abd") is None and again.done("extend", "abc") is None
+    assert again.done("convert", "abd") is None
+    assert again.done("extend", "abc") is None
 
 
 def test_a_changed_or_missing_artifact_is_not_done(tmp_path: Path, entry: Entry) -> None:
@@ -43,7 +44,8 @@ def test_the_newest_line_of_a_step_counts(tmp_path: Path, entry: Entry) -> None:
     journal = Journal(tmp_path)
     journal.append(entry)
     journal.append(replace(entry, fingerprint="new"))
-    assert journal.done("convert", "abc") is None and Journal(tmp_path).done("convert", "new") is not None
+    assert journal.done("convert", "abc") is None
+    assert Journal(tmp_path).done("convert", "new") is not None
 
 
 def test_every_torn_last_line_is_dropped_and_overwritten(tmp_path: Path, entry: Entry) -> None:

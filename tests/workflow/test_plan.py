@@ -37,7 +37,8 @@ SPEED = Throughput(100e9, 25e9, "100 GFLOP/s for this test")
 def test_kv_cache_before_and_after_is_exact() -> None:
     plan = make_plan(load_recipe("quickstart"), FACTS, SPEED)
     per_head = 2 * 64 * 2 * 30  # K and V, head dim, bytes of bfloat16, layers
-    assert plan.kv_heads == (3, 1) and plan.kv_bytes_per_token == (3 * per_head, per_head)
+    assert plan.kv_heads == (3, 1)
+    assert plan.kv_bytes_per_token == (3 * per_head, per_head)
     assert plan.positions == (8192, 16384)
     assert plan.kv_cache_bytes == (3 * per_head * 16384, per_head * 16384)
 
@@ -88,7 +89,8 @@ def test_a_plan_has_the_steps_of_its_recipe() -> None:
     assert steps_of(load_recipe("kernel-only")) == ("evaluate",)
     plan = make_plan(load_recipe("extend-4x"), FACTS, SPEED)
     assert [cost.step for cost in plan.steps] == ["extend", "recover", "evaluate", "publish"]
-    assert plan.positions == (8192, 32768) and plan.kv_bytes_per_token[0] == plan.kv_bytes_per_token[1]
+    assert plan.positions == (8192, 32768)
+    assert plan.kv_bytes_per_token[0] == plan.kv_bytes_per_token[1]
     assert plan.disk_bytes == sum(cost.disk_bytes for cost in plan.steps) > 2 * FACTS.weight_bytes
 
 
@@ -144,7 +146,10 @@ def test_checkpointing_costs_a_pass_and_saves_memory() -> None:
         make_plan(load_recipe("quickstart", [f"recover.gradient_checkpointing={on}"]), FACTS, SPEED).of("recover")
         for on in ("false", "true")
     )
-    assert without and with_ and without.peak_bytes > with_.peak_bytes and without.seconds < with_.seconds
+    assert without
+    assert with_
+    assert without.peak_bytes > with_.peak_bytes
+    assert without.seconds < with_.seconds
 
 
 def test_experts_without_adapters_are_told_of() -> None:

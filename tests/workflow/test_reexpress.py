@@ -35,11 +35,13 @@ def test_reexpress_only_writes_the_same_function_and_its_record(
         monkeypatch.setattr(module, "staged", counted, raising=False)
     done = retrofit.convert(source, reexpress_only=True, out=out)
     assert len(stages) == 1
-    assert done.step == "reexpress" and "gpt2 was re-expressed as gpt_bigcode" in done.report["notes"][0]
+    assert done.step == "reexpress"
+    assert "gpt2 was re-expressed as gpt_bigcode" in done.report["notes"][0]
     with torch.no_grad():
         assert torch.allclose(load(source)(ids()).logits, load(out)(ids()).logits, atol=1e-4)
     assert [step["step"] for step in read_provenance(out)["steps"]] == ["reexpress"]
-    assert not (tmp_path / "cache").exists() and list(tmp_path.glob("*.partial")) == []
+    assert not (tmp_path / "cache").exists()
+    assert list(tmp_path.glob("*.partial")) == []
     again = retrofit.convert(source, reexpress_only=True, out=out)
     assert len(stages) == 1, "the same command finds it done"
     assert "done before" in again.report["notes"][0]
@@ -52,7 +54,8 @@ def test_a_conversion_re_expresses_first_and_says_so(source: Path, tmp_path: Pat
     done = retrofit.convert(source, kv_heads=1, method="mean", out=out)
     assert "gpt2 was re-expressed as gpt_bigcode" in done.report["notes"][0]
     model = AutoModelForCausalLM.from_pretrained(out)
-    assert model.config.model_type == "gpt_bigcode" and model.config.multi_query
+    assert model.config.model_type == "gpt_bigcode"
+    assert model.config.multi_query
     record = read_provenance(out)
     assert [step["step"] for step in record["steps"]] == ["convert"]
     assert "gpt2 was re-expressed as gpt_bigcode" in record["source"]["notes"][0]

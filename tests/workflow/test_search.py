@@ -28,7 +28,8 @@ def test_a_window_is_searched_for_and_the_search_is_on_record(model: Path, book:
     out = tmp_path / "long"
     result = retrofit("extend", model, "--factor", 2, "--method", "search", "--text", book, "--out", out)
     assert result.exit_code == 0, result.output
-    assert "yarn" in result.stdout and "objective" in result.stdout
+    assert "yarn" in result.stdout
+    assert "objective" in result.stdout
     assert not out.with_name("long.work").exists()
     (step,) = json.loads((out / "retrofit.json").read_text())["steps"]
     found = step["result"]["search"]
@@ -56,7 +57,8 @@ def test_mistakes_are_told_before_anything_is_read(
     model: Path, tmp_path: Path, options: tuple[object, ...], words: str
 ) -> None:
     result = retrofit("extend", model, "--factor", 2, *options, "--out", tmp_path / "long")
-    assert result.exit_code == 2 and words in result.output
+    assert result.exit_code == 2
+    assert words in result.output
     assert not list(tmp_path.iterdir())
 
 
@@ -94,5 +96,7 @@ def test_short_documents_are_packed_and_read_again_and_that_is_said(model: Path,
     tokenizer = load_tokenizer(model)
     section = Search(text=tuple(TextSource(source=str(tmp_path / f"{index}.txt")) for index in range(3)))
     ids, name = searched_text(section, tokenizer, 1024, seed=0, teacher=Teacher(model), progress=progress)
-    assert len(ids) == 1024 and "packed from several documents" in name and "more than once" in name
+    assert len(ids) == 1024
+    assert "packed from several documents" in name
+    assert "more than once" in name
     assert any("it is read" in note for note in progress.notes)

@@ -50,8 +50,10 @@ def test_what_is_no_budget_says_how_one_is_written(text: str) -> None:
 
 def test_the_most_heads_that_fit_are_chosen() -> None:
     caches = {8: 800, 4: 400, 2: 200, 1: 100}
-    assert within(Budget(799, 10), caches) == 4 and within(Budget(400, 10), caches) == 4
-    assert within(Budget(399, 10), caches) == 2 and within(Budget(100, 10), caches) == 1
+    assert within(Budget(799, 10), caches) == 4
+    assert within(Budget(400, 10), caches) == 4
+    assert within(Budget(399, 10), caches) == 2
+    assert within(Budget(100, 10), caches) == 1
     with pytest.raises(UserError, match="inside this budget as it is: its 8 KV heads need 800 B"):
         within(Budget(800, 10), caches)
     with pytest.raises(UserError, match="even 1 KV head needs 100 B") as caught:
@@ -63,7 +65,8 @@ def test_every_third_sequence_of_a_kind_is_scored_and_not_fitted() -> None:
     ids = torch.arange(8)[:, None].expand(8, 16)
     fit, scored = pilot.split(CalibrationText(ids, tuple("aaaaabbb"), ("not calibrated on `self`",)))
     assert fit.notes == ("not calibrated on `self`",)
-    assert scored.input_ids_NT[:, 0].tolist() == [2, 7] and scored.kinds == ("a", "b")
+    assert scored.input_ids_NT[:, 0].tolist() == [2, 7]
+    assert scored.kinds == ("a", "b")
     assert fit.input_ids_NT[:, 0].tolist() == [0, 1, 3, 4, 5, 6]
 
 
@@ -85,7 +88,8 @@ def test_rows_are_measured_or_lie_on_the_curve() -> None:
     found = (Measured(1, 0.64, 0.1), Measured(2, 0.04, 0.1))  # sixteen times the loss at four times the cost
     calibrated = pilot.Calibrated(2.0, found, "o_proj", 12, 4, ("a",), {})
     rows, curve = module.price_list(spec, layers, calibrated, {g: 100 * g for g in costs}, 4)
-    assert curve is not None and curve.exponent == pytest.approx(2)
+    assert curve is not None
+    assert curve.exponent == pytest.approx(2)
     assert [(row.kv_heads, row.how) for row in rows] == [
         (8, "original"),
         (4, "predicted"),
@@ -95,10 +99,13 @@ def test_rows_are_measured_or_lie_on_the_curve() -> None:
     assert [row.increase for row in rows] == pytest.approx([0, 0.01, 0.04, 0.64])
     assert [row.error for row in rows] == [None, 0.1, 0.1, 0.1]
     assert [row.tells for row in rows] == [True, False, False, True]
-    assert rows[3].ratio == pytest.approx(math.exp(0.64)) and rows[0].ratio == 1
-    assert rows[3].dearest(1) == [(0, pytest.approx(0.75))] and rows[0].dearest() == []
+    assert rows[3].ratio == pytest.approx(math.exp(0.64))
+    assert rows[0].ratio == 1
+    assert rows[3].dearest(1) == [(0, pytest.approx(0.75))]
+    assert rows[0].dearest() == []
     unmeasured, none = module.price_list(spec, layers, None, {g: 100 * g for g in costs}, 4)
-    assert none is None and [row.increase for row in unmeasured] == [0, None, None, None]
+    assert none is None
+    assert [row.increase for row in unmeasured] == [0, None, None, None]
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +133,8 @@ def listed(options: list[object]) -> dict[str, object]:
 
 def test_the_list_for_machines(listed: dict[str, object]) -> None:
     rows = {row["kv_heads"]: row for row in listed["prices"]}  # type: ignore[attr-defined]
-    assert list(rows) == [8, 4, 2, 1] and listed["length"] == 512
+    assert list(rows) == [8, 4, 2, 1]
+    assert listed["length"] == 512
     how = {count: row["how"] for count, row in rows.items()}
     # A random model may lose nothing by a conversion, and then nothing is predicted.
     assert how == {
@@ -138,12 +146,15 @@ def test_the_list_for_machines(listed: dict[str, object]) -> None:
     per_token = 2 * 8 * 4 * 2  # K and V, head dim, bytes of float32, layers
     assert all(row["kv_bytes_per_token"] == per_token * count for count, row in rows.items())
     assert all(row["kv_cache_bytes"] == per_token * count * 512 for count, row in rows.items())
-    assert rows[8]["cost"] == 0 and rows[8]["increase"] == 0 and rows[8]["ratio"] == 1
+    assert rows[8]["cost"] == 0
+    assert rows[8]["increase"] == 0
+    assert rows[8]["ratio"] == 1
     assert 0 < rows[4]["cost"] < rows[2]["cost"] < rows[1]["cost"]
     assert [layer["index"] for layer in rows[1]["layers"]] == [0, 1]
     assert sum(layer["cost"] for layer in rows[1]["layers"]) == pytest.approx(rows[1]["cost"])
     assert [probe["kv_heads"] for probe in listed["calibrated"]["probes"]] == [1, 2]  # type: ignore[index]
-    assert listed["kv_heads"] is None and listed["command"] is None
+    assert listed["kv_heads"] is None
+    assert listed["command"] is None
 
 
 def test_kept_moments_give_the_same_list_without_a_pass_over_text(
@@ -182,34 +193,40 @@ def test_kept_moments_say_which_options_they_were_not_made_with(
 def test_a_budget_picks_and_names_the_next_command(options: list[object], eight: Path) -> None:
     done = command(*options, "--kv-budget", "150KiB@256")
     found = json.loads(done.stdout)
-    assert found["kv_heads"] == 4 and found["prices"][1]["kv_cache_bytes"] == 512 * 256
+    assert found["kv_heads"] == 4
+    assert found["prices"][1]["kv_cache_bytes"] == 512 * 256
     text = [str(option) for option in options[6:9:2]]
     named = f"--calibrate {text[0]} --calibrate {text[1]}"
     assert found["command"] == f"retrofit convert {eight} --kv-heads 4 {named} --out out/kv4"
     done = command("plan", "gqa", "--model", *options[1:-1], "--kv-budget", "70KiB@256")
     named = f"--set 'convert.calibration.text={json.dumps(text)}'"
     assert f"retrofit run gqa --model {eight} {named} --set convert.kv_heads=2" in done.output
-    assert "measured: 1 KV head +" in done.output.replace("head -", "head +") and "before any recovery" in done.output
+    assert "measured: 1 KV head +" in done.output.replace("head -", "head +")
+    assert "before any recovery" in done.output
 
 
 def test_moments_of_other_weights_and_of_no_loss(options: list[object], tmp_path: Path, eight: Path) -> None:
     kept = Path(str(options[-2]))
     other = save_tiny(tmp_path / "other", "llama", seed=1, num_attention_heads=8, num_key_value_heads=8)
     done = command("plan", other, "--kv-heads", "--moments", kept)
-    assert done.exit_code == 2 and "of other weights" in done.output
+    assert done.exit_code == 2
+    assert "of other weights" in done.output
     alone = tmp_path / "alone"
     alone.mkdir()
     for path in (*kept.glob("layer-*"), kept / "moments.json"):
         (alone / path.name).write_bytes(path.read_bytes())
     found = json.loads(command("plan", eight, "--kv-heads", "--moments", alone, "--json").stdout)
     assert [row["increase"] for row in found["prices"]] == [0.0, None, None, None]
-    assert found["prices"][3]["cost"] > 0 and "no loss was measured" in found["notes"][-1]
+    assert found["prices"][3]["cost"] > 0
+    assert "no loss was measured" in found["notes"][-1]
     four = save_tiny(tmp_path / "four", "llama")
     done = command("plan", four, "--kv-heads", "--moments", alone)
-    assert done.exit_code == 2 and "of other weights" in done.output
+    assert done.exit_code == 2
+    assert "of other weights" in done.output
     (alone / "moments.json").unlink()
     done = command("plan", eight, "--kv-heads", "--moments", alone)
-    assert done.exit_code == 2 and "do not say which weights" in done.output
+    assert done.exit_code == 2
+    assert "do not say which weights" in done.output
 
 
 def test_moments_that_a_conversion_kept_price_its_own_model_alone(texts: Path, tmp_path: Path, eight: Path) -> None:
@@ -221,13 +238,15 @@ def test_moments_that_a_conversion_kept_price_its_own_model_alone(texts: Path, t
     assert any("a model converted to 2 KV heads layer by layer" in note for note in found["notes"])
     other = save_tiny(tmp_path / "other", "llama", seed=1, num_attention_heads=8, num_key_value_heads=8)
     done = command("plan", other, "--kv-heads", "--moments", kept)
-    assert done.exit_code == 2 and "of other weights" in done.output
+    assert done.exit_code == 2
+    assert "of other weights" in done.output
 
 
 def test_bad_input_is_told_before_any_work(tmp_path: Path, eight: Path) -> None:
     def error(*arguments: object) -> str:
         done = command("plan", *arguments)
-        assert done.exit_code == 2 and "Traceback" not in done.output
+        assert done.exit_code == 2
+        assert "Traceback" not in done.output
         return done.output
 
     assert "belongs to the price list" in error("gqa", "--model", eight, "--tokens", 4096)
@@ -330,17 +349,20 @@ def test_a_killed_list_goes_on_at_its_layer_and_ends_with_the_same_numbers(
         except KeyboardInterrupt:
             lives += 1
             said += watch.notes
-    assert found == whole and lives > 10
+    assert found == whole
+    assert lives > 10
     assert layers == once, "no layer is read twice"
     assert any("moments of the original: goes on after 1 of 2 layers" in note for note in said), said
-    assert not list(place.glob("**/*.safetensors")) and not list(tmp_path.glob("**/*.work"))
+    assert not list(place.glob("**/*.safetensors"))
+    assert not list(tmp_path.glob("**/*.work"))
     if with_moments:
         calm, hunted = tmp_path / "calm", tmp_path / "hunted"
         assert {path.name: path.read_bytes() for path in calm.iterdir()} == {
             path.name: path.read_bytes() for path in hunted.iterdir()
         }
         layers.clear()
-        assert listed(hunted) == whole and not layers
+        assert listed(hunted) == whole
+        assert not layers
 
 
 def test_moments_that_were_copied_in_part_are_not_taken_for_all(
@@ -363,7 +385,8 @@ def test_moments_that_were_copied_in_part_are_not_taken_for_all(
     assert [path.name for path in folder.glob("layer-*")] == ["layer-000.safetensors"]
     monkeypatch.setattr(pilot, "survey", lambda *_, **__: pytest.fail("what was measured is kept"))
     found = retrofit.prices(recipe=file, measure=False, moments=folder)
-    assert len(list(folder.glob("layer-*"))) == 2 and not (tmp_path / "moments.work").exists()
+    assert len(list(folder.glob("layer-*"))) == 2
+    assert not (tmp_path / "moments.work").exists()
     assert retrofit.prices(recipe=file, measure=False, moments=folder) == found
 
 

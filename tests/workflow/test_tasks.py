@@ -52,7 +52,8 @@ def test_without_the_harness_nothing_is_begun(
     ):
         refused = retrofit(*arguments)
         assert refused.exit_code == 2, refused.output
-        assert "which is not installed" in refused.output and "pip install 'attention-retrofit[eval]'" in refused.output
+        assert "which is not installed" in refused.output
+        assert "pip install 'attention-retrofit[eval]'" in refused.output
     assert not out.exists()
 
 
@@ -84,12 +85,15 @@ def test_a_section_that_is_not_one_is_refused(tmp_path: Path, tasks: dict[str, o
 
 def test_options_of_tasks_need_a_task(model: Path) -> None:
     refused = retrofit("evaluate", model, "--fewshot", 2)
-    assert refused.exit_code == 2 and "--fewshot" in refused.output and "add --task NAME" in refused.output
+    assert refused.exit_code == 2
+    assert "--fewshot" in refused.output
+    assert "add --task NAME" in refused.output
 
 
 def test_requirements_on_tasks(recipe: Callable[..., Path], tmp_path: Path) -> None:
     refused = retrofit("run", recipe(require={"task_drop@arc_easy": "<= 0.02"}), "--out", tmp_path / "run")
-    assert refused.exit_code == 2 and "no task is asked" in refused.output
+    assert refused.exit_code == 2
+    assert "no task is asked" in refused.output
     with pytest.raises(RecipeError, match="is not a metric"):
         load_recipe(recipe(require={"task_drop": "<= 0.02"}))
 
@@ -120,7 +124,9 @@ def test_tasks_are_priced_for_every_model() -> None:
     size = TaskSize("quiz", 100, 400, 160.0, 400, 0)
     before, plan = make_plan(recipe, FACTS, SPEED), make_plan(recipe, FACTS, SPEED, [size])
     cost = plan.of("evaluate")
-    assert cost is not None and cost.pieces == 3 and "100 questions of quiz" in cost.does
+    assert cost is not None
+    assert cost.pieces == 3
+    assert "100 questions of quiz" in cost.does
     tokens = 400 * 40  # four bytes a token
     reading = tokens * (2 * 134_515_008 + 30 * 4 * 9 * 64 * 40 / 2) / (100e9 * EFFICIENCY)
     cache = 40 * 2 * 3 * 64 * 2 * 30
@@ -142,10 +148,12 @@ def test_stored_answers_are_compared_beside_the_losses(tmp_path: Path) -> None:
     assert (row.task, row.before, row.after, row.lost, row.gained) == ("quiz", 0.75, 0.25, 2, 0)
     assert compare(a, b, bits=True).tasks == (row,)
     shown = " ".join(retrofit("compare", a, b).output.split())
-    assert "quiz" in shown and "-0.5000" in shown
+    assert "quiz" in shown
+    assert "-0.5000" in shown
     to_file({"quiz": answers([1, 1], first=9)}, tmp_path / "b.tasks.json")
     found = compare(a, b)
-    assert found.tasks == () and "no question alike" in found.notes[-1]
+    assert found.tasks == ()
+    assert "no question alike" in found.notes[-1]
 
 
 def test_answers_of_a_run_are_those_it_recorded(tmp_path: Path) -> None:

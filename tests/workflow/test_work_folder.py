@@ -38,7 +38,8 @@ def test_a_folder_of_somebody_else_is_refused_and_stays(command: str, commands: 
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
     result = retrofit(*commands[command])
-    assert result.exit_code == 2 and "holds something else" in result.output
+    assert result.exit_code == 2
+    assert "holds something else" in result.output
     assert (mine / "thesis.txt").read_text() == "years of work"
     assert sorted(tmp_path.iterdir()) == [mine]
 
@@ -52,7 +53,8 @@ def test_a_stopped_conversion_outlives_other_commands(
     (hours,) = (tmp_path / "new.work").rglob("hours")
     for other in ("extend", "recover"):
         result = retrofit(*commands[other])
-        assert result.exit_code == 2 and "an interrupted `retrofit convert`" in result.output
+        assert result.exit_code == 2
+        assert "an interrupted `retrofit convert`" in result.output
     result = retrofit("extend", model, "--factor", 2, "--out", tmp_path / "new")
     assert result.exit_code == 0, "a method that is not searched for keeps nothing, and looks at nothing"
     assert hours.read_text() == "of work"
