@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import retrofit
 from retrofit.cli.app import app
 from retrofit.errors import UserError
 from retrofit.recipe.options import OPTIONS, Option, option_of, recipe_of
+from retrofit.views.notebook import VIEWS
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 EVERY = [(command, option) for command, options in OPTIONS.items() for option in options]
@@ -98,6 +100,13 @@ def test_every_python_parameter_is_an_option(command: str) -> None:
     alone = {"progress", "measure", "token"}
     names = [name for name in inspect.signature(getattr(retrofit, command)).parameters if name not in alone]
     assert [name for name in names if called.get(name, name) not in flags] == []
+
+
+def test_every_result_has_its_tables() -> None:
+    """By the name of its class, which a rename would lose."""
+    returned = [getattr(retrofit, name).__annotations__["return"] for name in retrofit.COMMANDS]
+    named = {name for hint in returned for name in re.findall(r"[A-Z]\w+", hint)}
+    assert named - {"RecipeEntry", "Any"} == set(VIEWS)
 
 
 def test_a_wrong_option_is_told_in_its_own_words() -> None:

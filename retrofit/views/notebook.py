@@ -34,8 +34,8 @@ def as_tables(function: Callable[Parameters, Result]) -> Callable[Parameters, Re
     def run(*args: Parameters.args, **named: Parameters.kwargs) -> Result:
         result = function(*args, **named)
         kind: Any = type(result)
-        view = VIEWS[kind.__name__]
-        kind._repr_html_ = lambda shown: as_html(view(shown))
+        if view := VIEWS.get(kind.__name__):
+            kind._repr_html_ = lambda shown: as_html(view(shown))
         return result
 
     return run
