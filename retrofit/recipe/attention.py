@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from retrofit.recipe.values import MOST_READ, MOST_TOKENS, Divisor, Length, Section, Texts, Tokens, text_mix
+from retrofit.recipe.values import (
+    MOST_READ,
+    MOST_TOKENS,
+    TOKEN_COUNT,
+    Divisor,
+    Length,
+    Section,
+    Texts,
+    Tokens,
+    text_mix,
+)
 
 Method = Literal["first", "mean", "procrustes", "real-pca", "calibrated"]
 RopeMethod = Literal["linear", "ntk", "yarn", "llama3", "longrope", "none", "search"]
@@ -103,10 +113,8 @@ class Search(Section):
     """What `method: search` minimises, and for how long: tail loss at the new length + needle_weight x loss of the
     answers about hidden facts + native_weight x what the loss up to the original window rises, in nats per token."""
 
-    tokens: Tokens | None = Field(
+    tokens: Annotated[int, Field(ge=1, le=MOST_READ), TOKEN_COUNT] | None = Field(
         None,
-        ge=1,
-        le=MOST_READ,
         description="budget of a search: what passes read, but a near-sighted one counts as a quarter; by default 12 x "
         "the length",
     )
