@@ -62,6 +62,11 @@ def test_a_budget_is_shared_by_the_rungs() -> None:
     assert rungs(512, 6 * 512) == ((256, 6), (512, 3))  # short windows are read whole sooner
     with pytest.raises(UserError, match="196608 tokens at least"):
         rungs(32768, 100_000)
+    most = 10_000 * 3 * 2048
+    assert rungs(32768, most)[0] == (2048, 10_000)
+    with pytest.raises(UserError, match="at most 10,000 are tried") as caught:
+        rungs(32768, 10**12)
+    assert f"lower it to {most} at most" in str(caught.value.fix)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "stablelm", "gemma3_text", "mixtral"])

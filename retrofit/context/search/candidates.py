@@ -31,6 +31,7 @@ NEAR = 32  # the second rung's middle sees this part of the window
 TAIL = 2048  # tokens that the tail loss looks at
 GENTLER = (0.5, 0.75, 0.25)  # of yarn's own excess over 1: attention factors for its other defaults
 STEEPEST = 1.5  # times yarn's own excess over 1, the largest attention factor tried
+MOST = 10_000  # encodings that one search tries; all of them are in memory
 SHORTEST = 256  # tokens of a pass, or the whole window where that is shorter
 
 
@@ -85,7 +86,7 @@ def candidates(
     clamped = text.get("clip_qkv") is not None  # such queries hold no attention factor
     if clamped:
         wanted = [(method, one.model_copy(update={"attention_factor": None})) for method, one in wanted]
-        wanted = [one for index, one in enumerate(wanted) if one not in wanted[:index]]
+        wanted = list(dict.fromkeys(wanted))
     for index, (method, settings) in enumerate(wanted):
         if len(found) >= count:
             break
@@ -110,7 +111,7 @@ def candidates(
 def rungs(length: int, tokens: int) -> tuple[tuple[int, int], ...]:
     """(tokens that a pass counts as, passes) of each rung within a budget of `tokens`.
 
-    Raises: UserError for a budget that does not let two encodings read the whole window.
+    Raises: UserError for a budget that does not let two encodings read the whole window, or is for more than `MOST`.
     """
     sizes = sorted({min(length, max(SHORTEST, length // share)) for share in (FIRST, SECOND, 1)})
     plan = tuple((size, tokens // len(sizes) // size) for size in sizes)
@@ -119,6 +120,12 @@ def rungs(length: int, tokens: int) -> tuple[tuple[int, int], ...]:
             f"a search over {length} tokens needs a budget of {2 * len(sizes) * length} tokens at least, not {tokens}",
             where="context.search.tokens",
             fix="raise it, or leave it out",
+        )
+    if plan[0][1] > MOST:
+        raise UserError(
+            f"a budget of {tokens} tokens is one for {plan[0][1]:,} encodings, and at most {MOST:,} are tried",
+            where="context.search.tokens",
+            fix=f"lower it to {MOST * len(sizes) * sizes[0]} at most, or leave it out",
         )
     return plan
 
