@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
 from retrofit.errors import UserError
+from retrofit.evaluation.long_context import require_room
 from retrofit.evaluation.scoring.reader import Reader
 from retrofit.evaluation.scoring.score import reading
+from retrofit.evaluation.tasks import needle as needle_module
+from retrofit.evaluation.tasks import ruler_problems
 from retrofit.evaluation.tasks.asking import Question, ask
 from retrofit.evaluation.tasks.haystack import NOISE, boundaries, encode, filler
 from retrofit.evaluation.tasks.needle import KEYS, WORDINGS, _prompt, depths, needle
 from retrofit.evaluation.tasks.ruler import ruler
 from retrofit.evaluation.tasks.ruler_problems import TASKS, problem
-from retrofit.recipe.schema import NEEDLE_KEYS, Needle
+from retrofit.recipe.schema import NEEDLE_KEYS, Evaluate, Needle
 from tests.tiny import BOS_ID, tiny_model, tiny_tokenizer
 
 PROSE = " ".join(
@@ -247,3 +251,22 @@ def test_needles_together_are_refused_by_the_recipe_before_anything_is_read() ->
     for asked in ({"test": "passkey"}, {"depths": NEEDLE_KEYS + 1}):
         with pytest.raises(ValueError, match="a key for each"):
             Needle(lengths=(512,), together=True, **asked)
+
+
+def test_the_room_of_a_large_grid_is_checked_on_a_few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    for module, name in ((needle_module, "_prompt"), (ruler_problems, "problem")):
+        whole = getattr(module, name)
+
+        def counted(*given: object, whole: Callable[..., object] = whole, **how: object) -> object:
+            made.append(how)
+            return whole(*given, **how)
+
+        monkeypatch.setattr(module, name, counted)
+    grids = {"needle": {"lengths": [256], "depths": 1000, "samples": 10_000}}
+    grids["ruler"] = {"lengths": [512], "samples": 10_000, "tasks": ["niah_single"]}
+    require_room(Evaluate.model_validate(grids), tiny_tokenizer(), seed=0)
+    assert len(made) == 3 * 3 + 3
+    too_short = Evaluate.model_validate({"needle": {**grids["needle"], "lengths": [64]}})
+    with pytest.raises(UserError, match="no room for the needle"):
+        require_room(too_short, tiny_tokenizer(), seed=0)
