@@ -20,11 +20,12 @@ class Number:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text. The first column is a label, the others are numbers."""
+    """Rows of text. The first column is a label, the others are numbers. pinned: the last one stays in view."""
 
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     title: str = ""
+    pinned: bool = False
 
 
 @dataclass(frozen=True)

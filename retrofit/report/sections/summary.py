@@ -212,7 +212,7 @@ def comparison(run: RunData, kind: str) -> Table:
         past = " (past native)" if run.native_length and length > run.native_length else ""
         cells = [interval_of(model.row(kind, length)) for model in models]
         rows.append((f"{fmt.count(length)}{past}", *cells, *([fmt.times(ratio(run, kind, length))] if compare else [])))
-    return Table(tuple(headers), tuple(rows), kind_name(kind))
+    return Table(tuple(headers), tuple(rows), kind_name(kind), pinned=compare)
 
 
 def interval_of(row: Row | None) -> str:
@@ -222,7 +222,7 @@ def interval_of(row: Row | None) -> str:
 
 def details(run: RunData, kind: str) -> Table:
     """Everything else that was measured at each length."""
-    headers = ("context length", "model", "tokens", "documents", "tail perplexity", "bits per byte", "intervals over")
+    headers = ("context length", "model", "tokens", "documents", "tail perplexity", "bits per byte")
     rows = [
         (
             fmt.count(row.length),
@@ -231,13 +231,14 @@ def details(run: RunData, kind: str) -> Table:
             fmt.count(row.documents),
             f"{fmt.interval(row.tail_ppl, row.tail_low, row.tail_high)} (last {fmt.count(row.tail)})",
             fmt.number(row.bpb),
-            row.unit,
         )
         for length in run.lengths
         for model in run.models
         if (row := model.row(kind, length)) is not None
     ]
-    return Table(headers, tuple(rows), kind_name(kind))
+    units = {row.unit: None for model in run.models for row in model.rows if row.kind == kind and row.unit}
+    over = f"; intervals over {' or '.join(units)}" if units else ""
+    return Table(headers, tuple(rows), f"{kind_name(kind)}{over}")
 
 
 def steps(run: RunData) -> Table:
