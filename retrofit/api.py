@@ -23,11 +23,12 @@ from retrofit.runs import plan, prices, run
 from retrofit.views.notebook import as_tables
 
 if TYPE_CHECKING:
+    from retrofit.evaluation.result import ModelEvaluation
     from retrofit.model.inspect import Inspection, Undescribed
     from retrofit.publishing.hub import Published
     from retrofit.system.doctor import Health
+    from retrofit.workflow.command import Written
     from retrofit.workflow.compare import Comparison
-    from retrofit.workflow.single import Evaluation, Written
 
 __all__ = [
     "RecipeEntry",
@@ -124,12 +125,12 @@ def convert(
     folder = output_path(out, where="--out")
     kept = None if moments is None else output_path(moments, where="--moments")
     with begun(f"convert {model} -> {folder}", shown, model=model, revision=revision, out=folder):
-        from retrofit.workflow import single
+        from retrofit.workflow import command
 
         usual: Any = {"revision": revision, "overwrite": overwrite, "progress": shown}
         if reexpress_only:
-            return single.reexpress(str(model), folder, target=target, dtype=recipe.dtype, **usual)
-        return single.convert(recipe, folder, moments=kept, **usual)
+            return command.reexpress(str(model), folder, target=target, dtype=recipe.dtype, **usual)
+        return command.write(recipe, folder, moments=kept, **usual)
 
 
 @as_tables
@@ -160,9 +161,9 @@ def extend(
     recipe, shown = recipe_of("extend", {**locals()}, {"context": {}}), display(progress)
     folder = output_path(out, where="--out")
     with begun(f"extend {model} -> {folder}", shown, model=model, revision=revision, out=folder):
-        from retrofit.workflow import single
+        from retrofit.workflow.command import write
 
-        return single.extend(recipe, folder, revision=revision, overwrite=overwrite, progress=shown)
+        return write(recipe, folder, revision=revision, overwrite=overwrite, progress=shown)
 
 
 @as_tables
@@ -202,9 +203,9 @@ def recover(
     recipe, shown = recipe_of("recover", {**locals()}, {"recover": {}}), display(progress)
     folder = output_path(out, where="--out")
     with begun(f"recover {model} -> {folder}", shown, model=model, out=folder):
-        from retrofit.workflow import single
+        from retrofit.workflow.command import write
 
-        return single.recover(recipe, str(teacher), folder, overwrite=overwrite, progress=shown)
+        return write(recipe, folder, original=str(teacher), overwrite=overwrite, progress=shown)
 
 
 @as_tables
@@ -235,7 +236,7 @@ def evaluate(
     dtype: Dtype | str | None = None,
     device: Device | None = None,
     progress: Progress | bool = True,
-) -> Evaluation:
+) -> ModelEvaluation:
     """Perplexity of `model` at several context lengths, its KV cache, its decoding speed, and the use of its context.
 
     suite: what to measure, from a file; the other arguments win over it. needle, ruler: lengths of these tests; depths,
@@ -251,9 +252,9 @@ def evaluate(
     recipe = recipe_of("evaluate", given, {"evaluate": section})
     file = None if out is None else output_path(out, where="--out")
     with begun(f"evaluate {model}", shown, model=model, revision=revision, writes=(file,)):
-        from retrofit.workflow import single
+        from retrofit.workflow import command
 
-        return single.evaluate(recipe, file, revision=revision, beyond=beyond, overwrite=overwrite, progress=shown)
+        return command.evaluate(recipe, file, revision=revision, beyond=beyond, overwrite=overwrite, progress=shown)
 
 
 @as_tables

@@ -18,7 +18,7 @@ from retrofit.recipe.schema import Device, Recipe
 from retrofit.views.notebook import as_tables
 
 if TYPE_CHECKING:
-    from retrofit.workflow.estimate.flops import Throughput
+    from retrofit.workflow.estimate.cost import Throughput
     from retrofit.workflow.plan import Plan
     from retrofit.workflow.run import RunResult
     from retrofit.workflow.sweep import PriceList
@@ -47,17 +47,17 @@ def run(
     require_run_folder(folder)
     with begun(f"run {loaded.name} in {folder}", shown, model=loaded.model, revision=revision, writes=(folder,)):
         from retrofit.workflow import run as runs
-        from retrofit.workflow.prepare import prepare
+        from retrofit.workflow.context import open_context
 
         runs.check_from_step(from_step, loaded)
-        prepared = prepare(
+        context = open_context(
             loaded, revision=revision, out=folder, dry=dry_run, throughput=_measured(loaded), progress=shown
         )
         if not dry_run:
-            return runs.run(prepared, folder, from_step=from_step, progress=shown)
-        for note in prepared.notes if shown else ():
+            return runs.run(context, folder, from_step=from_step)
+        for note in context.notes if shown else ():
             shown.note(note)  # type: ignore[union-attr]
-        return prepared.plan
+        return context.plan
 
 
 @as_tables
@@ -77,22 +77,13 @@ def plan(
     """
     loaded, shown = _recipe(recipe, overrides, model), display(progress)
     with begun(f"plan {loaded.name}", shown, model=loaded.model, revision=revision):
-        from retrofit.model.families import describe
-        from retrofit.model.load import load_config
-        from retrofit.model.source import resolve
-        from retrofit.workflow.estimate.flops import ASSUMED
-        from retrofit.workflow.plan import make_plan
-        from retrofit.workflow.prepare import facts_of, require_model, sizes, tasks_of
-        from retrofit.workflow.recipe_checks import check_headers, check_surgery
+        from retrofit.workflow.context import check_model, open_model
+        from retrofit.workflow.estimate.cost import ASSUMED
 
-        named, revision = require_model(loaded), revision or loaded.revision
-        source = resolve(named, revision=revision, weights=False, progress=shown)
-        config = load_config(source.folder)
-        spec = describe(config)
-        check_surgery(loaded, config, spec, source.folder)
-        check_headers(loaded, config, spec, source.folder)
-        facts, tasks = facts_of(source, config, spec), sizes(tasks_of(loaded))
-        return make_plan(loaded, facts, _measured(loaded) if measure else ASSUMED, tasks)
+        context = open_model(loaded, revision=revision, progress=shown)
+        check_model(context)
+        context.throughput = _measured(loaded) if measure else ASSUMED
+        return context.plan
 
 
 @as_tables

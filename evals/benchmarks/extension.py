@@ -24,11 +24,12 @@ from evals.benchmarks.heads import model_name
 from evals.benchmarks.recovery import machine
 from retrofit.console import PlainProgress, to_json
 from retrofit.errors import GateError, UserError
+from retrofit.evaluation.files import losses_file
 from retrofit.evaluation.metrics.perplexity import ALL
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.recipe.load import load_recipe
 from retrofit.recipe.schema import Context, Recipe, TextSource
-from retrofit.workflow.evaluation import METRICS, losses_file
+from retrofit.workflow.steps.evaluate import METRICS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 LABELS = {"original": "original", "yarn": "YaRN", "extended": "search", "recovered": "search + training"}

@@ -158,7 +158,7 @@ def curve(model: Path, work: Path) -> dict[str, Any]:
     import retrofit
     from retrofit.model.load import load_tokenizer
     from retrofit.recipe.options import recipe_of
-    from retrofit.workflow import single
+    from retrofit.workflow.command import write
 
     text = held_out(load_tokenizer(model))
     original = losses(model, text)
@@ -172,7 +172,7 @@ def curve(model: Path, work: Path) -> dict[str, Any]:
         for heads in HEADS:
             out = work / f"{case}-{heads}".replace(" ", "-")
             recipe = recipe_of("convert", {"kv_heads": heads, "model": model}, {"convert": section})
-            single.convert(recipe, out, moments=None, revision=None, overwrite=False, progress=None)
+            write(recipe, out)
             found = losses(out, text)
             price = listed and next(price for price in listed.prices if price.kv_heads == heads)
             cases[case]["heads"][heads] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -104,16 +104,24 @@ def _size(nbytes: int) -> str:
 
 
 @contextmanager
-def staged(final: str | Path, *, overwrite: bool = False, keep: Path | None = None) -> Iterator[Path]:
+def staged(
+    final: str | Path,
+    *,
+    overwrite: bool = False,
+    keep: Path | None = None,
+    before_replacing: Callable[[], object] | None = None,
+) -> Iterator[Path]:
     """Yield an empty `<final>.partial` folder and rename it to `final` when the block ends without an exception.
 
     Everything is flushed to disk before the rename. On an exception the partial folder is removed; after a kill it
     stays and the next call empties it: a mark beside it says that it is ours. keep: the folder to stage in instead, on
     the same disk, which is not emptied: what an interrupted call left there can be gone on from; it is removed when
-    nothing is in it. A symbolic link
-    `final` stays, and the result is what it points to. Raises UserError when `final` holds something and `overwrite` is
-    False (also when it was filled inside the block), when the place cannot be written or holds a folder of a name that
-    is needed and not ours, and when `keep` is on another disk.
+    nothing is in it. before_replacing: called right before what is at `final` goes; raises where it may not. A symbolic
+    link `final` stays, and the result is what it points to.
+
+    Raises UserError when `final` holds something and `overwrite` is False (also when it was filled inside the block),
+    when the place cannot be written or holds a folder of a name that is needed and not ours, and when `keep` is on
+    another disk.
     """
     final = Path(final).resolve()
     partial = final.with_name(final.name + ".partial") if keep is None else keep.resolve()
@@ -141,6 +149,8 @@ def staged(final: str | Path, *, overwrite: bool = False, keep: Path | None = No
         yield partial
         _sync(partial)
         if overwrite and final.exists():
+            if before_replacing is not None:
+                before_replacing()
             _mark(replaced).write_text(_inode(final), "utf-8")
             final.rename(replaced)
         if _holds_something(final):

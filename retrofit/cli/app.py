@@ -27,7 +27,7 @@ from retrofit.recipe.options import OPTIONS
 from retrofit.views import measured, results
 
 if TYPE_CHECKING:
-    from retrofit.workflow.single import Written
+    from retrofit.workflow.command import Written
 
 app = typer.Typer(
     cls=Commands,

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from retrofit.escape import shell_word
 
 if TYPE_CHECKING:
+    from retrofit.evaluation.result import ModelEvaluation
     from retrofit.model.inspect import Inspection
+    from retrofit.workflow.command import Written
     from retrofit.workflow.run import RunResult
-    from retrofit.workflow.single import Evaluation, Written
     from retrofit.workflow.sweep import PriceList
 
 
@@ -62,7 +63,7 @@ def after_written(result: Written, original: str | None = None) -> Iterator[str]
     return lines(evaluate, _command("recover", result.folder, "--teacher", original, "--out", out))
 
 
-def after_evaluate(model: str, result: Evaluation) -> Iterator[str]:
+def after_evaluate(model: str, result: ModelEvaluation) -> Iterator[str]:
     """Losses that were kept are compared; others are kept first."""
     if result.losses:
         return lines(_command("compare", "ORIGINAL.npz", result.losses))

@@ -34,6 +34,8 @@ from retrofit.recipe.schema import RopeSettings
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from retrofit.model.folder import ModelFolder
+
 __all__ = [
     "METHODS",
     "Extension",
@@ -146,7 +148,7 @@ def extend_fields(
 
 
 def write_extended(
-    source_folder: str | Path,
+    source: str | Path | ModelFolder,
     out: str | Path,
     *,
     length: int | None = None,
@@ -168,39 +170,36 @@ def write_extended(
     """
     from retrofit.checkpoint.copying import copy_file
     from retrofit.checkpoint.extensions import held_scale
-    from retrofit.checkpoint.read import Checkpoint
     from retrofit.checkpoint.rewrite import rewrite
     from retrofit.checkpoint.side_files import copy_side_files
     from retrofit.checkpoint.staging import staged
     from retrofit.checkpoint.write import write_config
     from retrofit.context.temperature import query_rules
-    from retrofit.model.families import describe
-    from retrofit.model.load import load_config
+    from retrofit.model.folder import opened
 
-    source, out = Path(source_folder), Path(out)
-    checkpoint = Checkpoint.open(source)
-    loaded = load_config(source)
-    require_clean(recorded(source, loaded), str(source))
+    model, out = opened(source), Path(out)
+    checkpoint, loaded = model.checkpoint, model.config
+    require_clean(recorded(model.path, loaded), str(model.path))
     raw = with_theta(checkpoint.config, loaded)
-    held = held_scale(source) if held is None else held
+    held = held_scale(model.path) if held is None else held
     extension = plan(raw, length=length, factor=factor, method=method, settings=settings, held=held)
     fields = extend_fields(checkpoint.config, length=length, factor=factor, method=method, settings=settings, whole=raw)
     require_clean(lint(fields, loaded), str(out))
     extension = replace(extension, notes=(*_filled_in(checkpoint.config, fields), *extension.notes))
     for name in SIDE_FILES:
-        side_file(source, name)
+        side_file(model.path, name)
     with staged(out, overwrite=overwrite) as folder:
         if learned.has_table(fields):
             learned.rewrite_table(checkpoint, folder, fields, extension.before, extension.length)
         elif extension.query_scale != 1:
             _, text = text_part(raw)
-            rules = query_rules(describe(loaded), text, extension.query_scale)
+            rules = query_rules(model.spec, text, extension.query_scale)
             rewrite(checkpoint, folder, rules, config=fields)
         else:
             for name in checkpoint.files.names:
-                copy_file(source / name, folder / name, link=link)
+                copy_file(model.path / name, folder / name, link=link)
             write_config(folder, fields)
-        copy_side_files(source, folder)
+        copy_side_files(model.path, folder)
         tokenizer, generation = SIDE_FILES
         _raise(folder / tokenizer, "model_max_length", extension.length)
         # Any other limit of what is generated was somebody's choice.

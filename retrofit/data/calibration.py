@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from retrofit.checkpoint.read import Checkpoint
 from retrofit.data.packing import CHARS_PER_TOKEN, Packed, training_rows
 from retrofit.data.samples import Teacher, sample_path
 from retrofit.data.sources import OWN_SAMPLES, kind_of
 from retrofit.data.texts import distinct_texts, require_known
 from retrofit.errors import UserError
 from retrofit.format import nbytes
-from retrofit.model.load import resolve_dtype, working_dtype
 from retrofit.recipe.schema import Calibration, TextSource
 
 if TYPE_CHECKING:
@@ -114,7 +112,7 @@ def calibration_text(
         kinds += [kind_of(source.source)] * len(part.ids_NT)
         found += part.notes
     ids_NT = torch.cat(parts)
-    require_known(ids_NT, teacher.folder)
+    require_known(ids_NT, teacher.model)
     return CalibrationText(ids_NT, tuple(kinds), tuple(found), content_digest(calibration.text))
 
 
@@ -148,7 +146,7 @@ def require_calibration_text(
     for index, source in enumerate(sources):
         if source.source != OWN_SAMPLES:
             part = _calibration_rows(calibration, sources, index, tokenizer, seed, teacher, only, None)
-            require_known(part.ids_NT, teacher.folder)
+            require_known(part.ids_NT, teacher.model)
 
 
 def fewest_sequences(calibration: Calibration, teacher: Teacher) -> int:
@@ -187,10 +185,9 @@ def _within_memory(sources: Sequence[TextSource], teacher: Teacher) -> tuple[tup
     if not own or teacher.device != "cpu" or sample_path(teacher).exists():
         return tuple(sources), ()
     stored, run = (
-        resolve_dtype(dtype, teacher.folder).itemsize
-        for dtype in ("auto", working_dtype("auto", teacher.folder, teacher.device))
+        teacher.model.dtype(dtype).itemsize for dtype in ("auto", teacher.model.working_dtype("auto", teacher.device))
     )
-    needed = Checkpoint.open(teacher.folder).nbytes * run // stored
+    needed = teacher.model.checkpoint.nbytes * run // stored
     free = available_memory()
     if free is None or 1.2 * needed <= free:
         return tuple(sources), ()

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ import torch
 from retrofit.checkpoint.full import writing
 from retrofit.checkpoint.lock import folder_lock
 from retrofit.checkpoint.staging import require_writable
+from retrofit.model.folder import ModelFolder, opened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,12 +33,22 @@ _VOCABULARY = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens",
 
 @dataclass(frozen=True)
 class Teacher:
-    """The original model, for the source `self`: a checkpoint folder and how many tokens to sample from it."""
+    """The original model, for the source `self`: its checkpoint folder, and how many tokens to sample from it."""
 
-    folder: Path
+    source: str | Path | ModelFolder
     tokens: int = 20_480
     seed: int = 0
     device: str = "cpu"
+
+    @cached_property
+    def model(self) -> ModelFolder:
+        """The folder, opened."""
+        return opened(self.source)
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.model.path
 
 
 def own_samples(teacher: Teacher, progress: Progress | None = None) -> Callable[[], Iterator[tuple[str, str]]]:
@@ -79,30 +91,25 @@ def sample_path(teacher: Teacher) -> Path:
     from retrofit.checkpoint.provenance import digest, sha256
     from retrofit.model.cache import cache_dir
 
-    length = sample_length(teacher.folder)
+    length = sample_length(teacher.model)
     words = {file.name: sha256(file) for file in teacher.folder.glob("*") if file.name.startswith(_VOCABULARY)}
     key = json.dumps([digest(teacher.folder), words, teacher.tokens, teacher.seed, BATCH, length], sort_keys=True)
     return cache_dir() / "samples" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
-def sample_length(folder: Path) -> int:
+def sample_length(model: ModelFolder) -> int:
     """Tokens of one sample: SAMPLE_TOKENS, or the window of a model that has fewer positions."""
-    from retrofit.model.families import describe
-    from retrofit.model.load import load_config
-
-    return min(SAMPLE_TOKENS, describe(load_config(folder)).max_position_embeddings)
+    return min(SAMPLE_TOKENS, model.spec.max_position_embeddings)
 
 
 def _sample_texts(teacher: Teacher, progress: Progress | None) -> list[str]:
-    from retrofit.model.load import load_model, load_tokenizer, working_dtype
-
-    dtype = working_dtype("auto", teacher.folder, teacher.device)
-    model = load_model(teacher.folder, dtype=dtype, device=teacher.device)
-    tokenizer = load_tokenizer(teacher.folder)
+    folder = teacher.model
+    model = folder.load(dtype=folder.working_dtype("auto", teacher.device), device=teacher.device)
+    tokenizer = folder.tokenizer
     if progress is not None:
         progress.start("sampling the original model", teacher.tokens, "tokens")
     samples: list[str] = []
-    length, done = sample_length(teacher.folder), 0
+    length, done = sample_length(teacher.model), 0
     while done < teacher.tokens:
         batch_BT = sample(model, tokenizer, BATCH, length, seed=teacher.seed + len(samples))
         samples += tokenizer.batch_decode(batch_BT, skip_special_tokens=True)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from retrofit.console import Progress
+    from retrofit.model.folder import ModelFolder
 
 HELD_OUT_EVERY = 10
 _HUB_CHARS = 1 << 25  # most of a hub dataset that is fetched to compare with
@@ -127,16 +128,16 @@ def _is_empty(source: TextSource) -> UserError:
     )
 
 
-def require_known(ids_NT: torch.Tensor, folder: Path) -> None:
+def require_known(ids_NT: torch.Tensor, folder: str | Path | ModelFolder) -> None:
     """UserError when the tokenizer gave ids that the model in `folder` has no embedding for."""
-    from retrofit.model.families import describe
-    from retrofit.model.load import load_config
+    from retrofit.model.folder import opened
 
-    size, largest = describe(load_config(folder)).vocab_size, int(ids_NT.max())
+    model = opened(folder)
+    size, largest = model.spec.vocab_size, int(ids_NT.max())
     if largest >= size:
         raise UserError(
             f"the tokenizer gives the token id {largest}, and the model knows ids below {size} (vocab_size)",
-            where=str(folder),
+            where=str(model.path),
             fix="put the tokenizer files that belong to these weights into the folder",
         )
 

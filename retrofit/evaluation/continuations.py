@@ -6,10 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
-from retrofit.evaluation.scoring.reader import Reader, frequencies_of
-from retrofit.evaluation.scoring.score import reading
 from retrofit.evaluation.tasks.haystack import encode
 from retrofit.model.families import describe
 
@@ -61,6 +57,8 @@ def continuations(
     for document in documents[:1]:
         ids = document.input_ids[:PROMPT_TOKENS].tolist()
         prompts.append((_text(tokenizer, ids), document.name, ids))
+    from retrofit.evaluation.scoring.score import reading
+
     room, stop = describe(model.config).learned_positions, _ends(model, tokenizer)
     found = []
     with reading(model, kernel, None):
@@ -73,6 +71,10 @@ def continuations(
 
 
 def _greedy(model: PreTrainedModel, ids: Sequence[int], tokens: int, stop: frozenset[int]) -> list[int]:
+    import torch
+
+    from retrofit.evaluation.scoring.reader import Reader, frequencies_of
+
     reader = Reader(model, len(ids) + tokens)
     with frequencies_of(model, len(ids) + tokens):
         reader.read(torch.tensor(ids, dtype=torch.int64, device=model.device))

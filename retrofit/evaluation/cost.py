@@ -20,86 +20,19 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from retrofit.errors import UserError
+from retrofit.evaluation.running import LengthCost, RunCost
 from retrofit.model.families import describe
 from retrofit.model.spec import AttentionSpec
 from retrofit.system.memory import Watch
 from retrofit.system.speed import bandwidth, flops
 
 WARM_UP = 16  # tokens of a pass that is not timed
-FEWEST_ROUNDS = 3  # of each model: two of one are faster than two of the other by chance once in three times
-
-
-@dataclass(frozen=True)
-class LengthCost:
-    """One sequence of `length` tokens, read in one pass, then `decode_tokens` greedy tokens after it, in each round.
-
-    prefill_seconds: until the first token is known. prefill_bytes: memory beyond the weights at the pass's peak, KV
-    cache included. kv_bytes: what the cache held after the prefill; kv_bytes_expected: from the spec. decode_per_s is
-    None when nothing was decoded. Seconds and speeds are medians over the rounds, which prefill_rounds (seconds) and
-    decode_rounds (tokens per second) hold. The bounds are the most this machine could do, in tokens per second.
-    """
-
-    length: int
-    prefill_seconds: float
-    prefill_per_s: float
-    prefill_bound: float
-    prefill_bytes: int
-    kv_bytes: int
-    kv_bytes_expected: int
-    decode_tokens: int
-    decode_per_s: float | None
-    decode_bound: float
-    prefill_rounds: tuple[float, ...]
-    decode_rounds: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Change:
-    """A ratio of two speeds, and the least and the most that the rounds allow it to be."""
-
-    ratio: float
-    low: float
-    high: float
-
-
-def decoding_change(before: LengthCost, after: LengthCost) -> Change | None:
-    """Return how much faster `after` decodes than `before`; None where the rounds do not tell the two apart.
-
-    They do when every round of one is faster than every round of the other, and when the rounds of neither differ from
-    each other by more than the two models do. That takes several rounds of each.
-    """
-    old, new = before.decode_rounds, after.decode_rounds
-    if min(len(old), len(new)) < FEWEST_ROUNDS or before.length != after.length:
-        return None
-    ratio = statistics.median(new) / statistics.median(old)
-    disagreement = max(max(rounds) / min(rounds) for rounds in (old, new))
-    apart = max(old) < min(new) or max(new) < min(old)
-    if not apart or disagreement >= max(ratio, 1 / ratio):
-        return None
-    return Change(ratio, min(new) / max(old), max(new) / min(old))
 
 
 @dataclass(frozen=True)
 class Speeds:
     """What a machine can do: bytes it reads and writes, and floating-point operations in one dtype, per second."""
 
-    bytes_per_second: float
-    flops_per_second: float
-
-
-@dataclass(frozen=True)
-class RunCost:
-    """By length, and what was measured: kernel, dtype, and the machine's bytes and operations per second.
-
-    weight_bytes: what one decoded token reads; an input table that is not the output's is not counted. Of a mixture of
-    experts all experts are, so that its bound can be exceeded.
-    """
-
-    lengths: tuple[LengthCost, ...]
-    weight_bytes: int
-    kernel: str
-    dtype: str
-    device: str
     bytes_per_second: float
     flops_per_second: float
 

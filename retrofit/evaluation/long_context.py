@@ -27,11 +27,11 @@ from retrofit.evaluation.metrics.perplexity import ALL
 from retrofit.evaluation.metrics.protocols import STRIDE, Defined, prepared, value
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.evaluation.scoring.windows import Windows
-from retrofit.model.families import describe
+from retrofit.model.folder import ModelFolder
 from retrofit.recipe.schema import Definition, Evaluate
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from retrofit.console import Progress
     from retrofit.evaluation.continuations import Continuation
@@ -56,18 +56,16 @@ class Measured:
     continuations: tuple[Continuation, ...] = ()
 
 
-def native_length(config: PretrainedConfig) -> int:
+def native_length(model: ModelFolder) -> int:
     """Tokens that the original was made for: the original length an extended checkpoint records, or its window."""
-    spec = describe(config)
-    folder = config.name_or_path  # of a configuration made in code: empty
-    recorded = first_original(Path(folder)) if folder else None
+    spec, recorded = model.spec, first_original(model.path)
     if recorded is not None:
         return recorded
     # With llama3 the length inside belongs to the encoding, which Llama 3.1 was trained with; a larger theta, and
     # llama3 on a model that was extended by it, have theirs at the top.
     ropes = [layer.rope for layer in spec.layers if layer.rope and layer.rope.rope_type != "llama3"]
     lengths = [rope.parameters.get("original_max_position_embeddings") for rope in ropes]
-    lengths.append(getattr(config, "original_max_position_embeddings", None))
+    lengths.append(getattr(model.config, "original_max_position_embeddings", None))
     return min((length for length in lengths if isinstance(length, int)), default=spec.max_position_embeddings)
 
 

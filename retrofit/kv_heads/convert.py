@@ -29,7 +29,7 @@ from retrofit.kv_heads.merge.pooling import POOLING, pooled_tensors
 from retrofit.kv_heads.repair.outcome import ConvertReport, LayerReport, RepairOutcome
 from retrofit.model.completeness import leftovers
 from retrofit.model.families import describe, family_of
-from retrofit.model.load import load_config
+from retrofit.model.folder import ModelFolder, opened
 from retrofit.model.spec import AttentionSpec
 from retrofit.recipe.schema import Method
 
@@ -44,7 +44,7 @@ Made = Mapping[str, Callable[[], Tensor]]
 
 
 def convert(
-    source: str | Path,
+    source: str | Path | ModelFolder,
     out: Path,
     *,
     kv_heads: int,
@@ -73,10 +73,9 @@ def convert(
     has no or too little text, and where the disk has no room for the streams.
     """
     started = time.monotonic()
-    checkpoint = Checkpoint.open(source)
-    config = load_config(source)
-    spec = describe(config)
-    target = family_of(config).with_kv_heads(config, kv_heads)
+    model = opened(source)
+    checkpoint, config, spec = model.checkpoint, model.config, model.spec
+    target = family_of(config).with_kv_heads(config, kv_heads, spec)
     before = spec.layers[0].kv_heads
     groups = contiguous_groups(before, kv_heads)
     notes: list[str] = []
@@ -113,6 +112,7 @@ def convert(
                 work=work / "calibration",
                 moments=moments,
                 read_with=read_with,
+                spec=spec,
                 progress=progress,
             )
         rewrite(
@@ -126,7 +126,7 @@ def convert(
             resume=resume,
             progress=progress,
         )
-        copy_side_files(source, out)
+        copy_side_files(model.path, out)
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -160,6 +160,7 @@ def _calibrate(
     work: Path,
     moments: Path | None,
     read_with: PretrainedConfig | None,
+    spec: AttentionSpec,
     progress: Progress | None,
 ) -> tuple[Made, list[LayerReport], list[str]]:
     """Changed tensors, read from the work folder when they are asked for; a report of each layer; notes.
@@ -182,7 +183,7 @@ def _calibrate(
         read_with=read_with,
     )
     run = CalibratedRun(
-        checkpoint, config, target, settings, text, work=work, device=device, dtype=dtype, progress=progress
+        checkpoint, config, target, settings, text, work=work, device=device, dtype=dtype, spec=spec, progress=progress
     )
     # Before the first layer is done: a kill must never leave them beside another calibration that is whole.
     if not run.work.whole_before and (removed := remove_shards(out)) and progress:

@@ -142,20 +142,22 @@ def load_model(
     device: str = "cpu",
     kernel: str | None = None,
     dropout: bool = True,
+    config: PretrainedConfig | None = None,
 ) -> PreTrainedModel:
     """The stock model of a checkpoint folder in eval mode.
 
     dtype: "auto" (as stored), "float32", "bfloat16" or "float16". kernel: a name transformers knows, by default sdpa,
     or eager for a class without sdpa (Gemma 2); others are applied afterwards by `retrofit.kernels`. dropout: False
-    leaves it out in training too. Raises UserError when the weights are not whole: every parameter must come from the
-    checkpoint, with the shape the configuration asks for.
+    leaves it out in training too. config: of the folder, where it is read already; it becomes the model's own. Raises
+    UserError when the weights are not whole: every parameter must come from the checkpoint, with the shape the
+    configuration asks for.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from retrofit.checkpoint.read import Checkpoint
 
-    config = load_config(folder)
+    config = load_config(folder) if config is None else config
     if not dropout:
         config.update({name: 0.0 for name in DROPOUTS if hasattr(config, name)})
     Checkpoint.open(folder)
@@ -181,17 +183,18 @@ def load_model(
     return model.to(device).eval()
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The stock tokenizer of a checkpoint folder, that of its model.
+def load_tokenizer(folder: str | Path, config: PretrainedConfig | None = None) -> PreTrainedTokenizerBase:
+    """The stock tokenizer of a checkpoint folder, that of its model. config: of the folder, where it is read already.
 
     Raises UserError when there is none, none without remote code, broken files, and ids that the model does not have.
     """
     from transformers import AutoTokenizer
 
-    where, model = shown(folder), (Path(folder) / CONFIG).exists()
-    config = load_config(folder) if model else None
+    where = shown(folder)
+    if config is None and (Path(folder) / CONFIG).exists():
+        config = load_config(folder)
     require_side_files(folder)
-    if model:
+    if config is not None:
         require_no_mark(Path(folder) / CONFIG)  # transformers reads it for the class of the tokenizer
     require_bounded(folder)
     fix = "put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into the folder"

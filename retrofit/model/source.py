@@ -18,6 +18,7 @@ from retrofit.checkpoint.files import PICKLE_SUFFIXES, SUFFIX, checkpoint_files,
 from retrofit.errors import UserError
 from retrofit.escape import shell_word, shown
 from retrofit.files import local_path, require_regular
+from retrofit.model.folder import ModelFolder
 from retrofit.model.side_files import require_side_files
 
 if TYPE_CHECKING:
@@ -36,13 +37,12 @@ _BLOB = re.compile(r"[0-9a-f]{64}")
 class Source:
     """A model on this machine.
 
-    requested: as the user named it. folder: config.json, tokenizer and (unless only the configuration was asked for)
-    safetensors. revision: the hub commit. dtype: what most values are stored in. base_model: the hub id that a card
-    should name. notes: what was done to it on the way.
+    requested: as the user named it. revision: the hub commit. dtype: what most values are stored in. base_model: the
+    hub id that a card should name. notes: what was done to it on the way.
     """
 
     requested: str
-    folder: Path
+    model: ModelFolder
     kind: Literal["hub", "folder", "gguf"]
     repo_id: str | None
     revision: str | None
@@ -50,6 +50,11 @@ class Source:
     license: str | None
     base_model: str | None
     notes: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """Where config.json, tokenizer and (unless only the configuration was asked for) safetensors lie."""
+        return self.model.path
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -80,6 +85,16 @@ def resolve(
     source = _resolve(model, revision, weights, progress)
     require_side_files(source.folder)  # they are copied into every result
     return _reexpressed(source, weights, progress) if reexpress else source
+
+
+def with_weights(source: Source, *, revision: str | None = None, progress: Progress | None = None) -> Source:
+    """The same source with its weights on this machine. revision: as it was resolved with."""
+    from retrofit.checkpoint.read import Checkpoint
+
+    if source.kind == "folder" and source.folder == local_path(source.requested, where="model"):
+        Checkpoint.open(source.folder)
+        return source
+    return resolve(source.requested, revision=revision, progress=progress)
 
 
 def _resolve(model: str | Path, revision: str | None, weights: bool, progress: Progress | None) -> Source:
@@ -148,26 +163,24 @@ def _reexpressed(source: Source, weights: bool, progress: Progress | None) -> So
     """The same model as another architecture, where its own cannot hold fewer KV heads."""
     from retrofit.checkpoint.config import read_config
     from retrofit.model.families.refused import REEXPRESSED
-    from retrofit.model.load import load_config
 
     if read_config(source.folder)["model_type"] not in REEXPRESSED:
         return source
-    from retrofit.checkpoint.read import Checkpoint
     from retrofit.model.completeness import require_complete, require_tied
     from retrofit.model.reexpress import reexpressed, reexpression_of
     from retrofit.model.reexpress.write import notes_of
 
-    config = load_config(source.folder)
+    config = source.model.config
     reexpression = reexpression_of(config)
     assert reexpression is not None
     if holds_weights(source.folder):
-        checkpoint = Checkpoint.open(source.folder)
+        checkpoint = source.model.checkpoint
         require_complete(checkpoint, config, ignored=reexpression.ignored)
         if weights:
             require_tied(checkpoint, config)
     identity = partial(_identity, source, weights)
     folder = reexpressed(reexpression, source.folder, identity, weights=weights, progress=progress)
-    return replace(source, folder=folder, notes=(*source.notes, *notes_of(reexpression, source.dtype)))
+    return replace(source, model=ModelFolder(folder), notes=(*source.notes, *notes_of(reexpression, source.dtype)))
 
 
 def _identity(source: Source, weights: bool) -> dict[str, str]:
@@ -196,15 +209,16 @@ def _from_folder(name: str, folder: Path, weights: bool) -> Source:
     from retrofit.checkpoint.side_files import side_files
     from retrofit.model.families import require_known
     from retrofit.model.license import base_model_of, license_of
-    from retrofit.model.load import load_config, stored_dtype
+    from retrofit.model.load import stored_dtype
 
-    require_known(load_config(folder))
+    model = ModelFolder(folder)
+    require_known(model.config)
     side_files(folder)  # what would be copied is the model's own
     if weights or any(path.name.endswith(SUFFIX) for path in folder.iterdir()):
         Checkpoint.open(folder)
     return Source(
         requested=name,
-        folder=folder,
+        model=model,
         kind="folder",
         repo_id=None,
         revision=None,
@@ -230,7 +244,7 @@ def _from_gguf(
     dtype, quantisation = stored_dtype(folder), card_data(folder).get(QUANTISATION)
     return Source(
         requested=name,
-        folder=folder,
+        model=ModelFolder(folder),
         kind="gguf",
         repo_id=None,
         revision=None,
@@ -273,7 +287,7 @@ def _from_hub(name: str, revision: str | None, weights: bool, progress: Progress
         Checkpoint.open(snapshot.folder)
     return Source(
         requested=name,
-        folder=snapshot.folder,
+        model=ModelFolder(snapshot.folder),
         kind="hub",
         repo_id=snapshot.repo_id,
         revision=snapshot.revision,

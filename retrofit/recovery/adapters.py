@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.rewrite import Rewritten, rewrite
 from retrofit.checkpoint.side_files import copy_side_files
 from retrofit.errors import UserError
 from retrofit.model.completeness import leftovers, tied_copy
 from retrofit.model.families.experts import EXPERTS
-from retrofit.model.load import load_config
+from retrofit.model.folder import ModelFolder, opened
 from retrofit.model.spec import AttentionSpec
 from retrofit.recipe.schema import Adapter
 from retrofit.recovery.fused import fuse
@@ -134,7 +133,7 @@ def changed_weights(peft_model: PeftModel) -> dict[str, Callable[[Tensor], Tenso
 
 def merge_and_save(
     peft_model: PeftModel,
-    source: str | Path,
+    source: str | Path | ModelFolder,
     out: str | Path,
     *,
     max_shard_size: str = "5GB",
@@ -145,9 +144,10 @@ def merge_and_save(
     W + s B A is formed in float32 and rounded once to the stored dtype; tensors without an adapter are copied as
     bytes. Names, dtypes, configuration and tokenizer are the source's.
     """
-    checkpoint = Checkpoint.open(source)
+    folder = opened(source)
+    checkpoint = folder.checkpoint
     changes = changed_weights(peft_model)
-    copy = tied_copy(checkpoint, load_config(source))
+    copy = tied_copy(checkpoint, folder.config)
     if copy and copy[1] in changes:
         changes[copy[0]] = changes[copy[1]]  # the head is stored as well, and stays what it is tied to
     missing = sorted(changes.keys() - set(checkpoint.names))
@@ -164,7 +164,7 @@ def merge_and_save(
         max_shard_size=max_shard_size,
         progress=progress,
     )
-    copy_side_files(source, out)
+    copy_side_files(folder.path, out)
     return written
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from retrofit.errors import UserError
 from retrofit.kernels import registry
-from retrofit.model.families import describe
-from retrofit.model.load import load_config, load_model, product_dtype
+from retrofit.model.folder import ModelFolder, opened
+from retrofit.model.load import product_dtype
 from retrofit.model.spec import AttentionSpec
 from retrofit.recovery.objectives import Head
 
@@ -42,8 +42,8 @@ class Pair:
 
 
 def load_pair(
-    student_folder: str | Path,
-    teacher_folder: str | Path | None,
+    student_folder: str | Path | ModelFolder,
+    teacher_folder: str | Path | ModelFolder | None,
     *,
     device: str,
     dtype: torch.dtype,
@@ -54,17 +54,19 @@ def load_pair(
 
     Raises UserError if the two do not speak the same vocabulary, or the kernel cannot train this model.
     """
-    spec = describe(load_config(student_folder))
-    if teacher_folder is not None:
-        require_same_vocabulary(describe(load_config(teacher_folder)), spec, str(teacher_folder))
+    student_model = opened(student_folder)
+    spec = student_model.spec
+    teacher_model = None if teacher_folder is None else opened(teacher_folder)
+    if teacher_model is not None:
+        require_same_vocabulary(teacher_model.spec, spec, str(teacher_model.path))
     name = str(dtype).removeprefix("torch.")
     choice = training_kernel(kernel, spec, device, name, documents=documents)
     # A short training towards a still teacher needs no noise, and kernels without dropout can then train every model.
-    student = load_model(student_folder, dtype=name, device=device, dropout=False)
+    student = student_model.load(dtype=name, device=device, dropout=False)
     teacher = None
     shared = 0
-    if teacher_folder is not None:
-        teacher = load_model(teacher_folder, dtype=name, device=device).requires_grad_(False)
+    if teacher_model is not None:
+        teacher = teacher_model.load(dtype=name, device=device).requires_grad_(False)
         shared = share_weights(teacher, student)
         registry.apply(teacher, choice)
     registry.apply(student, choice)

@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, TrainingArguments
 
-from retrofit.checkpoint.read import Checkpoint
 from retrofit.context.positions import require_hidden, require_visible
 from retrofit.data.packing import Packed
 from retrofit.errors import UserError
-from retrofit.model.families import describe
-from retrofit.model.load import load_config
+from retrofit.model.folder import ModelFolder, opened
 from retrofit.recipe.schema import Recover
 from retrofit.recovery.adapters import about_experts, attach, default_rate, merge_and_save
 from retrofit.recovery.callbacks import Course, TrainPoint, Watch, last_checkpoint, restore, trainable
@@ -60,8 +58,8 @@ class RecoverReport:
 
 
 def recover(
-    student_folder: str | Path,
-    teacher_folder: str | Path | None,
+    student_folder: str | Path | ModelFolder,
+    teacher_folder: str | Path | ModelFolder | None,
     out: str | Path,
     recipe: Recover,
     tokens: Packed,
@@ -87,19 +85,20 @@ def recover(
     """
     notes: list[str] = []
     work_dir = Path(work_dir)
+    student = opened(student_folder)
     if recipe.loss == "distill" and teacher_folder is None:
         raise UserError("distillation needs the original model", where="recover.loss", fix="name it, or use loss: lm")
     compute = compute_dtype(device, dtype)
-    teacher_of = teacher_folder if recipe.loss == "distill" else None
-    spec = describe(load_config(student_folder))
+    teacher = opened(teacher_folder) if recipe.loss == "distill" and teacher_folder is not None else None
+    spec = student.spec
     window = spec.max_position_embeddings
     if recipe.learning_rate is None:
         recipe = recipe.model_copy(update={"learning_rate": default_rate(spec.hidden_size)})
         _note(notes, progress, f"learning rate {recipe.learning_rate:.2g}, for a width of {spec.hidden_size}")
-    native = window if teacher_of is None else describe(load_config(teacher_of)).max_position_embeddings
+    native = window if teacher is None else teacher.spec.max_position_embeddings
     check_lengths(recipe, native, window)
     documents = recipe.document_masking
-    pair = load_pair(student_folder, teacher_of, device=device, dtype=compute, kernel=kernel, documents=documents)
+    pair = load_pair(student, teacher, device=device, dtype=compute, kernel=kernel, documents=documents)
     _note(
         notes, progress, f"training in {str(compute).removeprefix('torch.')} with {pair.kernel}: {pair.kernel_reason}"
     )
@@ -112,7 +111,7 @@ def recover(
     for text in (*about(recipe, window, pair.spec), *about_experts(recipe.adapter, pair.spec)):
         _note(notes, progress, text)
     objective = Objective(pair, recipe)
-    fingerprint = _fingerprint(student_folder, teacher_of, recipe, lines, measured, seed, compute, pair.kernel)
+    fingerprint = _fingerprint(student, teacher, recipe, lines, measured, seed, compute, pair.kernel)
     checkpoint = last_checkpoint(work_dir, fingerprint)
     course = Course(fingerprint) if checkpoint is None else Course.load(checkpoint)
     resumed_from = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
@@ -151,7 +150,7 @@ def recover(
     restore(model, course.best)
     if course.best_step == 0 and held_out is not None:
         _note(notes, progress, "no measurement was better than the start; the weights are kept as they were")
-    merge_and_save(model, student_folder, out, max_shard_size=max_shard_size, progress=progress)
+    merge_and_save(model, student, out, max_shard_size=max_shard_size, progress=progress)
     return RecoverReport(
         history=tuple(course.history),
         steps=steps,
@@ -243,8 +242,8 @@ def _arguments(recipe: Recover, work_dir: Path, rows: int, device: str, seed: in
 
 
 def _fingerprint(
-    student: str | Path,
-    teacher: str | Path | None,
+    student: ModelFolder,
+    teacher: ModelFolder | None,
     recipe: Recover,
     lines: Lines,
     held_out: Lines | None,
@@ -256,7 +255,7 @@ def _fingerprint(
     state = hashlib.sha256(repr((recipe.model_dump_json(), seed, str(compute), kernel)).encode())
     for folder in (student, teacher):
         if folder is not None:
-            checkpoint = Checkpoint.open(folder)
+            checkpoint = folder.checkpoint
             state.update(repr((sorted(checkpoint.entries.items()), sorted(checkpoint.config.items()))).encode())
             for shard in checkpoint.shards:
                 with (checkpoint.folder / shard).open("rb") as file:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from retrofit.evaluation.metrics.perplexity import ALL, Row
 
 if TYPE_CHECKING:
     from retrofit.evaluation.continuations import Continuation
-    from retrofit.evaluation.cost import RunCost
     from retrofit.evaluation.metrics.context_use import LongContext
     from retrofit.evaluation.metrics.effective import EffectiveLength, ShortContext
+    from retrofit.evaluation.running import RunCost
     from retrofit.evaluation.tasks.answers import TaskChange, TaskScore
 
 CACHE_LENGTHS = (8192, 16384, 32768, 131072)
@@ -134,16 +131,3 @@ class RunData:
         """The length the headline compares at: the longest measured one that the original was made for."""
         inside = [length for length in self.lengths if self.native_length is None or length <= self.native_length]
         return max(inside, default=None)
-
-
-def loss_by_position(losses: Sequence[np.ndarray], buckets: int = 24) -> tuple[tuple[float, float], ...]:
-    """(middle position, mean loss) of `buckets` equal stretches; losses is one array [T - 1] per document, cut to the
-    shortest document so that every stretch is a mean over all of them."""
-    shortest = min((len(array) for array in losses), default=0)
-    if shortest == 0:
-        return ()
-    mean = np.mean([np.asarray(array[:shortest], dtype=np.float64) for array in losses], axis=0)
-    edges = np.linspace(0, shortest, min(buckets, shortest) + 1).astype(int)
-    return tuple(
-        (float((start + stop) / 2 + 1), float(mean[start:stop].mean())) for start, stop in itertools.pairwise(edges)
-    )

@@ -14,7 +14,7 @@ from retrofit import escape
 from retrofit import format as fmt
 from retrofit.evaluation.metrics.perplexity import ALL
 from retrofit.report.charts.figures import card_picture, figures
-from retrofit.report.data import CACHE_LENGTHS, ModelResult, RunData, StepRecord, loss_by_position
+from retrofit.report.data import CACHE_LENGTHS, ModelResult, RunData, StepRecord
 from retrofit.report.glossary import definitions
 from retrofit.report.parts import Figure, Table
 from retrofit.report.sections import continuations, encodings, summary
@@ -29,7 +29,6 @@ __all__ = [
     "StepRecord",
     "files",
     "html",
-    "loss_by_position",
     "markdown",
     "render",
 ]

@@ -1,13 +1,16 @@
-"""What a stopped evaluation keeps: the losses of every document and the answers to every haystack that are finished.
+"""What unfinished work can be gone on from: the key that names a piece of work, and the finished parts it keeps.
 
 Torch-free.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,25 @@ VERSION = 4
 evaluation kept, and the journal of a run, know evaluations by it."""
 DISCARDED = "what was kept of an earlier evaluation answers another question"
 _KEY = "key.json"
+
+
+@dataclass(frozen=True)
+class ResumeKey:
+    """Everything that a piece of work depends on: its settings, what it reads, and the version of its code.
+
+    With the same key the result is the same, so what is finished of it is gone on from, and a whole one is kept.
+    """
+
+    step: str
+    version: str
+    settings: object
+    inputs: Mapping[str, object]
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of all of it."""
+        canonical = json.dumps([self.step, self.version, self.settings, dict(self.inputs)], sort_keys=True, default=str)
+        return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 class Kept:

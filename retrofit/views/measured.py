@@ -9,17 +9,17 @@ from retrofit.format import duration, nbytes
 from retrofit.tables import Part, Table
 
 if TYPE_CHECKING:
-    from retrofit.evaluation.cost import RunCost
     from retrofit.evaluation.metrics.context_use import LongContext
+    from retrofit.evaluation.result import ModelEvaluation
+    from retrofit.evaluation.running import RunCost
     from retrofit.evaluation.tasks.answers import TaskChange, TaskScore
     from retrofit.workflow.compare import Comparison
-    from retrofit.workflow.single import Evaluation
 
 
-def evaluation(result: Evaluation) -> Iterator[Part]:
+def evaluation(result: ModelEvaluation) -> Iterator[Part]:
     """`retrofit evaluate`."""
     yield Table(
-        f"{result.model}: perplexity, {result.dtype}, kernel {result.kernel}",
+        f"{result.label}: perplexity, {result.dtype}, kernel {result.kernel}",
         ["text", "length", "ppl", "95% interval", "tail ppl", "bits/byte", "tokens", "texts"],
         [
             (
@@ -44,7 +44,8 @@ def evaluation(result: Evaluation) -> Iterator[Part]:
     yield from tasks(result.tasks)
     if result.losses:
         yield f"token losses: {result.losses}"
-    yield from _long_context(result.long_context)
+    if result.long_context:
+        yield from _long_context(result.long_context)
 
 
 def tasks(rows: Sequence[TaskScore]) -> Iterator[Part]:

@@ -19,7 +19,7 @@ VIEWS: Mapping[str, Callable[[Any], Iterable[Part]]] = {
     "Inspection": results.inspection,
     "Undescribed": results.inspection,
     "Written": results.written,
-    "Evaluation": measured.evaluation,
+    "ModelEvaluation": measured.evaluation,
     "Comparison": measured.comparison,
     "Published": results.published,
     "Health": results.health,

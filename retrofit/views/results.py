@@ -13,11 +13,12 @@ from retrofit.views.measured import task_changes
 
 if TYPE_CHECKING:
     from retrofit.catalogue import RecipeEntry
+    from retrofit.evaluation.result import ModelEvaluation
     from retrofit.model.inspect import Inspection, Undescribed
     from retrofit.system.doctor import Health
+    from retrofit.workflow.command import Written
     from retrofit.workflow.plan import Plan
     from retrofit.workflow.run import RunResult
-    from retrofit.workflow.single import Written
     from retrofit.workflow.sweep import PriceList
 
 
@@ -27,15 +28,14 @@ def run(result: RunResult) -> Iterator[Part]:
     rows = _by_length(result.models)
     if rows:
         yield Table("Perplexity (95% interval)", ["text", "tokens", *labels], rows)
-    last = list(result.task_changes)[-1:]
-    for label in last:
-        title = f"Tasks: {label} - {labels[0]} on the same questions, right answers of only one"
-        yield from task_changes(title, (labels[0], label), result.task_changes[label])
+    for last in list(result.models.values())[-1:]:
+        title = f"Tasks: {last.label} - {labels[0]} on the same questions, right answers of only one"
+        yield from task_changes(title, (labels[0], last.label), last.task_changes)
     for requirement in result.gate:
         yield f"required {requirement.metric} {requirement.bound}: {requirement.reason}"
     yield f"\nreport: {result.report}"
     if result.final:
-        said = f"; loaded again in a fresh process: {same_losses(result.reload)}" if result.reload else ""
+        said = f"; loaded again in a fresh process: {same_losses(vars(result.reload))}" if result.reload else ""
         yield f"checkpoint: {result.final}{said}"
 
 
@@ -270,11 +270,10 @@ def health(result: Health) -> Iterator[Part]:
     )
 
 
-def _by_length(models: Any) -> list[tuple[object, ...]]:
+def _by_length(models: Mapping[str, ModelEvaluation]) -> list[tuple[object, ...]]:
     """A row per kind of text and length, one cell per model."""
     cells: dict[tuple[str, int], list[str]] = {}
     for model in models.values():
-        for row in model["rows"]:
-            key = (row["kind"], row["length"])
-            cells.setdefault(key, []).append(f"{row['ppl']:.2f} ({row['low']:.2f} to {row['high']:.2f})")
+        for row in model.rows:
+            cells.setdefault((row.kind, row.length), []).append(f"{row.ppl:.2f} ({row.low:.2f} to {row.high:.2f})")
     return [(*key, *values) for key, values in cells.items()]

@@ -25,7 +25,8 @@ from retrofit.escape import shown
 
 NAME = "journal.jsonl"
 CARD = "README.md"  # people edit it
-_PUBLISHED_CARD = f"final/{CARD}"
+FINAL = "final"  # what can be published
+_PUBLISHED_CARD = f"{FINAL}/{CARD}"
 _HEADER: Mapping[str, Any] = {"retrofit": "run"}
 _LONGEST_LINE = 64 << 20
 
@@ -47,12 +48,6 @@ class Entry:
     predicted_peak_bytes: int | None = None
     finished: str = ""
     result: Mapping[str, object] = field(default_factory=dict)
-
-
-def fingerprint(step: str, version: str, config: object, inputs: Mapping[str, object]) -> str:
-    """sha256 of everything a step's artifact depends on: its own configuration, its inputs, and its code's version."""
-    canonical = json.dumps([step, version, config, dict(inputs)], sort_keys=True, default=str)
-    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def digests_of(run: Path, paths: Iterable[Path]) -> dict[str, str]:
@@ -103,6 +98,11 @@ class Journal:
         """The newest entry of `step`."""
         return next((entry for entry in reversed(self.entries) if entry.step == step), None)
 
+    def pieces_of(self, entry: Entry) -> list[Entry]:
+        """The parts of a step that are kept for themselves, as this entry of it holds them."""
+        parts = {one.step: one for one in self.entries if one.step.startswith(f"{entry.step}:")}
+        return [one for one in parts.values() if one.artifact in entry.digests]
+
     def intact(self, entry: Entry) -> bool:
         """Every file of the artifact is there with the recorded digest."""
         files = ((self.run / name, digest) for name, digest in entry.digests.items())
@@ -123,6 +123,12 @@ class Journal:
         """Write one line, durable before this returns; what a kill tore off after the last whole line goes."""
         self._line(asdict(entry))
         self._add(entry)
+
+    def release(self, path: str) -> None:
+        """What was written at `path` is gone: what comes there afterwards is somebody else's."""
+        if path in self._claimed:
+            self._line({"drops": path})
+            del self._claimed[path]
 
     def claims(self, path: str) -> bool:
         """Whether a step of this run wrote what is at `path`, or into it."""
@@ -226,7 +232,10 @@ class Journal:
         elif "writes" in values:
             _require_texts(values["writes"], values.get("sha256"))
             self._written.setdefault(values["writes"], set()).add(values["sha256"])
-        return "retrofit" in values or "begins" in values or "writes" in values
+        elif "drops" in values:
+            _require_texts(values["drops"])
+            self._claimed.pop(values["drops"], None)
+        return any(kind in values for kind in ("retrofit", "begins", "writes", "drops"))
 
 
 def _require_entry(entry: Entry) -> None:

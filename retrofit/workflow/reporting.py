@@ -1,73 +1,62 @@
-"""From the entries of a run to the data of its report."""
+"""From a run to the data of its report."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
-
-from pydantic import TypeAdapter
 
 from retrofit import bundled
 from retrofit.checkpoint.provenance import versions
 from retrofit.console import jsonable
 from retrofit.escape import shell_word
-from retrofit.evaluation.continuations import Continuation
-from retrofit.evaluation.cost import RunCost
-from retrofit.evaluation.metrics.context_use import restored
-from retrofit.evaluation.metrics.effective import ShortContext
-from retrofit.evaluation.metrics.perplexity import Row
-from retrofit.evaluation.scoring.losses import TokenLosses
-from retrofit.evaluation.tasks.answers import TaskChange, TaskScore
+from retrofit.evaluation.result import EvaluationResult, ModelEvaluation
 from retrofit.model.source import Source
+from retrofit.publishing.gate import GateResult
 from retrofit.recipe.load import dump_recipe, load_recipe
 from retrofit.recipe.schema import Recipe
-from retrofit.report.data import ModelResult, RunData, StepRecord, loss_by_position
-from retrofit.report.render import files
-from retrofit.workflow.evaluation import losses_file
-from retrofit.workflow.plan import STEPS
+from retrofit.report.data import ModelResult, RunData, StepRecord
+from retrofit.workflow.gate import gate_of
 from retrofit.workflow.public import public_model, public_recipe
-from retrofit.workflow.runner import Runner
+from retrofit.workflow.step import Inputs
 
 if TYPE_CHECKING:
-    from retrofit.publishing.gate import GateResult
+    from retrofit.recovery.train import RecoverReport
+    from retrofit.workflow.context import ModelContext
+    from retrofit.workflow.journal import Entry
 
 
-def write(runner: Runner, results: tuple[GateResult, ...]) -> Path:
-    """Write report.html and report.md (and the chart) into the run folder; returns report.html."""
-    for name, content in files(run_data(runner, results)).items():
-        runner.write_own(name, content)
-    return runner.folder / "report.html"
-
-
-def run_data(runner: Runner, results: tuple[GateResult, ...]) -> RunData:
-    """Everything the run has found so far."""
-    prepared, recipe, entries = runner.prepared, runner.prepared.recipe, runner.entries
-    found: dict[str, Any] = {name: dict(entry.result) for name, entry in entries.items()}
-    evaluated = found.get("evaluate", {})
-    conversion, context = found.get("convert"), found.get("extend")
-    proof = evaluated.get("proof")
+def run_data(context: ModelContext, inputs: Inputs, entries: Mapping[str, Entry] | None = None) -> RunData:
+    """Everything the run has found so far. entries: lines of its journal, by step."""
+    recipe, entries = context.recipe, entries or {}
+    evaluated: EvaluationResult | None = inputs.reports.get("evaluate")
+    published = inputs.reports.get("publish")
+    reports = {name: _json(inputs.reports.get(name)) for name in ("convert", "extend", "recover")}
+    kernel = evaluated.proof.kernel if evaluated else context.kernel.name
+    noted = [note for name in ("convert", "recover") for note in _notes(reports[name])]
     return RunData(
         name=recipe.name,
-        recipe_yaml=dump_recipe(public_recipe(recipe, prepared.source)),
-        model=prepared.source.base_model or Path(recipe.model or "").name,
+        recipe_yaml=dump_recipe(public_recipe(recipe, context.source)),
+        model=context.source.base_model or Path(recipe.model or "").name,
         created=max((entry.finished for entry in entries.values()), default=""),
         description=recipe.description,
         versions=versions(),
-        models=tuple(_model(runner, label, value, evaluated) for label, value in evaluated.get("models", {}).items()),
-        native_length=prepared.plan.positions[0],
-        claimed_length=prepared.plan.positions[1],
-        training=_training(found.get("recover", {})),
-        recovery=_recovery(recipe, found.get("recover")),
-        steps=tuple(_steps(runner)),
-        kernel=proof["kernel"] if proof else prepared.kernel.name,
-        kernel_proof=proof,
-        conversion=conversion,
-        context=context,
-        gate=tuple(_dicts(results)),
-        reload=found.get("publish", {}).get("reload"),
-        notes=tuple(dict.fromkeys((*prepared.notes, *_notes(conversion), *_notes(found.get("recover"))))),
-        commands=(command(recipe, prepared.source),),
+        models=tuple(_model(model) for model in evaluated.models) if evaluated else (),
+        native_length=context.native,
+        claimed_length=context.claimed,
+        training=_training(reports["recover"] or {}),
+        recovery=_recovery(recipe, inputs.reports.get("recover")),
+        steps=tuple(_steps(context, entries)),
+        kernel=kernel,
+        kernel_proof=_json(evaluated.proof) if evaluated else None,
+        conversion=reports["convert"],
+        context=reports["extend"],
+        gate=tuple(_dicts(gate_of(recipe, evaluated))),
+        reload=_json(published.reload) if published else None,
+        notes=tuple(dict.fromkeys((*context.notes, *noted))),
+        commands=(command(recipe, context.source),),
     )
 
 
@@ -78,9 +67,18 @@ def command(recipe: Recipe, source: Source) -> str:
     return f"retrofit run {name} --model {shell_word(public_model(source))}"
 
 
-def _notes(result: dict[str, Any] | None) -> list[str]:
+def _json(report: object) -> dict[str, Any] | None:
+    """A report as the sections of the page read it."""
+    if report is None:
+        return None
+    found = jsonable(report)
+    assert isinstance(found, dict)
+    return found
+
+
+def _notes(report: Mapping[str, Any] | None) -> list[str]:
     """What a step did not do as asked; how training went about it is no such thing."""
-    return [note for note in (result or {}).get("notes", ()) if not note.startswith(("training in", "going on from"))]
+    return [note for note in (report or {}).get("notes", ()) if not note.startswith(("training in", "going on from"))]
 
 
 def _dicts(results: tuple[GateResult, ...]) -> list[dict[str, Any]]:
@@ -89,59 +87,42 @@ def _dicts(results: tuple[GateResult, ...]) -> list[dict[str, Any]]:
     return listed
 
 
-def _model(runner: Runner, label: str, value: dict[str, Any], evaluated: dict[str, Any]) -> ModelResult:
-    losses = TokenLosses.load(losses_file(runner.folder, label))
-    cost = value["cost"]
-    return ModelResult(
-        label=label,
-        rows=tuple(Row(**row) for row in value["rows"]),
-        position_losses=loss_by_position(losses.losses),
-        kv_bytes_per_token=value["kv_bytes_per_token"],
-        kv_cache_bytes={int(tokens): size for tokens, size in value["kv_cache_bytes"].items()},
-        cost=TypeAdapter(RunCost).validate_python(cost) if cost else None,
-        kv_heads=value["kv_heads"],
-        long_context=restored(value["long_context"]),
-        short_context=tuple(ShortContext(**row) for row in evaluated["short_context"].get(label, ())),
-        tasks=tuple(TaskScore(**row) for row in evaluated["tasks"]["scores"].get(label, ())),
-        task_changes=tuple(TaskChange(**row) for row in evaluated["tasks"]["changes"].get(label, ())),
-        continuations=tuple(Continuation(**one) for one in value["continuations"]),
-    )
+def _model(model: ModelEvaluation) -> ModelResult:
+    return ModelResult(**{field.name: getattr(model, field.name) for field in fields(ModelResult)})
 
 
-def _training(result: dict[str, Any]) -> tuple[tuple[int, float | None, float | None], ...]:
-    return tuple((point["step"], point.get("loss"), point.get("held_out_loss")) for point in result.get("history", ()))
+def _training(report: Mapping[str, Any]) -> tuple[tuple[int, float | None, float | None], ...]:
+    return tuple((point["step"], point.get("loss"), point.get("held_out_loss")) for point in report.get("history", ()))
 
 
-def _recovery(recipe: Recipe, result: dict[str, Any] | None) -> dict[str, Any] | None:
+def _recovery(recipe: Recipe, report: RecoverReport | None) -> dict[str, Any] | None:
     """What the training was and how fast: the highest learning rate of its schedule, the median step's tokens/s."""
-    if result is None or recipe.recover is None:
+    if report is None or recipe.recover is None:
         return None
-    steps = [point for point in result.get("history", ()) if point["step"] > 0]
+    points = [point for point in report.history if point.step > 0]
     return {
         "loss": recipe.recover.loss,
-        "steps": result["steps"],
-        "tokens": result["tokens"],
+        "steps": report.steps,
+        "tokens": report.tokens,
         "rank": recipe.recover.adapter.rank,
-        "learning_rate": max((point["learning_rate"] for point in steps), default=None),
-        "tokens_per_second": median(point["tokens_per_second"] for point in steps) if steps else None,
+        "learning_rate": max((point.learning_rate for point in points), default=None),
+        "tokens_per_second": median(point.tokens_per_second for point in points) if points else None,
     }
 
 
-def _steps(runner: Runner) -> list[StepRecord]:
+def _steps(context: ModelContext, entries: Mapping[str, Entry]) -> list[StepRecord]:
     """One record a step; the pieces of a step (`evaluate:original`) count towards it."""
     records = []
-    for step in STEPS:
-        parts = [entry for name, entry in runner.entries.items() if name.partition(":")[0] == step]
-        if not parts:
-            continue
-        planned = runner.prepared.plan.of(step)
-        records.append(
-            StepRecord(
-                name=step,
-                seconds=sum(entry.seconds for entry in parts),
-                peak_bytes=max(entry.peak_bytes for entry in parts),
-                predicted_seconds=planned.seconds if planned else None,
-                predicted_peak_bytes=planned.peak_bytes if planned else None,
+    for cost in context.plan.steps:
+        parts = [entry for name, entry in entries.items() if name.partition(":")[0] == cost.step]
+        if parts:
+            records.append(
+                StepRecord(
+                    name=cost.step,
+                    seconds=sum(entry.seconds for entry in parts),
+                    peak_bytes=max(entry.peak_bytes for entry in parts),
+                    predicted_seconds=cost.seconds,
+                    predicted_peak_bytes=cost.peak_bytes,
+                )
             )
-        )
     return records

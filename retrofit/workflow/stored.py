@@ -5,8 +5,7 @@ The file of token losses comes last and says which question it answers: with it,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -14,23 +13,14 @@ from pydantic import ValidationError
 from retrofit.checkpoint.staging import name_file
 from retrofit.console import jsonable
 from retrofit.errors import UserError
-from retrofit.evaluation.metrics.context_use import LongContext, restored
+from retrofit.evaluation.files import pass_file
+from retrofit.evaluation.metrics.context_use import restored
 from retrofit.evaluation.scoring.losses import TokenLosses
-from retrofit.evaluation.tasks.answers import TaskAnswers, beside, from_file, to_file
-from retrofit.workflow.evaluation import pass_file
+from retrofit.evaluation.summary import Kept
+from retrofit.evaluation.tasks.answers import beside, from_file, to_file
 from retrofit.workflow.outputs import QUESTION
 
-_CONTEXT = "long_context"
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What was measured of one model. passes: losses of the same documents with another context."""
-
-    losses: TokenLosses
-    context: LongContext
-    answers: Mapping[str, TaskAnswers]
-    passes: Mapping[str, TokenLosses] = field(default_factory=dict)
+_CONTEXT, _REASON = "long_context", "kernel_reason"
 
 
 @dataclass(frozen=True)
@@ -46,32 +36,38 @@ class Stored:
         """The other files than the token losses."""
         return (*(pass_file(self.out, name) for name in self.passes), beside(self.out))
 
-    def write(self, found: Measurement, work: Path, *, overwrite: bool) -> Measurement:
+    def write(self, found: Kept, work: Path, *, overwrite: bool) -> Kept:
         """Write all files, each whole or not at all. work: a folder on the same disk. Raises UserError where one of
         them has come meanwhile, unless it may be replaced."""
-        meta = {**found.losses.meta, QUESTION: self.question, _CONTEXT: jsonable(found.context)}
+        meta = {
+            **found.losses.meta,
+            QUESTION: self.question,
+            _CONTEXT: jsonable(found.answers),
+            _REASON: found.reason,
+        }
         losses = replace(found.losses, meta=meta)
         for name, scored in found.passes.items():
             self._put(scored, pass_file(self.out, name), work, overwrite)
-        if found.answers:
+        if found.tasks:
             partial = work / "answers.json"
-            to_file(found.answers, partial)
+            to_file(found.tasks, partial)
             name_file(partial, beside(self.out), overwrite=overwrite)
         elif overwrite:
             beside(self.out).unlink(missing_ok=True)  # of what is replaced
         self._put(losses, self.out, work, overwrite)
         return replace(found, losses=losses)
 
-    def read(self) -> Measurement | None:
+    def read(self) -> Kept | None:
         """What `write` left, None where some of it is gone or damaged."""
         try:
             losses = TokenLosses.load(self.out)
-            context = restored(losses.meta[_CONTEXT])  # type: ignore[arg-type]
+            answers = restored(losses.meta[_CONTEXT])  # type: ignore[arg-type]
+            kernel, reason = str(losses.meta["kernel"]), str(losses.meta[_REASON])
             passes = {name: TokenLosses.load(pass_file(self.out, name)) for name in self.passes}
-            answers = from_file(beside(self.out)) if beside(self.out).is_file() else {}
+            tasks = from_file(beside(self.out)) if beside(self.out).is_file() else {}
         except (UserError, ValidationError, KeyError, TypeError):
             return None
-        return Measurement(losses, context, answers, passes)
+        return Kept(losses, passes, answers, kernel, reason, (), tasks)
 
     @staticmethod
     def _put(losses: TokenLosses, path: Path, work: Path, overwrite: bool) -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.provenance import digest
-from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.staging import require_writable
 from retrofit.data.calibration import check_calibration, within_window
 from retrofit.data.identity import content_digest, merged, require_distinct
@@ -33,15 +32,16 @@ from retrofit.kv_heads.sweep import pilot
 from retrofit.kv_heads.sweep.budget import Budget, within
 from retrofit.kv_heads.sweep.costs import Curve, LayerCost, fit_curve, layer_costs, probe_counts
 from retrofit.model.completeness import require_complete, require_sound
-from retrofit.model.families import describe, family_of
-from retrofit.model.load import load_config, resolve_device
-from retrofit.model.source import resolve
+from retrofit.model.families import family_of
+from retrofit.model.folder import ModelFolder
+from retrofit.model.source import with_weights
 from retrofit.model.spec import AttentionSpec
 from retrofit.recipe.schema import Calibration, Convert, Recipe, TextSource
-from retrofit.workflow.estimate.flops import ASSUMED, DTYPE_BYTES, ModelFacts, Throughput
-from retrofit.workflow.plan import Plan, claimed_length, converted_spec, make_plan, sampled_tokens
-from retrofit.workflow.prepare import facts_of, require_model
-from retrofit.workflow.recipe_checks import check_surgery
+from retrofit.workflow.checks import check_positions
+from retrofit.workflow.context import open_model
+from retrofit.workflow.estimate.cost import ASSUMED, DTYPE_BYTES, ModelFacts, Throughput, converted_spec
+from retrofit.workflow.plan import Plan, claimed_length, make_plan
+from retrofit.workflow.samples import sampled_tokens
 from retrofit.workflow.sweep_cache import measured
 
 if TYPE_CHECKING:
@@ -118,14 +118,13 @@ def prices(
     Raises UserError, before any long work, for a model or a budget with nothing to choose from.
     """
     section = recipe.convert or Convert(kv_heads=1)
-    device = resolve_device(recipe.device)
-    model = require_model(recipe)
-    source = resolve(model, revision=revision or recipe.revision, weights=False, progress=progress)
-    config = load_config(source.folder)
-    spec = describe(config)
     # Which number of heads is wanted, and what is trained and measured afterwards, is not the list's business.
     alone = recipe.model_copy(update=dict.fromkeys(("convert", "recover", "evaluate", "publish")))
-    notes = [*source.notes, *check_surgery(alone, config, spec, source.folder)]
+    context = open_model(alone, revision=revision, progress=progress)
+    source, config, spec = context.source, context.config, context.spec
+    notes = [*source.notes, *check_positions(context.model)]
+    for step in context.steps:
+        notes += step.check(context)
     counts = _possible(config, spec)
     value_bytes = DTYPE_BYTES[source.dtype if recipe.dtype == "auto" else recipe.dtype]
     length = budget.length if budget else claimed_length(recipe, spec.max_position_embeddings)
@@ -145,7 +144,7 @@ def prices(
     calibration, shorter = within_window(section.calibration.model_copy(update=asked), spec.max_position_embeddings)
     notes += shorter
     if moments is not None and read:
-        source = resolve(model, revision=revision or recipe.revision, progress=progress)
+        source = with_weights(source, revision=revision or recipe.revision, progress=progress)
         options = pilot.options(section.model_copy(update={"calibration": calibration}), recipe.seed)
         read, changed = _still_of(moments, source.folder, calibration.text, options["text"])
         if read:  # what is measured anew is as if nothing had been there
@@ -159,18 +158,18 @@ def prices(
             progress.note(note)  # type: ignore[union-attr]
         check_calibration(calibration)
         if progress:
-            _estimate(alone, section, calibration, facts_of(source, config, spec), counts, throughput(), progress)
-    source = resolve(model, revision=revision or recipe.revision, progress=progress)
+            _estimate(alone, section, calibration, context.facts, counts, throughput(), progress)
+    source = with_weights(source, revision=revision or recipe.revision, progress=progress)
     if moments is not None and not read and (moments / stored_moments.ORIGIN).is_file():
         stored_moments.Origin.of(moments, digest(source.folder))  # those of other weights are not replaced
-    checkpoint = Checkpoint.open(source.folder)
+    checkpoint = source.model.checkpoint
     require_complete(checkpoint, config, spec)
     require_sound(checkpoint, config)
     wanted = section.model_copy(update={"calibration": calibration, "method": "calibrated"})
     turnings = Turnings(config)
 
     def price(folder: Path) -> list[Mapping[int, LayerCost]]:
-        return _costs(source.folder, spec, turnings, counts, folder, progress)
+        return _costs(source.model, spec, turnings, counts, folder, progress)
 
     if moments is not None and read:
         calibrated, more = _read(moments, source.folder, pilot.options(wanted, recipe.seed))
@@ -178,7 +177,7 @@ def prices(
         layers = price(moments)
     else:
         calibrated, layers = measured(
-            recipe, wanted, source, counts, price, moments=moments, device=device, progress=progress
+            recipe, wanted, source, counts, price, moments=moments, device=context.device, progress=progress
         )
         notes += calibrated.notes
     listed, curve = price_list(spec, layers, calibrated, caches, value_bytes)
@@ -317,7 +316,7 @@ def _estimate(
 
 
 def _costs(
-    folder: Path,
+    model: ModelFolder,
     spec: AttentionSpec,
     turnings: Turnings,
     counts: tuple[int, ...],
@@ -325,7 +324,7 @@ def _costs(
     progress: Progress | None,
 ) -> list[Mapping[int, LayerCost]]:
     """Every layer's cost at every number of KV heads, from its moments and its weights: no pass over text."""
-    read = Checkpoint.open(folder).tensor
+    read = model.checkpoint.tensor
     if progress:
         progress.start("price every number of KV heads", len(spec.layers), "layers")
     found: list[Mapping[int, LayerCost]] = []

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from retrofit.checkpoint.full import writing
 from retrofit.checkpoint.lock import folder_lock
 from retrofit.checkpoint.provenance import digest
-from retrofit.checkpoint.read import Checkpoint
 from retrofit.data.calibration import calibration_text
 from retrofit.data.identity import identity
 from retrofit.kv_heads import VERSION
@@ -21,13 +20,12 @@ from retrofit.kv_heads.room import held, room_needed, survey_room
 from retrofit.kv_heads.sweep import pilot
 from retrofit.kv_heads.sweep.costs import LayerCost, probe_counts
 from retrofit.model.cache import cache_dir
-from retrofit.model.families import describe
-from retrofit.model.load import load_config, load_tokenizer, resolve_dtype
+from retrofit.model.folder import ModelFolder
 from retrofit.model.source import Source
 from retrofit.recipe.schema import Convert, Recipe
-from retrofit.workflow.journal import fingerprint
-from retrofit.workflow.prepare import teacher_of
-from retrofit.workflow.work_folder import kept, require_own
+from retrofit.system.resume import ResumeKey
+from retrofit.system.work_folder import kept, require_own
+from retrofit.workflow.samples import samples_of
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -54,19 +52,19 @@ def measured(
     folder, work = source.folder, work_folder(moments, source)
     question = [pilot.options(section, recipe.seed), device]
     inputs = {"checkpoint": dict(source.digests), "text": identity(section.calibration.text)}
-    own = work / fingerprint(COMMAND, str(VERSION), question, inputs)[:16]
+    own = work / ResumeKey(COMMAND, str(VERSION), question, inputs).digest[:16]
     require_own(work, COMMAND)
     with folder_lock(work), kept(work, COMMAND), writing(moments or work):
-        require_room(own, room(folder, section, counts) - held(own))
+        require_room(own, room(source.model, section, counts) - held(own))
         text = calibration_text(
             section.calibration,
-            load_tokenizer(folder),
+            source.model.tokenizer,
             seed=recipe.seed,
-            teacher=teacher_of(recipe.model_copy(update={"convert": section}), folder, device),
+            teacher=samples_of(recipe.model_copy(update={"convert": section}), source.model, device),
             progress=progress,
         )
         calibrated = pilot.measure(
-            folder,
+            source.model,
             section,
             *pilot.split(text),
             probe_counts(counts[:-1]),
@@ -93,9 +91,9 @@ def work_folder(moments: Path | None, source: Source) -> Path:
     return cache_dir() / f"prices-{key[:24]}.work"
 
 
-def room(folder: Path, section: Convert, counts: tuple[int, ...]) -> int:
+def room(model: ModelFolder, section: Convert, counts: tuple[int, ...]) -> int:
     """The most bytes on disk at a time: the original's moments, and beside them its own pass or a probe's."""
-    spec, calibration = describe(load_config(folder)), section.calibration
+    spec, calibration = model.spec, section.calibration
     tokens = calibration.tokens + len(calibration.text) * calibration.sequence_length  # sequences are whole
     alone = survey_room(spec, tokens, moments=False)
     probe = room_needed(
@@ -104,7 +102,7 @@ def room(folder: Path, section: Convert, counts: tuple[int, ...]) -> int:
         tokens,
         repairs=section.repair != "none",
         moments=False,
-        value_bytes=resolve_dtype("auto", folder).itemsize,
-        checkpoint_bytes=Checkpoint.open(folder).nbytes + alone,
+        value_bytes=model.dtype().itemsize,
+        checkpoint_bytes=model.checkpoint.nbytes + alone,
     )
     return survey_room(spec, 0, moments=True) + max(alone, probe)

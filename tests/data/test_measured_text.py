@@ -20,7 +20,7 @@ from retrofit.kv_heads.sweep import pilot
 from retrofit.recipe.load import load_recipe
 from retrofit.recipe.schema import TextSource
 from retrofit.workflow import sweep
-from retrofit.workflow.prepare import prepare
+from retrofit.workflow.context import open_context
 from tests.workflow.conftest import retrofit, sentences
 
 
@@ -39,7 +39,7 @@ def test_what_is_left_out_stands_in_the_notes_of_a_run(recipe: Callable[..., Pat
     (corpus / ".hidden.txt").write_text("hidden")
     (corpus / "new1.txt").write_text(sentences(1001, 200) + " </s>")
     section = {"lengths": [64], "text": [str(corpus)], "documents": 3, "cost_lengths": []}
-    ready = prepare(load_recipe(recipe(evaluate=section, require={}, context=None)))
+    ready = open_context(load_recipe(recipe(evaluate=section, require={}, context=None)))
     assert [document.name for document in ready.documents] == ["new0.txt", "new1.txt"]
     for words in ("04.txt (100% in `train`)", "1 hidden", "spells special tokens"):
         assert any(words in note for note in ready.notes), (words, ready.notes)
@@ -139,4 +139,4 @@ def test_a_calibration_of_one_text_twice_is_refused_at_the_start(
     calibration = {"text": [str(texts / "train"), str(tmp_path / "same")], "tokens": 512, "sequence_length": 64}
     file = recipe(convert={"kv_heads": 1, "calibration": calibration}, require={})
     with pytest.raises(UserError, match="all of it stands in other text as well"):
-        prepare(load_recipe(file), weights=False)
+        open_context(load_recipe(file), dry=True)

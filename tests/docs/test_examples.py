@@ -28,7 +28,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def no_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Speeds are not measured: they take most of the time and say nothing of an example."""
-    monkeypatch.setattr("retrofit.workflow.operations.run_costs", lambda folders, *_, **__: dict.fromkeys(folders))
+    monkeypatch.setattr("retrofit.evaluation.summary.run_costs", lambda folders, *_, **__: dict.fromkeys(folders))
 
 
 def test_the_script_says_what_was_saved_and_lost(

@@ -128,7 +128,9 @@ def test_a_default_in_the_table_is_that_of_the_schema() -> None:
 def test_every_public_function_and_result_is_in_the_python_reference() -> None:
     names = re.findall(r"^::: (\S+)$", generate.python_api(), re.MULTILINE)
     assert [name for name in retrofit.COMMANDS if f"retrofit.api.{name}" not in names] == []
-    assert {"RunResult", "Plan", "Written", "Evaluation", "Comparison"} <= {name.rpartition(".")[2] for name in names}
+    assert {"RunResult", "Plan", "Written", "ModelEvaluation", "Comparison"} <= {
+        name.rpartition(".")[2] for name in names
+    }
 
 
 def test_every_result_file_is_listed_with_its_command() -> None:

@@ -14,15 +14,13 @@ import torch
 from retrofit.errors import UserError
 from retrofit.evaluation import cost as costs
 from retrofit.evaluation.cost import (
-    LengthCost,
-    RunCost,
     Speeds,
-    decoding_change,
     prefill_flops,
     run_cost,
     side_by_side,
     weights_read,
 )
+from retrofit.evaluation.running import LengthCost, RunCost, decoding_change
 from retrofit.model.families import describe
 from retrofit.system.memory import Watch
 from tests.tiny import tiny_model

@@ -39,7 +39,7 @@ def mortal(limit: str) -> None:
 
 
 def attempt(source: Path, out: Path, method: str, limit: str) -> None:
-    """One conversion, as `operations.convert` runs it."""
+    """One conversion, as the step `convert` runs it."""
     mortal(limit)
     notes, work = Silent(), Path(f"{out}.work")
     ids = torch.randint(0, 256, (12, 32), generator=torch.Generator().manual_seed(1))

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import retrofit
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.data.samples import Teacher
+from retrofit.data import calibration
 from retrofit.errors import UserError
 from retrofit.kv_heads.calibrate.stream import LayerStream
 from retrofit.kv_heads.convert import CalibrationText, convert
@@ -17,8 +18,6 @@ from retrofit.kv_heads.merge.joint import rotary_indices
 from retrofit.kv_heads.merge.weights import read_layer, write_layer
 from retrofit.model.families import describe
 from retrofit.model.load import load_config
-from retrofit.recipe.schema import Convert
-from retrofit.workflow import operations
 from tests.tiny import FAMILIES, save_tiny, tiny_model
 
 LOSSLESS = [f for f in FAMILIES if f not in {"qwen3", "gemma3_text", "olmo2", "qwen3_moe", "olmoe"}]
@@ -58,12 +57,11 @@ def test_a_model_that_has_so_many_heads_already_needs_no_text(tmp_path: Path, mo
     def unread(*_: object, **__: object) -> CalibrationText:
         raise AssertionError
 
-    monkeypatch.setattr(operations, "calibration_text", unread)
-    source, section = save_tiny(tmp_path / "source", "llama"), Convert(kv_heads=4)
-    teacher, origin, work = Teacher(source), operations.Origin({}), tmp_path / "work"
-    report = operations.convert(source, tmp_path / "out", section, origin, teacher=teacher, work=work)
-    assert report.tokens == 0
-    assert report.kv_heads_before == report.kv_heads_after == 4
+    monkeypatch.setattr(calibration, "calibration_text", unread)
+    source = save_tiny(tmp_path / "source", "llama", chat_template=True)
+    report = retrofit.convert(source, out=tmp_path / "out", kv_heads=4).report
+    assert report["tokens"] == 0
+    assert report["kv_heads_before"] == report["kv_heads_after"] == 4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -75,9 +73,7 @@ def test_every_divisor_reloads_in_stock_transformers_and_generates(family: str, 
             continue
         out = run(source, tmp_path / f"{method}{kv_heads}", kv_heads=kv_heads, method=method, text=text())
         model, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
-        assert not info["missing_keys"]
-        assert not info["unexpected_keys"]
-        assert not info["mismatched_keys"]
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
         assert model.config.num_key_value_heads == kv_heads
         generated = model.generate(ids, max_new_tokens=4, do_sample=False)
         whole = model(generated[:, :-1]).logits[0, 11:].argmax(-1)
@@ -220,15 +216,10 @@ def test_reports_say_what_each_layer_lost_and_what_fell_back(tmp_path: Path) -> 
     out = tmp_path / "out"
     out.mkdir()
     report = convert(source, out, kv_heads=1, text=text())
-    assert report.kv_heads_before == 4
-    assert report.kv_heads_after == 1
-    assert report.tokens == 8 * 48
+    assert report.kv_heads_before == 4 and report.kv_heads_after == 1 and report.tokens == 8 * 48
     assert report.kinds == ("a", "b")
     assert any("keys are mean-pooled" in note for note in report.notes)
     for layer in report.layers:
-        assert layer.keys is None
-        assert layer.values is not None
-        assert 0 < layer.values < 1
+        assert layer.keys is None and layer.values is not None and 0 < layer.values < 1
         (repair,) = layer.repairs
-        assert repair.name == "o_proj"
-        assert repair.held_out_after <= repair.held_out_before
+        assert repair.name == "o_proj" and repair.held_out_after <= repair.held_out_before

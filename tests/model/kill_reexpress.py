@@ -22,7 +22,7 @@ from retrofit.checkpoint import rewrite as rewriting
 from retrofit.checkpoint import write
 from retrofit.console import Silent
 from retrofit.model import reexpress
-from retrofit.workflow import operations
+from retrofit.workflow.steps import convert
 from tests.killing import dying, half_a_tensor, hunted, nothing
 
 SHARD = "60KB"
@@ -31,9 +31,10 @@ writing = importlib.import_module("retrofit.model.reexpress.write")  # the packa
 
 def mortal(limit: str) -> None:
     """Small shards; and death at `limit`."""
-    for function in (writing.write, reexpress.reexpress, operations.convert):
+    for function in (writing.write, reexpress.reexpress):
         assert "max_shard_size" in function.__kwdefaults__
         function.__kwdefaults__["max_shard_size"] = SHARD
+    convert.shard_size = lambda recipe: SHARD
     write.write_all = dying("tensor", limit, write.write_all, half_a_tensor)
     write.ShardWriter.close = dying("close", limit, write.ShardWriter.close, nothing)  # type: ignore[method-assign]
     writing.write_config = dying("config", limit, writing.write_config, nothing)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 from retrofit.evaluation.continuations import Continuation
-from retrofit.evaluation.cost import LengthCost, RunCost
 from retrofit.evaluation.metrics.context_use import LongContext
 from retrofit.evaluation.metrics.effective import AGAINST_ORIGINAL, EffectiveLength, LengthTests, ShortContext
 from retrofit.evaluation.metrics.longppl import ContextGain, LongPPL
 from retrofit.evaluation.metrics.perplexity import Row
 from retrofit.evaluation.metrics.protocols import Defined
+from retrofit.evaluation.running import LengthCost, RunCost
 from retrofit.evaluation.tasks.answers import TaskChange, TaskScore
 from retrofit.evaluation.tasks.asking import Answer
 from retrofit.evaluation.tasks.needle import Cell, NeedleResult

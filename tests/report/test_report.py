@@ -11,12 +11,13 @@ import pytest
 
 from retrofit.console import jsonable
 from retrofit.evaluation.metrics.context_use import LongContext, restored
+from retrofit.evaluation.metrics.perplexity import loss_by_position
 from retrofit.kernels.registry import Proof
 from retrofit.publishing.reload import ReloadReport
 from retrofit.report.charts import plots
 from retrofit.report.charts.drawing import STYLES, Line
 from retrofit.report.charts.figures import card_picture, figures
-from retrofit.report.data import ModelResult, RunData, StepRecord, loss_by_position
+from retrofit.report.data import ModelResult, RunData, StepRecord
 from retrofit.report.render import html, markdown, render
 from retrofit.report.sections import costs, summary
 from tests.report.made_up import conversion, effective, long_context, model, run, search

@@ -12,7 +12,7 @@ from typing import Any
 from retrofit.errors import GateError, UserError
 from retrofit.recipe.load import validate
 from retrofit.recipe.schema import Recipe
-from retrofit.workflow.prepare import prepare
+from retrofit.workflow.context import open_context
 from retrofit.workflow.run import run
 
 SCHEMA: Mapping[str, Any] = Recipe.model_json_schema()
@@ -48,8 +48,9 @@ def extremes(node: Mapping[str, Any] = SCHEMA, key: str = "") -> Iterator[Extrem
     for name, inner in node.get("properties", {}).items():
         yield from extremes(inner, f"{key}.{name}" if key else name)
     if "anyOf" in node:
+        bounds = {name: bound for name, bound in node.items() if name in ("minimum", "maximum")}
         for one in node["anyOf"]:
-            yield from extremes(one, key)
+            yield from extremes({**bounds, **one}, key)
     elif "enum" in node:
         yield from (Extreme(key, value) for value in node["enum"])
     elif node.get("type") == "boolean":
@@ -148,7 +149,7 @@ def outcome(one: Extreme, model: Path, texts: Path, out: Path, *, work: bool = T
     """ "refused" at the start, "done", "measured" or, without `work`, "accepted"; anything else is raised."""
     try:
         recipe = validate(put(base(one.key, model, texts), one), Recipe, "extreme")
-        prepare(recipe, out=out, dry=True)
+        open_context(recipe, out=out, dry=True)
     except UserError as error:
         assert str(error).count("fix:") == 1, str(error)
         assert not out.exists()
@@ -156,7 +157,7 @@ def outcome(one: Extreme, model: Path, texts: Path, out: Path, *, work: bool = T
     if not work or (one.key in LONG and one.value != min(e.value for e in extremes() if e.key == one.key)):
         return "accepted"
     try:
-        run(prepare(recipe, out=out), out)
+        run(open_context(recipe, out=out), out)
     except UserError as error:
         measured = isinstance(error, GateError) or any(text in error.what for text in MEASURED)
         assert measured, f"accepted by the dry run, refused by the run: {error}"

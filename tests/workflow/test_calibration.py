@@ -21,10 +21,12 @@ from retrofit.model.families import describe
 from retrofit.model.load import load_config, load_model, load_tokenizer
 from retrofit.recipe.schema import Calibration, Recipe, TextSource
 from retrofit.views import results
-from retrofit.workflow import operations, plan, single
-from retrofit.workflow.estimate.flops import ModelFacts
-from retrofit.workflow.plan import make_plan, sampled_tokens
-from retrofit.workflow.recipe_checks import check_surgery
+from retrofit.workflow import samples as own_samples
+from retrofit.workflow.command import Written
+from retrofit.workflow.context import check_model, open_model
+from retrofit.workflow.estimate.cost import ModelFacts
+from retrofit.workflow.plan import make_plan
+from retrofit.workflow.samples import sampled_tokens
 from tests.tiny import save_tiny
 from tests.workflow.conftest import sentences
 
@@ -40,8 +42,7 @@ def test_text_that_is_too_short_is_not_read_twice_but_refused(model: Path, tmp_p
         calibration_module.calibration_text(
             calibration(text=[str(tmp_path / "short.txt")]), tokenizer, seed=0, teacher=teacher
         )
-    assert "short.txt" in str(caught.value)
-    assert "fewer tokens" in str(caught.value)
+    assert "short.txt" in str(caught.value) and "fewer tokens" in str(caught.value)
 
 
 def test_a_model_that_does_not_fit_is_calibrated_without_its_own_samples(
@@ -53,10 +54,8 @@ def test_a_model_that_does_not_fit_is_calibrated_without_its_own_samples(
     found = calibration_module.calibration_text(
         calibration(text=["python-docs", "self"]), tokenizer, seed=0, teacher=teacher
     )
-    assert set(found.kinds) == {"python-docs"}
-    assert found.input_ids_NT.numel() == 512
-    assert "self" in found.notes[0]
-    assert "1000 B of memory are free" in found.notes[0]
+    assert set(found.kinds) == {"python-docs"} and found.input_ids_NT.numel() == 512
+    assert "self" in found.notes[0] and "1000 B of memory are free" in found.notes[0]
     with pytest.raises(UserError, match="to write samples"):
         calibration_module.calibration_text(calibration(text=["self"]), tokenizer, seed=0, teacher=teacher)
 
@@ -78,23 +77,22 @@ def test_what_samples_need_is_the_model_as_it_is_run(
 
 def test_own_samples_are_part_of_the_default_mix_and_of_the_plan(model: Path) -> None:
     assert [source.source for source in Calibration().text] == ["python-docs", "python-stdlib", "self"]
-    assert Teacher(model).tokens == plan.SAMPLED_TOKENS
-    assert plan.SAMPLE_ROWS == samples.BATCH
+    assert Teacher(model).tokens == own_samples.SAMPLED_TOKENS
+    assert own_samples.SAMPLE_ROWS == samples.BATCH
     facts = ModelFacts("tiny", describe(load_config(model)), 10_000_000, "bfloat16")
     costs = {}
     for name, sources in (("own", ["python-docs", "self"]), ("none", ["python-docs"])):
         section = {"kv_heads": 1, "calibration": {"text": sources}}
         recipe = Recipe.model_validate({"name": "x", "convert": section, "evaluate": None, "publish": None})
         costs[name] = make_plan(recipe, facts).steps[0]
-    assert "30,720 sampled from the original" in costs["own"].does
-    assert "sampled" not in costs["none"].does
+    assert "30,720 sampled from the original" in costs["own"].does and "sampled" not in costs["none"].does
     assert costs["own"].seconds > costs["none"].seconds + 2
 
 
 def test_more_samples_are_asked_for_than_a_large_calibration_reads() -> None:
     large = Calibration.model_validate({"tokens": 400_000, "text": ["python-docs", "self"]})
     assert sampled_tokens(large.text, large.tokens) == 250_000
-    assert sampled_tokens(calibration(text=["self"]).text, 512) == plan.SAMPLED_TOKENS
+    assert sampled_tokens(calibration(text=["self"]).text, 512) == own_samples.SAMPLED_TOKENS
     assert sampled_tokens(calibration(text=["python-docs"]).text, 512) == 0
 
 
@@ -107,8 +105,7 @@ def test_what_a_folder_holds_is_told_apart_by_path(tmp_path: Path) -> None:
         TextSource(source=str(tmp_path / "books" / "a" / "notes.txt")),
     ]
     folder, file = (found["content"] for found in identity.identity(sources))
-    assert list(folder) == ["a/notes.txt", "b/notes.txt"]
-    assert list(file) == ["notes.txt"]  # type: ignore[call-overload]
+    assert list(folder) == ["a/notes.txt", "b/notes.txt"] and list(file) == ["notes.txt"]  # type: ignore[call-overload]
 
 
 def test_one_source_under_two_names_is_one_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,13 +124,14 @@ def test_convert_calibrates_within_a_short_window_and_says_so(model: Path, texts
     assert "calibrated on sequences of 512 tokens instead of 1,024" in written.report["notes"][0]
     with pytest.raises(UserError, match="so nothing is measured"):
         api.convert(model, out=tmp_path / "b", kv_heads=4, moments=tmp_path / "m", **options)
-    assert not (tmp_path / "m").exists()
-    assert not (tmp_path / "b").exists()
-    config = load_config(model)
+    assert not (tmp_path / "m").exists() and not (tmp_path / "b").exists()
     section = {"kv_heads": 4, "method": "mean"}
-    same = Recipe.model_validate({"name": "x", "convert": section, "evaluate": None, "publish": None})
-    notes = check_surgery(same, config, describe(config), model)
-    assert notes == ("the model already has 4 KV heads: its weights are copied unchanged",)
+    same = Recipe.model_validate(
+        {"name": "x", "model": str(model), "convert": section, "evaluate": None, "publish": None}
+    )
+    context = open_model(same)
+    check_model(context)
+    assert context.notes == ["the model already has 4 KV heads: its weights are copied unchanged"]
 
 
 def test_convert_keeps_moments_where_it_is_told_to_and_leaves_no_work_folder(texts: Path, tmp_path: Path) -> None:
@@ -207,7 +205,8 @@ def test_layers_that_did_without_a_repair_are_named(capsys: pytest.CaptureFixtur
         {"index": i, "repairs": [{"name": name, "accepted": kept} for name, kept in repairs]}
         for i, repairs in enumerate(outcomes)
     ]
-    Console("plain").show(None, results.written(single.Written("convert", tmp_path, {"layers": layers})))
+    written = Written("convert", tmp_path, {"layers": layers})
+    Console("plain").show(written, results.written(written))
     said = capsys.readouterr().out
     assert "the repair transfer was kept out of 1 of 2 layers, no better on text it had not seen: 0\n" in said
     assert "o_proj" not in said
@@ -219,7 +218,7 @@ def test_room_is_asked_for_before_the_model_writes_its_samples(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("text was made")
 
-    monkeypatch.setattr(operations, "calibration_text", never)
+    monkeypatch.setattr(calibration_module, "calibration_text", never)
     monkeypatch.setattr(disk, "free_space", lambda _: 1000)
     with pytest.raises(UserError, match="no room for the residual streams"):
         api.convert(model, out=tmp_path / "out", kv_heads=2, calibrate=[str(texts / "train")], tokens=2048)

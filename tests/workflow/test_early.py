@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from retrofit.errors import UserError
-from retrofit.workflow import recipe_checks
+from retrofit.workflow import checks
 from tests.tiny import save_tiny
 from tests.workflow.conftest import retrofit, sections
 
@@ -82,7 +82,7 @@ def test_more_memory_than_there_is(
     recipe: Recipe, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "`recover` needs about" in refused(recipe(), "--set", "recover.tokens=1000000000000")
-    monkeypatch.setattr(recipe_checks, "total_memory", lambda device: 1 << 20)
+    monkeypatch.setattr(checks, "total_memory", lambda device: 1 << 20)
     assert "of memory, and this machine has 1.00 MiB" in refused(recipe())
 
 
@@ -147,7 +147,7 @@ def test_an_option_of_nothing_is_an_option(model: Path, options: tuple[object, .
 
 def test_a_tokenizer_with_token_types_has_lines_that_run(model: Path, copy: Path) -> None:
     from retrofit.model.load import load_config, load_tokenizer
-    from retrofit.workflow.publish_checks import snippet_of
+    from retrofit.publishing.requirements import snippet_of
 
     path = copy / "tokenizer_config.json"
     settings = json.loads(path.read_text())
@@ -160,7 +160,7 @@ def test_a_tokenizer_with_token_types_has_lines_that_run(model: Path, copy: Path
 @pytest.mark.parametrize("settings", [{"penalty_alpha": 0.6, "top_k": 4}, {"stop_strings": ["."]}])
 def test_generation_that_needs_more_than_the_files_is_refused(copy: Path, settings: dict[str, object]) -> None:
     from retrofit.model.load import load_config, load_tokenizer
-    from retrofit.workflow.publish_checks import snippet_of
+    from retrofit.publishing.requirements import snippet_of
 
     (copy / "generation_config.json").write_text(json.dumps({"num_beams": 2, "temperature": 0.5}))
     assert "generate" in snippet_of(load_tokenizer(copy), load_config(copy), copy)

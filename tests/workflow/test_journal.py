@@ -9,8 +9,9 @@ import pytest
 
 from retrofit import kv_heads
 from retrofit.errors import UserError
-from retrofit.workflow import runner
-from retrofit.workflow.journal import Entry, Journal, digests_of, fingerprint
+from retrofit.system.resume import ResumeKey
+from retrofit.workflow.journal import Entry, Journal, digests_of
+from retrofit.workflow.steps.convert import Convert
 
 
 @pytest.fixture
@@ -74,16 +75,16 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, entry: Entry) -> N
 
 
 def test_the_fingerprint_depends_on_every_part_and_not_on_order() -> None:
-    base = fingerprint("convert", "1", {"a": 1, "b": 2}, {"x": "1"})
-    assert base == fingerprint("convert", "1", {"b": 2, "a": 1}, {"x": "1"})
+    base = ResumeKey("convert", "1", {"a": 1, "b": 2}, {"x": "1"}).digest
+    assert base == ResumeKey("convert", "1", {"b": 2, "a": 1}, {"x": "1"}).digest
     others = [
-        fingerprint("extend", "1", {"a": 1, "b": 2}, {"x": "1"}),
-        fingerprint("convert", "2", {"a": 1, "b": 2}, {"x": "1"}),
-        fingerprint("convert", "1", {"a": 1, "b": 3}, {"x": "1"}),
-        fingerprint("convert", "1", {"a": 1, "b": 2}, {"x": "2"}),
+        ResumeKey("extend", "1", {"a": 1, "b": 2}, {"x": "1"}).digest,
+        ResumeKey("convert", "2", {"a": 1, "b": 2}, {"x": "1"}).digest,
+        ResumeKey("convert", "1", {"a": 1, "b": 3}, {"x": "1"}).digest,
+        ResumeKey("convert", "1", {"a": 1, "b": 2}, {"x": "2"}).digest,
     ]
     assert len({base, *others}) == 5
 
 
 def test_a_changed_conversion_is_another_step() -> None:
-    assert str(kv_heads.VERSION) in runner.VERSIONS["convert"].split()
+    assert str(kv_heads.VERSION) in Convert.version.split()

@@ -13,13 +13,14 @@ import pytest
 
 from retrofit import bundled
 from retrofit.data.corpora import BUILT_IN, built_in_texts
+from retrofit.evaluation import folders, summary
 from retrofit.evaluation.long_context import further_reading, native_length, questions_read
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.model.families import describe
+from retrofit.model.folder import ModelFolder
 from retrofit.model.load import load_config
 from retrofit.recipe.load import load_suite
 from retrofit.recipe.schema import Evaluate
-from retrofit.workflow import operations
 from tests.tiny import save_tiny
 from tests.workflow.conftest import retrofit, sections, sentences
 from tests.workflow.test_resume import killed_run
@@ -40,17 +41,16 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_native_length_is_that_of_the_original(model: Path, extended: Path) -> None:
-    assert [native_length(load_config(folder)) for folder in (model, extended)] == [512, 512]
+    assert [native_length(ModelFolder(folder)) for folder in (model, extended)] == [512, 512]
 
 
 def test_learned_positions_end_before_any_pass(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = save_tiny(tmp_path / "table", "gpt_bigcode")
-    monkeypatch.setattr(operations, "load_model", None)
+    monkeypatch.setattr(ModelFolder, "load", None)
     asked = ("--text", book, "--lengths", "256", "--needle", "1024", "--beyond")
     result = retrofit("evaluate", table, *asked)
     assert result.exit_code == 2, result.output
-    assert "512 learned positions" in result.output
-    assert "retrofit extend MODEL --length 1024" in result.output
+    assert "512 learned positions" in result.output and "retrofit extend MODEL --length 1024" in result.output
 
 
 def test_llama3_counts_as_an_extension_where_it_is_one(tmp_path: Path) -> None:
@@ -64,10 +64,10 @@ def test_llama3_counts_as_an_extension_where_it_is_one(tmp_path: Path) -> None:
         asked = ("--factor", 2, "--method", "llama3", "--out", tmp_path / f"long-{source.name}")
         assert retrofit("extend", source, *asked).exit_code == 0
     folders = [trained, tmp_path / "heads", tmp_path / "long-trained", tmp_path / "long-plain"]
-    assert [native_length(load_config(folder)) for folder in folders] == [2048, 2048, 2048, 512]
+    assert [native_length(ModelFolder(folder)) for folder in folders] == [2048, 2048, 2048, 512]
     assert describe(load_config(trained)).max_position_embeddings == 2048  # what a plan calls native
     (tmp_path / "long-plain" / "retrofit.json").unlink()
-    assert native_length(load_config(tmp_path / "long-plain")) == 512  # its config.json alone says so too
+    assert native_length(ModelFolder(tmp_path / "long-plain")) == 512  # its config.json alone says so too
 
 
 def test_a_run_divides_out_the_factor_that_its_original_was_extended_with(
@@ -82,8 +82,7 @@ def test_a_run_divides_out_the_factor_that_its_original_was_extended_with(
         json.loads((folder / "retrofit.json").read_text())["steps"][-1]["result"]["query_scale"]
         for folder in (first, tmp_path / "run" / "2-extend")
     ]
-    assert scales[0] > 1.4
-    assert scales[0] * scales[1] == pytest.approx(1)
+    assert scales[0] > 1.4 and scales[0] * scales[1] == pytest.approx(1)
 
 
 def test_everything_at_once(extended: Path, book: Path, tmp_path: Path) -> None:
@@ -95,60 +94,49 @@ def test_everything_at_once(extended: Path, book: Path, tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)["long_context"]
-    assert found["native"] == 512
-    assert found["long_ppl"] == []
-    assert found["ruler"] is None
+    assert found["native"] == 512 and found["long_ppl"] == [] and found["ruler"] is None
     (gain,) = [row for row in found["context_gain"] if row["kind"] == "all"]
     full, native = TokenLosses.load(file), TokenLosses.load(tmp_path / "l.native.npz")
-    assert gain["length"] == 1024
-    assert gain["tokens"] == 512
+    assert gain["length"] == 1024 and gain["tokens"] == 512
     assert gain["gain"] == pytest.approx(float(np.mean(native.losses[0][511:] - full.losses[0][511:])), abs=1e-5)
-    assert np.isnan(native.losses[0][:511]).all()
-    assert np.isfinite(native.losses[0][511:]).all()
+    assert np.isnan(native.losses[0][:511]).all() and np.isfinite(native.losses[0][511:]).all()
     rows = {(row["definition"], row["length"]): row for row in found["defined"]}
-    assert len(rows) == 9
-    assert rows["sliding", 256]["tokens"] == rows["lm-eval", 256]["tokens"] == 1199
+    assert len(rows) == 9 and rows["sliding", 256]["tokens"] == rows["lm-eval", 256]["tokens"] == 1199
     assert rows["yarn-truncated", 512]["ppl"] == pytest.approx(float(np.exp(full.at(512)[0].mean(dtype=np.float64))))
     assert [(cell["length"], cell["depth"]) for cell in found["needle"]["cells"]] == [
         (512, 0.0), (512, 1.0), (1024, 0.0), (1024, 1.0),
     ]  # fmt: skip
     tests = {test["length"]: test for test in found["effective"]["tests"]}
-    assert tests[1024]["gain"] == gain["gain"]
-    assert tests[512]["gain"] is None
+    assert tests[1024]["gain"] == gain["gain"] and tests[512]["gain"] is None
     # One document and no original beside it; the tiny model finds no needle anywhere.
     none = "the needle against that within the native length (the model finds 0.00 of the needles there)"
     assert found["effective"]["not_tested"] == ["tail at 1024", none]
     assert not list(tmp_path.glob("*.scored"))
     shown = retrofit("evaluate", extended, "--text", book, "--lengths", "512", "--needle", "512", "--depths", 1).output
-    assert "effective length" in shown
-    assert "exact match" in shown
+    assert "effective length" in shown and "exact match" in shown
 
 
 def test_beyond_the_positions_names_the_command_that_extends(model: Path, book: Path) -> None:
     refused = retrofit("evaluate", model, "--text", book, "--lengths", "1024")
     assert refused.exit_code == 2
-    assert f"retrofit extend {model} --length 1024" in refused.output
-    assert "--beyond" in refused.output
+    assert f"retrofit extend {model} --length 1024" in refused.output and "--beyond" in refused.output
     assert "retrofit extend" in retrofit("evaluate", model, "--text", book, "--needle", "1024").output
     shown = retrofit("evaluate", model, "--text", book, "--lengths", "1024", "--beyond", "--json")
-    assert shown.exit_code == 0
-    assert json.loads(shown.stdout)["claimed_length"] == 512
+    assert shown.exit_code == 0 and json.loads(shown.stdout)["claimed_length"] == 512
 
 
 def test_a_text_too_short_is_refused_with_its_length(extended: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
     refused = retrofit("evaluate", extended, "--text", tmp_path / "short.txt", "--lengths", "256")
-    assert refused.exit_code == 2
-    assert "10" in refused.output
+    assert refused.exit_code == 2 and "10" in refused.output
 
 
 def test_a_definition_that_needs_a_longer_text_is_refused_before_anything_is_read(
     extended: Path, book: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operations, "score_folder", lambda *_, **__: pytest.fail("it was scored"))
+    monkeypatch.setattr(folders, "score_folder", lambda *_, **__: pytest.fail("it was scored"))
     refused = retrofit("evaluate", extended, "--text", book, "--lengths", "256", "--definition", "longlora")
-    assert refused.exit_code == 2
-    assert "`longlora` at 256 tokens needs a longer text" in refused.output
+    assert refused.exit_code == 2 and "`longlora` at 256 tokens needs a longer text" in refused.output
 
 
 def test_a_tokenizer_without_a_bos_is_announced_and_not_paired_with_one_that_has_it(
@@ -162,8 +150,7 @@ def test_a_tokenizer_without_a_bos_is_announced_and_not_paired_with_one_that_has
     said = retrofit("evaluate", other, *asked, tmp_path / "b.npz").output
     assert "this tokenizer has no BOS: the first token of every document is given, not predicted" in said
     refused = retrofit("compare", tmp_path / "a.npz", tmp_path / "b.npz")
-    assert refused.exit_code == 2
-    assert "different tokenizers" in refused.output
+    assert refused.exit_code == 2 and "different tokenizers" in refused.output
     assert retrofit("compare", tmp_path / "a.npz", tmp_path / "b.npz", "--bits-per-byte").exit_code == 0
 
 
@@ -187,8 +174,7 @@ def test_a_killed_evaluation_goes_on_with_the_same_numbers(
 
         monkeypatch.setattr(module, "_score_document", killed)
         assert retrofit("evaluate", extended, *asked, out).exit_code != 0
-        assert not out.exists()
-        assert (tmp_path / "killed.npz.scored").is_dir()
+        assert not out.exists() and (tmp_path / "killed.npz.scored").is_dir()
     read = []
     monkeypatch.setattr(module, "_score_document", real)
     span = module._score_span
@@ -197,8 +183,7 @@ def test_a_killed_evaluation_goes_on_with_the_same_numbers(
     assert len(read) == 1  # the last pass: one window of 700 tokens over as many
     for found in (whole, again):
         del found["losses"], found["cost"]  # its name and clock times
-    assert again == whole
-    assert not (tmp_path / "killed.npz.scored").exists()
+    assert again == whole and not (tmp_path / "killed.npz.scored").exists()
     for name in ("", ".native"):
         first, second = (TokenLosses.load(tmp_path / f"{stem}{name}.npz") for stem in ("whole", "killed"))
         np.testing.assert_array_equal(first.losses[0], second.losses[0])
@@ -220,8 +205,7 @@ def test_a_run_killed_while_it_asks_ends_with_the_same_answers(
     limits = ["needle:2", "needle:3", "ruler:1", "needle:2", "ruler:2"]
     assert killed_run(file, calm, hunted, limits) == [limit.partition(":")[0] for limit in limits] + ["done"]
     found = [json.loads((run / "4-evaluate" / "metrics.json").read_text())["models"] for run in (calm, hunted)]
-    assert found[0] == found[1]
-    assert len(found[0]["extended"]["long_context"]["needle"]["cells"]) == 2
+    assert found[0] == found[1] and len(found[0][1]["long_context"]["needle"]["cells"]) == 2
     assert not list(hunted.rglob("*.scored"))
 
 
@@ -229,7 +213,6 @@ def test_what_was_asked_before_a_stop_is_not_asked_again(
     extended: Path, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from retrofit.evaluation.tasks import asking as module
-    from retrofit.workflow import single
 
     out, kept = tmp_path / "l.npz", tmp_path / "l.npz.scored"
     command = ["evaluate", extended, "--text", book, "--lengths", "64", "--needle", "512", "--depths", 3, "--out", out]
@@ -244,24 +227,18 @@ def test_what_was_asked_before_a_stop_is_not_asked_again(
     assert retrofit(*command).exit_code != 0
     assert sorted(path.name for path in (kept / "needle").glob("*-*")) == ["512-0.json", "512-1.json"]
     assert json.loads((kept / "needle" / "key.json").read_text())["checkpoint"], "known by the model's digests"
-    costs = single.operations.run_costs
-    monkeypatch.setattr(single.operations, "run_costs", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert retrofit(*command).exit_code != 0
-    assert next(calls) == 5  # the third question, and this call
+    monkeypatch.setattr(summary, "run_costs", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert retrofit(*command).exit_code != 0 and next(calls) == 5  # the third question, and this call
     assert len(list((kept / "needle").glob("*-*"))) == 3, "a stop while costs are measured loses no answers"
-    monkeypatch.setattr(single.operations, "run_costs", costs)
-    assert retrofit(*command).exit_code == 0
-    assert next(calls) == 6
-    assert out.is_file()
-    assert not kept.exists()
+    monkeypatch.setattr(summary, "run_costs", folders.run_costs)
+    assert retrofit(*command).exit_code == 0 and next(calls) == 6
+    assert out.is_file() and not kept.exists()
 
 
 def test_bundled_suites_are_valid() -> None:
     suites = {name: load_suite(name).evaluation() for name in bundled.names("suites")}
     assert {"quick", "long", "context", "ruler", "papers"} <= set(suites)
-    assert suites["context"].context_gain
-    assert suites["ruler"].ruler
-    assert suites["papers"].definitions
+    assert suites["context"].context_gain and suites["ruler"].ruler and suites["papers"].definitions
     longest = {source: max(len(text.text) for text in built_in_texts(source, "held_out")) for source in BUILT_IN}
     for name, suite in suites.items():
         tokens = max(*suite.lengths, suite.document_tokens or 0)
@@ -281,22 +258,19 @@ def test_a_run_keeps_the_passes_and_concludes_from_them(
     out = tmp_path / "out"
     assert retrofit("run", path, "--out", out).exit_code == 0
     found = json.loads((out / "4-evaluate" / "metrics.json").read_text())
-    uses = {label: model["long_context"] for label, model in found["models"].items()}
-    assert list(uses) == ["original", "extended"]
-    assert uses["extended"]["native"] == 512
+    uses = {model["label"]: model["long_context"] for model in found["models"]}
+    assert list(uses) == ["original", "extended"] and uses["extended"]["native"] == 512
     assert [one.partition(" ")[0] for one in uses["extended"]["effective"]["not_tested"]] == ["the"]  # the needle
     assert uses["extended"]["effective"]["tests"][2]["tail"] is not None
     assert uses["extended"]["effective"]["control"].startswith("that of the original")
     assert uses["extended"]["needle"]["scores"].keys() == {"512", "1024"}
     assert (out / "losses" / "extended.native.npz").is_file()
-    (first, second) = found["short_context"]["extended"]
-    assert (first["length"], second["length"]) == (256, 512)
-    assert first["low"] <= first["ratio"] <= first["high"]
+    (first, second) = next(model for model in found["models"] if model["label"] == "extended")["short_context"]
+    assert (first["length"], second["length"]) == (256, 512) and first["low"] <= first["ratio"] <= first["high"]
 
     recipe(**less, evaluate={**section, **asked, "lengths": [512, 1024], "resamples": 200})
     again = json.loads(retrofit("run", path, "--out", out, "--json").stdout)
-    assert {"evaluate:original", "evaluate:extended"} <= set(again["reused"])
-    assert "evaluate" not in again["reused"]
+    assert {"evaluate:original", "evaluate:extended"} <= set(again["reused"]) and "evaluate" not in again["reused"]
     recipe(**less, evaluate={**section, **asked, "needle": {"lengths": [512], "depths": 1}})
     again = json.loads(retrofit("run", path, "--out", out, "--json").stdout)
     assert not {"evaluate:original", "evaluate:extended"} & set(again["reused"])

@@ -11,7 +11,7 @@ import pytest
 
 from retrofit import api
 from retrofit.checkpoint.lock import folder_lock
-from retrofit.workflow import operations
+from retrofit.evaluation import folders
 from tests.workflow.conftest import retrofit
 from tests.workflow.test_ownership import contents
 
@@ -30,7 +30,7 @@ def test_an_evaluation_is_found_done_and_replaced_when_told(
     first = retrofit(*asked, "--lengths", "64,300")
     assert first.exit_code == 0, first.output
     with monkeypatch.context() as patch:
-        patch.setattr(operations, "score_folder", lambda *_, **__: pytest.fail("it is done"))
+        patch.setattr(folders, "score_folder", lambda *_, **__: pytest.fail("it is done"))
         again = retrofit(*asked, "--lengths", "64,300")
     assert again.exit_code == 0, again.output
     assert "done before" in again.stderr

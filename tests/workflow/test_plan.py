@@ -12,8 +12,10 @@ import torch
 from retrofit.model.families import describe
 from retrofit.recipe.load import load_recipe
 from retrofit.workflow.estimate import throughput
-from retrofit.workflow.estimate.flops import CALL_SECONDS, EFFICIENCY, ModelFacts, Throughput
-from retrofit.workflow.plan import COST_ROUNDS, MACHINE_SECONDS, make_plan, steps_of
+from retrofit.workflow.estimate.cost import CALL_SECONDS, EFFICIENCY, ModelFacts, Throughput
+from retrofit.workflow.plan import make_plan
+from retrofit.workflow.steps import steps_of
+from retrofit.workflow.steps.evaluate import COST_ROUNDS, MACHINE_SECONDS
 from tests.tiny import tiny_config
 
 SMOLLM2 = SimpleNamespace(
@@ -86,7 +88,7 @@ def test_twice_the_tokens_take_twice_the_time(tokens: str) -> None:
 
 
 def test_a_plan_has_the_steps_of_its_recipe() -> None:
-    assert steps_of(load_recipe("kernel-only")) == ("evaluate",)
+    assert [step.name for step in steps_of(load_recipe("kernel-only"))] == ["evaluate"]
     plan = make_plan(load_recipe("extend-4x"), FACTS, SPEED)
     assert [cost.step for cost in plan.steps] == ["extend", "recover", "evaluate", "publish"]
     assert plan.positions == (8192, 32768)

@@ -13,7 +13,7 @@ from retrofit.checkpoint import staging
 from retrofit.checkpoint.provenance import read_provenance
 from retrofit.errors import UserError
 from retrofit.model import reexpress
-from retrofit.workflow import operations
+from retrofit.workflow import step
 from tests.model.test_reexpress import FIRST, ids, load, save
 
 
@@ -30,7 +30,7 @@ def test_reexpress_only_writes_the_same_function_and_its_record(
     out = tmp_path / "out"
     stages: list[object] = []
     stage = staging.staged
-    for module in (operations, reexpress):
+    for module in (step, reexpress):
         counted = lambda *args, **named: stages.append(args) or stage(*args, **named)  # noqa: E731
         monkeypatch.setattr(module, "staged", counted, raising=False)
     done = retrofit.convert(source, reexpress_only=True, out=out)

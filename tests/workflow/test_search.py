@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from retrofit.console import Silent
+from retrofit.context import rope
 from retrofit.data.samples import Teacher
 from retrofit.data.search_text import searched_text
 from retrofit.model.load import load_config, load_tokenizer
 from retrofit.recipe.schema import Search, TextSource
-from retrofit.workflow import operations
 from tests.workflow.conftest import retrofit, sentences
 
 
@@ -78,10 +78,10 @@ def test_a_run_searches_once_and_plans_it(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(operations, "write_extended", stopped)
+        patch.setattr(rope, "write_extended", stopped)
         retrofit("run", file, "--out", tmp_path / "run")
     kept = tmp_path / "run" / "2-extend.work"
-    trials = len(list(kept.glob("*.npy")))
+    trials = len(list(kept.rglob("*.npy")))
     assert trials == 12 + 3 + 2  # and the model before, once a rung
     result = retrofit("run", file, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output

@@ -21,6 +21,7 @@ from retrofit.kv_heads.sweep import pilot
 from retrofit.kv_heads.sweep.budget import Budget, parse_budget, within
 from retrofit.kv_heads.sweep.costs import LayerCost, Measured
 from retrofit.model.families import describe
+from retrofit.model.folder import ModelFolder
 from retrofit.recipe.schema import Calibration, Convert, TextSource
 from retrofit.workflow import sweep as module
 from retrofit.workflow import sweep_cache
@@ -397,7 +398,7 @@ def test_the_room_of_a_list_is_asked_for_before_the_model_is_read(
 
     monkeypatch.setattr(sweep_cache, "calibration_text", lambda *_, **__: pytest.fail("text was read"))
     section = Convert(kv_heads=1, calibration={"tokens": 4096, "sequence_length": 512, "text": [str(texts / "train")]})
-    needed = sweep_cache.room(eight, section, (1, 2, 4, 8))
+    needed = sweep_cache.room(ModelFolder(eight), section, (1, 2, 4, 8))
     monkeypatch.setattr(disk, "free_space", lambda _: needed - 1)
     asked = {"tokens": 4096, "calibrate": [str(texts / "train")], "measure": False, "moments": tmp_path / "moments"}
     with pytest.raises(UserError, match="no room for the residual streams"):
@@ -416,4 +417,6 @@ def test_what_lies_on_disk_is_what_was_asked_for(
         StreamFolder, "finished", lambda self, layer: (most.append(held(tmp_path / "m.work")), finished(self, layer))
     )
     retrofit.prices(recipe=file, measure=False, moments=tmp_path / "m")
-    assert max(most) < sweep_cache.room(eight, Convert(**section), (1, 2, 4, 8)) + 20_000, "but for headers"
+    assert max(most) < sweep_cache.room(ModelFolder(eight), Convert(**section), (1, 2, 4, 8)) + 20_000, (
+        "but for headers"
+    )

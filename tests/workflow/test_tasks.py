@@ -18,10 +18,10 @@ from retrofit.model.load import load_config
 from retrofit.recipe.load import RecipeError, load_recipe
 from retrofit.recipe.schema import Recipe
 from retrofit.workflow.compare import compare, stored_answers
-from retrofit.workflow.estimate.flops import CALL_SECONDS, EFFICIENCY, TaskSize
+from retrofit.workflow.estimate.cost import CALL_SECONDS, EFFICIENCY, TaskSize
 from retrofit.workflow.journal import Entry, Journal, digests_of
 from retrofit.workflow.plan import make_plan
-from retrofit.workflow.task_checks import check_tasks
+from retrofit.workflow.questions import check_tasks
 from tests.evaluation.test_answers import answers
 from tests.evaluation.test_perplexity import made_up
 from tests.workflow.conftest import retrofit, sections
@@ -87,7 +87,7 @@ def test_options_of_tasks_need_a_task(model: Path) -> None:
     refused = retrofit("evaluate", model, "--fewshot", 2)
     assert refused.exit_code == 2
     assert "--fewshot" in refused.output
-    assert "add --task NAME" in refused.output
+    assert "add --task TEXT" in refused.output
 
 
 def test_requirements_on_tasks(recipe: Callable[..., Path], tmp_path: Path) -> None:

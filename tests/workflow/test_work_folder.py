@@ -6,16 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from retrofit.workflow import operations
-from retrofit.workflow.work_folder import kept, require_own
+from retrofit.system.work_folder import kept, require_own
+from retrofit.workflow.step import Place
+from retrofit.workflow.steps.convert import Convert
 from tests.workflow.conftest import retrofit
 
 
-def stopped(*args: object, work: Path | None = None, partial: Path | None = None, **options: object) -> None:
-    folder = work or partial
-    assert folder is not None
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "hours").write_text("of work")
+def stopped(step: Convert, context: object, inputs: object, place: Place) -> None:
+    place.work.mkdir(parents=True, exist_ok=True)
+    (place.work / "hours").write_text("of work")
     raise KeyboardInterrupt
 
 
@@ -48,7 +47,7 @@ def test_a_stopped_conversion_outlives_other_commands(
     commands: dict, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(operations, "convert", stopped)
+        patch.setattr(Convert, "run", stopped)
         retrofit(*commands["convert"])
     (hours,) = (tmp_path / "new.work").rglob("hours")
     for other in ("extend", "recover"):

@@ -6,6 +6,7 @@ tokens gives. `losses` is one array [T - 1] per document throughout; every docum
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -117,4 +118,17 @@ def _row(kind: str, losses: TokenLosses, length: int, size: int, resamples: int,
         tail_high=end.high,
         bpb=bits_per_byte(losses, length),
         unit=whole.unit,
+    )
+
+
+def loss_by_position(losses: Sequence[np.ndarray], buckets: int = 24) -> tuple[tuple[float, float], ...]:
+    """(middle position, mean loss) of `buckets` equal stretches; losses is one array [T - 1] per document, cut to the
+    shortest document so that every stretch is a mean over all of them."""
+    shortest = min((len(array) for array in losses), default=0)
+    if shortest == 0:
+        return ()
+    mean = np.mean([np.asarray(array[:shortest], dtype=np.float64) for array in losses], axis=0)
+    edges = np.linspace(0, shortest, min(buckets, shortest) + 1).astype(int)
+    return tuple(
+        (float((start + stop) / 2 + 1), float(mean[start:stop].mean())) for start, stop in itertools.pairwise(edges)
     )

@@ -42,7 +42,7 @@ class Reader:
     def hidden(self, ids_T: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Read `ids_T`; yields (offset in ids_T, hidden states [1, t, C]) of every chunk."""
         if self._end is not None and self.position + len(ids_T) > self._end:
-            require_positions(self.model.config, self.position + len(ids_T))
+            require_positions(self._end, self.position + len(ids_T))
         base = self.model.get_decoder()
         for start in range(0, len(ids_T), self.chunk):
             part = ids_T[None, start : start + self.chunk]
@@ -169,10 +169,9 @@ def head_of(model: PreTrainedModel) -> Iterator[Head]:
         setattr(model, name, base)
 
 
-def require_positions(config: PreTrainedConfig, tokens: int, where: str = "") -> None:
-    """Raises UserError when `tokens` are more than a table of learned positions holds; RoPE's go on, whatever comes
-    out."""
-    end = describe(config).learned_positions
+def require_positions(end: int | None, tokens: int, where: str = "") -> None:
+    """Raises UserError when `tokens` are more than a table of learned positions holds. end: of the table; None for
+    RoPE, which goes on, whatever comes out."""
     if end is not None and tokens > end:
         raise UserError(
             f"{tokens} tokens are more than the {end} learned positions of the model",

@@ -243,11 +243,11 @@ def _require_scorable(model: PreTrainedModel, documents: Sequence[Document], pla
 
 def _require_positions(model: PreTrainedModel, documents: Sequence[Document], plans: Sequence[Plan]) -> None:
     try:
-        describe(model.config)
+        end = describe(model.config).learned_positions
     except UserError:
         return  # of an architecture that is not described here; it fails by itself if it must
     for document, plan in zip(documents, plans, strict=True):
-        require_positions(model.config, max(span.tokens for _, spans in plan for span in spans), document.name)
+        require_positions(end, max(span.tokens for _, spans in plan for span in spans), document.name)
 
 
 def _require_finite(losses: Tensor, first: int, document: Document, dtype: torch.dtype) -> None:

@@ -88,13 +88,15 @@ class CalibratedRun:
         work: Path,
         device: str,
         dtype: torch.dtype | None,
+        spec: AttentionSpec | None = None,
         progress: Progress | None,
     ) -> None:
         autocast = product_dtype(device)
         self._checkpoint, self._settings, self._dtype = checkpoint, settings, dtype
         self._device, self._progress = device, progress
-        self._turnings = Turnings(settings.read_with or config)
-        self._spec, self._target_spec = describe(config), describe(target)
+        self._spec, self._target_spec = spec or describe(config), describe(target)
+        read_with = settings.read_with
+        self._turnings = Turnings(config, self._spec) if read_with is None else Turnings(read_with)
         self._batches, self._folds = text.batches(), text.folds()
         self.notes = [*text.notes, *_notes(self._spec, settings, text)]
         fewest = min(text.kinds.count(kind) for kind in text.tokens_by_kind)

@@ -21,7 +21,6 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from retrofit.checkpoint.read import Checkpoint
 from retrofit.data.calibration import AVERAGED_TOKENS, CalibrationText
 from retrofit.errors import UserError
 from retrofit.kv_heads.calibrate.measure import layer_moments
@@ -29,8 +28,8 @@ from retrofit.kv_heads.calibrate.moments import load, save
 from retrofit.kv_heads.calibrate.stream import LayerStream
 from retrofit.kv_heads.disk import StreamFolder, work_key
 from retrofit.kv_heads.merge.weights import Reader, read_layer
-from retrofit.model.families import describe
-from retrofit.model.load import load_config, product_dtype
+from retrofit.model.folder import ModelFolder, opened
+from retrofit.model.load import product_dtype
 from retrofit.model.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ STREAM = "original"
 
 
 def survey(
-    folder: str | Path,
+    folder: str | Path | ModelFolder,
     scored_NT: Tensor,
     *,
     measured: CalibrationText | None = None,
@@ -60,8 +59,8 @@ def survey(
     a later call with the same arguments goes on from; the caller removes it. Raises UserError for moments or losses
     that are not finite, and where the disk has no room for the stream.
     """
-    checkpoint, config = Checkpoint.open(folder), load_config(folder)
-    spec = describe(config)
+    model = opened(folder)
+    checkpoint, config, spec = model.checkpoint, model.config, model.spec
     autocast = product_dtype(device)
     scored = list(scored_NT.split(max(1, TOKENS_PER_BATCH // scored_NT.shape[1])))
     seen = measured.batches() if measured and moments is not None else []

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from retrofit.context.frequencies import of_layer
 from retrofit.model.families import describe
+from retrofit.model.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -75,10 +76,10 @@ class Turning:
 
 class Turnings:
     """The rotations of a model's layers, those that are alike once. config: the one that the converted model will be
-    read with."""
+    read with; spec: its description, where it is known."""
 
-    def __init__(self, config: PretrainedConfig) -> None:
-        self._config, self._spec = config, describe(config)
+    def __init__(self, config: PretrainedConfig, spec: AttentionSpec | None = None) -> None:
+        self._config, self._spec = config, spec or describe(config)
         self._known: dict[tuple[bytes, int], Turning] = {}
 
     def of(self, index: int) -> Turning | None:

@@ -24,6 +24,7 @@ from retrofit.kv_heads.calibrate.moments import PROBES, Origin, layer_file, save
 from retrofit.kv_heads.calibrate.survey import survey
 from retrofit.kv_heads.convert import convert as convert_heads
 from retrofit.kv_heads.sweep.costs import Measured
+from retrofit.model.folder import ModelFolder
 from retrofit.recipe.schema import Calibration, Convert
 from retrofit.system.resume import Kept
 
@@ -108,7 +109,7 @@ def _rows(text: CalibrationText, rows: list[int]) -> CalibrationText:
 
 
 def measure(
-    folder: Path,
+    folder: ModelFolder,
     section: Convert,
     fit: CalibrationText,
     scored: CalibrationText,
@@ -175,7 +176,7 @@ def measure(
 
 
 def _probe(
-    folder: Path,
+    folder: ModelFolder,
     section: Convert,
     fit: CalibrationText,
     scored_NT: torch.Tensor,

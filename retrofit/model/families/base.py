@@ -139,12 +139,12 @@ class Family(ABC):
             found.append(Conversion(kv_heads, reason is None, reason))
         return tuple(found)
 
-    def with_kv_heads(self, config: Any, kv_heads: int) -> Any:
-        """A copy of the configuration with `kv_heads` KV heads in every layer.
+    def with_kv_heads(self, config: Any, kv_heads: int, spec: AttentionSpec | None = None) -> Any:
+        """A copy of the configuration with `kv_heads` KV heads in every layer. spec: its description, if known.
 
         Raises UserError naming the possible numbers when this one is not.
         """
-        spec = self.describe(config)
+        spec = spec or self.describe(config)
         conversions = self.conversions(spec)
         chosen = next((c for c in conversions if c.kv_heads == kv_heads), None)
         if chosen is None or not chosen.possible:

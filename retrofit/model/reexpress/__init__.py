@@ -20,6 +20,7 @@ from retrofit.model.reexpress.write import FORMAT, ReexpressReport, reexpressed,
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
+    from retrofit.model.folder import ModelFolder
 
 
 def _gpt_neox(config: Any) -> Reexpression:
@@ -58,7 +59,7 @@ def reexpression_of(config: Any, target: str | None = None) -> Reexpression | No
 
 
 def reexpress(
-    source_folder: str | Path,
+    source: str | Path | ModelFolder,
     out: str | Path,
     *,
     target: str | None = None,
@@ -67,29 +68,30 @@ def reexpress(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> ReexpressReport:
-    """Write the checkpoint `source_folder` as another architecture into the (existing, staged) folder `out`.
+    """Write the checkpoint `source` as another architecture into the (existing, staged) folder `out`.
 
     target: the wanted `model_type` (the only one there is, by default). dtype: "auto" is the source's own. resume:
     `out` may hold what an earlier call with the same arguments left.
     Raises UserError as `reexpression_of` does, for a model that has no need of it, and for a broken checkpoint.
     """
-    from retrofit.model.load import load_config, resolve_dtype
+    from retrofit.model.folder import opened
 
-    config = load_config(source_folder)
+    folder = opened(source)
+    config = folder.config
     reexpression = reexpression_of(config, target)
     if reexpression is None:
         optional = OPTIONAL.get(config.model_type)
         raise UserError(
             f"`{config.model_type}` has nothing to be re-expressed for",
-            where=str(source_folder),
+            where=str(folder.path),
             fix=f"convert it as it is, or name the target: {optional}"
             if optional
             else "convert it as it is (`retrofit inspect MODEL` says whether it can be)",
         )
-    chosen = None if dtype == "auto" else resolve_dtype(dtype, source_folder)
+    chosen = None if dtype == "auto" else folder.dtype(dtype)
     return write(
         reexpression,
-        source_folder,
+        folder.path,
         Path(out),
         dtype=chosen,
         max_shard_size=max_shard_size,

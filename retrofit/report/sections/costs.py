@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from retrofit import format as fmt
-from retrofit.evaluation.cost import decoding_change
+from retrofit.evaluation.running import decoding_change
 from retrofit.report.charts import plots
 from retrofit.report.charts.drawing import Line
 from retrofit.report.data import ModelResult, RunData
 from retrofit.report.parts import Figure, Number, Table
 
 if TYPE_CHECKING:
-    from retrofit.evaluation.cost import LengthCost
+    from retrofit.evaluation.running import LengthCost
 
 
 def figures(run: RunData) -> Iterator[Figure]:

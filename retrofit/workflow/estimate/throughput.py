@@ -6,7 +6,7 @@ import torch
 
 from retrofit.model.load import multiplies_in_bfloat16
 from retrofit.system.speed import SIZE, flops
-from retrofit.workflow.estimate.flops import Throughput
+from retrofit.workflow.estimate.cost import Throughput
 
 
 def measure(device: str = "cpu", seconds: float = 0.2) -> Throughput:

@@ -1,8 +1,9 @@
-"""What passes over a model cost: operations from its shape, over a stated throughput. Torch-free."""
+"""What steps cost: operations counted from a model's shape, over a stated throughput. Torch-free."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from retrofit.model.spec import AttentionSpec
 from retrofit.recipe.schema import Evaluate
@@ -59,12 +60,43 @@ class TaskSize:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Prices of passes over one model."""
+class Cost:
+    """One step: what it does, the most memory and disk it needs (bytes), and its seconds in all.
+
+    pieces: parts that the journal keeps for themselves (the models that are scored), piece_seconds: of each.
+    task_seconds: of each task that every one of these models is asked, kept for itself too.
+    """
+
+    step: str
+    does: str
+    peak_bytes: int
+    disk_bytes: int
+    seconds: float
+    pieces: int = 0
+    piece_seconds: float = 0.0
+    task_seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Costs of passes over one model. after: its attention at the end of the recipe. claimed: positions then. tasks:
+    those that are asked of it."""
 
     facts: ModelFacts
     after: AttentionSpec
     throughput: Throughput
+    claimed: int
+    tasks: tuple[TaskSize, ...] = ()
+
+    @property
+    def native(self) -> int:
+        """Positions before the recipe."""
+        return self.facts.spec.max_position_embeddings
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of a stored value."""
+        return DTYPE_BYTES.get(self.facts.dtype, 2)
 
     @property
     def matmul_parameters(self) -> int:
@@ -122,3 +154,10 @@ class Shape:
         """Of `passes` forward passes."""
         speed = self.throughput.float32 if float32 else self.throughput.flops
         return passes * self.flops(tokens, context) / (speed * EFFICIENCY)
+
+
+def converted_spec(spec: AttentionSpec, kv_heads: int | None) -> AttentionSpec:
+    """The spec with `kv_heads` KV heads in every layer (unchanged for None)."""
+    if kv_heads is None:
+        return spec
+    return replace(spec, layers=tuple(replace(layer, kv_heads=kv_heads) for layer in spec.layers))

@@ -8,19 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.side_files import GENERATION
-from retrofit.context import rope
 from retrofit.errors import UserError
 from retrofit.escape import shown
-from retrofit.evaluation.scoring.reader import varying
 from retrofit.model.chat import rendered
 from retrofit.model.license import other_license_of
 from retrofit.model.side_files import side_file
 from retrofit.model.source import Source
-from retrofit.publishing.card_input import require_license_and_base
-from retrofit.publishing.reload import nothing_to_compare
 from retrofit.publishing.snippet import MESSAGES, PROMPT, TOKEN_TYPES, load_snippet
 from retrofit.recipe.hub import OTHER
-from retrofit.recipe.schema import Publish, Recipe
+from retrofit.recipe.schema import Publish
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -42,26 +38,6 @@ def terms_of(section: Publish, source: Source) -> Terms:
         return Terms(license)
     name, link = other_license_of(source.folder)
     return Terms(license, section.license_name or name, section.license_link or link)
-
-
-def check_publish(recipe: Recipe, source: Source, config: PretrainedConfig) -> None:
-    """The card can be written, and something is measured that a fresh process can measure again."""
-    section = recipe.publish
-    if section is None:
-        return
-    if recipe.evaluate is None:
-        raise UserError(
-            "nothing is published without measurements", where="publish", fix="keep `evaluate`, or add publish: null"
-        )
-    terms = terms_of(section, source)
-    require_license_and_base(terms.license, section.base_model or source.base_model, terms.name, terms.link)
-    context, encoded = recipe.context, config
-    if context and not context.searches:  # what is searched for does not change with the length
-        method, settings = str(context.method), context.settings
-        encoded = rope.extend(config, length=context.length, factor=context.factor, method=method, settings=settings)
-    varies = varying(encoded.get_text_config())
-    if varies and min(recipe.evaluate.lengths) > varies[1]:
-        raise nothing_to_compare(*varies)
 
 
 def snippet_of(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, folder: Path) -> str:

@@ -1,0 +1,143 @@
+"""Checkpoint folders as they are evaluated: loaded with a kernel, scored, timed, and their kernel checked."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from retrofit.data.documents import Document, tokenizer_digest
+from retrofit.evaluation.continuations import continuations
+from retrofit.evaluation.long_context import Measured, longest_prompt, measure, native_length
+from retrofit.evaluation.running import COST_ROUNDS
+from retrofit.evaluation.scoring.losses import TokenLosses
+from retrofit.evaluation.scoring.reader import require_positions
+from retrofit.kernels.registry import Choice, Proof, apply, choose, prove
+from retrofit.model.folder import ModelFolder
+from retrofit.recipe.schema import Evaluate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from retrofit.console import Progress
+    from retrofit.evaluation.running import RunCost
+
+PROOF_TOKENS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """What one model was needed for. losses: of whole documents; measured: what was asked for beyond them."""
+
+    losses: TokenLosses
+    kernel: Choice
+    measured: Measured
+
+
+def score_folder(
+    model: ModelFolder,
+    documents: Sequence[Document],
+    section: Evaluate,
+    *,
+    label: str,
+    kernel: str,
+    device: str,
+    native: int | None = None,
+    seed: int = 0,
+    identity: Mapping[str, str] | None = None,
+    partial: Path | None = None,
+    continuation_tokens: int = 0,
+    progress: Progress | None = None,
+) -> Scored:
+    """Token losses of a checkpoint folder, and what else the section asks for.
+
+    native: the length the original was made for; by default what the folder records. identity: digests of the
+    checkpoint, recorded with the losses. partial: where finished documents are kept until all are.
+    continuation_tokens: to write after a few prompts.
+
+    Raises UserError, before anything is read, where learned positions end before the longest length.
+    """
+    require_positions(model.spec.learned_positions, longest_prompt(section), str(model.path))
+    loaded, choice = ready(model, section, kernel, device)
+    tokenizer = model.tokenizer
+    if progress:
+        progress.note(f"{label}: kernel {choice.name}, {choice.reason}")
+        if tokenizer.bos_token_id is None:
+            progress.note("this tokenizer has no BOS: the first token of every document is given, not predicted")
+    meta: dict[str, object] = {"model": label, "tokenizer_sha256": tokenizer_digest(tokenizer)}
+    if identity:
+        meta["checkpoint"] = dict(identity)
+    asked = None if choice.requested == "auto" else choice
+    longest = max(section.lengths)  # only moving windows read what lies beyond
+    from retrofit.evaluation.scoring.score import score
+
+    losses = score(
+        loaded,
+        [document.cut(longest) for document in documents],
+        lengths=section.lengths,
+        chunk=section.chunk,
+        kernel=asked,
+        meta=meta,
+        partial=partial / "full" if partial else None,
+        progress=progress,
+    )
+    measured = measure(
+        loaded,
+        tokenizer,
+        documents,
+        losses,
+        section,
+        native_length(model) if native is None else native,
+        kernel=asked,
+        seed=seed,
+        partial=partial,
+        progress=progress,
+    )
+    written = continuations(loaded, tokenizer, documents, tokens=continuation_tokens, kernel=asked)
+    del loaded
+    gc.collect()
+    return Scored(losses, choice, replace(measured, continuations=written))
+
+
+def ready(model: ModelFolder, section: Evaluate, kernel: str, device: str) -> tuple[PreTrainedModel, Choice]:
+    """The model as it is evaluated, and the kernel it has."""
+    loaded = model.load(dtype=model.working_dtype(section.dtype, device), device=device)
+    choice = kernel_for(loaded, model, kernel, device)
+    apply(loaded, choice)
+    return loaded, choice
+
+
+def run_costs(
+    models: Mapping[str, ModelFolder], section: Evaluate, *, kernel: str, device: str, seed: int
+) -> Mapping[str, RunCost | None]:
+    """What the first and the last checkpoint folder cost to run, measured in turn; None for those between them, and
+    where the section asks for no lengths."""
+    if not section.cost_lengths:
+        return dict.fromkeys(models)
+    from retrofit.evaluation.cost import side_by_side
+
+    def load(model: ModelFolder) -> PreTrainedModel:
+        return ready(model, section, kernel, device)[0]
+
+    compared = [label for i, label in enumerate(models) if i in (0, len(models) - 1)]
+    loaders = {label: functools.partial(load, models[label]) for label in compared}
+    rounds = COST_ROUNDS if len(loaders) > 1 else 1
+    found = side_by_side(loaders, section.cost_lengths, section.decode_tokens, rounds=rounds, seed=seed)
+    return {label: found.get(label) for label in models}
+
+
+def prove_kernel(model: ModelFolder, document: Document, *, kernel: str, device: str) -> Proof:
+    """Compare the kernel's logits with eager's on a short text: in float32 on a CPU, where rounding hides nothing."""
+    import torch
+
+    loaded = model.load(dtype="float32" if device == "cpu" else "auto", device=device)
+    ids = torch.from_numpy(document.input_ids[:PROOF_TOKENS])[None].to(device)
+    return prove(loaded, kernel_for(loaded, model, kernel, device), ids)
+
+
+def kernel_for(loaded: PreTrainedModel, model: ModelFolder, kernel: str, device: str) -> Choice:
+    """The kernel that `kernel` becomes for the loaded model of a folder."""
+    return choose(kernel, model.spec, device, dtype=str(loaded.dtype).removeprefix("torch."))

@@ -1,0 +1,92 @@
+"""From a run to what its model card is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit.checkpoint.provenance import versions
+from retrofit.model.families import stock_class
+from retrofit.model.license import languages_and_tags
+from retrofit.publishing.card_input import CardInput, CardModel, Recovery
+from retrofit.publishing.reload import Tolerance
+from retrofit.publishing.requirements import snippet_of, terms_of
+from retrofit.recipe.load import dump_recipe
+from retrofit.recipe.schema import Publish, Recipe
+from retrofit.report.data import RunData
+from retrofit.workflow.artifact import Artifact
+from retrofit.workflow.public import public_recipe
+
+if TYPE_CHECKING:
+    from retrofit.workflow.context import ModelContext
+
+
+def card_input(
+    context: ModelContext,
+    artifact: Artifact,
+    folder: Path,
+    section: Publish,
+    data: RunData,
+    allowed: Tolerance,
+    *,
+    chart: str | None,
+) -> CardInput:
+    """What the card of `folder`, a copy of `artifact`, says. allowed: of the proof in a fresh process. chart: a file of
+    the folder."""
+    recipe, source = context.recipe, context.source
+    config, before, after = artifact.model.config, context.spec, artifact.model.spec
+    first, extension = data.models[0], data.context or {}
+    assert data.native_length
+    assert data.claimed_length
+    base, terms = section.base_model or source.base_model, terms_of(section, source)
+    languages, tags = languages_and_tags(source.folder)
+    return CardInput(
+        title=title(recipe, base, data.claimed_length),
+        base_model=base,
+        license=terms.license,
+        license_name=terms.name,
+        license_link=terms.link,
+        architecture=stock_class(config),
+        dtype=str(config.dtype).removeprefix("torch."),
+        layers=len(before.layers),
+        kv_heads=(before.layers[0].kv_heads, after.layers[0].kv_heads),
+        native_length=data.native_length,
+        claimed_length=data.claimed_length,
+        models=tuple(CardModel(model.label, model.rows, model.tasks, model.task_changes) for model in data.models),
+        kv_bytes_per_token=(before.kv_bytes_per_token(), after.kv_bytes_per_token()),
+        kv_cache_bytes={n: (before.kv_cache_bytes(n), after.kv_cache_bytes(n)) for n in first.kv_cache_bytes},
+        recipe_yaml=dump_recipe(public_recipe(recipe, source)),
+        commands=data.commands,
+        versions=versions(),
+        snippet=snippet_of(artifact.model.tokenizer, config, folder),
+        conversion=recipe.convert.method if recipe.convert else None,
+        context_method=extension.get("method"),
+        encodings_tried=len({trial["label"] for trial in (extension.get("search") or {}).get("trials", ())}),
+        effective=data.models[-1].effective,
+        recovery=_recovery(recipe, data.recovery),
+        revision=source.revision,
+        chart=chart,
+        kernel=data.kernel,
+        languages=languages,
+        tags=tags,
+        tolerance=(allowed.token, allowed.mean),
+    )
+
+
+def _recovery(recipe: Recipe, done: Mapping[str, Any] | None) -> Recovery | None:
+    if recipe.recover is None or done is None:
+        return None
+    sources = tuple(source.source for source in recipe.recover.text)
+    numbers = {name: done[name] for name in ("loss", "tokens", "rank", "learning_rate", "tokens_per_second")}
+    return Recovery(sources=sources, **numbers)
+
+
+def title(recipe: Recipe, base_model: str | None, claimed: int) -> str:
+    """A name that says what was done: SmolLM2-135M-Instruct-kv1-16k."""
+    parts = [(base_model or recipe.name).rpartition("/")[2]]
+    if recipe.convert:
+        parts.append(f"kv{recipe.convert.kv_heads}")
+    if recipe.context:
+        parts.append(f"{claimed // 1024}k" if claimed >= 1024 else str(claimed))
+    return "-".join(parts)

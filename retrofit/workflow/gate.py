@@ -1,0 +1,57 @@
+"""Requirements of a recipe: that each is about something it measures, and whether what was measured meets them."""
+
+from __future__ import annotations
+
+from retrofit.data.sources import kind_of
+from retrofit.errors import UserError
+from retrofit.evaluation.result import EvaluationResult
+from retrofit.publishing.gate import GateResult, check
+from retrofit.recipe.schema import Recipe
+
+
+def gate_of(recipe: Recipe, found: EvaluationResult | None) -> tuple[GateResult, ...]:
+    """What the recipe requires against what was measured; a kernel that was not proven never passes. Raises nothing."""
+    if found is None:
+        return tuple(check(recipe.require, {}))
+    require = dict(recipe.require)
+    if not found.proof.passed:
+        require.setdefault("kernel_max_diff", f"<= {found.proof.tolerance}")
+    return tuple(check(require, found.metrics))
+
+
+def check_require(recipe: Recipe) -> None:
+    """Every requirement is about something that this recipe measures; UserError otherwise."""
+    if recipe.evaluate is None:
+        return
+    kinds = {kind_of(source.source) for source in recipe.evaluate.text}
+    for key in recipe.require:
+        metric, _, kind = key.partition("/")
+        name, _, length = metric.partition("@")
+        if name in ("task", "task_drop"):
+            if recipe.evaluate.tasks is None:
+                raise UserError("no task is asked", where=f"require.{key}", fix="add evaluate.tasks.names")
+            continue  # which tasks there are is known when they are opened
+        lengths = ", ".join(str(value) for value in recipe.evaluate.lengths)
+        if name == "effective_length" and not (recipe.evaluate.context_gain or recipe.evaluate.needle):
+            raise UserError(
+                "nothing certifies an effective length",
+                where=f"require.{key}",
+                fix="add evaluate.context_gain: true, or a needle test",
+            )
+        if name in ("kv_ratio", "kernel_max_diff", "effective_length"):
+            if length or kind:
+                raise UserError(
+                    f"`{name}` has no length and no kind of text", where=f"require.{key}", fix=f"write {name}"
+                )
+        elif not length:
+            raise UserError(
+                f"`{name}` needs a length", where=f"require.{key}", fix=f"write {name}@L, L one of {lengths}"
+            )
+        elif int(length) not in recipe.evaluate.lengths:
+            raise UserError(
+                f"nothing is measured at {length} tokens", where=f"require.{key}", fix=f"use one of {lengths}"
+            )
+        if kind and kind not in kinds:
+            raise UserError(
+                f"no text `{kind}` is evaluated", where=f"require.{key}", fix=f"use one of {', '.join(sorted(kinds))}"
+            )

@@ -1,0 +1,248 @@
+"""Fewer KV heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from retrofit.checkpoint.config import read_config
+from retrofit.data.identity import identity, require_distinct
+from retrofit.errors import UserError
+from retrofit.kv_heads import VERSION
+from retrofit.recipe.schema import Convert as Section
+from retrofit.recipe.schema import Recipe, TextSource
+from retrofit.system.resume import ResumeKey
+from retrofit.workflow.artifact import shard_size
+from retrofit.workflow.checks import require_within
+from retrofit.workflow.estimate.cost import BASE_BYTES, CALL_SECONDS, EFFICIENCY, Cost, CostModel
+from retrofit.workflow.samples import SAMPLE_ROWS, sampled_tokens
+from retrofit.workflow.step import Inputs, Place, Step
+from retrofit.workflow.steps.extend import record_of as context_record
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from retrofit.kv_heads.repair.outcome import ConvertReport
+    from retrofit.workflow.context import ModelContext
+
+MOMENTS = "moments"
+TRANSFER_PASSES = 7  # forward and backward twice over the text that is trained on, and what is held out, four times
+BATCH_TOKENS = 8192  # of a calibration batch
+PACKED_BYTES = 60  # of a token while rows are packed: it is a Python number
+
+
+class Convert(Step):
+    """Write the newest checkpoint with fewer KV heads; it goes on from its last own layer and shard after a kill."""
+
+    name = "convert"
+    version = f"3, heads {VERSION}"
+    learns = True
+    section: Section
+
+    def __init__(self, recipe: Recipe, section: Section) -> None:
+        super().__init__(recipe, section)
+
+    @property
+    def texts(self) -> tuple[TextSource, ...]:
+        return self.section.calibration.text if self.section.calibrates else ()
+
+    def label(self, models: Iterable[str]) -> str:
+        return "converted"
+
+    def reads_by_name(self, context: ModelContext) -> bool:
+        return True
+
+    def check_options(self) -> Iterable[str]:
+        if not self.section.calibrates:
+            return ()
+        from retrofit.data.calibration import check_calibration
+
+        require_distinct(self.section.calibration.text, "convert.calibration.text")
+        return check_calibration(self.section.calibration)
+
+    def check(self, context: ModelContext) -> Iterable[str]:
+        from retrofit.model.families import family_of
+
+        family_of(context.config).with_kv_heads(context.config, self.section.kv_heads, context.spec)
+        notes: tuple[str, ...] = ()
+        if self.section.calibrates and context.alone:  # no option sets the length of its sequences
+            from retrofit.data.calibration import within_window
+
+            calibration, notes = within_window(self.section.calibration, context.native)
+            self.section = self.section.model_copy(update={"calibration": calibration})
+        if self.section.calibrates:
+            length, where = self.section.calibration.sequence_length, "convert.calibration.sequence_length"
+            require_within(length, context.native, where, extendable=False)
+        if self._changes(context):
+            return notes
+        return (*notes, f"the model already has {self.section.kv_heads} KV heads: its weights are copied unchanged")
+
+    def require_moments(self, context: ModelContext) -> None:
+        """UserError for moments that would not be measured because the model has that many KV heads already."""
+        if not self._changes(context):
+            raise UserError(
+                f"the model already has {self.section.kv_heads} KV heads, so nothing is measured",
+                where="--moments",
+                fix="leave out --moments, or choose fewer --kv-heads",
+            )
+
+    def check_data(self, context: ModelContext, *, weights: bool, sample: bool) -> Iterable[str]:
+        if not self.section.calibrates or not self._changes(context) or not weights:
+            return ()
+        from retrofit.data.calibration import fewest_sequences, require_calibration_text
+        from retrofit.kv_heads.calibrate.layerwise import require_left_out
+        from retrofit.kv_heads.merge.baselines import METHODS
+
+        calibration, repairs = self.section.calibration, self.section.repair != "none"
+        fewest = fewest_sequences(calibration, context.samples)
+        require_left_out(fewest, context.spec, METHODS[self.section.method], repairs=repairs)
+        require_calibration_text(calibration, context.tokenizer, seed=self.recipe.seed, teacher=context.samples)
+        return ()
+
+    def room(self, context: ModelContext, *, moments: bool = False) -> int:
+        if not self.section.calibrates or not self._changes(context):
+            return 0
+        from retrofit.kv_heads.room import room_needed
+
+        calibration = self.section.calibration
+        return room_needed(
+            context.spec,
+            self.section.kv_heads,
+            calibration.tokens + len(calibration.text) * calibration.sequence_length,  # sequences are whole
+            repairs=self.section.repair != "none",
+            moments=moments,
+            value_bytes=context.model.dtype(self.recipe.dtype).itemsize,
+            checkpoint_bytes=context.model.checkpoint.nbytes,
+        )
+
+    def _changes(self, context: ModelContext) -> bool:
+        return self.section.kv_heads != context.spec.layers[0].kv_heads
+
+    def estimate(self, model: CostModel) -> Cost:
+        convert, spec, facts = self.section, model.facts.spec, model.facts
+        heads = f"{spec.layers[0].kv_heads} to {convert.kv_heads} KV heads in {len(spec.layers)} layers, "
+        heads += str(convert.method)
+        if not convert.calibrates:
+            seconds = 4 * facts.weight_bytes / model.throughput.bytes_per_second + 1
+            peak = BASE_BYTES + facts.weight_bytes // len(spec.layers)
+            return Cost(self.name, heads, peak, facts.weight_bytes, seconds)
+        tokens, length = convert.calibration.tokens, convert.calibration.sequence_length
+        repair = f" and the {convert.repair} repair" if convert.repair != "none" else ""
+        first = spec.layers[0]
+        # In float32: a batch's stream and what one layer makes of it, the embeddings or one layer, its projections in
+        # float64, Grams of all values and of all head outputs (for each fold, and for their sums).
+        batch = min(tokens, BATCH_TOKENS) * (16 * spec.hidden_size + 4 * model.layer_parameters // spec.hidden_size)
+        layer = max(4 * spec.vocab_size * spec.hidden_size, 16 * model.layer_parameters)
+        folds = 2 * len(convert.calibration.text) + 5
+        columns = first.query_heads * first.head_dim
+        grams = 8 * (4 * (first.kv_heads * first.head_dim) ** 2 + folds * columns * (columns + spec.hidden_size))
+        peak = BASE_BYTES + max(batch + layer + grams, PACKED_BYTES * tokens)
+        does = f"{heads}{repair} on {tokens:,} tokens"
+        # Each stream passes every layer once; the moments and refits between are about half a pass in float32.
+        seconds = model.seconds(tokens, length, passes=2) + model.seconds(tokens, length, passes=0.5, float32=True)
+        if convert.repair == "transfer":
+            seconds += TRANSFER_PASSES * model.attention_flops(tokens, length) / (model.throughput.flops * EFFICIENCY)
+        sampled = sampled_tokens(convert.calibration.text, tokens)
+        if sampled:
+            does += f", {sampled:,} sampled from the original first (kept for later runs)"
+            peak = max(peak, BASE_BYTES + 2 * facts.weight_bytes)
+            # A step of a batch reads all weights and multiplies them with its rows.
+            rows, steps = SAMPLE_ROWS, -(-sampled // SAMPLE_ROWS)
+            read = facts.weight_bytes / model.throughput.bytes_per_second
+            multiply = 2 * rows * model.matmul_parameters / (model.throughput.flops * EFFICIENCY)
+            seconds += steps * (max(read, multiply) + CALL_SECONDS * len(spec.layers))
+        # Upper triangles of two Grams of all values are most of the moments that stay.
+        moments = len(spec.layers) * 4 * (first.kv_heads * first.head_dim) ** 2
+        return Cost(self.name, does, peak, facts.weight_bytes + moments, seconds)
+
+    def record(self) -> dict[str, Any]:
+        unused = set() if self.section.calibrates else {"calibration", "repair"}
+        return self.section.model_dump(mode="json", exclude=unused)
+
+    def key(self, context: ModelContext, inputs: Inputs) -> ResumeKey:
+        extension = self.recipe.context if self._reads_extension else None
+        settings = {
+            **self.record(),
+            "dtype": self.recipe.dtype,
+            "seed": self.recipe.seed,
+            "max_shard_size": shard_size(self.recipe),
+        }
+        read = {
+            "checkpoint": inputs.digests,
+            "text": identity(self.texts) if self.section.calibrates else None,
+            "context": extension and context_record(extension),
+            "moments": inputs.moments,
+        }
+        return ResumeKey(self.name, self.version, settings, read)
+
+    @property
+    def _reads_extension(self) -> bool:
+        """Whether keys are merged for the rotations that the recipe ends with; what a search finds is not known yet."""
+        context = self.recipe.context
+        return self.section.calibrates and context is not None and not context.searches
+
+    def run(self, context: ModelContext, inputs: Inputs, place: Place) -> ConvertReport:
+        from retrofit.checkpoint.write import write_config
+        from retrofit.context.names import portable
+        from retrofit.kv_heads.calibrate import moments
+        from retrofit.kv_heads.convert import convert
+        from retrofit.kv_heads.disk import require_room
+        from retrofit.kv_heads.room import held
+
+        section, source, text = self.section, inputs.current.model, None
+        if place.moments is not None:
+            moments.require_own(place.moments)
+        if self.room(context):
+            # Before the model writes its samples, which takes minutes.
+            require_room(place.work, self.room(context, moments=place.moments is not None) - held(place.work))
+            from retrofit.data.calibration import calibration_text
+
+            text = calibration_text(
+                section.calibration,
+                source.tokenizer,
+                seed=self.recipe.seed,
+                teacher=context.samples,
+                progress=context.progress,
+            )
+        with place.staged(place.work / "checkpoint") as folder:
+            report = convert(
+                source,
+                folder,
+                kv_heads=section.kv_heads,
+                method=section.method,
+                repair=section.repair,
+                text=text,
+                averaged_tokens=section.calibration.averaged_tokens,
+                device=context.device,
+                dtype=None if self.recipe.dtype == "auto" else source.dtype(self.recipe.dtype),
+                max_shard_size=shard_size(self.recipe),
+                work=place.work,
+                moments=place.moments,
+                read_with=self._read_with(source.config),
+                progress=context.progress,
+            )
+            write_config(folder, portable(read_config(folder)))
+            inputs.current.provenance.after(self.name, self.record(), self.recorded(report)).write(folder)
+        context.note(*report.notes)
+        return report
+
+    def _read_with(self, config: PretrainedConfig) -> PretrainedConfig | None:
+        """The configuration that the merged keys will be rotated by, where the recipe extends the window next."""
+        extension = self.recipe.context
+        if extension is None or not self._reads_extension:
+            return None
+        from retrofit.context.rope import extend
+
+        return extend(
+            config,
+            length=extension.length,
+            factor=extension.factor,
+            method=str(extension.method),
+            settings=extension.settings,
+        )
+
+    def unkept(self) -> tuple[str, ...]:
+        return (MOMENTS,) if self.section.calibrates else ()
+
+    def stale(self) -> tuple[str, ...]:
+        return () if self.section.calibrates else (MOMENTS,)

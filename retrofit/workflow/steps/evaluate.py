@@ -1,0 +1,352 @@
+"""Token losses of every model on the same documents, and the numbers made from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit.console import jsonable
+from retrofit.data.documents import documents_digest
+from retrofit.data.identity import require_distinct
+from retrofit.errors import UserError
+from retrofit.escape import shell_word
+from retrofit.evaluation.files import losses_file, pass_file, save_losses
+from retrofit.evaluation.long_context import (
+    NATIVE,
+    further_reading,
+    longest_prompt,
+    native_length,
+    passes_of,
+    questions_read,
+)
+from retrofit.evaluation.metrics.context_use import LongContext, restored
+from retrofit.evaluation.metrics.required import metrics
+from retrofit.evaluation.result import EvaluationResult
+from retrofit.evaluation.running import COST_ROUNDS
+from retrofit.evaluation.scoring.losses import TokenLosses
+from retrofit.evaluation.tasks.answers import TaskAnswers, answers_file, from_file, to_file
+from retrofit.recipe.schema import Evaluate as Section
+from retrofit.recipe.schema import Recipe, TextSource
+from retrofit.system.resume import VERSION, ResumeKey
+from retrofit.workflow.artifact import Artifact
+from retrofit.workflow.checks import require_within
+from retrofit.workflow.estimate.cost import BASE_BYTES, TOKEN_BYTES, Cost, CostModel
+from retrofit.workflow.gate import check_require
+from retrofit.workflow.questions import Questions, check_tasks, harness_of
+from retrofit.workflow.step import Inputs, Pieces, Place, Step
+
+if TYPE_CHECKING:
+    from retrofit.evaluation.folders import Scored
+    from retrofit.evaluation.summary import Kept
+    from retrofit.workflow.context import ModelContext
+
+METRICS = "metrics.json"
+PROMPTS_CONTINUED = 3  # short ones, by each model
+MACHINE_SECONDS = 1.0  # of measuring the machine's own speed beside a model's
+PROOF_SECONDS = 5.0  # of loading a model once more and proving its kernel
+ROW_BYTES = 16  # of a token that is kept, and of what is known about it
+_LONGER = 3
+"""Samples can become so many times longer when they are read again, at most: a byte that is no text becomes three."""
+
+
+class Evaluate(Step):
+    """Score every model of a run. The losses of each are kept for themselves: a changed recovery does not score the
+    original again."""
+
+    name = "evaluate"
+    version = str(VERSION)
+    section: Section
+
+    def __init__(self, recipe: Recipe, section: Section) -> None:
+        super().__init__(recipe, section)
+
+    @property
+    def texts(self) -> tuple[TextSource, ...]:
+        return self.section.text
+
+    def check_options(self) -> Iterable[str]:
+        require_distinct(self.section.text, "evaluate.text")
+        check_require(self.recipe)
+        if self.section.tasks:
+            from retrofit.evaluation.tasks.harness import require_harness
+
+            require_harness()
+        return ()
+
+    def check(self, context: ModelContext) -> Iterable[str]:
+        """What is evaluated fits the last model, and the original where its positions are learned."""
+        from retrofit.evaluation.scoring.reader import require_positions
+
+        section, longest = self.section, longest_prompt(self.section)
+        if context.alone and longest > context.native:
+            if not context.beyond:
+                raise UserError(
+                    f"{longest} tokens are more than the {context.native} positions of the model",
+                    where="--lengths",
+                    fix=f"extend it: retrofit extend {shell_word(context.source.requested)} --length {longest} "
+                    "--out DIR, or add --beyond to see it break",
+                )
+            context.note(f"{longest:,} tokens lie beyond the model's {context.native:,} positions")
+        elif not context.beyond:
+            require_within(longest, context.claimed, "evaluate.lengths")
+            require_positions(context.spec.learned_positions, longest, "evaluate.lengths, for the original model")
+        if context.spec.learned_positions and section.cost_lengths and section.decode_tokens >= context.native:
+            raise UserError(
+                f"{section.decode_tokens} decoded tokens have no place in {context.native} positions",
+                where="evaluate.decode_tokens",
+                fix=f"use fewer than {context.native}, or cost_lengths: []",
+            )
+        context.harness = harness_of(self.recipe)
+        return ()
+
+    def check_here(self, context: ModelContext) -> Iterable[str]:
+        context.require_kernel(self.section.dtype)
+        written = self.recipe.dtype
+        if self.recipe.convert and self.section.dtype == "auto" and written != "auto" and context.device != "cpu":
+            context.require_kernel(written)
+        if context.harness is not None:
+            check_tasks(self.recipe, context.harness, context.config, context.kernel.name)
+        return ()
+
+    def check_data(self, context: ModelContext, *, weights: bool, sample: bool) -> Iterable[str]:
+        from retrofit.data.samples import sample_length
+        from retrofit.data.texts import OWN_SAMPLES
+        from retrofit.evaluation.long_context import require_room
+
+        require_room(self.section, context.tokenizer, self.recipe.seed)
+        longest, length = max(self.section.lengths), sample_length(context.samples.model)
+        if any(source.source == OWN_SAMPLES for source in self.section.text) and longest > _LONGER * length:
+            raise UserError(
+                f"the model's own samples are {length} tokens long, and {longest} are measured",
+                where="text source `self`",
+                fix=f"shorten evaluate.lengths to {length}, or name another text",
+            )
+        return context.choose_documents(self.section, sample=sample)
+
+    def estimate(self, model: CostModel) -> Cost:
+        evaluate, spec, facts, recipe = self.section, model.facts.spec, model.facts, self.recipe
+        longest, native = max(evaluate.lengths), model.native
+        documents = evaluate.documents * len(evaluate.text)
+        models = 1 + (recipe.convert is not None or recipe.context is not None) + (recipe.recover is not None)
+        cache, chunk = spec.kv_cache_bytes(longest, model.value_bytes), min(evaluate.chunk, longest)
+        needle, ruler = evaluate.needle, evaluate.ruler
+        asked = sum(needle.lengths) * needle.samples * (1 if needle.together else needle.depths) if needle else 0
+        asked += sum(ruler.lengths) * ruler.samples * len(ruler.tasks) if ruler else 0
+        held = ROW_BYTES * documents * max(longest, evaluate.document_tokens or 0) + 8 * asked
+        loaded = BASE_BYTES + 2 * facts.weight_bytes
+        peak = loaded + cache + 3 * chunk * spec.vocab_size * 4 + held
+        costed = sorted({min(length, model.claimed) for length in evaluate.cost_lengths})
+        if costed:  # one pass at once holds what the matrices of one layer give
+            peak = max(peak, loaded + model.prefill_bytes(costed[-1]))
+        piece = model.seconds(documents * longest, longest)
+        further = further_reading(evaluate, native)
+        piece += sum(model.seconds(documents * tokens, context) for tokens, context in further)
+        piece += sum(model.seconds(tokens, context) for tokens, context in questions_read(evaluate))
+        piece += PROMPTS_CONTINUED * evaluate.continuation_tokens * model.decode_seconds(0)
+        running = MACHINE_SECONDS + sum(model.run_seconds(n, evaluate) for n in costed) if costed else 0.0
+        turns = 2 * COST_ROUNDS if models > 1 else 1
+        lengths = ", ".join(f"{length:,}" for length in evaluate.lengths)
+        does = f"{models} models on {documents} documents at {lengths} tokens, one pass each"
+        if further or needle or ruler:
+            does += ", then the use of their context"
+        batch_size = evaluate.tasks.batch_size if evaluate.tasks else 1
+        tasks, task_seconds = model.tasks, {task.name: model.task_seconds(task, batch_size) for task in model.tasks}
+        if tasks:
+            questions, requests = sum(task.questions for task in tasks), sum(task.requests for task in tasks)
+            tokens = sum(task.requests * task.request_bytes for task in tasks) / TOKEN_BYTES
+            does += (
+                f", then {questions:,} questions of {', '.join(task.name for task in tasks)}, each model: about "
+                f"{requests:,} requests and {tokens:,.0f} tokens, estimated at {TOKEN_BYTES} bytes a token"
+            )
+            # The harness keeps the logits of a batch and their log-probabilities, in float32 where the model is.
+            rows = batch_size * min(max(task.longest_bytes for task in tasks) // TOKEN_BYTES, native)
+            peak = max(peak, loaded + 8 * rows * spec.vocab_size)
+        disk = models * documents * longest * 8 * (1 + len(passes_of(evaluate, native)))
+        seconds = models * (piece + sum(task_seconds.values())) + turns * running + PROOF_SECONDS
+        return Cost(self.name, does, peak, disk, seconds, models, piece, task_seconds)
+
+    def key(self, context: ModelContext, inputs: Inputs) -> ResumeKey:
+        settings = {
+            **self.section.model_dump(mode="json"),
+            "kernel": [context.kernel.requested, context.kernel.name],
+            "device": context.device,
+            "seed": self.recipe.seed,
+            "positions": [context.native, context.claimed],
+        }
+        read = {
+            "checkpoints": {label: dict(artifact.digests) for label, artifact in inputs.models.items()},
+            "documents": documents_digest(context.documents),
+            "tasks": Questions.of(context, self.section).keys() if context.harness else [],
+        }
+        return ResumeKey(self.name, self.version, settings, read)
+
+    def run(self, context: ModelContext, inputs: Inputs, place: Place) -> EvaluationResult:
+        from retrofit.evaluation.folders import prove_kernel
+        from retrofit.evaluation.summary import summary
+
+        assert place.pieces is not None
+        kept = {label: self._kept(context, label, model, place.pieces) for label, model in inputs.models.items()}
+        last = list(inputs.models.values())[-1]
+        models = summary(
+            {label: artifact.model for label, artifact in inputs.models.items()},
+            kept,
+            self.section,
+            **self.how(context),
+        )
+        proof = prove_kernel(last.model, context.documents[0], kernel=self.recipe.kernel, device=context.device)
+        first, final = models[0], models[-1]
+        assert first.kv_bytes_per_token
+        assert final.kv_bytes_per_token
+        numbers = metrics(
+            {label: one.losses for label, one in kept.items()},
+            self.section.lengths,
+            self.section.tail,
+            kv_bytes=(first.kv_bytes_per_token, final.kv_bytes_per_token),
+            kernel_max_diff=proof.max_difference,
+            effective_length=final.effective.length if final.effective else None,
+            tasks=[one.tasks for one in kept.values()] if context.harness else [],
+        )
+        result = EvaluationResult(models, numbers, proof)
+        with place.staged() as folder:
+            text = json.dumps(jsonable(result), indent=2, ensure_ascii=False)
+            (folder / METRICS).write_text(f"{text}\n", encoding="utf-8")
+        return result
+
+    def also(self, context: ModelContext, inputs: Inputs) -> tuple[str, ...]:
+        found = []
+        for label in inputs.models:
+            losses = losses_file(Path(), label)
+            found += [losses, *(pass_file(losses, name) for name in passes_of(self.section, context.native))]
+            tasks = context.harness.tasks if context.harness else ()
+            found += [answers_file(Path(), label, task.name) for task in tasks]
+        return tuple(map(str, found))
+
+    def restored(self, stored: Mapping[str, Any]) -> EvaluationResult:
+        return EvaluationResult.restored(stored)
+
+    def score(
+        self, context: ModelContext, label: str, artifact: Artifact, partial: Path | None, native: int | None = None
+    ) -> Scored:
+        """One model's token losses and what else is asked of it. partial: where finished parts are kept meanwhile."""
+        from retrofit.evaluation.folders import score_folder
+
+        return score_folder(
+            artifact.model,
+            context.documents,
+            self.section,
+            label=label,
+            kernel=self.recipe.kernel,
+            device=context.device,
+            native=native,
+            seed=self.recipe.seed,
+            identity=artifact.digests if partial is not None else None,
+            partial=partial,
+            continuation_tokens=0 if context.alone else self.section.continuation_tokens,
+            progress=context.progress,
+        )
+
+    def native(self, context: ModelContext) -> int:
+        """Tokens that the original was made for: of a model that is measured alone, what its folder records."""
+        return native_length(context.model) if context.alone else context.native
+
+    def how(self, context: ModelContext) -> dict[str, Any]:
+        """What `summary` needs to know beside the models."""
+        return {
+            "native": self.native(context),
+            "claimed": context.claimed,
+            "kernel": self.recipe.kernel,
+            "device": context.device,
+            "seed": self.recipe.seed,
+        }
+
+    def _kept(self, context: ModelContext, label: str, artifact: Artifact, pieces: Pieces) -> Kept:
+        """One model of a run, scored now or before."""
+        from retrofit.evaluation.continuations import Continuation
+        from retrofit.evaluation.scoring.reader import varying
+        from retrofit.evaluation.summary import Kept
+
+        names = passes_of(self.section, context.native)
+
+        def work(file: Path, scratch: Path) -> Mapping[str, Any]:
+            found = self.score(context, label, artifact, scratch, context.native)
+            save_losses(found.losses, file)
+            for name, losses in found.measured.passes.items():
+                save_losses(losses, pass_file(file, name))
+            answered = LongContext(
+                context.native, defined=found.measured.defined, needle=found.measured.needle, ruler=found.measured.ruler
+            )
+            return {
+                "kernel": found.kernel.name,
+                "reason": found.kernel.reason,
+                "answers": jsonable(answered),
+                "continuations": jsonable(found.measured.continuations),
+            }
+
+        settings = {
+            "chunk": self.section.chunk,
+            "continuation_tokens": self.section.continuation_tokens,
+            "dtype": self.section.dtype,
+            "kernel": [context.kernel.name, context.kernel.requested != "auto"],
+            "device": context.device,
+            **self._further(context.native, varying(artifact.model.config) is not None),
+        }
+        read = {"checkpoint": dict(artifact.digests), "documents": documents_digest(context.documents)}
+        name, file = f"{self.name}:{label}", losses_file(Path(), label)
+        found = pieces.piece(
+            name,
+            str(file),
+            ResumeKey(name, self.version, settings, read),
+            work,
+            also=tuple(str(pass_file(file, one)) for one in names),
+        )
+        losses = pieces.folder / file
+        return Kept(
+            TokenLosses.load(losses),
+            {one: TokenLosses.load(pass_file(losses, one)) for one in names},
+            restored(found["answers"]),
+            found["kernel"],
+            found["reason"],
+            tuple(Continuation(**one) for one in found["continuations"]),
+            self._answers(context, label, artifact, pieces),
+        )
+
+    def _answers(self, context: ModelContext, label: str, artifact: Artifact, pieces: Pieces) -> dict[str, TaskAnswers]:
+        """What one model of a run answers to every task, each kept for itself."""
+        if context.harness is None:
+            return {}
+        questions = Questions.of(context, self.section)
+        found: dict[str, TaskAnswers] = {}
+        with questions.reader(artifact.model, context.native) as ask:
+            for asked in context.harness.tasks:
+
+                def work(file: Path, scratch: Path, asked: Any = asked) -> Mapping[str, Any]:
+                    answers = ask(asked)
+                    to_file({asked.name: answers}, file)
+                    return {"scores": [asdict(row) for row in answers.rows()]}
+
+                name, file = f"{self.name}:{label}:{asked.name}", answers_file(Path(), label, asked.name)
+                settings = {**questions.key(asked), "kernel": context.kernel.name, "device": context.device}
+                key = ResumeKey(name, self.version, settings, {"checkpoint": dict(artifact.digests)})
+                pieces.piece(name, str(file), key, work)
+                found |= from_file(pieces.folder / file)
+        return found
+
+    def _further(self, native: int, varies: bool) -> dict[str, object]:
+        """What decides what is read besides whole documents; empty when nothing is.
+
+        varies: the position encoding changes with the length, so that each is a pass of its own.
+        """
+        section, passes = self.section, passes_of(self.section, native)
+        found: dict[str, object] = {"lengths": section.lengths} if varies or section.definitions else {}
+        if passes:
+            found |= {"passes": passes, "native": native}
+        if NATIVE in passes:
+            found |= {"ends": [n for n in section.lengths if n > native], "tail": section.tail}
+        if section.definitions:
+            found |= {"definitions": section.definitions, "stride": section.stride}
+        if section.needle or section.ruler:
+            found |= {**section.model_dump(mode="json", include={"needle", "ruler"}), "seed": self.recipe.seed}
+        return found

@@ -1,0 +1,201 @@
+"""A longer context window."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from retrofit.checkpoint.extensions import held_scale
+from retrofit.context.methods import Extension
+from retrofit.context.search.candidates import NEAR, TAIL, candidates, rungs
+from retrofit.data.identity import identity
+from retrofit.recipe.schema import Context, Recipe, TextSource
+from retrofit.system.resume import ResumeKey
+from retrofit.workflow.estimate.cost import BASE_BYTES, Cost, CostModel
+from retrofit.workflow.step import Inputs, Place, Step
+
+if TYPE_CHECKING:
+    from retrofit.context.search.halving import Found
+    from retrofit.workflow.context import ModelContext
+
+
+@dataclass(frozen=True)
+class ExtendReport(Extension):
+    """The extension, and how its encoding was searched for."""
+
+    search: Any = None
+
+
+class Extend(Step):
+    """Write the newest checkpoint with a longer window; a search goes on after its last own trial after a kill."""
+
+    name = "extend"
+    version = "3"
+    learns = True
+    section: Context
+
+    def __init__(self, recipe: Recipe, section: Context) -> None:
+        super().__init__(recipe, section)
+
+    @property
+    def texts(self) -> tuple[TextSource, ...]:
+        return self.section.searches.text if self.section.searches else ()
+
+    @property
+    def keeps_work(self) -> bool:
+        return self.section.searches is not None
+
+    def label(self, models: Iterable[str]) -> str:
+        """A conversion before it is not measured alone: both together are the converted model."""
+        return "converted" if "converted" in models else "extended"
+
+    def check(self, context: ModelContext) -> Iterable[str]:
+        from retrofit.context import rope
+        from retrofit.context.lint import require_clean
+        from retrofit.model.side_files import side_file
+
+        section, method = self.section, str(self.section.method)
+        for name in rope.SIDE_FILES:
+            side_file(context.model.path, name)
+        if section.searches:
+            rungs(context.claimed, section.searches.tokens_for(context.claimed))
+            portable = section.searches.portable
+            method = candidates(context.config, length=context.claimed, count=1, portable=portable)[0].method
+        encoded, planned = rope.extend_and_plan(context.config, method=method, **self._target())
+        require_clean(rope.lint(encoded), "context")
+        return () if section.searches else planned.notes
+
+    def check_here(self, context: ModelContext) -> Iterable[str]:
+        if self.section.searches:
+            context.require_kernel("auto")
+        return ()
+
+    def reads_by_name(self, context: ModelContext) -> bool:
+        """As a conversion does: a checkpoint with older names is one that neither takes."""
+        return True
+
+    def _target(self) -> dict[str, Any]:
+        section = self.section
+        return {"length": section.length, "factor": section.factor, "settings": section.settings}
+
+    def estimate(self, model: CostModel) -> Cost:
+        section, facts, spec = self.section, model.facts, model.after
+        does = f"{section.method}: {model.native:,} to {model.claimed:,} positions"
+        disk = facts.weight_bytes
+        if not any(layer.rope for layer in spec.layers):
+            table = model.value_bytes * model.claimed * spec.hidden_size
+            return Cost(self.name, f"{does}; the position table is interpolated", BASE_BYTES, disk + table, 2)
+        search = section.searches
+        if search is None and section.attention_factor is None:
+            seconds = 1.0 + 2 * facts.weight_bytes / model.throughput.bytes_per_second
+            return Cost(self.name, f"{does}; only config.json changes", BASE_BYTES, disk, seconds)
+        if search is None:
+            does += f"; the weights of the queries hold the attention factor {section.attention_factor:g}"
+            return Cost(self.name, does, BASE_BYTES, disk, 2)
+        plan = rungs(model.claimed, search.tokens_for(model.claimed))
+        seconds = 0.0
+        for rung, (size, count) in enumerate(plan, start=1):
+            seconds += model.seconds(min(size, model.native), size)
+            if size == model.claimed or rung == 1:
+                seconds += model.seconds(size * count, size)
+            else:  # all of the window is read, the last tokens see all of it
+                tail = min(TAIL, model.claimed // 4)
+                seconds += model.seconds((model.claimed - tail) * count, 2 * (model.claimed // NEAR))
+                seconds += model.seconds(tail * count, 2 * model.claimed)
+        tried = ", ".join(f"{count} x {size:,}" for size, count in plan)
+        does += f"; encodings x tokens that each counts as: {tried}"
+        # The winner's attention factor may have to be written into the weights.
+        peak = BASE_BYTES + 2 * facts.weight_bytes + spec.kv_cache_bytes(model.claimed, 4)
+        return Cost(self.name, does, peak, disk, seconds)
+
+    def record(self) -> dict[str, Any]:
+        return record_of(self.section)
+
+    def recorded(self, report: ExtendReport) -> dict[str, Any]:
+        found = super().recorded(report)
+        return found if report.search else {key: value for key, value in found.items() if key != "search"}
+
+    def key(self, context: ModelContext, inputs: Inputs) -> ResumeKey:
+        settings = self.record()
+        read: dict[str, object] = {"checkpoint": inputs.digests}
+        if self.section.searches:
+            settings |= {"seed": self.recipe.seed, "kernel": self.recipe.kernel}
+            read |= {"text": identity(self.texts)}
+        return ResumeKey(self.name, self.version, settings, read)
+
+    def run(self, context: ModelContext, inputs: Inputs, place: Place) -> ExtendReport:
+        from retrofit.context.rope import write_extended
+
+        source, found = inputs.current.model, None
+        method, settings = str(self.section.method), self.section.settings
+        # The record of a run's own folders begins at the run's original, which may have been extended before.
+        held = math.prod(held_scale(folder) for folder in {source.path, context.original_model.path})
+        if self.section.searches:
+            found = self._search(context, inputs, place, held)
+            method, settings = found.method, found.settings
+        with place.staged() as folder:
+            extension = write_extended(
+                source,
+                folder,
+                length=self.section.length,
+                factor=self.section.factor,
+                method=method,
+                settings=settings,
+                held=held,
+                link=self.recipe.link,
+            )
+            values = {field.name: getattr(extension, field.name) for field in fields(extension)}
+            report = ExtendReport(**values, search=found)
+            inputs.current.provenance.after(self.name, self.record(), self.recorded(report)).write(folder)
+        return report
+
+    def _search(self, context: ModelContext, inputs: Inputs, place: Place, held: float) -> Found:
+        from retrofit.context.search.halving import search
+        from retrofit.data.search_text import searched_text
+        from retrofit.evaluation.folders import kernel_for
+
+        section, source, device = self.section.searches, inputs.current.model, context.device
+        assert section
+        model = source.load(dtype=source.working_dtype("auto", device), device=device)
+        length = self.section.target(source.spec.max_position_embeddings)
+        ids_T, name = searched_text(
+            section,
+            source.tokenizer,
+            length,
+            seed=self.recipe.seed,
+            teacher=context.samples,
+            progress=context.progress,
+        )
+        context.note(f"search: position encodings for {length:,} tokens, measured on {name}")
+        choice = kernel_for(model, source, self.recipe.kernel, device)
+        found = search(
+            model,
+            source.tokenizer,
+            ids_T,
+            section=section,
+            name=name,
+            seed=self.recipe.seed,
+            held=held,
+            kernel=None if choice.requested == "auto" else choice,
+            identity=dict(inputs.digests),
+            partial=place.work / "search",
+            progress=context.progress,
+        )
+        won, reference = found.winner, found.reference
+        context.note(
+            f"search: {won.label}, objective {won.objective:.3f}; {reference.label}: {reference.objective:.3f}"
+        )
+        del model
+        gc.collect()
+        return found
+
+
+def record_of(section: Context) -> dict[str, Any]:
+    """A `context` section as JSON values, without what its method does not read."""
+    unused = {name for name, value in section.model_dump().items() if value is None}
+    section = section.model_copy(update={"search": section.searches})
+    unused -= {"search"} if section.search else set()
+    return section.model_dump(mode="json", exclude=unused)

@@ -1,0 +1,196 @@
+"""`final/`: the checkpoint that can be published, with its card, proven in a fresh process before it gets its name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit.checkpoint.copying import copy_file
+from retrofit.checkpoint.provenance import digest, sha256, versions, write_provenance
+from retrofit.checkpoint.side_files import copy_side_files
+from retrofit.checkpoint.staging import staged
+from retrofit.console import jsonable
+from retrofit.data.documents import documents_digest
+from retrofit.errors import UserError
+from retrofit.evaluation.files import losses_file
+from retrofit.evaluation.result import EvaluationResult
+from retrofit.evaluation.scoring.losses import TokenLosses
+from retrofit.model.folder import ModelFolder
+from retrofit.publishing.card import render_card
+from retrofit.publishing.card_input import require_license_and_base
+from retrofit.publishing.gate import GateResult
+from retrofit.publishing.reload import ReloadReport, nothing_to_compare, reload_and_score, tolerance_of
+from retrofit.publishing.requirements import snippet_of, terms_of
+from retrofit.recipe.schema import Publish as Section
+from retrofit.recipe.schema import Recipe
+from retrofit.report.charts.figures import card_picture
+from retrofit.system.resume import ResumeKey
+from retrofit.workflow.artifact import Artifact
+from retrofit.workflow.card import card_input
+from retrofit.workflow.estimate.cost import BASE_BYTES, Cost, CostModel
+from retrofit.workflow.gate import gate_of
+from retrofit.workflow.journal import CARD, FINAL
+from retrofit.workflow.public import public_recipe, public_texts
+from retrofit.workflow.reporting import run_data
+from retrofit.workflow.step import Inputs, Place, Step
+
+if TYPE_CHECKING:
+    from retrofit.workflow.context import ModelContext
+
+CHART = "perplexity.png"
+
+
+@dataclass(frozen=True)
+class PublishReport:
+    """What was proven of `final/`. card: sha256 of its card, which people may edit."""
+
+    gate: tuple[GateResult, ...]
+    reload: ReloadReport
+    card: str
+
+
+class Publish(Step):
+    """Write `final/` of a run whose requirements are met."""
+
+    name = "publish"
+    version = "2"
+    gated = True
+    section: Section
+
+    def __init__(self, recipe: Recipe, section: Section) -> None:
+        super().__init__(recipe, section)
+
+    def check_here(self, context: ModelContext) -> Iterable[str]:
+        """The card can be written, and something is measured that a fresh process can measure again."""
+        from retrofit.evaluation.scoring.reader import varying
+
+        recipe, section, source = self.recipe, self.section, context.source
+        if recipe.evaluate is None:
+            raise UserError(
+                "nothing is published without measurements",
+                where="publish",
+                fix="keep `evaluate`, or add publish: null",
+            )
+        terms = terms_of(section, source)
+        require_license_and_base(terms.license, section.base_model or source.base_model, terms.name, terms.link)
+        extension, encoded = recipe.context, context.config
+        if extension and not extension.searches:  # what is searched for does not change with the length
+            from retrofit.context import rope
+
+            encoded = rope.extend(
+                context.config,
+                length=extension.length,
+                factor=extension.factor,
+                method=str(extension.method),
+                settings=extension.settings,
+            )
+        varies = varying(encoded.get_text_config())
+        if varies and min(recipe.evaluate.lengths) > varies[1]:
+            raise nothing_to_compare(*varies)
+        return ()
+
+    def check_data(self, context: ModelContext, *, weights: bool, sample: bool) -> Iterable[str]:
+        snippet_of(context.tokenizer, context.config, context.model.path)
+        return ()
+
+    @property
+    def needs_tokens(self) -> bool:
+        return True
+
+    def estimate(self, model: CostModel) -> Cost:
+        evaluated = self.recipe.evaluate
+        tokens = self.section.reload_tokens * len(evaluated.text if evaluated else ())
+        seconds = 15 + model.seconds(tokens, self.section.reload_tokens)
+        does = "check the gate, write the card, load the folder in a fresh process and compare its losses"
+        weights = model.facts.weight_bytes
+        return Cost(self.name, does, BASE_BYTES + 2 * weights, weights, seconds)
+
+    def key(self, context: ModelContext, inputs: Inputs) -> ResumeKey:
+        settings = {**self.section.model_dump(mode="json"), "recipe": self.recipe.model_dump(mode="json")}
+        read = {
+            "checkpoint": inputs.digests,
+            "evaluation": jsonable(inputs.reports.get("evaluate")),
+            "documents": documents_digest(context.documents),
+        }
+        return ResumeKey(self.name, self.version, settings, read)
+
+    def run(self, context: ModelContext, inputs: Inputs, place: Place) -> PublishReport:
+        """Raises UserError when a fresh process does not reproduce the recorded losses; there is no `final/` then."""
+        assert place.run is not None
+        final, gate = place.run / FINAL, gate_of(self.recipe, inputs.reports["evaluate"])
+        with staged(final, overwrite=True) as folder:
+            reload = self._write_final(context, inputs, place.run, folder, gate)
+        with place.staged() as folder:
+            for name, value in (("gate", gate), ("reload", reload)):
+                text = json.dumps(jsonable(value), indent=2)
+                (folder / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")
+        return PublishReport(gate, reload, sha256(final / CARD))
+
+    def also(self, context: ModelContext, inputs: Inputs) -> tuple[str, ...]:
+        return (FINAL,)
+
+    def restored(self, stored: Mapping[str, Any]) -> PublishReport:
+        from pydantic import TypeAdapter
+
+        return TypeAdapter(PublishReport).validate_python(stored)
+
+    def _write_final(
+        self, context: ModelContext, inputs: Inputs, run: Path, folder: Path, gate: tuple[GateResult, ...]
+    ) -> ReloadReport:
+        artifact: Artifact = inputs.current
+        evaluated: EvaluationResult = inputs.reports["evaluate"]
+        copy_checkpoint(artifact.model, folder, self.section.max_shard_size, link=self.recipe.link)
+        data = run_data(context, inputs)
+        picture = card_picture(data)
+        if picture is not None:
+            (folder / CHART).write_bytes(picture.png)
+        losses = TokenLosses.load(losses_file(run, inputs.label))
+        allowed = tolerance_of(str(losses.meta.get("dtype")))
+        card = card_input(context, artifact, folder, self.section, data, allowed, chart=CHART if picture else None)
+        (folder / CARD).write_text(render_card(card), encoding="utf-8")
+        report = reload_and_score(
+            folder,
+            context.documents,
+            losses,
+            tokens=self.section.reload_tokens,
+            snippet=card.snippet,
+            progress=context.progress,
+        )
+        reload = {key: value for key, value in asdict(report).items() if key != "seconds"}
+        record = {
+            "name": card.title,
+            "source": artifact.provenance.source,
+            "recipe": public_recipe(self.recipe, context.source).model_dump(mode="json"),
+            "steps": public_texts(artifact.provenance.steps),
+            "metrics": dict(evaluated.metrics),
+            "effective_length": jsonable(evaluated.models[-1].effective),
+            "gate": jsonable(gate),
+            "reload": jsonable(reload),
+            "versions": versions(),
+            "files": digest(folder, everything=True),
+        }
+        write_provenance(folder, record)
+        return report
+
+
+def copy_checkpoint(source: ModelFolder, folder: Path, max_shard_size: str, *, link: bool) -> None:
+    """The checkpoint in another folder, larger files cut. link: hard links where the disk allows them."""
+    from retrofit.checkpoint.rewrite import rewrite
+    from retrofit.checkpoint.write import parse_size
+
+    checkpoint = source.checkpoint
+    shutil.copyfile(source.path / "config.json", folder / "config.json")
+    copy_side_files(source.path, folder)
+    limit = parse_size(max_shard_size)
+    if (
+        any((source.path / shard).stat().st_size > limit + (1 << 20) for shard in checkpoint.shards)
+        and len(checkpoint.names) > 1
+    ):
+        rewrite(checkpoint, folder, {}, config=checkpoint.config, max_shard_size=max_shard_size)
+        return
+    for name in checkpoint.files.names:
+        copy_file(source.path / name, folder / name, link=link)

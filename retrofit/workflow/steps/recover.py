@@ -1,0 +1,162 @@
+"""Quality won back by a short adapter training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from retrofit.data.identity import identity, merged, require_distinct
+from retrofit.errors import UserError
+from retrofit.model.families.experts import EXPERTS
+from retrofit.recipe.schema import Recipe, TextSource
+from retrofit.recipe.schema import Recover as Section
+from retrofit.system.resume import ResumeKey
+from retrofit.workflow.artifact import shard_size
+from retrofit.workflow.checks import require_within
+from retrofit.workflow.estimate.cost import BASE_BYTES, Cost, CostModel
+from retrofit.workflow.estimate.training_memory import trained_parameters, training_memory
+from retrofit.workflow.step import Inputs, Place, Step
+
+if TYPE_CHECKING:
+    from retrofit.recovery.train import RecoverReport
+    from retrofit.workflow.context import ModelContext
+
+ROW_BYTES = 16  # of a token that is kept, and of what is known about it
+PACKED_BYTES = 60  # of a token while rows are packed: it is a Python number
+
+
+class Recover(Step):
+    """Train the newest checkpoint to follow the original; it goes on from its last own checkpoint after a kill."""
+
+    name = "recover"
+    version = "2"
+    learns = True
+    section: Section
+
+    def __init__(self, recipe: Recipe, section: Section) -> None:
+        super().__init__(recipe, section)
+
+    @property
+    def texts(self) -> tuple[TextSource, ...]:
+        return self.section.text
+
+    def label(self, models: Iterable[str]) -> str:
+        return "recovered"
+
+    def reads_by_name(self, context: ModelContext) -> bool:
+        return True
+
+    def check_options(self) -> Iterable[str]:
+        require_distinct(self.section.text, "recover.text")
+        return ()
+
+    def check(self, context: ModelContext) -> Iterable[str]:
+        from retrofit.recovery.schedule import check_lengths
+        from retrofit.recovery.student_teacher import require_same_vocabulary
+
+        section, original = self.section, context.original_model.spec
+        if section.loss == "distill":
+            require_same_vocabulary(original, context.spec, "--teacher")
+        require_within(section.sequence_length, context.claimed, "recover.sequence_length")
+        check_lengths(section, original.max_position_embeddings, context.claimed)
+        if section.adapter.rank > context.spec.hidden_size:
+            raise UserError(
+                f"an adapter of rank {section.adapter.rank} is larger than the layers, which are "
+                f"{context.spec.hidden_size} wide",
+                where="recover.adapter.rank",
+                fix=f"use at most {context.spec.hidden_size}",
+            )
+        return ()
+
+    def check_here(self, context: ModelContext) -> Iterable[str]:
+        from retrofit.recovery.student_teacher import compute_dtype, training_kernel
+
+        dtype = str(compute_dtype(context.device)).removeprefix("torch.")
+        masked = self.section.document_masking
+        training_kernel(self.recipe.kernel, context.spec, context.device, dtype, documents=masked)
+        return ()
+
+    def check_data(self, context: ModelContext, *, weights: bool, sample: bool) -> Iterable[str]:
+        """Every source gives tokens that the model knows; text that does not suffice is read again."""
+        from retrofit.data.corpora import BUILT_IN
+        from retrofit.data.packing import training_rows
+        from retrofit.data.texts import OWN_SAMPLES, require_known
+
+        length = self.section.sequence_length
+        for source in self.section.text:
+            if source.source not in (OWN_SAMPLES, *BUILT_IN):
+                rows = training_rows([source], context.tokenizer, length, length, self.recipe.seed)
+                require_known(rows.ids_NT, context.model)
+        return ()
+
+    def estimate(self, model: CostModel) -> Cost:
+        spec, facts, recover = model.after, model.facts, self.section
+        adapter, batch = recover.adapter, min(recover.batch_size, -(-recover.tokens // recover.sequence_length))
+        rows = batch * recover.sequence_length
+        # Forward and backward through the frozen weights, the recomputation, the teacher's forward for distillation.
+        passes = 2 + recover.gradient_checkpointing + (recover.loss == "distill")
+        read = recover.model_copy(update={"batch_size": batch})
+        memory = training_memory(spec, facts.spec, facts.parameters, read, model.training_bytes)
+        text = recover.tokens + recover.eval_tokens
+        peak = BASE_BYTES + max(memory.total + ROW_BYTES * text, PACKED_BYTES * text)
+        trained = trained_parameters(spec, adapter)
+        held_out = (recover.evals + 1) * recover.eval_tokens
+        seconds = model.seconds(recover.tokens, recover.sequence_length, passes) + model.seconds(
+            held_out, recover.sequence_length, passes=2
+        )
+        steps = max(1, recover.tokens // rows)
+        does = f"{recover.loss}, LoRA rank {adapter.rank}, {recover.tokens:,} tokens in {steps:,} steps of {rows:,}"
+        if adapter.mlp and spec.family in EXPERTS:
+            does += "; the experts carry no adapters"
+        return Cost(self.name, does, peak, facts.weight_bytes + 12 * trained, seconds)
+
+    def key(self, context: ModelContext, inputs: Inputs) -> ResumeKey:
+        settings: dict[str, Any] = {
+            **self.section.model_dump(mode="json"),
+            "dtype": self.recipe.dtype,
+            "seed": self.recipe.seed,
+            "max_shard_size": shard_size(self.recipe),
+            "kernel": self.recipe.kernel,
+        }
+        read = {
+            "checkpoint": inputs.digests,
+            "teacher": dict(context.original_source.digests),
+            "text": identity(self.section.text),
+        }
+        return ResumeKey(self.name, self.version, settings, read)
+
+    def restored(self, stored: Mapping[str, Any]) -> RecoverReport:
+        from pydantic import TypeAdapter
+
+        from retrofit.recovery.train import RecoverReport
+
+        return TypeAdapter(RecoverReport).validate_python(stored)
+
+    def run(self, context: ModelContext, inputs: Inputs, place: Place) -> RecoverReport:
+        from retrofit.data.texts import require_known
+        from retrofit.recovery.schedule import recovery_rows
+        from retrofit.recovery.train import recover
+
+        student = inputs.current.model
+        read = self.section.model_copy(update={"text": merged(self.section.text)})
+        rows, held_out = recovery_rows(
+            read, student.tokenizer, self.recipe.seed, teacher=context.samples, progress=context.progress
+        )
+        require_known(rows.ids_NT, student)
+        with place.staged() as folder:
+            report = recover(
+                student,
+                context.original_model,
+                folder,
+                self.section,
+                rows,
+                held_out,
+                device=context.device,
+                kernel=self.recipe.kernel,
+                seed=self.recipe.seed,
+                work_dir=place.work,
+                max_shard_size=shard_size(self.recipe),
+                progress=context.progress,
+            )
+            inputs.current.provenance.after(self.name, self.record(), self.recorded(report)).write(folder)
+        return report
