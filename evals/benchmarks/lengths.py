@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from evals.benchmarks.scoring import MIB, RESULTS, machine, peak, reset_peak, resident, score_retrofit
+from retrofit.install import install_command
 
 LENGTHS = (1024, 2048, 4096, 8192)
 PREFIX = ("one pass", "separate")
@@ -263,7 +264,7 @@ def main() -> None:
         child(way, int(length), int(longest), options.threads, Path(out))
         return
     if find_spec("lm_eval") is None:
-        sys.exit("lm-eval is not installed: pip install 'attention-retrofit[eval]', or make bench-lengths")
+        sys.exit(f"lm-eval is not installed: {install_command(extra='eval')}, or make bench-lengths")
     result = run_all(sorted(options.lengths), options.threads)
     command = " ".join(["python -m evals.benchmarks.lengths", *sys.argv[1:]])
     options.out.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from retrofit.checkpoint.files import checkpoint_files
 from retrofit.errors import UserError
 from retrofit.escape import json_text, shown
 from retrofit.files import read_json
+from retrofit.install import update_command
 
 FILE = "retrofit.json"
 SCHEMA_VERSION = 1
@@ -91,7 +92,7 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
         raise UserError(
             f"retrofit.json has schema version {record.get('schema_version')}, and this program reads {SCHEMA_VERSION}",
             where=str(path),
-            fix="update: pip install -U attention-retrofit",
+            fix=f"update: {update_command()}",
         )
     _require_shape(record, path)
     return record

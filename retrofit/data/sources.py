@@ -18,6 +18,7 @@ from retrofit.data.revision import commit_of
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.files import local_path
+from retrofit.install import install_command
 from retrofit.recipe.hub import is_model_or_dataset, is_name
 from retrofit.recipe.schema import TextSource
 
@@ -127,7 +128,7 @@ def _hub_loader() -> Callable[..., object]:
         from datasets import load_dataset
     except ImportError as error:
         raise UserError(
-            "hub datasets need the package `datasets`", where="text source `hub:...`", fix="pip install datasets"
+            "hub datasets need the package `datasets`", where="text source `hub:...`", fix=install_command("datasets")
         ) from error
     return load_dataset
 
@@ -187,4 +188,6 @@ def _require_pyarrow(files: list[Path]) -> None:
         import pyarrow  # noqa: F401
     except ImportError as error:
         where = shown(next(file for file in files if suffix_of(file) == PARQUET))
-        raise UserError("parquet files need the package `pyarrow`", where=where, fix="pip install pyarrow") from error
+        raise UserError(
+            "parquet files need the package `pyarrow`", where=where, fix=install_command("pyarrow")
+        ) from error

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from retrofit.errors import UserError
+from retrofit.install import install_command
 from retrofit.model.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def available() -> list[KernelStatus]:
     return [
         KernelStatus("eager", True, "plain PyTorch, tokens x tokens memory"),
         KernelStatus("sdpa", True, "PyTorch's scaled_dot_product_attention"),
-        _flash_status("flash_attention_2", "flash_attn", "pip install flash-attn --no-build-isolation", cuda),
+        _flash_status("flash_attention_2", "flash_attn", install_command("flash-attn", "--no-build-isolation"), cuda),
         _flash_status(
             "flash_attention_3", "flash_attn_interface", "build `hopper/` of Dao-AILab/flash-attention", cuda
         ),

@@ -12,6 +12,7 @@ from typing import Any
 from retrofit.errors import UserError
 from retrofit.escape import shell_word, shown
 from retrofit.files import require_regular
+from retrofit.install import install_command
 from retrofit.model import gguf_header
 from retrofit.model.families import describe
 from retrofit.model.gguf_header import StoredTensor
@@ -151,7 +152,7 @@ def _kinds(path: Path) -> dict[int, tuple[str, int, int]]:
         raise UserError(
             "reading GGUF files needs the package `gguf`",
             where=shown(path),
-            fix='pip install "attention-retrofit[gguf]"',
+            fix=install_command(extra="gguf"),
         ) from error
     return {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
 

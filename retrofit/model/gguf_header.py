@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from retrofit.errors import UserError
 from retrofit.escape import shown
+from retrofit.install import install_command
 
 MAX_HEADER_BYTES = 256 << 20
 """Longest header. That of a model with half a million merges has 20 MB."""
@@ -203,7 +204,7 @@ class _Reader:
             if number not in self.kinds:
                 raise _OtherError(
                     f"{said} is stored as GGML type {number}, which the package `gguf` does not know",
-                    "update it: pip install -U gguf; or give the safetensors checkpoint of this model",
+                    f"update it: {install_command('-U', 'gguf')}; or give the safetensors checkpoint of this model",
                 )
             kind, values, nbytes = self.kinds[number]
             if not all(shape) or shape[0] % values:

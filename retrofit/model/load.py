@@ -13,6 +13,7 @@ from retrofit.checkpoint.config import CONFIG, read_config
 from retrofit.checkpoint.side_files import GENERATION
 from retrofit.errors import UserError
 from retrofit.escape import shown
+from retrofit.install import install_command
 from retrofit.model.families import is_known
 from retrofit.model.foreign import foreign_values
 from retrofit.model.patterns import require_bounded
@@ -75,7 +76,7 @@ def load_config(folder: str | Path) -> PretrainedConfig:
         raise UserError(
             f"transformers does not know the model type `{shown(model_type, 60)}`",
             where=where,
-            fix="update transformers if it is new: pip install -U transformers; otherwise choose another model",
+            fix=f"update transformers if it is new, {install_command('-U', 'transformers')}; or choose another model",
         )
     custom = auto_map.get("AutoModelForCausalLM")
     native = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)

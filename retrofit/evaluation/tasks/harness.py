@@ -24,6 +24,7 @@ from retrofit.checkpoint.full import machine_error
 from retrofit.errors import UserError
 from retrofit.evaluation.tasks.answers import TaskAnswers
 from retrofit.evaluation.tasks.harness_answers import answers_of
+from retrofit.install import install_command
 from retrofit.recipe.schema import Tasks
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from retrofit.console import Progress
 
 LEAST = (0, 4, 12)  # the first version whose tasks are loaded as here
-INSTALL = "pip install 'attention-retrofit[eval]'"
 PROBED = 32  # questions of a task whose requests are counted, for a plan
 GENERATED = 256  # tokens of an answer where the task sets no limit, as in the harness
 WHERE = "evaluate.tasks"
@@ -72,13 +72,17 @@ class Harness:
 def require_harness() -> str:
     """The version of the harness that is installed. Raises UserError without one, or with one that is too old."""
     if util.find_spec("lm_eval") is None:
-        raise UserError("tasks are asked by lm-evaluation-harness, which is not installed", where=WHERE, fix=INSTALL)
+        raise UserError(
+            "tasks are asked by lm-evaluation-harness, which is not installed",
+            where=WHERE,
+            fix=install_command(extra="eval"),
+        )
     version = metadata.version("lm_eval")
     if tuple(int(part) for part in version.split(".")[:3] if part.isdigit()) < LEAST:
         raise UserError(
             f"lm-evaluation-harness {version} is older than {'.'.join(map(str, LEAST))}",
             where=WHERE,
-            fix=f"{INSTALL} --upgrade",
+            fix=install_command("-U", extra="eval"),
         )
     return version
 
