@@ -21,6 +21,7 @@ from retrofit.recipe.options import recipe_of
 from retrofit.recipe.schema import Definition, Device, Dtype, Kernel, Method, RopeMethod
 from retrofit.runs import plan, prices, run
 from retrofit.views.notebook import as_tables
+from retrofit.workflow.published import published_folder
 
 if TYPE_CHECKING:
     from retrofit.evaluation.result import ModelEvaluation
@@ -267,9 +268,13 @@ def publish(
     token: str | None = None,
     progress: Progress | bool = True,
 ) -> Published:
-    """Push a finished checkpoint folder to the hub repository `repo`; token, name and license are checked first."""
+    """Push what a run published, or another finished checkpoint folder, to the hub repository `repo`; token, name and
+    license are checked first.
+
+    folder: of a run, or its `final` folder.
+    """
     recipe_of("publish", {"license": license})
-    place, shown = local_path(folder, where="FOLDER"), display(progress)
+    place, shown = published_folder(local_path(folder, where="FOLDER")), display(progress)
     with begun(f"publish {place} as {repo}", shown, writes=(place,)):
         from retrofit.publishing.hub import publish as push
 

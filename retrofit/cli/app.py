@@ -264,11 +264,11 @@ def evaluate(
 @command(
     app,
     "publish",
-    "retrofit publish runs/quickstart/final --repo me/SmolLM2-135M-mqa-16k",
-    "retrofit publish runs/quickstart/final --repo me/SmolLM2-135M-mqa-16k --public",
+    "retrofit publish runs/quickstart --repo me/SmolLM2-135M-mqa-16k",
+    "retrofit publish runs/quickstart --repo me/SmolLM2-135M-mqa-16k --public",
 )
 def publish(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="The `final` folder of a run.")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="The folder of a run, or its `final` folder.")],
     repo: Annotated[str, typer.Option("--repo", metavar="ID", help="OWNER/NAME on the hub.")],
     public: Annotated[bool, typer.Option("--public", help="Make the repository public; private otherwise.")] = False,
     json: Json = False,

@@ -24,7 +24,7 @@ def lines(*commands: str) -> Iterator[str]:
 
 def after_run(result: RunResult) -> Iterator[str]:
     """A run without a checkpoint to publish is the last one."""
-    return lines(_command("publish", result.final, "--repo", "OWNER/NAME")) if result.final else lines()
+    return lines(_command("publish", result.folder, "--repo", "OWNER/NAME")) if result.final else lines()
 
 
 def after_plan(recipe: str, *options: object) -> Iterator[str]:
@@ -72,8 +72,7 @@ def after_evaluate(model: str, result: ModelEvaluation) -> Iterator[str]:
 
 def after_compare(b: str) -> Iterator[str]:
     """A run that compares well is published."""
-    final = Path(b) / "final"
-    return lines(_command("publish", final, "--repo", "OWNER/NAME")) if final.is_dir() else lines()
+    return lines(_command("publish", b, "--repo", "OWNER/NAME")) if (Path(b) / "final").is_dir() else lines()
 
 
 def after_recipe(recipe: object) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from retrofit.checkpoint.provenance import FILE, digest, read_provenance
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.errors import GateError, UserError
-from retrofit.escape import shown
+from retrofit.escape import shell_word, shown
 from retrofit.files import read_text
 from retrofit.publishing.snippet import front_matter, placeholders, shows_snippet
 from retrofit.recipe.hub import license_problem
@@ -18,7 +18,6 @@ from retrofit.recipe.hub import license_problem
 CARD = "README.md"
 PARTIAL = f".{CARD}.partial"
 """A card that is being written; a kill may leave it."""
-_AGAIN = "write the folder again: retrofit run RECIPE --from publish"
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,16 @@ def require_finished(folder: str | Path, *, license: str | None = None) -> Finis
     Checkpoint.open(folder)
     _require_gate(record, folder)
     if not (record.get("reload") or {}).get("passed"):
-        raise UserError("the folder was never loaded again by a fresh process", where=str(folder), fix=_AGAIN)
+        raise UserError("the folder was never loaded again by a fresh process", where=str(folder), fix=_again(folder))
     _require_files(record, folder)
     if not (folder / CARD).is_file():
-        raise UserError("the folder has no card", where=str(folder / CARD), fix=_AGAIN)
+        raise UserError("the folder has no card", where=str(folder / CARD), fix=_again(folder))
     card = read_text(folder / CARD)
     if not shows_snippet(card):
         raise UserError(
-            "the card does not show the lines that a fresh process executed", where=str(folder / CARD), fix=_AGAIN
+            "the card does not show the lines that a fresh process executed",
+            where=str(folder / CARD),
+            fix=_again(folder),
         )
     left = placeholders(card, _names(record))
     if left:
@@ -64,6 +65,17 @@ def require_finished(folder: str | Path, *, license: str | None = None) -> Finis
     files = tuple(sorted({*record["files"], CARD, FILE}))
     nbytes = sum((folder / name).stat().st_size for name in files)
     return Finished(folder, card, _license(card, license, folder), files, nbytes)
+
+
+def _again(folder: Path) -> str:
+    """What to type for a folder that is whole again."""
+    run = folder.parent
+    again = (
+        f"retrofit run {shell_word(run)} --out {shell_word(run)}"
+        if (run / "recipe.yaml").is_file()
+        else "retrofit run RECIPE"
+    )
+    return f"write the folder again: {again} --from publish"
 
 
 def _names(record: object) -> set[str]:
@@ -113,7 +125,7 @@ def _require_plain(folder: Path) -> None:
 def _require_files(record: dict[str, Any], folder: Path) -> None:
     recorded = record.get("files")
     if not recorded:
-        raise UserError(f"{FILE} records no files", where=str(folder / FILE), fix=_AGAIN)
+        raise UserError(f"{FILE} records no files", where=str(folder / FILE), fix=_again(folder))
     present = digest(folder, everything=True)
     for problem, names in {
         "missing": recorded.keys() - present.keys(),
@@ -124,7 +136,7 @@ def _require_files(record: dict[str, Any], folder: Path) -> None:
             raise UserError(
                 f"{', '.join(sorted(names))}: {problem}",
                 where=str(folder),
-                fix="remove what does not belong there" if "not part" in problem else _AGAIN,
+                fix="remove what does not belong there" if "not part" in problem else _again(folder),
             )
 
 

@@ -1,0 +1,49 @@
+"""`retrofit publish` takes the folder of a run, and its messages name the folder to give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from retrofit.errors import UserError
+from retrofit.workflow.journal import Journal
+from retrofit.workflow.published import published_folder
+from tests.workflow.conftest import retrofit
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs" / "x"
+    for name in ("final", "3-recover"):
+        (folder / name).mkdir(parents=True)
+    Journal(folder).mark()
+    return folder
+
+
+def test_a_run_stands_for_what_it_publishes(run: Path, tmp_path: Path) -> None:
+    assert published_folder(run) == run / "final"
+    assert published_folder(run / "final") == run / "final"
+    (tmp_path / "other").mkdir()
+    assert published_folder(tmp_path / "other") == tmp_path / "other"
+
+
+def test_a_run_without_something_to_publish_says_how_to_end_it(run: Path) -> None:
+    (run / "final").rmdir()
+    with pytest.raises(UserError, match="no `final`") as caught:
+        published_folder(run)
+    assert caught.value.fix.endswith(f"retrofit run {run} --out {run}")
+
+
+def test_a_step_of_a_run_names_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.parent.parent)
+    with pytest.raises(UserError, match="one step of a run") as caught:
+        published_folder(Path("runs/x/3-recover"))
+    assert caught.value.fix == f"give the folder of the run: {Path('runs/x')}"
+
+
+def test_what_is_no_folder_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    found = retrofit("publish", tmp_path / "none", "--repo", "me/x")
+    assert found.exit_code == 2
+    assert "there is no such folder" in found.output
+    assert "runs/quickstart" in found.output
