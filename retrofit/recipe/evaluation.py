@@ -111,6 +111,9 @@ class Evaluate(Section):
     documents: int = Field(
         2, ge=1, le=10**6, description="documents per source, each at least as long as the longest length"
     )
+    intermediate: bool = Field(
+        True, description="measure the models between the original and the last one of a run as well"
+    )
     tail: Tokens = Field(1024, ge=1, le=MOST_TOKENS, description="TailPPL(L) looks at the last `tail` tokens before L")
     chunk: Tokens = Field(512, ge=1, le=MOST_TOKENS, description="tokens per forward chunk")
     dtype: Dtype = Field("auto", description="dtype that models are measured in; auto is their own")

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from retrofit.evaluation.running import COST_ROUNDS
 from retrofit.model.families import describe
 from retrofit.recipe.load import load_recipe
 from retrofit.workflow.estimate import throughput
 from retrofit.workflow.estimate.cost import CALL_SECONDS, EFFICIENCY, ModelFacts, Throughput
+from retrofit.workflow.estimate.evaluation import MACHINE_SECONDS
 from retrofit.workflow.plan import make_plan
 from retrofit.workflow.steps import steps_of
-from retrofit.workflow.steps.evaluate import COST_ROUNDS, MACHINE_SECONDS
 from tests.tiny import tiny_config
 
 SMOLLM2 = SimpleNamespace(
@@ -47,7 +48,7 @@ def test_kv_cache_before_and_after_is_exact() -> None:
 
 def test_time_is_operations_over_throughput() -> None:
     skipped = ["evaluate.cost_lengths=[]", "evaluate.continuation_tokens=0"]
-    recipe = load_recipe("quickstart", ["evaluate.lengths=[1000]", *skipped])
+    recipe = load_recipe("quickstart", ["evaluate.lengths=[1000]", "evaluate.intermediate=true", *skipped])
     assert recipe.evaluate is not None
     evaluate = make_plan(recipe, FACTS, SPEED).of("evaluate")
     assert evaluate is not None

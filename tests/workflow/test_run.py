@@ -153,6 +153,13 @@ def test_lengths_are_arithmetic_on_stored_losses(done: SimpleNamespace, copy: Pa
     assert "evaluate" not in again.reused and {"evaluate:original", "evaluate:recovered"} <= set(again.reused)
 
 
+def test_models_between_the_first_and_the_last_are_left_out_when_told(done: SimpleNamespace, copy: Path) -> None:
+    again = run(done.recipe, "--out", copy, "--set", "evaluate.intermediate=false", *NO_PUBLISH)
+    assert list(again.models) == ["original", "recovered"]
+    assert again.metrics == done.result.metrics
+    assert "evaluate:recovered" in again.reused
+
+
 def test_from_repeats_a_step_and_all_after_it(done: SimpleNamespace, copy: Path) -> None:
     again = run(done.recipe, "--out", copy, "--from", "evaluate", *NO_PUBLISH)
     assert again.reused == ["convert", "extend", "recover"] and again.metrics == done.result.metrics

@@ -16,16 +16,13 @@ from retrofit.escape import shell_word
 from retrofit.evaluation.files import losses_file, pass_file, save_losses
 from retrofit.evaluation.long_context import (
     NATIVE,
-    further_reading,
     longest_prompt,
     native_length,
     passes_of,
-    questions_read,
 )
 from retrofit.evaluation.metrics.context_use import LongContext, restored
 from retrofit.evaluation.metrics.required import metrics
 from retrofit.evaluation.result import EvaluationResult
-from retrofit.evaluation.running import COST_ROUNDS
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.evaluation.tasks.answers import TaskAnswers, answers_file, from_file, to_file
 from retrofit.recipe.schema import Evaluate as Section
@@ -33,7 +30,8 @@ from retrofit.recipe.schema import Recipe, TextSource
 from retrofit.system.resume import VERSION, ResumeKey
 from retrofit.workflow.artifact import Artifact
 from retrofit.workflow.checks import require_within
-from retrofit.workflow.estimate.cost import BASE_BYTES, TOKEN_BYTES, Cost, CostModel
+from retrofit.workflow.estimate.cost import Cost, CostModel
+from retrofit.workflow.estimate.evaluation import evaluation_cost
 from retrofit.workflow.gate import check_require
 from retrofit.workflow.questions import Questions, check_tasks, harness_of
 from retrofit.workflow.step import Inputs, Pieces, Place, Step
@@ -44,10 +42,6 @@ if TYPE_CHECKING:
     from retrofit.workflow.context import ModelContext
 
 METRICS = "metrics.json"
-PROMPTS_CONTINUED = 3  # short ones, by each model
-MACHINE_SECONDS = 1.0  # of measuring the machine's own speed beside a model's
-PROOF_SECONDS = 5.0  # of loading a model once more and proving its kernel
-ROW_BYTES = 16  # of a token that is kept, and of what is known about it
 _LONGER = 3
 """Samples can become so many times longer when they are read again, at most: a byte that is no text becomes three."""
 
@@ -127,46 +121,7 @@ class Evaluate(Step):
         return context.choose_documents(self.section, sample=sample)
 
     def estimate(self, model: CostModel) -> Cost:
-        evaluate, spec, facts, recipe = self.section, model.facts.spec, model.facts, self.recipe
-        longest, native = max(evaluate.lengths), model.native
-        documents = evaluate.documents * len(evaluate.text)
-        models = 1 + (recipe.convert is not None or recipe.context is not None) + (recipe.recover is not None)
-        cache, chunk = spec.kv_cache_bytes(longest, model.value_bytes), min(evaluate.chunk, longest)
-        needle, ruler = evaluate.needle, evaluate.ruler
-        asked = sum(needle.lengths) * needle.samples * (1 if needle.together else needle.depths) if needle else 0
-        asked += sum(ruler.lengths) * ruler.samples * len(ruler.tasks) if ruler else 0
-        held = ROW_BYTES * documents * max(longest, evaluate.document_tokens or 0) + 8 * asked
-        loaded = BASE_BYTES + 2 * facts.weight_bytes
-        peak = loaded + cache + 3 * chunk * spec.vocab_size * 4 + held
-        costed = sorted({min(length, model.claimed) for length in evaluate.cost_lengths})
-        if costed:  # one pass at once holds what the matrices of one layer give
-            peak = max(peak, loaded + model.prefill_bytes(costed[-1]))
-        piece = model.seconds(documents * longest, longest)
-        further = further_reading(evaluate, native)
-        piece += sum(model.seconds(documents * tokens, context) for tokens, context in further)
-        piece += sum(model.seconds(tokens, context) for tokens, context in questions_read(evaluate))
-        piece += PROMPTS_CONTINUED * evaluate.continuation_tokens * model.decode_seconds(0)
-        running = MACHINE_SECONDS + sum(model.run_seconds(n, evaluate) for n in costed) if costed else 0.0
-        turns = 2 * COST_ROUNDS if models > 1 else 1
-        lengths = ", ".join(f"{length:,}" for length in evaluate.lengths)
-        does = f"{models} models on {documents} documents at {lengths} tokens, one pass each"
-        if further or needle or ruler:
-            does += ", then the use of their context"
-        batch_size = evaluate.tasks.batch_size if evaluate.tasks else 1
-        tasks, task_seconds = model.tasks, {task.name: model.task_seconds(task, batch_size) for task in model.tasks}
-        if tasks:
-            questions, requests = sum(task.questions for task in tasks), sum(task.requests for task in tasks)
-            tokens = sum(task.requests * task.request_bytes for task in tasks) / TOKEN_BYTES
-            does += (
-                f", then {questions:,} questions of {', '.join(task.name for task in tasks)}, each model: about "
-                f"{requests:,} requests and {tokens:,.0f} tokens, estimated at {TOKEN_BYTES} bytes a token"
-            )
-            # The harness keeps the logits of a batch and their log-probabilities, in float32 where the model is.
-            rows = batch_size * min(max(task.longest_bytes for task in tasks) // TOKEN_BYTES, native)
-            peak = max(peak, loaded + 8 * rows * spec.vocab_size)
-        disk = models * documents * longest * 8 * (1 + len(passes_of(evaluate, native)))
-        seconds = models * (piece + sum(task_seconds.values())) + turns * running + PROOF_SECONDS
-        return Cost(self.name, does, peak, disk, seconds, models, piece, task_seconds)
+        return evaluation_cost(self.recipe, self.section, model)
 
     def key(self, context: ModelContext, inputs: Inputs) -> ResumeKey:
         settings = {
@@ -177,7 +132,7 @@ class Evaluate(Step):
             "positions": [context.native, context.claimed],
         }
         read = {
-            "checkpoints": {label: dict(artifact.digests) for label, artifact in inputs.models.items()},
+            "checkpoints": {label: dict(artifact.digests) for label, artifact in self.measured(inputs).items()},
             "documents": documents_digest(context.documents),
             "tasks": Questions.of(context, self.section).keys() if context.harness else [],
         }
@@ -188,10 +143,11 @@ class Evaluate(Step):
         from retrofit.evaluation.summary import summary
 
         assert place.pieces is not None
-        kept = {label: self._kept(context, label, model, place.pieces) for label, model in inputs.models.items()}
-        last = list(inputs.models.values())[-1]
+        models_of = self.measured(inputs)
+        kept = {label: self._kept(context, label, model, place.pieces) for label, model in models_of.items()}
+        last = list(models_of.values())[-1]
         models = summary(
-            {label: artifact.model for label, artifact in inputs.models.items()},
+            {label: artifact.model for label, artifact in models_of.items()},
             kept,
             self.section,
             **self.how(context),
@@ -217,7 +173,7 @@ class Evaluate(Step):
 
     def also(self, context: ModelContext, inputs: Inputs) -> tuple[str, ...]:
         found = []
-        for label in inputs.models:
+        for label in self.measured(inputs):
             losses = losses_file(Path(), label)
             found += [losses, *(pass_file(losses, name) for name in passes_of(self.section, context.native))]
             tasks = context.harness.tasks if context.harness else ()
@@ -251,6 +207,13 @@ class Evaluate(Step):
     def native(self, context: ModelContext) -> int:
         """Tokens that the original was made for: of a model that is measured alone, what its folder records."""
         return native_length(context.model) if context.alone else context.native
+
+    def measured(self, inputs: Inputs) -> dict[str, Artifact]:
+        """The models that are measured: all, or the original and the last one."""
+        models = dict(inputs.models)
+        if self.section.intermediate or len(models) < 3:
+            return models
+        return {label: models[label] for label in (next(iter(models)), inputs.label)}
 
     def how(self, context: ModelContext) -> dict[str, Any]:
         """What `summary` needs to know beside the models."""
