@@ -6,6 +6,8 @@ import ast
 import importlib.util
 import json
 import shlex
+import shutil
+import subprocess
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -113,3 +115,28 @@ def test_one_command_brings_the_embedded_model(monkeypatch: pytest.MonkeyPatch) 
     assert caught.value.fix == EMBEDDED
     for page in ("README.md", "docs/getting-started.md"):
         assert EMBEDDED in (ROOT / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("apt", "said"), [(0, ""), (1, "chromium could not be installed\n")])
+def test_ci_installs_a_browser_or_goes_on_without(tmp_path: Path, apt: int, said: str) -> None:
+    """With stand-ins for everything that it calls."""
+    stand_ins = {"apt-get": f"exit {apt}", "id": "echo 0", "make": f"touch {tmp_path}/made", "python": "exit 0"}
+    folder, checkout = tmp_path / "bin", tmp_path / "checkout"
+    for place in (folder, checkout / ".venv" / "bin", checkout / ".ci"):
+        place.mkdir(parents=True)
+    shutil.copy(ROOT / ".ci" / "run", checkout / ".ci" / "run")
+    for name, does in stand_ins.items():
+        script = (checkout / ".venv" / "bin" if name == "python" else folder) / name
+        script.write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/called\n{does}\n')
+        script.chmod(0o755)
+    for name in ("bash", "dirname", "timeout", "sh", "touch"):
+        (folder / name).symlink_to(str(shutil.which(name)))
+    done = subprocess.run(
+        [str(folder / "bash"), str(checkout / ".ci" / "run")], env={"PATH": str(folder)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert done.stderr == said
+    assert (tmp_path / "made").is_file()
+    called = (tmp_path / "called").read_text().splitlines()
+    assert "apt-get update -qq" in called
+    assert called[-1].startswith("python -m pytest tests/report/test_browser.py")
