@@ -47,7 +47,7 @@ def begun(
 
     what: the line that says what goes on. model: has to be there. out: a new folder, or one that this program wrote.
     writes: other places that it writes. torch: whether the work needs it. In the block failures of the machine become a
-    UserError, and other libraries print neither progress bars nor warnings.
+    UserError, other libraries print neither progress bars nor warnings, and torch leaves busy cores to other work.
     """
     require_usable()
     with writing(out, *writes, cache_dir()), warnings.catch_warnings():
@@ -63,8 +63,9 @@ def begun(
             yield
             return
         from retrofit.model.load import quiet
+        from retrofit.system.threads import sharing_cores
 
-        with quiet():
+        with quiet(), sharing_cores(progress):
             yield
 
 
