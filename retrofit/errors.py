@@ -7,6 +7,7 @@ Broken invariants of our own are assertions and keep their traceback.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from retrofit.escape import visible
 
@@ -39,4 +40,9 @@ class UserError(Exception):
 
 
 class GateError(UserError):
-    """A measured result does not meet what the recipe requires; nothing is published."""
+    """A measured result does not meet what the recipe requires; nothing is published.
+
+    result: what the run has measured and written, where it is the end of one.
+    """
+
+    result: Any = None

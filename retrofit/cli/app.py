@@ -22,7 +22,7 @@ from retrofit.cli.group import Commands, Record, show_exception
 from retrofit.cli.options import Json, Overwrite, Recipe, Set, command, console_for, described
 from retrofit.cli.recipes import recipes_app
 from retrofit.console import Console
-from retrofit.errors import UserError
+from retrofit.errors import GateError, UserError
 from retrofit.recipe.options import OPTIONS
 from retrofit.views import measured, results
 
@@ -73,7 +73,12 @@ def run(
     """Run a recipe: convert, extend, recover, evaluate, publish. Run it again to go on after an interruption."""
     console = console_for(json)
     options |= {"out": out, "from_step": from_step, "dry_run": dry_run, "progress": console.progress}
-    result: Any = retrofit.run(recipe, overrides=set_ or (), **options)
+    try:
+        result: Any = retrofit.run(recipe, overrides=set_ or (), **options)
+    except GateError as error:  # what was measured is shown before what it misses
+        if error.result is not None:
+            console.show(error.result, results.run(error.result))
+        raise
     if dry_run:
         _plan(console, result, recipe, options, set_)
     else:

@@ -53,12 +53,13 @@ def _check(metric: str, bound: str, metrics: Mapping[str, float]) -> GateResult:
     return GateResult(metric, bound, value, passed, f"is {value:.6g}, {'as' if passed else 'not'} {bound.strip()}")
 
 
-def enforce(results: Sequence[GateResult], *, where: str | None = None) -> None:
-    """Raises GateError that lists every requirement that is not met."""
+def enforce(results: Sequence[GateResult], *, where: str | None = None, kept: Sequence[str] = ()) -> None:
+    """Raises GateError that lists every requirement that is not met. kept: lines on what there is to look at."""
     unmet = [result for result in results if not result.passed]
     if not unmet:
         return
     listed = "".join(f"\n  - {result.metric} {result.reason} (required {result.bound.strip()})" for result in unmet)
+    listed += "".join(f"\n  {line}" for line in kept)
     raise GateError(
         f"{len(unmet)} of {len(results)} requirements are not met, so nothing is published:{listed}",
         where=where or "`require` in the recipe",

@@ -31,12 +31,18 @@ def run(result: RunResult) -> Iterator[Part]:
     for last in list(result.models.values())[-1:]:
         title = f"Tasks: {last.label} - {labels[0]} on the same questions, right answers of only one"
         yield from task_changes(title, (labels[0], last.label), last.task_changes)
-    for requirement in result.gate:
-        yield f"required {requirement.metric} {requirement.bound}: {requirement.reason}"
+    if result.gate:
+        yield Table(
+            "Requirements",
+            ["metric", "required", "met", "measured"],
+            [(one.metric, one.bound, one.passed, one.reason) for one in result.gate],
+        )
     yield f"\nreport: {result.report}"
     if result.final:
         said = f"; loaded again in a fresh process: {same_losses(vars(result.reload))}" if result.reload else ""
         yield f"checkpoint: {result.final}{said}"
+    if result.refused:
+        yield f"checkpoint, not published because a requirement is not met: {result.refused}"
 
 
 def plan(result: Plan) -> Iterator[Part]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from retrofit.checkpoint.full import writing
 from retrofit.checkpoint.lock import folder_lock
-from retrofit.errors import UserError
+from retrofit.errors import GateError, UserError
 from retrofit.evaluation.result import ModelEvaluation
 from retrofit.publishing.gate import GateResult, enforce
 from retrofit.publishing.reload import ReloadReport
@@ -33,7 +33,8 @@ RECIPE, REPORT = "recipe.yaml", "report.html"
 class RunResult:
     """A finished run. models: by label, what was measured. metrics: by name, as `require` knows them.
 
-    final: what can be published, None without. seconds: by step. reused: steps that were done before.
+    final: what can be published, None without. refused: the last step's checkpoint, where a requirement is not met.
+    seconds: by step. reused: steps that were done before.
     """
 
     folder: Path
@@ -44,6 +45,7 @@ class RunResult:
     seconds: Mapping[str, float]
     report: Path
     final: Path | None
+    refused: Path | None = None
     reused: tuple[str, ...] = field(default=())
 
 
@@ -57,8 +59,8 @@ def check_from_step(from_step: str | None, recipe: Recipe) -> None:
 def run(context: ModelContext, out: Path, *, from_step: str | None = None) -> RunResult:
     """Do every step of an opened recipe in the folder `out`, or find it done. from_step: do it and all after it again.
 
-    Raises UserError when the folder is in use, and GateError when a requirement is not met: the report is written then,
-    `final` is not.
+    Raises UserError when the folder is in use, and GateError, with the result, when a requirement is not met: the
+    report is written then, `final` is not, and the checkpoint stays in its step's folder.
     """
     names = [step.name for step in context.steps]
     again = tuple(names[names.index(from_step) :]) if from_step else ()
@@ -74,6 +76,9 @@ def run(context: ModelContext, out: Path, *, from_step: str | None = None) -> Ru
                 inputs = runner.do(step, inputs)
         try:
             inputs = _publish(runner, inputs)
+        except GateError as error:
+            error.result = _result(runner, inputs)
+            raise
         finally:
             # Also when a requirement is not met: the report says which.
             for name, content in files(run_data(context, inputs, runner.entries)).items():
@@ -88,7 +93,15 @@ def _publish(runner: Runner, inputs: Inputs) -> Inputs:
     steps = [step for step in context.steps if step.gated]
     if not steps or not all(result.passed for result in gate):
         runner.drop(FINAL)
-    enforce(gate, where=f"require, in {runner.folder / RECIPE}")
+    checkpoint = _checkpoint(inputs)
+    enforce(
+        gate,
+        where=f"require, in {runner.folder / RECIPE}",
+        kept=(
+            f"the report: {runner.folder / REPORT}",
+            *([f"the checkpoint that was refused, whole: {checkpoint}"] if checkpoint else []),
+        ),
+    )
     for step in steps:
         inputs = runner.do(step, inputs)
     return inputs
@@ -107,17 +120,23 @@ def _nothing_left_of_nothing(out: Path) -> Iterator[None]:
         raise
 
 
+def _checkpoint(inputs: Inputs) -> Path | None:
+    """What the last step wrote; None where no step wrote one."""
+    return inputs.current.path if len(inputs.models) > 1 else None
+
+
 def _result(runner: Runner, inputs: Inputs) -> RunResult:
     evaluated, published = (inputs.reports.get(name) for name in ("evaluate", "publish"))
-    final = runner.folder / FINAL
+    final, gate = runner.folder / FINAL, gate_of(runner.context.recipe, evaluated)
     return RunResult(
         folder=runner.folder,
         models={model.label: model for model in evaluated.models} if evaluated else {},
         metrics=evaluated.metrics if evaluated else {},
-        gate=gate_of(runner.context.recipe, evaluated),
+        gate=gate,
         reload=published.reload if published else None,
         seconds={name: entry.seconds for name, entry in runner.entries.items()},
         report=runner.folder / REPORT,
         final=final if final.exists() else None,
+        refused=None if all(result.passed for result in gate) else _checkpoint(inputs),
         reused=tuple(runner.reused),
     )

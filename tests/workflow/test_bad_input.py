@@ -189,7 +189,7 @@ def test_a_window_that_is_not_longer(recipe: Recipe, out: Path) -> None:
 
 
 def test_gate_not_met(recipe: Recipe, out: Path) -> None:
-    """The measurements are kept and reported; nothing is in final/."""
+    """What was measured is shown and kept, the checkpoint too; nothing is in final/."""
     result = retrofit("run", recipe(recover=None, require={"ppl_ratio@64": "<= 0.001"}), "--out", out)
     assert result.exit_code == 2 and "Traceback" not in result.output, result.output + repr(result.exception)
     assert "ppl_ratio@64" in result.output
@@ -197,6 +197,22 @@ def test_gate_not_met(recipe: Recipe, out: Path) -> None:
     assert not (out / "final").exists()
     assert not (out / "final.partial").exists()
     assert "ppl_ratio@64" in (out / "report.md").read_text()
+    shown = result.stdout
+    assert shown.index("Perplexity (95% interval)") < shown.index("Requirements") < shown.index("report.html")
+    assert f"a requirement is not met: {out / '2-extend'}" in shown
+    assert f"report: {out / 'report.html'}" in result.stderr
+    assert (out / "2-extend" / "model.safetensors").is_file()
+
+
+def test_gate_not_met_for_machines(recipe: Recipe, out: Path) -> None:
+    require = {"ppl_ratio@64": "<= 0.001"}
+    plain = recipe(convert=None, recover=None, context=None, require=require)
+    result = retrofit("run", plain, "--out", out, "--json", "--set", "evaluate.lengths=[64]")
+    assert result.exit_code == 2
+    found = json.loads(result.stdout)
+    assert found["gate"][0]["passed"] is False
+    assert found["final"] is None
+    assert found["refused"] is None, "no step wrote a checkpoint"
 
 
 @pytest.mark.parametrize("rename", [lambda name: name.removeprefix("model."), lambda name: f"model.{name}"])
