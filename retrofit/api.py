@@ -18,6 +18,7 @@ from retrofit.errors import UserError
 from retrofit.files import local_path, output_path
 from retrofit.recipe.load import load_suite
 from retrofit.recipe.options import recipe_of
+from retrofit.recipe.relative import are_relative
 from retrofit.recipe.schema import Definition, Device, Dtype, Kernel, Method, RopeMethod
 from retrofit.runs import plan, prices, run
 from retrofit.views.notebook import as_tables
@@ -88,7 +89,7 @@ def convert(
     model: str | Path,
     *,
     out: str | Path,
-    kv_heads: int | None = None,
+    kv_heads: int | str | None = None,
     method: Method | None = None,
     repair: Literal["none", "o_proj", "transfer"] | None = None,
     calibrate: Sequence[str] | None = None,
@@ -295,6 +296,8 @@ def compare(
     bits: compare bits per byte on the same bytes instead, which two models with different tokenizers allow.
     """
     asked = recipe_of("evaluate", {"lengths": lengths}, {"evaluate": {}}).evaluate
+    if asked and are_relative(*asked.lengths):
+        raise UserError("two results are compared at numbers of tokens", where="--lengths", fix="write 4096 or 4k")
     with begun(f"compare {a} with {b}", display(progress), torch=False):
         from retrofit.workflow.compare import compare as compare_stored
 

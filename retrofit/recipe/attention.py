@@ -6,10 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from retrofit.recipe.relative import RELATIVE_HEADS
 from retrofit.recipe.values import (
     MOST_READ,
     MOST_TOKENS,
     TOKEN_COUNT,
+    AnyLength,
     Divisor,
     Length,
     Section,
@@ -51,7 +53,9 @@ class Calibration(Section):
 class Convert(Section):
     """Fewer KV heads."""
 
-    kv_heads: int = Field(ge=1, le=65_536, description="KV heads per layer after conversion (G)")
+    kv_heads: Annotated[int, Field(ge=1, le=65_536), RELATIVE_HEADS] = Field(
+        description="KV heads per layer after conversion (G), or a share of the model's: 1/4"
+    )
     method: Method = Field(
         "calibrated", description="how KV heads are merged: `calibrated` keeps most; `mean` and `first` read no text"
     )
@@ -138,7 +142,7 @@ class Context(RopeSettings):
     Learned positions know the method `linear` only.
     """
 
-    length: Length | None = Field(None, description="positions afterwards")
+    length: AnyLength | None = Field(None, description="positions afterwards; 4x is four times as many")
     factor: float | None = Field(None, ge=1, le=MOST_TOKENS, description="or: this many times as many")
     method: RopeMethod = Field(
         "yarn",

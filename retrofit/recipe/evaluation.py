@@ -6,10 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from retrofit.recipe.relative import RELATIVE_LENGTH, ascending
 from retrofit.recipe.values import (
     LISTED,
     MOST_TOKENS,
     TOKEN_COUNT,
+    AnyLength,
     Dtype,
     Length,
     Section,
@@ -35,16 +37,16 @@ class Needle(Section):
     """Needle in a haystack: lengths x depths x samples, each prompt exactly as long as asked for."""
 
     test: Literal["needle", "passkey"] = Field("needle", description="what is hidden: a fact, or a number")
-    lengths: Annotated[tuple[Annotated[int, Field(ge=64, le=MOST_TOKENS), TOKEN_COUNT], ...], LISTED] = Field(
-        min_length=1, max_length=100, description="needle test at these lengths"
-    )
+    lengths: Annotated[
+        tuple[Annotated[int, Field(ge=64, le=MOST_TOKENS), TOKEN_COUNT, RELATIVE_LENGTH], ...], LISTED
+    ] = Field(min_length=1, max_length=100, description="needle test at these lengths")
     depths: int = Field(5, ge=1, le=1000, description="depths of the needle, from 0 to 1")
     samples: int = Field(1, ge=1, le=10_000, description="needles per length and depth")
     together: bool = Field(
         False, description="the needles of all depths in one haystack, with a key each: one pass a length, and harder"
     )
 
-    _ascending = field_validator("lengths")(lambda value: tuple(sorted(set(value))))
+    _ascending = field_validator("lengths")(ascending)
 
     @model_validator(mode="after")
     def _keys(self) -> Needle:
@@ -57,12 +59,12 @@ class Ruler(Section):
     """RULER's tasks that need no data: retrieval, variable tracking, common and frequent words."""
 
     tasks: tuple[RulerTask, ...] = Field(RULER_TASKS, min_length=1, description="which of the tasks")
-    lengths: Annotated[tuple[Annotated[int, Field(ge=256, le=MOST_TOKENS), TOKEN_COUNT], ...], LISTED] = Field(
-        min_length=1, max_length=100, description="RULER's tasks at these lengths"
-    )
+    lengths: Annotated[
+        tuple[Annotated[int, Field(ge=256, le=MOST_TOKENS), TOKEN_COUNT, RELATIVE_LENGTH], ...], LISTED
+    ] = Field(min_length=1, max_length=100, description="RULER's tasks at these lengths")
     samples: int = Field(1, ge=1, le=10_000, description="texts per task and length")
 
-    _ascending = field_validator("lengths")(lambda value: tuple(sorted(set(value))))
+    _ascending = field_validator("lengths")(ascending)
 
 
 class Tasks(Section):
@@ -102,8 +104,11 @@ class Evaluate(Section):
     needle, the effective length is certified.
     """
 
-    lengths: Annotated[tuple[Length, ...], LISTED] = Field(
-        (1024, 2048, 4096, 8192), min_length=1, max_length=100, description="context lengths"
+    lengths: Annotated[tuple[AnyLength, ...], LISTED] = Field(
+        (1024, 2048, 4096, 8192),
+        min_length=1,
+        max_length=100,
+        description="context lengths, or native, target, 1/2x: relative to the model's positions",
     )
     text: Texts = Field(
         default_factory=lambda: text_mix("python-docs", "python-stdlib"), description="text to measure on"
@@ -118,7 +123,9 @@ class Evaluate(Section):
     chunk: Tokens = Field(512, ge=1, le=MOST_TOKENS, description="tokens per forward chunk")
     dtype: Dtype = Field("auto", description="dtype that models are measured in; auto is their own")
     resamples: int = Field(2000, ge=100, le=100_000, description="bootstrap resamples")
-    cost_lengths: Annotated[tuple[Annotated[int, Field(ge=1, le=MOST_TOKENS), TOKEN_COUNT], ...], LISTED] = Field(
+    cost_lengths: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=MOST_TOKENS), TOKEN_COUNT, RELATIVE_LENGTH], ...], LISTED
+    ] = Field(
         (512, 2048),
         max_length=100,
         description="lengths, cut to the window, at which prefill, decoding and memory are measured; [] skips it",
@@ -144,7 +151,4 @@ class Evaluate(Section):
     ruler: Ruler | None = Field(None, description="RULER's tasks")
     tasks: Tasks | None = Field(None, description="tasks of lm-evaluation-harness")
 
-    @field_validator("lengths", "cost_lengths")
-    @classmethod
-    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(sorted(set(value)))
+    _ascending = field_validator("lengths", "cost_lengths")(ascending)

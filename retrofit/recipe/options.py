@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from retrofit.errors import UserError
 from retrofit.recipe.load import section_at, validate
+from retrofit.recipe.relative import RELATIVE_HEADS
 from retrofit.recipe.schema import Recipe, TextSource
 from retrofit.recipe.values import LISTED, TOKEN_COUNT
 
@@ -230,7 +231,7 @@ def _parts(annotation: Any) -> Iterator[Any]:
 
 def _kind(field: FieldInfo) -> Kind:
     parts = list(_parts(field.annotation))
-    if TOKEN_COUNT in (*field.metadata, *parts):
+    if TOKEN_COUNT in (*field.metadata, *parts) or RELATIVE_HEADS in field.metadata:
         return "tokens"
     if any(get_origin(part) is Literal for part in parts):
         return "choice"

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from retrofit.recipe.values import MOST_READ, Length, Section, Texts, Tokens, text_mix
+from retrofit.recipe.relative import are_relative
+from retrofit.recipe.values import MOST_READ, AnyLength, Section, Texts, Tokens, text_mix
 
 
 class Adapter(Section):
@@ -39,7 +40,7 @@ class Adapter(Section):
 class Stage(Section):
     """One stage of a length schedule: `tokens` training tokens whose positions reach `length`."""
 
-    length: Length = Field(description="the length that positions reach, or with `positions: full` that of the rows")
+    length: AnyLength = Field(description="the length that positions reach, or with `positions: full` that of the rows")
     tokens: Tokens = Field(ge=1, le=MOST_READ, description="training tokens of this stage")
 
 
@@ -56,7 +57,7 @@ class Recover(Section):
         "distill", description="follow the original model's distribution, or predict the text alone"
     )
     tokens: Tokens = Field(200_000, ge=1, le=MOST_READ, description="training tokens in all")
-    sequence_length: Length = Field(1024, description="tokens per row")
+    sequence_length: AnyLength = Field(1024, description="tokens per row")
     positions: Literal["full", "pose"] = Field(
         "full", description="`pose`: short rows whose positions skip ahead up to the window"
     )
@@ -116,6 +117,8 @@ class Recover(Section):
     def _schedule(self) -> Recover:
         if self.positions == "pose" and self.document_masking:
             raise ValueError("with `positions: pose` a row is read as one text; leave out `document_masking`")
+        if are_relative(self.sequence_length, *(stage.length for stage in self.stages)):
+            return self  # validated once more when the lengths are known
         if self.positions == "pose" and self.pose_chunks > self.sequence_length:
             raise ValueError(f"`pose_chunks` {self.pose_chunks} is more than `sequence_length` tokens")
         step = self.batch_size * self.sequence_length

@@ -23,6 +23,7 @@ from retrofit.recipe.attention import (
 from retrofit.recipe.evaluation import NEEDLE_KEYS, RULER_TASKS, Definition, Evaluate, Needle, Ruler, RulerTask, Tasks
 from retrofit.recipe.hub import OTHER, is_link, is_repo_id, license_problem
 from retrofit.recipe.recovery import Adapter, Recover, Stage
+from retrofit.recipe.relative import LENGTH
 from retrofit.recipe.values import (
     MOST_SEED,
     MOST_TOKENS,
@@ -76,7 +77,8 @@ SMALLEST_SHARD = 1000
 """Bytes: fewer would be a file for nearly every tensor of the smallest model."""
 
 _REQUIRE_KEY = re.compile(
-    r"(ppl|ppl_ratio|tail_ppl|tail_ppl_ratio|kv_ratio|kernel_max_diff|effective_length)(@[1-9][0-9]{0,9})?(/[\w.-]+)?"
+    r"(ppl|ppl_ratio|tail_ppl|tail_ppl_ratio|kv_ratio|kernel_max_diff|effective_length)"
+    rf"(@([1-9][0-9]{{0,9}}|{LENGTH}))?(/[\w.-]+)?"
     r"|(task|task_drop)@[\w.:+-]+(/[\w.,+-]+)?"
 )
 

@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 
 from retrofit.escape import shown
+from retrofit.recipe.relative import RELATIVE_LENGTH
 
 NAME = r"^[A-Za-z0-9][\w.-]*$"
 """What a recipe or a suite may be called: it names a folder."""
@@ -105,6 +106,8 @@ Dtype = Annotated[
 Tokens = Annotated[int, TOKEN_COUNT]
 """A number of tokens; 32k is 32,768."""
 Length = Annotated[int, Field(ge=16, le=MOST_TOKENS), TOKEN_COUNT]
+AnyLength = Annotated[Length, RELATIVE_LENGTH]
+"""A length that may be relative to the model's: native, target, 2x."""
 LISTED = BeforeValidator(_listed)
 """A list that may be written with commas: 1k,4k."""
 Divisor = Annotated[float, Field(ge=1e-3, le=MOST_TOKENS)]

@@ -13,13 +13,16 @@ from retrofit.checkpoint.extensions import require_record
 from retrofit.checkpoint.staging import require_free_space, require_writable
 from retrofit.data.texts import check_sources
 from retrofit.errors import UserError
+from retrofit.evaluation.long_context import native_length
 from retrofit.kernels.registry import Choice, choose
 from retrofit.model.completeness import require_complete, require_sound
+from retrofit.model.families import family_of
 from retrofit.model.folder import ModelFolder
 from retrofit.model.inspect import count_parameters
 from retrofit.model.load import resolve_device, resolve_dtype
 from retrofit.model.source import Source, resolve, with_weights
 from retrofit.model.spec import AttentionSpec
+from retrofit.recipe.resolve import is_relative, resolved
 from retrofit.recipe.schema import Evaluate, Recipe, TextSource
 from retrofit.workflow.artifact import Artifact, Provenance
 from retrofit.workflow.checks import check_headers, check_memory, check_positions
@@ -170,14 +173,40 @@ class ModelContext:
 
 
 def open_model(
-    recipe: Recipe, *, revision: str | None = None, original: str | None = None, progress: Progress | None = None
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    original: str | None = None,
+    alone: bool = False,
+    progress: Progress | None = None,
 ) -> ModelContext:
-    """The model of a recipe with its configuration, no weights. original: the model before the surgery, where it is
-    another one. Raises UserError for what is not possible on such a model."""
-    steps = steps_of(recipe)
+    """The model of a recipe with its configuration, no weights, and the recipe in this model's numbers.
+
+    original: the model before the surgery, where it is another one. alone: for a command of one step. Raises UserError
+    for what is not possible on such a model.
+    """
     source = resolve(require_model(recipe), revision=revision or recipe.revision, weights=False, progress=progress)
     before = source if original is None else resolve(original, weights=False, progress=progress)
-    return ModelContext(recipe, steps, source, before, resolve_device(recipe.device), progress=progress)
+    recipe, notes = in_numbers(recipe, source.model, before.model, alone=alone)
+    device = resolve_device(recipe.device)
+    return ModelContext(recipe, steps_of(recipe), source, before, device, progress=progress, notes=list(notes))
+
+
+def in_numbers(
+    recipe: Recipe, model: ModelFolder, original: ModelFolder, *, alone: bool = False
+) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with the numbers of this model for its relative lengths and KV heads, and notes. alone: of a model
+    that is recovered or measured alone, `native` is the window before it was extended."""
+    if not is_relative(recipe):
+        return recipe, ()
+    spec = model.spec
+    counts = [one.kv_heads for one in family_of(model.config).conversions(spec) if one.possible]
+    native = target = spec.max_position_embeddings
+    if original is not model:
+        native = original.spec.max_position_embeddings
+    elif alone and recipe.context is None:
+        native = native_length(model)
+    return resolved(recipe, native, target, counts)
 
 
 def check_model(context: ModelContext) -> bool:
@@ -213,7 +242,8 @@ def open_context(
     about = list(check_sources(dict.fromkeys(text for step in steps for text in step.texts)))
     for step in steps:
         about += step.check_options()
-    context = open_model(recipe, revision=revision, original=original, progress=progress)
+    context = open_model(recipe, revision=revision, original=original, alone=alone, progress=progress)
+    recipe, steps = context.recipe, context.steps
     context.beyond, context.alone, context.throughput = beyond, alone, throughput or ASSUMED
     context.notes += about
     require_record(context.model.path)

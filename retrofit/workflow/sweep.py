@@ -122,17 +122,18 @@ def prices(
     alone = recipe.model_copy(update=dict.fromkeys(("convert", "recover", "evaluate", "publish")))
     context = open_model(alone, revision=revision, progress=progress)
     source, config, spec = context.source, context.config, context.spec
-    notes = [*source.notes, *check_positions(context.model)]
+    alone = context.recipe
+    notes = [*source.notes, *context.notes, *check_positions(context.model)]
     for step in context.steps:
         notes += step.check(context)
     counts = _possible(config, spec)
     value_bytes = DTYPE_BYTES[source.dtype if recipe.dtype == "auto" else recipe.dtype]
-    length = budget.length if budget else claimed_length(recipe, spec.max_position_embeddings)
+    length = budget.length if budget else claimed_length(alone, spec.max_position_embeddings)
     caches = {g: converted_spec(spec, g).kv_cache_bytes(length, value_bytes) for g in counts}
     chosen = within(budget, caches) if budget else None
     if section.method != "calibrated":
         notes.append(f"the recipe converts by `{section.method}`; these are the prices of `calibrated`")
-    if length > claimed_length(recipe, spec.max_position_embeddings):
+    if length > claimed_length(alone, spec.max_position_embeddings):
         notes.append(f"{length:,} tokens lie beyond the model's {spec.max_position_embeddings:,} positions")
     read = moments is not None and stored_moments.saved(moments) == tuple(range(len(spec.layers)))
     if moments is not None:

@@ -25,6 +25,7 @@ from retrofit.evaluation.metrics.required import metrics
 from retrofit.evaluation.result import EvaluationResult
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.evaluation.tasks.answers import TaskAnswers, answers_file, from_file, to_file
+from retrofit.recipe.resolve import is_relative
 from retrofit.recipe.schema import Evaluate as Section
 from retrofit.recipe.schema import Recipe, TextSource
 from retrofit.system.resume import VERSION, ResumeKey
@@ -63,7 +64,8 @@ class Evaluate(Step):
 
     def check_options(self) -> Iterable[str]:
         require_distinct(self.section.text, "evaluate.text")
-        check_require(self.recipe)
+        if not is_relative(self.recipe):  # else when its lengths are known
+            check_require(self.recipe)
         if self.section.tasks:
             from retrofit.evaluation.tasks.harness import require_harness
 
@@ -74,6 +76,7 @@ class Evaluate(Step):
         """What is evaluated fits the last model, and the original where its positions are learned."""
         from retrofit.evaluation.scoring.reader import require_positions
 
+        check_require(self.recipe)
         section, longest = self.section, longest_prompt(self.section)
         if context.alone and longest > context.native:
             if not context.beyond:
