@@ -266,20 +266,25 @@ def publish(
     repo: str,
     private: bool = True,
     license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    base_model: str | None = None,
     token: str | None = None,
     progress: Progress | bool = True,
 ) -> Published:
     """Push what a run published, or another finished checkpoint folder, to the hub repository `repo`; token, name and
     license are checked first.
 
-    folder: of a run, or its `final` folder.
+    folder: of a run, or its `final` folder. license, license_name, license_link, base_model: for a card that has none.
     """
-    recipe_of("publish", {"license": license})
+    keys = {"license": license, "license_name": license_name, "license_link": license_link, "base_model": base_model}
+    recipe_of("publish", keys)
+    stated = {key: value for key, value in keys.items() if value is not None}
     place, shown = published_folder(local_path(folder, where="FOLDER")), display(progress)
     with begun(f"publish {place} as {repo}", shown, writes=(place,)):
         from retrofit.publishing.hub import publish as push
 
-        return push(place, repo, private=private, token=token, license=license, progress=shown)
+        return push(place, repo, private=private, token=token, stated=stated, progress=shown)
 
 
 @as_tables

@@ -19,6 +19,7 @@ from retrofit.data.corpora import BUILT_IN
 from retrofit.escape import Markdown, code_block, code_span, markdown, prose, table_row, visible
 from retrofit.evaluation.metrics.effective import certificate
 from retrofit.publishing.card_input import CardInput, require_known
+from retrofit.publishing.identity import unknown_lines
 
 if TYPE_CHECKING:
     from retrofit.evaluation.metrics.effective import EffectiveLength
@@ -60,6 +61,7 @@ def render_card(card: CardInput) -> str:
         tolerance=_tolerance(card),
         front_matter=_front_matter(card),
         summary=_summary(card),
+        unknown=unknown_lines(card.license, card.base_model),
         snippet=Markdown(card.snippet),
         commands=code_block("\n".join(card.commands), "sh"),
         recipe=code_block(card.recipe_yaml, "yaml"),
@@ -146,7 +148,7 @@ def _front_matter(card: CardInput) -> Markdown:
         license_name=card.license_name and visible(card.license_name),
         license_link=card.license_link,
         base_model=card.base_model,
-        base_model_relation="finetune",
+        base_model_relation="finetune" if card.base_model else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=[visible(tag) for tag in dict.fromkeys([*_tags(card), *card.tags])],
@@ -167,9 +169,9 @@ def _tags(card: CardInput) -> list[str]:
 
 
 def _summary(card: CardInput) -> Markdown:
-    """One paragraph: what was done, in the order it was done. `require_known` has seen that the base model is an id."""
+    """One paragraph: what was done, in the order it was done. `require_known` has seen that a base model is an id."""
     at = f" (revision {code_span(card.revision[:12])})" if card.revision else ""
-    base = f"[{card.base_model}](https://huggingface.co/{card.base_model}){at}"
+    base = f"[{card.base_model}](https://huggingface.co/{card.base_model}){at}" if card.base_model else "a local model"
     parts = []
     before, after = card.kv_heads
     if card.conversion and after < before:

@@ -45,7 +45,8 @@ class CardModel:
 class CardInput:
     """What a card says.
 
-    base_model: hub id of the source. revision: its commit, if it came from the hub. license: hub license id.
+    base_model: hub id of the source. revision: its commit, if it came from the hub. license: hub license id. A card
+    without one of the two says that it is not known.
     kv_heads, kv_bytes_per_token: (before, after). kv_cache_bytes: {tokens: (before, after)}. conversion: method, None
     when the heads were left. context_method: None when the window was left; encodings_tried: by the search that found
     it. effective: how much of the window the published model is shown to use, None when that was not asked for.
@@ -86,16 +87,18 @@ class CardInput:
 
 
 def require_known(card: CardInput) -> None:
-    """UserError that lists every value of the card which is not known."""
+    """UserError that lists every value of the card which is not known, but for base model and license, which a card may
+    lack until it is published."""
     problems = _problems(card)
     if problems:
         raise unknown(problems)
 
 
-def require_license_and_base(
+def require_usable_identity(
     license: str | None, base_model: str | None, name: str | None = None, link: str | None = None
 ) -> None:
-    """UserError unless both are known; cheap, so that a run asks before hours of work and not at its end.
+    """UserError for a license or base model that the hub does not accept; cheap, so that a run tells it before hours of
+    work. None, which is not known, is left out of the card; publishing asks for it.
 
     name, link: of the license `other`.
     """
@@ -113,11 +116,9 @@ def unknown(problems: Sequence[str]) -> UserError:
 def _identity_problems(
     license: str | None, base_model: str | None, name: str | None = None, link: str | None = None
 ) -> list[str]:
-    problem = license_problem(license, name, link)
+    problem = license_problem(license, name, link) if license else None
     problems = [problem] if problem else []
-    if not base_model:
-        problems.append("the base model is not known; give its hub id with --set publish.base_model=ORG/NAME")
-    elif not is_repo_id(base_model):
+    if base_model and not is_repo_id(base_model):
         problems.append(f"`{shown(base_model, 60)}` is not a hub id; give --set publish.base_model=ORG/NAME")
     return problems
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +19,7 @@ from retrofit.checkpoint.files import require_no_adapter
 from retrofit.checkpoint.full import machine_error
 from retrofit.checkpoint.provenance import sha256
 from retrofit.errors import UserError
-from retrofit.publishing.snippet import front_matter, with_model_id
+from retrofit.publishing.snippet import with_model_id
 from retrofit.publishing.verify import CARD, PARTIAL, Finished, require_finished
 
 if TYPE_CHECKING:
@@ -61,15 +61,16 @@ def publish(
     *,
     private: bool = True,
     token: str | None = None,
-    license: str | None = None,
+    stated: Mapping[str, str] | None = None,
     endpoint: str | None = None,
     retry: Retry | None = None,
     progress: Progress | None = None,
 ) -> Published:
     """Upload `folder` to the model repository `repo_id` (made when it does not exist, private unless asked).
 
-    token: by default the one `hf auth login` stored or HF_TOKEN. license: for a card that has none. endpoint: another
-    hub. The card's `model_id` line is set to `repo_id` so that its lines can be pasted anywhere.
+    token: by default the one `hf auth login` stored or HF_TOKEN. stated: license and base model (`identity.KEYS`) for a
+    card that has none. endpoint: another hub. The card's `model_id` line is set to `repo_id` so that its lines can be
+    pasted anywhere.
 
     Raises UserError for everything in `require_finished`, a name the hub does not allow, a token that is missing, not
     accepted (401) or may not write there (403), a repository that exists and is public when private was asked or the
@@ -77,7 +78,7 @@ def publish(
     """
     from huggingface_hub import HfApi
 
-    finished = require_finished(folder, license=license)
+    finished = require_finished(folder, stated=stated)
     _require_name(repo_id)
     api = HfApi(endpoint=endpoint, token=token)
     call = _Caller(retry or Retry(), repo_id, progress)
@@ -149,10 +150,8 @@ def _require_token(identity: dict[str, Any], repo_id: str) -> str:
 
 
 def _write_card(finished: Finished, repo_id: str) -> Finished:
-    """Set the card's `model_id`, and its license where it has none; the file is replaced, never half-written."""
+    """Set the card's `model_id`, with what was stated of it; the file is replaced, never half-written."""
     card = with_model_id(finished.card, repo_id)
-    if "license" not in front_matter(card):
-        card = card.replace("---\n", f"---\nlicense: {finished.license}\n", 1)
     partial = finished.folder / PARTIAL
     partial.write_text(card, encoding="utf-8")
     partial.replace(finished.folder / CARD)

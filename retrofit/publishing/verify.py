@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -12,8 +13,8 @@ from retrofit.checkpoint.read import Checkpoint
 from retrofit.errors import GateError, UserError
 from retrofit.escape import shell_word, shown
 from retrofit.files import read_text
+from retrofit.publishing.identity import completed, require_identity
 from retrofit.publishing.snippet import front_matter, placeholders, shows_snippet
-from retrofit.recipe.hub import license_problem
 
 CARD = "README.md"
 PARTIAL = f".{CARD}.partial"
@@ -31,13 +32,14 @@ class Finished:
     nbytes: int
 
 
-def require_finished(folder: str | Path, *, license: str | None = None) -> Finished:
+def require_finished(folder: str | Path, *, stated: Mapping[str, str] | None = None) -> Finished:
     """Check that the folder is a whole checkpoint whose gate and reload passed and whose files are those recorded.
 
-    license: hub license id for a card that has none; the card is not changed here.
+    stated: license and base model (`identity.KEYS`) for a card that has none; the file is not changed here.
 
     Raises UserError: no retrofit.json, gate or reload not passed, a file changed, missing or added since, something
-    that is no plain file, a card with placeholders, without a license or with other load lines than those executed.
+    that is no plain file, a card with placeholders, without a license or base model, or with other load lines than
+    those executed.
     GateError when a requirement was not met or never checked.
     """
     folder = Path(folder)
@@ -57,14 +59,16 @@ def require_finished(folder: str | Path, *, license: str | None = None) -> Finis
             where=str(folder / CARD),
             fix=_again(folder),
         )
-    left = placeholders(card, _names(record))
+    stated = stated or {}
+    card = completed(card, stated, str(folder / CARD))
+    left = placeholders(card, _names(record) | {*stated.values(), *_names(front_matter(card).get("base_model"))})
     if left:
         raise UserError(
             f"the card has placeholders ({'; '.join(left[:5])})", where=str(folder / CARD), fix="write the values there"
         )
     files = tuple(sorted({*record["files"], CARD, FILE}))
     nbytes = sum((folder / name).stat().st_size for name in files)
-    return Finished(folder, card, _license(card, license, folder), files, nbytes)
+    return Finished(folder, card, require_identity(card, str(folder / CARD)), files, nbytes)
 
 
 def _again(folder: Path) -> str:
@@ -138,23 +142,3 @@ def _require_files(record: dict[str, Any], folder: Path) -> None:
                 where=str(folder),
                 fix="remove what does not belong there" if "not part" in problem else _again(folder),
             )
-
-
-def _license(card: str, asked: str | None, folder: Path) -> str:
-    front = front_matter(card)
-    stated = front.get("license")
-    if stated and asked and stated != asked:
-        raise UserError(
-            f"the card says license {stated}, and {asked} was asked for",
-            where=str(folder / CARD),
-            fix=f"leave --license out, or change `license: {stated}` in the card",
-        )
-    license = stated or asked
-    if not license:
-        raise UserError(
-            "no license is known for this model", where=str(folder / CARD), fix="give one: --license apache-2.0"
-        )
-    problem = license_problem(str(license), front.get("license_name"), front.get("license_link"))
-    if problem:
-        raise UserError(problem, where=str(folder / CARD), fix="correct `license:` in the card")
-    return str(license)

@@ -151,7 +151,12 @@ OPTIONS: Mapping[str, tuple[Option, ...]] = {
         _option("evaluate.dtype"),
         _option("device"),
     ),
-    "publish": (_option("publish.license"),),
+    "publish": (
+        _option("publish.license"),
+        _option("publish.license_name"),
+        _option("publish.license_link"),
+        _option("publish.base_model"),
+    ),
 }
 """The options of each command that set keys of a recipe; `prices` is `plan --kv-heads`."""
 

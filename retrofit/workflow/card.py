@@ -16,7 +16,7 @@ from retrofit.recipe.load import dump_recipe
 from retrofit.recipe.schema import Publish, Recipe
 from retrofit.report.data import RunData
 from retrofit.workflow.artifact import Artifact
-from retrofit.workflow.public import public_recipe
+from retrofit.workflow.public import public_model, public_recipe
 
 if TYPE_CHECKING:
     from retrofit.workflow.context import ModelContext
@@ -42,7 +42,7 @@ def card_input(
     base, terms = section.base_model or source.base_model, terms_of(section, source)
     languages, tags = languages_and_tags(source.folder)
     return CardInput(
-        title=title(recipe, base, data.claimed_length),
+        title=title(recipe, base or public_model(source), data.claimed_length),
         base_model=base,
         license=terms.license,
         license_name=terms.name,
@@ -82,9 +82,9 @@ def _recovery(recipe: Recipe, done: Mapping[str, Any] | None) -> Recovery | None
     return Recovery(sources=sources, **numbers)
 
 
-def title(recipe: Recipe, base_model: str | None, claimed: int) -> str:
+def title(recipe: Recipe, base_model: str, claimed: int) -> str:
     """A name that says what was done: SmolLM2-135M-Instruct-kv1-16k."""
-    parts = [(base_model or recipe.name).rpartition("/")[2]]
+    parts = [base_model.rpartition("/")[2]]
     if recipe.convert:
         parts.append(f"kv{recipe.convert.kv_heads}")
     if recipe.context:

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from retrofit.errors import UserError
 from retrofit.publishing.card import render_card
-from retrofit.publishing.card_input import CardModel, require_license_and_base
+from retrofit.publishing.card_input import CardModel, require_usable_identity
 from retrofit.publishing.snippet import front_matter, load_snippet, placeholders, shows_snippet, with_model_id
 from retrofit.recipe.schema import RopeMethod
 from tests.publishing.cards import card_input, row, rows
@@ -182,10 +182,8 @@ def test_only_what_was_done_is_told() -> None:
 @pytest.mark.parametrize(
     ("over", "said"),
     [
-        ({"license": None}, "--set publish.license=ID"),
         ({"license": "unknown"}, "not a license id"),
         ({"license": "My Own License"}, "not a license id"),
-        ({"base_model": None}, "--set publish.base_model=ORG/NAME"),
         ({"base_model": "/home/me/model"}, "not a hub id"),
         ({"models": ()}, "no perplexity was measured"),
         ({"commands": ()}, "commands is empty"),
@@ -203,14 +201,24 @@ def test_unknown_values_are_refused_by_name(over: dict, said: str) -> None:
 
 def test_all_unknown_values_are_named_at_once() -> None:
     with pytest.raises(UserError) as caught:
-        render_card(replace(card_input(), license=None, base_model=None, commands=()))
+        render_card(replace(card_input(), license="mine", base_model="x", commands=()))
     assert str(caught.value).count("\n  - ") == 3
 
 
 def test_early_check() -> None:
-    require_license_and_base("mit", "a/b")
-    with pytest.raises(UserError, match=r"publish\.license"):
-        require_license_and_base(None, "a/b")
+    require_usable_identity("mit", "a/b")
+    require_usable_identity(None, None)
+    with pytest.raises(UserError, match="not a license id"):
+        require_usable_identity("mine", "a/b")
+
+
+def test_a_card_says_what_is_not_known_of_its_source() -> None:
+    text = render_card(card_input(license=None, base_model=None))
+    data = ModelCard(text).data.to_dict()
+    assert not {"license", "base_model", "base_model_relation"} & {key for key, value in data.items() if value}
+    assert text.count("is not known: the folder it was made from names none.") == 2
+    assert placeholders(text) == []
+    assert "is not known" not in render_card(card_input())
 
 
 def test_a_text_called_todo_is_no_placeholder() -> None:

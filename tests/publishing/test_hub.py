@@ -318,12 +318,43 @@ def test_license_may_be_given_for_a_card_that_has_none(hub: HubServer, folder: P
     with pytest.raises(UserError, match="no license is known"):
         push(hub, folder)
     with pytest.raises(UserError, match="not a license id"):
-        push(hub, folder, license="My License")
+        push(hub, folder, stated={"license": "My License"})
     assert not hub.requests
-    assert push(hub, folder, license="mit")[0].license == "mit"
+    assert push(hub, folder, stated={"license": "mit"})[0].license == "mit"
     assert hub.repos["ann/tiny"].files["README.md"].startswith(b"---\nlicense: mit\n")
     with pytest.raises(UserError, match="card says license mit"):
-        push(hub, folder, license="apache-2.0")
+        push(hub, folder, stated={"license": "apache-2.0"})
+
+
+def test_base_model_and_license_are_asked_for_when_a_folder_is_published(hub: HubServer, folder: Path) -> None:
+    (folder / "README.md").write_text(render_card(card_input(base_model=None, license=None)))
+    record(folder)
+    assert "The base model is not known" in (folder / "README.md").read_text()
+    with pytest.raises(UserError, match="no license and no base model") as caught:
+        push(hub, folder)
+    assert caught.value.fix == "give it: --license apache-2.0 --base-model ORG/NAME"
+    with pytest.raises(UserError, match="not a hub id"):
+        push(hub, folder, stated={"license": "mit", "base_model": "/home/me/model"})
+    assert not hub.requests
+    push(hub, folder, stated={"license": "mit", "base_model": "acme/TBD"})
+    card = hub.repos["ann/tiny"].files["README.md"].decode()
+    assert card.startswith("---\nlicense: mit\nbase_model: acme/TBD\nbase_model_relation: finetune\n")
+    assert "is not known" not in card
+    assert "The base model is [acme/TBD](https://huggingface.co/acme/TBD)." in card
+    assert push(hub, folder)[0].license == "mit"
+    with pytest.raises(UserError, match="card says base model acme/TBD"):
+        push(hub, folder, stated={"base_model": "acme/other"})
+
+
+def test_the_license_other_is_asked_for_its_name_and_link(hub: HubServer, folder: Path) -> None:
+    (folder / "README.md").write_text(render_card(card_input(license=None)))
+    record(folder)
+    with pytest.raises(UserError, match="needs a name and a link") as caught:
+        push(hub, folder, stated={"license": "other"})
+    assert "--license-name NAME" in str(caught.value)
+    terms = {"license": "other", "license_name": "mine: all of it", "license_link": "LICENSE"}
+    assert push(hub, folder, stated=terms)[0].license == "other"
+    assert "license_name: 'mine: all of it'\n" in (folder / "README.md").read_text()
 
 
 def test_a_finished_folder_passes(folder: Path) -> None:

@@ -172,8 +172,8 @@ def test_requirements_on_what_is_not_measured(recipe: Recipe, out: Path) -> None
     assert "no text `prose`" in refused(out, recipe(require={"ppl@64/prose": "<= 3"}))
 
 
-def test_no_license_to_put_on_the_card(recipe: Recipe, out: Path) -> None:
-    assert "license" in refused(out, recipe(publish={"base_model": "someone/tiny"}))
+def test_a_base_model_that_is_no_hub_id(recipe: Recipe, out: Path) -> None:
+    assert "not a hub id" in refused(out, recipe(publish={"base_model": "/home/me/model"}))
 
 
 def test_no_model(recipe: Recipe, out: Path) -> None:

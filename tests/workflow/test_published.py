@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,17 @@ def test_what_is_no_folder_is_told_before_anything_is_loaded(tmp_path: Path) -> 
     assert found.exit_code == 2
     assert "there is no such folder" in found.output
     assert "runs/quickstart" in found.output
+
+
+def test_a_local_model_of_no_known_source_runs_to_the_end(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    file = recipe(convert=None, recover=None, context=None, publish={}, require={})
+    result = retrofit("run", file, "--out", out, "--set", "evaluate.lengths=[64]")
+    assert result.exit_code == 0, result.output
+    assert "the base model is not known and is left out of the card" in result.output
+    card = (out / "final" / "README.md").read_text()
+    assert "The base model is not known" in card
+    assert "# tiny\n" in card
+    refused = retrofit("publish", out, "--repo", "me/tiny", "--license", "mit")
+    assert refused.exit_code == 2
+    assert "--base-model ORG/NAME" in refused.output

@@ -21,7 +21,7 @@ from retrofit.evaluation.result import EvaluationResult
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.model.folder import ModelFolder
 from retrofit.publishing.card import render_card
-from retrofit.publishing.card_input import require_license_and_base
+from retrofit.publishing.card_input import require_usable_identity
 from retrofit.publishing.gate import GateResult
 from retrofit.publishing.reload import ReloadReport, nothing_to_compare, reload_and_score, tolerance_of
 from retrofit.publishing.requirements import snippet_of, terms_of
@@ -75,8 +75,8 @@ class Publish(Step):
                 where="publish",
                 fix="keep `evaluate`, or add publish: null",
             )
-        terms = terms_of(section, source)
-        require_license_and_base(terms.license, section.base_model or source.base_model, terms.name, terms.link)
+        terms, base = terms_of(section, source), section.base_model or source.base_model
+        require_usable_identity(terms.license, base, terms.name, terms.link)
         extension, encoded = recipe.context, context.config
         if extension and not extension.searches:  # what is searched for does not change with the length
             from retrofit.context import rope
@@ -91,7 +91,12 @@ class Publish(Step):
         varies = varying(encoded.get_text_config())
         if varies and min(recipe.evaluate.lengths) > varies[1]:
             raise nothing_to_compare(*varies)
-        return ()
+        missing = {"base model": (base, "--base-model ORG/NAME"), "license": (terms.license, "--license ID")}
+        return [
+            f"the {what} is not known and is left out of the card; `retrofit publish` asks for it ({option})"
+            for what, (value, option) in missing.items()
+            if not value
+        ]
 
     def check_data(self, context: ModelContext, *, weights: bool, sample: bool) -> Iterable[str]:
         snippet_of(context.tokenizer, context.config, context.model.path)
