@@ -12,6 +12,7 @@ import torch
 from retrofit.evaluation.running import COST_ROUNDS
 from retrofit.model.families import describe
 from retrofit.recipe.load import load_recipe
+from retrofit.recipe.resolve import resolved
 from retrofit.workflow.estimate import throughput
 from retrofit.workflow.estimate.cost import CALL_SECONDS, EFFICIENCY, ModelFacts, Throughput
 from retrofit.workflow.estimate.evaluation import MACHINE_SECONDS
@@ -90,7 +91,7 @@ def test_twice_the_tokens_take_twice_the_time(tokens: str) -> None:
 
 def test_a_plan_has_the_steps_of_its_recipe() -> None:
     assert [step.name for step in steps_of(load_recipe("kernel-only"))] == ["evaluate"]
-    plan = make_plan(load_recipe("extend-4x"), FACTS, SPEED)
+    plan = make_plan(resolved(load_recipe("extend-4x"), 8192, 8192, (1, 3))[0], FACTS, SPEED)
     assert [cost.step for cost in plan.steps] == ["extend", "recover", "evaluate", "publish"]
     assert plan.positions == (8192, 32768)
     assert plan.kv_bytes_per_token[0] == plan.kv_bytes_per_token[1]

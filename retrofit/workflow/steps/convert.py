@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from retrofit.checkpoint.config import read_config
 from retrofit.data.identity import identity, require_distinct
 from retrofit.errors import UserError
+from retrofit.format import heads
 from retrofit.kv_heads import VERSION
 from retrofit.recipe.schema import Convert as Section
 from retrofit.recipe.schema import Recipe, TextSource
@@ -75,6 +76,16 @@ class Convert(Step):
             require_within(length, context.native, where, extendable=False)
         if self._changes(context):
             return notes
+        if self.recipe.recover and context.claimed == context.native:
+            possible = [c.kv_heads for c in family_of(context.config).conversions(context.spec) if c.possible]
+            fewer = ", ".join(str(count) for count in possible if count < self.section.kv_heads)
+            raise UserError(
+                f"the model already has {heads(self.section.kv_heads)}"
+                + ("" if fewer else ", and can have no fewer")
+                + ": there is nothing that a training could win back",
+                where="convert.kv_heads",
+                fix=f"choose one of: {fewer}" if fewer else "extend the model instead (context), or leave out recover",
+            )
         return (*notes, f"the model already has {self.section.kv_heads} KV heads: its weights are copied unchanged")
 
     def require_moments(self, context: ModelContext) -> None:
@@ -120,12 +131,12 @@ class Convert(Step):
 
     def estimate(self, model: CostModel) -> Cost:
         convert, spec, facts = self.section, model.facts.spec, model.facts
-        heads = f"{spec.layers[0].kv_heads} to {convert.kv_heads} KV heads in {len(spec.layers)} layers, "
-        heads += str(convert.method)
+        work = f"{spec.layers[0].kv_heads} to {convert.kv_heads} KV heads in {len(spec.layers)} layers, "
+        work += str(convert.method)
         if not convert.calibrates:
             seconds = 4 * facts.weight_bytes / model.throughput.bytes_per_second + 1
             peak = BASE_BYTES + facts.weight_bytes // len(spec.layers)
-            return Cost(self.name, heads, peak, facts.weight_bytes, seconds)
+            return Cost(self.name, work, peak, facts.weight_bytes, seconds)
         tokens, length = convert.calibration.tokens, convert.calibration.sequence_length
         repair = f" and the {convert.repair} repair" if convert.repair != "none" else ""
         first = spec.layers[0]
@@ -137,7 +148,7 @@ class Convert(Step):
         columns = first.query_heads * first.head_dim
         grams = 8 * (4 * (first.kv_heads * first.head_dim) ** 2 + folds * columns * (columns + spec.hidden_size))
         peak = BASE_BYTES + max(batch + layer + grams, PACKED_BYTES * tokens)
-        does = f"{heads}{repair} on {tokens:,} tokens"
+        does = f"{work}{repair} on {tokens:,} tokens"
         # Each stream passes every layer once; the moments and refits between are about half a pass in float32.
         seconds = model.seconds(tokens, length, passes=2) + model.seconds(tokens, length, passes=0.5, float32=True)
         if convert.repair == "transfer":
