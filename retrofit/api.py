@@ -186,6 +186,7 @@ def recover(
     short_share: float | None = None,
     document_masking: bool | None = None,
     gradient_checkpointing: bool | None = None,
+    allow_repeats: bool | None = None,
     kernel: Kernel | None = None,
     device: Device | None = None,
     seed: int | None = None,

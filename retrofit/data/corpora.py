@@ -70,6 +70,20 @@ def built_in_digest(source: str) -> str:
 
 
 @functools.cache
+def built_in_bytes(source: str) -> int:
+    """About how many bytes a built-in corpus has to train on; 0 where this Python carries none. Files are not read."""
+    if source == "python-stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = [path for path in root.rglob("*.py") if not SKIPPED_PARTS.intersection(path.relative_to(root).parts)]
+        return int(sum(path.stat().st_size for path in files) * (1 - STDLIB_HELD_OUT))
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return 0
+    return int(sum(len(str(text)) for text in topics.values()) * (1 - DOCS_HELD_OUT))
+
+
+@functools.cache
 def _corpus(source: str) -> tuple[Mapping[str, str], frozenset[str]]:
     """(texts by name, names of those held out): nothing but this Python decides about them."""
     if source == "python-stdlib":

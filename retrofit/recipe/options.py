@@ -127,6 +127,7 @@ OPTIONS: Mapping[str, tuple[Option, ...]] = {
         _option("recover.short_share"),
         _option("recover.document_masking"),
         _option("recover.gradient_checkpointing"),
+        _option("recover.allow_repeats"),
         _option("kernel"),
         *_MACHINE,
     ),

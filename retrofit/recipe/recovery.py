@@ -100,6 +100,9 @@ class Recover(Section):
     text: Texts = Field(
         default_factory=lambda: text_mix("python-docs", "python-stdlib"), description="text to train on"
     )
+    allow_repeats: bool = Field(
+        False, description="train more than a million tokens on text that is read more than four times"
+    )
 
     @model_validator(mode="before")
     @classmethod

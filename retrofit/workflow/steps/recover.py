@@ -14,6 +14,7 @@ from retrofit.system.resume import ResumeKey
 from retrofit.workflow.artifact import shard_size
 from retrofit.workflow.checks import require_within
 from retrofit.workflow.estimate.cost import BASE_BYTES, Cost, CostModel
+from retrofit.workflow.estimate.repetition import require_text, told
 from retrofit.workflow.estimate.training_memory import trained_parameters, training_memory
 from retrofit.workflow.step import Inputs, Place, Step
 
@@ -57,6 +58,7 @@ class Recover(Step):
         section, original = self.section, context.original_model.spec
         if section.loss == "distill":
             require_same_vocabulary(original, context.spec, "--teacher")
+        require_text(section)
         require_within(section.sequence_length, context.claimed, "recover.sequence_length")
         check_lengths(section, original.max_position_embeddings, context.claimed)
         if section.adapter.rank > context.spec.hidden_size:
@@ -106,13 +108,18 @@ class Recover(Step):
         )
         steps = max(1, recover.tokens // rows)
         does = f"{recover.loss}, LoRA rank {adapter.rank}, {recover.tokens:,} tokens in {steps:,} steps of {rows:,}"
+        if read_often := told(recover):
+            does += f", reading {read_often}"
         if adapter.mlp and spec.family in EXPERTS:
             does += "; the experts carry no adapters"
         return Cost(self.name, does, peak, facts.weight_bytes + 12 * trained, seconds)
 
+    def record(self) -> dict[str, Any]:
+        return self.section.model_dump(mode="json", exclude={"allow_repeats"})
+
     def key(self, context: ModelContext, inputs: Inputs) -> ResumeKey:
         settings: dict[str, Any] = {
-            **self.section.model_dump(mode="json"),
+            **self.record(),
             "dtype": self.recipe.dtype,
             "seed": self.recipe.seed,
             "max_shard_size": shard_size(self.recipe),
