@@ -18,6 +18,7 @@ from retrofit.errors import UserError
 from retrofit.files import local_path, output_path
 from retrofit.recipe.load import load_suite
 from retrofit.recipe.options import recipe_of
+from retrofit.recipe.recovery import Tracker
 from retrofit.recipe.relative import are_relative
 from retrofit.recipe.schema import Definition, Device, Dtype, Kernel, Method, RopeMethod
 from retrofit.runs import plan, prices, run
@@ -187,6 +188,8 @@ def recover(
     document_masking: bool | None = None,
     gradient_checkpointing: bool | None = None,
     allow_repeats: bool | None = None,
+    keep_adapter: bool | None = None,
+    report_to: Sequence[Tracker] | Tracker | None = None,
     kernel: Kernel | None = None,
     device: Device | None = None,
     seed: int | None = None,
@@ -195,6 +198,7 @@ def recover(
 ) -> Written:
     """Train `model` to follow `teacher` (the model before the surgery) and write the merged checkpoint to `out`.
 
+    keep_adapter: keep the adapter for peft as well, in the folder `<out>-adapter`.
     overwrite: `out` may hold a checkpoint that an earlier call wrote, which is replaced.
     """
     if short_share is not None and positions != "pose":

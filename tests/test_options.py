@@ -87,7 +87,8 @@ def test_an_option_is_the_key_of_the_recipe(command: str, option: Option) -> Non
     assert description[1:] in found.help
     assert (f"[default: {option.default}]" in found.help) == (option.default is not None)
     if option.choices:
-        assert found.metavar == f"[{'|'.join(option.choices)}]"
+        one = f"[{'|'.join(option.choices)}]"
+        assert found.metavar == (f"{one},{one}" if option.many == "commas" else one)
 
 
 @pytest.mark.parametrize("command", [name for name in retrofit.COMMANDS if name not in ("schema", "recipes")])

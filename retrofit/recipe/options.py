@@ -128,6 +128,8 @@ OPTIONS: Mapping[str, tuple[Option, ...]] = {
         _option("recover.document_masking"),
         _option("recover.gradient_checkpointing"),
         _option("recover.allow_repeats"),
+        _option("recover.keep_adapter"),
+        _option("recover.report_to"),
         _option("kernel"),
         *_MACHINE,
     ),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
 from retrofit.recipe.relative import are_relative
-from retrofit.recipe.values import MOST_READ, AnyLength, Section, Texts, Tokens, text_mix
+from retrofit.recipe.values import LISTED, MOST_READ, AnyLength, Section, Texts, Tokens, text_mix
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
 class Adapter(Section):
@@ -102,6 +104,13 @@ class Recover(Section):
     )
     allow_repeats: bool = Field(
         False, description="train more than a million tokens on text that is read more than four times"
+    )
+    keep_adapter: bool = Field(
+        False,
+        description="keep the adapter for peft as well, in the folder `<checkpoint>-adapter`",
+    )
+    report_to: Annotated[tuple[Tracker, ...], LISTED] = Field(
+        (), max_length=len(get_args(Tracker)), description="where the Trainer logs the losses while it trains"
     )
 
     @model_validator(mode="before")

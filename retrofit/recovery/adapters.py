@@ -168,6 +168,17 @@ def merge_and_save(
     return written
 
 
+def save_adapter(peft_model: PeftModel, out: str | Path) -> None:
+    """Write the adapter into the existing folder `out`, for `PeftModel.from_pretrained(student, out)`.
+
+    What is trained in full is part of it. It names no base model: that lies on this machine, under a path of its own.
+    """
+    for config in peft_model.peft_config.values():
+        config.base_model_name_or_path = ""
+    peft_model.save_pretrained(str(out), save_embedding_layers=False)
+    (Path(out) / "README.md").unlink(missing_ok=True)  # a form to fill in
+
+
 def _add_delta(module: Any) -> Callable[[Tensor], Tensor]:
     def merged(stored: Tensor) -> Tensor:
         name = module.active_adapters[0]

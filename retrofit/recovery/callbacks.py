@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -101,6 +101,7 @@ class Watch(TrainerCallback):
     ) -> None:
         self.course, self.weights, self.held_out_loss = course, weights, held_out_loss
         self.evaluate_at, self.tokens_per_step, self.progress = evaluate_at, tokens_per_step, progress
+        self.log: Callable[[dict[str, float]], None] | None = None  # to where the Trainer reports
         self.loss = float("nan")
         self.rate = 0.0
         self.began = self.stepped = time.monotonic()
@@ -117,10 +118,19 @@ class Watch(TrainerCallback):
             self.course.best_step, self.course.best_loss, self.course.best = step, loss, self.weights()
         return loss
 
+    def report(self, control: TrainerControl, loss: float | None) -> None:
+        """Log a held-out loss; the Trainer still logs what it was going to at this step."""
+        if self.log is not None and loss is not None:
+            due = control.should_log
+            self.log({"eval_loss": loss})
+            control.should_log = due
+
     def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         self.began = self.stepped = time.monotonic()
         if state.global_step == 0:
-            self.course.history.append(TrainPoint(0, None, self.measure(0), 0.0, 0.0))
+            held_out = self.measure(0)
+            self.course.history.append(TrainPoint(0, None, held_out, 0.0, 0.0))
+            self.report(control, held_out)
 
     def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         self.rate = float(kwargs["lr_scheduler"].get_last_lr()[0])
@@ -131,6 +141,7 @@ class Watch(TrainerCallback):
         step = state.global_step
         held_out = self.measure(step) if step in self.evaluate_at else None
         self.course.history.append(TrainPoint(step, self.loss, held_out, self.rate, speed))
+        self.report(control, held_out)
         if self.progress is not None:
             fields = {"loss": self.loss} | ({} if held_out is None else {"held_out": held_out})
             self.progress.advance(self.tokens_per_step, **fields)

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +24,7 @@ from retrofit.data.packing import Packed
 from retrofit.errors import UserError
 from retrofit.model.folder import ModelFolder, opened
 from retrofit.recipe.schema import Recover
-from retrofit.recovery.adapters import about_experts, attach, default_rate, merge_and_save
+from retrofit.recovery.adapters import about_experts, attach, default_rate, merge_and_save, save_adapter
 from retrofit.recovery.callbacks import Course, TrainPoint, Watch, last_checkpoint, restore, trainable
 from retrofit.recovery.schedule import Lines, Rows, about, check_lengths, collate, held_out_lines, training_lines
 from retrofit.recovery.student_teacher import Pair, body, compute_dtype, hidden_states, load_pair
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from retrofit.console import Progress
+
+LOGGED = 200  # lines that a training logs where it reports, about
+TENSORBOARD = "TENSORBOARD_LOGGING_DIR"  # where transformers reads TensorBoard's folder
 
 
 @dataclass(frozen=True)
@@ -72,13 +78,16 @@ def recover(
     progress: Progress | None = None,
     work_dir: str | Path,
     max_shard_size: str = "5GB",
+    adapter: Path | None = None,
+    logs: Path | None = None,
 ) -> RecoverReport:
     """Train adapters on the student and write the merged checkpoint into the existing (staged) folder `out`.
 
     tokens, held_out: packed rows from `recovery_rows`; without held_out the last weights are kept.
     teacher_folder: the original model (needed for loss: distill). dtype: what is computed in; the checkpoint keeps the
     student's. work_dir: trainer checkpoints; a run that was killed goes on from its last one and ends with the same
-    bytes (on the same machine).
+    bytes (on the same machine). adapter: an existing folder for the adapter as peft reads it. logs: TensorBoard's
+    folder, where `recipe.report_to` names it; without one TENSORBOARD_LOGGING_DIR or work_dir.
 
     Raises UserError when the loss is not finite, saying at which step, what `load_pair` and `check_lengths` raise, and,
     before the first step, when the kernel does not see across skipped positions or sees across documents.
@@ -133,23 +142,27 @@ def recover(
         progress.start("recover", steps * watch.tokens_per_step, "tokens")
         progress.advance(resumed_from * watch.tokens_per_step)
     if resumed_from < steps:
-        trainer = RecoveryTrainer(
-            objective=objective,
-            compute=compute,
-            watch=watch,
-            model=model,
-            args=arguments,
-            train_dataset=Rows(lines),
-            data_collator=collate,
-            callbacks=[watch],
-        )
+        with _tensorboard_folder(logs):
+            trainer = RecoveryTrainer(
+                objective=objective,
+                compute=compute,
+                watch=watch,
+                model=model,
+                args=arguments,
+                train_dataset=Rows(lines),
+                data_collator=collate,
+                callbacks=[watch],
+            )
         trainer.remove_callback(PrinterCallback)
+        watch.log = trainer.log if recipe.report_to else None
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if progress is not None:
         progress.finish()
     restore(model, course.best)
     if course.best_step == 0 and held_out is not None:
         _note(notes, progress, "no measurement was better than the start; the weights are kept as they were")
+    if adapter is not None:
+        save_adapter(model, adapter)
     merge_and_save(model, student, out, max_shard_size=max_shard_size, progress=progress)
     return RecoverReport(
         history=tuple(course.history),
@@ -225,8 +238,10 @@ def _arguments(recipe: Recover, work_dir: Path, rows: int, device: str, seed: in
         save_steps=max(1, math.ceil(steps / recipe.checkpoints)),
         save_total_limit=2,
         eval_strategy="no",
-        logging_strategy="no",
-        report_to="none",
+        logging_strategy="steps" if recipe.report_to else "no",
+        logging_first_step=bool(recipe.report_to),
+        logging_steps=max(1, steps // LOGGED),
+        report_to=list(dict.fromkeys(recipe.report_to)) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
@@ -252,7 +267,8 @@ def _fingerprint(
     kernel: str,
 ) -> str:
     """Everything a checkpoint depends on, so that a run never goes on from another training's."""
-    state = hashlib.sha256(repr((recipe.model_dump_json(), seed, str(compute), kernel)).encode())
+    settings = recipe.model_dump_json(exclude={"report_to", "keep_adapter"})  # which change no weight
+    state = hashlib.sha256(repr((settings, seed, str(compute), kernel)).encode())
     for folder in (student, teacher):
         if folder is not None:
             checkpoint = folder.checkpoint
@@ -265,6 +281,19 @@ def _fingerprint(
             if tensor is not None:
                 state.update(tensor.cpu().contiguous().numpy().tobytes())
     return state.hexdigest()
+
+
+@contextmanager
+def _tensorboard_folder(logs: Path | None) -> Iterator[None]:
+    """In the block TensorBoard's callback is made for this folder, unless the environment names another."""
+    if logs is None or TENSORBOARD in os.environ:
+        yield
+        return
+    os.environ[TENSORBOARD] = str(logs)
+    try:
+        yield
+    finally:
+        del os.environ[TENSORBOARD]
 
 
 def _note(notes: list[str], progress: Progress | None, text: str) -> None:

@@ -75,6 +75,18 @@ def done_before(out: Path, question: str) -> dict[str, Any]:
     return {**record["steps"][-1]["result"], "notes": [f"done before: {shown(out)} is this command's, and is kept"]}
 
 
+def require_same_or_new(out: Path, question: str | None, *, overwrite: bool) -> bool:
+    """UserError unless `out` can become a folder beside the result of a command: it is new, this same command wrote it
+    before it was stopped, or with `overwrite` another one did. True where it holds something that is replaced."""
+    if require_new(out, overwrite=overwrite):
+        record = _record(out)
+        if record is None or record.get(QUESTION) != question:
+            raise _taken(out)
+        _require_only_ours(out, record)
+        return True
+    return overwrite
+
+
 def require_moments(folder: Path, section: Convert, out: Path, *, overwrite: bool) -> None:
     """UserError unless the conversion measures moments and `folder` can hold them beside the checkpoint `out`.
 

@@ -26,6 +26,7 @@ from retrofit.workflow.context import ModelContext
 from retrofit.workflow.journal import CARD, FINAL, Entry, Journal, digests_of, free_name
 from retrofit.workflow.step import Inputs, Place, Step
 from retrofit.workflow.steps import FOLDERS
+from retrofit.workflow.steps.convert import MOMENTS
 
 Work = Callable[[], Mapping[str, Any]]
 
@@ -44,11 +45,10 @@ class Runner:
     def do(self, step: Step, inputs: Inputs) -> Inputs:
         """Do one step, or find it done; what there is for the next one."""
         folder, work, key = FOLDERS[step.name], f"{FOLDERS[step.name]}.work", step.key(self.context, inputs)
-        moments = next(iter(step.unkept()), None)
         place = Place(
             out=self.folder / folder,
             work=self.folder / work / key.digest[:16],
-            moments=self.folder / moments if moments else None,
+            moments=self.folder / MOMENTS if MOMENTS in step.unkept() else None,
             pieces=self,
             run=self.folder,
         )
@@ -140,7 +140,9 @@ class Runner:
 
     def _made(self, step: Step, entry: Entry, before: Artifact) -> Artifact:
         """The checkpoint that a step wrote."""
-        digests = {Path(name).name: value for name, value in entry.digests.items() if _is_model(name)}
+        own = f"{entry.artifact}/"
+        files = {name: value for name, value in entry.digests.items() if name.startswith(own) and _is_model(name)}
+        digests = {Path(name).name: value for name, value in files.items()}
         after = before.provenance.after(step.name, step.record(), entry.result)
         return Artifact(ModelFolder(self.folder / entry.artifact), digests, after)
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -264,3 +268,55 @@ def test_a_kernel_that_does_not_cross_the_skips_is_found_before_training(folders
     monkeypatch.setattr(module, "hidden_states", lambda *a, documents: real(*a, documents=True))  # no mask of ones
     with pytest.raises(UserError, match="does not cross the skips"):
         run(folders, rows, tmp_path, RECIPE.model_copy(update={"positions": "pose"}))
+
+
+def test_a_kept_adapter_merged_by_peft_is_what_was_written(folders, rows, tmp_path: Path) -> None:
+    """Also with modules that are trained in full; its files name no path of this machine."""
+    from peft import PeftModel
+
+    recipe = RECIPE.model_copy(update={"adapter": Adapter(rank=4, alpha=8, norms=True)})
+    (tmp_path / "adapter").mkdir()
+    run(folders, rows, tmp_path, recipe, adapter=tmp_path / "adapter")
+    student = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    merged = PeftModel.from_pretrained(student, tmp_path / "adapter").merge_and_unload().state_dict()
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    assert merged.keys() == written.keys()
+    for name, value in written.items():
+        torch.testing.assert_close(merged[name], value)
+    assert any(not torch.equal(before[name], value) for name, value in written.items())
+    assert sorted(file.name for file in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert str(folders[0]) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
+
+
+def test_losses_are_logged_where_the_recipe_says_and_change_no_byte(folders, rows, tmp_path: Path, monkeypatch) -> None:
+    logged: list[tuple[str, str, int]] = []
+
+    class SummaryWriter:
+        def __init__(self, log_dir: str) -> None:
+            self.log_dir = log_dir
+
+        def add_scalar(self, tag: str, value: float, step: int) -> None:
+            logged.append((self.log_dir, tag, step))
+
+        def add_text(self, *_: object) -> None: ...
+
+        flush = close = add_text
+
+    module = ModuleType("tensorboardX")
+    module.__spec__ = ModuleSpec("tensorboardX", None)
+    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorboardX", module)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    run(folders, rows, tmp_path / "a")
+    assert logged == []
+    recipe = RECIPE.model_copy(update={"report_to": ("tensorboard",)})
+    run(folders, rows, tmp_path / "b", recipe, logs=tmp_path / "logs")
+    assert digest(tmp_path / "a" / "out") == digest(tmp_path / "b" / "out")
+    assert {folder for folder, _, _ in logged} == {str(tmp_path / "logs")}
+    assert [step for _, tag, step in logged if tag == "train/loss"] == list(range(1, 9))
+    assert [step for _, tag, step in logged if tag == "eval/loss"] == [0, 4, 8]
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ

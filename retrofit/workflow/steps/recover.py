@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from retrofit.checkpoint.staging import staged
 from retrofit.data.identity import identity, merged, require_distinct
 from retrofit.errors import UserError
+from retrofit.install import install_command
 from retrofit.model.families.experts import EXPERTS
+from retrofit.recipe.recovery import Tracker
 from retrofit.recipe.schema import Recipe, TextSource
 from retrofit.recipe.schema import Recover as Section
 from retrofit.system.resume import ResumeKey
@@ -16,6 +21,7 @@ from retrofit.workflow.checks import require_within
 from retrofit.workflow.estimate.cost import BASE_BYTES, Cost, CostModel
 from retrofit.workflow.estimate.repetition import require_text, told
 from retrofit.workflow.estimate.training_memory import trained_parameters, training_memory
+from retrofit.workflow.outputs import require_same_or_new
 from retrofit.workflow.step import Inputs, Place, Step
 
 if TYPE_CHECKING:
@@ -23,6 +29,12 @@ if TYPE_CHECKING:
     from retrofit.workflow.context import ModelContext
 
 ROW_BYTES = 16  # of a token that is kept, and of what is known about it
+ADAPTER, LOGS = "-adapter", "-logs"  # what stands beside the checkpoint, after its name
+TRACKERS: dict[Tracker, tuple[str, ...]] = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
+}
 PACKED_BYTES = 60  # of a token while rows are packed: it is a Python number
 
 
@@ -76,6 +88,13 @@ class Recover(Step):
         dtype = str(compute_dtype(context.device)).removeprefix("torch.")
         masked = self.section.document_masking
         training_kernel(self.recipe.kernel, context.spec, context.device, dtype, documents=masked)
+        for name in self.section.report_to:
+            if not any(find_spec(package) for package in TRACKERS[name]):
+                raise UserError(
+                    f"the package `{TRACKERS[name][0]}` is not installed",
+                    where="recover.report_to",
+                    fix=install_command(TRACKERS[name][0]),
+                )
         return ()
 
     def check_data(self, context: ModelContext, *, weights: bool, sample: bool) -> Iterable[str]:
@@ -112,14 +131,14 @@ class Recover(Step):
             does += f", reading {read_often}"
         if adapter.mlp and spec.family in EXPERTS:
             does += "; the experts carry no adapters"
-        return Cost(self.name, does, peak, facts.weight_bytes + 12 * trained, seconds)
+        return Cost(self.name, does, peak, facts.weight_bytes + (16 if recover.keep_adapter else 12) * trained, seconds)
 
     def record(self) -> dict[str, Any]:
-        return self.section.model_dump(mode="json", exclude={"allow_repeats"})
+        return self.section.model_dump(mode="json", exclude={"allow_repeats", "report_to"})
 
     def key(self, context: ModelContext, inputs: Inputs) -> ResumeKey:
         settings: dict[str, Any] = {
-            **self.record(),
+            **{key: value for key, value in self.record().items() if key != "keep_adapter" or value},
             "dtype": self.recipe.dtype,
             "seed": self.recipe.seed,
             "max_shard_size": shard_size(self.recipe),
@@ -144,13 +163,19 @@ class Recover(Step):
         from retrofit.recovery.schedule import recovery_rows
         from retrofit.recovery.train import recover
 
-        student = inputs.current.model
+        student, provenance = inputs.current.model, inputs.current.provenance
+        kept, logs = place.out.with_name(f"{place.out.name}{ADAPTER}"), place.out.with_name(f"{place.out.name}{LOGS}")
+        replaces = place.run is not None or (
+            self.section.keep_adapter and require_same_or_new(kept, provenance.question, overwrite=place.overwrite)
+        )
         read = self.section.model_copy(update={"text": merged(self.section.text)})
         rows, held_out = recovery_rows(
             read, student.tokenizer, self.recipe.seed, teacher=context.samples, progress=context.progress
         )
         require_known(rows.ids_NT, student)
-        with place.staged() as folder:
+        # The adapter gets its name first: the command is done when the checkpoint is there.
+        keeping = staged(kept, overwrite=replaces) if self.section.keep_adapter else nullcontext()
+        with place.staged() as folder, keeping as adapter:
             report = recover(
                 student,
                 context.original_model,
@@ -164,6 +189,25 @@ class Recover(Step):
                 work_dir=place.work,
                 max_shard_size=shard_size(self.recipe),
                 progress=context.progress,
+                adapter=adapter,
+                logs=logs / place.work.name[:8] if "tensorboard" in self.section.report_to else None,
             )
-            inputs.current.provenance.after(self.name, self.record(), self.recorded(report)).write(folder)
+            for written in filter(None, (folder, adapter)):
+                provenance.after(self.name, self.record(), self.recorded(report)).write(written)
         return report
+
+    def also(self, context: ModelContext, inputs: Inputs) -> tuple[str, ...]:
+        return (_beside(ADAPTER),) if self.section.keep_adapter else ()
+
+    def unkept(self) -> tuple[str, ...]:
+        return (_beside(LOGS),) if "tensorboard" in self.section.report_to else ()
+
+    def stale(self) -> tuple[str, ...]:
+        return () if self.section.keep_adapter else (_beside(ADAPTER),)
+
+
+def _beside(what: str) -> str:
+    """In a run folder."""
+    from retrofit.workflow.steps import FOLDERS
+
+    return f"{FOLDERS[Recover.name]}{what}"
