@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from retrofit.api import (
+        certify,
         compare,
         convert,
         doctor,
@@ -43,6 +44,7 @@ COMMANDS = (
     "extend",
     "recover",
     "evaluate",
+    "certify",
     "publish",
     "compare",
     "recipes",
@@ -52,6 +54,7 @@ COMMANDS = (
 __all__ = [
     "UserError",
     "__version__",
+    "certify",
     "compare",
     "convert",
     "doctor",

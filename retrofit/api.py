@@ -21,20 +21,20 @@ from retrofit.recipe.options import recipe_of
 from retrofit.recipe.recovery import Tracker
 from retrofit.recipe.relative import are_relative
 from retrofit.recipe.schema import Definition, Device, Dtype, Kernel, Method, RopeMethod
+from retrofit.releases import certify, publish
 from retrofit.runs import plan, prices, run
 from retrofit.views.notebook import as_tables
-from retrofit.workflow.published import published_folder
 
 if TYPE_CHECKING:
     from retrofit.evaluation.result import ModelEvaluation
     from retrofit.model.inspect import Inspection, Undescribed
-    from retrofit.publishing.hub import Published
     from retrofit.system.doctor import Health
     from retrofit.workflow.command import Written
     from retrofit.workflow.compare import Comparison
 
 __all__ = [
     "RecipeEntry",
+    "certify",
     "compare",
     "convert",
     "copy_recipe",
@@ -262,34 +262,6 @@ def evaluate(
         from retrofit.workflow import command
 
         return command.evaluate(recipe, file, revision=revision, beyond=beyond, overwrite=overwrite, progress=shown)
-
-
-@as_tables
-def publish(
-    folder: str | Path,
-    *,
-    repo: str,
-    private: bool = True,
-    license: str | None = None,
-    license_name: str | None = None,
-    license_link: str | None = None,
-    base_model: str | None = None,
-    token: str | None = None,
-    progress: Progress | bool = True,
-) -> Published:
-    """Push what a run published, or another finished checkpoint folder, to the hub repository `repo`; token, name and
-    license are checked first.
-
-    folder: of a run, or its `final` folder. license, license_name, license_link, base_model: for a card that has none.
-    """
-    keys = {"license": license, "license_name": license_name, "license_link": license_link, "base_model": base_model}
-    recipe_of("publish", keys)
-    stated = {key: value for key, value in keys.items() if value is not None}
-    place, shown = published_folder(local_path(folder, where="FOLDER")), display(progress)
-    with begun(f"publish {place} as {repo}", shown, writes=(place,)):
-        from retrofit.publishing.hub import publish as push
-
-        return push(place, repo, private=private, token=token, stated=stated, progress=shown)
 
 
 @as_tables

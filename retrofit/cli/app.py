@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import retrofit
-from retrofit.cli import following, streams
+from retrofit.cli import following, publishing, streams
 from retrofit.cli.group import Commands, Record, show_exception
 from retrofit.cli.options import Json, Overwrite, Recipe, Set, command, console_for, described
 from retrofit.cli.recipes import recipes_app
@@ -266,23 +266,7 @@ def evaluate(
     console.show(result, [*measured.evaluation(result), *following.after_evaluate(model, result)])
 
 
-@command(
-    app,
-    "publish",
-    "retrofit publish runs/quickstart --repo me/SmolLM2-135M-mqa-16k",
-    "retrofit publish runs/quickstart --repo me/SmolLM2-135M-mqa-16k --public",
-)
-def publish(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="The folder of a run, or its `final` folder.")],
-    repo: Annotated[str, typer.Option("--repo", metavar="ID", help="OWNER/NAME on the hub.")],
-    public: Annotated[bool, typer.Option("--public", help="Make the repository public; private otherwise.")] = False,
-    json: Json = False,
-    **options: Any,
-) -> None:
-    """Push a finished checkpoint to the hub. The token is that of `hf auth login` or HF_TOKEN."""
-    console = console_for(json)
-    result = retrofit.publish(folder, repo=repo, private=not public, progress=console.progress, **options)
-    console.show(result, results.published(result))
+publishing.add_to(app)
 
 
 @command(

@@ -11,6 +11,7 @@ from retrofit.escape import shell_word
 if TYPE_CHECKING:
     from retrofit.evaluation.result import ModelEvaluation
     from retrofit.model.inspect import Inspection
+    from retrofit.workflow.certify import Certified
     from retrofit.workflow.command import Written
     from retrofit.workflow.run import RunResult
     from retrofit.workflow.sweep import PriceList
@@ -50,6 +51,11 @@ def after_inspect(model: str, revision: str | None, result: Inspection) -> Itera
     if heads is None:
         return lines(_command("extend", model, *pinned, "--factor", 2, "--out", "out/long"))
     return lines(_command("convert", model, *pinned, "--kv-heads", heads, "--out", f"out/kv{heads}"))
+
+
+def after_certified(result: Certified) -> Iterator[str]:
+    """What is proven can be published."""
+    return lines(_command("publish", result.folder, "--repo", "OWNER/NAME"))
 
 
 def after_written(result: Written, original: str | None = None) -> Iterator[str]:

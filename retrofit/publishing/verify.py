@@ -74,12 +74,9 @@ def require_finished(folder: str | Path, *, stated: Mapping[str, str] | None = N
 def _again(folder: Path) -> str:
     """What to type for a folder that is whole again."""
     run = folder.parent
-    again = (
-        f"retrofit run {shell_word(run)} --out {shell_word(run)}"
-        if (run / "recipe.yaml").is_file()
-        else "retrofit run RECIPE"
-    )
-    return f"write the folder again: {again} --from publish"
+    if (run / "recipe.yaml").is_file():
+        return f"write the folder again: retrofit run {shell_word(run)} --out {shell_word(run)} --from publish"
+    return f"prove it and write its card: retrofit certify {shell_word(folder)}"
 
 
 def _names(record: object) -> set[str]:

@@ -154,6 +154,13 @@ OPTIONS: Mapping[str, tuple[Option, ...]] = {
         _option("evaluate.dtype"),
         _option("device"),
     ),
+    "certify": (
+        _option("evaluate.text"),
+        _option("evaluate.lengths"),
+        _option("evaluate.documents"),
+        _option("kernel"),
+        _option("device"),
+    ),
     "publish": (
         _option("publish.license"),
         _option("publish.license_name"),

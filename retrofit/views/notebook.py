@@ -21,6 +21,7 @@ VIEWS: Mapping[str, Callable[[Any], Iterable[Part]]] = {
     "Written": results.written,
     "ModelEvaluation": measured.evaluation,
     "Comparison": measured.comparison,
+    "Certified": results.certified,
     "Published": results.published,
     "Health": results.health,
 }

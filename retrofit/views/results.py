@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from retrofit.evaluation.result import ModelEvaluation
     from retrofit.model.inspect import Inspection, Undescribed
     from retrofit.system.doctor import Health
+    from retrofit.workflow.certify import Certified
     from retrofit.workflow.command import Written
     from retrofit.workflow.plan import Plan
     from retrofit.workflow.run import RunResult
@@ -237,6 +238,14 @@ def _search(found: Mapping[str, Any]) -> Iterator[Part]:
         ],
     )
     yield f"before the extension, original window: {found['native']:.3f}"
+
+
+def certified(result: Certified) -> Iterator[Part]:
+    """`retrofit certify`."""
+    rows = _by_length(result.models)
+    yield Table("Perplexity (95% interval)", ["text", "tokens", *result.models], rows)
+    yield f"\ncard: {result.card}"
+    yield f"checkpoint: {result.folder}; loaded again in a fresh process: {same_losses(vars(result.reload))}"
 
 
 def published(result: Any) -> Iterator[Part]:

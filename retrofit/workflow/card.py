@@ -60,7 +60,7 @@ def card_input(
         commands=data.commands,
         versions=versions(),
         snippet=snippet_of(artifact.model.tokenizer, config, folder),
-        conversion=recipe.convert.method if recipe.convert else None,
+        conversion=recipe.convert.method if recipe.convert else (data.conversion or {}).get("method"),
         context_method=extension.get("method"),
         encodings_tried=len({trial["label"] for trial in (extension.get("search") or {}).get("trials", ())}),
         effective=data.models[-1].effective,
@@ -75,11 +75,11 @@ def card_input(
 
 
 def _recovery(recipe: Recipe, done: Mapping[str, Any] | None) -> Recovery | None:
-    if recipe.recover is None or done is None:
+    if done is None:
         return None
-    sources = tuple(source.source for source in recipe.recover.text)
+    sources = done.get("sources") or [one.source for one in (recipe.recover.text if recipe.recover else ())]
     numbers = {name: done[name] for name in ("loss", "tokens", "rank", "learning_rate", "tokens_per_second")}
-    return Recovery(sources=sources, **numbers)
+    return Recovery(sources=tuple(sources), **numbers)
 
 
 def title(recipe: Recipe, base_model: str, claimed: int) -> str:

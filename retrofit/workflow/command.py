@@ -176,7 +176,7 @@ def evaluate(
         if found is not None:
             context.note(f"done before: {out} holds these losses; costs are measured anew")
         else:
-            found = _measured(context, step, label, artifact, partial)
+            found = measured(context, step, label, artifact, partial)
             if stored is not None and partial is not None:
                 found = stored.write(found, partial, overwrite=overwrite or finished)
         # Still in the block: a kill while costs are measured must not make everything before them be read again.
@@ -184,7 +184,7 @@ def evaluate(
     return replace(model, losses=out)
 
 
-def _measured(context: ModelContext, step: Evaluate, label: str, artifact: Artifact, partial: Path | None) -> Kept:
+def measured(context: ModelContext, step: Evaluate, label: str, artifact: Artifact, partial: Path | None) -> Kept:
     """One model alone, measured. partial: where finished parts are kept meanwhile."""
     native = step.native(context)
     found = step.score(context, label, artifact, partial, native)

@@ -43,7 +43,7 @@ def run_data(context: ModelContext, inputs: Inputs, entries: Mapping[str, Entry]
         created=max((entry.finished for entry in entries.values()), default=""),
         description=recipe.description,
         versions=versions(),
-        models=tuple(_model(model) for model in evaluated.models) if evaluated else (),
+        models=tuple(model_result(model) for model in evaluated.models) if evaluated else (),
         native_length=context.native,
         claimed_length=context.claimed,
         training=_training(reports["recover"] or {}),
@@ -87,7 +87,8 @@ def _dicts(results: tuple[GateResult, ...]) -> list[dict[str, Any]]:
     return listed
 
 
-def _model(model: ModelEvaluation) -> ModelResult:
+def model_result(model: ModelEvaluation) -> ModelResult:
+    """What a report says of one model."""
     return ModelResult(**{field.name: getattr(model, field.name) for field in fields(ModelResult)})
 
 

@@ -142,21 +142,31 @@ class Evaluate(Step):
         return ResumeKey(self.name, self.version, settings, read)
 
     def run(self, context: ModelContext, inputs: Inputs, place: Place) -> EvaluationResult:
-        from retrofit.evaluation.folders import prove_kernel
-        from retrofit.evaluation.summary import summary
-
         assert place.pieces is not None
         models_of = self.measured(inputs)
         kept = {label: self._kept(context, label, model, place.pieces) for label, model in models_of.items()}
-        last = list(models_of.values())[-1]
-        models = summary(
-            {label: artifact.model for label, artifact in models_of.items()},
+        result = self.result(context, models_of, kept)
+        with place.staged() as folder:
+            text = json.dumps(jsonable(result), indent=2, ensure_ascii=False)
+            (folder / METRICS).write_text(f"{text}\n", encoding="utf-8")
+        return result
+
+    def result(
+        self, context: ModelContext, models: Mapping[str, Artifact], kept: Mapping[str, Kept]
+    ) -> EvaluationResult:
+        """The numbers of every model, by label and the original first, and of the last against it."""
+        from retrofit.evaluation.folders import prove_kernel
+        from retrofit.evaluation.summary import summary
+
+        last = list(models.values())[-1]
+        found = summary(
+            {label: artifact.model for label, artifact in models.items()},
             kept,
             self.section,
             **self.how(context),
         )
         proof = prove_kernel(last.model, context.documents[0], kernel=self.recipe.kernel, device=context.device)
-        first, final = models[0], models[-1]
+        first, final = found[0], found[-1]
         assert first.kv_bytes_per_token
         assert final.kv_bytes_per_token
         numbers = metrics(
@@ -168,11 +178,7 @@ class Evaluate(Step):
             effective_length=final.effective.length if final.effective else None,
             tasks=[one.tasks for one in kept.values()] if context.harness else [],
         )
-        result = EvaluationResult(models, numbers, proof)
-        with place.staged() as folder:
-            text = json.dumps(jsonable(result), indent=2, ensure_ascii=False)
-            (folder / METRICS).write_text(f"{text}\n", encoding="utf-8")
-        return result
+        return EvaluationResult(found, numbers, proof)
 
     def also(self, context: ModelContext, inputs: Inputs) -> tuple[str, ...]:
         found = []

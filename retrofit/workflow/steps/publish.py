@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.copying import copy_file
-from retrofit.checkpoint.provenance import digest, sha256, versions, write_provenance
+from retrofit.checkpoint.provenance import sha256, write_provenance
 from retrofit.checkpoint.side_files import copy_side_files
 from retrofit.checkpoint.staging import staged
 from retrofit.console import jsonable
@@ -20,21 +20,19 @@ from retrofit.evaluation.files import losses_file
 from retrofit.evaluation.result import EvaluationResult
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.model.folder import ModelFolder
-from retrofit.publishing.card import render_card
 from retrofit.publishing.card_input import require_usable_identity
 from retrofit.publishing.gate import GateResult
-from retrofit.publishing.reload import ReloadReport, nothing_to_compare, reload_and_score, tolerance_of
+from retrofit.publishing.reload import ReloadReport, nothing_to_compare
 from retrofit.publishing.requirements import snippet_of, terms_of
 from retrofit.recipe.schema import Publish as Section
 from retrofit.recipe.schema import Recipe
 from retrofit.report.charts.figures import card_picture
 from retrofit.system.resume import ResumeKey
 from retrofit.workflow.artifact import Artifact
-from retrofit.workflow.card import card_input
 from retrofit.workflow.estimate.cost import BASE_BYTES, Cost, CostModel
 from retrofit.workflow.gate import gate_of
 from retrofit.workflow.journal import CARD, FINAL
-from retrofit.workflow.public import public_recipe, public_texts
+from retrofit.workflow.proven import prove, record_of
 from retrofit.workflow.reporting import run_data
 from retrofit.workflow.step import Inputs, Place, Step
 
@@ -154,32 +152,10 @@ class Publish(Step):
         if picture is not None:
             (folder / CHART).write_bytes(picture.png)
         losses = TokenLosses.load(losses_file(run, inputs.label))
-        allowed = tolerance_of(str(losses.meta.get("dtype")))
-        card = card_input(context, artifact, folder, self.section, data, allowed, chart=CHART if picture else None)
-        (folder / CARD).write_text(render_card(card), encoding="utf-8")
-        report = reload_and_score(
-            folder,
-            context.documents,
-            losses,
-            tokens=self.section.reload_tokens,
-            snippet=card.snippet,
-            progress=context.progress,
-        )
-        reload = {key: value for key, value in asdict(report).items() if key != "seconds"}
-        record = {
-            "name": card.title,
-            "source": artifact.provenance.source,
-            "recipe": public_recipe(self.recipe, context.source).model_dump(mode="json"),
-            "steps": public_texts(artifact.provenance.steps),
-            "metrics": dict(evaluated.metrics),
-            "effective_length": jsonable(evaluated.models[-1].effective),
-            "gate": jsonable(gate),
-            "reload": jsonable(reload),
-            "versions": versions(),
-            "files": digest(folder, everything=True),
-        }
-        write_provenance(folder, record)
-        return report
+        proven = prove(context, artifact, folder, self.section, data, losses, chart=CHART if picture else None)
+        write_provenance(folder, record_of(context, artifact, folder, proven, evaluated, gate))
+        (folder / CARD).write_text(proven.text, encoding="utf-8")
+        return proven.reload
 
 
 def copy_checkpoint(source: ModelFolder, folder: Path, max_shard_size: str, *, link: bool) -> None:

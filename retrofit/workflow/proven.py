@@ -1,0 +1,87 @@
+"""What makes a folder one that can be published: a card, the proof in a fresh process, and a record of both. For the
+`final/` of a run, and for a folder that is certified."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit.checkpoint.provenance import digest, versions
+from retrofit.console import jsonable
+from retrofit.evaluation.result import EvaluationResult
+from retrofit.evaluation.scoring.losses import TokenLosses
+from retrofit.publishing.card import render_card
+from retrofit.publishing.card_input import CardInput
+from retrofit.publishing.gate import GateResult
+from retrofit.publishing.reload import ReloadReport, reload_and_score, tolerance_of
+from retrofit.recipe.schema import Publish
+from retrofit.report.data import RunData
+from retrofit.workflow.artifact import Artifact
+from retrofit.workflow.card import card_input
+from retrofit.workflow.public import public_recipe, public_texts
+
+if TYPE_CHECKING:
+    from retrofit.workflow.context import ModelContext
+
+
+@dataclass(frozen=True)
+class Proven:
+    """What a card says, its text, and what the fresh process found that ran its lines."""
+
+    card: CardInput
+    text: str
+    reload: ReloadReport
+
+
+def prove(
+    context: ModelContext,
+    artifact: Artifact,
+    folder: Path,
+    section: Publish,
+    data: RunData,
+    losses: TokenLosses,
+    *,
+    chart: str | None = None,
+) -> Proven:
+    """Make the card of `folder`, a copy of `artifact` or itself, and load the folder in a fresh process. losses: of it.
+
+    Nothing is written. Raises UserError for a value that the card lacks, and where the losses are not reproduced.
+    """
+    allowed = tolerance_of(str(losses.meta.get("dtype")))
+    card = card_input(context, artifact, folder, section, data, allowed, chart=chart)
+    text = render_card(card)
+    reload = reload_and_score(
+        folder,
+        context.documents,
+        losses,
+        tokens=section.reload_tokens,
+        snippet=card.snippet,
+        progress=context.progress,
+    )
+    return Proven(card, text, reload)
+
+
+def record_of(
+    context: ModelContext,
+    artifact: Artifact,
+    folder: Path,
+    proven: Proven,
+    evaluated: EvaluationResult,
+    gate: tuple[GateResult, ...],
+) -> Mapping[str, Any]:
+    """retrofit.json of the folder, whose other files are all there but the card."""
+    reload = {key: value for key, value in asdict(proven.reload).items() if key != "seconds"}
+    return {
+        "name": proven.card.title,
+        "source": artifact.provenance.source,
+        "recipe": public_recipe(context.recipe, context.source).model_dump(mode="json"),
+        "steps": public_texts(artifact.provenance.steps),
+        "metrics": dict(evaluated.metrics),
+        "effective_length": jsonable(evaluated.models[-1].effective),
+        "gate": jsonable(gate),
+        "reload": jsonable(reload),
+        "versions": versions(),
+        "files": digest(folder, everything=True),
+    }

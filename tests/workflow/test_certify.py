@@ -1,0 +1,94 @@
+"""`retrofit certify`: a folder of a single command becomes one that can be published; its weights stay as they are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from retrofit.checkpoint.provenance import digest
+from retrofit.errors import UserError
+from retrofit.publishing.verify import require_finished
+from tests.workflow.conftest import retrofit
+
+STATED = {"license": "mit", "base_model": "someone/tiny"}
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """A folder that `retrofit extend` wrote: 512 positions became 1024."""
+    out = tmp_path_factory.mktemp("extended") / "long"
+    found = retrofit("extend", model, "--length", 1024, "--out", out)
+    assert found.exit_code == 0, found.output
+    return out
+
+
+@pytest.fixture
+def folder(extended: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(extended, tmp_path / "long"))
+
+
+def certify(folder: Path, texts: Path, *more: object) -> str:
+    options = ("--text", texts / "held.txt", "--lengths", "64,256", "--documents", 1, *more)
+    found = retrofit("certify", folder, *options)
+    assert found.exit_code == 0, found.output + repr(found.exception)
+    return found.output
+
+
+def test_an_extended_folder_alone_can_be_published(folder: Path, texts: Path) -> None:
+    before = digest(folder, everything=True)
+    with pytest.raises(UserError, match="never loaded again") as caught:
+        require_finished(folder, stated=STATED)
+    assert caught.value.fix.endswith(f"retrofit certify {folder}")
+    said = certify(folder, texts)
+    assert f"next: retrofit publish {folder} --repo OWNER/NAME" in said
+    assert digest(folder, everything=True) == before
+    assert {path.name for path in folder.iterdir()} == {*before, "README.md", "retrofit.json"}
+    assert require_finished(folder, stated=STATED).license == "mit"
+    record = json.loads((folder / "retrofit.json").read_text())
+    assert record["reload"]["passed"]
+    assert [step["step"] for step in record["steps"]] == ["extend"]
+    assert record["metrics"]["ppl@256"] > 1
+    card = (folder / "README.md").read_text()
+    assert "Its context window went from 512 to 1,024 tokens" in card
+    assert "retrofit run recipe.yaml --model tiny" in card
+    assert "The base model is not known" in card
+
+
+def test_the_same_command_again_replaces_its_own_card(folder: Path, texts: Path) -> None:
+    certify(folder, texts)
+    first = (folder / "README.md").read_bytes()
+    certify(folder, texts)
+    assert (folder / "README.md").read_bytes() == first
+
+
+def test_a_converted_folder_is_compared_with_its_original(model: Path, texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mqa"
+    assert retrofit("convert", model, "--kv-heads", 1, "--method", "mean", "--out", out).exit_code == 0
+    refused = retrofit("certify", out)
+    assert refused.exit_code == 2
+    assert "--original MODEL" in refused.output
+    certify(out, texts, "--original", model)
+    card = (out / "README.md").read_text()
+    assert "1 KV head instead of 4; the heads of each group were averaged" in card
+    assert "| original | converted | converted / original |" in card
+    assert require_finished(out, stated=STATED).files
+
+
+def test_a_card_of_somebody_else_stays(folder: Path, texts: Path) -> None:
+    (folder / "README.md").write_text("mine")
+    refused = retrofit("certify", folder)
+    assert refused.exit_code == 2
+    assert "--overwrite" in refused.output
+    assert (folder / "README.md").read_text() == "mine"
+    certify(folder, texts, "--overwrite")
+    assert "attention-retrofit" in (folder / "README.md").read_text()
+
+
+def test_folders_that_cannot_be_certified(folder: Path, model: Path) -> None:
+    assert "did not write it" in retrofit("certify", model).output
+    (folder / "notes.txt").write_text("x")
+    assert "changed, added or removed" in retrofit("certify", folder).output
+    assert not (folder / "README.md").exists()
