@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ def run(
     with begun(f"run {loaded.name} in {folder}", shown, model=loaded.model, revision=revision, writes=(folder,)):
         from retrofit.workflow import run as runs
         from retrofit.workflow.context import open_context
+        from retrofit.workflow.estimate.machines import this_machine
 
         runs.check_from_step(from_step, loaded)
         context = open_context(
@@ -57,7 +59,7 @@ def run(
             return runs.run(context, folder, from_step=from_step)
         for note in context.notes if shown else ():
             shown.note(note)  # type: ignore[union-attr]
-        return context.plan
+        return replace(context.plan, machine=this_machine(context.device, folder))
 
 
 @as_tables
@@ -68,22 +70,32 @@ def plan(
     revision: str | None = None,
     overrides: Sequence[str] = (),
     measure: bool = True,
+    gpu: str | None = None,
+    gpus: int | None = None,
     progress: Progress | bool = True,
 ) -> Plan:
     """What each step of a recipe would do, its memory, disk and time. Reads the model's configuration, no weights.
     Raises UserError when a step is not possible on this model.
 
     measure: time a small matrix product for the estimate; otherwise a throughput is assumed, and the plan says so.
+    gpu: plan for this GPU (h100, h200, a100, l40s, 4090) instead of this machine; gpus: how many there are.
     """
+    if gpus is not None and gpu is None:
+        raise UserError("there is no GPU to have several of", where="--gpus", fix="add --gpu NAME")
     loaded, shown = _recipe(recipe, overrides, model), display(progress)
     with begun(f"plan {loaded.name}", shown, model=loaded.model, revision=revision):
         from retrofit.workflow.context import check_model, open_model
         from retrofit.workflow.estimate.cost import ASSUMED
+        from retrofit.workflow.estimate.machines import planned_for, this_machine
 
         context = open_model(loaded, revision=revision, progress=shown)
         check_model(context)
-        context.throughput = _measured(loaded) if measure else ASSUMED
-        return context.plan
+        if gpu is not None:
+            machine, context.throughput = planned_for(gpu, 1 if gpus is None else gpus)
+        else:
+            machine = this_machine(context.device, Path.cwd())
+            context.throughput = _measured(loaded) if measure else ASSUMED
+        return replace(context.plan, machine=machine)
 
 
 @as_tables

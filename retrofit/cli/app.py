@@ -89,6 +89,7 @@ def run(
     app,
     "prices",
     "retrofit plan gqa --model meta-llama/Llama-2-7b-hf",
+    "retrofit plan gqa --model meta-llama/Llama-2-7b-hf --gpu h100",
     "retrofit plan my.yaml --json",
     "retrofit plan ./my-model --kv-heads",
     "retrofit plan ./my-model --kv-budget 2GiB@32k --moments moments/my-model",
@@ -112,6 +113,13 @@ def plan(
     tokens: Annotated[
         str | None, typer.Option("--tokens", metavar="N", help="For the list: tokens of text; default 16384.")
     ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", metavar="NAME", help="Plan for a GPU that is not here: h100, h200, a100, l40s, 4090."),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", metavar="N", help="How many there are; a run uses one of them.")
+    ] = None,
     moments: Annotated[
         str | None,
         typer.Option("--moments", metavar="DIR", help="For the list: keep what was measured here, and read it again."),
@@ -131,9 +139,11 @@ def plan(
         for name, value in listed.items():
             if value:
                 raise UserError(f"--{name} belongs to the price list", where="retrofit plan", fix="add --kv-heads")
-        result = retrofit.plan(recipe, model=model, **usual)
+        result = retrofit.plan(recipe, model=model, gpu=gpu, gpus=gpus, **usual)
         _plan(console, result, recipe, {"model": model, "revision": revision}, set_)
         return
+    if gpu is not None or gpus is not None:
+        raise UserError("the price list is made on this machine", where="--gpu", fix="leave out --gpu and --gpus")
     from retrofit.api import is_recipe
 
     named = model is not None or is_recipe(recipe)

@@ -50,13 +50,17 @@ def plan(result: Plan) -> Iterator[Part]:
     """`retrofit plan`, and `run --dry-run`."""
     from retrofit.workflow.plan import describe_plan
 
+    lacking = result.lacking
     rows = [
         (cost.step, cost.does, nbytes(cost.peak_bytes), nbytes(cost.disk_bytes), duration(cost.seconds))
+        + ((f"no: {lacking[cost.step]}" if lacking[cost.step] else "yes",) if lacking else ())
         for cost in result.steps
     ]
+    total: tuple[str, ...]
     total = ("all", "", nbytes(result.peak_bytes), nbytes(result.disk_bytes), duration(result.seconds))
+    total += ("no" if any(lacking.values()) else "yes",) if lacking else ()
     title = f"{result.recipe} on {result.model} (estimated)"
-    yield Table(title, ["step", "what", "memory", "disk", "time"], [*rows, total])
+    yield Table(title, ["step", "what", "memory", "disk", "time", *(["fits"] if lacking else [])], [*rows, total])
     yield from describe_plan(result)
 
 

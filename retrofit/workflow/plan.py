@@ -21,12 +21,16 @@ from retrofit.workflow.estimate.cost import (
     Throughput,
     converted_spec,
 )
+from retrofit.workflow.estimate.machines import Machine, described, lacking
 from retrofit.workflow.steps import steps_of
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole run before it happens. KV bytes are per token in the source's dtype, sliding windows ignored."""
+    """A whole run before it happens. KV bytes are per token in the source's dtype, sliding windows ignored.
+
+    machine: what the steps have to fit, where that is asked.
+    """
 
     recipe: str
     model: str
@@ -36,6 +40,7 @@ class Plan:
     kv_cache_bytes: tuple[int, int]
     positions: tuple[int, int]
     throughput: Throughput
+    machine: Machine | None = None
 
     @property
     def seconds(self) -> float:
@@ -64,6 +69,16 @@ class Plan:
             return cost.task_seconds.get(task)
         each = cost.piece_seconds + sum(cost.task_seconds.values())
         return cost.piece_seconds if piece else cost.seconds - cost.pieces * each
+
+    @property
+    def lacking(self) -> dict[str, str]:
+        """By step, what its machine has not enough of: memory, disk, both, or nothing."""
+        found, written = {}, 0
+        for cost in self.steps if self.machine else ():
+            assert self.machine
+            found[cost.step] = lacking(cost, written, self.machine)
+            written += cost.disk_bytes
+        return found
 
     def of(self, step: str) -> Cost | None:
         """The cost of one step, None when the recipe has no such step."""
@@ -105,4 +120,4 @@ def describe_plan(plan: Plan) -> list[str]:
         f"{nbytes(plan.kv_cache_bytes[0])} -> {nbytes(plan.kv_cache_bytes[1])} at {plan.positions[1]:,} tokens",
         f"time: operations counted from the model's shape, at {EFFICIENCY:.0%} of {plan.throughput.how}",
     ]
-    return lines
+    return [*lines, described(plan.machine)] if plan.machine else lines

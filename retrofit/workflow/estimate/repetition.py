@@ -50,7 +50,10 @@ def passes(recover: Recover) -> Mapping[str, float]:
 
 def told(recover: Recover) -> str:
     """The passes in words: `python-docs 0.3 times`; empty where none is known."""
-    return ", ".join(f"{shown(kind_of(name), 60)} {count:,.1f} times" for name, count in passes(recover).items())
+    return ", ".join(
+        f"{shown(kind_of(name), 60)} " + (f"{count:,.1f} times" if count >= 0.1 else "in part")
+        for name, count in passes(recover).items()
+    )
 
 
 def require_text(recover: Recover) -> None:
