@@ -267,7 +267,7 @@ def _fingerprint(
     kernel: str,
 ) -> str:
     """Everything a checkpoint depends on, so that a run never goes on from another training's."""
-    settings = recipe.model_dump_json(exclude={"report_to", "keep_adapter"})  # which change no weight
+    settings = recipe.model_dump_json(exclude={"report_to", "keep_adapter", "allow_repeats"})  # they change no weight
     state = hashlib.sha256(repr((settings, seed, str(compute), kernel)).encode())
     for folder in (student, teacher):
         if folder is not None:
