@@ -242,7 +242,7 @@ def recover(
     """Win quality back by a short adapter training, merged into the written checkpoint."""
     console = console_for(json)
     options |= {"overwrite": overwrite, "progress": console.progress}
-    _written(console, retrofit.recover(model, teacher=teacher, out=out, **options))
+    _written(console, retrofit.recover(model, teacher=teacher, out=out, **options), teacher=teacher)
 
 
 @command(
@@ -318,8 +318,8 @@ def doctor(json: Json = False) -> None:
     console.show(result, [*results.health(result), *following.lines("retrofit run quickstart")])
 
 
-def _written(console: Console, result: Written, original: str | None = None) -> None:
-    console.show(result, [*results.written(result), *following.after_written(result, original)])
+def _written(console: Console, result: Written, original: str | None = None, *, teacher: str | None = None) -> None:
+    console.show(result, [*results.written(result), *following.after_written(result, original, teacher=teacher)])
 
 
 def main() -> None:

@@ -58,15 +58,20 @@ def after_certified(result: Certified) -> Iterator[str]:
     return lines(_command("publish", result.folder, "--repo", "OWNER/NAME"))
 
 
-def after_written(result: Written, original: str | None = None) -> Iterator[str]:
-    """What was written is measured. original: the model before, which teaches what was lost."""
+def after_written(result: Written, original: str | None = None, *, teacher: str | None = None) -> Iterator[str]:
+    """What was written is measured, recovered, or certified. original: the model before, which teaches what was lost.
+    teacher: the one that has taught it."""
     length = result.report.get("length")
     lengths = ("--lengths", length) if result.step == "extend" and length else ()
-    evaluate = _command("evaluate", result.folder, *lengths)
-    if original is None or result.step == "reexpress":
-        return lines(evaluate)
-    out = result.folder.with_name(f"{result.folder.name}-recovered")
-    return lines(evaluate, _command("recover", result.folder, "--teacher", original, "--out", out))
+    commands = [_command("evaluate", result.folder, *lengths)]
+    if result.step == "reexpress":
+        return lines(*commands)
+    if original is not None:
+        out = result.folder.with_name(f"{result.folder.name}-recovered")
+        commands.append(_command("recover", result.folder, "--teacher", original, "--out", out))
+    before = original or teacher or ("MODEL" if result.step == "convert" else None)
+    commands.append(_command("certify", result.folder, *(("--original", before) if before else ())))
+    return lines(*commands)
 
 
 def after_evaluate(model: str, result: ModelEvaluation) -> Iterator[str]:

@@ -205,6 +205,10 @@ def test_all_unknown_values_are_named_at_once() -> None:
     assert str(caught.value).count("\n  - ") == 3
 
 
+def test_the_versions_are_a_sentence() -> None:
+    assert "With python 3.11.7, transformers 5.23.0.\n" in render_card(card_input())
+
+
 def test_early_check() -> None:
     require_usable_identity("mit", "a/b")
     require_usable_identity(None, None)

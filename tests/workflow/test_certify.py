@@ -66,7 +66,8 @@ def test_the_same_command_again_replaces_its_own_card(folder: Path, texts: Path)
 
 def test_a_converted_folder_is_compared_with_its_original(model: Path, texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "mqa"
-    assert retrofit("convert", model, "--kv-heads", 1, "--method", "mean", "--out", out).exit_code == 0
+    written = retrofit("convert", model, "--kv-heads", 1, "--method", "mean", "--out", out)
+    assert f"  or: retrofit certify {out} --original {model}" in written.output
     refused = retrofit("certify", out)
     assert refused.exit_code == 2
     assert "--original MODEL" in refused.output
