@@ -225,7 +225,7 @@ def evaluate(
     documents: int | None = None,
     needle: Sequence[int | str] | int | str | None = None,
     depths: int | None = None,
-    together: bool | None = None,
+    multi_key: bool | None = None,
     ruler: Sequence[int | str] | int | str | None = None,
     tasks: Sequence[str] | None = None,
     task_folder: str | Path | None = None,
@@ -235,7 +235,7 @@ def evaluate(
     long_ppl: bool | None = None,
     definitions: Sequence[Definition] | None = None,
     document_tokens: int | str | None = None,
-    beyond: bool = False,
+    allow_extrapolation: bool = False,
     out: str | Path | None = None,
     overwrite: bool = False,
     revision: str | None = None,
@@ -247,12 +247,13 @@ def evaluate(
     """Perplexity of `model` at several context lengths, its KV cache, its decoding speed, and the use of its context.
 
     suite: what to measure, from a file; the other arguments win over it. needle, ruler: lengths of these tests; depths,
-    together: of the needle test, the needles of all depths in one text.
+    multi_key: of the needle test, the needles of all depths in one text.
     tasks: of lm-evaluation-harness (names, or YAML files, or names of files in task_folder), `limit` questions of each
     after `fewshot` examples.
-    definitions: perplexities as others define them, over `document_tokens` tokens of each document. beyond: lengths may
-    lie beyond the model's positions. out: where to keep the token losses (.npz), and beside them the answers to tasks;
-    the same call goes on after a stop, and measures nothing again when it has ended. overwrite: they may be there.
+    definitions: perplexities as others define them, over `document_tokens` tokens of each document.
+    allow_extrapolation: lengths may lie beyond the model's positions.
+    out: where to keep the token losses (.npz), and beside them the answers to tasks; the same call goes on after a
+    stop, and measures nothing again when it has ended. overwrite: they may be there.
     """
     given, shown = locals(), display(progress)
     section = {} if suite is None else load_suite(suite).evaluation().model_dump(mode="json")
@@ -261,7 +262,14 @@ def evaluate(
     with begun(f"evaluate {model}", shown, model=model, revision=revision, writes=(file,)):
         from retrofit.workflow import command
 
-        return command.evaluate(recipe, file, revision=revision, beyond=beyond, overwrite=overwrite, progress=shown)
+        return command.evaluate(
+            recipe,
+            file,
+            revision=revision,
+            allow_extrapolation=allow_extrapolation,
+            overwrite=overwrite,
+            progress=shown,
+        )
 
 
 @as_tables

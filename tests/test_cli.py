@@ -344,19 +344,19 @@ def test_a_suite_sets_lengths_and_options_win_over_it(tiny: Path) -> None:
 
 def test_options_of_evaluate_are_laid_over_the_suite(tiny: Path) -> None:
     suite = {"dtype": "float32", "needle": {"lengths": [64], "samples": 2, "depths": 3}}
-    found = recipe_of("evaluate", {"depths": "2", "together": True}, {"evaluate": suite}).evaluate
+    found = recipe_of("evaluate", {"depths": "2", "multi_key": True}, {"evaluate": suite}).evaluate
     assert found is not None
     assert found.dtype == "float32"
     assert found.needle is not None
     assert found.needle.model_dump() == {
-        "lengths": (64,), "samples": 2, "depths": 2, "test": "needle", "together": True
+        "lengths": (64,), "samples": 2, "depths": 2, "test": "needle", "multi_key": True
     }  # fmt: skip
     found = recipe_of("evaluate", {"dtype": "bf16"}, {"evaluate": suite}).evaluate
     assert found is not None
     assert found.dtype == "bfloat16"
     short = ["--text", "python-docs", "--lengths", 32]
     assert "where: --depths" in cli("evaluate", tiny, *short, "--depths", 3, code=2)
-    assert "where: --together" in cli("evaluate", tiny, *short, "--suite", "quick", "--together", code=2)
+    assert "where: --multi-key" in cli("evaluate", tiny, *short, "--suite", "quick", "--multi-key", code=2)
 
 
 def test_options_of_tasks_are_laid_over_the_suite() -> None:

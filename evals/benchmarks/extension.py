@@ -99,7 +99,8 @@ def _command(options: argparse.Namespace, parser: argparse.ArgumentParser) -> st
 
 def _metrics(run: Path) -> dict[str, Any]:
     """What the evaluation of a run found."""
-    return dict(json.loads(next(run.glob(f"*-evaluate/{METRICS}")).read_text(encoding="utf-8")))
+    found = json.loads(next(run.glob(f"*-evaluate/{METRICS}")).read_text(encoding="utf-8"))
+    return {**found, "models": {model["label"]: model for model in found["models"]}}
 
 
 def _yarn(recipe: Recipe, work: Path, progress: PlainProgress) -> dict[str, Any]:

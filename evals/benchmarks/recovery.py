@@ -161,13 +161,13 @@ def our_trainer(
 ) -> Any:
     """The trainer of `retrofit.recover`; for distillation the teacher is a model with attention of its own."""
     from retrofit.recipe.schema import Adapter, Recover
-    from retrofit.recovery.schedule import Lines, Rows, collate
-    from retrofit.recovery.student_teacher import load_pair
+    from retrofit.recovery.schedule import Rows, TrainRows, collate
+    from retrofit.recovery.student_teacher import load_student_teacher
     from retrofit.recovery.train import student_with_adapters
     from retrofit.recovery.trainer import Objective, RecoveryTrainer
 
     teacher = folder if case == "distill" else None
-    pair = load_pair(folder, teacher, device="cpu", dtype=compute, kernel="auto")
+    pair = load_student_teacher(folder, teacher, device="cpu", dtype=compute, kernel="auto")
     recipe = Recover(loss=case, adapter=Adapter(**LORA))
     model = student_with_adapters(pair, recipe, seed=0)
 
@@ -182,7 +182,7 @@ def our_trainer(
         compute=compute,
         model=model,
         args=arguments(work, len(tokens), checkpointing, False),
-        train_dataset=Rows(Lines(tokens, None, (tokens.shape[1],) * len(tokens))),
+        train_dataset=Rows(TrainRows(tokens, None, (tokens.shape[1],) * len(tokens))),
         data_collator=collate,
     )
 

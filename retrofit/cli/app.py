@@ -260,7 +260,9 @@ def evaluate(
     suite: Annotated[
         str | None, typer.Option("--suite", metavar="NAME", help="A bundled suite or a .yaml file.")
     ] = None,
-    beyond: Annotated[bool, typer.Option("--beyond", help="Allow lengths beyond the model's positions.")] = False,
+    allow_extrapolation: Annotated[
+        bool, typer.Option("--allow-extrapolation", help="Allow lengths beyond the model's positions.")
+    ] = False,
     out: Annotated[str | None, typer.Option("--out", metavar="FILE.npz", help="Keep the token losses.")] = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -271,7 +273,13 @@ def evaluate(
     With --task also what lm-evaluation-harness asks; `retrofit compare` pairs two models' answers.
     """
     console = console_for(json)
-    options |= {"suite": suite, "beyond": beyond, "out": out, "overwrite": overwrite, "progress": console.progress}
+    options |= {
+        "suite": suite,
+        "allow_extrapolation": allow_extrapolation,
+        "out": out,
+        "overwrite": overwrite,
+        "progress": console.progress,
+    }
     result = retrofit.evaluate(model, **options)
     console.show(result, [*measured.evaluation(result), *following.after_evaluate(model, result)])
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from retrofit.data.documents import Document
-    from retrofit.kernels.registry import Choice
+    from retrofit.kernels.registry import KernelChoice
 
 PROMPTS = (
     "Water can be a solid, a liquid or a gas. When it is heated to 100 degrees,",
@@ -43,7 +43,7 @@ def continuations(
     documents: Sequence[Document],
     *,
     tokens: int,
-    kernel: Choice | None = None,
+    kernel: KernelChoice | None = None,
 ) -> tuple[Continuation, ...]:
     """Return the greedy continuations of the built-in prompts and of the beginning of the first document.
 

@@ -15,7 +15,7 @@ from retrofit.evaluation.long_context import Measured, longest_prompt, measure, 
 from retrofit.evaluation.running import COST_ROUNDS
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.evaluation.scoring.reader import require_positions
-from retrofit.kernels.registry import Choice, Proof, apply, choose, prove
+from retrofit.kernels.registry import KernelCheck, KernelChoice, apply, choose, prove
 from retrofit.model.folder import ModelFolder
 from retrofit.recipe.schema import Evaluate
 
@@ -33,7 +33,7 @@ class Scored:
     """What one model was needed for. losses: of whole documents; measured: what was asked for beyond them."""
 
     losses: TokenLosses
-    kernel: Choice
+    kernel: KernelChoice
     measured: Measured
 
 
@@ -102,7 +102,7 @@ def score_folder(
     return Scored(losses, choice, replace(measured, continuations=written))
 
 
-def ready(model: ModelFolder, section: Evaluate, kernel: str, device: str) -> tuple[PreTrainedModel, Choice]:
+def ready(model: ModelFolder, section: Evaluate, kernel: str, device: str) -> tuple[PreTrainedModel, KernelChoice]:
     """The model as it is evaluated, and the kernel it has."""
     loaded = model.load(dtype=model.working_dtype(section.dtype, device), device=device)
     choice = kernel_for(loaded, model, kernel, device)
@@ -129,7 +129,7 @@ def run_costs(
     return {label: found.get(label) for label in models}
 
 
-def prove_kernel(model: ModelFolder, document: Document, *, kernel: str, device: str) -> Proof:
+def prove_kernel(model: ModelFolder, document: Document, *, kernel: str, device: str) -> KernelCheck:
     """Compare the kernel's logits with eager's on a short text: in float32 on a CPU, where rounding hides nothing."""
     import torch
 
@@ -138,6 +138,6 @@ def prove_kernel(model: ModelFolder, document: Document, *, kernel: str, device:
     return prove(loaded, kernel_for(loaded, model, kernel, device), ids)
 
 
-def kernel_for(loaded: PreTrainedModel, model: ModelFolder, kernel: str, device: str) -> Choice:
+def kernel_for(loaded: PreTrainedModel, model: ModelFolder, kernel: str, device: str) -> KernelChoice:
     """The kernel that `kernel` becomes for the loaded model of a folder."""
     return choose(kernel, model.spec, device, dtype=str(loaded.dtype).removeprefix("torch."))

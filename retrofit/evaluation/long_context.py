@@ -24,7 +24,7 @@ from retrofit.evaluation.metrics.longppl import (
     short_windows,
 )
 from retrofit.evaluation.metrics.perplexity import ALL
-from retrofit.evaluation.metrics.protocols import STRIDE, Defined, prepared, value
+from retrofit.evaluation.metrics.protocols import STRIDE, ProtocolResult, prepared, value
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.evaluation.scoring.windows import Windows
 from retrofit.model.folder import ModelFolder
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from retrofit.evaluation.continuations import Continuation
     from retrofit.evaluation.tasks.needle import NeedleResult
     from retrofit.evaluation.tasks.ruler import RulerResult
-    from retrofit.kernels.registry import Choice
+    from retrofit.kernels.registry import KernelChoice
 
 NATIVE, SHORT = "native", "short"
 
@@ -50,7 +50,7 @@ class Measured:
     continuations: what it writes after a few prompts."""
 
     passes: Mapping[str, TokenLosses]
-    defined: tuple[Defined, ...] = ()
+    defined: tuple[ProtocolResult, ...] = ()
     needle: NeedleResult | None = None
     ruler: RulerResult | None = None
     continuations: tuple[Continuation, ...] = ()
@@ -120,7 +120,7 @@ def questions_read(section: Evaluate) -> tuple[tuple[int, int], ...]:
     """(tokens, context) of what the synthetic tests read."""
     found: list[tuple[int, int]] = []
     if section.needle:  # the first depth reads all of it, the others what follows the needle
-        share = 1.0 if section.needle.together else 1 + (section.needle.depths - 1) / 2 + 0.5
+        share = 1.0 if section.needle.multi_key else 1 + (section.needle.depths - 1) / 2 + 0.5
         found += [(int(n * share * section.needle.samples), n) for n in section.needle.lengths]
     if section.ruler:
         found += [(n * len(section.ruler.tasks) * section.ruler.samples, n) for n in section.ruler.lengths]
@@ -140,8 +140,8 @@ def require_room(section: Evaluate, tokenizer: PreTrainedTokenizerBase, seed: in
 
     if asked := section.needle:
         samples = min(asked.samples, STAND_FOR_ALL)
-        at = depths(asked.depths) if asked.together else depths(asked.depths)[:STAND_FOR_ALL]
-        how = {"test": asked.test, "samples": samples, "together": asked.together, "seed": seed}
+        at = depths(asked.depths) if asked.multi_key else depths(asked.depths)[:STAND_FOR_ALL]
+        how = {"test": asked.test, "samples": samples, "multi_key": asked.multi_key, "seed": seed}
         haystacks(tokenizer, haystack(asked.test), lengths=asked.lengths, depths=at, **how)  # type: ignore[arg-type]
     if tests := section.ruler:
         samples = min(tests.samples, STAND_FOR_ALL)
@@ -169,7 +169,7 @@ def measure(
     section: Evaluate,
     native: int,
     *,
-    kernel: Choice | None = None,
+    kernel: KernelChoice | None = None,
     seed: int = 0,
     partial: Path | None = None,
     progress: Progress | None = None,
@@ -206,7 +206,7 @@ def _asked(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     section: Evaluate,
-    kernel: Choice | None,
+    kernel: KernelChoice | None,
     seed: int,
     facts: Mapping[str, object],
     partial: Path | None,
@@ -227,7 +227,7 @@ def _asked(
             lengths=asked.lengths,
             depths=depths(asked.depths),
             samples=asked.samples,
-            together=asked.together,
+            multi_key=asked.multi_key,
             seed=seed,
             chunk=section.chunk,
             kernel=kernel,

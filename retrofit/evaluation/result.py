@@ -15,7 +15,7 @@ from retrofit.evaluation.tasks.answers import TaskChange, TaskScore
 
 if TYPE_CHECKING:
     from retrofit.evaluation.running import RunCost
-    from retrofit.kernels.registry import Proof
+    from retrofit.kernels.registry import KernelCheck
 
 SCHEMA_VERSION = 1
 
@@ -68,7 +68,7 @@ class EvaluationResult:
 
     models: tuple[ModelEvaluation, ...]
     metrics: Mapping[str, float]
-    proof: Proof
+    proof: KernelCheck
     schema_version: int = SCHEMA_VERSION
 
     def of(self, label: str) -> ModelEvaluation:
@@ -82,7 +82,7 @@ class EvaluationResult:
         from pydantic import TypeAdapter
 
         from retrofit.evaluation.running import RunCost
-        from retrofit.kernels.registry import Proof
+        from retrofit.kernels.registry import KernelCheck
 
         kinds: dict[str, Any] = {
             "rows": tuple[Row, ...],
@@ -102,5 +102,5 @@ class EvaluationResult:
             typed["long_context"] = None if context is None else restored(context)
             models.append(ModelEvaluation(**{**values, **typed}))
         metrics = TypeAdapter(dict[str, float]).validate_python(stored["metrics"])
-        proof = TypeAdapter(Proof).validate_python(stored["proof"])
+        proof = TypeAdapter(KernelCheck).validate_python(stored["proof"])
         return cls(tuple(models), metrics, proof, int(stored["schema_version"]))

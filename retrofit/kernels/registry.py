@@ -44,7 +44,7 @@ class KernelStatus:
 
 
 @dataclass(frozen=True)
-class Choice:
+class KernelChoice:
     """The kernel that `requested` became, and why."""
 
     requested: str
@@ -53,7 +53,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Proof:
+class KernelCheck:
     """Largest |logit difference| between kernel and `reference`, over one forward pass and a cached continuation."""
 
     kernel: str
@@ -84,7 +84,7 @@ def available() -> list[KernelStatus]:
 
 def choose(
     kernel: str, spec: AttentionSpec, device: str, *, training: bool = False, dtype: str | None = None
-) -> Choice:
+) -> KernelChoice:
     """The kernel for a model. device: "cpu" or "cuda[:n]". dtype: of the weights, where known ("bfloat16", ...).
 
     training: forward and backward over whole sequences without padding and without a cache.
@@ -104,10 +104,10 @@ def choose(
             fix=f"use kernel: {instead}, or auto" if instead in KERNELS else "use kernel: auto",
         )
     compiles = kernel == "flex_attention" and not device.startswith("cuda")
-    return Choice(kernel, kernel, f"asked for; {COMPILES}" if compiles else "asked for")
+    return KernelChoice(kernel, kernel, f"asked for; {COMPILES}" if compiles else "asked for")
 
 
-def apply(model: PreTrainedModel, choice: Choice) -> None:
+def apply(model: PreTrainedModel, choice: KernelChoice) -> None:
     """Set the model's attention implementation, made known to transformers where it is ours.
 
     Raises: UserError when the class does not go through transformers' AttentionInterface (it would only warn).
@@ -128,7 +128,7 @@ def apply(model: PreTrainedModel, choice: Choice) -> None:
 
 
 @contextmanager
-def using(model: PreTrainedModel, choice: Choice) -> Iterator[None]:
+def using(model: PreTrainedModel, choice: KernelChoice) -> Iterator[None]:
     """The model with another kernel inside the block, its own afterwards."""
     before = model.config._attn_implementation
     if before == choice.name:
@@ -141,7 +141,7 @@ def using(model: PreTrainedModel, choice: Choice) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def scoring_kernel(model: PreTrainedModel) -> Choice:
+def scoring_kernel(model: PreTrainedModel) -> KernelChoice:
     """The kernel of a chunked prefill: blockwise where it can express the model, else an exact one with masks."""
     from retrofit.model.families import describe
 
@@ -150,15 +150,17 @@ def scoring_kernel(model: PreTrainedModel) -> Choice:
         spec = describe(model.config)
     except UserError:
         own = model.config._attn_implementation
-        return Choice("auto", own, f"{model.config.model_type} is not described here; it keeps its own kernel, {own}")
+        return KernelChoice(
+            "auto", own, f"{model.config.model_type} is not described here; it keeps its own kernel, {own}"
+        )
     objection = _objection("blockwise", spec, model.device.type, False, dtype)
     if objection is None:
-        return Choice("auto", "blockwise", "exact, without a mask, memory linear in the tokens")
+        return KernelChoice("auto", "blockwise", "exact, without a mask, memory linear in the tokens")
     name = "sdpa" if _objection("sdpa", spec, model.device.type, False, dtype) is None else "eager"
-    return Choice("auto", name, f"scored with {name} and explicit masks: blockwise cannot, {objection}")
+    return KernelChoice("auto", name, f"scored with {name} and explicit masks: blockwise cannot, {objection}")
 
 
-def prove(model: PreTrainedModel, choice: Choice, input_ids_1T: Tensor) -> Proof:
+def prove(model: PreTrainedModel, choice: KernelChoice, input_ids_1T: Tensor) -> KernelCheck:
     """Compare the logits of `choice` with eager's: one forward pass, then the same tokens in three cached pieces.
 
     The model keeps the kernel it had.
@@ -166,7 +168,7 @@ def prove(model: PreTrainedModel, choice: Choice, input_ids_1T: Tensor) -> Proof
     import torch
 
     dtype = str(model.dtype).removeprefix("torch.")
-    reference = Choice("eager", "eager", "reference")
+    reference = KernelChoice("eager", "eager", "reference")
     with torch.inference_mode():
         with using(model, reference):
             expected = _whole(model, input_ids_1T)
@@ -176,7 +178,7 @@ def prove(model: PreTrainedModel, choice: Choice, input_ids_1T: Tensor) -> Proof
     difference = float(torch.stack([(logits - expected).abs().max() for logits in (whole, pieces)]).max())
     tolerance = TOLERANCE[dtype]
     # A NaN compares false, so it does not pass.
-    return Proof(choice.name, "eager", difference, tolerance, input_ids_1T.shape[1], difference <= tolerance)
+    return KernelCheck(choice.name, "eager", difference, tolerance, input_ids_1T.shape[1], difference <= tolerance)
 
 
 def _whole(model: PreTrainedModel, ids: Tensor) -> torch.Tensor:
@@ -198,12 +200,12 @@ def _pieces(model: PreTrainedModel, ids: Tensor) -> torch.Tensor:
     return torch.cat(parts, dim=1)
 
 
-def _automatic(spec: AttentionSpec, device: str, training: bool, dtype: str | None) -> Choice:
+def _automatic(spec: AttentionSpec, device: str, training: bool, dtype: str | None) -> KernelChoice:
     for name, reason in _preferences(device, training, dtype, any(layer.window for layer in spec.layers)):
         objection = _objection(name, spec, device, training, dtype)
         if objection is None:
-            return Choice("auto", name, reason)
-    return Choice("auto", "eager", "the only kernel that expresses this model's attention on this machine")
+            return KernelChoice("auto", name, reason)
+    return KernelChoice("auto", "eager", "the only kernel that expresses this model's attention on this machine")
 
 
 def _preferences(device: str, training: bool, dtype: str | None, windows: bool) -> list[tuple[str, str]]:

@@ -169,7 +169,7 @@ def _calibrate(
     """
     # Imported here: what calibrates needs model classes, and pooling heads should not wait for them.
     from retrofit.kv_heads.calibrate.layerwise import CalibratedRun, Settings, pooled_keys
-    from retrofit.kv_heads.calibrate.moments import Origin
+    from retrofit.kv_heads.calibrate.moments import MomentsSource
     from retrofit.kv_heads.merge.baselines import METHODS
     from retrofit.kv_heads.repair.repairs import REPAIRS
 
@@ -190,7 +190,7 @@ def _calibrate(
         progress.note(f"{removed} weight files were written from another calibration, and are written again")
     reports = run.all_layers()
     if moments is not None:
-        origin = Origin(digest(checkpoint.folder), f"converted to {kv_heads} KV heads", text.content)
+        origin = MomentsSource(digest(checkpoint.folder), f"converted to {kv_heads} KV heads", text.content)
         run.work.copy_moments(moments, origin)
 
     def read(layer: int, name: str) -> Callable[[], Tensor]:

@@ -42,7 +42,7 @@ class Needle(Section):
     ] = Field(min_length=1, max_length=100, description="needle test at these lengths")
     depths: int = Field(5, ge=1, le=1000, description="depths of the needle, from 0 to 1")
     samples: int = Field(1, ge=1, le=10_000, description="needles per length and depth")
-    together: bool = Field(
+    multi_key: bool = Field(
         False, description="the needles of all depths in one haystack, with a key each: one pass a length, and harder"
     )
 
@@ -50,8 +50,8 @@ class Needle(Section):
 
     @model_validator(mode="after")
     def _keys(self) -> Needle:
-        if self.together and (self.test != "needle" or self.depths > NEEDLE_KEYS):
-            raise ValueError(f"`together` needs the test `needle`, with {NEEDLE_KEYS} depths at most: a key for each")
+        if self.multi_key and (self.test != "needle" or self.depths > NEEDLE_KEYS):
+            raise ValueError(f"`multi_key` needs the test `needle`, with {NEEDLE_KEYS} depths at most: a key for each")
         return self
 
 

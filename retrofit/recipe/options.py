@@ -140,7 +140,7 @@ OPTIONS: Mapping[str, tuple[Option, ...]] = {
         _option("evaluate.documents"),
         _option("evaluate.needle.lengths", "needle"),
         _option("evaluate.needle.depths"),
-        _option("evaluate.needle.together"),
+        _option("evaluate.needle.multi_key"),
         _option("evaluate.ruler.lengths", "ruler"),
         _option("evaluate.tasks.names", "tasks", "--task"),
         _option("evaluate.tasks.folder", "task_folder"),

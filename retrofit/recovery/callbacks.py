@@ -38,7 +38,7 @@ class TrainPoint:
 
 
 @dataclass
-class Course:
+class TrainState:
     """Where a run stands. best_loss is None while nothing is held out; seconds count every session."""
 
     fingerprint: str
@@ -61,14 +61,14 @@ class Course:
         partial.replace(folder / STATE)
 
     @classmethod
-    def load(cls, folder: Path) -> Course:
+    def load(cls, folder: Path) -> TrainState:
         """The state that `save` left in a checkpoint folder."""
         record = json.loads((folder / STATE).read_text(encoding="utf-8"))
         record["history"] = [TrainPoint(**point) for point in record["history"]]
         return cls(**record, best=load_file(folder / BEST))
 
 
-def asdict_shallow(course: Course) -> dict[str, Any]:
+def asdict_shallow(course: TrainState) -> dict[str, Any]:
     """The fields of a course as JSON values, tensors left as they are."""
     return {**vars(course), "history": [asdict(point) for point in course.history]}
 
@@ -91,7 +91,7 @@ class Watch(TrainerCallback):
 
     def __init__(
         self,
-        course: Course,
+        course: TrainState,
         *,
         weights: Callable[[], dict[str, Tensor]],
         held_out_loss: Callable[[], float] | None,

@@ -42,7 +42,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Lines:
+class TrainRows:
     """Rows as they are trained on. positions_NT is None for 0 .. T-1; cuts: tokens of the texts a row is cut into.
 
     A row of T tokens whose cut is T / k is k texts of a batch that do not see each other.
@@ -137,7 +137,7 @@ def recovery_rows(
     )
 
 
-def training_lines(packed: Packed, recipe: Recover, window: int, seed: int) -> Lines:
+def training_lines(packed: Packed, recipe: Recover, window: int, seed: int) -> TrainRows:
     """Rows of all stages with the positions of their tokens."""
     positions, cuts = [], []
     length, start = packed.ids_NT.shape[1], 0
@@ -150,15 +150,15 @@ def training_lines(packed: Packed, recipe: Recover, window: int, seed: int) -> L
         start += rows
     assert start == len(packed.ids_NT)
     given = [one for one in positions if one is not None]
-    return Lines(packed.ids_NT, torch.cat(given) if given else None, tuple(cuts))
+    return TrainRows(packed.ids_NT, torch.cat(given) if given else None, tuple(cuts))
 
 
-def held_out_lines(packed: Packed, recipe: Recover, window: int, seed: int) -> Lines:
+def held_out_lines(packed: Packed, recipe: Recover, window: int, seed: int) -> TrainRows:
     """Held-out rows as the longest stage is trained, short ones included, so that the best is the best at both."""
     length = packed.ids_NT.shape[1]
     reach = max(span.length for span in spans(recipe, window))
     positions_NT = _positions(packed.documents_NT, length, recipe, reach, seed + _HELD_OUT)
-    return Lines(packed.ids_NT, positions_NT, (length,) * len(packed.ids_NT))
+    return TrainRows(packed.ids_NT, positions_NT, (length,) * len(packed.ids_NT))
 
 
 def _positions(documents_NT: Tensor, cut: int, recipe: Recover, reach: int, seed: int) -> Tensor | None:
@@ -201,7 +201,7 @@ def about(recipe: Recover, window: int, spec: AttentionSpec) -> tuple[str, ...]:
 class Rows(Dataset):
     """Rows for the loader; `collate` makes the batch of one step."""
 
-    def __init__(self, lines: Lines) -> None:
+    def __init__(self, lines: TrainRows) -> None:
         self.lines = lines
 
     def __len__(self) -> int:

@@ -27,7 +27,7 @@ MASK_KERNELS = ("sdpa", "eager")
 
 
 @dataclass(frozen=True)
-class Pair:
+class StudentTeacher:
     """Student and teacher (None for the plain language-model loss), both frozen and in the compute dtype.
 
     shared_bytes: bytes of the teacher that are the student's own storage.
@@ -41,7 +41,7 @@ class Pair:
     shared_bytes: int
 
 
-def load_pair(
+def load_student_teacher(
     student_folder: str | Path | ModelFolder,
     teacher_folder: str | Path | ModelFolder | None,
     *,
@@ -49,7 +49,7 @@ def load_pair(
     dtype: torch.dtype,
     kernel: str,
     documents: bool = False,
-) -> Pair:
+) -> StudentTeacher:
     """Load both models; tensors that are equal in both exist once. documents: rows hold documents kept apart by a mask.
 
     Raises UserError if the two do not speak the same vocabulary, or the kernel cannot train this model.
@@ -70,12 +70,12 @@ def load_pair(
         shared = share_weights(teacher, student)
         registry.apply(teacher, choice)
     registry.apply(student, choice)
-    return Pair(student.requires_grad_(False), teacher, spec, choice.name, choice.reason, shared)
+    return StudentTeacher(student.requires_grad_(False), teacher, spec, choice.name, choice.reason, shared)
 
 
 def training_kernel(
     kernel: str, spec: AttentionSpec, device: str, dtype: str, *, documents: bool = False
-) -> registry.Choice:
+) -> registry.KernelChoice:
     """The kernel that a model is trained with. documents: rows hold documents kept apart by a mask.
 
     Raises UserError for one that cannot train this model.
@@ -95,7 +95,7 @@ def require_same_vocabulary(teacher: AttentionSpec, student: AttentionSpec, wher
         )
 
 
-def _kernel_with_masks(kernel: str, spec: AttentionSpec, device: str, dtype: str) -> registry.Choice:
+def _kernel_with_masks(kernel: str, spec: AttentionSpec, device: str, dtype: str) -> registry.KernelChoice:
     """The kernel of rows whose documents are kept apart: one that reads masks."""
     if kernel not in ("auto", *MASK_KERNELS):
         raise UserError(
@@ -107,7 +107,9 @@ def _kernel_with_masks(kernel: str, spec: AttentionSpec, device: str, dtype: str
         return registry.choose(kernel, spec, device, training=True, dtype=dtype)
     plain = not any(layer.softcap is not None or layer.sinks for layer in spec.layers)
     choice = registry.choose("sdpa" if plain else "eager", spec, device, training=True, dtype=dtype)
-    return registry.Choice("auto", choice.name, "packed documents need a mask, which the faster kernels do not read")
+    return registry.KernelChoice(
+        "auto", choice.name, "packed documents need a mask, which the faster kernels do not read"
+    )
 
 
 def share_weights(teacher: nn.Module, student: nn.Module) -> int:

@@ -25,9 +25,9 @@ from retrofit.errors import UserError
 from retrofit.model.folder import ModelFolder, opened
 from retrofit.recipe.schema import Recover
 from retrofit.recovery.adapters import about_experts, attach, default_rate, merge_and_save, save_adapter
-from retrofit.recovery.callbacks import Course, TrainPoint, Watch, last_checkpoint, restore, trainable
-from retrofit.recovery.schedule import Lines, Rows, about, check_lengths, collate, held_out_lines, training_lines
-from retrofit.recovery.student_teacher import Pair, body, compute_dtype, hidden_states, load_pair
+from retrofit.recovery.callbacks import TrainPoint, TrainState, Watch, last_checkpoint, restore, trainable
+from retrofit.recovery.schedule import Rows, TrainRows, about, check_lengths, collate, held_out_lines, training_lines
+from retrofit.recovery.student_teacher import StudentTeacher, body, compute_dtype, hidden_states, load_student_teacher
 from retrofit.recovery.trainer import HeldOut, Objective, RecoveryTrainer, autocast
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def recover(
     bytes (on the same machine). adapter: an existing folder for the adapter as peft reads it. logs: TensorBoard's
     folder, where `recipe.report_to` names it; without one TENSORBOARD_LOGGING_DIR or work_dir.
 
-    Raises UserError when the loss is not finite, saying at which step, what `load_pair` and `check_lengths` raise, and,
-    before the first step, when the kernel does not see across skipped positions or sees across documents.
+    Raises UserError when the loss is not finite, saying at which step, what `load_student_teacher` and `check_lengths`
+    raise, and, before the first step, when the kernel does not see across skipped positions or sees across documents.
     """
     notes: list[str] = []
     work_dir = Path(work_dir)
@@ -107,7 +107,7 @@ def recover(
     native = window if teacher is None else teacher.spec.max_position_embeddings
     check_lengths(recipe, native, window)
     documents = recipe.document_masking
-    pair = load_pair(student, teacher, device=device, dtype=compute, kernel=kernel, documents=documents)
+    pair = load_student_teacher(student, teacher, device=device, dtype=compute, kernel=kernel, documents=documents)
     _note(
         notes, progress, f"training in {str(compute).removeprefix('torch.')} with {pair.kernel}: {pair.kernel_reason}"
     )
@@ -122,7 +122,7 @@ def recover(
     objective = Objective(pair, recipe)
     fingerprint = _fingerprint(student, teacher, recipe, lines, measured, seed, compute, pair.kernel)
     checkpoint = last_checkpoint(work_dir, fingerprint)
-    course = Course(fingerprint) if checkpoint is None else Course.load(checkpoint)
+    course = TrainState(fingerprint) if checkpoint is None else TrainState.load(checkpoint)
     resumed_from = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
     arguments = _arguments(recipe, work_dir, len(lines.ids_NT), device, seed)
     steps = arguments.max_steps
@@ -182,7 +182,7 @@ def recover(
     )
 
 
-def student_with_adapters(pair: Pair, recipe: Recover, seed: int) -> PeftModel:
+def student_with_adapters(pair: StudentTeacher, recipe: Recover, seed: int) -> PeftModel:
     """The student with adapters; its forward gives hidden states, as the head is part of the loss."""
     model = attach(pair.student, recipe.adapter, pair.spec, seed)
     student = pair.student
@@ -195,7 +195,7 @@ def student_with_adapters(pair: Pair, recipe: Recover, seed: int) -> PeftModel:
     return model
 
 
-def _check_sight(model: PeftModel, lines: Lines, recipe: Recover, compute: torch.dtype, device: str) -> None:
+def _check_sight(model: PeftModel, lines: TrainRows, recipe: Recover, compute: torch.dtype, device: str) -> None:
     """Once, before training: attention crosses skipped positions, and does not cross documents."""
     ids_NT, positions_NT = lines.longest()
     if positions_NT is None:
@@ -260,8 +260,8 @@ def _fingerprint(
     student: ModelFolder,
     teacher: ModelFolder | None,
     recipe: Recover,
-    lines: Lines,
-    held_out: Lines | None,
+    lines: TrainRows,
+    held_out: TrainRows | None,
     seed: int,
     compute: torch.dtype,
     kernel: str,

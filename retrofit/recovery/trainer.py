@@ -18,7 +18,7 @@ from retrofit.recipe.schema import Recover
 from retrofit.recovery.callbacks import Watch
 from retrofit.recovery.objectives import distill_loss, lm_loss
 from retrofit.recovery.schedule import Rows
-from retrofit.recovery.student_teacher import Pair, head_of, hidden_states
+from retrofit.recovery.student_teacher import StudentTeacher, head_of, hidden_states
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Objective:
     """The loss of one batch from the student's hidden states, and the held-out loss."""
 
-    def __init__(self, pair: Pair, recipe: Recover) -> None:
+    def __init__(self, pair: StudentTeacher, recipe: Recover) -> None:
         self.pair, self.recipe = pair, recipe
         self.teacher_head = None if pair.teacher is None else head_of(pair.teacher)
 

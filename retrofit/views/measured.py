@@ -148,8 +148,8 @@ def _long_context(found: LongContext) -> Iterator[Part]:
             [(r.kind, r.length, f"{r.ppl:.3f}" if r.ppl else "-", r.key_tokens, r.tokens) for r in found.long_ppl],
         )
     if found.needle:
-        together = found.needle.together and len(found.needle.depths) > 1
-        counts = "preferred to every other needle's answer" if together else "answered exactly"
+        multi_key = found.needle.multi_key and len(found.needle.depths) > 1
+        counts = "preferred to every other needle's answer" if multi_key else "answered exactly"
         yield Table(
             f"{found.needle.test}, found: {counts}; loss in nats per token, margin over a wrong answer",
             ["length", "depth", "at token", "found", "exact match", "loss", "margin", "answer"],

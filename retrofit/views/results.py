@@ -78,20 +78,20 @@ def prices(result: PriceList) -> Iterator[Part]:
     ]
     rows = []
     for price in result.prices:
-        dearest = ", ".join(f"{layer} ({share:.0%})" for layer, share in price.dearest())
+        worst_layers = ", ".join(f"{layer} ({share:.0%})" for layer, share in price.worst_layers())
         rows.append(
             (
                 price.kv_heads,
                 nbytes(price.kv_bytes_per_token),
                 nbytes(price.kv_cache_bytes),
-                "-" if price.increase is None else f"{price.increase:+.3f}{'' if price.tells else ' ~'}",
+                "-" if price.increase is None else f"{price.increase:+.3f}{'' if price.significant else ' ~'}",
                 "-" if price.ratio is None else f"x {price.ratio:,.2f}",
                 price.how,
-                dearest or "-",
+                worst_layers or "-",
             )
         )
     yield Table(f"{result.model}: what fewer KV heads cost", columns, rows)
-    if not all(price.tells for price in result.prices):
+    if not all(price.significant for price in result.prices):
         yield "~: below two standard errors, not to be told from zero on the text that was scored"
     if result.calibrated:
         yield from _how_calibrated(result)

@@ -144,11 +144,11 @@ def evaluate(
     out: Path | None = None,
     *,
     revision: str | None = None,
-    beyond: bool = False,
+    allow_extrapolation: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ModelEvaluation:
-    """`retrofit evaluate`. beyond: lengths may lie beyond the window; how it breaks there is worth seeing.
+    """`retrofit evaluate`. allow_extrapolation: lengths may lie beyond the window; how it breaks there is worth seeing.
 
     out: a file for the token losses, beside which all that was measured is kept; a call that has ended is not repeated.
     """
@@ -158,7 +158,9 @@ def evaluate(
     if out is not None and partial is not None:
         finished = require_file(out, overwrite=overwrite)
         require_own(partial, Evaluate.name)
-    context = open_context(recipe, revision=revision, alone=True, beyond=beyond, progress=progress)
+    context = open_context(
+        recipe, revision=revision, alone=True, allow_extrapolation=allow_extrapolation, progress=progress
+    )
     [step] = context.steps
     assert isinstance(step, Evaluate)
     label = context.source.base_model or Path(context.source.requested).name

@@ -14,7 +14,7 @@ from retrofit.checkpoint.staging import require_free_space, require_writable
 from retrofit.data.texts import check_sources
 from retrofit.errors import UserError
 from retrofit.evaluation.long_context import native_length
-from retrofit.kernels.registry import Choice, choose
+from retrofit.kernels.registry import KernelChoice, choose
 from retrofit.model.completeness import require_complete, require_sound
 from retrofit.model.families import family_of
 from retrofit.model.folder import ModelFolder
@@ -47,7 +47,7 @@ _SPARE = 1.1  # room asked for, over the room planned
 @dataclass
 class ModelContext:
     """One command's model and everything around it. steps: of its recipe. original_source: the model before the
-    surgery, where that is another one than `source`. beyond: lengths may be longer than the window.
+    surgery, where that is another one than `source`. allow_extrapolation: lengths may be longer than the window.
     alone: the one step of a command.
 
     documents: to measure on; empty until texts are read. harness: the tasks to ask, with their data. notes: what a
@@ -60,7 +60,7 @@ class ModelContext:
     original_source: Source
     device: str
     throughput: Throughput = ASSUMED
-    beyond: bool = False
+    allow_extrapolation: bool = False
     alone: bool = False
     progress: Progress | None = None
     documents: tuple[Document, ...] = ()
@@ -103,7 +103,7 @@ class ModelContext:
         return claimed_length(self.recipe, self.native)
 
     @cached_property
-    def kernel(self) -> Choice:
+    def kernel(self) -> KernelChoice:
         """The kernel that the evaluated models are read with."""
         return choose(self.recipe.kernel, self.spec, self.device)
 
@@ -225,7 +225,7 @@ def open_context(
     original: str | None = None,
     out: Path | None = None,
     dry: bool = False,
-    beyond: bool = False,
+    allow_extrapolation: bool = False,
     alone: bool = False,
     throughput: Throughput | None = None,
     progress: Progress | None = None,
@@ -244,7 +244,7 @@ def open_context(
         about += step.check_options()
     context = open_model(recipe, revision=revision, original=original, alone=alone, progress=progress)
     recipe, steps = context.recipe, context.steps
-    context.beyond, context.alone, context.throughput = beyond, alone, throughput or ASSUMED
+    context.allow_extrapolation, context.alone, context.throughput = allow_extrapolation, alone, throughput or ASSUMED
     context.notes += about
     require_record(context.model.path)
     here = check_model(context)

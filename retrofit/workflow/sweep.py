@@ -26,7 +26,7 @@ from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.format import duration, heads, nbytes
 from retrofit.kv_heads.calibrate import moments as stored_moments
-from retrofit.kv_heads.merge.folding import Turnings
+from retrofit.kv_heads.merge.folding import RotationAverages
 from retrofit.kv_heads.merge.weights import read_layer
 from retrofit.kv_heads.sweep import pilot
 from retrofit.kv_heads.sweep.budget import Budget, within
@@ -70,11 +70,11 @@ class Price:
     layers: tuple[LayerCost, ...]
 
     @property
-    def tells(self) -> bool:
+    def significant(self) -> bool:
         """Whether the increase can be told from zero on the text that was scored."""
         return self.increase is None or self.error is None or not abs(self.increase) < 2 * self.error
 
-    def dearest(self, count: int = 3) -> list[tuple[int, float]]:
+    def worst_layers(self, count: int = 3) -> list[tuple[int, float]]:
         """(layer, share of the whole cost) of the layers that pay most."""
         if self.cost <= 0:
             return []
@@ -162,15 +162,15 @@ def prices(
             _estimate(alone, section, calibration, context.facts, counts, throughput(), progress)
     source = with_weights(source, revision=revision or recipe.revision, progress=progress)
     if moments is not None and not read and (moments / stored_moments.ORIGIN).is_file():
-        stored_moments.Origin.of(moments, digest(source.folder))  # those of other weights are not replaced
+        stored_moments.MomentsSource.of(moments, digest(source.folder))  # those of other weights are not replaced
     checkpoint = source.model.checkpoint
     require_complete(checkpoint, config, spec)
     require_sound(checkpoint, config)
     wanted = section.model_copy(update={"calibration": calibration, "method": "calibrated"})
-    turnings = Turnings(config)
+    averages = RotationAverages(config)
 
     def price(folder: Path) -> list[Mapping[int, LayerCost]]:
-        return _costs(source.model, spec, turnings, counts, folder, progress)
+        return _costs(source.model, spec, averages, counts, folder, progress)
 
     if moments is not None and read:
         calibrated, more = _read(moments, source.folder, pilot.options(wanted, recipe.seed))
@@ -202,7 +202,7 @@ def _still_of(moments: Path, folder: Path, text: Sequence[TextSource], asked: An
 
     Another text by name is told by `probes.not_applied`. Raises UserError for moments of other weights.
     """
-    origin, kept = stored_moments.Origin.of(moments, digest(folder)), pilot.kept(moments)
+    origin, kept = stored_moments.MomentsSource.of(moments, digest(folder)), pilot.kept(moments)
     try:
         same = origin.content == content_digest(text)
     except UserError as error:
@@ -221,7 +221,7 @@ def _read(moments: Path, folder: Path, asked: Mapping[str, Any]) -> tuple[pilot.
     Raises UserError for moments of other weights.
     """
     notes = []
-    origin = stored_moments.Origin.of(moments, digest(folder))
+    origin = stored_moments.MomentsSource.of(moments, digest(folder))
     if origin.stream != pilot.ORIGINAL:
         notes.append(
             f"the moments in {moments} are of a model {origin.stream} layer by layer: each layer is priced on what the "
@@ -319,7 +319,7 @@ def _estimate(
 def _costs(
     model: ModelFolder,
     spec: AttentionSpec,
-    turnings: Turnings,
+    averages: RotationAverages,
     counts: tuple[int, ...],
     moments: Path,
     progress: Progress | None,
@@ -331,8 +331,8 @@ def _costs(
     found: list[Mapping[int, LayerCost]] = []
     for layer in spec.layers:
         seen, weights = stored_moments.load(moments, layer.index), read_layer(read, layer)
-        assert seen.value_mean_KD.shape == weights.v_KDC.shape[:2]  # of these weights: `Origin`
-        found.append(layer_costs(seen, weights, layer, counts, turnings.of(layer.index)))
+        assert seen.value_mean_KD.shape == weights.v_KDC.shape[:2]  # of these weights: `MomentsSource`
+        found.append(layer_costs(seen, weights, layer, counts, averages.of(layer.index)))
         if progress:
             progress.advance(1)
     if progress:

@@ -14,7 +14,7 @@ from retrofit.checkpoint.provenance import digest
 from retrofit.data.calibration import calibration_text
 from retrofit.data.identity import identity
 from retrofit.kv_heads import VERSION
-from retrofit.kv_heads.calibrate.moments import Origin
+from retrofit.kv_heads.calibrate.moments import MomentsSource
 from retrofit.kv_heads.disk import require_room
 from retrofit.kv_heads.room import held, room_needed, survey_room
 from retrofit.kv_heads.sweep import pilot
@@ -77,7 +77,7 @@ def measured(
         )
         layers = price(own / "moments")
         if moments is not None:
-            origin = Origin(digest(folder), pilot.ORIGINAL, text.content)
+            origin = MomentsSource(digest(folder), pilot.ORIGINAL, text.content)
             pilot.keep(calibrated, own / "moments", moments, origin)
     return calibrated, layers
 

@@ -14,7 +14,7 @@ from retrofit.context.positions import (
 )
 from retrofit.errors import UserError
 from retrofit.kernels import registry
-from retrofit.kernels.registry import Choice
+from retrofit.kernels.registry import KernelChoice
 from retrofit.recovery.student_teacher import body, hidden_states
 from tests.tiny import tiny_model
 
@@ -71,7 +71,7 @@ def test_documents_count_from_zero() -> None:
 @pytest.mark.parametrize("kernel", ["eager", "sdpa", "blockwise"])
 def test_a_row_with_skips_is_one_text_for_every_kernel(family: str, kernel: str) -> None:
     model = tiny_model(family)
-    registry.apply(model, Choice(kernel, kernel, "test"))
+    registry.apply(model, KernelChoice(kernel, kernel, "test"))
 
     def hidden(ids, positions):
         return hidden_states(model, ids, positions)
@@ -79,7 +79,7 @@ def test_a_row_with_skips_is_one_text_for_every_kernel(family: str, kernel: str)
     require_visible(hidden, IDS, POSE)
     with torch.no_grad():
         found = hidden(IDS, POSE)
-        registry.apply(model, Choice("eager", "eager", "test"))
+        registry.apply(model, KernelChoice("eager", "eager", "test"))
         window = 32 if family == "gemma3_text" else 24
         order = torch.arange(24)
         sees = (order[None] <= order[:, None]) & (order[:, None] - order[None] < window)
@@ -91,14 +91,14 @@ def test_a_row_with_skips_is_one_text_for_every_kernel(family: str, kernel: str)
 
 def test_products_reads_skips_too() -> None:
     model = tiny_model("llama").to(torch.bfloat16)
-    registry.apply(model, Choice("auto", "products", "test"))
+    registry.apply(model, KernelChoice("auto", "products", "test"))
     require_visible(lambda ids, positions: hidden_states(model, ids, positions), IDS, POSE)
 
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 def test_without_a_mask_of_ones_attention_does_not_cross_and_that_is_found(kernel: str) -> None:
     model = tiny_model("llama")
-    registry.apply(model, Choice(kernel, kernel, "test"))
+    registry.apply(model, KernelChoice(kernel, kernel, "test"))
 
     def silent(ids, positions):
         return body(model)(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
@@ -112,7 +112,7 @@ def test_without_a_mask_of_ones_attention_does_not_cross_and_that_is_found(kerne
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 def test_masked_documents_are_each_as_if_alone(kernel: str) -> None:
     model = tiny_model("llama")
-    registry.apply(model, Choice(kernel, kernel, "test"))
+    registry.apply(model, KernelChoice(kernel, kernel, "test"))
 
     def hidden(ids, positions):
         return hidden_states(model, ids, positions, documents=True)

@@ -33,8 +33,8 @@ def grid(model: Any, **asked: Any) -> Any:
     return needles.needle(model, TOKENIZER, PROSE, **how)
 
 
-def together(model: Any, **asked: Any) -> Any:
-    return grid(model, together=True, **asked)
+def multi_key(model: Any, **asked: Any) -> Any:
+    return grid(model, multi_key=True, **asked)
 
 
 def ruler(model: Any, **asked: Any) -> Any:
@@ -70,7 +70,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, stop: int | None = None) -> list[in
     [
         (grid, "llama", 12, (1, 3, 7, 11)),
         (grid, "gemma2", 12, (2, 5)),
-        (together, "llama", 4, (1, 4, 11)),
+        (multi_key, "llama", 4, (1, 4, 11)),
         (ruler, "llama", 4, (1, 5)),
     ],
 )

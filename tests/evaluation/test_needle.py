@@ -39,12 +39,12 @@ def whole(model, ids: list[int], answer: list[int]) -> tuple[float, float]:
     return float(losses.mean()), float((logits.argmax(-1) == targets).double().mean())
 
 
-@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("multi_key", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma2"])
-def test_a_grid_through_one_cache_is_that_of_a_pass_per_needle(family: str, together: bool) -> None:
+def test_a_grid_through_one_cache_is_that_of_a_pass_per_needle(family: str, multi_key: bool) -> None:
     model, tokenizer = tiny_model(family, max_position_embeddings=1024), tiny_tokenizer()
     lengths, grid = (400, 300), depths(3)
-    found = needle(model, tokenizer, PROSE, lengths=lengths, depths=grid, samples=2, together=together, chunk=32)
+    found = needle(model, tokenizer, PROSE, lengths=lengths, depths=grid, samples=2, multi_key=multi_key, chunk=32)
     assert [(c.length, c.depth, c.sample) for c in found.cells] == [
         (n, d, s) for n in (300, 400) for d in (0.0, 0.5, 1.0) for s in (0, 1)
     ]
@@ -52,20 +52,20 @@ def test_a_grid_through_one_cache_is_that_of_a_pass_per_needle(family: str, toge
     ends = boundaries(tokenizer, hay)
     everything = 0
     for cell in found.cells:
-        hidden = grid if together else (cell.depth,)
+        hidden = grid if multi_key else (cell.depth,)
         prompt = _prompt(tokenizer, WORDINGS["needle"], hay, ends, cell.length, hidden, cell.sample, 0)
         (one,) = [one for one in prompt.needles if one.depth == cell.depth]
         assert cell.position == one.position
         ids = prompt.ids + encode(tokenizer, one.question.text)
         answer = encode(tokenizer, one.question.right[0])
-        assert len(ids) + len(answer) == cell.length or (together and len(ids) + len(answer) <= cell.length)
+        assert len(ids) + len(answer) == cell.length or (multi_key and len(ids) + len(answer) <= cell.length)
         loss, match = whole(model, ids, answer)
         assert cell.answer.loss == pytest.approx(loss, abs=1e-4)
         assert cell.answer.token_match == match
         wrong = [whole(model, ids, encode(tokenizer, text))[0] for text in one.question.wrong]
-        assert len(wrong) == (2 if together else 1)
+        assert len(wrong) == (2 if multi_key else 1)
         assert cell.answer.margin == pytest.approx(min(wrong) - loss, abs=1e-4)
-        assert cell.found == (cell.answer.margin > 0 if together else cell.answer.starts)
+        assert cell.found == (cell.answer.margin > 0 if multi_key else cell.answer.starts)
         with torch.inference_mode():
             first = int(model(torch.tensor([ids])).logits[0, -1].argmax())
         assert cell.answer.answered.startswith(tokenizer.decode([first]).strip())
@@ -118,7 +118,7 @@ def test_needles_together_have_keys_of_their_own() -> None:
     model = tiny_model("llama", max_position_embeddings=1024)
     for asked in ({"test": "passkey", "depths": depths(2)}, {"depths": depths(13)}):
         with pytest.raises(UserError, match="keys to tell needles apart"):
-            needle(model, tokenizer, PROSE, lengths=(512,), together=True, **asked)
+            needle(model, tokenizer, PROSE, lengths=(512,), multi_key=True, **asked)
 
 
 class Oracle:
@@ -247,10 +247,10 @@ def test_impossible_tests_are_refused() -> None:
 
 def test_needles_together_are_refused_by_the_recipe_before_anything_is_read() -> None:
     assert len(KEYS) == NEEDLE_KEYS
-    assert Needle(lengths=(512,), depths=NEEDLE_KEYS, together=True).together
+    assert Needle(lengths=(512,), depths=NEEDLE_KEYS, multi_key=True).multi_key
     for asked in ({"test": "passkey"}, {"depths": NEEDLE_KEYS + 1}):
         with pytest.raises(ValueError, match="a key for each"):
-            Needle(lengths=(512,), together=True, **asked)
+            Needle(lengths=(512,), multi_key=True, **asked)
 
 
 def test_the_room_of_a_large_grid_is_checked_on_a_few_texts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,12 +11,12 @@ from transformers import DynamicCache, StaticCache
 
 from retrofit.errors import UserError
 from retrofit.kernels import attention_interface, blockwise, gemm_tile
-from retrofit.kernels.registry import Choice, using
+from retrofit.kernels.registry import KernelChoice, using
 from tests.tiny import FAMILIES, VARIANTS, VOCAB_SIZE, tiny_model
 
 SHAPES = [(1, 1), (1, 9), (7, 7), (5, 12), (16, 40), (33, 33), (70, 71)]
 WINDOWS = [None, 1, 2, 5, 16, 33, 100]
-BLOCKWISE = Choice("blockwise", "blockwise", "test")
+BLOCKWISE = KernelChoice("blockwise", "blockwise", "test")
 FORWARD = attention_interface.attention_function("blockwise", blockwise.attention)
 
 

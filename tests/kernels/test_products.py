@@ -8,10 +8,10 @@ from torch import nn
 
 from retrofit.errors import UserError
 from retrofit.kernels import attention_interface, products
-from retrofit.kernels.registry import Choice, using
+from retrofit.kernels.registry import KernelChoice, using
 from tests.tiny import tiny_model
 
-PRODUCTS = Choice("auto", "products", "test")
+PRODUCTS = KernelChoice("auto", "products", "test")
 FORWARD = attention_interface.attention_function("products", products.attention)
 
 

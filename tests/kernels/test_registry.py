@@ -13,7 +13,7 @@ from torch import nn
 
 from retrofit.errors import UserError
 from retrofit.kernels import blockwise, registry
-from retrofit.kernels.registry import KERNELS, Choice, apply, available, choose, prove, scoring_kernel
+from retrofit.kernels.registry import KERNELS, KernelChoice, apply, available, choose, prove, scoring_kernel
 from retrofit.model.families import describe
 from tests.tiny import tiny_config, tiny_model
 
@@ -170,7 +170,7 @@ def test_a_wrong_kernel_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(blockwise, "attention", top_left)
     model = tiny_model("llama")
-    assert not prove(model, Choice("blockwise", "blockwise", "test"), torch.arange(60)[None]).passed
+    assert not prove(model, KernelChoice("blockwise", "blockwise", "test"), torch.arange(60)[None]).passed
 
 
 @pytest.mark.parametrize("broken", ["whole", "chunk"])
@@ -182,7 +182,7 @@ def test_a_kernel_that_gives_nan_is_not_proven(monkeypatch: pytest.MonkeyPatch, 
         return right(q, k, *rest) * (torch.nan if chunk == (broken == "chunk") else 1.0)
 
     monkeypatch.setattr(blockwise, "attention", attention)
-    proof = prove(tiny_model("llama"), Choice("blockwise", "blockwise", "test"), torch.arange(60)[None])
+    proof = prove(tiny_model("llama"), KernelChoice("blockwise", "blockwise", "test"), torch.arange(60)[None])
     assert not proof.passed
     assert proof.max_difference != proof.max_difference
 
@@ -191,4 +191,4 @@ def test_apply_refuses_a_class_that_would_only_warn(monkeypatch: pytest.MonkeyPa
     model = tiny_model("llama")
     monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
     with pytest.raises(UserError, match="does not let"):
-        apply(model, Choice("sdpa", "sdpa", "test"))
+        apply(model, KernelChoice("sdpa", "sdpa", "test"))

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from retrofit.data.calibration import CalibrationText
 from retrofit.errors import UserError
+from retrofit.kv_heads.calibrate.layerwise_pass import layerwise_pass
 from retrofit.kv_heads.calibrate.moments import LayerMoments, MomentSums, load, save, saved
-from retrofit.kv_heads.calibrate.survey import survey
 from retrofit.kv_heads.disk import DiskTensors
-from retrofit.kv_heads.merge.folding import Turning
+from retrofit.kv_heads.merge.folding import RotationAverage
 from retrofit.kv_heads.merge.joint import calibrated_maps
 from retrofit.kv_heads.merge.weights import LayerWeights
 from retrofit.kv_heads.sweep.costs import Measured, fit_curve, layer_costs, probe_counts
@@ -87,7 +87,7 @@ def test_keys_are_priced_as_the_conversion_folds_them() -> None:
     q, k, v, stream = tokens()
     k[..., 1] = k[..., 0] + 0.1 * k[..., 1]  # a direction in a pair of near frequency
     sums.add(q, k, v, stream)
-    seen, turning = sums.finish(3), Turning.over(np.array([1e-3, 9e-4, 8e-4]), 64)
+    seen, turning = sums.finish(3), RotationAverage.over(np.array([1e-3, 9e-4, 8e-4]), 64)
     pairs, folded = (layer_costs(seen, weights(), LAYER, (1, 2, 4), way) for way in (None, turning))
     for count in (1, 2):
         assert folded[count].groups == pairs[count].groups
@@ -173,7 +173,7 @@ def test_a_layer_wise_pass_finds_the_loss_of_the_whole_model(family: str, tmp_pa
         logits = model(ids).logits[:, :-1].transpose(1, 2)
     want = torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none").mean(1)
     seen = CalibrationText(ids[:1], ("a",))
-    found = survey(source, ids, measured=seen, moments=tmp_path / "moments")
+    found = layerwise_pass(source, ids, measured=seen, moments=tmp_path / "moments")
     assert torch.allclose(found.float(), want, atol=1e-4)
     assert saved(tmp_path / "moments") == (0, 1)
     assert load(tmp_path / "moments", 1).tokens == 300
@@ -186,7 +186,7 @@ def test_a_layer_wise_pass_multiplies_as_the_processor_does(tmp_path: Path, bflo
     with torch.no_grad():
         logits = model(ids).logits[:, :-1].transpose(1, 2)
     want = torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none").mean(1)
-    off = float((survey(source, ids).float() - want).abs().max())
+    off = float((layerwise_pass(source, ids).float() - want).abs().max())
     assert (1e-5 < off < 0.05) if bfloat16_products else off < 1e-5
 
 
@@ -202,6 +202,6 @@ def test_a_pass_over_the_layers_holds_a_batch_and_not_the_text(tmp_path: Path, m
         return tensor
 
     monkeypatch.setattr(DiskTensors, "read", counted)
-    survey(source, ids[12:], measured=CalibrationText(ids[:12], ("a", "b") * 6), moments=tmp_path / "moments")
+    layerwise_pass(source, ids[12:], measured=CalibrationText(ids[:12], ("a", "b") * 6), moments=tmp_path / "moments")
     assert len(alive) > 10
     assert max(most) <= 2

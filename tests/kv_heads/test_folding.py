@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from retrofit.kv_heads.calibrate.moments import LayerMoments, MomentSums
-from retrofit.kv_heads.merge.folding import Turning, fold_keys
+from retrofit.kv_heads.merge.folding import RotationAverage, fold_keys
 from retrofit.kv_heads.merge.joint import merge_keys
 from retrofit.model.spec import RopeSpec
 
@@ -54,14 +54,14 @@ def test_means_over_distances_are_those_of_the_rotations_themselves(
     x = torch.randn(2, R, R, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     turns = [rotation(d).T if back else rotation(d) for d in range(WINDOW)]
     expected = sum(share * (turn @ x @ turn.T) for share, turn in zip(shares(), turns, strict=True))
-    assert torch.allclose(Turning.over(FREQUENCIES, WINDOW).mean(x, back=back), expected, atol=1e-12)
+    assert torch.allclose(RotationAverage.over(FREQUENCIES, WINDOW).mean(x, back=back), expected, atol=1e-12)
 
 
 def test_the_lost_energy_is_the_expected_error_of_the_scores() -> None:
     keys, queries = gram(1, S * R), torch.stack([gram(2 + h, R) for h in range(S)])
     start = torch.eye(R, dtype=torch.float64).expand(S, R, R) / S
     encode, query_map, lost, whole = fold_keys(
-        keys.reshape(S, R, S, R), queries, start, Turning.over(FREQUENCIES, WINDOW)
+        keys.reshape(S, R, S, R), queries, start, RotationAverage.over(FREQUENCIES, WINDOW)
     )
     assert lost == pytest.approx(expected_error(keys, queries, encode, query_map), rel=1e-6)
     nothing = torch.zeros(S, R, R, dtype=torch.float64)
@@ -85,7 +85,7 @@ def test_pairs_of_like_frequency_lend_each_other_their_room() -> None:
     for t in (keys, queries):
         t[:, :2, 2::P] = torch.randn(400, 2, 2, generator=generator)  # pair 2 of two heads, unlike each other
     moments = moments_of(keys, queries)
-    turning = Turning.over(FREQUENCIES, WINDOW)
+    turning = RotationAverage.over(FREQUENCIES, WINDOW)
     *_, alone, whole_alone = merge_keys(moments, (0, 1, 2), ROPE, R)
     encode, query_map, lost, whole = merge_keys(moments, (0, 1, 2), ROPE, R, turning=turning)
     assert alone / whole_alone > 0.3
@@ -104,5 +104,5 @@ def test_folding_never_loses_more_than_one_direction_of_each_pair(seed: int) -> 
     query_SRR = moments.query_KDD
     encode, query_map, *_ = merge_keys(moments, (0, 1, 2), ROPE, R)
     before = expected_error(moments.key_KDKD.reshape(S * R, S * R), query_SRR, encode, query_map)
-    *_, lost, _ = merge_keys(moments, (0, 1, 2), ROPE, R, turning=Turning.over(FREQUENCIES, WINDOW))
+    *_, lost, _ = merge_keys(moments, (0, 1, 2), ROPE, R, turning=RotationAverage.over(FREQUENCIES, WINDOW))
     assert lost / 2 < 0.95 * before

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from retrofit.errors import UserError
-from retrofit.kv_heads.calibrate.moments import LayerMoments, MomentSums, Origin, load, remove, require_own, save, saved
+from retrofit.kv_heads.calibrate.moments import (
+    LayerMoments,
+    MomentsSource,
+    MomentSums,
+    load,
+    remove,
+    require_own,
+    save,
+    saved,
+)
 from retrofit.kv_heads.merge.joint import apply_maps, calibrated_maps, group_cost
 from retrofit.kv_heads.merge.weights import LayerWeights
 from retrofit.model.spec import RopeSpec
@@ -151,7 +160,7 @@ def test_a_folder_is_one_of_moments_by_its_mark_and_with_nothing_else_in_it(name
     (tmp_path / name).write_text("years of work", "utf-8")
     with pytest.raises(UserError, match="something else than moments"):
         require_own(tmp_path)
-    Origin({}, "original").write(tmp_path)
+    MomentsSource({}, "original").write(tmp_path)
     if name in ("layer-000.safetensors", "probes.json"):
         require_own(tmp_path)
         remove(tmp_path)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from retrofit.errors import UserError
-from retrofit.kv_heads.calibrate.moments import Origin
+from retrofit.kv_heads.calibrate.moments import MomentsSource
 from retrofit.kv_heads.calibrate.residuals import Shapes, WorkFolder
 from retrofit.kv_heads.disk import STATE, DiskTensors, require_room
 from retrofit.kv_heads.repair.outcome import LayerReport, RepairOutcome
@@ -146,10 +146,10 @@ def test_moments_get_a_place_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "layer-009.safetensors").write_bytes(b"of another run")
     with pytest.raises(UserError, match="something else than moments"):
-        work.copy_moments(tmp_path / "kept", Origin({}, "original"))
-    Origin({}, "original").write(tmp_path / "kept")
-    work.copy_moments(tmp_path / "kept", Origin({"config.json": "abc"}, "converted to 2 KV heads"))
+        work.copy_moments(tmp_path / "kept", MomentsSource({}, "original"))
+    MomentsSource({}, "original").write(tmp_path / "kept")
+    work.copy_moments(tmp_path / "kept", MomentsSource({"config.json": "abc"}, "converted to 2 KV heads"))
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["layer-000.safetensors", "moments.json"]
-    assert Origin.of(tmp_path / "kept", {"config.json": "abc"}).stream == "converted to 2 KV heads"
+    assert MomentsSource.of(tmp_path / "kept", {"config.json": "abc"}).stream == "converted to 2 KV heads"
     with pytest.raises(UserError, match="of other weights"):
-        Origin.of(tmp_path / "kept", {"config.json": "xyz"})
+        MomentsSource.of(tmp_path / "kept", {"config.json": "xyz"})

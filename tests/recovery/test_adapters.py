@@ -16,7 +16,7 @@ from retrofit.model.families import describe
 from retrofit.recipe.schema import Adapter
 from retrofit.recovery.adapters import about_experts, attach, merge_and_save, target_modules
 from retrofit.recovery.fused import fuse
-from retrofit.recovery.student_teacher import head_of, load_pair
+from retrofit.recovery.student_teacher import head_of, load_student_teacher
 from tests.tiny import FAMILIES, save_tiny, tiny_model
 
 IDS = torch.arange(3, 20)[None]
@@ -170,7 +170,7 @@ def test_the_teacher_shares_what_is_equal(tmp_path: Path) -> None:
         for layer in model.model.layers:
             layer.self_attn.v_proj.weight.mul_(2)
     model.save_pretrained(tmp_path / "student")
-    pair = load_pair(tmp_path / "student", teacher_folder, device="cpu", dtype=torch.float32, kernel="sdpa")
+    pair = load_student_teacher(tmp_path / "student", teacher_folder, device="cpu", dtype=torch.float32, kernel="sdpa")
     assert pair.teacher is not None
     mine = dict(pair.student.named_parameters())
     for name, parameter in pair.teacher.named_parameters():

@@ -9,14 +9,14 @@ import torch
 
 from retrofit.errors import UserError
 from retrofit.model.load import load_config, load_model
-from retrofit.recovery.student_teacher import compute_dtype, load_pair
+from retrofit.recovery.student_teacher import compute_dtype, load_student_teacher
 from tests.tiny import save_tiny
 
 
 @pytest.mark.parametrize(("dtype", "kernel"), [(torch.bfloat16, "products"), (torch.float32, "sdpa")])
 def test_both_models_get_the_kernel_of_the_registry(dtype: torch.dtype, kernel: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "llama")
-    pair = load_pair(folder, folder, device="cpu", dtype=dtype, kernel="auto")
+    pair = load_student_teacher(folder, folder, device="cpu", dtype=dtype, kernel="auto")
     assert pair.teacher is not None
     assert pair.kernel == kernel
     assert pair.kernel_reason
@@ -39,7 +39,7 @@ def test_a_student_trains_without_its_own_dropout(
     family: str, dropouts: list[str], kernel: str, tmp_path: Path
 ) -> None:
     folder = save_tiny(tmp_path / "model", family, **dict.fromkeys(dropouts, 0.5))
-    student = load_pair(folder, None, device="cpu", dtype=torch.float32, kernel=kernel).student
+    student = load_student_teacher(folder, None, device="cpu", dtype=torch.float32, kernel=kernel).student
     ids = torch.arange(20)[None]
     still = student(ids, use_cache=False).logits
     torch.testing.assert_close(student.train()(ids, use_cache=False).logits, still)

@@ -9,7 +9,7 @@ from retrofit.evaluation.metrics.context_use import LongContext
 from retrofit.evaluation.metrics.effective import AGAINST_ORIGINAL, EffectiveLength, LengthTests, ShortContext
 from retrofit.evaluation.metrics.longppl import ContextGain, LongPPL
 from retrofit.evaluation.metrics.perplexity import Row
-from retrofit.evaluation.metrics.protocols import Defined
+from retrofit.evaluation.metrics.protocols import ProtocolResult
 from retrofit.evaluation.running import LengthCost, RunCost
 from retrofit.evaluation.tasks.answers import TaskChange, TaskScore
 from retrofit.evaluation.tasks.asking import Answer
@@ -108,10 +108,10 @@ def long_context(label: str) -> LongContext:
         tuple(gains),
         (LongPPL("all", 16384, 4096, 65532, 412, 3.9, 3.2, 4.8, label),),
         (
-            Defined("sliding", 8192, 256, 4, 65532, 400_000, 11.2, 10.4, 12.1, -158_000.0, 0.84),
-            Defined("yarn", 8192, 256, 4, 65532, 400_000, 11.4),
-            Defined("longlora", 8192, 256, 4, 90_000, 400_000, 11.6),
-            Defined("lm-eval", 8192, None, 4, 65532, 70_000, 12.0, 11.1, 12.9, -162_000.0, 0.86),
+            ProtocolResult("sliding", 8192, 256, 4, 65532, 400_000, 11.2, 10.4, 12.1, -158_000.0, 0.84),
+            ProtocolResult("yarn", 8192, 256, 4, 65532, 400_000, 11.4),
+            ProtocolResult("longlora", 8192, 256, 4, 90_000, 400_000, 11.6),
+            ProtocolResult("lm-eval", 8192, None, 4, 65532, 70_000, 12.0, 11.1, 12.9, -162_000.0, 0.86),
         ),
         needle(label),
         RulerResult(tuple(Task(task, 8192, 4, 0.5, 1.2, 0.8, 0.75, 0.6) for task in tasks), (), 4, 0, "blockwise"),

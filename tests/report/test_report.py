@@ -12,7 +12,7 @@ import pytest
 from retrofit.console import jsonable
 from retrofit.evaluation.metrics.context_use import LongContext, restored
 from retrofit.evaluation.metrics.perplexity import loss_by_position
-from retrofit.kernels.registry import Proof
+from retrofit.kernels.registry import KernelCheck
 from retrofit.publishing.reload import ReloadReport
 from retrofit.report.charts import plots
 from retrofit.report.charts.drawing import STYLES, Line
@@ -309,7 +309,7 @@ def test_encodings_that_fail_do_not_press_the_others_together() -> None:
 
 def test_made_up_checks_have_the_fields_of_the_real_ones() -> None:
     data = run()
-    for made_up, real in ((data.reload, ReloadReport), (data.kernel_proof, Proof)):
+    for made_up, real in ((data.reload, ReloadReport), (data.kernel_proof, KernelCheck)):
         assert made_up is not None
         assert set(made_up) <= {field.name for field in fields(real)}
     assert "within the tolerance of 0.002 for a token and of 1.00e-04 for the mean of 1,024." in visible(html(data))

@@ -47,7 +47,7 @@ def test_the_native_length_is_that_of_the_original(model: Path, extended: Path) 
 def test_learned_positions_end_before_any_pass(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = save_tiny(tmp_path / "table", "gpt_bigcode")
     monkeypatch.setattr(ModelFolder, "load", None)
-    asked = ("--text", book, "--lengths", "256", "--needle", "1024", "--beyond")
+    asked = ("--text", book, "--lengths", "256", "--needle", "1024", "--allow-extrapolation")
     result = retrofit("evaluate", table, *asked)
     assert result.exit_code == 2, result.output
     assert "512 learned positions" in result.output and "retrofit extend MODEL --length 1024" in result.output
@@ -119,9 +119,9 @@ def test_everything_at_once(extended: Path, book: Path, tmp_path: Path) -> None:
 def test_beyond_the_positions_names_the_command_that_extends(model: Path, book: Path) -> None:
     refused = retrofit("evaluate", model, "--text", book, "--lengths", "1024")
     assert refused.exit_code == 2
-    assert f"retrofit extend {model} --length 1024" in refused.output and "--beyond" in refused.output
+    assert f"retrofit extend {model} --length 1024" in refused.output and "--allow-extrapolation" in refused.output
     assert "retrofit extend" in retrofit("evaluate", model, "--text", book, "--needle", "1024").output
-    shown = retrofit("evaluate", model, "--text", book, "--lengths", "1024", "--beyond", "--json")
+    shown = retrofit("evaluate", model, "--text", book, "--lengths", "1024", "--allow-extrapolation", "--json")
     assert shown.exit_code == 0 and json.loads(shown.stdout)["claimed_length"] == 512
 
 

@@ -99,11 +99,11 @@ def test_rows_are_measured_or_lie_on_the_curve() -> None:
     ]
     assert [row.increase for row in rows] == pytest.approx([0, 0.01, 0.04, 0.64])
     assert [row.error for row in rows] == [None, 0.1, 0.1, 0.1]
-    assert [row.tells for row in rows] == [True, False, False, True]
+    assert [row.significant for row in rows] == [True, False, False, True]
     assert rows[3].ratio == pytest.approx(math.exp(0.64))
     assert rows[0].ratio == 1
-    assert rows[3].dearest(1) == [(0, pytest.approx(0.75))]
-    assert rows[0].dearest() == []
+    assert rows[3].worst_layers(1) == [(0, pytest.approx(0.75))]
+    assert rows[0].worst_layers() == []
     unmeasured, none = module.price_list(spec, layers, None, {g: 100 * g for g in costs}, 4)
     assert none is None
     assert [row.increase for row in unmeasured] == [0, None, None, None]

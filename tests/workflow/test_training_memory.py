@@ -12,7 +12,7 @@ from retrofit.kernels import registry
 from retrofit.model.families import describe
 from retrofit.model.spec import AttentionSpec
 from retrofit.recipe.schema import Adapter, Recover
-from retrofit.recovery.student_teacher import Pair
+from retrofit.recovery.student_teacher import StudentTeacher
 from retrofit.recovery.train import student_with_adapters
 from retrofit.recovery.trainer import autocast
 from retrofit.workflow.estimate.training_memory import trained_parameters, training_memory
@@ -28,8 +28,8 @@ def student(family: str, layers: int, recipe: Recover, value: int = 4) -> tuple[
     spec, dtype = describe(config), torch.float32 if value == 4 else torch.bfloat16
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     kernel = "sdpa" if value == 4 else "products"  # what is chosen on a CPU, without and with bfloat16 of its own
-    registry.apply(model, registry.Choice("auto", kernel, "as recovery chooses it"))
-    return student_with_adapters(Pair(model, None, spec, kernel, "", 0), recipe, seed=0), spec
+    registry.apply(model, registry.KernelChoice("auto", kernel, "as recovery chooses it"))
+    return student_with_adapters(StudentTeacher(model, None, spec, kernel, "", 0), recipe, seed=0), spec
 
 
 def kept(family: str, layers: int, recipe: Recover, value: int) -> tuple[int, int]:

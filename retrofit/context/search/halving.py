@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from retrofit.console import Progress
-    from retrofit.kernels.registry import Choice
+    from retrofit.kernels.registry import KernelChoice
 
 ORIGINAL = "original"
 
@@ -92,7 +92,7 @@ def search(
     name: str = "",
     seed: int = 0,
     held: float = 1.0,
-    kernel: Choice | None = None,
+    kernel: KernelChoice | None = None,
     identity: Mapping[str, str] | None = None,
     partial: Path | None = None,
     progress: Progress | None = None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit.evaluation.metrics.effective import EffectiveLength
 from retrofit.evaluation.metrics.longppl import ContextGain, LongPPL
-from retrofit.evaluation.metrics.protocols import Defined
+from retrofit.evaluation.metrics.protocols import ProtocolResult
 
 if TYPE_CHECKING:
     from retrofit.evaluation.tasks.needle import NeedleResult
@@ -22,7 +22,7 @@ class LongContext:
     native: int
     context_gain: tuple[ContextGain, ...] = ()
     long_ppl: tuple[LongPPL, ...] = ()
-    defined: tuple[Defined, ...] = ()
+    defined: tuple[ProtocolResult, ...] = ()
     needle: NeedleResult | None = None
     ruler: RulerResult | None = None
     effective: EffectiveLength | None = None
@@ -40,7 +40,7 @@ def restored(found: Mapping[str, Any]) -> LongContext:
         "native": int,
         "context_gain": tuple[ContextGain, ...],
         "long_ppl": tuple[LongPPL, ...],
-        "defined": tuple[Defined, ...],
+        "defined": tuple[ProtocolResult, ...],
         "needle": NeedleResult | None,
         "ruler": RulerResult | None,
         "effective": EffectiveLength | None,

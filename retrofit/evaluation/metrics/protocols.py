@@ -27,7 +27,7 @@ STRIDE = {"transformers": 512, "yarn": 256, "longlora": 256}
 
 
 @dataclass(frozen=True)
-class Defined:
+class ProtocolResult:
     """One number as its authors define it. tokens: losses it is made of. read: tokens the passes read.
 
     log_likelihood and bits_per_byte are of all predicted tokens; low, high: the 95% interval. A definition that weighs
@@ -80,7 +80,7 @@ def prepared(
     return list(documents), Windows(length, moved, repeat_start=definition == "yarn" and bos)
 
 
-def value(definition: Definition, losses: TokenLosses, length: int, windows: Windows | None) -> Defined:
+def value(definition: Definition, losses: TokenLosses, length: int, windows: Windows | None) -> ProtocolResult:
     """The number itself from the losses of what `prepared` gave."""
     passes = [
         (span, float(np.mean(array[span.first - 1 : span.stop - 1], dtype=np.float64)))
@@ -97,7 +97,7 @@ def value(definition: Definition, losses: TokenLosses, length: int, windows: Win
     likelihood = definition in ("lm-eval", "sliding")
     nbytes = sum(int(np.sum(array, dtype=np.int64)) for array in losses.token_bytes) if likelihood else 0
     interval = perplexity_interval(losses.losses) if likelihood else None
-    return Defined(
+    return ProtocolResult(
         definition=definition,
         length=length,
         stride=windows.stride if windows else STRIDE.get(definition),

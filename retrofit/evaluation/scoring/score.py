@@ -24,7 +24,7 @@ from retrofit.errors import UserError
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.evaluation.scoring.reader import Reader, frequencies_of, require_positions, varying
 from retrofit.evaluation.scoring.windows import Span, Windows
-from retrofit.kernels.registry import Choice, scoring_kernel, using
+from retrofit.kernels.registry import KernelChoice, scoring_kernel, using
 from retrofit.model.families import describe
 from retrofit.system.resume import DISCARDED, Kept
 
@@ -43,7 +43,7 @@ def score(
     known: TokenLosses | None = None,
     chunk: int = 512,
     logits_rows: int = 256,
-    kernel: Choice | None = None,
+    kernel: KernelChoice | None = None,
     meta: Mapping[str, object] | None = None,
     partial: Path | None = None,
     progress: Progress | None = None,
@@ -179,7 +179,7 @@ def _advance(progress: Progress | None, tokens: int, document: Document) -> None
 
 
 @contextmanager
-def reading(model: PreTrainedModel, kernel: Choice | None, progress: Progress | None) -> Iterator[str]:
+def reading(model: PreTrainedModel, kernel: KernelChoice | None, progress: Progress | None) -> Iterator[str]:
     """The model ready to read in chunks: no gradients, in eval mode, with a kernel that suits; gives its name."""
     with torch.inference_mode(), _evaluating(model), _kernel(model, kernel, progress) as used:
         yield used
@@ -196,7 +196,7 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _kernel(model: PreTrainedModel, asked: Choice | None, progress: Progress | None) -> Iterator[str]:
+def _kernel(model: PreTrainedModel, asked: KernelChoice | None, progress: Progress | None) -> Iterator[str]:
     """Run with the kernel asked for, or the one that suits a chunked prefill; a fallback is announced."""
     choice = asked or scoring_kernel(model)
     if asked is None and choice.name != "blockwise" and progress:

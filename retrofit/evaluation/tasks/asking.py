@@ -13,7 +13,7 @@ import torch
 from retrofit.evaluation.scoring.reader import Reader, frequencies_of
 from retrofit.evaluation.scoring.score import reading
 from retrofit.evaluation.tasks.haystack import encode
-from retrofit.kernels.registry import Choice
+from retrofit.kernels.registry import KernelChoice
 from retrofit.system.resume import DISCARDED, Kept
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def answers_about(
     *,
     test: str,
     chunk: int,
-    kernel: Choice | None,
+    kernel: KernelChoice | None,
     meta: Mapping[str, object] | None,
     partial: Path | None,
     progress: Progress | None,

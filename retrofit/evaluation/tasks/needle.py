@@ -25,7 +25,7 @@ import numpy as np
 from retrofit.errors import UserError
 from retrofit.evaluation.tasks.asking import EXTRA_TOKENS, Answer, Question, TextReader, answers_about, tokens_read
 from retrofit.evaluation.tasks.haystack import Wording, boundaries, encode, filler
-from retrofit.kernels.registry import Choice
+from retrofit.kernels.registry import KernelChoice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,7 +75,7 @@ class NeedleResult:
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
     samples: int
-    together: bool
+    multi_key: bool
     seed: int
     cells: tuple[Cell, ...]
     scores: Mapping[int, float]
@@ -96,7 +96,7 @@ def haystacks(
     lengths: Sequence[int],
     depths: Sequence[float],
     samples: int = 1,
-    together: bool = False,
+    multi_key: bool = False,
     seed: int = 0,
 ) -> dict[int, list[_Prompt]]:
     """What `needle` asks with these arguments, by length; raises what it raises, and needs no model."""
@@ -105,13 +105,13 @@ def haystacks(
     wording = WORDINGS[test]
     hay = filler(tokenizer, prose, max(lengths))
     ends = boundaries(tokenizer, hay)
-    if together and ("{key}" not in wording.question or len(depths) > len(KEYS)):
+    if multi_key and ("{key}" not in wording.question or len(depths) > len(KEYS)):
         raise UserError(
             f"`{test}` has {len(KEYS) if '{key}' in wording.question else 'no'} keys to tell needles apart by",
-            where="needle.together",
-            fix=f"use the test `needle` with up to {len(KEYS)} depths, or leave `together` out",
+            where="needle.multi_key",
+            fix=f"use the test `needle` with up to {len(KEYS)} depths, or leave `multi_key` out",
         )
-    hidden = [tuple(depths)] if together else [(depth,) for depth in depths]
+    hidden = [tuple(depths)] if multi_key else [(depth,) for depth in depths]
     return {  # of a sample from the deepest needle up: what stands before the next one is still in the cache
         n: [
             prompt
@@ -134,24 +134,24 @@ def needle(
     lengths: Sequence[int],
     depths: Sequence[float],
     samples: int = 1,
-    together: bool = False,
+    multi_key: bool = False,
     seed: int = 0,
     chunk: int = 512,
-    kernel: Choice | None = None,
+    kernel: KernelChoice | None = None,
     meta: Mapping[str, object] | None = None,
     partial: Path | None = None,
     progress: Progress | None = None,
 ) -> NeedleResult:
     """Ask for a needle at every length and depth. prose: what it is hidden in; repeated when it is too short.
 
-    together: the needles of all depths stand in one haystack. partial: a folder where the answers about each haystack
+    multi_key: the needles of all depths stand in one haystack. partial: a folder where the answers about each haystack
     are kept until all are, for the next call with the same question; meta: digests of model and tokenizer, part of it.
 
     Raises: UserError for an unknown test, a length in which the question alone has no room, or needles together that
     have no keys, or not enough.
     """
     prompts = haystacks(
-        tokenizer, prose, test=test, lengths=lengths, depths=depths, samples=samples, together=together, seed=seed
+        tokenizer, prose, test=test, lengths=lengths, depths=depths, samples=samples, multi_key=multi_key, seed=seed
     )
     texts = {f"{length}-{index}": p for length, some in prompts.items() for index, p in enumerate(some)}
     readers: dict[int, TextReader] = {}
@@ -173,7 +173,9 @@ def needle(
     cells.sort(key=lambda cell: (cell.length, cell.depth, cell.sample))
     scores = {n: float(np.mean([cell.found for cell in cells if cell.length == n])) for n in lengths}
     count = sum(tokens_read(some, chunk) for some in prompts.values())
-    return NeedleResult(test, tuple(lengths), tuple(depths), samples, together, seed, tuple(cells), scores, count, used)
+    return NeedleResult(
+        test, tuple(lengths), tuple(depths), samples, multi_key, seed, tuple(cells), scores, count, used
+    )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 
 from retrofit.evaluation.tasks.asking import Answer, TextReader, answers_about
 from retrofit.evaluation.tasks.ruler_problems import problems_of
-from retrofit.kernels.registry import Choice
+from retrofit.kernels.registry import KernelChoice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,7 +64,7 @@ def ruler(
     samples: int = 1,
     seed: int = 0,
     chunk: int = 512,
-    kernel: Choice | None = None,
+    kernel: KernelChoice | None = None,
     meta: Mapping[str, object] | None = None,
     partial: Path | None = None,
     progress: Progress | None = None,

@@ -29,7 +29,7 @@ from retrofit.kv_heads.calibrate.moments import LayerMoments
 from retrofit.kv_heads.calibrate.residuals import STREAMS, Shapes, WorkFolder
 from retrofit.kv_heads.calibrate.stream import LayerRun, LayerStream
 from retrofit.kv_heads.disk import work_key
-from retrofit.kv_heads.merge.folding import Turnings
+from retrofit.kv_heads.merge.folding import RotationAverages
 from retrofit.kv_heads.merge.grouping import best_groups
 from retrofit.kv_heads.merge.joint import (
     CALIBRATED,
@@ -96,7 +96,7 @@ class CalibratedRun:
         self._device, self._progress = device, progress
         self._spec, self._target_spec = spec or describe(config), describe(target)
         read_with = settings.read_with
-        self._turnings = Turnings(config, self._spec) if read_with is None else Turnings(read_with)
+        self._turnings = RotationAverages(config, self._spec) if read_with is None else RotationAverages(read_with)
         self._batches, self._folds = text.batches(), text.folds()
         self.notes = [*text.notes, *_notes(self._spec, settings, text)]
         fewest = min(text.kinds.count(kind) for kind in text.tokens_by_kind)

@@ -1,7 +1,7 @@
 """Second moments of one layer's queries, keys and values before RoPE: all that a merge needs to know of the text.
 
 They are kept on disk, a file a layer (`save`, `load`, `saved`), so that every grouping, every number of KV heads and
-every predicted cost is arithmetic without the model. Beside them stands whose they are (`Origin`).
+every predicted cost is arithmetic without the model. Beside them stands whose they are (`MomentsSource`).
 
 Legend: T tokens, H query heads, K KV heads, D head dim.
 """
@@ -34,7 +34,7 @@ _OWN = re.compile(r"\.?layer-\d{3,}\.safetensors(\.partial)?|moments\.json|probe
 
 
 @dataclass(frozen=True)
-class Origin:
+class MomentsSource:
     """Whose moments a folder holds. weights: digests of the checkpoint. stream: "original", or "converted to 2 KV
     heads" where the layers before each were converted when it was measured. content: digest of the text that was read,
     None where it was not recorded."""
@@ -48,7 +48,7 @@ class Origin:
         (folder / ORIGIN).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def of(cls, folder: Path, weights: Mapping[str, str]) -> Origin:
+    def of(cls, folder: Path, weights: Mapping[str, str]) -> MomentsSource:
         """What `write` left in `folder`. Raises UserError unless the moments there are of `weights`."""
         another, path = "name another --moments folder", folder / ORIGIN
         if not path.is_file():

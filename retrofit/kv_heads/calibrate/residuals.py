@@ -22,7 +22,7 @@ from torch import Tensor
 
 from retrofit.checkpoint.copying import copy_file
 from retrofit.checkpoint.staging import staged
-from retrofit.kv_heads.calibrate.moments import Origin, require_own
+from retrofit.kv_heads.calibrate.moments import MomentsSource, require_own
 from retrofit.kv_heads.disk import DiskTensors, StreamFolder
 from retrofit.kv_heads.repair.outcome import LayerReport
 
@@ -84,7 +84,7 @@ class WorkFolder(StreamFolder):
         with safe_open(self._layer(layer), "pt") as file:
             return file.get_tensor(name)
 
-    def copy_moments(self, to: Path, origin: Origin) -> None:
+    def copy_moments(self, to: Path, origin: MomentsSource) -> None:
         """Give all layers' moments a place of their own, whole or not at all."""
         require_own(to)
         with staged(to, overwrite=True) as partial:

@@ -36,7 +36,7 @@ _RIDGE = 1e-6  # of the mean eigenvalue: a Gram of little text is rank-deficient
 
 
 @dataclass(frozen=True)
-class Turning:
+class RotationAverage:
     """Means over distances d of R_d X R_d^T, R_d the rotation of P pairs by d.
 
     minus_PP, plus_PP: complex means of e^{j (f_a - f_b) d} and e^{j (f_a + f_b) d}, f the frequencies.
@@ -46,7 +46,7 @@ class Turning:
     plus_PP: Tensor
 
     @classmethod
-    def over(cls, frequencies_P: np.ndarray, window: int) -> Turning:
+    def over(cls, frequencies_P: np.ndarray, window: int) -> RotationAverage:
         """frequencies: radians per token. window: tokens that a query sees; p(d) ~ 1 / (1 + d) up to there."""
         angle_P = torch.from_numpy(np.asarray(frequencies_P, dtype=np.float64))
         minus_PP = torch.zeros(len(angle_P), len(angle_P), dtype=torch.complex128)
@@ -74,15 +74,15 @@ class Turning:
         return torch.cat((upper, torch.cat((turned.imag + mirrored.imag, turned.real - mirrored.real), -1)), -2)
 
 
-class Turnings:
+class RotationAverages:
     """The rotations of a model's layers, those that are alike once. config: the one that the converted model will be
     read with; spec: its description, where it is known."""
 
     def __init__(self, config: PretrainedConfig, spec: AttentionSpec | None = None) -> None:
         self._config, self._spec = config, spec or describe(config)
-        self._known: dict[tuple[bytes, int], Turning] = {}
+        self._known: dict[tuple[bytes, int], RotationAverage] = {}
 
-    def of(self, index: int) -> Turning | None:
+    def of(self, index: int) -> RotationAverage | None:
         """Of layer `index`, where rotary pairs of its keys may share places: a norm fixes every head's magnitudes."""
         layer, positions = self._spec.layers[index], self._spec.max_position_embeddings
         if layer.rope is None or layer.qk_norm is not None:
@@ -90,12 +90,12 @@ class Turnings:
         frequencies, window = of_layer(self._config, layer.rope), min(layer.window or positions, positions)
         key = (frequencies.tobytes(), window)
         if key not in self._known:
-            self._known[key] = Turning.over(frequencies, window)
+            self._known[key] = RotationAverage.over(frequencies, window)
         return self._known[key]
 
 
 def fold_keys(
-    gram_SRSR: Tensor, query_SRR: Tensor, encode_SRR: Tensor, turning: Turning
+    gram_SRSR: Tensor, query_SRR: Tensor, encode_SRR: Tensor, turning: RotationAverage
 ) -> tuple[Tensor, Tensor, float, float]:
     """Improve a shared key: encode and query map [S, R, R] of each head, the lost and the whole energy of the scores.
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from retrofit.kv_heads.calibrate.moments import LayerMoments
-from retrofit.kv_heads.merge.folding import Turning, fold_keys
+from retrofit.kv_heads.merge.folding import RotationAverage, fold_keys
 from retrofit.kv_heads.merge.optimum import complex_pca, joint_pca, query_weight, weighted
 from retrofit.kv_heads.merge.weights import LayerWeights
 from retrofit.model.spec import RopeSpec
@@ -124,7 +124,7 @@ def merge_keys(
     rope: RopeSpec | None,
     head_dim: int,
     method: MergeMethod = CALIBRATED,
-    turning: Turning | None = None,
+    turning: RotationAverage | None = None,
 ) -> tuple[Tensor, Tensor, float, float]:
     """Shared key of one group: key_encode, query_map [s, D, D], the lost and the whole energy of the scores.
 
@@ -219,7 +219,7 @@ def calibrated_maps(
     *,
     method: MergeMethod = CALIBRATED,
     keys: bool = True,
-    turning: Turning | None = None,
+    turning: RotationAverage | None = None,
 ) -> tuple[HeadMaps, MergeCost]:
     """Maps of all groups: by default the optimum for keys and for values and output projection.
 

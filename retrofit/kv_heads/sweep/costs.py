@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from retrofit.errors import UserError
 from retrofit.format import heads
 from retrofit.kv_heads.calibrate.moments import LayerMoments
-from retrofit.kv_heads.merge.folding import Turning
+from retrofit.kv_heads.merge.folding import RotationAverage
 from retrofit.kv_heads.merge.grouping import best_groups
 from retrofit.kv_heads.merge.joint import Groups, group_cost, merge_keys, output_metric, value_gram
 from retrofit.kv_heads.merge.optimum import weighted
@@ -75,7 +75,7 @@ def layer_costs(
     weights: LayerWeights,
     layer: LayerAttention,
     counts: Sequence[int],
-    turning: Turning | None = None,
+    turning: RotationAverage | None = None,
 ) -> dict[int, LayerCost]:
     """The cost of one layer at each number of KV heads in `counts`: of the groups that the conversion would choose,
     keys merged as it does. turning: the layer's rotations, where its rotary pairs may share places.
@@ -104,7 +104,7 @@ def layer_costs(
     return found
 
 
-def _keys_lost(moments: LayerMoments, groups: Groups, layer: LayerAttention, turning: Turning | None) -> float:
+def _keys_lost(moments: LayerMoments, groups: Groups, layer: LayerAttention, turning: RotationAverage | None) -> float:
     """Share of the scores' energy; a group of one loses nothing."""
     if all(len(group) == 1 for group in groups):
         return 0.0

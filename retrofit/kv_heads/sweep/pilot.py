@@ -20,8 +20,8 @@ from retrofit.console import to_json
 from retrofit.data.calibration import CalibrationText
 from retrofit.errors import UserError
 from retrofit.format import heads
-from retrofit.kv_heads.calibrate.moments import PROBES, Origin, layer_file, saved
-from retrofit.kv_heads.calibrate.survey import survey
+from retrofit.kv_heads.calibrate.layerwise_pass import layerwise_pass
+from retrofit.kv_heads.calibrate.moments import PROBES, MomentsSource, layer_file, saved
 from retrofit.kv_heads.convert import convert as convert_heads
 from retrofit.kv_heads.sweep.costs import Measured
 from retrofit.model.folder import ModelFolder
@@ -134,7 +134,7 @@ def measure(
     ids_NT = scored.input_ids_NT
     original = kept.get_values(ORIGINAL)
     if original is None:
-        losses_N = survey(
+        losses_N = layerwise_pass(
             folder,
             ids_NT,
             measured=fit,
@@ -201,13 +201,13 @@ def _probe(
         work=work,
         progress=progress,
     )
-    after_N = survey(
+    after_N = layerwise_pass(
         made, scored_NT, device=device, work=work / "scored", task=f"score {count} KV heads", progress=progress
     )
     return {"losses": after_N.tolist(), "notes": list(report.notes)}
 
 
-def keep(calibrated: Calibrated, moments: Path, folder: Path, origin: Origin) -> None:
+def keep(calibrated: Calibrated, moments: Path, folder: Path, origin: MomentsSource) -> None:
     """Copy the moments to `folder`, with what was measured beside them, and whose they are.
 
     The moments come last and one by one: until all are there, nothing is read from the folder.

@@ -179,11 +179,11 @@ def _needles(models: Sequence[ModelResult]) -> Iterator[Figure]:
             for (length, depth), one in grid.items()
         ]
         headers = ("context length", "depth", "found", "exact answers", "answer loss, nats", "margin, nats")
-        together = found.together and len(found.depths) > 1
+        multi_key = found.multi_key and len(found.depths) > 1
         counts = (
             f"The facts of all depths stand in one text. Found: the right answer loses less than that of every other "
             f"fact, which chance does once in {len(found.depths)}"
-            if together
+            if multi_key
             else "Found: the generated answer is the right one"
         )
         yield Figure(

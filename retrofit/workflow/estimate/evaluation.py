@@ -22,7 +22,7 @@ def evaluation_cost(recipe: Recipe, evaluate: Evaluate, model: CostModel) -> Cos
     models = models if evaluate.intermediate else min(models, 2)
     cache, chunk = spec.kv_cache_bytes(longest, model.value_bytes), min(evaluate.chunk, longest)
     needle, ruler = evaluate.needle, evaluate.ruler
-    asked = sum(needle.lengths) * needle.samples * (1 if needle.together else needle.depths) if needle else 0
+    asked = sum(needle.lengths) * needle.samples * (1 if needle.multi_key else needle.depths) if needle else 0
     asked += sum(ruler.lengths) * ruler.samples * len(ruler.tasks) if ruler else 0
     held = ROW_BYTES * documents * max(longest, evaluate.document_tokens or 0) + 8 * asked
     loaded = BASE_BYTES + 2 * facts.weight_bytes

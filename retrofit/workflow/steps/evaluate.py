@@ -79,15 +79,15 @@ class Evaluate(Step):
         check_require(self.recipe)
         section, longest = self.section, longest_prompt(self.section)
         if context.alone and longest > context.native:
-            if not context.beyond:
+            if not context.allow_extrapolation:
                 raise UserError(
                     f"{longest} tokens are more than the {context.native} positions of the model",
                     where="--lengths",
                     fix=f"extend it: retrofit extend {shell_word(context.source.requested)} --length {longest} "
-                    "--out DIR, or add --beyond to see it break",
+                    "--out DIR, or add --allow-extrapolation to see it break",
                 )
             context.note(f"{longest:,} tokens lie beyond the model's {context.native:,} positions")
-        elif not context.beyond:
+        elif not context.allow_extrapolation:
             require_within(longest, context.claimed, "evaluate.lengths")
             require_positions(context.spec.learned_positions, longest, "evaluate.lengths, for the original model")
         if context.spec.learned_positions and section.cost_lengths and section.decode_tokens >= context.native:

@@ -15,7 +15,7 @@ from retrofit.data.identity import content_digest, identity
 from retrofit.data.measured import recorded_text
 from retrofit.data.samples import Teacher
 from retrofit.errors import UserError
-from retrofit.kv_heads.calibrate.moments import Origin
+from retrofit.kv_heads.calibrate.moments import MomentsSource
 from retrofit.kv_heads.sweep import pilot
 from retrofit.recipe.load import load_recipe
 from retrofit.recipe.schema import TextSource
@@ -78,7 +78,7 @@ def test_another_text_under_the_same_name_is_another_text(tmp_path: Path, monkey
 
 def kept_moments(folder: Path, text: TextSource, content: str | None) -> None:
     folder.mkdir(exist_ok=True)
-    Origin({"w": "1"}, "original", content).write(folder)
+    MomentsSource({"w": "1"}, "original", content).write(folder)
     made = pilot.Calibrated(1.0, (), "none", 1, 1, ("a",), {"text": [text.model_dump(exclude_defaults=True)]})
     (folder / pilot.FILE).write_text(json.dumps(made.__dict__))
 

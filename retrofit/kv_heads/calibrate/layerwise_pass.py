@@ -40,7 +40,7 @@ ROWS = 256
 STREAM = "original"
 
 
-def survey(
+def layerwise_pass(
     folder: str | Path | ModelFolder,
     scored_NT: Tensor,
     *,
