@@ -6,51 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from retrofit.evaluation.metrics.perplexity import ALL, Row
+from retrofit.evaluation.metrics.perplexity import ALL
+from retrofit.evaluation.result import ModelEvaluation
 
 if TYPE_CHECKING:
-    from retrofit.evaluation.continuations import Continuation
-    from retrofit.evaluation.metrics.context_use import LongContext
-    from retrofit.evaluation.metrics.effective import EffectiveLength, ShortContext
-    from retrofit.evaluation.running import RunCost
-    from retrofit.evaluation.tasks.answers import TaskChange, TaskScore
+    pass
 
 CACHE_LENGTHS = (8192, 16384, 32768, 131072)
-"""Tokens at which the KV cache is shown: keys of `ModelResult.kv_cache_bytes`."""
-
-
-@dataclass(frozen=True)
-class ModelResult:
-    """One model of the run: `original`, `converted`, `extended`, `recovered`, in the order they were made.
-
-    rows: perplexities by kind and length. position_losses: (position in tokens, mean loss in nats). kv_cache_bytes:
-    bytes of the KV cache by number of tokens. cost: of running it, by length. long_context: how it uses its context, as
-    far as that was asked for. short_context: what it lost against the original at or below the native length.
-    tasks: scores of the tasks asked; task_changes: against the original, on the same questions. continuations: what it
-    writes after a few prompts.
-    """
-
-    label: str
-    rows: tuple[Row, ...] = ()
-    position_losses: tuple[tuple[float, float], ...] = ()
-    kv_bytes_per_token: int | None = None
-    kv_cache_bytes: Mapping[int, int] = field(default_factory=dict)
-    kv_heads: int | None = None
-    cost: RunCost | None = None
-    long_context: LongContext | None = None
-    short_context: tuple[ShortContext, ...] = ()
-    tasks: tuple[TaskScore, ...] = ()
-    task_changes: tuple[TaskChange, ...] = ()
-    continuations: tuple[Continuation, ...] = ()
-
-    @property
-    def effective(self) -> EffectiveLength | None:
-        """The certificate of its effective length."""
-        return self.long_context.effective if self.long_context else None
-
-    def row(self, kind: str, length: int) -> Row | None:
-        """The row of one kind at one length."""
-        return next((row for row in self.rows if (row.kind, row.length) == (kind, length)), None)
+"""Tokens at which the KV cache is shown: keys of `ModelEvaluation.kv_cache_bytes`."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +44,7 @@ class RunData:
     created: str = ""
     description: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
-    models: tuple[ModelResult, ...] = ()
+    models: tuple[ModelEvaluation, ...] = ()
     native_length: int | None = None
     claimed_length: int | None = None
     training: tuple[tuple[int, float | None, float | None], ...] = ()
@@ -97,12 +60,12 @@ class RunData:
     commands: tuple[str, ...] = ()
 
     @property
-    def original(self) -> ModelResult | None:
+    def original(self) -> ModelEvaluation | None:
         """The model before the run."""
         return next((model for model in self.models if model.label == "original"), None)
 
     @property
-    def final(self) -> ModelResult | None:
+    def final(self) -> ModelEvaluation | None:
         """The last model that is not the original."""
         return next((model for model in reversed(self.models) if model.label != "original"), None)
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from retrofit import escape
 from retrofit import format as fmt
 from retrofit.evaluation.metrics.perplexity import ALL
+from retrofit.evaluation.result import ModelEvaluation
 from retrofit.report.charts.figures import card_picture, figures
-from retrofit.report.data import CACHE_LENGTHS, ModelResult, RunData, StepRecord
+from retrofit.report.data import CACHE_LENGTHS, RunData, StepRecord
 from retrofit.report.glossary import definitions
 from retrofit.report.parts import Figure, Table
 from retrofit.report.sections import continuations, encodings, summary
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CACHE_LENGTHS",
-    "ModelResult",
+    "ModelEvaluation",
     "RunData",
     "StepRecord",
     "files",

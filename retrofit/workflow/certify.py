@@ -33,7 +33,7 @@ from retrofit.workflow.context import ModelContext, open_context
 from retrofit.workflow.journal import CARD, is_run
 from retrofit.workflow.proven import prove, record_of
 from retrofit.workflow.public import public_model
-from retrofit.workflow.reporting import command, model_result
+from retrofit.workflow.reporting import command
 from retrofit.workflow.steps.evaluate import Evaluate
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def certify(
         made, commands = _made(context, steps, _source(context, came))
         data = RunData(
             name=made.recipe.name,
-            models=tuple(model_result(model) for model in result.models),
+            models=result.models,
             native_length=native_length(context.model),
             claimed_length=context.native,
             recovery=_recovery(steps),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -12,12 +11,12 @@ from retrofit import bundled
 from retrofit.checkpoint.provenance import versions
 from retrofit.console import jsonable
 from retrofit.escape import shell_word
-from retrofit.evaluation.result import EvaluationResult, ModelEvaluation
+from retrofit.evaluation.result import EvaluationResult
 from retrofit.model.source import Source
 from retrofit.publishing.gate import GateResult
 from retrofit.recipe.load import dump_recipe, load_recipe
 from retrofit.recipe.schema import Recipe
-from retrofit.report.data import ModelResult, RunData, StepRecord
+from retrofit.report.data import RunData, StepRecord
 from retrofit.workflow.gate import gate_of
 from retrofit.workflow.public import public_model, public_recipe
 from retrofit.workflow.step import Inputs
@@ -43,7 +42,7 @@ def run_data(context: ModelContext, inputs: Inputs, entries: Mapping[str, Entry]
         created=max((entry.finished for entry in entries.values()), default=""),
         description=recipe.description,
         versions=versions(),
-        models=tuple(model_result(model) for model in evaluated.models) if evaluated else (),
+        models=evaluated.models if evaluated else (),
         native_length=context.native,
         claimed_length=context.claimed,
         training=_training(reports["recover"] or {}),
@@ -85,11 +84,6 @@ def _dicts(results: tuple[GateResult, ...]) -> list[dict[str, Any]]:
     listed = jsonable(results)
     assert isinstance(listed, list)
     return listed
-
-
-def model_result(model: ModelEvaluation) -> ModelResult:
-    """What a report says of one model."""
-    return ModelResult(**{field.name: getattr(model, field.name) for field in fields(ModelResult)})
 
 
 def _training(report: Mapping[str, Any]) -> tuple[tuple[int, float | None, float | None], ...]:

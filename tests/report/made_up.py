@@ -10,13 +10,14 @@ from retrofit.evaluation.metrics.effective import AGAINST_ORIGINAL, EffectiveLen
 from retrofit.evaluation.metrics.longppl import ContextGain, LongPPL
 from retrofit.evaluation.metrics.perplexity import Row
 from retrofit.evaluation.metrics.protocols import ProtocolResult
+from retrofit.evaluation.result import ModelEvaluation
 from retrofit.evaluation.running import LengthCost, RunCost
 from retrofit.evaluation.tasks.answers import TaskChange, TaskScore
 from retrofit.evaluation.tasks.asking import Answer
 from retrofit.evaluation.tasks.needle import Cell, NeedleResult
 from retrofit.evaluation.tasks.ruler import Row as Task
 from retrofit.evaluation.tasks.ruler import RulerResult
-from retrofit.report.data import ModelResult, RunData, StepRecord
+from retrofit.report.data import RunData, StepRecord
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 PERPLEXITIES = {
@@ -205,9 +206,9 @@ def written(label: str) -> tuple[Continuation, ...]:
     return tuple(Continuation(p, ends[label], 40, source) for p, source in zip(prompts, sources, strict=True))
 
 
-def model(label: str, heads: int) -> ModelResult:
+def model(label: str, heads: int) -> ModelEvaluation:
     per_token = 2 * 30 * heads * 64 * 2
-    return ModelResult(
+    return ModelEvaluation(
         label,
         rows(label),
         positions(label),

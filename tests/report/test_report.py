@@ -12,12 +12,13 @@ import pytest
 from retrofit.console import jsonable
 from retrofit.evaluation.metrics.context_use import LongContext, restored
 from retrofit.evaluation.metrics.perplexity import loss_by_position
+from retrofit.evaluation.result import ModelEvaluation
 from retrofit.kernels.registry import KernelCheck
 from retrofit.publishing.reload import ReloadReport
 from retrofit.report.charts import plots
 from retrofit.report.charts.drawing import STYLES, Line
 from retrofit.report.charts.figures import card_picture, figures
-from retrofit.report.data import ModelResult, RunData, StepRecord
+from retrofit.report.data import RunData, StepRecord
 from retrofit.report.render import html, markdown, render
 from retrofit.report.sections import costs, summary
 from tests.report.made_up import conversion, effective, long_context, model, run, search
@@ -214,7 +215,7 @@ def test_text_cannot_break_the_page_or_the_table() -> None:
     rows = tuple(replace(row, kind=bad) for row in run().models[0].rows[:5])
     data = run(
         name=bad, model=bad, notes=(bad,), commands=(bad,), recipe_yaml=bad, description=bad,
-        models=(ModelResult("original", rows), ModelResult(bad, rows)),
+        models=(ModelEvaluation("original", rows), ModelEvaluation(bad, rows)),
     )  # fmt: skip
     page, plain = html(data), markdown(data)
     assert "<script>" not in page
@@ -332,7 +333,7 @@ def test_what_running_costs_stands_beside_what_the_machine_could_do() -> None:
     assert found.table.rows[0][6] == "–"
 
 
-def with_rounds(label: str, *rounds: tuple[float, ...]) -> ModelResult:
+def with_rounds(label: str, *rounds: tuple[float, ...]) -> ModelEvaluation:
     """A model of the run whose decoding was timed as given, at each length."""
     one = model(label, 3 if label == "original" else 1)
     assert one.cost is not None

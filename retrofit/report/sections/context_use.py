@@ -10,8 +10,9 @@ import numpy as np
 
 from retrofit import format as fmt
 from retrofit.evaluation.metrics.effective import TAIL_MARGIN, certificate
+from retrofit.evaluation.result import ModelEvaluation
 from retrofit.report.charts import plots
-from retrofit.report.data import ModelResult, RunData
+from retrofit.report.data import RunData
 from retrofit.report.parts import Figure, Number, Table
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def short_context(run: RunData) -> Iterator[Figure]:
         )
 
 
-def _certificates(models: Sequence[ModelResult]) -> Iterator[Figure]:
+def _certificates(models: Sequence[ModelEvaluation]) -> Iterator[Figure]:
     certified = [(model.label, model.effective) for model in models if model.effective]
     if not certified:
         return
@@ -141,7 +142,7 @@ def _margins(test: LengthTests) -> str:
     return ", ".join(f"{name} {value:+.3f}{units[name]}" for name, value in test.margins.items()) or fmt.NONE
 
 
-def _gains(models: Sequence[ModelResult]) -> Iterator[Figure]:
+def _gains(models: Sequence[ModelEvaluation]) -> Iterator[Figure]:
     rows, native, unit = [], 0, ""
     for model in models:
         for row in model.long_context.context_gain if model.long_context else ():
@@ -159,7 +160,7 @@ def _gains(models: Sequence[ModelResult]) -> Iterator[Figure]:
         )
 
 
-def _needles(models: Sequence[ModelResult]) -> Iterator[Figure]:
+def _needles(models: Sequence[ModelEvaluation]) -> Iterator[Figure]:
     for model in models:
         found = model.long_context.needle if model.long_context else None
         if found is None:
@@ -218,7 +219,7 @@ def _grid(needle: NeedleResult) -> dict[tuple[int, float], _Found]:
     return grid
 
 
-def _tasks(models: Sequence[ModelResult]) -> Iterator[Figure]:
+def _tasks(models: Sequence[ModelEvaluation]) -> Iterator[Figure]:
     rows = [
         (
             row.task,
@@ -255,7 +256,7 @@ def _tasks(models: Sequence[ModelResult]) -> Iterator[Figure]:
         )
 
 
-def _key_tokens(models: Sequence[ModelResult]) -> Iterator[Figure]:
+def _key_tokens(models: Sequence[ModelEvaluation]) -> Iterator[Figure]:
     rows = [
         (
             fmt.count(row.length),
@@ -278,7 +279,7 @@ def _key_tokens(models: Sequence[ModelResult]) -> Iterator[Figure]:
         )
 
 
-def _defined(models: Sequence[ModelResult]) -> Iterator[Figure]:
+def _defined(models: Sequence[ModelEvaluation]) -> Iterator[Figure]:
     rows = [
         (
             row.definition,

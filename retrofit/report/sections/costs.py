@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from retrofit import format as fmt
+from retrofit.evaluation.result import ModelEvaluation
 from retrofit.evaluation.running import decoding_change
 from retrofit.report.charts import plots
 from retrofit.report.charts.drawing import Line
-from retrofit.report.data import ModelResult, RunData
+from retrofit.report.data import RunData
 from retrofit.report.parts import Figure, Number, Table
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def _named(run: RunData, length: int) -> str:
     return f"{fmt.count(length)} (the window)" if length == run.claimed_length else fmt.count(length)
 
 
-def _with_cache(run: RunData) -> list[ModelResult]:
+def _with_cache(run: RunData) -> list[ModelEvaluation]:
     return [model for model in (run.original, run.final) if model is not None and model.kv_cache_bytes]
 
 
