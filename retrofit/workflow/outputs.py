@@ -14,12 +14,10 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from retrofit.checkpoint.provenance import FILE, digest, sha256
-from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.staging import require_writable
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.evaluation.scoring.losses import TokenLosses
-from retrofit.kv_heads.calibrate import moments as stored
 from retrofit.recipe.schema import Convert
 
 QUESTION = "question"
@@ -61,6 +59,8 @@ def done_before(out: Path, question: str) -> dict[str, Any]:
     record = _record(out)
     if record is None or record.get(QUESTION) != question:
         raise _taken(out)
+    from retrofit.checkpoint.read import Checkpoint
+
     Checkpoint.open(out)
     written = record.get(FILES)
     if not isinstance(written, dict):
@@ -105,6 +105,8 @@ def require_moments(folder: Path, section: Convert, out: Path, *, overwrite: boo
         raise UserError(
             f"the method `{section.method}` measures no moments", where="--moments", fix="leave out --moments"
         )
+    from retrofit.kv_heads.calibrate import moments as stored
+
     stored.require_own(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (overwrite or work_folder(out).is_dir()):
         raise UserError(

@@ -211,16 +211,16 @@ def model(label: str, heads: int) -> ModelEvaluation:
     return ModelEvaluation(
         label,
         rows(label),
-        positions(label),
-        per_token,
-        {tokens: per_token * tokens for tokens in (8192, 16384, 32768, 131072)},
-        heads,
-        cost(label, per_token),
-        long_context(label),
-        short_context(label),
-        tasks(label),
-        task_changes(label),
-        written(label),
+        position_losses=positions(label),
+        kv_bytes_per_token=per_token,
+        kv_cache_bytes={tokens: per_token * tokens for tokens in (8192, 16384, 32768, 131072)},
+        kv_heads=heads,
+        cost=cost(label, per_token),
+        long_context=long_context(label),
+        short_context=short_context(label),
+        tasks=tasks(label),
+        task_changes=task_changes(label),
+        continuations=written(label),
     )
 
 

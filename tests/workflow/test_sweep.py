@@ -165,7 +165,7 @@ def test_kept_moments_give_the_same_list_without_a_pass_over_text(
         raise AssertionError("the model ran")
 
     monkeypatch.setattr(sweep_cache, "calibration_text", never)
-    for name in ("survey", "convert_heads"):
+    for name in ("layerwise_pass", "convert_heads"):
         monkeypatch.setattr(pilot, name, never)
     done = command(*options)
     assert done.exit_code == 0, done.output
@@ -384,7 +384,7 @@ def test_moments_that_were_copied_in_part_are_not_taken_for_all(
     with pytest.raises(KeyboardInterrupt):
         retrofit.prices(recipe=file, measure=False, moments=folder)
     assert [path.name for path in folder.glob("layer-*")] == ["layer-000.safetensors"]
-    monkeypatch.setattr(pilot, "survey", lambda *_, **__: pytest.fail("what was measured is kept"))
+    monkeypatch.setattr(pilot, "layerwise_pass", lambda *_, **__: pytest.fail("what was measured is kept"))
     found = retrofit.prices(recipe=file, measure=False, moments=folder)
     assert len(list(folder.glob("layer-*"))) == 2
     assert not (tmp_path / "moments.work").exists()

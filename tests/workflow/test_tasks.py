@@ -121,7 +121,9 @@ def test_what_would_fail_after_the_work_is_told_before(model: Path) -> None:
 
 
 def test_tasks_are_priced_for_every_model() -> None:
-    recipe = load_recipe("quickstart", ["evaluate.lengths=[1000]", "evaluate.cost_lengths=[]"])
+    recipe = load_recipe(
+        "quickstart", ["evaluate.lengths=[1000]", "evaluate.cost_lengths=[]", "evaluate.intermediate=true"]
+    )
     size = TaskSize("quiz", 100, 400, 160.0, 400, 0)
     before, plan = make_plan(recipe, FACTS, SPEED), make_plan(recipe, FACTS, SPEED, [size])
     cost = plan.of("evaluate")
