@@ -76,7 +76,7 @@ def test_yarn_is_the_recipe_without_its_training(
         runs.append(recipe)
         for step in ("4-evaluate", "losses"):
             (out / step).mkdir(parents=True, exist_ok=True)
-        (out / "4-evaluate/metrics.json").write_text('{"models": {"extended": {"rows": [3]}}}')
+        (out / "4-evaluate/metrics.json").write_text('{"models": [{"label": "extended", "rows": [3]}]}')
 
     digests = {"run": "same", "yarn-run": "same"}
 
@@ -90,7 +90,7 @@ def test_yarn_is_the_recipe_without_its_training(
     monkeypatch.setattr(extension, "TokenLosses", Losses)
     recipe = load_recipe(tiny[1], ["evaluate.dtype=float32"], model=str(tiny[0]))
     progress = PlainProgress(io.StringIO())
-    assert extension._yarn(recipe, tmp_path, progress) == {"rows": [3]}
+    assert extension._yarn(recipe, tmp_path, progress) == {"label": "extended", "rows": [3]}
     (plain,) = runs
     assert plain.context
     assert (plain.context.method, plain.context.factor) == ("yarn", 2)
