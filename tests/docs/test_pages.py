@@ -144,7 +144,7 @@ def test_every_result_file_is_listed_with_its_command() -> None:
 def test_what_a_result_file_says_in_a_comment_is_shown_on_its_page() -> None:
     text = (generate.RESULTS / "quickstart.md").read_text()
     assert generate.result_page(text).startswith(
-        "# SmolLM2-135M-Instruct: quickstart\n\nThis is the report.md of `make demo`"
+        "# SmolLM2-135M-Instruct: quickstart\n\nThis is the report.md of `retrofit run quickstart-full`"
     )
 
 
