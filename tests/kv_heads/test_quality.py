@@ -105,7 +105,7 @@ def test_the_model_learnt_something(trained: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["docs", "code"])
-@pytest.mark.parametrize("kv_heads", [2, 1])
+@pytest.mark.parametrize("kv_heads", [pytest.param(2, marks=pytest.mark.slow), 1])
 def test_calibrated_beats_mean_and_the_repair_beats_the_merge(
     trained: Path, converted: Callable[..., tuple[Path, ConvertReport]], kind: str, kv_heads: int
 ) -> None:

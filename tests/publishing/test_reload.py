@@ -71,6 +71,7 @@ def test_a_fresh_process_matches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert report.versions.keys() == {"python", "torch", "transformers"}
 
 
+@pytest.mark.slow
 def test_missing_and_unexpected_tensors(tmp_path: Path) -> None:
     folder, documents, recorded = prepare(tmp_path, "llama")
     weights = load_file(folder / "model.safetensors")
@@ -143,6 +144,7 @@ def test_other_findings_fail() -> None:
         assert not compared(same, "float32", **change).passed
 
 
+@pytest.mark.slow
 def test_an_encoding_that_changes_with_the_length_is_compared_at_a_recorded_short_length(tmp_path: Path) -> None:
     """And only as far as was recorded: documents may be longer than what was scored of them."""
     rope = {
@@ -167,6 +169,7 @@ def test_an_encoding_that_changes_with_the_length_is_compared_at_a_recorded_shor
     assert "at most 32" in str(caught.value.fix)
 
 
+@pytest.mark.slow
 def test_a_document_is_compared_as_far_as_it_was_scored(tmp_path: Path) -> None:
     folder, documents, recorded = prepare(tmp_path, "llama")
     short = tuple(losses[:20] for losses in recorded.losses)

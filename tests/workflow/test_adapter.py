@@ -34,6 +34,7 @@ def require_equal(student: Path, adapter: Path, written: Path) -> None:
         torch.testing.assert_close(merged[name], value)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_adapter_as_long_as_the_recipe_says(
     recovering: Callable[..., Path], model: Path, tmp_path: Path
 ) -> None:
