@@ -1,0 +1,132 @@
+"""The processes that share the work of one command: how many there are, which one this is, and what they exchange.
+
+`torchrun` and `accelerate launch` start every process with RANK, WORLD_SIZE and LOCAL_RANK set. Without them there is
+one process, and everything here does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+from retrofit.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=30)
+"""How long a process waits for another one: rank 0 may calibrate, write or download for hours."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of one command. rank: this one, from 0. local_rank: its number on this node, which is its GPU.
+
+    control: the group for objects and for waiting (gloo); None where there is one process, or before `started`.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    control: ProcessGroup | None = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes, prints and asks the hub: rank 0."""
+        return self.rank == 0
+
+    def mine(self, items: Sequence[T]) -> list[T]:
+        """The items this process works on: every size-th, beginning with the rank-th."""
+        return list(items[self.rank :: self.size])
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every process, in the order of ranks; every process gets all of them."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values  # type: ignore[return-value]
+
+    def merged(self, parts: Sequence[T]) -> list[T]:
+        """The results of all processes in the order of the items that `mine` dealt out."""
+        dealt = self.gather(list(parts))
+        return [dealt[index % self.size][index // self.size] for index in range(sum(map(len, dealt)))]
+
+    def share(self, value: T) -> T:
+        """The value of rank 0, in every process."""
+        if self.size == 1:
+            return value
+        import torch.distributed as dist
+
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its sum over the processes, in its own dtype and on its own device; returns it."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor)
+        return tensor
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.barrier(group=self.control)
+
+
+ALONE = World()
+
+
+def from_environment(environment: Mapping[str, str] = os.environ) -> World:
+    """The world a launcher has described, not started yet; one process where there was no launcher.
+
+    Raises: UserError for variables that contradict one another.
+    """
+    if "WORLD_SIZE" not in environment:
+        return ALONE
+    try:
+        size, rank = int(environment["WORLD_SIZE"]), int(environment.get("RANK", "0"))
+        local_rank = int(environment.get("LOCAL_RANK", "0"))
+    except ValueError as error:
+        raise UserError(
+            "RANK, WORLD_SIZE and LOCAL_RANK have to be numbers",
+            where="environment",
+            fix="start with `torchrun --nproc-per-node=N -m retrofit ...`, or unset them",
+        ) from error
+    if not 0 <= rank < size or local_rank < 0:
+        raise UserError(
+            f"rank {rank} of {size} processes, local rank {local_rank}",
+            where="environment",
+            fix="start with `torchrun --nproc-per-node=N -m retrofit ...`, or unset RANK, WORLD_SIZE and LOCAL_RANK",
+        )
+    return World(rank, size, local_rank)
+
+
+def started(world: World, device: str) -> World:
+    """The world with its process groups: gloo for objects and CPU tensors, NCCL for tensors of a GPU.
+
+    device: "cpu" or "cuda...", where this process computes. A group that is there already is used.
+    """
+    if world.size == 1 or world.control is not None:
+        return world
+    import torch
+    import torch.distributed as dist
+
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(world.local_rank)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    return World(world.rank, world.size, world.local_rank, dist.new_group(backend="gloo", timeout=PATIENCE))

@@ -1,0 +1,65 @@
+"""Run a function in several processes that form a gloo group."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from retrofit.system.world import World, from_environment, started
+
+# One server imports the heavy packages once; every rank is a fork of it, in which no thread has run yet.
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["torch", "torch.distributed", "transformers", "retrofit.model.load"])
+
+
+def on_ranks(folder: Path, size: int, function: Callable[..., Any], *values: Any, seconds: float = 120) -> list[Any]:
+    """What `function(world, *values)` returns on each of `size` processes, in the order of ranks.
+
+    function, values and results are pickled: a function of a module, and no lambda. folder: where the processes meet.
+    Raises AssertionError with the traceback of the first rank that fails.
+    """
+    meeting = folder / f"meeting-{len(list(folder.glob('meeting-*')))}"
+    meeting.touch()
+    pipes, processes = [], []
+    for rank in range(size):
+        ours, theirs = _SERVER.Pipe(duplex=False)
+        process = _SERVER.Process(target=_work, args=(theirs, meeting, rank, size, function, values), daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    results: list[Any] = []
+    try:
+        for rank, pipe in enumerate(pipes):
+            assert pipe.poll(seconds), f"rank {rank} of {size} did not answer in {seconds} s"
+            ok, result = pipe.recv()
+            assert ok, f"rank {rank} of {size}:\n{result}"
+            results.append(result)
+        return results
+    finally:
+        for process in processes:
+            process.join(1 if len(results) == size else 0)
+            if process.is_alive():
+                process.kill()
+
+
+def _work(
+    pipe: Connection, meeting: Path, rank: int, size: int, function: Callable[..., Any], values: tuple[Any, ...]
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+        world: World = started(from_environment(), "cpu")
+        pipe.send((True, function(world, *values)))
+        dist.destroy_process_group()
+    except BaseException:  # the test that waits has to see whatever it was
+        pipe.send((False, traceback.format_exc()))

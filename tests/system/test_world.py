@@ -1,0 +1,68 @@
+"""The processes of one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from retrofit.errors import UserError
+from retrofit.system.world import ALONE, World, from_environment, started
+from tests.ranks import on_ranks
+
+
+def test_without_a_launcher_there_is_one_process() -> None:
+    assert from_environment({}) == ALONE
+    assert started(ALONE, "cpu") is ALONE
+    assert ALONE.main
+
+
+def test_one_process_keeps_everything() -> None:
+    assert ALONE.mine("abc") == ["a", "b", "c"]
+    assert ALONE.gather(5) == [5]
+    assert ALONE.merged([1, 2]) == [1, 2]
+    assert ALONE.share("x") == "x"
+    assert ALONE.sum_(torch.ones(2)).tolist() == [1, 1]
+    ALONE.wait()
+
+
+def test_a_launcher_is_read_from_the_environment() -> None:
+    assert from_environment({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}) == World(3, 4, 1)
+
+
+@pytest.mark.parametrize("broken", [{"RANK": "4"}, {"RANK": "-1"}, {"RANK": "x"}, {"LOCAL_RANK": "-1"}])
+def test_a_broken_environment_is_refused(broken: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="rank|numbers"):
+        from_environment({"WORLD_SIZE": "4", **broken})
+
+
+def exchange(world: World) -> dict[str, object]:
+    own = world.mine(list(range(5)))
+    world.wait()
+    return {
+        "mine": own,
+        "gathered": world.gather(world.rank * 10),
+        "merged": world.merged([item * 2 for item in own]),
+        "shared": world.share(f"from {world.rank}"),
+        "sum": world.sum_(torch.full((2,), world.rank + 1.0, dtype=torch.float64)).tolist(),
+    }
+
+
+def test_processes_deal_out_work_and_exchange_results(tmp_path: Path) -> None:
+    results = on_ranks(tmp_path, 3, exchange)
+    assert [found["mine"] for found in results] == [[0, 3], [1, 4], [2]]
+    for found in results:
+        assert found["gathered"] == [0, 10, 20]
+        assert found["merged"] == [0, 2, 4, 6, 8]
+        assert found["shared"] == "from 0"
+        assert found["sum"] == [6.0, 6.0]
+
+
+def fail(world: World) -> None:
+    raise ValueError(f"rank {world.rank}")
+
+
+def test_a_rank_that_fails_is_shown(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="ValueError: rank 0"):
+        on_ranks(tmp_path, 2, fail)
