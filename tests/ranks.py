@@ -61,5 +61,5 @@ def _work(
         world: World = started(from_environment(), "cpu")
         pipe.send((True, function(world, *values)))
         dist.destroy_process_group()
-    except BaseException:  # the test that waits has to see whatever it was
+    except BaseException:  # noqa: BLE001  the test that waits has to see whatever it was
         pipe.send((False, traceback.format_exc()))

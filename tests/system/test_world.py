@@ -33,7 +33,7 @@ def test_a_launcher_is_read_from_the_environment() -> None:
 
 @pytest.mark.parametrize("broken", [{"RANK": "4"}, {"RANK": "-1"}, {"RANK": "x"}, {"LOCAL_RANK": "-1"}])
 def test_a_broken_environment_is_refused(broken: dict[str, str]) -> None:
-    with pytest.raises(UserError, match="rank|numbers"):
+    with pytest.raises(UserError, match=r"rank|numbers"):
         from_environment({"WORLD_SIZE": "4", **broken})
 
 
