@@ -3,7 +3,7 @@
     python examples/smaller_cache.py --model embedded --kv-heads 1 --lengths 1024 4096 --out out/smaller
 
 The conversion reads calibration text; `--method mean` reads none and shows what calibration is worth. Run it again
-after a stop: every call goes on where it was, and what has ended is not done again.
+after a stop: every call resumes where it was, and what has ended is not done again.
 """
 
 from __future__ import annotations

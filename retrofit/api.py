@@ -105,7 +105,7 @@ def convert(
     overwrite: bool = False,
     progress: Progress | bool = True,
 ) -> Written:
-    """Write `model` with `kv_heads` KV heads per layer to the new folder `out`; the same call goes on after a stop.
+    """Write `model` with `kv_heads` KV heads per layer to the new folder `out`; the same call resumes after a stop.
 
     overwrite: `out` and `moments` may hold what an earlier call wrote, which is replaced. What the method does not read
     is refused. moments: a new folder for what calibration measured in every layer.

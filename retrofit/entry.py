@@ -1,4 +1,4 @@
-"""What every public function does first: what can be told without torch is told, then one line says what goes on.
+"""What every public function does first: raise the errors that need no torch, then print one line on what happens.
 
 Importing torch and transformers takes seconds; a wrong option, a model that is not there and an output folder in use
 are refused before.
@@ -45,7 +45,7 @@ def begun(
 ) -> Iterator[None]:
     """The block that does a command's work, when its surroundings are right.
 
-    what: the line that says what goes on. model: has to be there. out: a new folder, or one that this program wrote.
+    what: the line that says what happens. model: has to be there. out: a new folder, or one that this program wrote.
     writes: other places that it writes. torch: whether the work needs it. In the block failures of the machine become a
     UserError, other libraries print neither progress bars nor warnings, and torch leaves busy cores to other work.
     """

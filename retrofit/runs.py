@@ -39,7 +39,7 @@ def run(
 ) -> RunResult | Plan:
     """Run a recipe (a bundled name, a .yaml file, or a `Recipe`) in the folder `out` (default `runs/<name>`).
 
-    The same call goes on after an interruption. from_step: do this step and all after it again. dry_run: check
+    The same call resumes after an interruption. from_step: do this step and all after it again. dry_run: check
     everything that is on this machine and return the plan. Raises UserError for bad input, GateError when a requirement
     of the recipe is not met.
     """
@@ -119,7 +119,7 @@ def prices(
     recipe: take model, calibration text, repair, seed and dtype from it. budget: bytes at a length (`2GiB@32k`), which
     picks the most KV heads that fit. tokens: of the calibration text. moments: a folder that keeps what was measured;
     the same call then needs no pass over text. measure: time a small matrix product for the estimate. A call that was
-    killed is gone on from by the same call.
+    killed is resumed by the same call.
     Raises UserError for bad input, before any long work.
     """
     from retrofit.kv_heads.sweep.budget import parse_budget

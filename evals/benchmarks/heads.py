@@ -7,7 +7,7 @@ DIR/moby_dick.txt, where the other .txt files of DIR are the calibration text of
 held-out documentation is scored, after calibration on the rest of the documentation. Rows that end in `, other text`
 are calibrated on the built-in kinds of text other than that; --also FILE adds rows whose mix has the FILE too. Writes
 results/kv_heads.json, .md and .svg, a row at a time; a row that is there already, measured with the same settings, is
-not measured again, so an interrupted benchmark goes on.
+not measured again, so an interrupted benchmark resumes.
 """
 
 from __future__ import annotations

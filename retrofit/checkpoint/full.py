@@ -153,4 +153,4 @@ def _removable(where: Path | None, places: Sequence[Path]) -> str:
     if not kept:
         return ""
     size = sum(file.stat().st_size for file in kept[0].rglob("*") if file.is_file())
-    return f"{shown(kept[0])} ({nbytes(size)}) is what the same command goes on from; remove it to start anew"
+    return f"{shown(kept[0])} ({nbytes(size)}) is what the same command resumes from; remove it to start anew"

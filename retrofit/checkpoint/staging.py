@@ -115,7 +115,7 @@ def staged(
 
     Everything is flushed to disk before the rename. On an exception the partial folder is removed; after a kill it
     stays and the next call empties it: a mark beside it says that it is ours. keep: the folder to stage in instead, on
-    the same disk, which is not emptied: what an interrupted call left there can be gone on from; it is removed when
+    the same disk, which is not emptied: an interrupted call can be resumed from what it left there; it is removed when
     nothing is in it. before_replacing: called right before what is at `final` goes; raises where it may not. A symbolic
     link `final` stays, and the result is what it points to.
 

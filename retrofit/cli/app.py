@@ -129,7 +129,7 @@ def plan(
 ) -> None:
     """What each step of a recipe would do, and its memory, disk and time; or what fewer KV heads would cost.
 
-    A price list that was interrupted goes on with the same command.
+    The same command resumes a price list that was interrupted.
     """
     console = console_for(json)
     model, revision = options.pop("model"), options.pop("revision")

@@ -19,7 +19,7 @@ from retrofit.surroundings import Stopped, require_usable, stopping
 
 # click's ClickException, which typer has as a copy of its own or not, depending on its version.
 _PARSER_ERROR: Any = typer.BadParameter.__mro__[2]
-_GOES_ON = "Type the same command again: it goes on where it was."
+_GOES_ON = "Type the same command again: it resumes where it was."
 
 
 class Commands(TyperGroup):

@@ -2,7 +2,7 @@
 
 `first` and `mean` change weights alone, tensor by tensor on the way to disk. The other methods calibrate first
 (`calibrate`), layer by layer into a work folder, and their tensors come from there. Either way the checkpoint streams
-from shard to shard, and a work folder that a kill left behind is gone on from.
+from shard to shard, and resumes from a work folder that a kill left behind.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def convert(
 
     averaged_tokens: calibration tokens whose attention patterns weigh the values; 0 merges values as they are. dtype:
     of the written weights, the source's own by default. The calibration streams are fp32, their matrix products
-    bfloat16 where the processor has them. work: a folder for what a later attempt can go on from, together with the
+    bfloat16 where the processor has them. work: a folder from which a later attempt can resume, together with the
     shards in `out` that were written from it; the caller removes it. moments: a folder for the moments of every layer,
     made when they are whole. read_with: the source's configuration as it will be after the heads, where its window is
     extended next; keys are merged for the distances and rotations of that one.

@@ -102,9 +102,7 @@ class Recover(Section):
     text: Texts = Field(
         default_factory=lambda: text_mix("python-docs", "python-stdlib"), description="text to train on"
     )
-    allow_repeats: bool = Field(
-        False, description="train more than a million tokens on text that is read more than four times"
-    )
+    allow_repeats: bool = Field(False, description="train on text that is read more than four times")
     keep_adapter: bool = Field(
         False,
         description="keep the adapter for peft as well, in the folder `<checkpoint>-adapter`",

@@ -1,6 +1,6 @@
 """What a recovery reads, step by step: packed rows, the position ids of their tokens, and the stages of a schedule.
 
-Everything is laid out before training, from the recipe and its seed, so that a run that goes on after a kill reads the
+Everything is laid out before training, from the recipe and its seed, so that a run that resumes after a kill reads the
 same rows at the same positions.
 
 Legend: N rows, T tokens of a row.

@@ -85,7 +85,7 @@ def recover(
 
     tokens, held_out: packed rows from `recovery_rows`; without held_out the last weights are kept.
     teacher_folder: the original model (needed for loss: distill). dtype: what is computed in; the checkpoint keeps the
-    student's. work_dir: trainer checkpoints; a run that was killed goes on from its last one and ends with the same
+    student's. work_dir: trainer checkpoints; a run that was killed resumes from its last one and ends with the same
     bytes (on the same machine). adapter: an existing folder for the adapter as peft reads it. logs: TensorBoard's
     folder, where `recipe.report_to` names it; without one TENSORBOARD_LOGGING_DIR or work_dir.
 
@@ -137,7 +137,7 @@ def recover(
     if held_out is None:
         _note(notes, progress, "nothing is held out, so the last weights are kept, not the best")
     if resumed_from:
-        _note(notes, progress, f"going on from step {resumed_from} of {steps}")
+        _note(notes, progress, f"resuming from step {resumed_from} of {steps}")
     if progress is not None:
         progress.start("recover", steps * watch.tokens_per_step, "tokens")
         progress.advance(resumed_from * watch.tokens_per_step)
@@ -266,7 +266,7 @@ def _fingerprint(
     compute: torch.dtype,
     kernel: str,
 ) -> str:
-    """Everything a checkpoint depends on, so that a run never goes on from another training's."""
+    """Everything a checkpoint depends on, so that a run never resumes from another training's."""
     settings = recipe.model_dump_json(exclude={"report_to", "keep_adapter", "allow_repeats"})  # they change no weight
     state = hashlib.sha256(repr((settings, seed, str(compute), kernel)).encode())
     for folder in (student, teacher):

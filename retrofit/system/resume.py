@@ -1,4 +1,4 @@
-"""What unfinished work can be gone on from: the key that names a piece of work, and the finished parts it keeps.
+"""What unfinished work is resumed from: the key that names a piece of work, and the finished parts it keeps.
 
 Torch-free.
 """
@@ -29,7 +29,7 @@ _KEY = "key.json"
 class ResumeKey:
     """Everything that a piece of work depends on: its settings, what it reads, and the version of its code.
 
-    With the same key the result is the same, so what is finished of it is gone on from, and a whole one is kept.
+    With the same key the result is the same, so its finished parts are resumed from, and a whole one is kept.
     """
 
     step: str

@@ -1,4 +1,4 @@
-"""The folder beside an output in which a command keeps what its next call goes on from, for that command alone.
+"""The folder beside an output in which a command keeps what its next call resumes from, for that command alone.
 
 An empty file in it names the command: what stands there without one is somebody's own, and is neither used nor removed.
 """

@@ -63,7 +63,7 @@ def write(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Written:
-    """Do the one step of `recipe` and write its checkpoint to `out`; the same call goes on after an interruption, from
+    """Do the one step of `recipe` and write its checkpoint to `out`; the same call resumes after an interruption, from
     the folder `<out>.work`.
 
     original: the model before the surgery, where the recipe's is what surgery made of it. moments: where to keep those

@@ -48,7 +48,7 @@ _SPARE = 1.1  # room asked for, over the room planned
 class ModelContext:
     """One command's model and everything around it. steps: of its recipe. original_source: the model before the
     surgery, where that is another one than `source`. allow_extrapolation: lengths may be longer than the window.
-    alone: the one step of a command.
+    alone: the one step of a command. requested: the recipe before its relative lengths became numbers.
 
     documents: to measure on; empty until texts are read. harness: the tasks to ask, with their data. notes: what a
     person should know.
@@ -62,6 +62,7 @@ class ModelContext:
     throughput: Throughput = ASSUMED
     allow_extrapolation: bool = False
     alone: bool = False
+    requested: Recipe | None = None
     progress: Progress | None = None
     documents: tuple[Document, ...] = ()
     harness: Harness | None = None
@@ -187,9 +188,20 @@ def open_model(
     """
     source = resolve(require_model(recipe), revision=revision or recipe.revision, weights=False, progress=progress)
     before = source if original is None else resolve(original, weights=False, progress=progress)
+    requested = recipe
     recipe, notes = in_numbers(recipe, source.model, before.model, alone=alone)
     device = resolve_device(recipe.device)
-    return ModelContext(recipe, steps_of(recipe), source, before, device, progress=progress, notes=list(notes))
+    return ModelContext(
+        recipe,
+        steps_of(recipe),
+        source,
+        before,
+        device,
+        alone=alone,
+        requested=requested,
+        progress=progress,
+        notes=list(notes),
+    )
 
 
 def in_numbers(
@@ -244,7 +256,7 @@ def open_context(
         about += step.check_options()
     context = open_model(recipe, revision=revision, original=original, alone=alone, progress=progress)
     recipe, steps = context.recipe, context.steps
-    context.allow_extrapolation, context.alone, context.throughput = allow_extrapolation, alone, throughput or ASSUMED
+    context.allow_extrapolation, context.throughput = allow_extrapolation, throughput or ASSUMED
     context.notes += about
     require_record(context.model.path)
     here = check_model(context)

@@ -26,7 +26,7 @@ _ANOTHER = "remove it, give another --out, or add --overwrite to replace what th
 
 
 def work_folder(out: Path) -> Path:
-    """Where a command keeps what it goes on from: beside its output, or beside what a link of that name points to."""
+    """Where a command keeps what it resumes from: beside its output, or beside what a link of that name points to."""
     out = out.resolve()
     return out.with_name(f"{out.name}.work")
 

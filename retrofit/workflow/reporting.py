@@ -55,7 +55,7 @@ def run_data(context: ModelContext, inputs: Inputs, entries: Mapping[str, Entry]
         gate=tuple(_dicts(gate_of(recipe, evaluated))),
         reload=_json(published.reload) if published else None,
         notes=tuple(dict.fromkeys((*context.notes, *noted))),
-        commands=(command(recipe, context.source),),
+        commands=(command(context.requested or recipe, context.source),),
     )
 
 
@@ -77,7 +77,7 @@ def _json(report: object) -> dict[str, Any] | None:
 
 def _notes(report: Mapping[str, Any] | None) -> list[str]:
     """What a step did not do as asked; how training went about it is no such thing."""
-    return [note for note in (report or {}).get("notes", ()) if not note.startswith(("training in", "going on from"))]
+    return [note for note in (report or {}).get("notes", ()) if not note.startswith(("training in", "resuming from"))]
 
 
 def _dicts(results: tuple[GateResult, ...]) -> list[dict[str, Any]]:

@@ -109,7 +109,7 @@ def _publish(runner: Runner, inputs: Inputs) -> Inputs:
 
 @contextmanager
 def _nothing_left_of_nothing(out: Path) -> Iterator[None]:
-    """A new run folder whose first step was refused is removed again, unless it holds what a later try goes on from."""
+    """A new run folder whose first step was refused is removed again, unless it holds what a later try resumes from."""
     new = not out.exists()
     try:
         yield

@@ -1,6 +1,6 @@
 """Steps in a run folder, each done once.
 
-A step whose key stands in the journal and whose artifact is intact is not done again. So the same command goes on after
+A step whose key stands in the journal and whose artifact is intact is not done again. So the same command resumes after
 a kill, and a changed recipe repeats what it changed and what depends on it.
 """
 

@@ -72,9 +72,9 @@ class Pieces(Protocol):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a step writes. out: its artifact. work: a folder of this very question, for what a later attempt goes on
-    from. moments: a folder for those of a conversion. overwrite: `out` may hold an earlier result. run: the folder of
-    a run, and pieces: where it keeps parts of a step. before_replacing: called before an earlier result goes."""
+    """Where a step writes. out: its artifact. work: a folder of this very question, from which a later attempt
+    resumes. moments: a folder for those of a conversion. overwrite: `out` may hold an earlier result. run: the folder
+    of a run, and pieces: where it keeps parts of a step. before_replacing: called before an earlier result goes."""
 
     out: Path
     work: Path
@@ -111,7 +111,7 @@ class Step(ABC):
 
     @property
     def keeps_work(self) -> bool:
-        """Whether it keeps what a later attempt goes on from."""
+        """Whether it keeps what a later attempt resumes from."""
         return True
 
     def label(self, models: Iterable[str]) -> str | None:

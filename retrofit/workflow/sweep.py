@@ -5,8 +5,8 @@ arithmetic. One or two numbers are then really converted, on the same few tokens
 (repair included), and scored on sequences that the conversion did not see: the curve from cost to loss goes through
 them. So the list says what a converted checkpoint has lost before any recovery.
 
-All of it is kept on the way, layer by layer, in a folder beside the moments or in the cache: a call that was killed is
-gone on from by the same call.
+All of it is kept on the way, layer by layer, in a folder beside the moments or in the cache: the same call resumes
+one that was killed.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def prices(
 
     command: what to type for `{kv_heads}` KV heads. tokens: of the calibration text, a third of it for scoring.
     moments: a folder of moments; they are read if it holds them and written otherwise, and so is what was measured. A
-    call that was killed is gone on from, in the folder `<moments>.work` or, without one, in the cache.
+    call that was killed is resumed, in the folder `<moments>.work` or, without one, in the cache.
     throughput: asked only when there is an estimate to make.
     Raises UserError, before any long work, for a model or a budget with nothing to choose from.
     """

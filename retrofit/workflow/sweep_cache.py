@@ -1,4 +1,4 @@
-"""What a price list measures, kept on the way: a call that was killed is gone on from by the same call."""
+"""What a price list measures, kept on the way: the same call resumes one that was killed."""
 
 from __future__ import annotations
 

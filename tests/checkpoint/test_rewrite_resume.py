@@ -1,4 +1,4 @@
-"""Tensors that are made, and an interrupted rewrite that is gone on from."""
+"""Tensors that are made, and an interrupted rewrite that is resumed."""
 
 from __future__ import annotations
 

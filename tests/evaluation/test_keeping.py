@@ -1,4 +1,4 @@
-"""A synthetic test that is stopped goes on with the haystacks that are left, and ends with the same bits."""
+"""A synthetic test that is stopped resumes with the haystacks that are left, and ends with the same bits."""
 
 from __future__ import annotations
 

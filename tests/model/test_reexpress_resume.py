@@ -1,4 +1,4 @@
-"""A re-expression that is killed goes on at its shard and ends with the same bytes; memory is that of a tensor."""
+"""A re-expression that is killed resumes at its shard and ends with the same bytes; memory is that of a tensor."""
 
 from __future__ import annotations
 

@@ -37,9 +37,10 @@ def test_more_than_four_passes_are_refused_unless_allowed(text: str) -> None:
     require_text(recover(**values, allow_repeats=True))
 
 
-def test_a_short_training_may_repeat_its_text(tmp_path: Path) -> None:
-    (tmp_path / "b.txt").write_text("x" * 400)
-    require_text(recover(tokens=1_000_000, text=[str(tmp_path / "b.txt")]))
+def test_a_short_training_is_refused_as_well(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("x" * 4_000)
+    with pytest.raises(UserError, match=r"about 10 times"):
+        require_text(recover(tokens=10_000, text=[str(tmp_path / "b.txt")]))
 
 
 def test_the_built_in_texts_are_too_small_for_a_long_training() -> None:

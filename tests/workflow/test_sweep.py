@@ -353,7 +353,7 @@ def test_a_killed_list_goes_on_at_its_layer_and_ends_with_the_same_numbers(
     assert found == whole
     assert lives > 10
     assert layers == once, "no layer is read twice"
-    assert any("moments of the original: goes on after 1 of 2 layers" in note for note in said), said
+    assert any("moments of the original: resumes after 1 of 2 layers" in note for note in said), said
     assert not list(place.glob("**/*.safetensors"))
     assert not list(tmp_path.glob("**/*.work"))
     if with_moments:

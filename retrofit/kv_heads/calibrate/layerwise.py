@@ -122,7 +122,7 @@ class CalibratedRun:
         work, layers = self.work, self._spec.layers
         if self._progress:
             if work.resumed_from:
-                self._progress.note(f"calibration goes on after {work.resumed_from} of {len(layers)} layers")
+                self._progress.note(f"calibration resumes after {work.resumed_from} of {len(layers)} layers")
             self._progress.start("convert heads", len(layers), "layers")
             self._progress.advance(work.layers_done)
         if work.layers_done < len(layers):

@@ -1,7 +1,7 @@
 """One pass over a model, layer by layer: the moments of every layer on some text, and the loss on other text.
 
 The residual stream lies on disk (`disk.StreamFolder`): memory is one layer, its Grams, a batch, and the head for some
-rows of logits at a time. A pass that was killed goes on at its layer.
+rows of logits at a time. A pass that was killed resumes at its layer.
 
 Legend: N sequences, B sequences of a batch, T tokens, C model width, V vocabulary, R rows of a chunk.
 """
@@ -56,7 +56,7 @@ def layerwise_pass(
 
     measured: text whose moments in every layer are written to the folder `moments`; averaged_tokens: as in `convert`.
     The stream is fp32, its matrix products bfloat16 where the processor has them. work: a folder for the stream, which
-    a later call with the same arguments goes on from; the caller removes it. Raises UserError for moments or losses
+    a later call with the same arguments resumes from; the caller removes it. Raises UserError for moments or losses
     that are not finite, and where the disk has no room for the stream.
     """
     model = opened(folder)
@@ -86,7 +86,7 @@ def layerwise_pass(
         )
         if progress:
             if on_disk.resumed_from:
-                progress.note(f"{task}: goes on after {on_disk.resumed_from} of {len(spec.layers)} layers")
+                progress.note(f"{task}: resumes after {on_disk.resumed_from} of {len(spec.layers)} layers")
             progress.start(task, len(spec.layers), "layers")
             progress.advance(on_disk.layers_done)
         stream = LayerStream(copy.deepcopy(config), spec, checkpoint.tensor, device=device, autocast=autocast)

@@ -124,7 +124,7 @@ def measure(
 ) -> Calibrated:
     """Moments of the original into `moments`, and the loss of the probes beyond its own.
 
-    work: a folder for what the next call with the same question goes on from, layer by layer; the caller removes it.
+    work: a folder from which the next call with the same question resumes, layer by layer; the caller removes it.
     identity: digests of the weights, part of that question.
     """
     texts = {"fit": fit.digest(), "scored": scored.digest()}

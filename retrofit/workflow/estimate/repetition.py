@@ -17,8 +17,6 @@ from retrofit.recipe.schema import Recover, TextSource
 BYTES_PER_TOKEN = 4
 MOST_PASSES = 4
 """Repetition beyond it gives little (arXiv 2305.16264)."""
-SHORT = 1_000_000
-"""Tokens of a training that may repeat its text: the state that is kept is the best one on held-out text."""
 
 
 def source_tokens(source: TextSource) -> int | None:
@@ -57,8 +55,8 @@ def told(recover: Recover) -> str:
 
 
 def require_text(recover: Recover) -> None:
-    """UserError for a long training that reads a text more than `MOST_PASSES` times, unless it is allowed to."""
-    if recover.allow_repeats or recover.tokens <= SHORT:
+    """UserError for a training that reads a text more than `MOST_PASSES` times, unless it is allowed to."""
+    if recover.allow_repeats:
         return
     read = passes(recover)
     worst = max(read, key=lambda name: read[name], default=None)

@@ -33,7 +33,7 @@ PACKED_BYTES = 60  # of a token while rows are packed: it is a Python number
 
 
 class Convert(Step):
-    """Write the newest checkpoint with fewer KV heads; it goes on from its last own layer and shard after a kill."""
+    """Write the newest checkpoint with fewer KV heads; it resumes from its last own layer and shard after a kill."""
 
     name = "convert"
     version = f"3, heads {VERSION}"

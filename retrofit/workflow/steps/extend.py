@@ -30,7 +30,7 @@ class ExtendReport(Extension):
 
 
 class Extend(Step):
-    """Write the newest checkpoint with a longer window; a search goes on after its last own trial after a kill."""
+    """Write the newest checkpoint with a longer window; a search resumes after its last own trial after a kill."""
 
     name = "extend"
     version = "3"

@@ -39,7 +39,7 @@ PACKED_BYTES = 60  # of a token while rows are packed: it is a Python number
 
 
 class Recover(Step):
-    """Train the newest checkpoint to follow the original; it goes on from its last own checkpoint after a kill."""
+    """Train the newest checkpoint to follow the original; it resumes from its last own checkpoint after a kill."""
 
     name = "recover"
     version = "2"

@@ -28,7 +28,7 @@ class Section:
 
 class Reexpress(Step):
     """Write the model, the same function, as another architecture. A command of its own; in a recipe a model that
-    needs it is re-expressed as it is opened. It goes on from its last own shard after a kill."""
+    needs it is re-expressed as it is opened. It resumes from its last own shard after a kill."""
 
     name = "reexpress"
     version = str(FORMAT)
