@@ -7,11 +7,12 @@ moment leaves the one before.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl
+
+from retrofit.errors import UserError
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -87,7 +90,11 @@ def last_checkpoint(work_dir: Path, fingerprint: str) -> Path | None:
 
 
 class Watch(TrainerCallback):
-    """Records every step, measures the held-out loss when due, keeps the best adapter, completes checkpoints."""
+    """Records every step, measures the held-out loss when due, keeps the best adapter, completes checkpoints.
+
+    read_every: steps whose losses are read from the device together. They are also read before anything is measured or
+    saved, so that no weights of a diverged training are kept.
+    """
 
     def __init__(
         self,
@@ -98,11 +105,15 @@ class Watch(TrainerCallback):
         evaluate_at: frozenset[int],
         tokens_per_step: int,
         progress: Progress | None,
+        read_every: int = 1,
     ) -> None:
         self.course, self.weights, self.held_out_loss = course, weights, held_out_loss
         self.evaluate_at, self.tokens_per_step, self.progress = evaluate_at, tokens_per_step, progress
         self.log: Callable[[dict[str, float]], None] | None = None  # to where the Trainer reports
-        self.loss = float("nan")
+        self.read_every = read_every
+        self.loss: Tensor | None = None  # of the step so far, on the device
+        self.unread: list[tuple[int, Tensor, float]] = []  # (step, its loss, learning rate)
+        self.busy = 0.0  # seconds that the unread steps took
         self.rate = 0.0
         self.began = self.stepped = time.monotonic()
 
@@ -117,6 +128,33 @@ class Watch(TrainerCallback):
         if self.course.best_loss is None or loss < self.course.best_loss:
             self.course.best_step, self.course.best_loss, self.course.best = step, loss, self.weights()
         return loss
+
+    def add(self, loss: Tensor) -> None:
+        """A part of the step's mean loss, on the device."""
+        self.loss = loss if self.loss is None else self.loss + loss
+
+    def read(self, *, measure: bool = False) -> None:
+        """Read the losses of the steps since the last reading into the history; then measure the held-out loss.
+
+        Raises UserError for a loss that is not finite.
+        """
+        if not self.unread:
+            return
+        began = time.monotonic()
+        losses = torch.stack([loss for _, loss, _ in self.unread]).tolist()
+        self.busy += time.monotonic() - began
+        for (step, _, _), loss in zip(self.unread, losses, strict=True):
+            if not math.isfinite(loss):
+                raise diverged(f"the training loss is {loss} at step {step}")
+        held_out = self.measure(self.unread[-1][0]) if measure else None
+        tokens = self.tokens_per_step * len(losses)
+        for (step, _, rate), loss in zip(self.unread, losses, strict=True):
+            self.course.history.append(TrainPoint(step, loss, None, rate, tokens / max(self.busy, 1e-9)))
+        self.course.history[-1] = replace(self.course.history[-1], held_out_loss=held_out)
+        self.unread, self.busy = [], 0.0
+        if self.progress is not None:
+            fields = {"loss": losses[-1]} | ({} if held_out is None else {"held_out": held_out})
+            self.progress.advance(tokens, **fields)
 
     def report(self, control: TrainerControl, loss: float | None) -> None:
         """Log a held-out loss; the Trainer still logs what it was going to at this step."""
@@ -137,21 +175,27 @@ class Watch(TrainerCallback):
         self.stepped = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        speed = self.tokens_per_step / max(time.monotonic() - self.stepped, 1e-9)
-        step = state.global_step
-        held_out = self.measure(step) if step in self.evaluate_at else None
-        self.course.history.append(TrainPoint(step, self.loss, held_out, self.rate, speed))
-        self.report(control, held_out)
-        if self.progress is not None:
-            fields = {"loss": self.loss} | ({} if held_out is None else {"held_out": held_out})
-            self.progress.advance(self.tokens_per_step, **fields)
+        assert self.loss is not None
+        self.busy += time.monotonic() - self.stepped
+        self.unread.append((state.global_step, self.loss, self.rate))
+        self.loss = None
+        due = state.global_step in self.evaluate_at
+        if due or len(self.unread) >= self.read_every:
+            self.read(measure=due)
+            self.report(control, self.course.history[-1].held_out_loss)
 
     def on_save(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.read()
         if state.is_world_process_zero:
             now = time.monotonic()
             self.course.seconds += now - self.began
             self.began = now
             self.course.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def diverged(what: str) -> UserError:
+    """The error of a training whose loss is no longer a finite number."""
+    return UserError(what, where="recover", fix="lower recover.learning_rate (try a third of it) and run again")
 
 
 def trainable(model: torch.nn.Module) -> dict[str, Tensor]:

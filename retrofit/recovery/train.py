@@ -12,6 +12,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,8 @@ from retrofit.recovery.adapters import about_experts, attach, default_rate, merg
 from retrofit.recovery.callbacks import TrainPoint, TrainState, Watch, last_checkpoint, restore, trainable
 from retrofit.recovery.schedule import Rows, TrainRows, about, check_lengths, collate, held_out_lines, training_lines
 from retrofit.recovery.student_teacher import StudentTeacher, body, compute_dtype, hidden_states, load_student_teacher
-from retrofit.recovery.trainer import HeldOut, Objective, RecoveryTrainer, autocast
+from retrofit.recovery.trainer import HeldOut, Objective, RecoveryTrainer, autocast, trial_step
+from retrofit.system.device import micro_batch, steps_between_readings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -124,7 +126,11 @@ def recover(
     checkpoint = last_checkpoint(work_dir, fingerprint)
     course = TrainState(fingerprint) if checkpoint is None else TrainState.load(checkpoint)
     resumed_from = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
-    arguments = _arguments(recipe, work_dir, len(lines.ids_NT), device, seed)
+    attempt = partial(trial_step, objective, model, Rows(lines), compute, device)
+    micro = micro_batch(recipe.batch_size, attempt, device)
+    if micro < recipe.batch_size:
+        _note(notes, progress, f"{micro} of the {recipe.batch_size} rows of a step fit into the GPU at a time")
+    arguments = _arguments(recipe, work_dir, len(lines.ids_NT), device, seed, micro)
     steps = arguments.max_steps
     watch = Watch(
         course,
@@ -133,6 +139,7 @@ def recover(
         evaluate_at=frozenset(round(steps * (i + 1) / recipe.evals) for i in range(recipe.evals)) | {steps},
         tokens_per_step=recipe.batch_size * lines.ids_NT.shape[1],
         progress=progress,
+        read_every=steps_between_readings(device),
     )
     if held_out is None:
         _note(notes, progress, "nothing is held out, so the last weights are kept, not the best")
@@ -217,7 +224,10 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _arguments(recipe: Recover, work_dir: Path, rows: int, device: str, seed: int) -> TrainingArguments:
+def _arguments(
+    recipe: Recover, work_dir: Path, rows: int, device: str, seed: int, micro: int | None = None
+) -> TrainingArguments:
+    """micro: rows of a step that are computed at a time, a divisor of them; by default all."""
     assert recipe.learning_rate is not None
     steps = math.ceil(rows / recipe.batch_size)
     # Newer versions of transformers call it activation checkpointing, and warn of the old name.
@@ -227,7 +237,8 @@ def _arguments(recipe: Recover, work_dir: Path, rows: int, device: str, seed: in
         checkpointing[f"{known}_checkpointing_kwargs"] = {"use_reentrant": False}
     arguments = TrainingArguments(
         output_dir=str(work_dir),
-        per_device_train_batch_size=recipe.batch_size,
+        per_device_train_batch_size=micro or recipe.batch_size,
+        gradient_accumulation_steps=recipe.batch_size // (micro or recipe.batch_size),
         max_steps=steps,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="cosine",
@@ -241,6 +252,7 @@ def _arguments(recipe: Recover, work_dir: Path, rows: int, device: str, seed: in
         logging_strategy="steps" if recipe.report_to else "no",
         logging_first_step=bool(recipe.report_to),
         logging_steps=max(1, steps // LOGGED),
+        logging_nan_inf_filter=False,  # it waits for every loss; `Watch` stops at the first that is not finite
         report_to=list(dict.fromkeys(recipe.report_to)) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,

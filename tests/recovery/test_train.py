@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,7 @@ from retrofit.console import Silent
 from retrofit.data.packing import Packed, training_rows
 from retrofit.errors import UserError
 from retrofit.recipe.schema import Adapter, Recover, Stage, TextSource
+from retrofit.recovery import train
 from retrofit.recovery.callbacks import Watch
 from retrofit.recovery.train import RecoverReport, _arguments, recover
 from tests.tiny import save_tiny, tiny_tokenizer
@@ -194,6 +196,24 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_fix(folders, rows
         run(folders, rows, tmp_path)
     assert "learning_rate" in str(caught.value.fix)
     assert not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("loss", ["distill", "lm"])
+def test_rows_computed_one_at_a_time_and_losses_read_in_groups_give_the_same_training(
+    folders, rows, tmp_path, monkeypatch, loss
+) -> None:
+    recipe = RECIPE.model_copy(update={"loss": loss, "tokens": 15 * 48})  # the last step has one row
+    text = replace(rows[0], ids_NT=rows[0].ids_NT[:15])
+    whole = run(folders, (text, rows[1]), tmp_path / "whole", recipe)
+    monkeypatch.setattr(train, "micro_batch", lambda rows, attempt, device: attempt(1) or 1)
+    monkeypatch.setattr(train, "steps_between_readings", lambda device: 3)
+    parts = run(folders, (text, rows[1]), tmp_path / "parts", recipe)
+    assert any("1 of the 2 rows" in note for note in parts.notes)
+    assert [point.step for point in parts.history] == [point.step for point in whole.history]
+    for ours, theirs in zip(parts.history[1:], whole.history[1:], strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-4)
+        assert (ours.held_out_loss is None) == (theirs.held_out_loss is None)
+    assert parts.best_loss == pytest.approx(whole.best_loss, rel=1e-4)
 
 
 def test_language_model_loss_without_held_out_text_keeps_the_last_weights(folders, rows, tmp_path: Path) -> None:
