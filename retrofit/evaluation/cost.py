@@ -20,7 +20,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from retrofit.errors import UserError
-from retrofit.evaluation.running import LengthCost, RunCost
+from retrofit.evaluation.decoding import batch_costs, synchronize, weights_read
+from retrofit.evaluation.running import GPU_BATCHES, BatchCost, LengthCost, RunCost
 from retrofit.model.families import describe
 from retrofit.model.spec import AttentionSpec
 from retrofit.system.memory import Watch
@@ -43,13 +44,15 @@ def side_by_side(
     decode_tokens: int = 16,
     *,
     rounds: int,
+    batches: Sequence[int] | None = None,
     seed: int = 0,
 ) -> dict[str, RunCost]:
     """`run_cost` of each model, for comparing: all have their turn, `rounds` times over, so that what else the machine
     does for a while slows rounds of every model, and their spread shows it. The bounds of the machine are measured once
     for each dtype.
 
-    models: by label, what loads each; one is in memory at a time.
+    models: by label, what loads each; one is in memory at a time. batches: sequences decoded together; by default
+    `GPU_BATCHES` on a GPU, and none on a CPU, where a forward pass of several rows only takes longer.
 
     Raises: as `run_cost`.
     """
@@ -60,7 +63,9 @@ def side_by_side(
             model = load()
             where = model.dtype, model.device.type
             speeds[where] = speeds.get(where) or machine_speeds(*where)
-            found[label].append(run_cost(model, lengths, decode_tokens, speeds=speeds[where], seed=seed))
+            together = (GPU_BATCHES if model.device.type == "cuda" else ()) if batches is None else batches
+            cost = run_cost(model, lengths, decode_tokens, speeds=speeds[where], batches=together, seed=seed)
+            found[label].append(cost)
             del model
             gc.collect()
     return {label: _together(costs) for label, costs in found.items()}
@@ -82,9 +87,23 @@ def _together(costs: Sequence[RunCost]) -> RunCost:
                 decode_per_s=statistics.median(decoded) if decoded else None,
                 prefill_rounds=prefills,
                 decode_rounds=decoded,
+                batches=_batches_together([one.batches for one in rounds]),
             )
         )
     return replace(costs[0], lengths=tuple(lengths))
+
+
+def _batches_together(rounds: Sequence[Sequence[BatchCost]]) -> tuple[BatchCost, ...]:
+    """Every batch with the speeds of all rounds."""
+    return tuple(
+        replace(
+            same[0],
+            loop_rounds=tuple(speed for one in same for speed in one.loop_rounds),
+            graph_rounds=tuple(speed for one in same for speed in one.graph_rounds),
+            note=next((one.note for one in same if one.note), ""),
+        )
+        for same in zip(*rounds, strict=True)
+    )
 
 
 def machine_speeds(dtype: torch.dtype, device: str) -> Speeds:
@@ -98,10 +117,12 @@ def run_cost(
     decode_tokens: int = 16,
     *,
     speeds: Speeds | None = None,
+    batches: Sequence[int] = (),
     seed: int = 0,
 ) -> RunCost:
     """The cost at every length, clipped to the model's window, each measured once; random tokens, a stock cache.
 
+    batches: sequences that are decoded together as well, over a cache of fixed size (`decoding.batch_costs`).
     With learned positions, which end with the window, what is decoded has its place inside it. speeds: of the machine
     in the model's dtype, measured where they are not given.
 
@@ -128,10 +149,16 @@ def run_cost(
             with Watch(model.device) as watch:
                 seconds, token = _timed(model, prompt, cache)
             held = cache_bytes(cache)
+            together = (
+                batch_costs(model, spec, cache, token, batches, decode_tokens, speeds.bytes_per_second)
+                if batches and decode_tokens
+                else ()
+            )
+            synchronize(model.device)
             began = time.perf_counter()
             for _ in range(decode_tokens):
                 token = _next(model, token, cache)
-            _wait(model)
+            synchronize(model.device)
             speed = decode_tokens / (time.perf_counter() - began)
             expected = spec.kv_cache_bytes(length, model.dtype.itemsize)
             found.append(
@@ -148,6 +175,7 @@ def run_cost(
                     decode_bound=speeds.bytes_per_second / (weights + expected),
                     prefill_rounds=(seconds,),
                     decode_rounds=(speed,) if decode_tokens else (),
+                    batches=together,
                 )
             )
             del cache
@@ -161,15 +189,6 @@ def run_cost(
         bytes_per_second=speeds.bytes_per_second,
         flops_per_second=speeds.flops_per_second,
     )
-
-
-def weights_read(model: PreTrainedModel) -> int:
-    """Bytes of the weights that every token reads: all but an input table that is not the output's as well."""
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    assert isinstance(table.weight, torch.Tensor)
-    own = head is None or table.weight is not head.weight
-    every = sum(parameter.nbytes for parameter in model.parameters())
-    return every - (table.weight.nbytes if own else 0)
 
 
 def prefill_flops(model: PreTrainedModel, spec: AttentionSpec, tokens: int) -> float:
@@ -194,17 +213,13 @@ def _prompt(model: PreTrainedModel, tokens: int, generator: torch.Generator) -> 
 
 
 def _timed(model: PreTrainedModel, ids_1T: torch.Tensor, cache: DynamicCache) -> tuple[float, torch.Tensor]:
+    synchronize(model.device)
     began = time.perf_counter()
     token = _next(model, ids_1T, cache)
-    _wait(model)
+    synchronize(model.device)
     return time.perf_counter() - began, token
 
 
 def _next(model: PreTrainedModel, ids_1T: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
     logits = model(input_ids=ids_1T, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return logits[:, -1].argmax(-1, keepdim=True)
-
-
-def _wait(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)

@@ -125,7 +125,9 @@ def run_costs(
     compared = [label for i, label in enumerate(models) if i in (0, len(models) - 1)]
     loaders = {label: functools.partial(load, models[label]) for label in compared}
     rounds = COST_ROUNDS if len(loaders) > 1 else 1
-    found = side_by_side(loaders, section.cost_lengths, section.decode_tokens, rounds=rounds, seed=seed)
+    found = side_by_side(
+        loaders, section.cost_lengths, section.decode_tokens, rounds=rounds, batches=section.cost_batches, seed=seed
+    )
     return {label: found.get(label) for label in models}
 
 

@@ -52,7 +52,7 @@ class CardInput:
     it. effective: how much of the window the published model is shown to use, None when that was not asked for.
     models: the original first, the published one last. chart: path inside the folder. snippet: what `reload` executes.
     tolerance: what `reload` allows a token's loss and the mean of 1,024 to differ by, in nats. languages, tags: of the
-    source's card.
+    source's card. speed: what was measured of decoding on a GPU, as a sentence.
     """
 
     title: str
@@ -84,6 +84,7 @@ class CardInput:
     languages: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     tolerance: tuple[float, float] | None = None
+    speed: str = ""
 
 
 def require_known(card: CardInput) -> None:

@@ -133,6 +133,12 @@ class Evaluate(Section):
     decode_tokens: Tokens = Field(
         16, ge=0, le=8192, description="tokens decoded at each of `cost_lengths`, each round; 0 measures the prefill"
     )
+    cost_batches: Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...] | None, LISTED] = Field(
+        None,
+        max_length=100,
+        description="sequences decoded together at each of `cost_lengths`, over a cache of fixed size, on a GPU with "
+        "CUDA graphs; by default 1, 8 and 32 on a GPU and none on a CPU",
+    )
     continuation_tokens: Tokens = Field(
         40, ge=0, le=1024, description="tokens that each model writes after a few prompts, for the report; 0 skips it"
     )

@@ -109,6 +109,23 @@ def _cost(found: RunCost) -> Iterator[Part]:
             for one in found.lengths
         ],
     )
+    rows = [(one.length, together) for one in found.lengths for together in one.batches]
+    if rows:
+        yield Table(
+            "Sequences decoded together, cache of fixed size; tokens/s of all, in brackets what bandwidth allows",
+            ["tokens", "sequences", "KV cache", "launched from Python", "as a CUDA graph", "note"],
+            [
+                (
+                    length,
+                    one.batch,
+                    nbytes(one.kv_bytes),
+                    "-" if one.loop_per_s is None else f"{one.loop_per_s:,.1f} [{one.decode_bound:,.0f}]",
+                    "-" if one.graph_per_s is None else f"{one.graph_per_s:,.1f} [{one.decode_bound:,.0f}]",
+                    one.note or "-",
+                )
+                for length, one in rows
+            ],
+        )
 
 
 def _long_context(found: LongContext) -> Iterator[Part]:

@@ -15,6 +15,7 @@ from retrofit.publishing.requirements import snippet_of, terms_of
 from retrofit.recipe.load import dump_recipe
 from retrofit.recipe.schema import Publish, Recipe
 from retrofit.report.data import RunData
+from retrofit.report.sections.costs import decoding_together
 from retrofit.workflow.artifact import Artifact
 from retrofit.workflow.public import public_model, public_recipe
 
@@ -71,6 +72,7 @@ def card_input(
         languages=languages,
         tags=tags,
         tolerance=(allowed.token, allowed.mean),
+        speed=decoding_together(data),
     )
 
 

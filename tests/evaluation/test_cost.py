@@ -62,7 +62,7 @@ def test_models_have_their_turn_and_every_round_is_kept(monkeypatch: pytest.Monk
         speeds.append(Speeds(1.0, 1.0))
         return speeds[-1]
 
-    def measured(model: Any, lengths: list[int], decode_tokens: int, *, speeds: Speeds, seed: int) -> RunCost:
+    def measured(model: Any, lengths: list[int], decode_tokens: int, *, speeds: Speeds, **_: object) -> RunCost:
         found = [
             LengthCost(n, prefill, n / prefill, 1.0, 0, 0, 0, decode_tokens, decode, 1.0, (prefill,), (decode,))
             for n, (prefill, decode) in zip(lengths, times[len(turns)], strict=True)

@@ -13,6 +13,7 @@ from retrofit.console import jsonable
 from retrofit.evaluation.metrics.context_use import LongContext, restored
 from retrofit.evaluation.metrics.perplexity import loss_by_position
 from retrofit.evaluation.result import ModelEvaluation
+from retrofit.evaluation.running import BatchCost
 from retrofit.kernels.registry import KernelCheck
 from retrofit.publishing.reload import ReloadReport
 from retrofit.report.charts import plots
@@ -331,6 +332,33 @@ def test_what_running_costs_stands_beside_what_the_machine_could_do() -> None:
     (found,) = (one for one in figures(run(models=(only,))) if one.title == "Speed and memory by context length")
     assert found.picture is None
     assert found.table.rows[0][6] == "–"
+
+
+def test_sequences_decoded_together_stand_beside_one_another() -> None:
+    def with_batches(label: str, *graphs: float) -> ModelEvaluation:
+        one = model(label, 3 if label == "original" else 1)
+        assert one.cost is not None
+        batches = tuple(
+            BatchCost(count, count << 20, 9000.0, (15.0, 16.0, 15.5), (speed, speed + 1, speed + 2))
+            for count, speed in zip((1, 32), graphs, strict=True)
+        )
+        skipped = BatchCost(64, 64 << 20, 9000.0, (), (), "not measured: it needs <b>")
+        at = replace(one.cost.lengths[1], batches=(*batches, skipped))
+        return replace(one, cost=replace(one.cost, lengths=(one.cost.lengths[0], at)))
+
+    assert costs.decoding_together(run()) == ""
+    assert costs.together(run()).rows == ()
+    data = run(models=(with_batches("original", 200.0, 3000.0), with_batches("recovered", 201.0, 6000.0)))
+    assert costs.decoding_together(data) == (
+        "Decoding as a CUDA graph after 2,048 tokens, tokens/s: 1 at once 201 → 202 (no difference that the rounds "
+        "tell), 32 at once 3,001 → 6,001 (2×)."
+    )
+    (found,) = (one for one in figures(data) if one.title == "Sequences decoded together")
+    assert found.table.rows[2] == (
+        "2,048", "32", "original", "32.0 MiB", "15.5 (15.0 to 16.0)", "3,001 (3,000 to 3,002)", "9,000", "–",
+    )  # fmt: skip
+    assert found.table.rows[4][4:6] == ("–", "–")
+    assert "it needs &lt;b&gt;" in html(data)
 
 
 def with_rounds(label: str, *rounds: tuple[float, ...]) -> ModelEvaluation:

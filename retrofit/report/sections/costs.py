@@ -7,20 +7,21 @@ from typing import TYPE_CHECKING
 
 from retrofit import format as fmt
 from retrofit.evaluation.result import ModelEvaluation
-from retrofit.evaluation.running import decoding_change
+from retrofit.evaluation.running import decoding_change, speed_change
 from retrofit.report.charts import plots
 from retrofit.report.charts.drawing import Line
 from retrofit.report.data import RunData
 from retrofit.report.parts import Figure, Number, Table
 
 if TYPE_CHECKING:
-    from retrofit.evaluation.running import LengthCost
+    from retrofit.evaluation.running import BatchCost, LengthCost
 
 
 def figures(run: RunData) -> Iterator[Figure]:
     """The section `cost`."""
     yield from _cache(run)
     yield from _running(run)
+    yield from _together(run)
 
 
 def memory(run: RunData) -> Table:
@@ -169,3 +170,81 @@ def _running(run: RunData) -> Iterator[Figure]:
             bounds.append(Line(label, [at.length for at in one.lengths], [at.decode_bound for at in one.lengths]))
     picture = plots.decode_by_context("decode", lines, bounds, title=title) if lines else None
     yield Figure("cost", title, said, running(run), picture)
+
+
+def together(run: RunData) -> Table:
+    """Speeds of decoding several sequences at once, at each context length."""
+    measured = [
+        (one.length, batch, model.label)
+        for model in run.models
+        if model.cost
+        for one in model.cost.lengths
+        for batch in one.batches
+    ]
+    rows = [
+        (
+            fmt.count(length),
+            fmt.count(one.batch),
+            label,
+            fmt.nbytes(one.kv_bytes),
+            _spread(one.loop_per_s, one.loop_rounds),
+            _spread(one.graph_per_s, one.graph_rounds),
+            fmt.number(one.decode_bound),
+            one.note or fmt.NONE,
+        )
+        for length, one, label in sorted(measured, key=lambda found: (found[0], found[1].batch))
+    ]
+    headers = (
+        "context length",
+        "sequences",
+        "model",
+        "KV cache",
+        "launched from Python, tokens/s",
+        "CUDA graph, tokens/s",
+        "at most",
+        "note",
+    )
+    return Table(headers, tuple(rows))
+
+
+def decoding_together(run: RunData) -> str:
+    """A sentence for every length at which both models decoded as a CUDA graph: tokens per second, old and new."""
+    said = []
+    for length, pairs in _graphs(run):
+        parts = []
+        for old, new in pairs:
+            change = speed_change(old.graph_rounds, new.graph_rounds)
+            factor = "no difference that the rounds tell" if change is None else fmt.times(change.ratio)
+            speeds = f"{fmt.number(old.graph_per_s)} → {fmt.number(new.graph_per_s)}"
+            parts.append(f"{fmt.count(new.batch)} at once {speeds} ({factor})")
+        said.append(f"Decoding as a CUDA graph after {fmt.count(length)} tokens, tokens/s: {', '.join(parts)}.")
+    return " ".join(said)
+
+
+def _graphs(run: RunData) -> list[tuple[int, list[tuple[BatchCost, BatchCost]]]]:
+    """By length, (original, final model) for each batch that both decoded as a graph."""
+    if run.original is None or run.final is None or not run.original.cost or not run.final.cost:
+        return []
+    after = {(at.length, one.batch): one for at in run.final.cost.lengths for one in at.batches if one.graph_rounds}
+    found = [
+        (
+            at.length,
+            [(one, after[key]) for one in at.batches if one.graph_rounds and (key := (at.length, one.batch)) in after],
+        )
+        for at in run.original.cost.lengths
+    ]
+    return [(length, pairs) for length, pairs in found if pairs]
+
+
+def _together(run: RunData) -> Iterator[Figure]:
+    table = together(run)
+    if not table.rows:
+        return
+    caption = (
+        f"{decoding_together(run)} Tokens per second of all sequences together, over a cache of fixed size. Launched "
+        "from Python: every kernel of every step anew, which takes longer than the kernels of a small model. CUDA "
+        "graph: the step captured once and replayed, which is what a serving engine does. At most: what memory "
+        "bandwidth allows, weights read once and every sequence's KV cache for each step; the more sequences, the more "
+        "of that is the cache."
+    ).strip()
+    yield Figure("cost", "Sequences decoded together", caption, table, None)
