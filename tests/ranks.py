@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -37,7 +38,7 @@ def on_ranks(folder: Path, size: int, function: Callable[..., Any], *values: Any
     try:
         for rank, pipe in enumerate(pipes):
             assert pipe.poll(seconds), f"rank {rank} of {size} did not answer in {seconds} s"
-            ok, result = pipe.recv()
+            ok, result = pickle.loads(pipe.recv_bytes())
             assert ok, f"rank {rank} of {size}:\n{result}"
             results.append(result)
         return results
@@ -59,7 +60,8 @@ def _work(
     try:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
         world: World = started(from_environment(), "cpu")
-        pipe.send((True, function(world, *values)))
+        # As plain bytes: a connection would hand over tensors in memory that ends with this process.
+        pipe.send_bytes(pickle.dumps((True, function(world, *values))))
         dist.destroy_process_group()
     except BaseException:  # noqa: BLE001  the test that waits has to see whatever it was
-        pipe.send((False, traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))

@@ -120,11 +120,11 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         plan: list[Tile] = ctx.plan
         if len(plan) == 1 and plan[0].k0 == 0:
-            return *_tile_backward(plan[0], grad, q, k, v, out, lse, ctx.scale), None, None
+            return *tile_backward(plan[0], grad, q, k, v, out, lse, ctx.scale), None, None
         wide = torch.promote_types(q.dtype, torch.float32)
         dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
         for tile in plan:
-            add_q, add_k, add_v = _tile_backward(tile, grad, q, k, v, out, lse, ctx.scale)
+            add_q, add_k, add_v = tile_backward(tile, grad, q, k, v, out, lse, ctx.scale)
             dq[:, :, tile.q0 : tile.q1] += add_q
             dk[:, :, tile.k0 : tile.k1] += add_k
             dv[:, :, tile.k0 : tile.k1] += add_v
@@ -136,7 +136,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """(out [B, H, T, D] in the dtype of q, lse [B, H, T]) over all tiles. fast: `gemm_tile` may be used."""
     if len(plan) == 1:
-        return _tile_forward(plan[0], q, k, v, scale)
+        return tile_forward(plan[0], q, k, v, scale)
     out, lse = torch.empty_like(q), None
     start = 0
     while start < q.shape[2]:
@@ -144,12 +144,12 @@ def _forward(
         group = [tile for tile in plan if tile.q0 == start]
         stop = max(tile.q1 for tile in group)
         first, *rest = sorted(group, key=lambda tile: ("causal", "full", "edge").index(tile.kind))
-        part, part_lse = _tile_forward(first, q, k, v, scale)
+        part, part_lse = tile_forward(first, q, k, v, scale)
         for tile in rest:
             if part.dtype.itemsize < 4:
                 part = part.float()
             n = tile.q1 - tile.q0
-            add, add_lse = _tile_forward(tile, q, k, v, scale, shift=part_lse if fast else None)
+            add, add_lse = tile_forward(tile, q, k, v, scale, shift=part_lse if fast else None)
             if n == part.shape[2]:
                 part, part_lse = merge(part, part_lse, add, add_lse)
             else:
@@ -163,7 +163,7 @@ def _forward(
     return out, lse
 
 
-def _tile_forward(
+def tile_forward(
     tile: Tile, q: Tensor, k: Tensor, v: Tensor, scale: float, shift: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of one tile; with `shift`, the log-sum-exp of its queries so far, a full tile may use `gemm_tile`."""
@@ -178,7 +178,7 @@ def _tile_forward(
     return out.flip(2), lse.flip(2)
 
 
-def _tile_backward(
+def tile_backward(
     tile: Tile, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, ...]:
     rows = [x[:, :, tile.q0 : tile.q1] for x in (grad, q, out, lse)]
