@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from retrofit.evaluation.tasks.haystack import encode
 from retrofit.model.families import describe
+from retrofit.system.dealing import collected, own_share
+from retrofit.system.world import ALONE, World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,11 +46,12 @@ def continuations(
     *,
     tokens: int,
     kernel: KernelChoice | None = None,
+    world: World = ALONE,
 ) -> tuple[Continuation, ...]:
     """Return the greedy continuations of the built-in prompts and of the beginning of the first document.
 
     tokens: to write after each; fewer where the model ends its text or its learned positions end. A prompt that these
-    cannot hold is left out. Empty for 0.
+    cannot hold is left out. Empty for 0. world: the processes that make this call and share the prompts.
     """
     if tokens < 1:
         return ()
@@ -60,14 +63,16 @@ def continuations(
     from retrofit.evaluation.scoring.score import reading
 
     room, stop = describe(model.config).learned_positions, _ends(model, tokenizer)
-    found = []
+    prompts = [prompt for prompt in prompts if room is None or len(prompt[2]) <= room]
+    written = {}
     with reading(model, kernel, None):
-        for text, source, ids in prompts:
-            if room is not None and len(ids) > room:
-                continue
-            written = _greedy(model, ids, tokens, stop)
-            found.append(Continuation(text, _text(tokenizer, written), len(written), source))
-    return tuple(found)
+        for index in own_share(dict.fromkeys(range(len(prompts)), 1.0), world):
+            written[index] = _greedy(model, prompts[index][2], tokens, stop)
+    written = collected(written, world)
+    return tuple(
+        Continuation(text, _text(tokenizer, written[index]), len(written[index]), source)
+        for index, (text, source, _) in enumerate(prompts)
+    )
 
 
 def _greedy(model: PreTrainedModel, ids: Sequence[int], tokens: int, stop: frozenset[int]) -> list[int]:

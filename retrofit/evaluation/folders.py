@@ -18,6 +18,7 @@ from retrofit.evaluation.scoring.reader import require_positions
 from retrofit.kernels.registry import KernelCheck, KernelChoice, apply, choose, prove
 from retrofit.model.folder import ModelFolder
 from retrofit.recipe.schema import Evaluate
+from retrofit.system.world import ALONE, World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,13 +51,15 @@ def score_folder(
     identity: Mapping[str, str] | None = None,
     partial: Path | None = None,
     continuation_tokens: int = 0,
+    world: World = ALONE,
     progress: Progress | None = None,
 ) -> Scored:
     """Token losses of a checkpoint folder, and what else the section asks for.
 
     native: the length the original was made for; by default what the folder records. identity: digests of the
     checkpoint, recorded with the losses. partial: where finished documents are kept until all are.
-    continuation_tokens: to write after a few prompts.
+    continuation_tokens: to write after a few prompts. world: the processes that make this call; what is read is dealt
+    out to them, and all return all of it.
 
     Raises UserError, before anything is read, where learned positions end before the longest length.
     """
@@ -82,6 +85,7 @@ def score_folder(
         kernel=asked,
         meta=meta,
         partial=partial / "full" if partial else None,
+        world=world,
         progress=progress,
     )
     measured = measure(
@@ -94,9 +98,10 @@ def score_folder(
         kernel=asked,
         seed=seed,
         partial=partial,
+        world=world,
         progress=progress,
     )
-    written = continuations(loaded, tokenizer, documents, tokens=continuation_tokens, kernel=asked)
+    written = continuations(loaded, tokenizer, documents, tokens=continuation_tokens, kernel=asked, world=world)
     del loaded
     gc.collect()
     return Scored(losses, choice, replace(measured, continuations=written))
@@ -111,10 +116,17 @@ def ready(model: ModelFolder, section: Evaluate, kernel: str, device: str) -> tu
 
 
 def run_costs(
-    models: Mapping[str, ModelFolder], section: Evaluate, *, kernel: str, device: str, seed: int
+    models: Mapping[str, ModelFolder],
+    section: Evaluate,
+    *,
+    kernel: str,
+    device: str,
+    seed: int,
+    world: World = ALONE,
 ) -> Mapping[str, RunCost | None]:
     """What the first and the last checkpoint folder cost to run, measured in turn; None for those between them, and
-    where the section asks for no lengths."""
+    where the section asks for no lengths. Of the processes of `world` rank 0 measures while the others wait: they would
+    take its time."""
     if not section.cost_lengths:
         return dict.fromkeys(models)
     from retrofit.evaluation.cost import side_by_side
@@ -125,19 +137,27 @@ def run_costs(
     compared = [label for i, label in enumerate(models) if i in (0, len(models) - 1)]
     loaders = {label: functools.partial(load, models[label]) for label in compared}
     rounds = COST_ROUNDS if len(loaders) > 1 else 1
-    found = side_by_side(
-        loaders, section.cost_lengths, section.decode_tokens, rounds=rounds, batches=section.cost_batches, seed=seed
+    found = world.only(
+        lambda: side_by_side(
+            loaders, section.cost_lengths, section.decode_tokens, rounds=rounds, batches=section.cost_batches, seed=seed
+        )
     )
     return {label: found.get(label) for label in models}
 
 
-def prove_kernel(model: ModelFolder, document: Document, *, kernel: str, device: str) -> KernelCheck:
-    """Compare the kernel's logits with eager's on a short text: in float32 on a CPU, where rounding hides nothing."""
+def prove_kernel(
+    model: ModelFolder, document: Document, *, kernel: str, device: str, world: World = ALONE
+) -> KernelCheck:
+    """Compare the kernel's logits with eager's on a short text: in float32 on a CPU, where rounding hides nothing. Of
+    the processes of `world` rank 0 does."""
     import torch
 
-    loaded = model.load(dtype="float32" if device == "cpu" else "auto", device=device)
-    ids = torch.from_numpy(document.input_ids[:PROOF_TOKENS])[None].to(device)
-    return prove(loaded, kernel_for(loaded, model, kernel, device), ids)
+    def proven() -> KernelCheck:
+        loaded = model.load(dtype="float32" if device == "cpu" else "auto", device=device)
+        ids = torch.from_numpy(document.input_ids[:PROOF_TOKENS])[None].to(device)
+        return prove(loaded, kernel_for(loaded, model, kernel, device), ids)
+
+    return world.only(proven)
 
 
 def kernel_for(loaded: PreTrainedModel, model: ModelFolder, kernel: str, device: str) -> KernelChoice:

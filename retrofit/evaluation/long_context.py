@@ -29,6 +29,7 @@ from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.evaluation.scoring.windows import Windows
 from retrofit.model.folder import ModelFolder
 from retrofit.recipe.schema import Definition, Evaluate
+from retrofit.system.world import ALONE, World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -172,16 +173,18 @@ def measure(
     kernel: KernelChoice | None = None,
     seed: int = 0,
     partial: Path | None = None,
+    world: World = ALONE,
     progress: Progress | None = None,
 ) -> Measured:
     """Everything that `section` asks for beyond `losses`, the plain pass over the first tokens of the documents.
 
     partial: a folder in which every pass and test keeps what is finished, for the next call with the same question.
+    world: the processes that make this call; documents, needles and problems are dealt out to them.
     """
     from retrofit.evaluation.scoring.score import score
 
     def rescore(name: str, documents: Sequence[Document], **how: object) -> TokenLosses:
-        options = {"chunk": section.chunk, "kernel": kernel, "meta": facts, "progress": progress}
+        options = {"chunk": section.chunk, "kernel": kernel, "meta": facts, "world": world, "progress": progress}
         folder = partial / name if partial else None
         return score(model, documents, partial=folder, **options, **how)  # type: ignore[arg-type]
 
@@ -198,7 +201,7 @@ def measure(
         else:
             found = rescore(f"{name}@{length}", texts, windows=moving)
         defined.append(value(name, found, length, moving))
-    asked = _asked(model, tokenizer, section, kernel, seed, facts, partial, progress)
+    asked = _asked(model, tokenizer, section, kernel, seed, facts, partial, world, progress)
     return Measured(passes, tuple(defined), *asked)
 
 
@@ -210,6 +213,7 @@ def _asked(
     seed: int,
     facts: Mapping[str, object],
     partial: Path | None,
+    world: World,
     progress: Progress | None,
 ) -> tuple[NeedleResult | None, RulerResult | None]:
     if not section.needle and not section.ruler:
@@ -233,6 +237,7 @@ def _asked(
             kernel=kernel,
             meta=facts,
             partial=partial / "needle" if partial else None,
+            world=world,
             progress=progress,
         )
         if asked
@@ -251,6 +256,7 @@ def _asked(
             kernel=kernel,
             meta=facts,
             partial=partial / "ruler" if partial else None,
+            world=world,
             progress=progress,
         )
         if tasks

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from retrofit.checkpoint.provenance import versions
+from retrofit.system.world import ALONE, World
 
 VERSION = 4
 """Of what an evaluation measures: raise it when the same model and text would give other numbers. What a stopped
@@ -49,23 +50,46 @@ class Kept:
 
     folder: None keeps nothing. A file is whole or absent, whatever is killed when. Another version of this code, or of
     the packages that it computes with, asks another question.
+
+    world: the processes that work on the question together, all of which make this object. The folder is the one that
+    rank 0 names, and rank 0 alone decides what in it is good; each process keeps what it finished itself. So what is
+    there can be used by any number of processes.
     """
 
-    def __init__(self, folder: Path | None, key: Mapping[str, object]) -> None:
-        self.folder = folder
-        self.discarded = False
-        if folder is None:
+    def __init__(self, folder: Path | None, key: Mapping[str, object], world: World = ALONE) -> None:
+        self._world = world
+        self.folder = world.share(folder)
+        if self.folder is None:
+            self.discarded = False
             return
+        # Until rank 0 has emptied it, nobody writes there.
+        self.discarded = world.share(self._prepare(self.folder, key) if world.main else False)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @staticmethod
+    def _prepare(folder: Path, key: Mapping[str, object]) -> bool:
+        """Make the folder one for this question; whether it held another one."""
         question = {**key, "code": VERSION, "versions": versions()}
         text = json.dumps(question, sort_keys=True, default=str)
-        stored = folder / _KEY
+        stored, discarded = folder / _KEY, False
         if folder.exists() and not (stored.is_file() and stored.read_text(encoding="utf-8") == text):
-            self.discarded = stored.is_file()
+            discarded = stored.is_file()
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{_KEY}.partial"
         partial.write_text(text, encoding="utf-8")
         partial.replace(stored)
+        return discarded
+
+    def arrays(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Those of these arrays that are finished, the same in every process."""
+        found = ((name, self.get(name)) for name in (names if self._world.main else ()))
+        return self._world.share({name: array for name, array in found if array is not None})
+
+    def values(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of these JSON values that are finished, the same in every process."""
+        found = ((name, self.get_values(name)) for name in (names if self._world.main else ()))
+        return self._world.share({name: values for name, values in found if values is not None})
 
     def get(self, name: str) -> np.ndarray | None:
         """The array of that name, if it is finished."""

@@ -7,7 +7,7 @@ one process, and everything here does nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -69,6 +69,10 @@ class World:
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self.control)
         return values[0]
+
+    def only(self, work: Callable[[], T]) -> T:
+        """What `work` gives in rank 0, which alone does it, in every process; the others wait."""
+        return self.share(work() if self.main else None)  # type: ignore[return-value, arg-type]
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its sum over the processes, in its own dtype and on its own device; returns it."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,9 @@ from retrofit.evaluation.scoring.reader import Reader, frequencies_of, require_p
 from retrofit.evaluation.scoring.windows import Span, Windows
 from retrofit.kernels.registry import KernelChoice, scoring_kernel, using
 from retrofit.model.families import describe
+from retrofit.system.dealing import collected, own_share
 from retrofit.system.resume import DISCARDED, Kept
+from retrofit.system.world import ALONE, World
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -46,6 +48,7 @@ def score(
     kernel: KernelChoice | None = None,
     meta: Mapping[str, object] | None = None,
     partial: Path | None = None,
+    world: World = ALONE,
     progress: Progress | None = None,
 ) -> TokenLosses:
     """Token losses of every document: l_i = -log_softmax(logits_{i-1})[token i], log-softmax in fp32.
@@ -56,7 +59,9 @@ def score(
     chunk: tokens per forward pass. logits_rows: rows of logits [rows, V] that exist at one time. kernel: by default
     blockwise where it can express the model's attention, else an exact stock one. meta: what to record beside the
     kernel, dtype, chunk and digest of the documents. partial: a folder where finished documents are kept until all
-    are, for the next call with the same question. The model's attention kernel is put back afterwards.
+    are, for the next call with the same question. world: the processes that make this call, each with the model; a pass
+    over a document is made by one of them, and all return all losses. progress: of what this process reads. The model's
+    attention kernel is put back afterwards.
 
     Raises: UserError for a position encoding that changes with the length when no lengths are given, for a document
     beyond the model's absolute positions, and for a loss that is not finite (names document and position).
@@ -76,17 +81,31 @@ def score(
             "texts_sha256": [document.text_sha256 for document in documents],
             **(meta or {}),
         }
-        kept = Kept(partial, {**facts, "device": str(model.device), "rows": logits_rows, "lengths": list(lengths)})
+        how = {"device": str(model.device), "rows": logits_rows, "lengths": list(lengths)}
+        kept = Kept(partial, {**facts, **how}, world)
         if kept.discarded and progress:
             progress.note(f"{DISCARDED}; scored anew")
-        if progress:
-            progress.start("score", sum(span.tokens for plan in plans for _, spans in plan for span in spans), "tokens")
-        passes = [
-            _score_document(model, document, plan, known, i, chunk, logits_rows, kept, progress)
+        passes = {
+            f"{i}@{length}": _Pass(i, document, length, spans, None if known is None else known.losses[i])
             for i, (document, plan) in enumerate(zip(documents, plans, strict=True))
-        ]
+            for length, spans in plan
+        }
+        found = kept.arrays(passes)
+        own = own_share({name: one.tokens_read for name, one in passes.items() if name not in found}, world)
+        if progress:
+            progress.start("score", sum(passes[name].tokens for name in (*found, *own)), "tokens")
+        for name in found:
+            _advance(progress, passes[name].tokens, passes[name].document)
+        scored = {}
+        for name in own:
+            scored[name] = passes[name].scored(model, chunk, logits_rows, progress)
+            kept.put(name, scored[name])
+        found |= collected(scored, world)
         if progress:
             progress.finish()
+    by_document: list[dict[int, np.ndarray]] = [{} for _ in documents]
+    for name, one in passes.items():
+        by_document[one.index][one.length] = found[name]
     varies = varying(model.config)
     several = varies is not None and bool(lengths) and windows is None
     if varies:
@@ -94,13 +113,13 @@ def score(
     return TokenLosses(
         documents=tuple(document.name for document in documents),
         kinds=tuple(document.kind for document in documents),
-        losses=tuple(list(found.values())[-1] for found in passes),
+        losses=tuple(list(one.values())[-1] for one in by_document),
         nbytes=tuple(document.nbytes for document in documents),
         token_bytes=tuple(
-            _token_bytes(document)[: len(found[max(found)])] for document, found in zip(documents, passes, strict=True)
+            _token_bytes(document)[: len(one[max(one)])] for document, one in zip(documents, by_document, strict=True)
         ),
         meta=facts,
-        by_length={length: tuple(found[length] for found in passes) for length in passes[0]} if several else {},
+        by_length={n: tuple(one[n] for one in by_document) for n in by_document[0]} if several else {},
     )
 
 
@@ -122,38 +141,45 @@ def _plan(model: PreTrainedModel, document: Document, windows: Windows | None, l
     return [(length, [Span(0, length, 1)]) for length in [*([max(inside)] if inside else []), *beyond]]
 
 
-def _score_document(
-    model: PreTrainedModel,
-    document: Document,
-    plan: Plan,
-    known: TokenLosses | None,
-    index: int,
-    chunk: int,
-    rows: int,
-    kept: Kept,
-    progress: Progress | None,
-) -> dict[int, np.ndarray]:
-    """Losses float32 [length - 1] of one document by pass."""
-    found: dict[int, np.ndarray] = {}
-    ids_T = torch.from_numpy(document.input_ids).to(model.device)
-    for length, spans in plan:
-        name = f"{index}@{length}"
-        losses = kept.get(name)
-        if losses is None:
-            losses = np.full(spans[-1].stop - 1, np.nan, np.float32)  # of tokens that no span scores
-            reader = Reader(model, max(span.tokens for span in spans), chunk=chunk, rows=rows)
-            with frequencies_of(model, length):
-                for span in spans:
-                    if known is not None and span.begin == 0:
-                        losses[: span.stop - 1] = known.losses[index][: span.stop - 1]
-                        _advance(progress, span.tokens, document)
-                        continue
-                    losses[span.first - 1 : span.stop - 1] = _score_span(reader, ids_T, span, document, progress)
-            kept.put(name, losses)
-        else:
-            _advance(progress, sum(span.tokens for span in spans), document)
-        found[length] = losses
-    return found
+@dataclass(frozen=True)
+class _Pass:
+    """One pass over document `index`, with the frequencies of `length` tokens. known: losses of the whole document,
+    where those of its first span are known."""
+
+    index: int
+    document: Document
+    length: int
+    spans: list[Span]
+    known: np.ndarray | None
+
+    @property
+    def tokens(self) -> int:
+        """Those of all spans."""
+        return sum(span.tokens for span in self.spans)
+
+    @property
+    def tokens_read(self) -> int:
+        """Those that the model reads."""
+        return sum(span.tokens for span in self.spans if not self._is_known(span))
+
+    def _is_known(self, span: Span) -> bool:
+        return self.known is not None and span.begin == 0
+
+    def scored(self, model: PreTrainedModel, chunk: int, rows: int, progress: Progress | None) -> np.ndarray:
+        """Losses float32 [stop - 1]; NaN of tokens that no span scores."""
+        losses = np.full(self.spans[-1].stop - 1, np.nan, np.float32)
+        reader = Reader(model, max(span.tokens for span in self.spans), chunk=chunk, rows=rows)
+        ids_T = torch.from_numpy(self.document.input_ids).to(model.device)
+        with frequencies_of(model, self.length):
+            for span in self.spans:
+                if self._is_known(span):
+                    assert self.known is not None
+                    losses[: span.stop - 1] = self.known[: span.stop - 1]
+                    _advance(progress, span.tokens, self.document)
+                else:
+                    found = _score_span(reader, ids_T, span, self.document, progress)
+                    losses[span.first - 1 : span.stop - 1] = found
+        return losses
 
 
 def _score_span(reader: Reader, ids_T: Tensor, span: Span, document: Document, progress: Progress | None) -> np.ndarray:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -14,7 +14,9 @@ from retrofit.evaluation.scoring.reader import Reader, frequencies_of
 from retrofit.evaluation.scoring.score import reading
 from retrofit.evaluation.tasks.haystack import encode
 from retrofit.kernels.registry import KernelChoice
+from retrofit.system.dealing import collected, own_share
 from retrofit.system.resume import DISCARDED, Kept
+from retrofit.system.world import ALONE, World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -143,28 +145,55 @@ def answers_about(
     kernel: KernelChoice | None,
     meta: Mapping[str, object] | None,
     partial: Path | None,
+    together: Callable[[T], Hashable] | None = None,
+    world: World = ALONE,
     progress: Progress | None,
 ) -> tuple[dict[str, tuple[Answer, ...]], str]:
     """(answers to the questions about each text, by its name; the kernel that read them).
 
     read: gives the answers about one text. partial: a folder where those are kept until all are there, for the next
     call with the same question; meta: what else they depend on, above all the digests of the model and its tokenizer.
+    world: the processes that make this call, each with the model; they share the texts, and all return all answers.
+    together: texts of one value of it are read by one process, as far as there are enough values for all of them.
+    progress: of the texts of this process.
     """
-    found = {}
-    if progress:
-        progress.start(test, sum(len(text.ids) for text in texts.values()), "tokens")
     with reading(model, kernel, progress) as used:
         how = {"dtype": str(model.dtype), "device": str(model.device), "kernel": used, "chunk": chunk}
-        kept = Kept(partial, {**(meta or {}), **how, "haystacks_sha256": _digest(texts.values())})
+        kept = Kept(partial, {**(meta or {}), **how, "haystacks_sha256": _digest(texts.values())}, world)
         if kept.discarded and progress:
             progress.note(f"{DISCARDED}; asked anew")
-        for name, text in texts.items():
-            found[name] = _answered(kept, name, lambda text=text: read(text))  # type: ignore[misc]
+        found = {name: tuple(map(_restored, some)) for name, some in kept.values(texts).items()}
+        own = _own({name: text for name, text in texts.items() if name not in found}, together, world)
+        if progress:
+            progress.start(test, sum(len(texts[name].ids) for name in (*found, *own)), "tokens")
+            for name in found:
+                progress.advance(len(texts[name].ids), text=name)
+        answered: dict[str, tuple[Answer, ...]] = {}
+        for name in own:
+            answered[name] = tuple(read(texts[name]))
+            kept.put_values(name, [asdict(answer) for answer in answered[name]])
             if progress:
-                progress.advance(len(text.ids), text=name)
+                progress.advance(len(texts[name].ids), text=name)
+        found |= collected(answered, world)
     if progress:
         progress.finish()
-    return found, used
+    return {name: found[name] for name in texts}, used
+
+
+def _own(texts: Mapping[str, T], together: Callable[[T], Hashable] | None, world: World) -> list[str]:
+    """Names of the texts that this process reads."""
+    groups: dict[Hashable, list[str]] = {}
+    for name, text in texts.items():
+        groups.setdefault(together(text) if together else name, []).append(name)
+    if len(groups) < world.size:
+        groups = {name: [name] for name in texts}
+    costs = {key: sum(len(texts[name].ids) for name in names) for key, names in groups.items()}
+    return [name for key in own_share(costs, world) for name in groups[key]]
+
+
+def _restored(stored: Mapping[str, Any]) -> Answer:
+    """An answer from its JSON values."""
+    return Answer(**{**stored, "expected": tuple(stored["expected"])})
 
 
 def _digest(texts: Iterable[Text]) -> str:
@@ -172,16 +201,6 @@ def _digest(texts: Iterable[Text]) -> str:
     for text in texts:
         asked.update(repr((list(text.ids), list(text.questions))).encode())
     return asked.hexdigest()
-
-
-def _answered(kept: Kept, name: str, answers: Callable[[], Sequence[Answer]]) -> tuple[Answer, ...]:
-    """The answers about one text: those that were kept under `name`, or else what `answers` finds, then kept."""
-    found = kept.get_values(name)
-    if found is None:
-        now = tuple(answers())
-        kept.put_values(name, [asdict(answer) for answer in now])
-        return now
-    return tuple(Answer(**{**one, "expected": tuple(one["expected"])}) for one in found)
 
 
 def _shared(ids: Sequence[int], before: Sequence[int], chunk: int) -> int:

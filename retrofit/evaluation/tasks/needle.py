@@ -26,6 +26,7 @@ from retrofit.errors import UserError
 from retrofit.evaluation.tasks.asking import EXTRA_TOKENS, Answer, Question, TextReader, answers_about, tokens_read
 from retrofit.evaluation.tasks.haystack import Wording, boundaries, encode, filler
 from retrofit.kernels.registry import KernelChoice
+from retrofit.system.world import ALONE, World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -140,12 +141,14 @@ def needle(
     kernel: KernelChoice | None = None,
     meta: Mapping[str, object] | None = None,
     partial: Path | None = None,
+    world: World = ALONE,
     progress: Progress | None = None,
 ) -> NeedleResult:
     """Ask for a needle at every length and depth. prose: what it is hidden in; repeated when it is too short.
 
     multi_key: the needles of all depths stand in one haystack. partial: a folder where the answers about each haystack
     are kept until all are, for the next call with the same question; meta: digests of model and tokenizer, part of it.
+    world: the processes that make this call and share the haystacks.
 
     Raises: UserError for an unknown test, a length in which the question alone has no room, or needles together that
     have no keys, or not enough.
@@ -163,7 +166,18 @@ def needle(
         return readers[prompt.length].answers(prompt)
 
     answers, used = answers_about(
-        texts, read, model, test=test, chunk=chunk, kernel=kernel, meta=meta, partial=partial, progress=progress
+        texts,
+        read,
+        model,
+        test=test,
+        chunk=chunk,
+        kernel=kernel,
+        meta=meta,
+        partial=partial,
+        # The prose before a needle stands in the cache for the other needles of a sample.
+        together=lambda prompt: (prompt.length, prompt.sample),
+        world=world,
+        progress=progress,
     )
     cells = []
     for name, prompt in texts.items():

@@ -18,6 +18,7 @@ import numpy as np
 from retrofit.evaluation.tasks.asking import Answer, TextReader, answers_about
 from retrofit.evaluation.tasks.ruler_problems import problems_of
 from retrofit.kernels.registry import KernelChoice
+from retrofit.system.world import ALONE, World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,12 +68,14 @@ def ruler(
     kernel: KernelChoice | None = None,
     meta: Mapping[str, object] | None = None,
     partial: Path | None = None,
+    world: World = ALONE,
     progress: Progress | None = None,
 ) -> RulerResult:
     """Every task at every length. prose: haystack and source of words.
 
     partial: a folder where the answers about each text are kept until all are, for the next call with the same
-    question; meta: digests of model and tokenizer, part of that question.
+    question; meta: digests of model and tokenizer, part of that question. world: the processes that make this call and
+    share the texts.
 
     Raises: UserError for an unknown task, or a length too short for one.
     """
@@ -87,6 +90,7 @@ def ruler(
         kernel=kernel,
         meta=meta,
         partial=partial,
+        world=world,
         progress=progress,
     )
     answers = [(*key, one) for key, some in zip(problems, found.values(), strict=True) for one in some]
