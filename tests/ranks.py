@@ -15,7 +15,8 @@ from retrofit.system.world import World, from_environment, started
 
 # One server imports the heavy packages once; every rank is a fork of it, in which no thread has run yet.
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["torch", "torch.distributed", "transformers", "retrofit.model.load"])
+_HEAVY = ("transformers.models.llama.modeling_llama", "retrofit.kv_heads.calibrate.layerwise", "tests.tiny")
+_SERVER.set_forkserver_preload(["torch.distributed", *_HEAVY])
 
 
 def on_ranks(folder: Path, size: int, function: Callable[..., Any], *values: Any, seconds: float = 120) -> list[Any]:
