@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 SIZE = 1024
+LAUNCHES = 500  # of a small kernel, timed together
 COPY_BYTES = 256 << 20  # far more than any cache holds
 
 
@@ -22,6 +23,17 @@ def bandwidth(device: str = "cpu", seconds: float = 0.3) -> float:
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
     return 2 * COPY_BYTES / _best(lambda: target.copy_(source), device, seconds)
+
+
+def launch_seconds(device: str, seconds: float = 0.2) -> float:
+    """Seconds that launching one small kernel takes, the work of the kernel itself being next to nothing."""
+    one = torch.zeros(1, device=device)
+
+    def launch() -> None:
+        for _ in range(LAUNCHES):
+            one.add_(1)
+
+    return _best(launch, device, seconds) / LAUNCHES
 
 
 def _best(work: Callable[[], object], device: str, seconds: float) -> float:

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from retrofit.evaluation.running import GPU_BATCHES
 from retrofit.model.spec import AttentionSpec
 from retrofit.recipe.schema import Evaluate
 
 BASE_BYTES = 700 << 20  # a Python process with torch and transformers imported
 EFFICIENCY = 0.5  # share of matrix-multiplication speed that a whole forward pass reaches
-CALL_SECONDS = 0.001  # of the Python code of one layer
+CALL_SECONDS = 0.001  # of the Python code of one layer that decodes one token
+LAYER_LAUNCHES = 100  # launches of bare kernels that take as long as one layer's pass through transformers launches
+ADAPTER_LAUNCHES = 2.5  # how many times as long a layer takes whose projections carry adapters
+SOLVE_LAUNCHES = 60_000  # the same, of a layer's moments, grouping and refits in a calibrated conversion
+DISK_BYTES_PER_SECOND = 1.5e9  # of weights that are read, checked, digested or written, where nothing is known
+CHUNK = 512  # tokens of a forward call of a search
 TOKEN_BYTES = 4  # of a task's prompts, where no tokenizer is at hand
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -20,12 +26,16 @@ class Throughput:
     """Floating-point operations per second of large matrix products, and how the numbers were made.
 
     float32: of the moments and refits of a conversion; flops: of training and scoring, in bfloat16 where it is faster.
+    launch_seconds: of launching one small kernel on a GPU, which is what a small model waits for; 0 on a CPU, where
+    that is part of the work.
     """
 
     flops: float
     float32: float
     how: str
     bytes_per_second: float = 10e9
+    launch_seconds: float = 0.0
+    disk_bytes_per_second: float = DISK_BYTES_PER_SECOND
 
 
 ASSUMED = Throughput(50e9, 50e9, "assumed 50 GFLOP/s, not measured on this machine")
@@ -121,15 +131,32 @@ class CostModel:
         scores = sum(4 * layer.query_heads * layer.head_dim for layer in self.after.layers)
         return tokens * (2 * self.matmul_parameters + scores * context / 2)
 
+    @property
+    def launching(self) -> float:
+        """Seconds that launching the kernels of one forward pass takes, whatever its size; 0 on a CPU."""
+        return LAYER_LAUNCHES * self.throughput.launch_seconds * len(self.facts.spec.layers)
+
+    @property
+    def call_seconds(self) -> float:
+        """Seconds of Python and launches in a forward pass that decodes one token."""
+        return CALL_SECONDS * len(self.facts.spec.layers) + self.launching
+
+    def disk_seconds(self, passes: float) -> float:
+        """Of reading or writing all weights `passes` times."""
+        return passes * self.facts.weight_bytes / self.throughput.disk_bytes_per_second
+
     def run_seconds(self, tokens: int, evaluate: Evaluate) -> float:
-        """Of a prefill of `tokens` tokens and decoding after it."""
-        return self.seconds(tokens, tokens) + evaluate.decode_tokens * self.decode_seconds(tokens)
+        """Of a prefill of `tokens` tokens and decoding after it, batches included: from Python, and as a graph."""
+        decoded = evaluate.decode_tokens * self.decode_seconds(tokens)
+        default = GPU_BATCHES if self.throughput.launch_seconds else ()
+        batches = default if evaluate.cost_batches is None else evaluate.cost_batches
+        return self.seconds(tokens, tokens) + decoded * (1 + 2 * len(batches))
 
     def decode_seconds(self, tokens: int) -> float:
         """Of one token after `tokens` others: weights and cache are read."""
         spec = self.facts.spec
         read = self.facts.weight_bytes + spec.kv_cache_bytes(tokens, DTYPE_BYTES.get(self.facts.dtype, 2))
-        return read / self.throughput.bytes_per_second + CALL_SECONDS * len(spec.layers)
+        return read / self.throughput.bytes_per_second + self.call_seconds
 
     def task_seconds(self, task: TaskSize, batch_size: int) -> float:
         """Of one model's answers: every request is read, weights and all, and answers are generated to their limit."""
@@ -150,10 +177,28 @@ class CostModel:
         scores = sum(4 * x.query_heads * x.head_dim for x in self.after.layers)
         return tokens * (matrices + scores * context / 2)
 
-    def seconds(self, tokens: int, context: int, passes: float = 1, *, float32: bool = False) -> float:
-        """Of `passes` forward passes."""
-        speed = self.throughput.float32 if float32 else self.throughput.flops
-        return passes * self.flops(tokens, context) / (speed * EFFICIENCY)
+    def seconds(
+        self,
+        tokens: int,
+        context: int,
+        passes: float = 1,
+        *,
+        float32: bool = False,
+        call: int | None = None,
+        launches: float = 1.0,
+    ) -> float:
+        """Of `passes` forward passes over `tokens` tokens, `call` at a time (by default a sequence of `context`).
+
+        Whichever takes longest: multiplying, reading the weights at every call, or launching the kernels of every call
+        (`launches` times as many as a plain layer has).
+        """
+        speed, calls = (
+            self.throughput.float32 if float32 else self.throughput.flops,
+            passes * tokens / (call or context),
+        )
+        multiplying = passes * self.flops(tokens, context) / (speed * EFFICIENCY)
+        reading = calls * self.facts.weight_bytes / self.throughput.bytes_per_second
+        return max(multiplying, reading, calls * launches * self.launching)
 
 
 def converted_spec(spec: AttentionSpec, kv_heads: int | None) -> AttentionSpec:

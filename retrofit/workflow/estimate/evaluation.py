@@ -30,10 +30,10 @@ def evaluation_cost(recipe: Recipe, evaluate: Evaluate, model: CostModel) -> Cos
     costed = sorted({min(length, model.claimed) for length in evaluate.cost_lengths})
     if costed:  # one pass at once holds what the matrices of one layer give
         peak = max(peak, loaded + model.prefill_bytes(costed[-1]))
-    piece = model.seconds(documents * longest, longest)
+    piece = model.seconds(documents * longest, longest, call=chunk)
     further = further_reading(evaluate, native)
-    piece += sum(model.seconds(documents * tokens, context) for tokens, context in further)
-    piece += sum(model.seconds(tokens, context) for tokens, context in questions_read(evaluate))
+    piece += sum(model.seconds(documents * tokens, n, call=min(chunk, n)) for tokens, n in further)
+    piece += sum(model.seconds(tokens, n, call=min(chunk, n)) for tokens, n in questions_read(evaluate))
     piece += PROMPTS_CONTINUED * evaluate.continuation_tokens * model.decode_seconds(0)
     running = MACHINE_SECONDS + sum(model.run_seconds(n, evaluate) for n in costed) if costed else 0.0
     turns = 2 * COST_ROUNDS if models > 1 else 1

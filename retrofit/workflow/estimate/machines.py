@@ -31,12 +31,16 @@ class Machine:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU by its data sheet: dense bfloat16 and float32 TFLOP/s, GB of memory, TB/s of bandwidth."""
+    """A GPU by its data sheet: dense bfloat16 and float32 TFLOP/s, GB of memory, TB/s of bandwidth.
+
+    launch: microseconds that launching a small kernel takes a usual processor beside it.
+    """
 
     bfloat16: float
     float32: float
     memory: int
     bandwidth: float
+    launch: float = 10.0
 
 
 GPUS: Mapping[str, Gpu] = {
@@ -56,7 +60,8 @@ def planned_for(name: str, gpus: int = 1) -> tuple[Machine, Throughput]:
     if not 1 <= gpus <= MOST_GPUS:
         raise UserError(f"{gpus} GPUs are no number of them", where="--gpus", fix=f"use 1 to {MOST_GPUS:,}")
     how = f"{gpu.bfloat16:g} TFLOP/s in bfloat16 and {gpu.float32:g} in float32, the data sheet of the {name.upper()}"
-    speed = Throughput(gpu.bfloat16 * 1e12, gpu.float32 * 1e12, how, gpu.bandwidth * 1e12)
+    how += f", and {gpu.launch:g} us to launch a kernel"
+    speed = Throughput(gpu.bfloat16 * 1e12, gpu.float32 * 1e12, how, gpu.bandwidth * 1e12, gpu.launch * 1e-6)
     return Machine(name.upper(), gpu.memory * 10**9, gpus=gpus), speed
 
 

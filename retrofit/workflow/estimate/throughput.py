@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 
 from retrofit.model.load import multiplies_in_bfloat16
-from retrofit.system.speed import SIZE, flops
+from retrofit.system.device import is_gpu
+from retrofit.system.speed import SIZE, bandwidth, flops, launch_seconds
 from retrofit.workflow.estimate.cost import Throughput
 
 
 def measure(device: str = "cpu", seconds: float = 0.2) -> Throughput:
     """Throughput of 1024 x 1024 x 1024 products, the best of those that fit into `seconds` for each dtype.
 
-    A processor without bfloat16 products takes seconds for one, and nothing here would use it: it is not timed.
+    A processor without bfloat16 products takes seconds for one, and nothing here would use it: it is not timed. On a
+    GPU its memory and the launch of a small kernel are measured too.
     """
     where = f"measured here on {SIZE}-wide products on {device}"
     float32 = flops(torch.float32, device, seconds)
@@ -20,4 +22,8 @@ def measure(device: str = "cpu", seconds: float = 0.2) -> Throughput:
         return Throughput(float32, float32, f"{float32 / 1e9:,.0f} GFLOP/s in float32, {where}")
     bfloat16 = flops(torch.bfloat16, device, seconds)
     how = f"{bfloat16 / 1e9:,.0f} GFLOP/s in bfloat16 and {float32 / 1e9:,.0f} in float32, {where}"
-    return Throughput(max(bfloat16, float32), float32, how)
+    if not is_gpu(device):
+        return Throughput(max(bfloat16, float32), float32, how)
+    launch = launch_seconds(device)
+    how += f", {launch * 1e6:.3g} us to launch a kernel"
+    return Throughput(max(bfloat16, float32), float32, how, bandwidth(device), launch)

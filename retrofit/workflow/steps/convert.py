@@ -15,7 +15,7 @@ from retrofit.recipe.schema import Recipe, TextSource
 from retrofit.system.resume import ResumeKey
 from retrofit.workflow.artifact import shard_size
 from retrofit.workflow.checks import require_within
-from retrofit.workflow.estimate.cost import BASE_BYTES, CALL_SECONDS, EFFICIENCY, Cost, CostModel
+from retrofit.workflow.estimate.cost import BASE_BYTES, EFFICIENCY, SOLVE_LAUNCHES, Cost, CostModel
 from retrofit.workflow.samples import SAMPLE_ROWS, sampled_tokens
 from retrofit.workflow.step import Inputs, Place, Step
 from retrofit.workflow.steps.extend import record_of as context_record
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 MOMENTS = "moments"
 TRANSFER_PASSES = 7  # forward and backward twice over the text that is trained on, and what is held out, four times
 BATCH_TOKENS = 8192  # of a calibration batch
+MEAN_PASSES = 4  # over the weights: digested, checked, read and written, and digested again
 PACKED_BYTES = 60  # of a token while rows are packed: it is a Python number
 
 
@@ -134,7 +135,7 @@ class Convert(Step):
         work = f"{spec.layers[0].kv_heads} to {convert.kv_heads} KV heads in {len(spec.layers)} layers, "
         work += str(convert.method)
         if not convert.calibrates:
-            seconds = 4 * facts.weight_bytes / model.throughput.bytes_per_second + 1
+            seconds = model.disk_seconds(MEAN_PASSES) + 1
             peak = BASE_BYTES + facts.weight_bytes // len(spec.layers)
             return Cost(self.name, work, peak, facts.weight_bytes, seconds)
         tokens, length = convert.calibration.tokens, convert.calibration.sequence_length
@@ -150,7 +151,10 @@ class Convert(Step):
         peak = BASE_BYTES + max(batch + layer + grams, PACKED_BYTES * tokens)
         does = f"{work}{repair} on {tokens:,} tokens"
         # Each stream passes every layer once; the moments and refits between are about half a pass in float32.
-        seconds = model.seconds(tokens, length, passes=2) + model.seconds(tokens, length, passes=0.5, float32=True)
+        call = min(tokens, BATCH_TOKENS)
+        seconds = model.seconds(tokens, length, passes=2, call=call)
+        seconds += model.seconds(tokens, length, passes=0.5, float32=True, call=call)
+        seconds += len(spec.layers) * SOLVE_LAUNCHES * model.throughput.launch_seconds + model.disk_seconds(MEAN_PASSES)
         if convert.repair == "transfer":
             seconds += TRANSFER_PASSES * model.attention_flops(tokens, length) / (model.throughput.flops * EFFICIENCY)
         sampled = sampled_tokens(convert.calibration.text, tokens)
@@ -161,7 +165,7 @@ class Convert(Step):
             rows, steps = SAMPLE_ROWS, -(-sampled // SAMPLE_ROWS)
             read = facts.weight_bytes / model.throughput.bytes_per_second
             multiply = 2 * rows * model.matmul_parameters / (model.throughput.flops * EFFICIENCY)
-            seconds += steps * (max(read, multiply) + CALL_SECONDS * len(spec.layers))
+            seconds += steps * (max(read, multiply) + model.call_seconds)
         # Upper triangles of two Grams of all values are most of the moments that stay.
         moments = len(spec.layers) * 4 * (first.kv_heads * first.head_dim) ** 2
         return Cost(self.name, does, peak, facts.weight_bytes + moments, seconds)

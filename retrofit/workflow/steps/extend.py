@@ -14,7 +14,7 @@ from retrofit.context.search.candidates import NEAR, TAIL, candidates, rungs
 from retrofit.data.identity import identity
 from retrofit.recipe.schema import Context, Recipe, TextSource
 from retrofit.system.resume import ResumeKey
-from retrofit.workflow.estimate.cost import BASE_BYTES, Cost, CostModel
+from retrofit.workflow.estimate.cost import BASE_BYTES, CHUNK, Cost, CostModel
 from retrofit.workflow.step import Inputs, Place, Step
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ class ExtendReport(Extension):
     """The extension, and how its encoding was searched for."""
 
     search: Any = None
+
+
+NEAR_LAUNCHES = 4  # how many times as long a pass takes to launch whose attention sees nearby tokens only
 
 
 class Extend(Step):
@@ -90,7 +93,7 @@ class Extend(Step):
             return Cost(self.name, f"{does}; the position table is interpolated", BASE_BYTES, disk + table, 2)
         search = section.searches
         if search is None and section.attention_factor is None:
-            seconds = 1.0 + 2 * facts.weight_bytes / model.throughput.bytes_per_second
+            seconds = 1.0 + model.disk_seconds(2)
             return Cost(self.name, f"{does}; only config.json changes", BASE_BYTES, disk, seconds)
         if search is None:
             does += f"; the weights of the queries hold the attention factor {section.attention_factor:g}"
@@ -98,13 +101,15 @@ class Extend(Step):
         plan = rungs(model.claimed, search.tokens_for(model.claimed))
         seconds = 0.0
         for rung, (size, count) in enumerate(plan, start=1):
-            seconds += model.seconds(min(size, model.native), size)
+            call = min(CHUNK, size)
+            seconds += model.seconds(min(size, model.native), size, call=call)
             if size == model.claimed or rung == 1:
-                seconds += model.seconds(size * count, size)
+                seconds += model.seconds(size * count, size, call=call)
             else:  # all of the window is read, the last tokens see all of it
                 tail = min(TAIL, model.claimed // 4)
-                seconds += model.seconds((model.claimed - tail) * count, 2 * (model.claimed // NEAR))
-                seconds += model.seconds(tail * count, 2 * model.claimed)
+                near = 2 * (model.claimed // NEAR)
+                seconds += model.seconds((model.claimed - tail) * count, near, call=call, launches=NEAR_LAUNCHES)
+                seconds += model.seconds(tail * count, 2 * model.claimed, call=call)
         tried = ", ".join(f"{count} x {size:,}" for size, count in plan)
         does += f"; encodings x tokens that each counts as: {tried}"
         # The winner's attention factor may have to be written into the weights.

@@ -18,7 +18,7 @@ from retrofit.recipe.schema import Recover as Section
 from retrofit.system.resume import ResumeKey
 from retrofit.workflow.artifact import shard_size
 from retrofit.workflow.checks import require_within
-from retrofit.workflow.estimate.cost import BASE_BYTES, Cost, CostModel
+from retrofit.workflow.estimate.cost import ADAPTER_LAUNCHES, BASE_BYTES, Cost, CostModel
 from retrofit.workflow.estimate.repetition import require_text, told
 from retrofit.workflow.estimate.training_memory import trained_parameters, training_memory
 from retrofit.workflow.outputs import require_same_or_new
@@ -122,9 +122,9 @@ class Recover(Step):
         peak = BASE_BYTES + max(memory.total + ROW_BYTES * text, PACKED_BYTES * text)
         trained = trained_parameters(spec, adapter)
         held_out = (recover.evals + 1) * recover.eval_tokens
-        seconds = model.seconds(recover.tokens, recover.sequence_length, passes) + model.seconds(
-            held_out, recover.sequence_length, passes=2
-        )
+        length = recover.sequence_length
+        seconds = model.seconds(recover.tokens, length, passes, call=rows, launches=ADAPTER_LAUNCHES)
+        seconds += model.seconds(held_out, length, passes=2)
         steps = max(1, recover.tokens // rows)
         does = f"{recover.loss}, LoRA rank {adapter.rank}, {recover.tokens:,} tokens in {steps:,} steps of {rows:,}"
         if read_often := told(recover):

@@ -41,7 +41,7 @@ class Reexpress(Step):
         return "re-expressed"
 
     def estimate(self, model: CostModel) -> Cost:
-        seconds = 4 * model.facts.weight_bytes / model.throughput.bytes_per_second + 1
+        seconds = model.disk_seconds(4) + 1
         return Cost(self.name, "the same function", BASE_BYTES, model.facts.weight_bytes, seconds)
 
     def key(self, context: ModelContext, inputs: Inputs) -> ResumeKey:
