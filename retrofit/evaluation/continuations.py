@@ -78,7 +78,8 @@ def continuations(
 def _greedy(model: PreTrainedModel, ids: Sequence[int], tokens: int, stop: frozenset[int]) -> list[int]:
     import torch
 
-    from retrofit.evaluation.scoring.reader import Reader, frequencies_of
+    from retrofit.evaluation.scoring.reader import Reader
+    from retrofit.model.frequencies import frequencies_of
 
     reader = Reader(model, len(ids) + tokens)
     with frequencies_of(model, len(ids) + tokens):

@@ -107,6 +107,27 @@ def choose(
     return KernelChoice(kernel, kernel, f"asked for; {COMPILES}" if compiles else "asked for")
 
 
+def split_kernel(kernel: str, spec: AttentionSpec, device: str, dtype: str | None = None) -> KernelChoice:
+    """The kernel of a model whose sequences are shared out over ranks: `ring`, whose tiles are those of `blockwise`.
+
+    Raises: UserError for a kernel that works on whole sequences only, or attention that the tiles cannot express.
+    """
+    if kernel not in ("auto", "blockwise", "ring"):
+        raise UserError(
+            f"kernel `{kernel}` cannot share one sequence over several ranks",
+            where="kernel",
+            fix="use kernel: auto, or one rank for each sequence",
+        )
+    objection = _objection("blockwise", spec, device, True, dtype)
+    if objection:
+        raise UserError(
+            f"one sequence cannot be shared over several ranks: {objection}",
+            where=f"attention of {spec.family} on {device}",
+            fix="use one rank for each sequence",
+        )
+    return KernelChoice(kernel, "ring", "one sequence over several ranks")
+
+
 def apply(model: PreTrainedModel, choice: KernelChoice) -> None:
     """Set the model's attention implementation, made known to transformers where it is ours.
 

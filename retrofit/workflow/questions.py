@@ -95,7 +95,7 @@ class Questions:
 def check_tasks(recipe: Recipe, harness: Harness, config: Any, kernel: str) -> None:
     """UserError for what would fail later: a batch that the kernel or the positions do not allow, and requirements on
     tasks or metrics that are not asked for. config: of the model; kernel: what it will be read with."""
-    from retrofit.evaluation.scoring.reader import varying
+    from retrofit.model.frequencies import varying
 
     section = recipe.evaluate.tasks if recipe.evaluate else None
     assert section

@@ -12,7 +12,7 @@ from retrofit.context import rope
 from retrofit.context.fields import as_dict, views
 from retrofit.context.names import with_theta
 from retrofit.errors import UserError
-from retrofit.evaluation.scoring.reader import varying
+from retrofit.model.frequencies import varying
 from retrofit.recipe.schema import RopeSettings
 from tests.tiny import FAMILIES, save_tiny, tiny_config, tiny_model
 

@@ -22,10 +22,11 @@ from transformers import PreTrainedModel
 from retrofit.data.documents import Document, documents_digest, make_documents, tokenizer_digest
 from retrofit.errors import UserError
 from retrofit.evaluation.scoring.losses import TokenLosses
-from retrofit.evaluation.scoring.reader import Reader, frequencies_of, require_positions, varying
+from retrofit.evaluation.scoring.reader import Reader, require_positions
 from retrofit.evaluation.scoring.windows import Span, Windows
 from retrofit.kernels.registry import KernelChoice, scoring_kernel, using
 from retrofit.model.families import describe
+from retrofit.model.frequencies import frequencies_of, varying
 from retrofit.system.dealing import collected, own_share
 from retrofit.system.resume import DISCARDED, Kept
 from retrofit.system.world import ALONE, World

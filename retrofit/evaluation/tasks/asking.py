@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
-from retrofit.evaluation.scoring.reader import Reader, frequencies_of
+from retrofit.evaluation.scoring.reader import Reader
 from retrofit.evaluation.scoring.score import reading
 from retrofit.evaluation.tasks.haystack import encode
 from retrofit.kernels.registry import KernelChoice
+from retrofit.model.frequencies import frequencies_of
 from retrofit.system.dealing import collected, own_share
 from retrofit.system.resume import DISCARDED, Kept
 from retrofit.system.world import ALONE, World

@@ -237,8 +237,8 @@ class Evaluate(Step):
     def _kept(self, context: ModelContext, label: str, artifact: Artifact, pieces: Pieces) -> Kept:
         """One model of a run, scored now or before."""
         from retrofit.evaluation.continuations import Continuation
-        from retrofit.evaluation.scoring.reader import varying
         from retrofit.evaluation.summary import Kept
+        from retrofit.model.frequencies import varying
 
         names = passes_of(self.section, context.native)
 

@@ -64,7 +64,7 @@ class Publish(Step):
 
     def check_here(self, context: ModelContext) -> Iterable[str]:
         """The card can be written, and something is measured that a fresh process can measure again."""
-        from retrofit.evaluation.scoring.reader import varying
+        from retrofit.model.frequencies import varying
 
         recipe, section, source = self.recipe, self.section, context.source
         if recipe.evaluate is None:
