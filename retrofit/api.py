@@ -127,10 +127,11 @@ def convert(
     recipe = recipe_of("convert", given)
     folder = output_path(out, where="--out")
     kept = None if moments is None else output_path(moments, where="--moments")
-    with begun(f"convert {model} -> {folder}", shown, model=model, revision=revision, out=folder):
+    place: Any = {"model": model, "revision": revision, "out": folder, "recipe": recipe}
+    with begun(f"convert {model} -> {folder}", shown, **place) as world:
         from retrofit.workflow import command
 
-        usual: Any = {"revision": revision, "overwrite": overwrite, "progress": shown}
+        usual: Any = {"revision": revision, "overwrite": overwrite, "world": world, "progress": shown}
         if reexpress_only:
             return command.reexpress(str(model), folder, target=target, dtype=recipe.dtype, **usual)
         return command.write(recipe, folder, moments=kept, **usual)
@@ -163,10 +164,11 @@ def extend(
     """
     recipe, shown = recipe_of("extend", {**locals()}, {"context": {}}), display(progress)
     folder = output_path(out, where="--out")
-    with begun(f"extend {model} -> {folder}", shown, model=model, revision=revision, out=folder):
+    place: Any = {"model": model, "revision": revision, "out": folder, "recipe": recipe}
+    with begun(f"extend {model} -> {folder}", shown, **place) as world:
         from retrofit.workflow.command import write
 
-        return write(recipe, folder, revision=revision, overwrite=overwrite, progress=shown)
+        return write(recipe, folder, revision=revision, overwrite=overwrite, world=world, progress=shown)
 
 
 @as_tables
@@ -209,10 +211,10 @@ def recover(
         )
     recipe, shown = recipe_of("recover", {**locals()}, {"recover": {}}), display(progress)
     folder = output_path(out, where="--out")
-    with begun(f"recover {model} -> {folder}", shown, model=model, out=folder):
+    with begun(f"recover {model} -> {folder}", shown, model=model, out=folder, recipe=recipe) as world:
         from retrofit.workflow.command import write
 
-        return write(recipe, folder, original=str(teacher), overwrite=overwrite, progress=shown)
+        return write(recipe, folder, original=str(teacher), overwrite=overwrite, world=world, progress=shown)
 
 
 @as_tables
@@ -259,7 +261,8 @@ def evaluate(
     section = {} if suite is None else load_suite(suite).evaluation().model_dump(mode="json")
     recipe = recipe_of("evaluate", given, {"evaluate": section})
     file = None if out is None else output_path(out, where="--out")
-    with begun(f"evaluate {model}", shown, model=model, revision=revision, writes=(file,)):
+    usual: Any = {"model": model, "revision": revision, "writes": (file,), "recipe": recipe}
+    with begun(f"evaluate {model}", shown, **usual) as world:
         from retrofit.workflow import command
 
         return command.evaluate(
@@ -268,6 +271,7 @@ def evaluate(
             revision=revision,
             allow_extrapolation=allow_extrapolation,
             overwrite=overwrite,
+            world=world,
             progress=shown,
         )
 

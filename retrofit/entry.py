@@ -21,12 +21,20 @@ from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.model.cache import cache_dir
 from retrofit.model.source import require_there
+from retrofit.recipe.schema import Recipe
 from retrofit.surroundings import require_usable
+from retrofit.system.failure import watched
+from retrofit.system.world import ALONE, World, from_environment, started
 from retrofit.workflow.journal import is_run
 
 
 def display(progress: Progress | bool) -> Progress | None:
-    """Where progress is shown: True is stderr, as on the command line, and False is nowhere."""
+    """Where progress is shown: True is stderr, as on the command line, and False is nowhere.
+
+    Of several processes rank 0 shows it.
+    """
+    if not from_environment().main:
+        return None
     if isinstance(progress, bool):
         return Console().progress if progress else None
     return progress
@@ -42,31 +50,56 @@ def begun(
     out: Path | None = None,
     writes: tuple[Path | None, ...] = (),
     torch: bool = True,
-) -> Iterator[None]:
+    recipe: Recipe | None = None,
+) -> Iterator[World]:
     """The block that does a command's work, when its surroundings are right.
 
     what: the line that says what happens. model: has to be there. out: a new folder, or one that this program wrote.
-    writes: other places that it writes. torch: whether the work needs it. In the block failures of the machine become a
+    writes: other places that it writes. torch: whether the work needs it. recipe: of work that the processes of a
+    launcher share; the block gets their world, else that of one process. In the block failures of the machine become a
     UserError, other libraries print neither progress bars nor warnings, and torch leaves busy cores to other work.
     """
     require_usable()
-    with writing(out, *writes, cache_dir()), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        warnings.filterwarnings("ignore", category=UserWarning)
+    launched = ALONE if recipe is None else from_environment()
+
+    def check() -> None:
         if out is not None:
             _require_free(out)
         if model is not None:
             require_there(model, revision)
+
+    with writing(out, *writes, cache_dir()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=UserWarning)
+        if launched.size == 1:
+            check()
         if progress:
             progress.note(f"{what} (loading PyTorch)" if torch and "torch" not in sys.modules else what)
         if not torch:
-            yield
+            yield ALONE
             return
         from retrofit.model.load import quiet
         from retrofit.system.threads import sharing_cores
 
-        with quiet(), sharing_cores(progress):
-            yield
+        with quiet(), sharing_cores(progress), watched(launched):
+            world = launched if recipe is None else _met(launched, recipe)
+            if world.size > 1:
+                world.only(check)
+            yield world
+
+
+def _met(world: World, recipe: Recipe) -> World:
+    """The world of a launcher when its processes have met, and work for the same recipe with the same versions."""
+    if world.size == 1:
+        return world
+    from retrofit.model.load import resolve_device
+    from retrofit.system.agreement import digest_of, require_same, require_same_versions
+
+    world = started(world, resolve_device(recipe.device))
+    require_same_versions(world)
+    seen = {"the recipe": digest_of(recipe.model_dump(mode="json"))}
+    require_same(world, seen, fix="give every process the same recipe file and the same options")
+    return world
 
 
 def require_run_folder(out: Path) -> None:

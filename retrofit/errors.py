@@ -29,6 +29,9 @@ class UserError(Exception):
         self.where = where
         self.fix = fix
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args, self.__dict__)
+
     def __str__(self) -> str:
         lines = [self.what]
         if self.where:
@@ -37,6 +40,17 @@ class UserError(Exception):
             lines.append(f"  fix:   {self.fix}")
         # A line break of our own is followed by an indented line; another one is part of a name.
         return "\n".join("\n".join(map(visible, _OWN_BREAK.split(line))) for line in lines)
+
+
+def _restored(kind: type[UserError], args: tuple[Any, ...], values: dict[str, Any]) -> UserError:
+    """The error that another process has pickled, whatever its class is made of."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(values)
+    return error
+
+
+class PeerError(UserError):
+    """Another process of the same command has ended before this one was done."""
 
 
 class GateError(UserError):

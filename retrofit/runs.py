@@ -46,15 +46,15 @@ def run(
     loaded, shown = _recipe(recipe, overrides, model), display(progress)
     folder = output_path(out if out is not None else Path("runs") / loaded.name, where="--out")
     require_run_folder(folder)
-    with begun(f"run {loaded.name} in {folder}", shown, model=loaded.model, revision=revision, writes=(folder,)):
+    usual: Any = {"model": loaded.model, "revision": revision, "writes": (folder,), "recipe": loaded}
+    with begun(f"run {loaded.name} in {folder}", shown, **usual) as world:
         from retrofit.workflow import run as runs
-        from retrofit.workflow.context import open_context
         from retrofit.workflow.estimate.machines import this_machine
+        from retrofit.workflow.opening import open_in
 
         runs.check_from_step(from_step, loaded)
-        context = open_context(
-            loaded, revision=revision, out=folder, dry=dry_run, throughput=_measured(loaded), progress=shown
-        )
+        speed = _measured(loaded) if world.main else None
+        context = open_in(world, loaded, revision=revision, out=folder, dry=dry_run, throughput=speed, progress=shown)
         if not dry_run:
             return runs.run(context, folder, from_step=from_step)
         for note in context.notes if shown else ():

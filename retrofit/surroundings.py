@@ -1,4 +1,4 @@
-"""What a command stands on and in: one process, a working directory that exists, permission on its own files, signals.
+"""What a command stands on and in: its process, a working directory that exists, permission on its own files, signals.
 
 Everything here is asked before anything else happens.
 """
@@ -17,8 +17,9 @@ from typing import NoReturn
 
 from retrofit.errors import UserError
 
-# How launchers tell a process how many there are: torchrun and accelerate, Open MPI, MPICH and Intel MPI, MVAPICH2.
-WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+# How launchers that this program does not read tell a process how many there are: Open MPI, MPICH and Intel MPI,
+# MVAPICH2.
+WORLD_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 class Stopped(KeyboardInterrupt):
@@ -30,15 +31,15 @@ class Stopped(KeyboardInterrupt):
 
 
 def require_usable() -> None:
-    """UserError where a command cannot work: one of several processes, in a removed folder, or without rights on what
-    it writes itself."""
-    for name in WORLD_SIZES:
+    """UserError where a command cannot work: one of several processes that do not know of each other, in a removed
+    folder, or without rights on what it writes itself."""
+    for name in WORLD_SIZES if "WORLD_SIZE" not in os.environ else ():
         size = os.environ.get(name, "").strip()
         if size.isascii() and size.isdigit() and int(size[:9]) > 1:
             raise UserError(
-                f"this is one of {int(size[:9])} processes, and this program works in one",
+                f"this is one of {int(size[:9])} processes, and they were not started by torchrun or accelerate launch",
                 where=f"{name} in the environment",
-                fix="start `retrofit` by itself, without torchrun, accelerate launch or mpirun",
+                fix=f"torchrun --nproc-per-node={int(size[:9])} -m retrofit ..., or start `retrofit` by itself",
             )
     if sys.flags.optimize > 1:
         raise UserError(

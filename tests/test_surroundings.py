@@ -93,7 +93,7 @@ def test_a_closed_descriptor_is_not_left_to_the_next_file(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", surroundings.WORLD_SIZES)
-def test_one_of_several_processes_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_do_not_know_of_each_other_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "1")
     surroundings.require_usable()
     monkeypatch.setenv(name, "2")

@@ -24,6 +24,7 @@ from retrofit.cli.recipes import recipes_app
 from retrofit.console import Console
 from retrofit.errors import GateError, UserError
 from retrofit.recipe.options import OPTIONS
+from retrofit.system.world import from_environment
 from retrofit.views import measured, results
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Show the vers
     "retrofit run gqa --model meta-llama/Llama-2-7b-hf --set convert.kv_heads=4",
     "retrofit run quickstart --from recover",
     "retrofit run my.yaml --dry-run",
+    shared=True,
 )
 def run(
     recipe: Recipe,
@@ -182,6 +184,7 @@ def inspect(model: Model, json: Json = False, **options: Any) -> None:
     "retrofit convert ./my-model --kv-heads 4 --method mean --out out/gqa",
     "retrofit convert ./my-model --kv-heads 4 --calibrate notes.txt --calibrate python-docs --out out/gqa",
     "retrofit convert EleutherAI/pythia-160m --reexpress-only --out out/phi",
+    shared=True,
 )
 def convert(
     model: Model,
@@ -218,6 +221,7 @@ def convert(
     "retrofit extend ./my-model --factor 2 --method ntk --out out/long",
     "retrofit extend ./my-model --factor 4 --attention-factor 1.1 --out out/long",
     "retrofit extend ./my-model --factor 4 --method search --text book.txt --out out/long",
+    shared=True,
 )
 def extend(model: Model, out: Out, overwrite: Overwrite = False, json: Json = False, **options: Any) -> None:
     """Write the model with a longer context window; only positions change, and with a factor the queries."""
@@ -230,6 +234,7 @@ def extend(model: Model, out: Out, overwrite: Overwrite = False, json: Json = Fa
     "recover",
     "retrofit recover out/mqa --teacher embedded --tokens 200000 --out out/recovered",
     "retrofit recover out/long --teacher embedded --positions pose --tokens 96k --out out/used",
+    shared=True,
 )
 def recover(
     model: Model,
@@ -254,6 +259,7 @@ def recover(
     "retrofit evaluate out/long --lengths 8k,16k --context-gain --needle 8k,16k",
     "retrofit evaluate out/long --lengths 8192 --definition yarn --document-tokens 32k",
     "retrofit evaluate out/mqa --lengths 1024 --task arc_easy --task my-task.yaml --limit 500 --out mqa.npz",
+    shared=True,
 )
 def evaluate(
     model: Model,
@@ -333,6 +339,13 @@ def _written(console: Console, result: Written, original: str | None = None, *, 
 def main() -> None:
     """Entry point of the `retrofit` command."""
     streams.repair()
+    try:
+        if not from_environment().main:
+            streams.silence()
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(error.exit_code) from None
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else it warns of processes of a launcher that have ended
     if os.environ.get("HOME") == "":  # nobody's home: libraries would take the root folder for it
         del os.environ["HOME"]
     # Else Python goes through every object of torch and transformers once more before it ends, for a second.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import sys
 import traceback
 from collections.abc import Iterator
@@ -13,9 +14,12 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from retrofit.cli import streams
 from retrofit.errors import UserError
 from retrofit.escape import visible
 from retrofit.surroundings import Stopped, require_usable, stopping
+from retrofit.system.failure import first_to_fail
+from retrofit.system.world import from_environment
 
 # click's ClickException, which typer has as a copy of its own or not, depending on its version.
 _PARSER_ERROR: Any = typer.BadParameter.__mro__[2]
@@ -53,7 +57,13 @@ class Commands(TyperGroup):
 
 
 def _stop(message: str, code: int) -> None:
-    sys.stderr.write(visible(message, keep="\n") + "\n")
+    """End with a message; of several processes the first one that fails has it."""
+    world = from_environment()
+    if first_to_fail(world):
+        stream = sys.stderr if world.main else streams.failing()
+        rank = "" if world.main else f"\n  rank:  {world.rank} of {world.size}, on {socket.gethostname()}"
+        stream.write(visible(message + rank, keep="\n") + "\n")
+        stream.flush()
     raise typer.Exit(code)
 
 
@@ -75,4 +85,9 @@ class Record(logging.LogRecord):
 
 
 def show_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    sys.stderr.write(visible("".join(traceback.format_exception(kind, error, trace)), keep="\n\t"))
+    """Show the traceback of an error of our own; of several processes the first one that fails has it."""
+    world = from_environment()
+    if not first_to_fail(world):
+        return
+    stream = sys.stderr if world.main else streams.failing()
+    stream.write(visible("".join(traceback.format_exception(kind, error, trace)), keep="\n\t"))

@@ -10,6 +10,7 @@ import typer
 
 from retrofit.console import Console
 from retrofit.recipe.options import OPTIONS, Option
+from retrofit.system.world import from_environment
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, progress on stderr.")]
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A bundled recipe's name, or a .yaml file.")]
@@ -20,23 +21,29 @@ Function = TypeVar("Function", bound=Callable[..., None])
 
 
 def command(
-    app: typer.Typer, function: str, *examples: str, name: str | None = None, without: Sequence[str] = ()
+    app: typer.Typer,
+    function: str,
+    *examples: str,
+    name: str | None = None,
+    without: Sequence[str] = (),
+    shared: bool = False,
 ) -> Callable[[Function], Function]:
     """Make a command of a function whose `**options` are those of the public function that OPTIONS names.
 
     examples: lines for its help. name: where it is not the function's own. without: options that it does not offer, or
-    that it has parameters of its own for.
+    that it has parameters of its own for. shared: the processes of a launcher share the work; otherwise rank 0 does it,
+    and the others have nothing to do.
     """
 
     def decorate(body: Function) -> Function:
         offered = [option for option in OPTIONS.get(function, ()) if option.name not in without]
-        app.command(name or body.__name__, epilog=_examples(examples))(_with_options(body, offered))
+        app.command(name or body.__name__, epilog=_examples(examples))(_with_options(body, offered, shared))
         return body
 
     return decorate
 
 
-def _with_options(body: Callable[..., None], offered: Sequence[Option]) -> Callable[..., None]:
+def _with_options(body: Callable[..., None], offered: Sequence[Option], shared: bool) -> Callable[..., None]:
     """The function with a parameter for each option in the place of its `**options`."""
     hints = get_type_hints(body, include_extras=True)
     own = [
@@ -50,7 +57,8 @@ def _with_options(body: Callable[..., None], offered: Sequence[Option]) -> Calla
     parameters = [*first, *made, *(parameter for parameter in own if parameter not in first)]
 
     def run(**values: Any) -> None:
-        body(**values)
+        if shared or from_environment().main:
+            body(**values)
 
     run.__name__, run.__doc__ = body.__name__, body.__doc__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -58,6 +58,16 @@ def repair() -> None:
     sys.stdout, sys.stderr = _stream(sys.stdout, 1), _stream(sys.stderr, 2)
 
 
+def silence() -> None:
+    """Show nothing of what this process says, one of several; `failing` is heard."""
+    sys.stdout = sys.stderr = _stream(None, os.open(os.devnull, os.O_WRONLY))
+
+
+def failing() -> TextIO:
+    """stderr, also of a process that is silent."""
+    return _stream(None, 2)
+
+
 def finish() -> int | None:
     """Flush both streams. The exit code that a failure of stdout calls for, None without one; it is told on stderr."""
     failure = None

@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from retrofit.model import load
 
@@ -24,6 +24,9 @@ class ModelFolder:
     asked for, and once. Nobody changes `config`: whoever needs another one copies it."""
 
     path: Path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ModelFolder, (self.path,)  # another process reads it itself
 
     @cached_property
     def config(self) -> PretrainedConfig:

@@ -7,10 +7,11 @@ one process, and everything here does nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from retrofit.errors import UserError
 
@@ -40,6 +41,10 @@ class World:
     def main(self) -> bool:
         """Whether this process writes, prints and asks the hub: rank 0."""
         return self.rank == 0
+
+    def device(self, name: str) -> str:
+        """Where this process computes. name: "cpu" or "cuda", which is the GPU of its own among those of the node."""
+        return f"cuda:{self.local_rank}" if name == "cuda" and self.size > 1 else name
 
     def mine(self, items: Sequence[T]) -> list[T]:
         """The items this process works on: every size-th, beginning with the rank-th."""
@@ -71,8 +76,9 @@ class World:
         return values[0]
 
     def only(self, work: Callable[[], T]) -> T:
-        """What `work` gives in rank 0, which alone does it, in every process; the others wait."""
-        return self.share(work() if self.main else None)  # type: ignore[return-value, arg-type]
+        """What `work` gives in rank 0, which alone does it, in every process; the others wait. A UserError of it is
+        raised in all of them."""
+        return led(self, lambda others: work())
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its sum over the processes, in its own dtype and on its own device; returns it."""
@@ -91,6 +97,69 @@ class World:
 
 
 ALONE = World()
+
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
+"""What launchers tell every process of its place, by which libraries know that there are several."""
+
+
+class Others:
+    """How rank 0 calls the other processes, which wait meanwhile, to a part of its work: see `led`."""
+
+    def __init__(self, world: World, launched: Mapping[str, str]) -> None:
+        self._world, self._launched = world, launched
+        self.called = False
+
+    @contextmanager
+    def join(self, part: Any = None) -> Iterator[None]:
+        """In the block every other process does `part`. An error that leaves the block ends this process, and with it
+        the others, wherever they are in their part."""
+        if self._world.size == 1:
+            yield
+            return
+        self._world.share(_Message("part", part))
+        self.called = True
+        os.environ.update(self._launched)
+        yield
+        for name in self._launched:
+            os.environ.pop(name, None)
+        self.called = False
+
+
+@dataclass(frozen=True)
+class _Message:
+    """From rank 0. kind: part (value: what to do), result, or error (value: what to raise)."""
+
+    kind: str
+    value: Any
+
+
+def led(world: World, lead: Callable[[Others], T], part: Callable[[Any], object] = lambda part: None) -> T:
+    """What `lead` returns on rank 0, in every process; it is done on rank 0, for which there is no launcher meanwhile.
+
+    part: what the other processes do where `lead` calls them by `Others.join`; they wait otherwise, however long.
+    A UserError of `lead` is raised in every process, unless the others are at work: see `join`.
+    """
+    if world.size == 1:
+        return lead(Others(world, {}))
+    while not world.main:
+        message = world.share(_Message("", None))
+        if message.kind == "error":
+            raise message.value
+        if message.kind == "result":
+            return message.value
+        part(message.value)
+    launched = {name: os.environ.pop(name) for name in LAUNCHED if name in os.environ}
+    others = Others(world, launched)
+    try:
+        result = lead(others)
+    except UserError as error:
+        if not others.called:
+            world.share(_Message("error", error))
+        raise
+    finally:
+        os.environ.update(launched)
+    world.share(_Message("result", result))
+    return result
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> World:
@@ -130,6 +199,13 @@ def started(world: World, device: str) -> World:
 
     cuda = device.startswith("cuda")
     if cuda:
+        if world.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"{world.local_rank + 1} or more processes were started on this node, and it has "
+                f"{torch.cuda.device_count()} GPUs",
+                where=f"rank {world.rank} of {world.size}",
+                fix=f"start one for each GPU: --nproc-per-node={torch.cuda.device_count()}",
+            )
         torch.cuda.set_device(world.local_rank)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)

@@ -21,8 +21,11 @@ from retrofit.model.source import resolve
 from retrofit.recipe.schema import Recipe
 from retrofit.system.resume import ResumeKey
 from retrofit.system.work_folder import kept, require_own
+from retrofit.system.world import ALONE, Others, World, led
 from retrofit.workflow.artifact import Artifact
-from retrofit.workflow.context import ModelContext, open_context
+from retrofit.workflow.context import ModelContext
+from retrofit.workflow.joining import run_step, taking_part
+from retrofit.workflow.opening import open_in
 from retrofit.workflow.outputs import (
     done_before,
     require_file,
@@ -61,27 +64,39 @@ def write(
     moments: Path | None = None,
     revision: str | None = None,
     overwrite: bool = False,
+    world: World = ALONE,
     progress: Progress | None = None,
 ) -> Written:
     """Do the one step of `recipe` and write its checkpoint to `out`; the same call resumes after an interruption, from
     the folder `<out>.work`.
 
     original: the model before the surgery, where the recipe's is what surgery made of it. moments: where to keep those
-    of a conversion. overwrite: `out` may hold what an earlier call wrote, which is replaced.
+    of a conversion. overwrite: `out` may hold what an earlier call wrote, which is replaced. world: the processes that
+    share the work; rank 0 alone writes.
     """
-    finished = require_new(out, overwrite=overwrite)
-    [step] = steps_of(recipe)
-    if step.keeps_work:
-        require_own(work_folder(out), step.name)
-    if moments is not None and not finished:
-        assert isinstance(step, Convert)
-        require_moments(moments, step.section, out, overwrite=overwrite)
-    context = open_context(recipe, revision=revision, original=original, out=out, alone=True, progress=progress)
+
+    def check() -> bool:
+        finished = require_new(out, overwrite=overwrite)
+        [step] = steps_of(recipe)
+        if step.keeps_work:
+            require_own(work_folder(out), step.name)
+        if moments is not None and not finished:
+            assert isinstance(step, Convert)
+            require_moments(moments, step.section, out, overwrite=overwrite)
+        return finished
+
+    finished = world.only(check)
+    usual: Any = {"revision": revision, "original": original, "out": out, "alone": True}
+    context = open_in(world, recipe, progress=progress, **usual)
     [step] = context.steps
-    if moments is not None and isinstance(step, Convert):
-        step.require_moments(context)
-    needed = context.plan.disk_bytes
-    return _write(context, step, out, finished=finished, moments=moments, overwrite=overwrite, needed=needed)
+
+    def lead(others: Others) -> Written:
+        if moments is not None and isinstance(step, Convert):
+            step.require_moments(context)
+        how: Any = {"finished": finished, "overwrite": overwrite, "needed": context.plan.disk_bytes}
+        return _write(context, step, out, others, moments=moments, **how)
+
+    return led(world, lead, taking_part(context))
 
 
 def reexpress(
@@ -92,9 +107,25 @@ def reexpress(
     dtype: str = "auto",
     revision: str | None = None,
     overwrite: bool = False,
+    world: World = ALONE,
     progress: Progress | None = None,
 ) -> Written:
     """`retrofit convert --reexpress-only`: the same function as another architecture, in the folder `out`."""
+    usual: Any = {"revision": revision, "overwrite": overwrite, "progress": progress}
+    return led(world, lambda others: _reexpress(model, out, others, target=target, dtype=dtype, **usual))
+
+
+def _reexpress(
+    model: str,
+    out: Path,
+    others: Others,
+    *,
+    target: str | None,
+    dtype: str,
+    revision: str | None,
+    overwrite: bool,
+    progress: Progress | None,
+) -> Written:
     finished = require_new(out, overwrite=overwrite)
     require_own(work_folder(out), Reexpress.name)
     source = resolve(model, revision=revision, reexpress=False, progress=progress)
@@ -106,13 +137,14 @@ def reexpress(
     require_sound(checkpoint, config, written=written)
     step = Reexpress(recipe, Section(target))
     context = ModelContext(recipe, (step,), source, source, "cpu", progress=progress)
-    return _write(context, step, out, finished=finished, overwrite=overwrite)
+    return _write(context, step, out, others, finished=finished, overwrite=overwrite)
 
 
 def _write(
     context: ModelContext,
     step: Step,
     out: Path,
+    others: Others,
     *,
     finished: bool,
     moments: Path | None = None,
@@ -134,7 +166,7 @@ def _write(
             overwrite,
             before_replacing=lambda: require_new(out, overwrite=True),  # somebody may have put something there
         )
-        report = step.recorded(step.run(context, inputs, place))
+        report = step.recorded(run_step(step, context, inputs, place, others))
     notes = dict.fromkeys((*context.notes, *report.get("notes", ())))
     return Written(step.name, out, {**report, "notes": list(notes)})
 
@@ -146,23 +178,49 @@ def evaluate(
     revision: str | None = None,
     allow_extrapolation: bool = False,
     overwrite: bool = False,
+    world: World = ALONE,
     progress: Progress | None = None,
 ) -> ModelEvaluation:
     """`retrofit evaluate`. allow_extrapolation: lengths may lie beyond the window; how it breaks there is worth seeing.
 
     out: a file for the token losses, beside which all that was measured is kept; a call that has ended is not repeated.
+    world: the processes that share the work; rank 0 alone writes.
     """
-    out = None if out is None else out.resolve()
-    partial = out.with_name(f"{out.name}.scored") if out is not None else None
-    finished = False
-    if out is not None and partial is not None:
-        finished = require_file(out, overwrite=overwrite)
+    file = None if out is None else out.resolve()
+    partial = file.with_name(f"{file.name}.scored") if file is not None else None
+
+    def check() -> bool:
+        if file is None or partial is None:
+            return False
+        finished = require_file(file, overwrite=overwrite)
         require_own(partial, Evaluate.name)
-    context = open_context(
-        recipe, revision=revision, alone=True, allow_extrapolation=allow_extrapolation, progress=progress
-    )
+        return finished
+
+    finished = world.only(check)
+    usual: Any = {"revision": revision, "alone": True, "allow_extrapolation": allow_extrapolation}
+    context = open_in(world, recipe, progress=progress, **usual)
     [step] = context.steps
     assert isinstance(step, Evaluate)
+
+    def take_part(part: tuple[str, Artifact]) -> None:
+        measured(context, step, *part, None)
+
+    def lead(others: Others) -> ModelEvaluation:
+        return _evaluate(context, step, file, partial, others, finished=finished, overwrite=overwrite)
+
+    return led(world, lead, take_part)
+
+
+def _evaluate(
+    context: ModelContext,
+    step: Evaluate,
+    out: Path | None,
+    partial: Path | None,
+    others: Others,
+    *,
+    finished: bool,
+    overwrite: bool,
+) -> ModelEvaluation:
     label = context.source.base_model or Path(context.source.requested).name
     artifact = context.artifact()
     stored = None
@@ -178,7 +236,9 @@ def evaluate(
         if found is not None:
             context.note(f"done before: {out} holds these losses; costs are measured anew")
         else:
-            found = measured(context, step, label, artifact, partial)
+            with others.join((label, artifact)) if step.distributed else nullcontext():
+                here = context if step.distributed else context.alone_in_world()
+                found = measured(here, step, label, artifact, partial)
             if stored is not None and partial is not None:
                 found = stored.write(found, partial, overwrite=overwrite or finished)
         # Still in the block: a kill while costs are measured must not make everything before them be read again.
@@ -207,7 +267,7 @@ def _tasks(
     found: dict[str, TaskAnswers] = {}
     with questions.reader(context.model, native) as ask:
         for asked in context.harness.tasks:
-            settings = [questions.key(asked), context.recipe.kernel, context.device, native]
+            settings = [questions.key(asked), context.recipe.kernel, context.device_kind, native]
             key = ResumeKey(asked.name, step.version, settings, {"checkpoint": dict(artifact.digests)}).digest
             file = answers_file(partial, "model", asked.name) if partial else None
             before = from_file(file).get(asked.name) if file and file.is_file() else None

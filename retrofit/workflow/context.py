@@ -4,6 +4,7 @@ found while it is opened, before anything is written: cheap checks first."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from retrofit.model.source import Source, resolve, with_weights
 from retrofit.model.spec import AttentionSpec
 from retrofit.recipe.resolve import is_relative, resolved
 from retrofit.recipe.schema import Evaluate, Recipe, TextSource
+from retrofit.system.world import ALONE, World
 from retrofit.workflow.artifact import Artifact, Provenance
 from retrofit.workflow.checks import check_headers, check_memory, check_positions
 from retrofit.workflow.estimate.cost import ASSUMED, ModelFacts, Throughput
@@ -59,6 +61,7 @@ class ModelContext:
     source: Source
     original_source: Source
     device: str
+    world: World = ALONE
     throughput: Throughput = ASSUMED
     allow_extrapolation: bool = False
     alone: bool = False
@@ -123,6 +126,17 @@ class ModelContext:
     def plan(self) -> Plan:
         """What the recipe would do and cost."""
         return make_plan(self.recipe, self.facts, self.throughput, sizes(self.harness))
+
+    @property
+    def device_kind(self) -> str:
+        """cpu or cuda: what results may depend on, whichever GPU it is."""
+        return self.device.partition(":")[0]
+
+    def alone_in_world(self) -> ModelContext:
+        """The same for what this process does by itself."""
+        context = copy(self)
+        context.world = ALONE
+        return context
 
     def artifact(self, question: str | None = None) -> Artifact:
         """The model as what the first step reads. question: of a command of one step."""

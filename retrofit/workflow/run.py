@@ -17,8 +17,10 @@ from retrofit.publishing.reload import ReloadReport
 from retrofit.recipe.load import dump_recipe
 from retrofit.recipe.schema import Recipe
 from retrofit.report.render import files
+from retrofit.system.world import Others, led
 from retrofit.workflow.context import ModelContext
 from retrofit.workflow.gate import gate_of
+from retrofit.workflow.joining import taking_part
 from retrofit.workflow.journal import FINAL, Journal
 from retrofit.workflow.journal import NAME as JOURNAL
 from retrofit.workflow.reporting import run_data
@@ -60,14 +62,19 @@ def run(context: ModelContext, out: Path, *, from_step: str | None = None) -> Ru
     """Do every step of an opened recipe in the folder `out`, or find it done. from_step: do it and all after it again.
 
     Raises UserError when the folder is in use, and GateError, with the result, when a requirement is not met: the
-    report is written then, `final` is not, and the checkpoint stays in its step's folder.
+    report is written then, `final` is not, and the checkpoint stays in its step's folder. In several processes rank 0
+    has the folder, and all return its result.
     """
+    return led(context.world, lambda others: _run(context, out, from_step, others), taking_part(context))
+
+
+def _run(context: ModelContext, out: Path, from_step: str | None, others: Others) -> RunResult:
     names = [step.name for step in context.steps]
     again = tuple(names[names.index(from_step) :]) if from_step else ()
     needed = context.plan.disk_bytes
     with folder_lock(out), _nothing_left_of_nothing(out), writing(out, needed=needed):
         out.mkdir(parents=True, exist_ok=True)
-        runner = Runner(out, context, Journal(out), again)
+        runner = Runner(out, context, Journal(out), others, again)
         runner.journal.mark()
         runner.write_own(RECIPE, dump_recipe(context.recipe).encode())
         inputs = Inputs({"original": context.artifact()})

@@ -21,8 +21,10 @@ from retrofit.format import duration
 from retrofit.model.folder import ModelFolder
 from retrofit.system.memory import peak_bytes, reset_peak
 from retrofit.system.resume import ResumeKey
+from retrofit.system.world import ALONE, Others, led
 from retrofit.workflow.artifact import Artifact
 from retrofit.workflow.context import ModelContext
+from retrofit.workflow.joining import run_step, scratch_of
 from retrofit.workflow.journal import CARD, FINAL, Entry, Journal, digests_of, free_name
 from retrofit.workflow.step import Inputs, Place, Step
 from retrofit.workflow.steps import FOLDERS
@@ -33,11 +35,13 @@ Work = Callable[[], Mapping[str, Any]]
 
 @dataclass
 class Runner:
-    """Does steps in one run folder, or finds them done. again: steps to do whatever the journal says."""
+    """Does steps in one run folder, or finds them done, on rank 0. others: the other processes, which are called to
+    what is distributed. again: steps to do whatever the journal says."""
 
     folder: Path
     context: ModelContext
     journal: Journal
+    others: Others
     again: tuple[str, ...] = ()
     entries: dict[str, Entry] = field(default_factory=dict)
     reused: list[str] = field(default_factory=list)
@@ -54,7 +58,7 @@ class Runner:
         )
 
         def done() -> Mapping[str, Any]:
-            report = step.run(self.context, inputs, place)
+            report = run_step(step, self.context, inputs, place, self.others)
             for path in step.stale():
                 self.drop(path)
             return step.recorded(report)
@@ -79,17 +83,19 @@ class Runner:
         also: tuple[str, ...] = (),
     ) -> Mapping[str, Any]:
         """A part of a step, kept for itself: see `step.Pieces`. Its name has a part after a colon."""
-        scratch = f"{file}.scored"
-        entry = self._once(
-            name,
-            file,
-            key,
-            lambda: work(self.folder / file, self.folder / scratch),
-            also=also,
-            unkept=(scratch,),
-        )
-        self.drop(scratch)
-        return entry.result
+        path, scratch = self.folder / file, scratch_of(self.folder, file)
+        unkept = (str(scratch.relative_to(self.folder)),)
+
+        def done(others: Others) -> Mapping[str, Any]:
+            def together() -> Mapping[str, Any]:
+                with others.join():
+                    return work(path, scratch)
+
+            entry = self._once(name, file, key, together, also=also, unkept=unkept)
+            self.drop(*unkept)
+            return entry.result
+
+        return led(self.context.world if self.others.called else ALONE, done)
 
     def _once(
         self, name: str, artifact: str, key: ResumeKey, work: Work, *, also: tuple[str, ...], unkept: tuple[str, ...]

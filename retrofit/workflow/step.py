@@ -110,6 +110,12 @@ class Step(ABC):
     """Whether it fits something to its text, so that nothing may be measured on it."""
 
     @property
+    def distributed(self) -> bool:
+        """Whether every process takes part in `run`, by `context.world`; rank 0 alone writes and returns what counts.
+        Otherwise rank 0 does it alone, in a context whose world is one process."""
+        return False
+
+    @property
     def keeps_work(self) -> bool:
         """Whether it keeps what a later attempt resumes from."""
         return True

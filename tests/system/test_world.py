@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from retrofit.errors import UserError
-from retrofit.system.world import ALONE, World, from_environment, started
+from retrofit.errors import GateError, UserError
+from retrofit.system.world import ALONE, Others, World, from_environment, led, started
 from tests.ranks import on_ranks
 
 
@@ -66,3 +67,44 @@ def fail(world: World) -> None:
 def test_a_rank_that_fails_is_shown(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="ValueError: rank 0"):
         on_ranks(tmp_path, 2, fail)
+
+
+def lead(world: World) -> tuple[list[object], object]:
+    parts: list[object] = []
+
+    def work(others: Others) -> str:
+        assert world.size == 1 or "RANK" not in os.environ, "rank 0 is alone while others wait"
+        with others.join("first"):
+            assert world.size == 1 or os.environ["RANK"] == "0"
+            parts.append(world.gather(world.rank))
+        with others.join("second"):
+            parts.append(world.gather(world.rank * 2))
+        return "result"
+
+    def part(name: str) -> None:
+        parts.append((name, world.gather(world.rank if name == "first" else world.rank * 2)))
+
+    return parts, led(world, work, part)
+
+
+def test_rank_0_calls_the_others_to_parts_of_its_work_and_shares_its_result(tmp_path: Path) -> None:
+    first, second = on_ranks(tmp_path, 2, lead)
+    assert first == ([[0, 1], [0, 2]], "result")
+    assert second == ([("first", [0, 1]), ("second", [0, 2])], "result")
+    assert lead(ALONE) == ([[0], [0]], "result")
+
+
+def refuse() -> None:
+    raise GateError("no such thing", where="recipe", fix="another one")
+
+
+def refused(world: World) -> list[object]:
+    with pytest.raises(UserError) as caught:
+        world.only(refuse)
+    return [type(caught.value), str(caught.value)]
+
+
+def test_an_error_of_rank_0_is_raised_in_every_process(tmp_path: Path) -> None:
+    for found in on_ranks(tmp_path, 2, refused):
+        assert found[0] is GateError
+        assert found[1] == "no such thing\n  where: recipe\n  fix:   another one"

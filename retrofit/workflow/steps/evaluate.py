@@ -130,7 +130,7 @@ class Evaluate(Step):
         settings = {
             **self.section.model_dump(mode="json"),
             "kernel": [context.kernel.requested, context.kernel.name],
-            "device": context.device,
+            "device": context.device_kind,
             "seed": self.recipe.seed,
             "positions": [context.native, context.claimed],
         }
@@ -230,7 +230,7 @@ class Evaluate(Step):
             "native": self.native(context),
             "claimed": context.claimed,
             "kernel": self.recipe.kernel,
-            "device": context.device,
+            "device": context.device_kind,
             "seed": self.recipe.seed,
         }
 
@@ -262,7 +262,7 @@ class Evaluate(Step):
             "continuation_tokens": self.section.continuation_tokens,
             "dtype": self.section.dtype,
             "kernel": [context.kernel.name, context.kernel.requested != "auto"],
-            "device": context.device,
+            "device": context.device_kind,
             **self._further(context.native, varying(artifact.model.config) is not None),
         }
         read = {"checkpoint": dict(artifact.digests), "documents": documents_digest(context.documents)}
@@ -300,7 +300,7 @@ class Evaluate(Step):
                     return {"scores": [asdict(row) for row in answers.rows()]}
 
                 name, file = f"{self.name}:{label}:{asked.name}", answers_file(Path(), label, asked.name)
-                settings = {**questions.key(asked), "kernel": context.kernel.name, "device": context.device}
+                settings = {**questions.key(asked), "kernel": context.kernel.name, "device": context.device_kind}
                 key = ResumeKey(name, self.version, settings, {"checkpoint": dict(artifact.digests)})
                 pieces.piece(name, str(file), key, work)
                 found |= from_file(pieces.folder / file)

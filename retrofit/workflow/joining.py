@@ -1,0 +1,67 @@
+"""A step in one process or in several: rank 0 does what is around it, and calls the others where all take part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from retrofit.system.resume import ResumeKey
+from retrofit.system.world import Others, World, led
+from retrofit.workflow.context import ModelContext
+from retrofit.workflow.step import Inputs, Place, Step
+
+
+@dataclass(frozen=True)
+class Part:
+    """What other processes need to know of a step to take part in it. name: of the step."""
+
+    name: str
+    inputs: Inputs
+    place: Place
+
+
+def run_step(step: Step, context: ModelContext, inputs: Inputs, place: Place, others: Others) -> Any:
+    """Do a step on rank 0, with the other processes where it is distributed; returns its report."""
+    if not step.distributed:
+        return step.run(context.alone_in_world(), inputs, place)
+    with others.join(Part(step.name, inputs, replace(place, pieces=None, before_replacing=None))):
+        return step.run(context, inputs, place)
+
+
+def taking_part(context: ModelContext) -> Callable[[Part], None]:
+    """What another process than rank 0 does for a `Part`: the same step, whose report rank 0 has."""
+
+    def take(part: Part) -> None:
+        [step] = [step for step in context.steps if step.name == part.name]
+        pieces = None if part.place.run is None else JoinedPieces(part.place.run, context.world)
+        step.run(context, part.inputs, replace(part.place, pieces=pieces))
+
+    return take
+
+
+@dataclass
+class JoinedPieces:
+    """Pieces of a step in another process than rank 0, which keeps them: see `step.Pieces`."""
+
+    folder: Path
+    world: World
+
+    def piece(
+        self,
+        name: str,
+        file: str,
+        key: ResumeKey,
+        work: Callable[[Path, Path], Any],
+        *,
+        also: tuple[str, ...] = (),
+    ) -> Any:
+        """What rank 0 has of this piece, in whose work this process takes part if it is not there yet."""
+        assert not self.world.main
+        return led(self.world, lambda others: None, lambda _: work(self.folder / file, scratch_of(self.folder, file)))
+
+
+def scratch_of(folder: Path, file: str) -> Path:
+    """Where a piece that is being made keeps what it goes on from."""
+    return folder / f"{file}.scored"
