@@ -32,6 +32,7 @@ from retrofit.model.families import describe, family_of
 from retrofit.model.folder import ModelFolder, opened
 from retrofit.model.spec import AttentionSpec
 from retrofit.recipe.schema import Method
+from retrofit.system.world import ALONE, World
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -58,6 +59,7 @@ def convert(
     work: Path | None = None,
     moments: Path | None = None,
     read_with: PretrainedConfig | None = None,
+    world: World = ALONE,
     progress: Progress | None = None,
 ) -> ConvertReport:
     """Write `source` with `kv_heads` KV heads per layer into the (existing, staged) folder `out`.
@@ -67,7 +69,9 @@ def convert(
     bfloat16 where the processor has them. work: a folder from which a later attempt can resume, together with the
     shards in `out` that were written from it; the caller removes it. moments: a folder for the moments of every layer,
     made when they are whole. read_with: the source's configuration as it will be after the heads, where its window is
-    extended next; keys are merged for the distances and rotations of that one.
+    extended next; keys are merged for the distances and rotations of that one. world: the processes that make this
+    call with the same text; calibration is dealt out to them, and rank 0 alone writes, into its own `out`, `work` and
+    `moments`, of which the others have to see `work` (with calibration and without `work`, `out`).
 
     Raises UserError where the architecture or the number of heads does not allow it, where a method that calibrates
     has no or too little text, and where the disk has no room for the streams.
@@ -95,8 +99,10 @@ def convert(
                     fix="name text (`--calibrate TEXT`), or choose `--method mean`",
                 )
             calibrated = True
-            if work is None:
+            if work is None and world.main:
                 work = scratch = Path(tempfile.mkdtemp(prefix=".streams-", dir=out))
+            work = world.share(work)
+            assert work is not None
             made, reports, notes = _calibrate(
                 checkpoint,
                 out,
@@ -113,20 +119,23 @@ def convert(
                 moments=moments,
                 read_with=read_with,
                 spec=spec,
+                world=world,
                 progress=progress,
             )
-        rewrite(
-            checkpoint,
-            out,
-            {**_dropped(spec, kv_heads), **dict.fromkeys(leftovers(checkpoint, spec.family))},
-            made=made,
-            config=target,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            resume=resume,
-            progress=progress,
-        )
-        copy_side_files(model.path, out)
+        if world.main:
+            rewrite(
+                checkpoint,
+                out,
+                {**_dropped(spec, kv_heads), **dict.fromkeys(leftovers(checkpoint, spec.family))},
+                made=made,
+                config=target,
+                dtype=dtype,
+                max_shard_size=max_shard_size,
+                resume=resume,
+                progress=progress,
+            )
+            copy_side_files(model.path, out)
+        world.wait()
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -161,15 +170,17 @@ def _calibrate(
     moments: Path | None,
     read_with: PretrainedConfig | None,
     spec: AttentionSpec,
+    world: World,
     progress: Progress | None,
 ) -> tuple[Made, list[LayerReport], list[str]]:
-    """Changed tensors, read from the work folder when they are asked for; a report of each layer; notes.
+    """Changed tensors, read from the work folder when they are asked for (in rank 0); a report of each layer; notes.
 
     Shards in `out` stay only where the calibration that they were written from was already whole.
     """
     # Imported here: what calibrates needs model classes, and pooling heads should not wait for them.
-    from retrofit.kv_heads.calibrate.layerwise import CalibratedRun, Settings, pooled_keys
+    from retrofit.kv_heads.calibrate.layerwise import CalibratedRun
     from retrofit.kv_heads.calibrate.moments import MomentsSource
+    from retrofit.kv_heads.calibrate.settings import Settings, pooled_keys
     from retrofit.kv_heads.merge.baselines import METHODS
     from retrofit.kv_heads.repair.repairs import REPAIRS
 
@@ -183,12 +194,24 @@ def _calibrate(
         read_with=read_with,
     )
     run = CalibratedRun(
-        checkpoint, config, target, settings, text, work=work, device=device, dtype=dtype, spec=spec, progress=progress
+        checkpoint,
+        config,
+        target,
+        settings,
+        text,
+        work=work,
+        device=device,
+        dtype=dtype,
+        spec=spec,
+        world=world,
+        progress=progress,
     )
     # Before the first layer is done: a kill must never leave them beside another calibration that is whole.
-    if not run.work.whole_before and (removed := remove_shards(out)) and progress:
+    if world.main and not run.work.whole_before and (removed := remove_shards(out)) and progress:
         progress.note(f"{removed} weight files were written from another calibration, and are written again")
-    reports = run.all_layers()
+    reports, notes = run.all_layers(), [*run.notes]
+    if not world.main:
+        return {}, reports, [*notes, *pooled_keys(reports)]
     if moments is not None:
         origin = MomentsSource(digest(checkpoint.folder), f"converted to {kv_heads} KV heads", text.content)
         run.work.copy_moments(moments, origin)
@@ -197,7 +220,7 @@ def _calibrate(
         return lambda: run.work.tensor(layer, name)
 
     made = {name: read(layer, name) for name, layer in run.work.tensor_names().items()}
-    return made, reports, [*run.notes, *pooled_keys(reports)]
+    return made, reports, [*notes, *pooled_keys(reports)]
 
 
 def _dropped(spec: AttentionSpec, kv_heads: int) -> dict[str, Rule | None]:

@@ -27,6 +27,8 @@ from retrofit.checkpoint.staging import free_space, require_writable
 from retrofit.errors import UserError
 from retrofit.format import nbytes
 from retrofit.kv_heads import VERSION
+from retrofit.system.dealing import collected
+from retrofit.system.world import ALONE, World
 
 STATE = "state.json"
 _ITEM = 4  # bytes of a float32
@@ -100,6 +102,10 @@ class StreamFolder:
     its state says, is emptied and announced. shapes: [B, T, C] of every batch. layers: of the model. within: files of
     what is needed within one layer. whole: raises where what layer `i` left elsewhere is not whole. to_the_end: the
     streams behind the last layer are read as well.
+
+    own: numbers of the batches that this process writes and reads, all by default. The other processes of `world` have
+    the rest, in the same files, at places of their own; rank 0 alone judges, empties and commits. What is committed is
+    the same whoever wrote it, so another number of processes resumes it.
     """
 
     def __init__(
@@ -113,16 +119,19 @@ class StreamFolder:
         within: Sequence[DiskTensors] = (),
         whole: Callable[[int], object] = lambda index: None,
         to_the_end: bool = False,
+        own: Sequence[int] | None = None,
+        world: World = ALONE,
         say: Callable[[str], None],
     ) -> None:
         self.folder, self._key, self._names, self._layers = folder, key, tuple(names), layers
         self._whole, self._to_the_end = whole, to_the_end
+        self._own, self._world = tuple(range(len(shapes)) if own is None else own), world
         self._streams = {
             (name, parity): DiskTensors(folder / f"{name}-{parity}", shapes) for name in names for parity in (0, 1)
         }
         self._files = (*self._streams.values(), *within)
-        self.layers_done = 0
-        self.resumed_from = self._resume(say)
+        self.resumed_from = world.only(lambda: self._resume(say))
+        self.layers_done = self.resumed_from or 0
 
     def stream(self, name: str, layer: int) -> DiskTensors:
         """The stream of that name as it enters `layer`."""
@@ -143,24 +152,28 @@ class StreamFolder:
 
     def drop_streams(self) -> None:
         """All layers are done: only their results are read from here on."""
-        for tensors in self._files:
+        for tensors in self._files if self._world.main else ():
             tensors.path.unlink(missing_ok=True)
 
     def _commit(self, layers_done: int) -> None:
         self.layers_done = layers_done
-        checksums = {name: self.stream(name, layers_done).checksums for name in self._names}
-        partial = self.folder / f".{STATE}.partial"
-        partial.write_text(json.dumps({"key": self._key, "layers": layers_done, "checksums": checksums}), "utf-8")
-        partial.replace(self.folder / STATE)
+        checksums = {name: self._checksums(self.stream(name, layers_done)) for name in self._names}
+        if self._world.main:
+            partial = self.folder / f".{STATE}.partial"
+            partial.write_text(json.dumps({"key": self._key, "layers": layers_done, "checksums": checksums}), "utf-8")
+            partial.replace(self.folder / STATE)
+        self._world.wait()  # nobody overwrites the streams of the state before
+
+    def _checksums(self, tensors: DiskTensors) -> list[int]:
+        """Of every batch, each from the process that wrote it."""
+        written = collected({index: tensors.checksums[index] for index in self._own}, self._world)
+        return [written[index] for index in sorted(written)]
 
     def _resume(self, say: Callable[[str], None]) -> int | None:
         """Layers that an earlier attempt finished; None for a fresh start, which reserves the streams."""
         state, objection = self._state()
         if state is not None:
-            self.layers_done = state["layers"]
-            for name in self._names:
-                self.stream(name, self.layers_done).checksums = list(state["checksums"][name])
-            return self.layers_done
+            return int(state["layers"])
         if objection:
             say(f"the work folder {self.folder} {objection}: started again")
         if self.folder.exists():

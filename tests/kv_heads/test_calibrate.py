@@ -10,8 +10,9 @@ import torch
 
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.context.rope import extend
-from retrofit.kv_heads.calibrate.layerwise import CalibratedRun, Settings
+from retrofit.kv_heads.calibrate.layerwise import CalibratedRun
 from retrofit.kv_heads.calibrate.moments import load, saved
+from retrofit.kv_heads.calibrate.settings import Settings
 from retrofit.kv_heads.convert import CalibrationText, convert
 from retrofit.kv_heads.merge.baselines import METHODS
 from retrofit.kv_heads.merge.weights import LayerWeights, read_layer

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,8 @@ from retrofit.kv_heads.merge.weights import Reader, read_layer
 from retrofit.model.folder import ModelFolder, opened
 from retrofit.model.load import product_dtype
 from retrofit.model.spec import AttentionSpec
+from retrofit.system.dealing import collected, own_share
+from retrofit.system.world import ALONE, World
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -49,6 +52,7 @@ def layerwise_pass(
     averaged_tokens: int = AVERAGED_TOKENS,
     device: str = "cpu",
     work: Path | None = None,
+    world: World = ALONE,
     task: str = "read the model",
     progress: Progress | None = None,
 ) -> Tensor:
@@ -58,6 +62,9 @@ def layerwise_pass(
     The stream is fp32, its matrix products bfloat16 where the processor has them. work: a folder for the stream, which
     a later call with the same arguments resumes from; the caller removes it. Raises UserError for moments or losses
     that are not finite, and where the disk has no room for the stream.
+
+    world: the processes that make this call; batches of sequences are dealt out to them, and all return all losses.
+    work, moments: rank 0's are taken, which all see.
     """
     model = opened(folder)
     checkpoint, config, spec = model.checkpoint, model.config, model.spec
@@ -71,9 +78,12 @@ def layerwise_pass(
         [CalibrationText(scored_NT, ("",) * len(scored_NT)).digest(), measured.digest() if measured and seen else None],
         [averaged_tokens, device, str(autocast)],
     )
+    own = own_share({i: ids.numel() for i, ids in enumerate(batches)}, world)
     with ExitStack() as stack:
-        if work is None:
+        if work is None and world.main:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="retrofit-stream-"))) / "stream"
+        work = world.share(work)
+        assert work is not None
         on_disk = StreamFolder(
             work,
             key,
@@ -82,6 +92,8 @@ def layerwise_pass(
             layers=len(spec.layers),
             whole=partial(load, moments) if moments is not None and seen else lambda index: None,
             to_the_end=True,
+            own=own,
+            world=world,
             say=progress.note if progress else lambda _: None,
         )
         if progress:
@@ -90,19 +102,29 @@ def layerwise_pass(
             progress.start(task, len(spec.layers), "layers")
             progress.advance(on_disk.layers_done)
         stream = LayerStream(copy.deepcopy(config), spec, checkpoint.tensor, device=device, autocast=autocast)
-        kwargs = _embedded(stream, on_disk, batches) if on_disk.layers_done < len(spec.layers) else {}
+        kwargs = _embedded(stream, on_disk, batches, own) if on_disk.layers_done < len(spec.layers) else {}
         for layer in spec.layers[on_disk.layers_done :]:
             x, after = (on_disk.stream(STREAM, layer.index + i) for i in (0, 1))
-            named = [kwargs[tuple(ids.shape)][layer.index] for ids in batches]
+            named = {i: kwargs[tuple(batches[i].shape)][layer.index] for i in own}
             with stream.layer(layer.index) as run:
                 if moments is not None and seen:
                     single = kwargs[1, seen[0][1].shape[1]][layer.index]
                     weights, hidden = read_layer(checkpoint.tensor, layer), partial(x.read, device=device)
-                    found = layer_moments(
-                        run, weights, layer, seen, hidden, named.__getitem__, single, averaged_tokens=averaged_tokens
+                    taken = layer_moments(
+                        run,
+                        weights,
+                        layer,
+                        seen,
+                        hidden,
+                        named.__getitem__,
+                        single,
+                        averaged_tokens=averaged_tokens,
+                        own=[i for i in own if i < len(seen)],
+                        world=world,
                     )
-                    save(moments, layer.index, found)
-                for i in range(len(batches)):
+                    if world.main:
+                        save(moments, layer.index, taken)
+                for i in own:
                     after.write(i, run.forward(x.read(i, device), named[i])[0])
             on_disk.finished(layer.index)
             if progress:
@@ -110,7 +132,9 @@ def layerwise_pass(
         del stream
         readout = Readout(config, spec, checkpoint.tensor, device=device)
         last, first = on_disk.stream(STREAM, len(spec.layers)), len(seen)
-        losses_N = torch.cat([readout.losses(last.read(first + i, device), ids) for i, ids in enumerate(scored)])
+        read = {i: readout.losses(last.read(i, device), batches[i]) for i in own if i >= first}
+        found = collected(read, world)
+        losses_N = torch.cat([found[i] for i in range(first, len(batches))])
     if progress:
         progress.finish()
     if not bool(torch.isfinite(losses_N).all()):
@@ -123,12 +147,13 @@ def layerwise_pass(
 
 
 def _embedded(
-    stream: LayerStream, on_disk: StreamFolder, batches: list[Tensor]
+    stream: LayerStream, on_disk: StreamFolder, batches: list[Tensor], own: Sequence[int]
 ) -> dict[tuple[int, ...], list[dict[str, Any]]]:
     """Every layer's keyword arguments by the shape of a batch, of one sequence too; a fresh start also writes the
-    stream into layer 0."""
+    stream into layer 0. own: numbers of the batches that this process has."""
     fresh, kwargs = on_disk.resumed_from is None, {}
-    for i, ids in enumerate(batches):
+    for i in own:
+        ids = batches[i]
         if fresh or tuple(ids.shape) not in kwargs:
             hidden, kwargs[tuple(ids.shape)] = stream.embed(ids)
             if fresh:

@@ -16,6 +16,7 @@ from retrofit.kv_heads.calibrate.stream import LayerRun
 from retrofit.kv_heads.merge.qk_norm import project, queries_and_keys
 from retrofit.kv_heads.merge.weights import LayerWeights
 from retrofit.model.spec import LayerAttention
+from retrofit.system.world import ALONE, World
 
 
 def layer_moments(
@@ -28,15 +29,21 @@ def layer_moments(
     single: dict[str, Any],
     *,
     averaged_tokens: int,
+    own: Sequence[int] | None = None,
+    world: World = ALONE,
 ) -> LayerMoments:
     """Moments of a layer, with `weights` in memory, on the stream that enters it.
 
     batches: (kind, ids [B, T]) of each. hidden, kwargs: a batch's stream [B, T, C] and keyword arguments by its number;
     single: those of a batch of one sequence. averaged_tokens: tokens whose attention patterns average the values, 0 for
-    none.
+    none. own: numbers of the batches that this process reads, all by default; the others of `world` read the rest, and
+    all return the moments of the whole.
     """
+    own = range(len(batches)) if own is None else own
     sums = MomentSums(layer.kv_heads)
-    for i in range(len(batches)):
+    none_TC = weights.k_KDC.new_empty(0, weights.k_KDC.shape[2])  # of a process that reads no batch
+    sums.add(*queries_and_keys(none_TC, weights, layer), project(none_TC, weights.v_KDC, weights.v_bias_KD), none_TC)
+    for i in own:
         x_BTC = hidden(i)
         a_TC = run.attention_input(x_BTC, kwargs(i)).flatten(0, 1)
         v_TKD = project(a_TC, weights.v_KDC, weights.v_bias_KD)
@@ -45,7 +52,9 @@ def layer_moments(
         # Each takes K passes: no more of them than one pass over all of the text costs.
         tokens = min(averaged_tokens, sum(ids.numel() for _, ids in batches) // layer.kv_heads)
         sizes = [(ids.shape[0], ids.shape[1]) for _, ids in batches]
-        for i, rows in chosen_rows([kind for kind, _ in batches], sizes, tokens).items():
+        chosen = chosen_rows([kind for kind, _ in batches], sizes, tokens)
+        for i, rows in ((i, rows) for i, rows in chosen.items() if i in own):
             for averaged_THKD in averaged_values(run, weights, layer, hidden(i)[rows], single):
                 sums.add_averaged(averaged_THKD)
+    sums.together(world)
     return sums.finish(layer.index)

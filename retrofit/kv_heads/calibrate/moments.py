@@ -23,6 +23,7 @@ from torch import Tensor
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.files import read_json
+from retrofit.system.world import World
 
 STREAM_QUANTILES = (0.5, 0.9, 0.99, 1.0)
 # Rows of averaged values for each of a Gram's columns, below which the plain Gram is mixed in.
@@ -135,9 +136,23 @@ class MomentSums:
         self._averaged_rows += rows.shape[0]
         self._averaged_tokens += averaged_THKD.shape[0]
 
+    def together(self, world: World) -> None:
+        """Take in what the other processes have added; all of them call this, after at least an empty chunk."""
+        assert self._sums is not None
+        counts = self._tokens, self._averaged_rows, self._averaged_tokens
+        self._tokens, self._averaged_rows, self._averaged_tokens = map(sum, zip(*world.gather(counts), strict=True))
+        if self._averaged_rows and self._averaged is None:  # rows of other processes only
+            self._averaged = torch.zeros_like(self._sums[2])
+            self._averaged_sum = self._averaged.new_zeros(len(self._averaged))
+        for tensor in (*self._sums, self._averaged, self._averaged_sum):
+            if tensor is not None:
+                world.sum_(tensor)
+        if self._energies:
+            self._energies = world.gather(torch.cat(self._energies))
+
     def finish(self, layer: int) -> LayerMoments:
         """Raises UserError where a moment is not finite (the weights or the text gave NaN or infinity)."""
-        assert self._sums is not None, "no tokens were added"
+        assert self._sums is not None and self._tokens, "no tokens were added"
         key, query, value, key_mean, value_mean = (s / self._tokens for s in self._sums)
         named = [("keys", key), ("queries", query), ("values", value)]
         if self._averaged is not None:

@@ -25,6 +25,7 @@ from retrofit.checkpoint.staging import staged
 from retrofit.kv_heads.calibrate.moments import MomentsSource, require_own
 from retrofit.kv_heads.disk import DiskTensors, StreamFolder
 from retrofit.kv_heads.repair.outcome import LayerReport
+from retrofit.system.world import ALONE, World
 
 STREAMS = ("original", "converted")
 
@@ -46,13 +47,32 @@ class WorkFolder(StreamFolder):
     """Streams and finished layers of one conversion on disk. repairs: whether what they read is kept as well."""
 
     def __init__(
-        self, folder: Path, key: str, shapes: Shapes, *, layers: int, repairs: bool, say: Callable[[str], None]
+        self,
+        folder: Path,
+        key: str,
+        shapes: Shapes,
+        *,
+        layers: int,
+        repairs: bool,
+        own: Sequence[int] | None = None,
+        world: World = ALONE,
+        say: Callable[[str], None],
     ) -> None:
         # What only repairs read is not kept without them.
         self.targets = DiskTensors(folder / "targets", shapes.hidden if repairs else ())
         self.heads = DiskTensors(folder / "heads", shapes.heads if repairs else ())
-        within, whole = (self.targets, self.heads), self._report
-        super().__init__(folder, key, STREAMS, shapes.hidden, layers=layers, within=within, whole=whole, say=say)
+        super().__init__(
+            folder,
+            key,
+            STREAMS,
+            shapes.hidden,
+            layers=layers,
+            within=(self.targets, self.heads),
+            whole=self._report,
+            own=own,
+            world=world,
+            say=say,
+        )
 
     @property
     def moments(self) -> Path:
@@ -60,16 +80,17 @@ class WorkFolder(StreamFolder):
         return self.folder / "moments"
 
     def finish_layer(self, report: LayerReport, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a layer that is done; its streams into the next one are written."""
-        path = self._layer(report.index)
-        partial = path.with_name(f".{path.name}.partial")
-        save_file(dict(tensors), partial, metadata={"report": json.dumps(asdict(report))})
-        partial.replace(path)
+        """Keep a layer that is done; its streams into the next one are written. tensors: those of rank 0 are kept."""
+        if self._world.main:
+            path = self._layer(report.index)
+            partial = path.with_name(f".{path.name}.partial")
+            save_file(dict(tensors), partial, metadata={"report": json.dumps(asdict(report))})
+            partial.replace(path)
         self.finished(report.index)
 
     def reports(self) -> list[LayerReport]:
         """Of every finished layer."""
-        return [self._report(index) for index in range(self.layers_done)]
+        return self._world.only(lambda: [self._report(index) for index in range(self.layers_done)])
 
     def tensor_names(self) -> dict[str, int]:
         """{changed tensor: its layer}, of finished layers."""

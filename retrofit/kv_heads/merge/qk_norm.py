@@ -22,6 +22,7 @@ dims, C model width.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 
@@ -31,6 +32,7 @@ from torch import Tensor
 from retrofit.kv_heads.merge.joint import Groups, HeadMaps, apply_maps, mean_maps, rotary_indices
 from retrofit.kv_heads.merge.weights import LayerWeights
 from retrofit.model.spec import LayerAttention
+from retrofit.system.world import ALONE, World
 
 Inputs = Callable[[], Iterable[tuple[bool, Tensor]]]
 """Each call goes through the text: (held out, what the projections read [T, C]) of every chunk."""
@@ -112,11 +114,20 @@ class KeyFit:
         return self.fitted if self.accepted else self.pooled
 
 
-def fit_keys(weights: LayerWeights, maps: HeadMaps, groups: Groups, layer: LayerAttention, inputs: Inputs) -> KeyFit:
+def fit_keys(
+    weights: LayerWeights,
+    maps: HeadMaps,
+    groups: Groups,
+    layer: LayerAttention,
+    inputs: Inputs,
+    world: World = ALONE,
+) -> KeyFit:
     """Merge a layer with a norm on queries and keys; maps: the optimum under the moments of post-norm vectors.
 
-    Some of the text must be held out, and some not.
+    Some of the text must be held out, and some not. world: the processes that make this call, each with text of its
+    own; sums are over all of it, and rank 0 solves for all.
     """
+    none_TC = weights.k_KDC.new_empty(0, weights.k_KDC.shape[2])  # of a process without text
     order = tuple(head for group in groups for head in group)
     pooling = mean_maps(len(order), len(groups), layer.head_dim)
     merged = apply_maps(weights, replace(maps, key_encode=pooling.key_encode, query_map=pooling.query_map), groups)
@@ -128,29 +139,31 @@ def fit_keys(weights: LayerWeights, maps: HeadMaps, groups: Groups, layer: Layer
     query_map = maps.query_map.repeat_interleave(per_query, 0)
     queries = _Side.start(query_map, q_norm, len(q_norm), Norm.of(layer), shared, weights.q_bias_HD)
     for step in [_Side.solved] * _ROUNDS + [_Side.weighed]:
-        of_queries: _Sums | None = None
-        of_keys: _Sums | None = None
+        of_queries = _Sums.of(queries, project(none_TC, weights.q_HDC, weights.q_bias_HD))
+        of_keys = _Sums.of(keys, project(none_TC, weights.k_KDC, weights.k_bias_KD))
         for held_out, a_TC in inputs():
-            if held_out:
-                continue
-            of_q = _Sums.of(queries, project(a_TC, weights.q_HDC, weights.q_bias_HD))
-            of_k = _Sums.of(keys, project(a_TC, weights.k_KDC, weights.k_bias_KD))
-            of_queries = of_q if of_queries is None else of_queries + of_q
-            of_keys = of_k if of_keys is None else of_keys + of_k
-        assert of_queries is not None and of_keys is not None, "all of the text is held out"
-        queries, keys = step(queries, of_queries), step(keys, of_keys)
+            if not held_out:
+                of_queries += _Sums.of(queries, project(a_TC, weights.q_HDC, weights.q_bias_HD))
+                of_keys += _Sums.of(keys, project(a_TC, weights.k_KDC, weights.k_bias_KD))
+        of_queries, of_keys = of_queries.together(world), of_keys.together(world)
+        assert of_keys.tokens, "all of the text is held out"
+        if world.main:
+            queries, keys = step(queries, of_queries), step(keys, of_keys)
+        queries, keys = world.share((queries, keys))
     q, q_bias, q_norm = queries.weights(weights.q_HDC, weights.q_bias_HD, layer)
     k, k_bias, k_norm = keys.weights(weights.k_KDC, weights.k_bias_KD, layer)
     fitted = replace(merged, q_HDC=q, q_bias_HD=q_bias, q_norm_HD=q_norm, k_KDC=k, k_bias_KD=k_bias, k_norm_KD=k_norm)
     errors = [ScoreError(layer), ScoreError(layer)]
-    for held_out, a_TC in inputs():
+    for held_out, a_TC in itertools.chain([(True, none_TC)], inputs()):
         if held_out:
             original = queries_and_keys(a_TC, weights, layer)
             for error, candidate in zip(errors, (fitted, merged), strict=True):
                 error.add(original, queries_and_keys(a_TC, candidate, layer))
+    for error in errors:
+        error.together(world)
     shares = [error.share() for error in errors]
     accepted = shares[0] < shares[1]
-    return KeyFit(fitted if accepted else merged, accepted, *shares)
+    return world.share(KeyFit(fitted if accepted else merged, accepted, *shares))
 
 
 @dataclass(frozen=True)
@@ -240,6 +253,7 @@ class _Sums:
     cross_UFD: Tensor
     nn_UD: Tensor
     nt_UD: Tensor
+    tokens: int
 
     @classmethod
     def of(cls, side: _Side, raw_THD: Tensor) -> _Sums:
@@ -257,10 +271,17 @@ class _Sums:
             n_TUD.square().sum(0),
             (n_TUD * target_TUD).sum(0),
         )
-        return cls(*(part.double().cpu() for part in parts))
+        gram_UFF, cross_UFD, nn_UD, nt_UD = (part.double().cpu() for part in parts)
+        return cls(gram_UFF, cross_UFD, nn_UD, nt_UD, len(raw_THD))
 
     def __add__(self, other: _Sums) -> _Sums:
         return _Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def together(self, world: World) -> _Sums:
+        """Those of all processes."""
+        for part in (self.gram_UFF, self.cross_UFD, self.nn_UD, self.nt_UD):
+            world.sum_(part)
+        return replace(self, tokens=sum(world.gather(self.tokens)))
 
 
 class ScoreError:
@@ -295,9 +316,16 @@ class ScoreError:
     def _per_query(self, z_TKD: Tensor) -> Tensor:
         return z_TKD.repeat_interleave(self._heads // z_TKD.shape[1], 1)
 
+    def together(self, world: World) -> None:
+        """Take in what the other processes have added; all of them call this, after at least an empty chunk."""
+        assert self._sums is not None
+        self._tokens = sum(world.gather(self._tokens))
+        for part in self._sums:
+            world.sum_(torch.view_as_real(part) if part.is_complex() else part)
+
     def share(self) -> float:
         """The error over the energy of the original scores."""
-        assert self._sums is not None, "no text was held out"
+        assert self._sums is not None and self._tokens, "no text was held out"
         qq, qq_r, kk, kk_r, q2, q2_r, k2, k2_r, qx, qx_r, kx, kx_r, mean, mean2 = (s / self._tokens for s in self._sums)
         kk_r = kk_r - mean[..., None] * mean[:, None]
         k2_r = k2_r - mean2[..., None] * mean2[:, None]

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from retrofit.system.world import World
+
 LAMBDAS = tuple(10.0 ** (e / 2) for e in range(-8, 5))  # times the mean eigenvalue of the Gram
 
 
@@ -42,6 +44,12 @@ class RidgeSums:
             self.energy + other.energy,
             self.weight + other.weight,
         )
+
+    def together(self, world: World) -> RidgeSums:
+        """Those of all processes, each of which has sums of its own tokens."""
+        scalars = world.gather((self.energy, self.weight))
+        energy, weight = (sum(values) for values in zip(*scalars, strict=True))
+        return RidgeSums(world.sum_(self.gram_NN), world.sum_(self.cross_CN), energy, weight)
 
     @classmethod
     def of(cls, z_TN: Tensor, target_TC: Tensor, weight_T: Tensor) -> RidgeSums:

@@ -15,6 +15,7 @@ from retrofit.kv_heads.calibrate.stream import LayerRun
 from retrofit.kv_heads.disk import DiskTensors
 from retrofit.kv_heads.merge.weights import LayerWeights, write_layer
 from retrofit.model.spec import LayerAttention
+from retrofit.system.world import ALONE, World
 
 Fold = tuple[str, int]  # kind of text, part of it
 
@@ -33,7 +34,7 @@ class RepairInputs:
     """What repairs read of one layer, batch by batch; every call reads from disk and keeps nothing.
 
     layer: the converted one. run: it, in memory, with the present weights. folds: of each batch. device: where tensors
-    are put.
+    are put. own: numbers of the batches that this process holds, all by default; the others of `world` hold the rest.
     """
 
     def __init__(
@@ -45,7 +46,10 @@ class RepairInputs:
         files: LayerFiles,
         kwargs: Callable[[int], dict[str, Any]],
         device: str,
+        own: Sequence[int] | None = None,
+        world: World = ALONE,
     ) -> None:
+        self.own, self.world = tuple(range(len(folds)) if own is None else own), world
         self.layer, self.run, self.folds, self.device = layer, run, tuple(folds), device
         self._weights, self._files, self._kwargs = weights, files, kwargs
         self._heads_known = False
@@ -70,7 +74,7 @@ class RepairInputs:
     def heads(self, batch: int) -> Tensor:
         """What the output projection reads under the present weights, [B, T, N]; computed once for these weights."""
         if not self._heads_known:
-            for i in range(len(self.folds)):
+            for i in self.own:
                 self._files.heads.write(i, self.run.head_outputs(self.hidden(i), self.kwargs(i)))
             self._heads_known = True
         return self._files.heads.read(batch, self.device)

@@ -24,7 +24,8 @@ from retrofit.kv_heads.repair.transfer import LayerTransfer
 
 
 class Repair(Protocol):
-    """name: as in the recipe and in outcomes."""
+    """name: as in the recipe and in outcomes. Of several processes each calls it, with the batches that it holds, and
+    all return the same."""
 
     @property
     def name(self) -> str: ...
@@ -61,17 +62,22 @@ class OutputRidge:
 
     def __call__(self, inputs: RepairInputs, weights: LayerWeights) -> tuple[LayerWeights, RepairOutcome]:
         bias = weights.o_bias_C
-        sums: dict[Fold, RidgeSums] = {}
-        for i, fold in enumerate(inputs.folds):
+        width, heads, head_dim = weights.o_CHD.shape
+        columns, nothing = self.columns(heads, head_dim, bias is not None), weights.o_CHD.new_empty
+        sums: dict[Fold, RidgeSums] = {
+            fold: RidgeSums.of(nothing(0, columns), nothing(0, width), nothing(0)) for fold in inputs.folds
+        }
+        for i in inputs.own:
             z_TN = inputs.heads(i).flatten(0, 1)
             if bias is not None:
                 z_TN = torch.cat([z_TN, torch.ones_like(z_TN[:, :1])], 1)
             part = RidgeSums.of(z_TN, inputs.target(i).flatten(0, 1), inputs.weight(i).flatten())
-            sums[fold] = sums[fold] + part if fold in sums else part
+            sums[inputs.folds[i]] += part
         start = weights.o_CHD.flatten(1, 2)
         if bias is not None:
             start = torch.cat([start, bias[:, None]], 1)
-        ridge = refit(sums, start.double())
+        sums = {fold: part.together(inputs.world) for fold, part in sums.items()}
+        ridge = inputs.world.only(lambda: refit(sums, start.double()))
         outcome = RepairOutcome(self.name, ridge.accepted, ridge.held_out_before, ridge.held_out_after)
         return _with_output(weights, ridge.w_CN), outcome
 

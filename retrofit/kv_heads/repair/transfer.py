@@ -13,13 +13,16 @@ A descent fits its own text. Part of every kind of text is held out, and where t
 (another for each layer) is held out whole. The state that is best on all of that is kept, and none that is worse than
 the start on any of it.
 
+Of several processes, whoever holds the batch of a step computes its gradient, and all take the step: a descent is as
+long as that of one process, and the same.
+
 Legend: B sequences of a batch, R sequences of a step, T tokens, C model width.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +31,8 @@ from torch import Tensor
 from retrofit.kv_heads.merge.weights import LayerWeights, read_layer, write_layer
 from retrofit.kv_heads.repair.outcome import RepairOutcome
 from retrofit.kv_heads.repair.repair_inputs import Fold, RepairInputs
+from retrofit.system.dealing import collected
+from retrofit.system.world import World
 
 STEP_TOKENS = 2048
 CHECKS = 3  # how often a descent is measured on held-out text
@@ -64,9 +69,10 @@ class LayerTransfer:
         for p in parameters.values():
             p.requires_grad_(True)
         for number, (batch, rows) in enumerate(order, 1):
-            loss = _squared_error(inputs, batch, rows)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            if batch in inputs.own:
+                _squared_error(inputs, batch, rows).backward()  # type: ignore[no-untyped-call]
+            _share_gradients(parameters.values(), inputs.world)
             optimizer.step()
             schedule.step()
             if number == len(order) or number % max(1, len(order) // CHECKS) == 0:
@@ -74,6 +80,7 @@ class LayerTransfer:
                 # NaN, of a descent that diverged, is in no comparison below 1.
                 if all(ratio < 1.0 for ratio in ratios.values()) and _mean(ratios) < _mean(best):
                     best, state = ratios, _copy(parameters)
+        state = inputs.world.share(state)
         for name, p in parameters.items():
             p.requires_grad_(False)
             p.data.copy_(state[name])
@@ -122,12 +129,21 @@ def _squared_error(inputs: RepairInputs, batch: int, rows: slice) -> Tensor:
 
 def _errors(inputs: RepairInputs, held_out: Mapping[str, Sequence[int]]) -> dict[str, float]:
     """The loss on held-out batches, by kind of text."""
-    found = {}
+    every = [i for batches in held_out.values() for i in batches]
     with torch.no_grad():
-        for kind, batches in held_out.items():
-            lost = [float(_squared_error(inputs, i, slice(None))) for i in batches]
-            found[kind] = sum(lost) / len(lost)
-    return found
+        own = {i: float(_squared_error(inputs, i, slice(None))) for i in every if i in inputs.own}
+    lost = collected(own, inputs.world)
+    return {kind: sum(lost[i] for i in batches) / len(batches) for kind, batches in held_out.items()}
+
+
+def _share_gradients(parameters: Iterable[Tensor], world: World) -> None:
+    """Give every process the gradients of the one that has them."""
+    if world.size == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        world.sum_(parameter.grad)
 
 
 def _rate(step: int, steps: int) -> float:

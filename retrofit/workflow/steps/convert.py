@@ -102,7 +102,7 @@ class Convert(Step):
         if not self.section.calibrates or not self._changes(context) or not weights:
             return ()
         from retrofit.data.calibration import fewest_sequences, require_calibration_text
-        from retrofit.kv_heads.calibrate.layerwise import require_left_out
+        from retrofit.kv_heads.calibrate.settings import require_left_out
         from retrofit.kv_heads.merge.baselines import METHODS
 
         calibration, repairs = self.section.calibration, self.section.repair != "none"
