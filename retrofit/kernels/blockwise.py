@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from retrofit.errors import UserError
-from retrofit.kernels import attention_interface, gemm_tile
+from retrofit.kernels import attention_interface, gemm_tile, tile_choice
+from retrofit.kernels.tile_choice import TileChoice
 from retrofit.kernels.tiles import Tile, tiles
 
 NAME = "blockwise"
@@ -32,17 +33,17 @@ _aten = torch.ops.aten
 def block(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T) v of one tile -> (out [B, H, T, D], lse [B, H, T], natural logarithm, at least fp32).
 
-    causal: query i sees keys j <= i; needs T = S. Not differentiable by itself; `attention` is.
+    causal: query i sees keys j <= i; needs T = S. Not differentiable by itself; `attention` is. On CUDA by the back end
+    that `tile_choice` takes for these tensors.
 
-    Raises: UserError on CUDA for a dtype its flash kernel does not have.
+    Raises: UserError on a device without a kernel that gives the log-sum-exp of this dtype and head dim.
     """
     assert not causal or q_BHTD.shape[2] == k_BKSD.shape[2], "a causal tile has as many keys as queries"
     if q_BHTD.device.type == "cpu":
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q_BHTD, k_BKSD, v_BKSD, 0.0, causal, scale=scale)
         return out, lse
-    _require_half(q_BHTD)
-    out, lse, *_ = _aten._scaled_dot_product_flash_attention(q_BHTD, k_BKSD, v_BKSD, 0.0, causal, False, scale=scale)
-    return out, lse
+    backend = _choice(q_BHTD, k_BKSD).for_tile(q_BHTD.shape[2], k_BKSD.shape[2])
+    return backend.forward(q_BHTD, k_BKSD, v_BKSD, causal, scale)
 
 
 def block_backward(
@@ -56,16 +57,11 @@ def block_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) that one tile adds, given the out and lse of the whole row."""
+    given = (grad_BHTD, q_BHTD, k_BKSD, v_BKSD, out_BHTD, lse_BHT)
     if q_BHTD.device.type == "cpu":
-        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_BHTD, q_BHTD, k_BKSD, v_BKSD, out_BHTD, lse_BHT, 0.0, causal, scale=scale
-        )
-    _require_half(q_BHTD)
-    unused = torch.zeros((), dtype=torch.int64, device=q_BHTD.device)  # dropout's random state; there is no dropout
-    return _aten._scaled_dot_product_flash_attention_backward(
-        grad_BHTD, q_BHTD, k_BKSD, v_BKSD, out_BHTD, lse_BHT,
-        None, None, q_BHTD.shape[2], k_BKSD.shape[2], 0.0, causal, unused, unused, scale=scale,
-    )  # fmt: skip
+        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, 0.0, causal, scale=scale)
+    backend = _choice(q_BHTD, k_BKSD).for_tile(q_BHTD.shape[2], k_BKSD.shape[2])
+    return backend.backward(*given, causal, scale)
 
 
 def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,12 +71,41 @@ def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tup
     return out * own + other_out.to(out.dtype) * other, total
 
 
-def _require_half(q: Tensor) -> None:
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        raise UserError(
-            f"the flash kernel on {q.device.type} has no {str(q.dtype).removeprefix('torch.')}",
-            fix="load the model in bfloat16 or use kernel: sdpa",
-        )
+def split_keys(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, parts: int) -> tuple[Tensor, Tensor]:
+    """A full tile as `parts` tiles in the batch, each with a part of the keys -> (out fp32, lse).
+
+    Few queries against many keys leave most of a GPU idle otherwise.
+    """
+    B, H, T, D = q_BHTD.shape
+    size = k_BKSD.shape[2] // parts
+    q = q_BHTD[:, None].expand(B, parts, H, T, D).flatten(0, 1)
+    k, v = (_stacked(x, 0, size, parts, size) for x in (k_BKSD, v_BKSD))
+    out, lse = (x.unflatten(0, (B, parts)) for x in block(q, k, v, False, scale))
+    total = lse.logsumexp(1)
+    whole = (out.float() * torch.exp(lse - total[:, None])[..., None]).sum(1)
+    rest = k_BKSD.shape[2] - size * parts
+    if rest:
+        k, v = k_BKSD[:, :, -rest:], v_BKSD[:, :, -rest:]
+        whole, total = merge(whole, total, *block(q_BHTD, k, v, False, scale))
+    return whole, total
+
+
+def _runs(x: Tensor, start: int, size: int, count: int, step: int) -> Tensor:
+    """View [B, heads, count, size, ...] of `count` runs along the tokens (dim 2), `step` apart."""
+    if count == 1:
+        return x[:, :, None, start : start + size]
+    return x[:, :, start : start + (count - 1) * step + size].unfold(2, size, step).movedim(-1, 3)
+
+
+def _stacked(x: Tensor, start: int, size: int, count: int, step: int) -> Tensor:
+    """The runs of `_runs` one after the other in the batch, [B count, heads, size, ...]."""
+    return _runs(x, start, size, count, step).movedim(2, 1).flatten(0, 1)
+
+
+def _choice(q: Tensor, k: Tensor) -> TileChoice:
+    if q.device.type != "cuda":
+        raise UserError(f"no attention kernel with a log-sum-exp on {q.device.type}", fix="use kernel: sdpa")
+    return tile_choice.choice_for(q, k)
 
 
 # ---------------------------------------------------------------------------------------------- attention
@@ -102,14 +127,19 @@ def attention(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, wind
     if torch.is_grad_enabled() and (q_BHTD.requires_grad or k_BKSD.requires_grad or v_BKSD.requires_grad):
         return _Attention.apply(q_BHTD, k_BKSD, v_BKSD, scale, window)
     queries, keys = q_BHTD.shape[2], k_BKSD.shape[2]
-    plan = tiles(queries, keys, window, _RUN if gemm_tile.usable(q_BHTD) else None)
+    plan = tiles(queries, keys, window, _RUN if gemm_tile.usable(q_BHTD) else None, side_by_side=_wide(q_BHTD))
     return _forward(q_BHTD, k_BKSD, v_BKSD, plan, scale, fast=True)[0]
+
+
+def _wide(q: Tensor) -> bool:
+    """Whether the device computes many small tiles faster at once than one after the other."""
+    return q.device.type != "cpu"
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        plan = tiles(q.shape[2], k.shape[2], window)
+        plan = tiles(q.shape[2], k.shape[2], window, side_by_side=_wide(q))
         out, lse = _forward(q, k, v, plan, scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.scale = plan, scale
@@ -119,15 +149,17 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, out, lse = ctx.saved_tensors
         plan: list[Tile] = ctx.plan
-        if len(plan) == 1 and plan[0].k0 == 0:
+        if len(plan) == 1 and plan[0].count == 1 and plan[0].k0 == 0:
             return *tile_backward(plan[0], grad, q, k, v, out, lse, ctx.scale), None, None
         wide = torch.promote_types(q.dtype, torch.float32)
         dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
         for tile in plan:
-            add_q, add_k, add_v = tile_backward(tile, grad, q, k, v, out, lse, ctx.scale)
-            dq[:, :, tile.q0 : tile.q1] += add_q
-            dk[:, :, tile.k0 : tile.k1] += add_k
-            dv[:, :, tile.k0 : tile.k1] += add_v
+            adds = tile_backward(tile, grad, q, k, v, out, lse, ctx.scale)
+            for total, add, (start, stop) in zip(
+                (dq, dk, dv), adds, ((tile.q0, tile.q1), (tile.k0, tile.k1), (tile.k0, tile.k1)), strict=True
+            ):
+                runs = _runs(total, start, stop - start, tile.count, tile.step)
+                runs += add.unflatten(0, (-1, tile.count)).movedim(1, 2)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
@@ -135,14 +167,14 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, plan: list[Tile], scale: float, *, fast: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(out [B, H, T, D] in the dtype of q, lse [B, H, T]) over all tiles. fast: `gemm_tile` may be used."""
-    if len(plan) == 1:
+    if len(plan) == 1 and plan[0].count == 1:
         return tile_forward(plan[0], q, k, v, scale)
     out, lse = torch.empty_like(q), None
     start = 0
     while start < q.shape[2]:
         # Tiles of one group share their first query; an edge tile ends one query earlier than its group.
         group = [tile for tile in plan if tile.q0 == start]
-        stop = max(tile.q1 for tile in group)
+        size, count, step = max(tile.q1 for tile in group) - start, group[0].count, group[0].step
         first, *rest = sorted(group, key=lambda tile: ("causal", "full", "edge").index(tile.kind))
         part, part_lse = tile_forward(first, q, k, v, scale)
         for tile in rest:
@@ -157,8 +189,9 @@ def _forward(
                 part[:, :, :n], part_lse[:, :, :n] = merge(part[:, :, :n], part_lse[:, :, :n], add, add_lse)
         if lse is None:
             lse = torch.empty(q.shape[:3], dtype=part_lse.dtype, device=q.device)
-        out[:, :, start:stop], lse[:, :, start:stop] = part, part_lse
-        start = stop
+        for whole, runs in ((out, part), (lse, part_lse)):
+            _runs(whole, start, size, count, step).copy_(runs.unflatten(0, (-1, count)).movedim(1, 2))
+        start += size + (count - 1) * step
     assert lse is not None
     return out, lse
 
@@ -167,11 +200,16 @@ def tile_forward(
     tile: Tile, q: Tensor, k: Tensor, v: Tensor, scale: float, shift: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of one tile; with `shift`, the log-sum-exp of its queries so far, a full tile may use `gemm_tile`."""
-    q, k, v = q[:, :, tile.q0 : tile.q1], k[:, :, tile.k0 : tile.k1], v[:, :, tile.k0 : tile.k1]
+    q = _stacked(q, tile.q0, tile.q1 - tile.q0, tile.count, tile.step)
+    k, v = (_stacked(x, tile.k0, tile.k1 - tile.k0, tile.count, tile.step) for x in (k, v))
     if shift is not None and tile.kind == "full" and gemm_tile.usable(q):
         result = gemm_tile.full_tile(q, k, v, scale, shift)
         if result is not None:
             return result
+    if tile.kind == "full" and q.device.type == "cuda":
+        parts = _choice(q, k).parts(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        if parts > 1:
+            return split_keys(q, k, v, scale, parts)
     if tile.kind != "edge":
         return block(q, k, v, tile.kind == "causal", scale)
     out, lse = block(q.flip(2), k.flip(2), v.flip(2), True, scale)
@@ -181,8 +219,9 @@ def tile_forward(
 def tile_backward(
     tile: Tile, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, ...]:
-    rows = [x[:, :, tile.q0 : tile.q1] for x in (grad, q, out, lse)]
-    columns = [x[:, :, tile.k0 : tile.k1] for x in (k, v)]
+    """Gradients of one tile; of several side by side, one after the other in the batch."""
+    rows = [_stacked(x, tile.q0, tile.q1 - tile.q0, tile.count, tile.step) for x in (grad, q, out, lse)]
+    columns = [_stacked(x, tile.k0, tile.k1 - tile.k0, tile.count, tile.step) for x in (k, v)]
     if tile.kind == "edge":
         rows, columns = [x.flip(2) for x in rows], [x.flip(2) for x in columns]
     grad, q, out, lse = (x.contiguous() for x in rows)

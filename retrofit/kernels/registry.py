@@ -54,7 +54,10 @@ class KernelChoice:
 
 @dataclass(frozen=True)
 class KernelCheck:
-    """Largest |logit difference| between kernel and `reference`, over one forward pass and a cached continuation."""
+    """Largest |logit difference| between kernel and `reference`, over one forward pass and a cached continuation.
+
+    tiles: which back end computes the tiles of `blockwise`, and why; None where there is no choice.
+    """
 
     kernel: str
     reference: str
@@ -62,6 +65,7 @@ class KernelCheck:
     tolerance: float
     tokens: int
     passed: bool
+    tiles: str | None = None
 
 
 def available() -> list[KernelStatus]:
@@ -176,7 +180,8 @@ def scoring_kernel(model: PreTrainedModel) -> KernelChoice:
         )
     objection = _objection("blockwise", spec, model.device.type, False, dtype)
     if objection is None:
-        return KernelChoice("auto", "blockwise", "exact, without a mask, memory linear in the tokens")
+        reason, tiles = "exact, without a mask, memory linear in the tokens", tiles_of(model, "blockwise")
+        return KernelChoice("auto", "blockwise", f"{reason}; {tiles}" if tiles else reason)
     name = "sdpa" if _objection("sdpa", spec, model.device.type, False, dtype) is None else "eager"
     return KernelChoice("auto", name, f"scored with {name} and explicit masks: blockwise cannot, {objection}")
 
@@ -199,7 +204,23 @@ def prove(model: PreTrainedModel, choice: KernelChoice, input_ids_1T: Tensor) ->
     difference = float(torch.stack([(logits - expected).abs().max() for logits in (whole, pieces)]).max())
     tolerance = TOLERANCE[dtype]
     # A NaN compares false, so it does not pass.
-    return KernelCheck(choice.name, "eager", difference, tolerance, input_ids_1T.shape[1], difference <= tolerance)
+    passed, tiles = difference <= tolerance, tiles_of(model, choice.name)
+    return KernelCheck(choice.name, "eager", difference, tolerance, input_ids_1T.shape[1], passed, tiles)
+
+
+def tiles_of(model: PreTrainedModel, kernel: str) -> str | None:
+    """Which back end computes the tiles of `blockwise` for a model, and why; None on a CPU, which has one.
+
+    Raises: UserError where none is right on this GPU.
+    """
+    from retrofit.kernels import tile_choice
+    from retrofit.model.families import describe
+
+    if kernel != "blockwise" or model.device.type != "cuda":
+        return None
+    shapes = {(layer.head_dim, layer.query_heads, layer.kv_heads) for layer in describe(model.config).layers}
+    choices = [tile_choice.chosen(model.device, tile_choice.Shape(model.dtype, *shape)) for shape in sorted(shapes)]
+    return "; ".join(dict.fromkeys(choice.reason for choice in choices))
 
 
 def _whole(model: PreTrainedModel, ids: Tensor) -> torch.Tensor:

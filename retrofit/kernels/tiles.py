@@ -13,20 +13,28 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries [q0, q1) against keys [k0, k1), indices into the given tensors."""
+    """Queries [q0, q1) against keys [k0, k1), indices into the given tensors.
+
+    count: so many tiles of this size, each `step` queries and `step` keys after the one before, no less than its size.
+    """
 
     q0: int
     q1: int
     k0: int
     k1: int
     kind: Literal["full", "causal", "edge"]
+    count: int = 1
+    step: int = 0
 
 
-def tiles(queries: int, keys: int, window: int | None, run: int | None = None) -> list[Tile]:
+def tiles(
+    queries: int, keys: int, window: int | None, run: int | None = None, *, side_by_side: bool = False
+) -> list[Tile]:
     """Tiles that cover exactly the visible (query, key) pairs, each once.
 
     A key j is visible to the query at position p when p - window < j <= p (no window: j <= p). run: causal tiles that
-    start a sequence are at most this long, the rest of the triangle is full tiles.
+    start a sequence are at most this long, the rest of the triangle is full tiles. side_by_side: tiles along a sliding
+    window that have the same size are one with a count, so that a GPU computes them at once.
     """
     assert 0 < queries <= keys
     offset = keys - queries
@@ -40,7 +48,14 @@ def tiles(queries: int, keys: int, window: int | None, run: int | None = None) -
             stop = min(start + (run or free), free)
             plan += [Tile(start, stop, 0, offset + start, "full")] if offset + start else []
             plan.append(Tile(start, stop, offset + start, offset + stop, "causal"))
-    for start in range(free, queries, window or queries):
+    done = free
+    if window is not None and side_by_side and (count := (queries - free) // window) > 1:
+        first = offset + free
+        plan.append(Tile(free, free + window, first, first + window, "causal", count, window))
+        if window > 1:
+            plan.append(Tile(free, free + window - 1, first - window + 1, first, "edge", count, window))
+        done += count * window
+    for start in range(done, queries, window or queries):
         assert window is not None
         stop = min(start + window, queries)
         first, last = offset + start, offset + stop  # positions [first, last) of these queries

@@ -154,7 +154,7 @@ def _proof(proof: Mapping[str, Any] | None) -> str:
         f"Kernel `{proof.get('kernel')}` against `{proof.get('reference', 'eager')}` on "
         f"{fmt.count(proof.get('tokens'))} tokens: "
         f"the logits differ by at most {fmt.number(proof.get('max_difference'))}, {result} the tolerance of "
-        f"{fmt.plain(proof.get('tolerance'))}."
+        f"{fmt.plain(proof.get('tolerance'))}." + (f" It computes {tiles}." if (tiles := proof.get("tiles")) else "")
     )
 
 

@@ -43,23 +43,29 @@ def random_qkv(
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("run", [None, 3, 16])
-def test_tiles_cover_every_visible_pair_once(window: int | None, run: int | None) -> None:
+@pytest.mark.parametrize(("run", "side_by_side"), [(None, False), (3, False), (16, False), (None, True)])
+def test_tiles_cover_every_visible_pair_once(window: int | None, run: int | None, side_by_side: bool) -> None:
     for queries, keys in SHAPES:
         seen = torch.zeros(queries, keys, dtype=torch.int)
-        for tile in blockwise.tiles(queries, keys, window, run):
+        for tile in blockwise.tiles(queries, keys, window, run, side_by_side=side_by_side):
             n, m = tile.q1 - tile.q0, tile.k1 - tile.k0
             assert n > 0
             assert m > 0
             assert tile.kind == "full" or n == m
             shape = {"full": torch.ones(n, m), "causal": torch.ones(n, m).tril(), "edge": torch.ones(n, m).triu()}
-            seen[tile.q0 : tile.q1, tile.k0 : tile.k1] += shape[tile.kind].int()
+            for at in range(0, tile.count * tile.step or 1, tile.step or 1):
+                seen[tile.q0 + at : tile.q1 + at, tile.k0 + at : tile.k1 + at] += shape[tile.kind].int()
         assert torch.equal(seen, visible(queries, keys, window).int()), (queries, keys)
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_values_and_gradients_equal_masked_softmax(shape: tuple[int, int], window: int | None) -> None:
+def test_values_and_gradients_equal_masked_softmax(
+    shape: tuple[int, int], window: int | None, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """wide: as on a GPU, where equal tiles are computed at once."""
+    monkeypatch.setattr(blockwise, "_wide", lambda q: wide)
     inputs = [x.requires_grad_() for x in random_qkv(*shape)]
     out, expected = blockwise.attention(*inputs, 0.3, window), reference(*inputs, 0.3, window)
     upstream = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
@@ -94,6 +100,21 @@ def test_merging_two_halves_of_the_keys_gives_the_whole() -> None:
     halves = [blockwise.block(q, k[:, :, part], v[:, :, part], False, 0.3) for part in (slice(0, 13), slice(13, 40))]
     out, lse = blockwise.merge(*halves[0], *halves[1])
     torch.testing.assert_close(out, whole, rtol=0, atol=2e-6)
+    torch.testing.assert_close(lse, whole_lse, rtol=0, atol=2e-6)
+
+
+def test_a_gpu_computes_a_prefill_as_one_tile_and_a_window_as_few() -> None:
+    assert len(blockwise.tiles(32_768, 32_768, None, side_by_side=True)) == 1
+    assert len(blockwise.tiles(512, 131_072, None, side_by_side=True)) == 2
+    assert len(blockwise.tiles(32_768, 32_768, 512, side_by_side=True)) == 3
+
+
+@pytest.mark.parametrize("parts", [2, 3, 7])
+def test_keys_cut_into_parts_give_the_whole(parts: int) -> None:
+    q, k, v = random_qkv(5, 40)
+    whole, whole_lse = blockwise.block(q, k, v, False, 0.3)
+    out, lse = blockwise.split_keys(q, k, v, 0.3, parts)
+    torch.testing.assert_close(out.double(), whole, rtol=0, atol=2e-6)
     torch.testing.assert_close(lse, whole_lse, rtol=0, atol=2e-6)
 
 
@@ -152,27 +173,6 @@ def test_bfloat16_attention_uses_the_gemm_tile_and_is_right(monkeypatch: pytest.
     torch.testing.assert_close(
         out.double(), reference(q.double(), k.double(), v.double(), 0.25, None), rtol=0, atol=2e-2
     )
-
-
-# ------------------------------------------------------------------------------------- the CUDA path, by shapes only
-
-
-def test_cuda_calls_fit_their_signatures() -> None:
-    """No GPU here: fake tensors check argument order, dtypes and result shapes of the forward and backward calls."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(), torch.no_grad():
-        q = torch.empty(1, 6, 128, 64, dtype=torch.bfloat16, device="cuda")
-        k = torch.empty(1, 2, 256, 64, dtype=torch.bfloat16, device="cuda")
-        out, lse = blockwise.block(q, k, k, False, 0.125)
-        assert out.shape == q.shape
-        assert lse.shape == q.shape[:3]
-        assert lse.dtype == torch.float32
-        grads = blockwise.block_backward(torch.empty_like(out), q, k, k, out, lse, False, 0.125)
-        assert [x.shape for x in grads] == [q.shape, k.shape, k.shape]
-        x = torch.empty(1, 2, 8, 64, device="cuda")
-        with pytest.raises(UserError, match="float32"):
-            blockwise.block(x, x, x, False, 0.125)
 
 
 # ------------------------------------------------------------------------------------- in transformers

@@ -224,9 +224,10 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _kernel(model: PreTrainedModel, asked: KernelChoice | None, progress: Progress | None) -> Iterator[str]:
-    """Run with the kernel asked for, or the one that suits a chunked prefill; a fallback is announced."""
+    """Run with the kernel asked for, or the one that suits a chunked prefill; a fallback, and on a GPU the choice of
+    tiles, is announced."""
     choice = asked or scoring_kernel(model)
-    if asked is None and choice.name != "blockwise" and progress:
+    if asked is None and (choice.name != "blockwise" or model.device.type != "cpu") and progress:
         progress.note(choice.reason)
     with using(model, choice):
         yield choice.name
