@@ -8,9 +8,8 @@ one tensor into memory of its own: nothing else is loaded, and nothing stays map
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from retrofit.checkpoint.cast import beyond, fits
 from retrofit.checkpoint.files import CONFIG, INDEX, WeightFiles, others, weight_files
 from retrofit.checkpoint.header import Entry, read_header
+from retrofit.checkpoint.scan import scan
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.files import read_json
@@ -148,27 +148,36 @@ class Checkpoint:
                 for size in (min(_PIECE_BYTES, one.nbytes - at) for at in range(0, one.nbytes, _PIECE_BYTES))
             )
 
-    def require_finite(self, names: Iterable[str] | None = None, *, written: torch.dtype | None = None) -> None:
-        """Read every floating tensor once, one at a time; UserError names the first that holds a NaN or infinity.
+    def require_finite(
+        self,
+        names: Iterable[str] | None = None,
+        *,
+        written: torch.dtype | None = None,
+        digested: Collection[str] = (),
+    ) -> Mapping[str, str]:
+        """Read every floating tensor once, by several threads; UserError names the first with a NaN or infinity.
 
-        written: the dtype the weights will be written in, in which none may become infinite either.
+        written: the dtype the weights will be written in, in which none may become infinite either. digested: shards
+        whose SHA-256 is wanted, by name; they are hashed on the way, so that nothing is read twice for it.
         """
-        for name in self.names if names is None else names:
-            dtype = self.dtype(name)
-            if not dtype.is_floating_point or prod(self.shape(name)) == 0:
+        asked = self.names if names is None else tuple(names)
+        found = scan(self.folder, self.entries, DTYPES, asked, digested)
+        for name in asked:
+            if name not in found.extremes:
                 continue
-            tensor = self.tensor(name)
-            low, high = torch.aminmax(tensor.float() if dtype.itemsize == 1 else tensor)
-            if torch.isfinite(low) and torch.isfinite(high):
-                if written is not None and not fits(low, high, written):
+            extremes = found.extremes[name]
+            if bool(torch.isfinite(extremes).all()):
+                if written is not None and not fits(extremes[0], extremes[1], written):
                     raise beyond(name, written, str(self.folder / self.shard_of(name)))
                 continue
+            tensor = self.tensor(name)
             bad = int((~torch.isfinite(tensor.float())).sum())
             raise UserError(
                 f"`{shown(name, 120)}` holds {bad} values that are NaN or infinite (of {tensor.numel()})",
                 where=shown(self.folder / self.shard_of(name)),
                 fix="start from weights that are finite: download the checkpoint again, or use the state before",
             )
+        return found.digests
 
 
 def _entries(folder: Path, files: WeightFiles) -> dict[str, Entry]:

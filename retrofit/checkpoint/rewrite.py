@@ -1,12 +1,13 @@
-"""Stream a checkpoint through rules, one tensor in memory at a time.
+"""Stream a checkpoint through rules, a few tensors in memory at a time.
 
-A tensor without a rule is copied as bytes inside the kernel, near the speed of `cp`.
+A tensor without a rule is copied as bytes inside the kernel, near the speed of `cp`; the next tensors that change are
+read and computed by other threads meanwhile. They are written in the order of the source, whatever the threads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -18,12 +19,15 @@ from torch import Tensor
 from retrofit.checkpoint.cast import narrowed
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.staging import require_free_space
+from retrofit.checkpoint.threads import ahead, thread_count
 from retrofit.checkpoint.write import HEADER_RESERVE, KEPT, ShardWriter, going_on, held, write_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from retrofit.console import Progress
+
+MOST_AHEAD = 4  # tensors that are computed before they are written: memory is bounded by them
 
 Rule = Callable[[str, Tensor], Iterable[tuple[str, Tensor]]]
 
@@ -55,9 +59,10 @@ def rewrite(
 
     rules: {stored name: rule}. A rule takes (name, tensor) and yields the (name, tensor) pairs that stand in its
     place; None drops the tensor. Names without a rule are copied. made: {stored name: function that makes what stands
-    in its place}; the stored tensor is not read. dtype: what floating tensors are cast to; when None a rule's results
-    are cast to the dtype of the tensor they came from, and the rest stays as stored; config.json then names the one of
-    most bytes. resume: `out` may hold whole shards of an earlier call with the same arguments, which are kept.
+    in its place}; the stored tensor is not read. Both may be called by several threads at a time. dtype: what floating
+    tensors are cast to; when None a rule's results are cast to the dtype of the tensor they came from, and the rest
+    stays as stored; config.json then names the one of most bytes. resume: `out` may hold whole shards of an earlier
+    call with the same arguments, which are kept.
 
     Raises ValueError for a rule without a tensor or a name written twice, UserError when the disk is too small and for
     values that the dtype cannot hold.
@@ -99,21 +104,16 @@ class _Pass:
             stack.enter_context(writer)
             if progress and writer.kept:
                 progress.note(KEPT.format(writer.kept))
+            threads = thread_count(MOST_AHEAD)
+            changing = stack.enter_context(closing(ahead(self._changed, filter(self._changes, source.names), threads)))
             for name in source.names:
                 entry = source.entries[name]
-                rule = self.rules.get(name)
-                if name in self.rules and rule is None:
+                if name in self.rules and self.rules[name] is None:
                     dropped.append(name)
-                elif rule is not None:
+                elif self._changes(name):
                     changed.append(name)
-                    for new_name, tensor in rule(name, source.tensor(name)):
-                        writer.add(new_name, self._cast(tensor, name))
-                elif name in self.made:
-                    changed.append(name)
-                    writer.add(name, self._cast(self.made[name](), name))
-                elif self._target(name) != source.dtype(name):
-                    changed.append(name)
-                    writer.add(name, self._cast(source.tensor(name), name))
+                    for new_name, tensor in next(changing):
+                        writer.add(new_name, tensor)
                 else:
                     copied.append(name)
                     writer.copy(name, entry.dtype, entry.shape, files[entry.shard], entry.offset, entry.nbytes)
@@ -123,6 +123,20 @@ class _Pass:
         if progress:
             progress.finish()
         return Rewritten(shards, writer.nbytes, tuple(copied), tuple(changed), tuple(dropped))
+
+    def _changes(self, name: str) -> bool:
+        """Whether a tensor is computed anew: neither dropped nor copied."""
+        if name in self.rules:
+            return self.rules[name] is not None
+        return name in self.made or self._target(name) != self.source.dtype(name)
+
+    def _changed(self, name: str) -> list[tuple[str, Tensor]]:
+        """What stands in the place of a stored tensor."""
+        rule = self.rules.get(name)
+        if rule is not None:
+            return [(new, self._cast(tensor, name)) for new, tensor in rule(name, self.source.tensor(name))]
+        tensor = self.made[name]() if name in self.made else self.source.tensor(name)
+        return [(name, self._cast(tensor, name))]
 
     def _target(self, name: str) -> torch.dtype:
         stored = self.source.dtype(name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -104,6 +105,8 @@ class ShardWriter:
         self._file: FileIO | None = None
         self._offset = self._flushed = 0
         self._resume = resume
+        self._completing = ThreadPoolExecutor(1)
+        self._completed: list[Future[None]] = []
         self._finished = self._found() if resume else frozenset()
 
     @property
@@ -117,10 +120,11 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        elif self._file:
-            self._file.close()
+        with self._completing:  # waits for the shards whose data is on its way to the disk
+            if kind is None:
+                self.close()
+            elif self._file:
+                self._file.close()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor; it is not kept."""
@@ -144,6 +148,8 @@ class ShardWriter:
         if not self._headers:
             raise ValueError("no tensor was added")
         self._finish_shard()
+        for completed in self._completed:
+            completed.result()
         total = len(self._headers)
         if total == 1:
             self._part(0).rename(self.folder / SINGLE)
@@ -198,13 +204,11 @@ class ShardWriter:
             return
         if length > self.reserve:
             shift(self._file, 8 + self.reserve, self._offset, length - self.reserve)
-        if self._resume:
-            # A header on disk means that the data is; macOS has no fdatasync.
-            getattr(os, "fdatasync", os.fsync)(self._file.fileno())
-        self._file.seek(0)
-        write_all(self._file, memoryview(header))
-        self._file.close()
-        self._file = None
+        complete, self._file = self._file, None
+        if self._resume:  # the next shard is written while the disk takes this one
+            self._completed.append(self._completing.submit(_complete, complete, header, sync=True))
+        else:
+            _complete(complete, header, sync=False)
 
     def _start_flush(self, file: FileIO) -> None:
         """Let the disk begin with what was written since the last call: waiting for all of it at the end takes
@@ -229,6 +233,15 @@ class ShardWriter:
             else:
                 whole.add(int(path.name.removeprefix(".shard-")))
         return frozenset(whole)
+
+
+def _complete(file: FileIO, header: bytes, *, sync: bool) -> None:
+    """Write the header of a shard, after its data is on the disk where that is asked for, and close it."""
+    with file:
+        if sync:  # a header on disk means that the data is; macOS has no fdatasync
+            getattr(os, "fdatasync", os.fsync)(file.fileno())
+        file.seek(0)
+        write_all(file, memoryview(header))
 
 
 def held(folder: str | Path) -> int:

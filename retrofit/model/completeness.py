@@ -87,11 +87,20 @@ def require_complete(
         )
 
 
-def require_sound(checkpoint: Checkpoint, config: PretrainedConfig, *, written: torch.dtype | None = None) -> None:
+def require_sound(
+    checkpoint: Checkpoint,
+    config: PretrainedConfig,
+    *,
+    written: torch.dtype | None = None,
+    digested: Collection[str] = (),
+) -> Mapping[str, str]:
     """Read all values once. Raises UserError for NaN, infinity, what the dtype `written` cannot hold, and a stored head
-    that differs from the embedding which the configuration ties it to."""
+    that differs from the embedding which the configuration ties it to.
+
+    digested: files whose SHA-256 is wanted; those that hold weights are hashed on the way, and returned by name.
+    """
     require_tied(checkpoint, config)
-    checkpoint.require_finite(written=written)
+    return checkpoint.require_finite(written=written, digested=digested)
 
 
 def require_tied(checkpoint: Checkpoint, config: PretrainedConfig) -> None:

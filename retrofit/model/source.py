@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -39,7 +39,8 @@ class Source:
     """A model on this machine.
 
     requested: as the user named it. revision: the hub commit. dtype: what most values are stored in. base_model: the
-    hub id that a card should name. notes: what was done to it on the way.
+    hub id that a card should name. notes: what was done to it on the way. hashed: SHA-256 of files, by name, as far as
+    they were computed while the weights were checked.
     """
 
     requested: str
@@ -51,6 +52,7 @@ class Source:
     license: str | None
     base_model: str | None
     notes: tuple[str, ...] = ()
+    hashed: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def folder(self) -> Path:
@@ -60,13 +62,18 @@ class Source:
     @cached_property
     def digests(self) -> dict[str, str]:
         """{file name: sha256} of config.json and the weights; the hub's cache names large files by theirs."""
-        from retrofit.checkpoint.provenance import sha256
+        from retrofit.checkpoint.provenance import sha256_of
 
-        found = {}
-        for path in (self.folder / name for name in checkpoint_files(self.folder)):
-            blob = path.resolve().name
-            found[path.name] = blob if path.is_symlink() and _BLOB.fullmatch(blob) else sha256(path)
-        return found
+        names = self.unhashed
+        found = {**self.hashed, **dict(zip(names, sha256_of(self.folder / name for name in names), strict=True))}
+        blobs = {name: (self.folder / name).resolve().name for name in checkpoint_files(self.folder)}
+        return {name: found.get(name, blob) for name, blob in blobs.items()}
+
+    @property
+    def unhashed(self) -> tuple[str, ...]:
+        """Names of the files of `digests` that have to be read for theirs."""
+        paths = [self.folder / name for name in checkpoint_files(self.folder) if name not in self.hashed]
+        return tuple(path.name for path in paths if not (path.is_symlink() and _BLOB.fullmatch(path.resolve().name)))
 
 
 def resolve(
@@ -181,7 +188,8 @@ def _reexpressed(source: Source, weights: bool, progress: Progress | None) -> So
             require_tied(checkpoint, config)
     identity = partial(_identity, source, weights)
     folder = reexpressed(reexpression, source.folder, identity, weights=weights, progress=progress)
-    return replace(source, model=ModelFolder(folder), notes=(*source.notes, *notes_of(reexpression, source.dtype)))
+    notes = (*source.notes, *notes_of(reexpression, source.dtype))
+    return replace(source, model=ModelFolder(folder), notes=notes, hashed={})
 
 
 def _identity(source: Source, weights: bool) -> dict[str, str]:

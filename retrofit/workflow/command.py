@@ -134,7 +134,7 @@ def _reexpress(
     checkpoint, config = source.model.checkpoint, source.model.config
     reexpression = reexpression_of(config, target)
     require_complete(checkpoint, config, ignored=reexpression.ignored if reexpression else ())
-    require_sound(checkpoint, config, written=written)
+    source.hashed.update(require_sound(checkpoint, config, written=written, digested=source.unhashed))
     step = Reexpress(recipe, Section(target))
     context = ModelContext(recipe, (step,), source, source, "cpu", progress=progress)
     return _write(context, step, out, others, finished=finished, overwrite=overwrite)

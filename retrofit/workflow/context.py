@@ -291,7 +291,7 @@ def open_context(
         _fetch(context, revision or recipe.revision)
         here = here or _check_headers(context)
     if here:
-        _check_weights(context, out)
+        _check_weights(context, out, dry=dry)
     else:
         context.notes.append("the weights are not on this machine: they are checked when they are")
     if any(step.needs_tokens for step in steps):
@@ -316,19 +316,22 @@ def _fetch(context: ModelContext, revision: str | None) -> None:
         context.original_source = with_weights(context.original_source, progress=context.progress)
         original = context.original_model
         require_complete(original.checkpoint, original.config)
-        require_sound(original.checkpoint, original.config)
+        digested = context.original_source.unhashed
+        context.original_source.hashed.update(require_sound(original.checkpoint, original.config, digested=digested))
     context.source = source
 
 
-def _check_weights(context: ModelContext, out: Path | None) -> None:
+def _check_weights(context: ModelContext, out: Path | None, *, dry: bool) -> None:
     """The weights are finite in the dtype they will be written in, a head that is stored beside the embedding it is
-    tied to equals it, and what a step keeps while it works has room."""
+    tied to equals it, and what a step keeps while it works has room. dry: no step will ask for their digests."""
     from retrofit.kv_heads.disk import require_room
     from retrofit.kv_heads.room import held
 
     dtype = context.recipe.dtype
     written = None if dtype == "auto" else resolve_dtype(dtype, context.model.path)
-    require_sound(context.model.checkpoint, context.config, written=written)
+    source = context.source
+    digested = () if dry else source.unhashed
+    source.hashed.update(require_sound(context.model.checkpoint, context.config, written=written, digested=digested))
     for step in context.steps if out is not None else ():
         assert out
         if not (out / FOLDERS[step.name]).exists() and (needed := step.room(context)):

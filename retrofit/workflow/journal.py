@@ -18,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from retrofit.checkpoint.provenance import sha256
+from retrofit.checkpoint.provenance import sha256, sha256_of
 from retrofit.checkpoint.raw import write_all
 from retrofit.errors import UserError
 from retrofit.escape import shown
@@ -58,7 +58,8 @@ def digests_of(run: Path, paths: Iterable[Path]) -> dict[str, str]:
     files = [
         file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*"))) if file.is_file()
     ]
-    return {str(file.relative_to(run)): sha256(file) for file in files if file.name != CARD}
+    files = [file for file in files if file.name != CARD]
+    return {str(file.relative_to(run)): found for file, found in zip(files, sha256_of(files), strict=True)}
 
 
 def is_run(folder: Path) -> bool:

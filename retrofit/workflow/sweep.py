@@ -165,7 +165,7 @@ def prices(
         stored_moments.MomentsSource.of(moments, digest(source.folder))  # those of other weights are not replaced
     checkpoint = source.model.checkpoint
     require_complete(checkpoint, config, spec)
-    require_sound(checkpoint, config)
+    source.hashed.update(require_sound(checkpoint, config, digested=source.unhashed))
     wanted = section.model_copy(update={"calibration": calibration, "method": "calibrated"})
     averages = RotationAverages(config)
 
