@@ -10,25 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from retrofit.data.documents import Document, documents_digest, make_documents, tokenizer_digest
 from retrofit.errors import UserError
 from retrofit.evaluation.scoring.losses import TokenLosses
+from retrofit.evaluation.scoring.passes import Pass, Plan, advance, plan_of
 from retrofit.evaluation.scoring.reader import Reader, require_positions
-from retrofit.evaluation.scoring.windows import Span, Windows
-from retrofit.kernels.registry import KernelChoice, scoring_kernel, using
+from retrofit.evaluation.scoring.sharded import ShardedReader
+from retrofit.evaluation.scoring.windows import Windows
+from retrofit.kernels.registry import KernelChoice, scoring_kernel, split_kernel, using
 from retrofit.model.families import describe
-from retrofit.model.frequencies import frequencies_of, varying
+from retrofit.model.frequencies import varying
 from retrofit.system.dealing import collected, own_share
 from retrofit.system.resume import DISCARDED, Kept
+from retrofit.system.sequence_groups import SequenceGroups
 from retrofit.system.world import ALONE, World
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ def score(
     meta: Mapping[str, object] | None = None,
     partial: Path | None = None,
     world: World = ALONE,
+    sequences: SequenceGroups | None = None,
     progress: Progress | None = None,
 ) -> TokenLosses:
     """Token losses of every document: l_i = -log_softmax(logits_{i-1})[token i], log-softmax in fp32.
@@ -61,21 +64,23 @@ def score(
     blockwise where it can express the model's attention, else an exact stock one. meta: what to record beside the
     kernel, dtype, chunk and digest of the documents. partial: a folder where finished documents are kept until all
     are, for the next call with the same question. world: the processes that make this call, each with the model; a pass
-    over a document is made by one of them, and all return all losses. progress: of what this process reads. The model's
-    attention kernel is put back afterwards.
+    over a document is made by one of them, and all return all losses. sequences: groups of these processes that make it
+    together instead, each with a share of the tokens. progress: of what this process reads. The model's attention
+    kernel is put back afterwards.
 
     Raises: UserError for a position encoding that changes with the length when no lengths are given, for a document
-    beyond the model's absolute positions, and for a loss that is not finite (names document and position).
+    beyond the model's absolute positions, for a kernel or attention that cannot be split among `sequences`, and for a
+    loss that is not finite (names document and position).
     """
     model = getattr(model, "get_base_model", lambda: model)()  # of a peft model: the model its adapters sit in
     known = known if varying(model.config) is None else None  # their frequencies are those of another length
-    plans = [_plan(model, document, windows, lengths) for document in documents]
+    plans = [plan_of(model, document, windows, lengths) for document in documents]
     _require_scorable(model, documents, plans, windows is not None or bool(lengths))
-    with reading(model, kernel, progress) as used:
+    with reading(model, kernel, progress) if sequences is None else _reading_together(model, kernel) as used:
         facts = {
             "dtype": str(model.dtype).removeprefix("torch."),
             "kernel": used,
-            "chunk": chunk,
+            "chunk": chunk if sequences is None else None,
             "context": max((span.tokens for plan in plans for _, spans in plan for span in spans), default=0),
             "windows": asdict(windows) if windows else None,
             "documents_sha256": documents_digest(documents),
@@ -87,20 +92,28 @@ def score(
         if kept.discarded and progress:
             progress.note(f"{DISCARDED}; scored anew")
         passes = {
-            f"{i}@{length}": _Pass(i, document, length, spans, None if known is None else known.losses[i])
+            f"{i}@{length}": Pass(i, document, length, spans, None if known is None else known.losses[i])
             for i, (document, plan) in enumerate(zip(documents, plans, strict=True))
             for length, spans in plan
         }
         found = kept.arrays(passes)
-        own = own_share({name: one.tokens_read for name, one in passes.items() if name not in found}, world)
+        left = {name: one.tokens_read for name, one in passes.items() if name not in found}
+        own = own_share(left, world if sequences is None else sequences.world)
         if progress:
             progress.start("score", sum(passes[name].tokens for name in (*found, *own)), "tokens")
         for name in found:
-            _advance(progress, passes[name].tokens, passes[name].document)
+            advance(progress, passes[name].tokens, passes[name].document)
         scored = {}
         for name in own:
-            scored[name] = passes[name].scored(model, chunk, logits_rows, progress)
-            kept.put(name, scored[name])
+            reader: Reader | ShardedReader
+            if sequences is None:
+                reader = Reader(model, passes[name].longest, chunk=chunk, rows=logits_rows)
+            else:
+                reader = ShardedReader(model, sequences.group, rows=logits_rows)
+            losses = passes[name].scored(reader, progress)
+            if sequences is None or sequences.first:
+                scored[name] = losses
+                kept.put(name, losses)
         found |= collected(scored, world)
         if progress:
             progress.finish()
@@ -124,92 +137,21 @@ def score(
     )
 
 
-Plan = list[tuple[int, list[Span]]]
-"""The passes over one document: (length its frequencies are those of, spans)."""
-
-
-def _plan(model: PreTrainedModel, document: Document, windows: Windows | None, lengths: Sequence[int]) -> Plan:
-    total = len(document.input_ids)
-    varies = varying(model.config)
-    if windows:
-        return [(min(windows.length, total), list(windows.spans(total)))]
-    if varies is None or not lengths:
-        return [(total, [Span(0, total, 1)])]
-    kind, until = varies
-    inside, beyond = [n for n in lengths if n <= until], sorted(n for n in set(lengths) if n > until)
-    if kind == "longrope":
-        beyond = beyond[-1:]  # one set of frequencies for every length beyond
-    return [(length, [Span(0, length, 1)]) for length in [*([max(inside)] if inside else []), *beyond]]
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """One pass over document `index`, with the frequencies of `length` tokens. known: losses of the whole document,
-    where those of its first span are known."""
-
-    index: int
-    document: Document
-    length: int
-    spans: list[Span]
-    known: np.ndarray | None
-
-    @property
-    def tokens(self) -> int:
-        """Those of all spans."""
-        return sum(span.tokens for span in self.spans)
-
-    @property
-    def tokens_read(self) -> int:
-        """Those that the model reads."""
-        return sum(span.tokens for span in self.spans if not self._is_known(span))
-
-    def _is_known(self, span: Span) -> bool:
-        return self.known is not None and span.begin == 0
-
-    def scored(self, model: PreTrainedModel, chunk: int, rows: int, progress: Progress | None) -> np.ndarray:
-        """Losses float32 [stop - 1]; NaN of tokens that no span scores."""
-        losses = np.full(self.spans[-1].stop - 1, np.nan, np.float32)
-        reader = Reader(model, max(span.tokens for span in self.spans), chunk=chunk, rows=rows)
-        ids_T = torch.from_numpy(self.document.input_ids).to(model.device)
-        with frequencies_of(model, self.length):
-            for span in self.spans:
-                if self._is_known(span):
-                    assert self.known is not None
-                    losses[: span.stop - 1] = self.known[: span.stop - 1]
-                    _advance(progress, span.tokens, self.document)
-                else:
-                    found = _score_span(reader, ids_T, span, self.document, progress)
-                    losses[span.first - 1 : span.stop - 1] = found
-        return losses
-
-
-def _score_span(reader: Reader, ids_T: Tensor, span: Span, document: Document, progress: Progress | None) -> np.ndarray:
-    """Losses float32 [stop - first] of the tokens a span scores."""
-    start = ids_T[:1] if span.start else ids_T[:0]
-    read_T = torch.cat([start, ids_T[span.begin : span.stop - 1]])
-    shift = span.begin - len(start) + 1  # token i of what is read predicts the document's token i + shift
-    losses_T = torch.empty(span.stop - span.first, dtype=torch.float32)
-    reader.rewind(0)
-    done = 0
-    for read, found in reader.predicted(read_T, ids_T[shift : shift + len(read_T)], span.first - shift):
-        _require_finite(found, span.first + done, document, reader.model.dtype)
-        losses_T[done : done + len(found)] = found
-        done += len(found)
-        _advance(progress, read, document)
-    _advance(progress, span.tokens - len(read_T), document)
-    return losses_T.numpy()
-
-
-def _advance(progress: Progress | None, tokens: int, document: Document) -> None:
-    if progress:
-        progress.advance(tokens, document=document.name)
-
-
 @contextmanager
 def reading(model: PreTrainedModel, kernel: KernelChoice | None, progress: Progress | None) -> Iterator[str]:
     """The model ready to read in chunks: no gradients, in eval mode, with a kernel that suits; gives its name."""
     with torch.inference_mode(), _evaluating(model), _kernel(model, kernel, progress) as used:
         yield used
+
+
+@contextmanager
+def _reading_together(model: PreTrainedModel, kernel: KernelChoice | None) -> Iterator[str]:
+    """The same for a model that reads with others (`sharded`)."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    requested = "auto" if kernel is None else kernel.requested
+    choice = split_kernel(requested, describe(model.config), model.device.type, dtype)
+    with torch.inference_mode(), _evaluating(model):
+        yield choice.name
 
 
 @contextmanager
@@ -276,18 +218,6 @@ def _require_positions(model: PreTrainedModel, documents: Sequence[Document], pl
         return  # of an architecture that is not described here; it fails by itself if it must
     for document, plan in zip(documents, plans, strict=True):
         require_positions(end, max(span.tokens for _, spans in plan for span in spans), document.name)
-
-
-def _require_finite(losses: Tensor, first: int, document: Document, dtype: torch.dtype) -> None:
-    """first: position of the first of these tokens in the document."""
-    finite = torch.isfinite(losses)
-    if not bool(finite.all()):
-        position = first + int((~finite).nonzero()[0])
-        raise UserError(
-            f"the loss of token {position} is not a finite number (weights in {str(dtype).removeprefix('torch.')})",
-            where=f"{document.name}, token {position}",
-            fix="check the weights for NaN or infinity, or score in float32",
-        )
 
 
 def _token_bytes(document: Document) -> np.ndarray:
