@@ -23,7 +23,7 @@ from retrofit.model.cache import cache_dir
 from retrofit.model.source import require_there
 from retrofit.recipe.schema import Recipe
 from retrofit.surroundings import require_usable
-from retrofit.system.failure import watched
+from retrofit.system.failure import meet, watched
 from retrofit.system.world import ALONE, World, from_environment, started
 from retrofit.workflow.journal import is_run
 
@@ -95,6 +95,7 @@ def _met(world: World, recipe: Recipe) -> World:
     from retrofit.model.load import resolve_device
     from retrofit.system.agreement import digest_of, require_same, require_same_versions
 
+    meet(world)
     world = started(world, resolve_device(recipe.device))
     require_same_versions(world)
     seen = {"the recipe": digest_of(recipe.model_dump(mode="json"))}

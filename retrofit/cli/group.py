@@ -18,7 +18,7 @@ from retrofit.cli import streams
 from retrofit.errors import UserError
 from retrofit.escape import visible
 from retrofit.surroundings import Stopped, require_usable, stopping
-from retrofit.system.failure import first_to_fail
+from retrofit.system.failure import first_to_fail, tell_launcher
 from retrofit.system.world import from_environment
 
 # click's ClickException, which typer has as a copy of its own or not, depending on its version.
@@ -44,7 +44,8 @@ class Commands(TyperGroup):
         except UserError as error:
             _stop(str(error), error.exit_code)
         except Stopped as stopped:
-            _stop(f"\nstopped ({stopped}). {_GOES_ON}", stopped.exit_code)
+            more = " Perhaps because another process has ended." if from_environment().size > 1 else ""
+            _stop(f"\nstopped ({stopped}).{more} {_GOES_ON}", stopped.exit_code)
         except KeyboardInterrupt:
             _stop(f"\nstopped. {_GOES_ON}", 130)
         except (OSError, MemoryError) as error:
@@ -64,6 +65,7 @@ def _stop(message: str, code: int) -> None:
         rank = "" if world.main else f"\n  rank:  {world.rank} of {world.size}, on {socket.gethostname()}"
         stream.write(visible(message + rank, keep="\n") + "\n")
         stream.flush()
+        tell_launcher(visible(message + rank, keep="\n"))
     raise typer.Exit(code)
 
 

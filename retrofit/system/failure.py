@@ -6,12 +6,15 @@ first one marks the launcher's store, and prints; those that find the mark end w
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retrofit.errors import PeerError
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 # What gloo and NCCL say where a process that they exchange something with is gone.
 _GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|gloo/transport|ncclRemoteError|NCCL communicator")
 _CONNECT = timedelta(seconds=10)
+_POLL = 0.1  # seconds
 _MAIN_FIRST = 1.5  # seconds that rank 0 is given to print what every process has found
 
 
@@ -34,28 +38,64 @@ def watched(world: World) -> Iterator[None]:
     except RuntimeError as error:
         if world.size == 1 or not _GONE.search(str(error)):
             raise
-        raise PeerError(
-            "another process of this command has ended: it was killed, or its node is gone",
-            where=f"rank {world.rank} of {world.size}",
-            fix="see what the launcher says of it (often memory has run out); the same command then goes on",
-        ) from error
+        raise _gone(world) from error
+
+
+def meet(world: World) -> None:
+    """Return when every process has come here. Raises PeerError where one has failed on its way.
+
+    Process groups wait in C++, where no signal of a launcher is heard; this wait ends when it is asked to.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # else there is no store before rank 0 makes it
+        return
+    store = _store()
+    if store is None:
+        raise _gone(world)
+    store.add(_key("here"), 1)
+    while store.add(_key("here"), 0) < world.size:
+        if store.add(_key("failed"), 0):
+            raise _gone(world)
+        time.sleep(_POLL)
 
 
 def first_to_fail(world: World) -> bool:
-    """Whether this process is the one to print an error: the first that asks, and rank 0 before others."""
+    """Whether this process is the one to print an error: the first that asks, and rank 0 before others.
+
+    To be asked once, by a process that then ends: it does not hear SIGTERM any more, by which launchers end the others
+    of one that has failed.
+    """
     if world.size == 1:
         return True
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     store = _store()
     if store is None:
         return True
-    mark = f"retrofit/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    waited = 0.0
-    while not world.main and waited < _MAIN_FIRST:
-        if store.add(mark, 0):
+    until = time.monotonic() + (0 if world.main else _MAIN_FIRST)
+    while time.monotonic() < until:
+        if store.add(_key("failed"), 0):
             return False
-        time.sleep(0.1)
-        waited += 0.1
-    return store.add(mark, 1) == 1
+        time.sleep(_POLL)
+    return store.add(_key("failed"), 1) == 1
+
+
+def tell_launcher(message: str) -> None:
+    """Give torchrun, where it started this process, the message for its own report of what failed."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        told = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": told}), encoding="utf-8")
+
+
+def _gone(world: World) -> PeerError:
+    return PeerError(
+        "another process of this command has ended: it was killed, or its node is gone",
+        fix="see what the launcher says of it (often memory has run out); the same command then resumes",
+    )
+
+
+def _key(what: str) -> str:
+    """In the store, which outlives a restart of the processes by torchrun."""
+    return f"retrofit/{what}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _store() -> TCPStore | None:
