@@ -34,7 +34,7 @@ def find(kind: Kind, name_or_path: str | Path) -> Path:
     """
     word = kind.removesuffix("s")
     path = local_path(name_or_path, where=word)
-    given, said = str(name_or_path), shown(name_or_path, 80)
+    given, escaped = str(name_or_path), shown(name_or_path, 80)
     if path.is_file():
         return path
     if given in names(kind):
@@ -49,10 +49,10 @@ def find(kind: Kind, name_or_path: str | Path) -> Path:
     if os.path.lexists(path):
         require_regular(path)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        raise UserError(f"there is no {word} file `{said}`", fix=f"name an existing file or one of {_listed(kind)}")
+        raise UserError(f"there is no {word} file `{escaped}`", fix=f"name an existing file or one of {_listed(kind)}")
     near = difflib.get_close_matches(given, names(kind), n=1, cutoff=0.5)
     hint = f"did you mean `{near[0]}`? " if near else ""
-    raise UserError(f"there is no {word} `{said}`", fix=f"{hint}bundled: {_listed(kind)}; or give a .yaml file")
+    raise UserError(f"there is no {word} `{escaped}`", fix=f"{hint}bundled: {_listed(kind)}; or give a .yaml file")
 
 
 def _listed(kind: Kind) -> str:

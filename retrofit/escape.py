@@ -70,8 +70,8 @@ def prose(text: object, *, start: bool = True) -> Markdown:
     parts = visible(text).strip().split("`")
     if len(parts) % 2 == 0:  # the last one closes nothing
         parts[-2:] = ["`".join(parts[-2:])]
-    said = [_escaped(part, start=start and i == 0) if i % 2 == 0 else _code(part) for i, part in enumerate(parts)]
-    return Markdown("".join(said))
+    texts = [_escaped(part, start=start and i == 0) if i % 2 == 0 else _code(part) for i, part in enumerate(parts)]
+    return Markdown("".join(texts))
 
 
 def _code(part: str) -> str:

@@ -174,8 +174,8 @@ def _command_for_heads(
     named = "" if model is None else f" --model {shell_word(model)}"
     values = [*overrides, *([f"convert.calibration.text={json.dumps(list(calibrate))}"] if calibrate else [])]
     options = "".join(f" --set {shell_word(value)}" for value in values)
-    said = name if isinstance(recipe, Recipe) else shell_word(recipe)
-    return f"retrofit run {said}{named}{pinned}{options} --set convert.kv_heads={{kv_heads}}"
+    recipe_word = name if isinstance(recipe, Recipe) else shell_word(recipe)
+    return f"retrofit run {recipe_word}{named}{pinned}{options} --set convert.kv_heads={{kv_heads}}"
 
 
 def _measured(recipe: Recipe) -> Throughput:

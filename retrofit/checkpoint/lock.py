@@ -44,7 +44,7 @@ def folder_lock(path: str | Path, *, wait: bool = False, progress: Progress | No
     except OSError as error:
         raise _unwritable(error, path) from None
     lock = path.parent / f".{path.name}.lock"
-    told = False
+    announced = False
     while True:
         descriptor = _opened(lock, path)
         try:
@@ -58,9 +58,9 @@ def folder_lock(path: str | Path, *, wait: bool = False, progress: Progress | No
                     where=shown(path),
                     fix="wait until it has finished, or give another --out",
                 ) from None
-            if progress and not told:
+            if progress and not announced:
                 progress.note(f"waiting for process {owner}, which makes {shown(path)}")
-            told = True
+            announced = True
             time.sleep(WAIT_SECONDS)
             continue
         except OSError as error:

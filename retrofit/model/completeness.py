@@ -240,9 +240,9 @@ def _lacking(checkpoint: Checkpoint, names: Collection[str]) -> UserError:
     )
 
 
-def _misshapen(checkpoint: Checkpoint, said: Collection[str]) -> UserError:
+def _misshapen(checkpoint: Checkpoint, problems: Collection[str]) -> UserError:
     return UserError(
-        f"{len(said)} tensors have another shape than config.json asks for: {listed(said)}",
+        f"{len(problems)} tensors have another shape than config.json asks for: {listed(problems)}",
         where=shown(checkpoint.folder),
         fix=_NOT_WHOLE,
     )

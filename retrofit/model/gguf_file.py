@@ -255,9 +255,9 @@ def _list_of(kind: type, value: Any) -> bool:
 
 def _impossible(found: GgufFile, key: str) -> UserError:
     value = found.get(key)
-    said = "is missing" if value is None else f"is {shown(value, 40)}, which no model can have"
+    problem = "is missing" if value is None else f"is {shown(value, 40)}, which no model can have"
     return UserError(
-        f"the GGUF file is damaged or was written wrongly: {found.architecture}.{key} {said}",
+        f"the GGUF file is damaged or was written wrongly: {found.architecture}.{key} {problem}",
         where=shown(found.path),
         fix="download it again, or give the safetensors checkpoint of this model",
     )

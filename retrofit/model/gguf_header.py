@@ -198,19 +198,19 @@ class _Reader:
         data = -(-self.at // alignment) * alignment
         tensors: dict[str, StoredTensor] = {}
         for name, shape, number, offset in table:
-            said = f"`{shown(name, 60)}`"
+            quoted = f"`{shown(name, 60)}`"
             if name in tensors:
-                raise _DamagedError(f"the tensor {said} is given twice")
+                raise _DamagedError(f"the tensor {quoted} is given twice")
             if number not in self.kinds:
                 raise _OtherError(
-                    f"{said} is stored as GGML type {number}, which the package `gguf` does not know",
+                    f"{quoted} is stored as GGML type {number}, which the package `gguf` does not know",
                     f"update it: {install_command('-U', 'gguf')}; or give the safetensors checkpoint of this model",
                 )
             kind, values, nbytes = self.kinds[number]
             if not all(shape) or shape[0] % values:
-                raise _DamagedError(f"{said} has the shape {shape}, which {kind} cannot hold")
+                raise _DamagedError(f"{quoted} has the shape {shape}, which {kind} cannot hold")
             if offset % alignment:
-                raise _DamagedError(f"{said} begins at {offset:,}, which is no multiple of {alignment}")
+                raise _DamagedError(f"{quoted} begins at {offset:,}, which is no multiple of {alignment}")
             tensors[name] = StoredTensor(kind, shape, data + offset, math.prod(shape) // values * nbytes)
         end, before = data, ""
         for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):

@@ -65,8 +65,8 @@ def _child(work: Callable[[], bytes], read: int, write: int, seconds: int, memor
     finally:
         error = sys.exc_info()[1]
         if error is not None:
-            said = "it needs too much memory" if isinstance(error, MemoryError) else str(error) or type(error).__name__
-            answer = _ERROR + said.encode("utf-8", "replace")
+            cause = "it needs too much memory" if isinstance(error, MemoryError) else str(error) or type(error).__name__
+            answer = _ERROR + cause.encode("utf-8", "replace")
         rest = memoryview(answer[: most + 2])
         while rest:
             rest = rest[os.write(write, rest) :]

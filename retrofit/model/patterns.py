@@ -95,9 +95,11 @@ def require_bounded(folder: str | Path) -> None:
     content = path.read_bytes()
     if ordinary(content):
         return
-    said = _tried(str(path), hashlib.sha256(content).hexdigest())
-    if said:
-        raise UserError(f"the tokenizer {said}", where=shown(path), fix="take tokenizer.json from the original model")
+    flaw = _tried(str(path), hashlib.sha256(content).hexdigest())
+    if flaw:
+        raise UserError(
+            f"the tokenizer {flaw}", where=shown(path), fix="take tokenizer.json from the original model"
+        )
 
 
 def ordinary(content: bytes) -> bool:
@@ -128,12 +130,12 @@ def _is_known(kind: bytes, form: bytes, raw: bytes, content: bytes | None) -> bo
 def _tried(path: str, digest: str) -> str | None:
     """What is wrong with a tokenizer.json, None where nothing is found."""
     try:
-        said = limited(lambda: _trial(Path(path)).encode(), seconds=SECONDS, memory=MEMORY, most=1000)
+        problem = limited(lambda: _trial(Path(path)).encode(), seconds=SECONDS, memory=MEMORY, most=1000)
     except LimitedError as error:
         if not str(error):
             return f"takes more than {SECONDS} seconds or {MEMORY >> 30} GiB of memory for {LENGTH:,} characters"
         return f"cannot be loaded and tried: {shown(str(error).splitlines()[0], 160)}"
-    return said.decode() or None
+    return problem.decode() or None
 
 
 def _trial(path: Path) -> str:

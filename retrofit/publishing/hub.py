@@ -256,8 +256,8 @@ def _read(error: BaseException) -> tuple[int | None, float, str]:
         if isinstance(cause, HfHubHTTPError):
             response = cause.response
             after = response.headers.get("Retry-After", "")
-            said = cause.server_message or response.reason_phrase
-            return response.status_code, float(after) if after.isdigit() else 0.0, f"{response.status_code} {said}"
+            reason = cause.server_message or response.reason_phrase
+            return response.status_code, float(after) if after.isdigit() else 0.0, f"{response.status_code} {reason}"
     *_, last = _chain(error)
     return None, 0.0, f"{type(last).__name__}: {str(last).splitlines()[0] if str(last) else 'connection lost'}"
 

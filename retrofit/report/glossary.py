@@ -102,5 +102,5 @@ _TEXTS: tuple[tuple[str, str], ...] = (
 def definitions(run: RunData) -> tuple[tuple[str, str], ...]:
     """(measure, meaning); the bootstrap's unit is the one this run used."""
     units = sorted({row.unit for model in run.models for row in model.rows if row.unit})
-    said = f" Drawn over: {', '.join(units)}." if units else ""
-    return tuple((name, text.format(units=said)) for name, text in _TEXTS)
+    drawn_over = f" Drawn over: {', '.join(units)}." if units else ""
+    return tuple((name, text.format(units=drawn_over)) for name, text in _TEXTS)

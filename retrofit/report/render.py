@@ -113,25 +113,25 @@ def _content(run: RunData, shown: tuple[Figure, ...]) -> dict[str, Any]:
 
 def _changes(run: RunData) -> tuple[tuple[str, str], ...]:
     """(what, how) of every step that changed the model."""
-    said = []
+    rows = []
     got: Mapping[str, Any] = run.conversion or {}
     if got:
         calibration = f", calibrated on {fmt.count(got.get('tokens'))} tokens" if got.get("tokens") else ""
         by_kind = got.get("tokens_by_kind") or {}
         kinds = f" ({', '.join(f'{kind} {fmt.count(n)}' for kind, n in by_kind.items())})" if by_kind else ""
         how = f"{got.get('kv_heads_before')} → {got.get('kv_heads_after')} KV heads in every layer"
-        said.append(("KV heads", f"{how} by method `{got.get('method')}`{calibration}{kinds}"))
+        rows.append(("KV heads", f"{how} by method `{got.get('method')}`{calibration}{kinds}"))
     got = run.context or {}
     if got:
         how = f"{fmt.count(got.get('before'))} → {fmt.count(got.get('length'))} tokens by `{got.get('method')}`"
-        said.append(("Window", f"{how}, factor {fmt.plain(got.get('factor'))}"))
-    if encodings.found(run):
-        said.append(("Position encoding", encodings.said(run)))
+        rows.append(("Window", f"{how}, factor {fmt.plain(got.get('factor'))}"))
+    if encodings.search_of(run):
+        rows.append(("Position encoding", encodings.described(run)))
     if run.recovery:
-        said.append(("Recovery", _recovery(run.recovery)))
+        rows.append(("Recovery", _recovery(run.recovery)))
     if run.kernel:
-        said.append(("Attention kernel", run.kernel))
-    return tuple(said)
+        rows.append(("Attention kernel", run.kernel))
+    return tuple(rows)
 
 
 def _recovery(got: Mapping[str, Any]) -> str:

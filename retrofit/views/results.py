@@ -40,8 +40,8 @@ def run(result: RunResult) -> Iterator[Part]:
         )
     yield f"\nreport: {result.report}"
     if result.final:
-        said = f"; loaded again in a fresh process: {same_losses(vars(result.reload))}" if result.reload else ""
-        yield f"checkpoint: {result.final}{said}"
+        reloaded = f"; loaded again in a fresh process: {same_losses(vars(result.reload))}" if result.reload else ""
+        yield f"checkpoint: {result.final}{reloaded}"
     if result.refused:
         yield f"checkpoint, not published because a requirement is not met: {result.refused}"
 

@@ -75,11 +75,11 @@ def compare(
     path_a, path_b = stored_losses(a), stored_losses(b)
     losses_a, losses_b = TokenLosses.load(path_a), TokenLosses.load(path_b)
     where = f"{path_a} and {path_b}"
-    tasks, told = _tasks(stored_answers(a, path_a), stored_answers(b, path_b), resamples, seed)
+    tasks, more = _tasks(stored_answers(a, path_a), stored_answers(b, path_b), resamples, seed)
     if bits:
         _require_same_texts(losses_a, losses_b, where)
         found = _bits(losses_a, losses_b, where, resamples, seed)
-        return _comparison(a, b, losses_a, losses_b, bits=found, tasks=tasks, told=told)
+        return _comparison(a, b, losses_a, losses_b, bits=found, tasks=tasks, more=more)
     _require_same(losses_a, losses_b, where)
     chosen = sorted(set(lengths)) if lengths else _held(losses_a, losses_b, where)
     rows = []
@@ -103,7 +103,7 @@ def compare(
                     bpb_b=bits_per_byte(kind_b, length),
                 )
             )
-    return _comparison(a, b, losses_a, losses_b, tuple(rows), tasks=tasks, told=told)
+    return _comparison(a, b, losses_a, losses_b, tuple(rows), tasks=tasks, more=more)
 
 
 def _comparison(
@@ -114,7 +114,7 @@ def _comparison(
     rows: tuple[Compared, ...] = (),
     bits: tuple[ComparedBits, ...] = (),
     tasks: tuple[TaskChange, ...] = (),
-    told: tuple[str, ...] = (),
+    more: tuple[str, ...] = (),
 ) -> Comparison:
     both = [(what, str(losses_a.meta.get(what)), str(losses_b.meta.get(what))) for what in ("dtype", "kernel")]
     notes = tuple(
@@ -123,7 +123,7 @@ def _comparison(
         if of_a != of_b
     )
     read_a, read_b = (", ".join(f"{one[0]} {one[i]}" for one in both) for i in (1, 2))
-    return Comparison(_label(a, losses_a), _label(b, losses_b), rows, bits, tasks, (read_a, read_b), (*notes, *told))
+    return Comparison(_label(a, losses_a), _label(b, losses_b), rows, bits, tasks, (read_a, read_b), (*notes, *more))
 
 
 def _tasks(

@@ -186,13 +186,13 @@ def _require_only_ours(out: Path, record: Mapping[str, Any]) -> None:
         if name == FILE or (name in folders and plain and path.is_dir()):
             continue
         if name not in written:
-            said = "was not written by this program"
+            reason = "was not written by this program"
         elif not (plain and path.is_file()) or sha256(path) != written[name]:
-            said = "was changed after this program wrote it"
+            reason = "was changed after this program wrote it"
         else:
             continue
         raise UserError(
-            f"`{shown(name)}` in the output folder {said}",
+            f"`{shown(name)}` in the output folder {reason}",
             where=shown(out),
             fix="move it elsewhere, or give another --out",
         )

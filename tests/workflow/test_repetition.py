@@ -9,7 +9,7 @@ import pytest
 
 from retrofit.errors import UserError
 from retrofit.recipe.schema import Recover
-from retrofit.workflow.estimate.repetition import passes, require_text, source_tokens, told
+from retrofit.workflow.estimate.repetition import passes, passes_in_words, require_text, source_tokens
 
 
 def recover(**values: Any) -> Recover:
@@ -26,7 +26,7 @@ def test_a_file_has_a_token_in_four_bytes(text: str) -> None:
     found = recover(tokens=3_000_000, text=[{"source": text, "weight": 2}, "hub:some/data"])
     assert source_tokens(found.text[0]) == 1_000_000
     assert passes(found) == {text: pytest.approx(2.0)}
-    assert told(found).endswith("a.txt 2.0 times")
+    assert passes_in_words(found).endswith("a.txt 2.0 times")
     require_text(found)
 
 
@@ -50,4 +50,4 @@ def test_the_built_in_texts_are_too_small_for_a_long_training() -> None:
 
 @pytest.mark.parametrize("source", ["hub:some/data", "self", "missing.txt"])
 def test_what_is_not_known_is_not_told(source: str) -> None:
-    assert told(recover(text=[source])) == ""
+    assert passes_in_words(recover(text=[source])) == ""

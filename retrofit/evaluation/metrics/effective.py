@@ -185,20 +185,20 @@ def _tails(
 def certificate(found: EffectiveLength) -> str:
     """What shows the effective length, and what it does not show, in words."""
     good = next((test for test in found.tests if test.length == found.length), None)
-    said = []
+    sentences = []
     if good is None:
-        said.append("No measured length passed every test.")
+        sentences.append("No measured length passed every test.")
     else:
         shorter = [test.length for test in found.tests if test.length < good.length]
         also = f"; so do all shorter measured ones ({', '.join(f'{n:,}' for n in shorter)})" if shorter else ""
-        said.append(f"{good.length:,} tokens pass: {_and(_passed(good, found))}{also}.")
+        sentences.append(f"{good.length:,} tokens pass: {_and(_passed(good, found))}{also}.")
     if found.stopped_by:
-        said.append(f"Not beyond, at {found.stopped_by}.")
+        sentences.append(f"Not beyond, at {found.stopped_by}.")
     elif found.tests:
-        said.append(f"It was the longest of {len(found.tests)} measured.")
+        sentences.append(f"It was the longest of {len(found.tests)} measured.")
     if found.not_tested:
-        said.append(f"Not tested: {'; '.join(found.not_tested)}.")
-    return " ".join(said)
+        sentences.append(f"Not tested: {'; '.join(found.not_tested)}.")
+    return " ".join(sentences)
 
 
 def _passed(test: LengthTests, found: EffectiveLength) -> list[str]:

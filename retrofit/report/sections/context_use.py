@@ -47,16 +47,16 @@ def cautions(run: RunData) -> list[str]:
     found = shown.effective if shown else None
     if found is None:
         return []
-    said = []
+    sentences = []
     if run.claimed_length and found.length < run.claimed_length:
         why = f" Stopped by {found.stopped_by}." if found.stopped_by else ""
-        said.append(
+        sentences.append(
             f"The effective length is {fmt.count(found.length)} tokens, less than the window of "
             f"{fmt.count(run.claimed_length)}.{why}"
         )
     if found.not_tested:
-        said.append(f"The effective length was certified without: {'; '.join(found.not_tested)}.")
-    return said
+        sentences.append(f"The effective length was certified without: {'; '.join(found.not_tested)}.")
+    return sentences
 
 
 def short_context(run: RunData) -> Iterator[Figure]:
@@ -103,7 +103,7 @@ def _certificates(models: Sequence[ModelEvaluation]) -> Iterator[Figure]:
         for test in found.tests
     ]
     _, found = certified[-1]
-    said = "\n".join(
+    table = "\n".join(
         f"{label}: effective length {fmt.count(one.length)} tokens. {certificate(one)}" for label, one in certified
     )
     control = next((one.control for _, one in certified if one.control), "")
@@ -123,7 +123,7 @@ def _certificates(models: Sequence[ModelEvaluation]) -> Iterator[Figure]:
     yield Figure(
         "context",
         "Effective length",
-        f"{said}\nA length beyond the native {fmt.count(found.native)} passes when {tail}context beyond the native "
+        f"{table}\nA length beyond the native {fmt.count(found.native)} passes when {tail}context beyond the native "
         "one lowers the loss of the same tokens (interval above 0), and the needle is found nearly as often as within "
         f"it; a test that was not made stands as {fmt.NONE}. A margin is by how much it passed. {resampled}",
         Table(headers, tuple(rows)),

@@ -79,7 +79,7 @@ def number(run: RunData) -> list[Number]:
 
 def decoding(run: RunData) -> str:
     """A sentence for every length at which both models decoded: how much faster, or that nothing can be said."""
-    said = []
+    sentences = []
     for before, after in _decoded(run):
         change = decoding_change(before, after)
         rounds = f"{_range(before.decode_rounds)} → {_range(after.decode_rounds)} tokens/s"
@@ -88,8 +88,8 @@ def decoding(run: RunData) -> str:
         else:
             interval = f"{fmt.times(change.low)} to {fmt.times(change.high)}"
             what = f"{fmt.times(change.ratio)} the original's speed, {interval} over the rounds ({rounds})"
-        said.append(f"Decoding after {fmt.count(before.length)} tokens: {what}.")
-    return " ".join(said)
+        sentences.append(f"Decoding after {fmt.count(before.length)} tokens: {what}.")
+    return " ".join(sentences)
 
 
 def _decoded(run: RunData) -> list[tuple[LengthCost, LengthCost]]:
@@ -152,7 +152,7 @@ def _running(run: RunData) -> Iterator[Figure]:
     turns = (
         f"The models were measured in turn, {rounds} times over: the median, and in brackets the least and the most. "
     )
-    said = (
+    sentences = (
         f"{decoding(run)} One sequence, {cost.dtype}, kernel {cost.kernel}, on the {cost.device} of this run. "
         f"{turns if rounds > 1 else ''}At most (dashed in the chart): what the machine could do; decoding reads "
         f"{fmt.nbytes(cost.weight_bytes)} of weights and the whole KV cache for each token, at "
@@ -169,7 +169,7 @@ def _running(run: RunData) -> Iterator[Figure]:
             lines.append(Line(label, [at.length for at in decoded], [at.decode_per_s or 0.0 for at in decoded], spans))
             bounds.append(Line(label, [at.length for at in one.lengths], [at.decode_bound for at in one.lengths]))
     picture = plots.decode_by_context("decode", lines, bounds, title=title) if lines else None
-    yield Figure("cost", title, said, running(run), picture)
+    yield Figure("cost", title, sentences, running(run), picture)
 
 
 def together(run: RunData) -> Table:
@@ -209,7 +209,7 @@ def together(run: RunData) -> Table:
 
 def decoding_together(run: RunData) -> str:
     """A sentence for every length at which both models decoded as a CUDA graph: tokens per second, old and new."""
-    said = []
+    sentences = []
     for length, pairs in _graphs(run):
         parts = []
         for old, new in pairs:
@@ -217,8 +217,8 @@ def decoding_together(run: RunData) -> str:
             factor = "no difference that the rounds tell" if change is None else fmt.times(change.ratio)
             speeds = f"{fmt.number(old.graph_per_s)} → {fmt.number(new.graph_per_s)}"
             parts.append(f"{fmt.count(new.batch)} at once {speeds} ({factor})")
-        said.append(f"Decoding as a CUDA graph after {fmt.count(length)} tokens, tokens/s: {', '.join(parts)}.")
-    return " ".join(said)
+        sentences.append(f"Decoding as a CUDA graph after {fmt.count(length)} tokens, tokens/s: {', '.join(parts)}.")
+    return " ".join(sentences)
 
 
 def _graphs(run: RunData) -> list[tuple[int, list[tuple[BatchCost, BatchCost]]]]:

@@ -13,14 +13,14 @@ from retrofit.report.parts import Figure, Table
 FAR = 2.0  # times the largest tail loss of the last round
 
 
-def found(run: RunData) -> Mapping[str, Any]:
+def search_of(run: RunData) -> Mapping[str, Any]:
     """The fields of `context.search.Found`; empty when nothing was searched."""
     return (run.context or {}).get("search") or {}
 
 
-def said(run: RunData) -> str:
+def described(run: RunData) -> str:
     """What the search found and out of how many encodings; empty without one."""
-    got = found(run)
+    got = search_of(run)
     if not got:
         return ""
     tried = len({trial["label"] for trial in got["trials"]})
@@ -35,7 +35,7 @@ def said(run: RunData) -> str:
 
 def figures(run: RunData) -> Iterator[Figure]:
     """The section `search`."""
-    got = found(run)
+    got = search_of(run)
     if not got:
         return
     last = got["winner"]["rung"]

@@ -58,8 +58,8 @@ def verdict(run: RunData) -> str:
     name = title_of(run)
     if run.final is None and run.original is not None:
         return f"{name} was measured as it is; nothing was changed."
-    said = [_used(run), _costs(run) or "how well it predicts text was not compared"]
-    return f"{name} {'now ' if changes else ''}{changed}; {'; '.join(filter(None, said))}."
+    sentences = [_used(run), _costs(run) or "how well it predicts text was not compared"]
+    return f"{name} {'now ' if changes else ''}{changed}; {'; '.join(filter(None, sentences))}."
 
 
 def _window(run: RunData) -> str:
@@ -163,34 +163,34 @@ def checks(run: RunData) -> tuple[tuple[str, bool | None], ...]:
 
 def cautions(run: RunData) -> tuple[str, ...]:
     """What to watch out for, from the data alone, then the notes of the steps."""
-    said = [
+    sentences = [
         f"Requirement not met: {one.get('metric')} {one.get('bound')}." for one in run.gate if not one.get("passed")
     ]
     for what, proof in (("The kernel", run.kernel_proof), ("The reloaded checkpoint", run.reload)):
         if proof and not proof.get("passed"):
-            said.append(f"{what} differs by {fmt.number(proof.get('max_difference'))}, more than the tolerance.")
-    said += _about_texts(run)
+            sentences.append(f"{what} differs by {fmt.number(proof.get('max_difference'))}, more than the tolerance.")
+    sentences += _about_texts(run)
     if grew(run) and not measured_to_the_end(run):
         window = fmt.count(run.claimed_length)
-        said.append(f"The new window of {window} tokens was not measured to its end: {measured_up_to(run)}.")
-    said += tasks.cautions(run)
-    said += context_use.cautions(run)
+        sentences.append(f"The new window of {window} tokens was not measured to its end: {measured_up_to(run)}.")
+    sentences += tasks.cautions(run)
+    sentences += context_use.cautions(run)
     held = [loss for _, _, loss in run.training if loss is not None]
     if len(held) > 1 and held[-1] > OVERFIT * min(held):
-        said.append("The held-out loss rose again before training ended; the best state was kept, not the last.")
+        sentences.append("The held-out loss rose again before training ended; the best state was kept, not the last.")
     for part in (run.conversion, run.context):
-        said += [str(note) for note in (part or {}).get("notes") or ()]
-    return tuple(dict.fromkeys([*said, *run.notes]))
+        sentences += [str(note) for note in (part or {}).get("notes") or ()]
+    return tuple(dict.fromkeys([*sentences, *run.notes]))
 
 
 def _about_texts(run: RunData) -> list[str]:
-    said = []
+    sentences = []
     kinds = [kind for kind in run.kinds if kind != ALL]
     if run.lengths and len(kinds) == 1:
-        said.append(f"Measured on one kind of text only ({kinds[0]}); other kinds can come out differently.")
+        sentences.append(f"Measured on one kind of text only ({kinds[0]}); other kinds can come out differently.")
     few = sorted({row.documents for model in run.models for row in model.rows if row.kind != ALL})
     if few and few[0] < FEW_DOCUMENTS:
-        said.append(
+        sentences.append(
             f"As few as {few[0]} document{'s' if few[0] > 1 else ''} per kind of text: the intervals show the spread "
             "within these documents, not over all text of the kind."
         )
@@ -198,8 +198,8 @@ def _about_texts(run: RunData) -> list[str]:
         found = {kind: value for kind in kinds if (value := ratio(run, kind, run.head_length)) is not None}
         if found and max(found.values()) > 1.25 * min(found.values()):
             worst = max(found, key=lambda kind: found[kind])
-            said.append(f"Quality differs by kind of text: {worst} lost most ({fmt.times(found[worst])}).")
-    return said
+            sentences.append(f"Quality differs by kind of text: {worst} lost most ({fmt.times(found[worst])}).")
+    return sentences
 
 
 def comparison(run: RunData, kind: str) -> Table:

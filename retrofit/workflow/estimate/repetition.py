@@ -11,7 +11,7 @@ from retrofit.data.readers import suffix_of
 from retrofit.data.sources import HUB, OWN_SAMPLES, kind_of
 from retrofit.errors import UserError
 from retrofit.escape import shown
-from retrofit.format import tokens as tokens_told
+from retrofit.format import tokens as token_count
 from retrofit.recipe.schema import Recover, TextSource
 
 BYTES_PER_TOKEN = 4
@@ -46,7 +46,7 @@ def passes(recover: Recover) -> Mapping[str, float]:
     return found
 
 
-def told(recover: Recover) -> str:
+def passes_in_words(recover: Recover) -> str:
     """The passes in words: `python-docs 0.3 times`; empty where none is known."""
     return ", ".join(
         f"{shown(kind_of(name), 60)} " + (f"{count:,.1f} times" if count >= 0.1 else "in part")
@@ -66,6 +66,6 @@ def require_text(recover: Recover) -> None:
     raise UserError(
         f"{recover.tokens:,} tokens of training would read `{shown(kind_of(worst), 60)}` about {read[worst]:.0f} times",
         where="recover.text",
-        fix=f"name more text (a folder, or hub:DATASET), ask for at most {tokens_told(most)} tokens, or set "
+        fix=f"name more text (a folder, or hub:DATASET), ask for at most {token_count(most)} tokens, or set "
         "recover.allow_repeats: true",
     )

@@ -19,7 +19,7 @@ from retrofit.system.resume import ResumeKey
 from retrofit.workflow.artifact import shard_size
 from retrofit.workflow.checks import require_within
 from retrofit.workflow.estimate.cost import ADAPTER_LAUNCHES, BASE_BYTES, Cost, CostModel
-from retrofit.workflow.estimate.repetition import require_text, told
+from retrofit.workflow.estimate.repetition import passes_in_words, require_text
 from retrofit.workflow.estimate.training_memory import trained_parameters, training_memory
 from retrofit.workflow.outputs import require_same_or_new
 from retrofit.workflow.step import Inputs, Place, Step
@@ -127,7 +127,7 @@ class Recover(Step):
         seconds += model.seconds(held_out, length, passes=2)
         steps = max(1, recover.tokens // rows)
         does = f"{recover.loss}, LoRA rank {adapter.rank}, {recover.tokens:,} tokens in {steps:,} steps of {rows:,}"
-        if read_often := told(recover):
+        if read_often := passes_in_words(recover):
             does += f", reading {read_often}"
         if adapter.mlp and spec.family in EXPERTS:
             does += "; the experts carry no adapters"
