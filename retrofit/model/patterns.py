@@ -97,9 +97,7 @@ def require_bounded(folder: str | Path) -> None:
         return
     flaw = _tried(str(path), hashlib.sha256(content).hexdigest())
     if flaw:
-        raise UserError(
-            f"the tokenizer {flaw}", where=shown(path), fix="take tokenizer.json from the original model"
-        )
+        raise UserError(f"the tokenizer {flaw}", where=shown(path), fix="take tokenizer.json from the original model")
 
 
 def ordinary(content: bytes) -> bool:
