@@ -5,9 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,18 @@ def on_ranks(folder: Path, size: int, function: Callable[..., Any], *values: Any
         theirs.close()
         pipes.append(ours)
         processes.append(process)
-    results: list[Any] = []
+    results: dict[int, Any] = {}
+    until = time.monotonic() + seconds
     try:
-        for rank, pipe in enumerate(pipes):
-            assert pipe.poll(seconds), f"rank {rank} of {size} did not answer in {seconds} s"
-            ok, result = pickle.loads(pipe.recv_bytes())
-            assert ok, f"rank {rank} of {size}:\n{result}"
-            results.append(result)
-        return results
+        while len(results) < size:
+            waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+            ready = wait(waiting, max(0, until - time.monotonic()))
+            assert ready, f"ranks {[pipes.index(pipe) for pipe in waiting]} of {size} did not answer in {seconds} s"
+            for pipe in ready:
+                rank = pipes.index(pipe)  # type: ignore[arg-type]
+                ok, results[rank] = pickle.loads(pipes[rank].recv_bytes())
+                assert ok, f"rank {rank} of {size}:\n{results[rank]}"
+        return [results[rank] for rank in range(size)]
     finally:
         for process in processes:
             process.join(1 if len(results) == size else 0)
@@ -57,7 +62,8 @@ def _work(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    every = str(size)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": every, "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": every}
     try:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
         world: World = started(from_environment(), "cpu")

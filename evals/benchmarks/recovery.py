@@ -161,7 +161,8 @@ def our_trainer(
 ) -> Any:
     """The trainer of `retrofit.recover`; for distillation the teacher is a model with attention of its own."""
     from retrofit.recipe.schema import Adapter, Recover
-    from retrofit.recovery.schedule import Rows, TrainRows, collate
+    from retrofit.recovery.batches import MicroBatches
+    from retrofit.recovery.schedule import TrainRows
     from retrofit.recovery.student_teacher import load_student_teacher
     from retrofit.recovery.train import student_with_adapters
     from retrofit.recovery.trainer import Objective, RecoveryTrainer
@@ -182,8 +183,9 @@ def our_trainer(
         compute=compute,
         model=model,
         args=arguments(work, len(tokens), checkpointing, False),
-        train_dataset=Rows(TrainRows(tokens, None, (tokens.shape[1],) * len(tokens))),
-        data_collator=collate,
+        train_dataset=MicroBatches(
+            TrainRows(tokens, None, (tokens.shape[1],) * len(tokens)), 1, every_token=case == "distill"
+        ),
     )
 
 

@@ -39,6 +39,21 @@ class Adapter(Section):
         return self
 
 
+class Distribute(Section):
+    """How the processes of a launcher share the training. replicas x shard x sequence is their number.
+
+    The replicas follow: each trains its share of a step's rows, and so do the processes of `shard`; those of `sequence`
+    share every row.
+    """
+
+    shard: Literal["auto"] | Annotated[int, Field(ge=1, le=65_536)] = Field(
+        "auto",
+        description="processes over which the weights of both models are split (FSDP2); auto splits them over all "
+        "where they do not fit one device",
+    )
+    sequence: int = Field(1, ge=1, le=4096, description="processes that share the tokens of every row")
+
+
 class Stage(Section):
     """One stage of a length schedule: `tokens` training tokens whose positions reach `length`."""
 
@@ -76,7 +91,13 @@ class Recover(Section):
         description="a length schedule: with `pose` the lengths that skips reach, with `full` those of the rows "
         "(divisors of `sequence_length`, which the longest stage has)",
     )
-    batch_size: int = Field(1, ge=1, le=65_536, description="sequences per optimizer step and process")
+    batch_size: int = Field(1, ge=1, le=65_536, description="sequences per optimizer step, on all processes together")
+    distribute: Distribute = Field(Distribute(), description="how the processes of a launcher share the training")
+    sequence_engine: Literal["auto", "torch", "ring"] = Field(
+        "auto",
+        description="what carries keys and values between the processes of `distribute.sequence`: torch's context "
+        "parallelism on CUDA where it can express the model, else our ring",
+    )
     learning_rate: float | None = Field(
         None,
         ge=1e-9,

@@ -22,7 +22,7 @@ from retrofit.recipe.attention import (
 )
 from retrofit.recipe.evaluation import NEEDLE_KEYS, RULER_TASKS, Definition, Evaluate, Needle, Ruler, RulerTask, Tasks
 from retrofit.recipe.hub import OTHER, is_link, is_repo_id, license_problem
-from retrofit.recipe.recovery import Adapter, Recover, Stage
+from retrofit.recipe.recovery import Adapter, Distribute, Recover, Stage
 from retrofit.recipe.relative import LENGTH
 from retrofit.recipe.values import (
     MOST_SEED,
@@ -52,6 +52,7 @@ __all__ = [
     "Convert",
     "Definition",
     "Device",
+    "Distribute",
     "Dtype",
     "Evaluate",
     "Kernel",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -116,18 +116,44 @@ def full_modules(model: PreTrainedModel, adapter: Adapter) -> list[str]:
     return names
 
 
-def changed_weights(peft_model: PeftModel) -> dict[str, Callable[[Tensor], Tensor]]:
-    """{checkpoint name: function from the stored tensor to the trained one, in float32}."""
+def trainable(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """A copy in host memory of everything that is trained, by name: whole tensors, also where processes hold parts.
+
+    All processes that hold parts have to call it; those with keep=False get nothing.
+    """
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            value = whole(parameter.detach())
+            if keep:
+                weights[name] = value.to("cpu", copy=True)
+    return weights
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all of one that is split over processes, which all of them have to ask for."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def changed_weights(peft_model: PeftModel, weights: Mapping[str, Tensor]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """{checkpoint name: function from the stored tensor to the trained one, in float32}. weights: of `trainable`."""
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import ModulesToSaveWrapper
 
     changes: dict[str, Callable[[Tensor], Tensor]] = {}
-    for name, module in cast(nn.Module, peft_model.base_model.model).named_modules():
+    inner = cast(nn.Module, peft_model.base_model.model)
+    prefix = next(name for name, module in peft_model.named_modules() if module is inner)
+    for name, module in inner.named_modules():
         if isinstance(module, LoraLayer):
-            changes[f"{name}.weight"] = _add_delta(cast(Any, module))
+            adapter = cast(Any, module).active_adapters[0]
+            a_RI, b_OR = (weights[f"{prefix}.{name}.lora_{x}.{adapter}.weight"] for x in "AB")
+            changes[f"{name}.weight"] = _add_delta(a_RI, b_OR, cast(Any, module).scaling[adapter])
         elif isinstance(module, ModulesToSaveWrapper):
-            for key, value in module.modules_to_save[module.active_adapters[0]].named_parameters():
-                changes[f"{name}.{key}"] = _replace(value)
+            adapter = module.active_adapters[0]
+            for key, _ in module.modules_to_save[adapter].named_parameters():
+                changes[f"{name}.{key}"] = _replace(weights[f"{prefix}.{name}.modules_to_save.{adapter}.{key}"])
     return changes
 
 
@@ -135,18 +161,19 @@ def merge_and_save(
     peft_model: PeftModel,
     source: str | Path | ModelFolder,
     out: str | Path,
+    weights: Mapping[str, Tensor],
     *,
     max_shard_size: str = "5GB",
     progress: Progress | None = None,
 ) -> Rewritten:
-    """Write the checkpoint `source` with the adapters merged into the existing folder `out`.
+    """Write the checkpoint `source` with the trained weights merged into the existing folder `out`.
 
-    W + s B A is formed in float32 and rounded once to the stored dtype; tensors without an adapter are copied as
-    bytes. Names, dtypes, configuration and tokenizer are the source's.
+    W + s B A is formed in float32 and rounded once to the stored dtype, tensor by tensor from the files; tensors
+    without an adapter are copied as bytes. Names, dtypes, configuration and tokenizer are the source's.
     """
     folder = opened(source)
     checkpoint = folder.checkpoint
-    changes = changed_weights(peft_model)
+    changes = changed_weights(peft_model, weights)
     copy = tied_copy(checkpoint, folder.config)
     if copy and copy[1] in changes:
         changes[copy[0]] = changes[copy[1]]  # the head is stored as well, and stays what it is tied to
@@ -168,31 +195,23 @@ def merge_and_save(
     return written
 
 
-def save_adapter(peft_model: PeftModel, out: str | Path) -> None:
+def save_adapter(peft_model: PeftModel, out: str | Path, weights: Mapping[str, Tensor]) -> None:
     """Write the adapter into the existing folder `out`, for `PeftModel.from_pretrained(student, out)`.
 
     What is trained in full is part of it. It names no base model: that lies on this machine, under a path of its own.
     """
     for config in peft_model.peft_config.values():
         config.base_model_name_or_path = ""
-    peft_model.save_pretrained(str(out), save_embedding_layers=False)
+    peft_model.save_pretrained(str(out), save_embedding_layers=False, state_dict=dict(weights))
     (Path(out) / "README.md").unlink(missing_ok=True)  # a form to fill in
 
 
-def _add_delta(module: Any) -> Callable[[Tensor], Tensor]:
-    def merged(stored: Tensor) -> Tensor:
-        name = module.active_adapters[0]
-        a_RI, b_OR = (
-            module.lora_A[name].weight.detach().float().cpu(),
-            module.lora_B[name].weight.detach().float().cpu(),
-        )
-        return stored.float() + module.scaling[name] * (b_OR @ a_RI)
-
-    return merged
+def _add_delta(a_RI: Tensor, b_OR: Tensor, scale: float) -> Callable[[Tensor], Tensor]:
+    return lambda stored: stored.float() + scale * (b_OR.float().cpu() @ a_RI.float().cpu())
 
 
 def _replace(value: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda stored: value.detach().float().cpu().reshape(stored.shape)
+    return lambda stored: value.float().cpu().reshape(stored.shape)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl
 
 from retrofit.errors import UserError
+from retrofit.system.world import ALONE, World
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -93,7 +94,8 @@ class Watch(TrainerCallback):
     """Records every step, measures the held-out loss when due, keeps the best adapter, completes checkpoints.
 
     read_every: steps whose losses are read from the device together. They are also read before anything is measured or
-    saved, so that no weights of a diverged training are kept.
+    saved, so that no weights of a diverged training are kept. world: the processes that train together: the step's loss
+    is the sum of their shares, `weights` and `held_out_loss` are called on all of them.
     """
 
     def __init__(
@@ -106,11 +108,12 @@ class Watch(TrainerCallback):
         tokens_per_step: int,
         progress: Progress | None,
         read_every: int = 1,
+        world: World = ALONE,
     ) -> None:
         self.course, self.weights, self.held_out_loss = course, weights, held_out_loss
         self.evaluate_at, self.tokens_per_step, self.progress = evaluate_at, tokens_per_step, progress
         self.log: Callable[[dict[str, float]], None] | None = None  # to where the Trainer reports
-        self.read_every = read_every
+        self.read_every, self.world = read_every, world
         self.loss: Tensor | None = None  # of the step so far, on the device
         self.unread: list[tuple[int, Tensor, float]] = []  # (step, its loss, learning rate)
         self.busy = 0.0  # seconds that the unread steps took
@@ -130,7 +133,7 @@ class Watch(TrainerCallback):
         return loss
 
     def add(self, loss: Tensor) -> None:
-        """A part of the step's mean loss, on the device."""
+        """A part of the step's mean loss, on the device: of this process alone."""
         self.loss = loss if self.loss is None else self.loss + loss
 
     def read(self, *, measure: bool = False) -> None:
@@ -141,7 +144,7 @@ class Watch(TrainerCallback):
         if not self.unread:
             return
         began = time.monotonic()
-        losses = torch.stack([loss for _, loss, _ in self.unread]).tolist()
+        losses = self.world.sum_(torch.stack([loss for _, loss, _ in self.unread])).tolist()
         self.busy += time.monotonic() - began
         for (step, _, _), loss in zip(self.unread, losses, strict=True):
             if not math.isfinite(loss):
@@ -196,16 +199,3 @@ class Watch(TrainerCallback):
 def diverged(what: str) -> UserError:
     """The error of a training whose loss is no longer a finite number."""
     return UserError(what, where="recover", fix="lower recover.learning_rate (try a third of it) and run again")
-
-
-def trainable(model: torch.nn.Module) -> dict[str, Tensor]:
-    """A copy of everything that is trained, by name."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def restore(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
-    """Put weights that `trainable` gave back into the model."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(weights[name])

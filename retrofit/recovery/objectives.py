@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+IGNORED = -100  # a label that the loss does not count
 CACHE_VALUES = 262_144  # float32 values of one tensor that are worked on at a time: 1 MiB, half of a common L2 cache
 
 
@@ -30,20 +31,26 @@ class Head:
 
 
 def distill_loss(
-    student_NC: torch.Tensor, student: Head, teacher_NC: torch.Tensor, teacher: Head, row_chunk: int = 512
+    student_NC: torch.Tensor,
+    student: Head,
+    teacher_NC: torch.Tensor,
+    teacher: Head,
+    row_chunk: int = 512,
+    ignored_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum over tokens of KL(teacher || student) on the vocabulary, in nats (float32 scalar).
 
-    Divide by the global number of tokens. Hinton et al. 2015 (arXiv:1503.02531), eq. 2 at temperature 1. Gradients
-    flow to the student's hidden states and, where they require it, to its head's weight and bias.
+    ignored_N: tokens that do not count (bool); None where all do. Divide by the global number of those that do.
+    Hinton et al. 2015 (arXiv:1503.02531), eq. 2 at temperature 1. Gradients flow to the student's hidden states and,
+    where they require it, to its head's weight and bias.
     """
     assert student_NC.shape[0] == teacher_NC.shape[0]
 
-    return _apply(student_NC, student, row_chunk, _Distill(teacher_NC.detach(), teacher, row_chunk))
+    return _apply(student_NC, student, row_chunk, _Distill(teacher_NC.detach(), teacher, row_chunk, ignored_N))
 
 
 def lm_loss(hidden_NC: torch.Tensor, head: Head, labels_N: torch.Tensor, row_chunk: int = 512) -> torch.Tensor:
-    """Sum over tokens of -log p(label), in nats (float32 scalar); labels are already shifted."""
+    """Sum over tokens of -log p(label), in nats (float32 scalar); labels are shifted, IGNORED ones do not count."""
     assert hidden_NC.shape[0] == labels_N.shape[0]
     return _apply(hidden_NC, head, row_chunk, _NextToken(labels_N))
 
@@ -51,18 +58,22 @@ def lm_loss(hidden_NC: torch.Tensor, head: Head, labels_N: torch.Tensor, row_chu
 class _Distill:
     """Loss and gradient of KL(teacher || student) for rows of student logits."""
 
-    def __init__(self, teacher_NC: torch.Tensor, teacher: Head, row_chunk: int) -> None:
+    def __init__(self, teacher_NC: torch.Tensor, teacher: Head, row_chunk: int, ignored_N: torch.Tensor | None) -> None:
         self.teacher_NC, self.teacher = teacher_NC, _detached(teacher, teacher_NC.dtype)
+        self.ignored_N = self.ignored_R = ignored_N
         self.buffer_RV = _buffer(teacher_NC, teacher, row_chunk)
         self.target_RV = self.buffer_RV
 
     def begin(self, start: int, stop: int) -> None:
         self.target_RV = _raw_logits(self.teacher_NC[start:stop], self.teacher, self.buffer_RV)
+        self.ignored_R = None if self.ignored_N is None else self.ignored_N[start:stop]
 
     def __call__(self, rows: slice, logits_RV: torch.Tensor, grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         log_t = torch.log_softmax(_shape_logits(self.target_RV[rows], self.teacher), -1, dtype=torch.float32)
         log_s = torch.log_softmax(logits_RV, -1, dtype=torch.float32)
         p_t = log_t.exp()
+        if self.ignored_R is not None:
+            log_s = torch.where(self.ignored_R[rows, None], log_t, log_s)  # no difference, and so no gradient
         loss = torch.dot(p_t.view(-1), log_t.sub_(log_s).view(-1))
         return loss, log_s.exp_().sub_(p_t) if grad else None
 
@@ -79,12 +90,14 @@ class _NextToken:
 
     def __call__(self, rows: slice, logits_RV: torch.Tensor, grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         log_s = torch.log_softmax(logits_RV, -1, dtype=torch.float32)
-        index_R1 = self.labels_R[rows, None]
-        loss = -log_s.gather(1, index_R1).sum()
+        ignored_R1 = self.labels_R[rows, None] == IGNORED
+        index_R1 = self.labels_R[rows, None].masked_fill(ignored_R1, 0)
+        loss = -log_s.gather(1, index_R1).masked_fill(ignored_R1, 0).sum()
         if not grad:
             return loss, None
         grad_RV = log_s.exp_()
-        return loss, grad_RV.scatter_add_(1, index_R1, torch.full_like(index_R1, -1, dtype=grad_RV.dtype))
+        grad_RV.scatter_add_(1, index_R1, torch.full_like(index_R1, -1, dtype=grad_RV.dtype))
+        return loss, grad_RV.masked_fill_(ignored_R1, 0)
 
 
 def _apply(hidden_NC: torch.Tensor, head: Head, row_chunk: int, rule: _Distill | _NextToken) -> torch.Tensor:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from retrofit.context.positions import document_positions, pose_positions
 from retrofit.data.packing import CHARS_PER_TOKEN, Packed, training_rows
@@ -196,25 +195,3 @@ def about(recipe: Recover, window: int, spec: AttentionSpec) -> tuple[str, ...]:
     if recipe.document_masking:
         notes.append("packed documents do not see each other")
     return tuple(notes)
-
-
-class Rows(Dataset):
-    """Rows for the loader; `collate` makes the batch of one step."""
-
-    def __init__(self, lines: TrainRows) -> None:
-        self.lines = lines
-
-    def __len__(self) -> int:
-        return len(self.lines.ids_NT)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        cut = self.lines.cuts[index]
-        item = {"input_ids": self.lines.ids_NT[index].view(-1, cut)}
-        if self.lines.positions_NT is not None:
-            item["position_ids"] = self.lines.positions_NT[index].view(-1, cut)
-        return item
-
-
-def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """[texts of the step, tokens of a text]; the rows of a step have the same cut."""
-    return {key: torch.cat([item[key] for item in items]) for key in items[0]}

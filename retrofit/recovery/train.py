@@ -5,7 +5,6 @@ The loop is transformers' Trainer (optimizer, schedule, clipping, checkpoints, l
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import resource
@@ -14,30 +13,33 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback
 
 from retrofit.context.positions import require_hidden, require_visible
 from retrofit.data.packing import Packed
 from retrofit.errors import UserError
 from retrofit.model.folder import ModelFolder, opened
 from retrofit.recipe.schema import Recover
-from retrofit.recovery.adapters import about_experts, attach, default_rate, merge_and_save, save_adapter
-from retrofit.recovery.callbacks import TrainPoint, TrainState, Watch, last_checkpoint, restore, trainable
-from retrofit.recovery.schedule import Rows, TrainRows, about, check_lengths, collate, held_out_lines, training_lines
+from retrofit.recovery.adapters import about_experts, attach, default_rate, merge_and_save, save_adapter, trainable
+from retrofit.recovery.batches import MicroBatches
+from retrofit.recovery.callbacks import TrainPoint, TrainState, Watch, last_checkpoint
+from retrofit.recovery.layout import ONE_PROCESS, Layout
+from retrofit.recovery.schedule import TrainRows, about, check_lengths, held_out_lines, training_lines
+from retrofit.recovery.settings import fingerprint_of, training_arguments
 from retrofit.recovery.student_teacher import StudentTeacher, body, compute_dtype, hidden_states, load_student_teacher
 from retrofit.recovery.trainer import HeldOut, Objective, RecoveryTrainer, autocast, trial_step
 from retrofit.system.device import micro_batch, steps_between_readings
+from retrofit.system.world import ALONE, World
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
     from retrofit.console import Progress
 
-LOGGED = 200  # lines that a training logs where it reports, about
 TENSORBOARD = "TENSORBOARD_LOGGING_DIR"  # where transformers reads TensorBoard's folder
 
 
@@ -82,6 +84,8 @@ def recover(
     max_shard_size: str = "5GB",
     adapter: Path | None = None,
     logs: Path | None = None,
+    world: World = ALONE,
+    layout: Layout = ONE_PROCESS,
 ) -> RecoverReport:
     """Train adapters on the student and write the merged checkpoint into the existing (staged) folder `out`.
 
@@ -89,7 +93,9 @@ def recover(
     teacher_folder: the original model (needed for loss: distill). dtype: what is computed in; the checkpoint keeps the
     student's. work_dir: trainer checkpoints; a run that was killed resumes from its last one and ends with the same
     bytes (on the same machine). adapter: an existing folder for the adapter as peft reads it. logs: TensorBoard's
-    folder, where `recipe.report_to` names it; without one TENSORBOARD_LOGGING_DIR or work_dir.
+    folder, where `recipe.report_to` names it; without one TENSORBOARD_LOGGING_DIR or work_dir. world, layout: the
+    processes that call this with the same arguments, and how they share the work: every number of them gives the same
+    losses, up to rounding, and resumes what another number began. The main one writes.
 
     Raises UserError when the loss is not finite, saying at which step, what `load_student_teacher` and `check_lengths`
     raise, and, before the first step, when the kernel does not see across skipped positions or sees across documents.
@@ -122,24 +128,32 @@ def recover(
     for text in (*about(recipe, window, pair.spec), *about_experts(recipe.adapter, pair.spec)):
         _note(notes, progress, text)
     objective = Objective(pair, recipe)
-    fingerprint = _fingerprint(student, teacher, recipe, lines, measured, seed, compute, pair.kernel)
-    checkpoint = last_checkpoint(work_dir, fingerprint)
+    fingerprint = world.share(
+        fingerprint_of(student, teacher, recipe, lines, measured, seed, compute, pair.kernel) if world.main else ""
+    )
+    checkpoint = world.share(last_checkpoint(work_dir, fingerprint) if world.main else None)
     course = TrainState(fingerprint) if checkpoint is None else TrainState.load(checkpoint)
     resumed_from = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
-    attempt = partial(trial_step, objective, model, Rows(lines), compute, device)
-    micro = micro_batch(recipe.batch_size, attempt, device)
-    if micro < recipe.batch_size:
-        _note(notes, progress, f"{micro} of the {recipe.batch_size} rows of a step fit into the GPU at a time")
-    arguments = _arguments(recipe, work_dir, len(lines.ids_NT), device, seed, micro)
+    dealt = partial(MicroBatches, every_token=teacher is not None, rank=layout.data_rank, ranks=layout.data_ranks)
+    rows = math.ceil(recipe.batch_size / layout.data_ranks)
+    attempt = partial(trial_step, objective, model, lines, compute, device)
+    micro = min(world.gather(micro_batch(rows, attempt, device)))
+    if micro < rows:
+        _note(notes, progress, f"{micro} of the {rows} rows of a step fit into the GPU at a time")
+    batches = dealt(lines, recipe.batch_size, most=micro)
+    arguments = training_arguments(recipe, work_dir, batches, device, seed)
     steps = arguments.max_steps
     watch = Watch(
         course,
-        weights=lambda: trainable(model),
-        held_out_loss=None if measured is None else HeldOut(objective, model, Rows(measured), compute, device),
+        weights=lambda: trainable(model, keep=world.main),
+        held_out_loss=None
+        if measured is None
+        else HeldOut(objective, model, dealt(measured, layout.data_ranks), compute, device, world),
         evaluate_at=frozenset(round(steps * (i + 1) / recipe.evals) for i in range(recipe.evals)) | {steps},
         tokens_per_step=recipe.batch_size * lines.ids_NT.shape[1],
         progress=progress,
         read_every=steps_between_readings(device),
+        world=world,
     )
     if held_out is None:
         _note(notes, progress, "nothing is held out, so the last weights are kept, not the best")
@@ -156,21 +170,22 @@ def recover(
                 watch=watch,
                 model=model,
                 args=arguments,
-                train_dataset=Rows(lines),
-                data_collator=collate,
+                train_dataset=batches,
                 callbacks=[watch],
+                seed=seed if recipe.adapter.dropout else None,
             )
         trainer.remove_callback(PrinterCallback)
         watch.log = trainer.log if recipe.report_to else None
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if progress is not None:
         progress.finish()
-    restore(model, course.best)
     if course.best_step == 0 and held_out is not None:
         _note(notes, progress, "no measurement was better than the start; the weights are kept as they were")
-    if adapter is not None:
-        save_adapter(model, adapter)
-    merge_and_save(model, student, out, max_shard_size=max_shard_size, progress=progress)
+    if world.main:
+        if adapter is not None:
+            save_adapter(model, adapter, course.best)
+        merge_and_save(model, student, out, course.best, max_shard_size=max_shard_size, progress=progress)
+    world.wait()
     return RecoverReport(
         history=tuple(course.history),
         steps=steps,
@@ -179,7 +194,7 @@ def recover(
         start_loss=course.start_loss,
         best_loss=course.best_loss,
         seconds=course.seconds,
-        peak_bytes=peak_bytes(device),
+        peak_bytes=max(world.gather(peak_bytes(device))),
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         kernel=pair.kernel,
         compute_dtype=str(compute).removeprefix("torch."),
@@ -222,77 +237,6 @@ def peak_bytes(device: str) -> int:
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _arguments(
-    recipe: Recover, work_dir: Path, rows: int, device: str, seed: int, micro: int | None = None
-) -> TrainingArguments:
-    """micro: rows of a step that are computed at a time, a divisor of them; by default all."""
-    assert recipe.learning_rate is not None
-    steps = math.ceil(rows / recipe.batch_size)
-    # Newer versions of transformers call it activation checkpointing, and warn of the old name.
-    known = "activation" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient"
-    checkpointing: dict[str, Any] = {f"{known}_checkpointing": recipe.gradient_checkpointing}
-    if recipe.gradient_checkpointing:
-        checkpointing[f"{known}_checkpointing_kwargs"] = {"use_reentrant": False}
-    arguments = TrainingArguments(
-        output_dir=str(work_dir),
-        per_device_train_batch_size=micro or recipe.batch_size,
-        gradient_accumulation_steps=recipe.batch_size // (micro or recipe.batch_size),
-        max_steps=steps,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(recipe.warmup_ratio * steps),
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
-        save_strategy="steps",
-        save_steps=max(1, math.ceil(steps / recipe.checkpoints)),
-        save_total_limit=2,
-        eval_strategy="no",
-        logging_strategy="steps" if recipe.report_to else "no",
-        logging_first_step=bool(recipe.report_to),
-        logging_steps=max(1, steps // LOGGED),
-        logging_nan_inf_filter=False,  # it waits for every loss; `Watch` stops at the first that is not finite
-        report_to=list(dict.fromkeys(recipe.report_to)) or "none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        use_cpu=device == "cpu",
-        **checkpointing,
-        seed=seed,
-        data_seed=seed,
-    )
-    # With more than one visible GPU the Trainer would wrap the model in nn.DataParallel, whose replicas our forward
-    # (a closure over the original modules) does not reach, and multiply the batch size. Reading n_gpu sets it.
-    arguments._n_gpu = min(1, arguments.n_gpu)
-    return arguments
-
-
-def _fingerprint(
-    student: ModelFolder,
-    teacher: ModelFolder | None,
-    recipe: Recover,
-    lines: TrainRows,
-    held_out: TrainRows | None,
-    seed: int,
-    compute: torch.dtype,
-    kernel: str,
-) -> str:
-    """Everything a checkpoint depends on, so that a run never resumes from another training's."""
-    settings = recipe.model_dump_json(exclude={"report_to", "keep_adapter", "allow_repeats"})  # they change no weight
-    state = hashlib.sha256(repr((settings, seed, str(compute), kernel)).encode())
-    for folder in (student, teacher):
-        if folder is not None:
-            checkpoint = folder.checkpoint
-            state.update(repr((sorted(checkpoint.entries.items()), sorted(checkpoint.config.items()))).encode())
-            for shard in checkpoint.shards:
-                with (checkpoint.folder / shard).open("rb") as file:
-                    state.update(hashlib.file_digest(file, "sha256").digest())
-    for rows in (lines, held_out):
-        for tensor in () if rows is None else (rows.ids_NT, rows.positions_NT):
-            if tensor is not None:
-                state.update(tensor.cpu().contiguous().numpy().tobytes())
-    return state.hexdigest()
 
 
 @contextmanager

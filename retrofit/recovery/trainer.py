@@ -6,21 +6,27 @@ Legend: B batch, T tokens, N = B T rows, C model width.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
 
 from retrofit.recipe.schema import Recover
+from retrofit.recovery.batches import MicroBatches
 from retrofit.recovery.callbacks import Watch, diverged
-from retrofit.recovery.objectives import distill_loss, lm_loss
-from retrofit.recovery.schedule import Rows, collate
+from retrofit.recovery.checkpoints import load_optimizer, load_weights, save_optimizer, save_weights
+from retrofit.recovery.objectives import IGNORED, distill_loss, lm_loss
+from retrofit.recovery.schedule import TrainRows
 from retrofit.recovery.student_teacher import StudentTeacher, head_of, hidden_states
+from retrofit.system.world import ALONE, World
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+SCHEDULER = "scheduler.pt"
 
 
 class Objective:
@@ -28,7 +34,6 @@ class Objective:
 
     def __init__(self, pair: StudentTeacher, recipe: Recover) -> None:
         self.pair, self.recipe = pair, recipe
-        self.teacher_head = None if pair.teacher is None else head_of(pair.teacher)
 
     @torch.no_grad()
     def target(self, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor | None:
@@ -42,67 +47,114 @@ class Objective:
         documents = self.recipe.document_masking
         return hidden_states(self.pair.teacher, ids_BT, positions_BT if documents else None, documents=documents)
 
-    def __call__(self, hidden_BTC: Tensor, ids_BT: Tensor, target_BTC: Tensor | None) -> tuple[Tensor, int]:
-        """(sum over tokens of the loss, number of tokens: `count`)."""
+    def __call__(self, hidden_BTC: Tensor, labels_BT: Tensor | None, target_BTC: Tensor | None) -> Tensor:
+        """Sum of the loss over the tokens whose label is not IGNORED; over all of them where there are no labels."""
         head, rows = head_of(self.pair.student), self.recipe.row_chunk
-        if target_BTC is not None and self.teacher_head is not None:
+        if target_BTC is not None and self.pair.teacher is not None:
             hidden_NC = hidden_BTC.flatten(0, 1).to(target_BTC.dtype)
-            loss = distill_loss(hidden_NC, head, target_BTC.flatten(0, 1), self.teacher_head, rows)
-            return loss, self.count(ids_BT)
+            ignored_N = None if labels_BT is None else labels_BT.flatten() == IGNORED
+            teacher_head = head_of(self.pair.teacher)
+            return distill_loss(hidden_NC, head, target_BTC.flatten(0, 1), teacher_head, rows, ignored_N)
+        assert labels_BT is not None
         dtype = next(p.dtype for p in self.pair.student.parameters() if not p.requires_grad)
-        hidden_NC = hidden_BTC[:, :-1].flatten(0, 1).to(dtype)
-        labels_N = ids_BT[:, 1:].flatten()
-        return lm_loss(hidden_NC, head, labels_N, rows), self.count(ids_BT)
-
-    def count(self, ids_BT: Tensor) -> int:
-        """Tokens that the loss of these rows is about: all, or without a teacher those that follow another."""
-        return ids_BT.numel() - (0 if self.teacher_head is not None else len(ids_BT))
+        return lm_loss(hidden_BTC.flatten(0, 1).to(dtype), head, labels_BT.flatten(), rows)
 
 
 class RecoveryTrainer(Trainer):
-    """transformers' Trainer with our loss, over packed rows in the order they come in."""
+    """transformers' Trainer with our loss, over the micro-batches of this process in the order they come in.
+
+    seed: of the adapters' dropout, which is drawn anew for each micro-batch from its step and first row; None without
+    dropout.
+    """
+
+    train_dataset: MicroBatches
 
     def __init__(
-        self, *, objective: Objective, compute: torch.dtype, watch: Watch | None = None, **kwargs: Any
+        self,
+        *,
+        objective: Objective,
+        compute: torch.dtype,
+        watch: Watch | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.objective: Objective = objective
-        self.compute, self.watch = compute, watch
+        self.compute, self.watch, self.seed = compute, watch, seed
         self.model_accepts_loss_kwargs = True  # the loss is already divided by the tokens of the whole step
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[Any, Any]:
-        """The batches of one step, which are computed one after the other, and the tokens that its loss is about."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = sum(self.objective.count(batch["input_ids"]) for batch in batches)
-        if self.accelerator.num_processes > 1:
-            return batches, self.accelerator.reduce(torch.tensor(count, device=device), "sum")
-        return batches, count
+        self.loss_is_scaled_for_ga = True
 
     def compute_loss(  # type: ignore[override]
-        self, model: torch.nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None, **_: Any
+        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
     ) -> Tensor:
-        """Sum of the losses over the batch's tokens, divided by the tokens of the whole step on all processes."""
-        ids_BT = inputs["input_ids"]
-        loss = total_loss(self.objective, model, inputs, self.compute)
-        ranks = self.accelerator.num_processes
-        if ranks > 1:  # the gradients are averaged over the processes
-            loss = loss * ranks
-        loss = loss / (self.objective.count(ids_BT) if num_items_in_batch is None else num_items_in_batch)
+        """This process's share of the step's loss: a sum over tokens, divided by those of all processes.
+
+        The engine averages gradients over processes where a sum is wanted, hence the factor.
+        """
+        tokens, row, labels_BT = inputs.pop("tokens"), inputs.pop("row"), inputs.pop("next_ids", None)
+        if self.seed is not None:
+            torch.manual_seed(hash((self.seed, self.state.global_step, row)) & (2**63 - 1))
+        loss = total_loss(self.objective, model, inputs, labels_BT, self.compute) / tokens
         if self.watch is not None:
             self.watch.add(loss.detach())
-        return loss
+        return loss * self.accelerator.num_processes
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
-        return SequentialSampler(cast(Any, train_dataset if train_dataset is not None else self.train_dataset))
+    def get_train_dataloader(self) -> DataLoader:
+        """The micro-batches as they are: they are dealt out already."""
+        return one_by_one(self.train_dataset)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained, and nothing of the frozen model, into the folder."""
+        save_weights(self._trained(), Path(output_dir or str(self.args.output_dir)), main=self.is_world_process_zero())
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        main = self.is_world_process_zero()
+        save_optimizer(self._trained(), self._plain_optimizer(), Path(output_dir), main=main)
+        if main:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Nothing random goes on from one step to the next."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        load_weights(self._trained(), Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_optimizer(self._trained(), self._plain_optimizer(), Path(checkpoint))
+            assert self.lr_scheduler is not None
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+
+    def _trained(self) -> torch.nn.Module:
+        return cast(torch.nn.Module, self.model)
+
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
 
 
 class HeldOut:
-    """Mean held-out loss per token; the teacher's hidden states are computed once and kept."""
+    """Mean held-out loss per token, the same number on all processes; the teacher's hidden states are kept.
 
-    def __init__(self, objective: Objective, model: PeftModel, rows: Rows, compute: torch.dtype, device: str) -> None:
+    batches: this process's share; all of them have as many.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        model: PeftModel,
+        batches: MicroBatches,
+        compute: torch.dtype,
+        device: str,
+        world: World = ALONE,
+    ) -> None:
         self.objective: Objective = objective
-        self.model, self.compute = model, compute
-        self.batches = [{key: value.to(device) for key, value in rows[i].items()} for i in range(len(rows))]
+        self.model, self.compute, self.world = model, compute, world
+        self.tokens = sum(batches[index]["tokens"] for index in range(0, len(batches), batches.per_step))
+        self.batches = [
+            {key: value.to(device) for key, value in batches[index].items() if isinstance(value, Tensor)}
+            for index in range(len(batches))
+        ]
         self.targets: list[Tensor | None] = []
 
     @torch.no_grad()
@@ -114,41 +166,56 @@ class HeldOut:
         training = self.model.training
         self.model.eval()
         sums: list[Tensor] = []
-        count = 0
         for batch, target in zip(self.batches, self.targets, strict=True):
-            ids_BT = batch["input_ids"]
-            with autocast(ids_BT.device, self.compute):
-                hidden_BTC: Any = self.model(**batch)
-            loss, number = self.objective(hidden_BTC, ids_BT, target)
-            sums.append(loss)
-            count += number
+            inputs = {key: value for key, value in batch.items() if key != "next_ids"}
+            with autocast(batch["input_ids"].device, self.compute):
+                hidden_BTC: Any = self.model(**inputs)
+            sums.append(self.objective(hidden_BTC, batch.get("next_ids"), target))
         self.model.train(training)
-        total = sum(torch.stack(sums).tolist())  # read once, when all are computed
-        if not math.isfinite(total):
-            raise diverged(f"the held-out loss is {total}")
-        return total / count
+        loss = float(self.world.sum_(torch.stack(sums).sum(dtype=torch.float64)))  # read once, when all are computed
+        if not math.isfinite(loss):
+            raise diverged(f"the held-out loss is {loss}")
+        return loss / self.tokens
 
 
-def total_loss(objective: Objective, model: torch.nn.Module, batch: dict[str, Tensor], compute: torch.dtype) -> Tensor:
-    """Sum of the losses over the tokens of a batch."""
-    ids_BT = batch["input_ids"]
-    target_BTC = objective.target(ids_BT, batch.get("position_ids"))
+def total_loss(
+    objective: Objective,
+    model: torch.nn.Module,
+    inputs: dict[str, Tensor],
+    labels_BT: Tensor | None,
+    compute: torch.dtype,
+) -> Tensor:
+    """Sum of the losses over the tokens of a batch. inputs: ids, and positions where they are not 0 .. T-1."""
+    ids_BT = inputs["input_ids"]
+    target_BTC = objective.target(ids_BT, inputs.get("position_ids"))
     with autocast(ids_BT.device, compute):
-        hidden_BTC = model(**batch)
-    return objective(hidden_BTC, ids_BT, target_BTC)[0]
+        hidden_BTC = model(**inputs)
+    return objective(hidden_BTC, labels_BT, target_BTC)
 
 
 def trial_step(
-    objective: Objective, model: PeftModel, lines: Rows, compute: torch.dtype, device: str, rows: int
+    objective: Objective, model: PeftModel, lines: TrainRows, compute: torch.dtype, device: str, rows: int
 ) -> None:
     """One forward and backward pass of the first rows, which changes neither weights nor random numbers."""
     devices = [torch.device(device)] if device.startswith("cuda") else []
-    batch = {key: value.to(device) for key, value in collate([lines[i] for i in range(rows)]).items()}
+    item = MicroBatches(lines, rows, every_token=objective.pair.teacher is not None)[0]
+    batch = {key: value.to(device) for key, value in item.items() if isinstance(value, Tensor)}
+    labels_BT = batch.pop("next_ids", None)
     try:
         with torch.random.fork_rng(devices):
-            total_loss(objective, model, batch, compute).backward()
+            total_loss(objective, model, batch, labels_BT, compute).backward()
     finally:
         model.zero_grad(set_to_none=True)
+
+
+def one_by_one(batches: MicroBatches) -> DataLoader:
+    """A loader that gives out the items of a data set as they are, in their order."""
+    return DataLoader(batches, batch_size=1, sampler=SequentialSampler(cast(Any, batches)), collate_fn=_only)
+
+
+def _only(items: list[dict[str, Any]]) -> dict[str, Any]:
+    [item] = items
+    return item
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> Any:

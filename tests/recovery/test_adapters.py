@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.model.families import describe
 from retrofit.recipe.schema import Adapter
-from retrofit.recovery.adapters import about_experts, attach, merge_and_save, target_modules
+from retrofit.recovery.adapters import about_experts, attach, merge_and_save, target_modules, trainable
 from retrofit.recovery.fused import fuse
 from retrofit.recovery.student_teacher import head_of, load_student_teacher
 from tests.tiny import FAMILIES, save_tiny, tiny_model
@@ -49,7 +49,7 @@ def test_merged_weights_are_the_adapted_model(family: str, full: bool, tmp_path:
     noise(peft_model)
     out = tmp_path / "out"
     out.mkdir()
-    merge_and_save(peft_model, source, out)
+    merge_and_save(peft_model, source, out, trainable(peft_model))
     merged = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
     with torch.no_grad():
         expected = peft_model(IDS).logits
@@ -78,7 +78,7 @@ def test_trained_embeddings_are_merged_and_a_tied_head_follows(tied: bool, store
     assert (head is model.get_input_embeddings().modules_to_save["default"].weight) == tied
     out = tmp_path / "out"
     out.mkdir()
-    merge_and_save(peft_model, source, out)
+    merge_and_save(peft_model, source, out, trainable(peft_model))
     assert Checkpoint.open(out).names == Checkpoint.open(source).names
     merged = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_learned_positions_are_trained_with_the_embeddings(tmp_path: Path) -> No
     noise(peft_model)
     out = tmp_path / "out"
     out.mkdir()
-    merge_and_save(peft_model, source, out)
+    merge_and_save(peft_model, source, out, trainable(peft_model))
     before, after = Checkpoint.open(source), Checkpoint.open(out)
     assert not torch.equal(before.tensor("transformer.wpe.weight"), after.tensor("transformer.wpe.weight"))
     assert not torch.equal(before.tensor("transformer.wte.weight"), after.tensor("transformer.wte.weight"))
@@ -106,7 +106,7 @@ def test_the_merge_rounds_once_to_the_stored_dtype(tmp_path: Path) -> None:
     noise(peft_model)
     out = tmp_path / "out"
     out.mkdir()
-    merge_and_save(peft_model, source, out)
+    merge_and_save(peft_model, source, out, trainable(peft_model))
     name = "model.layers.1.mlp.down_proj"
     module = model.get_submodule(name)
     delta = 2.0 * module.lora_B["default"].weight @ module.lora_A["default"].weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retrofit.recovery.objectives import Head, distill_loss, lm_loss
+from retrofit.recovery.objectives import IGNORED, Head, distill_loss, lm_loss
 from retrofit.recovery.student_teacher import head_of, hidden_states
 from tests.tiny import FAMILIES, tiny_model
 
@@ -107,3 +107,28 @@ def test_the_head_of_every_family_gives_the_logits_of_its_class(family: str) -> 
         expected = torch.nn.functional.cross_entropy(model(ids).logits[0], labels, reduction="sum")
         actual = lm_loss(hidden_states(model, ids)[0], head_of(model), labels, 5)
     assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["distill", "lm"])
+def test_tokens_that_do_not_count_change_neither_loss_nor_gradient(kind) -> None:
+    torch.manual_seed(0)
+    hidden, target = torch.randn(10, 8), torch.randn(10, 8)
+    head = Head(torch.randn(20, 8))
+    labels = torch.randint(0, 20, (10,))
+    counted = torch.arange(10) % 3 != 1
+
+    def loss(rows: torch.Tensor, ignored: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        student = hidden[rows].clone().requires_grad_()
+        if kind == "distill":
+            value = distill_loss(student, head, target[rows], head, 4, ignored)
+        else:
+            value = lm_loss(student, head, labels[rows] if ignored is None else labels.where(~ignored, IGNORED), 4)
+        value.backward()
+        assert student.grad is not None
+        return value.detach(), student.grad
+
+    some, gradient = loss(counted, None)
+    all_, full = loss(torch.ones(10, dtype=torch.bool), ~counted)
+    torch.testing.assert_close(all_, some)
+    torch.testing.assert_close(full[counted], gradient)
+    assert not full[~counted].any()

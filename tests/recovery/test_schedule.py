@@ -13,12 +13,11 @@ from retrofit.errors import UserError
 from retrofit.model.families import describe
 from retrofit.recipe.load import RecipeError, validate
 from retrofit.recipe.schema import Recover, TextSource
+from retrofit.recovery.batches import MicroBatches
 from retrofit.recovery.schedule import (
-    Rows,
     Span,
     about,
     check_lengths,
-    collate,
     held_out_lines,
     recovery_rows,
     spans,
@@ -72,8 +71,8 @@ def test_rows_of_short_stages_are_several_texts() -> None:
     assert train.ids_NT.shape == (6, 32)
     assert lines.positions_NT is None
     assert lines.cuts == (16, 16, 32, 32, 32, 32)
-    dataset = Rows(lines)
-    first, last = (collate([dataset[i], dataset[i + 1]])["input_ids"] for i in (0, 4))
+    dataset = MicroBatches(lines, 2, every_token=True)
+    first, last = (dataset[step]["input_ids"] for step in (0, 2))
     assert first.shape == (4, 16)
     assert last.shape == (2, 32)
     assert (first[:, 0] == BOS_ID).all()
@@ -90,7 +89,7 @@ def test_positions_start_again_with_each_document() -> None:
     # Documents of 5 tokens, in two texts of 16.
     assert lines.positions_NT[0].tolist() == [*five, *five, *five, 0, 0, 1, 2, 3, *five, *five, 0, 1]
     assert lines.positions_NT[-1].tolist() == [i % 5 for i in range(32)]
-    batch = collate([Rows(lines)[0], Rows(lines)[1]])
+    batch = MicroBatches(lines, 2, every_token=True)[0]
     assert batch["position_ids"].shape == batch["input_ids"].shape == (4, 16)
 
 

@@ -20,8 +20,11 @@ from retrofit.data.packing import Packed, training_rows
 from retrofit.errors import UserError
 from retrofit.recipe.schema import Adapter, Recover, Stage, TextSource
 from retrofit.recovery import train
+from retrofit.recovery.batches import MicroBatches
 from retrofit.recovery.callbacks import Watch
-from retrofit.recovery.train import RecoverReport, _arguments, recover
+from retrofit.recovery.schedule import TrainRows
+from retrofit.recovery.settings import training_arguments
+from retrofit.recovery.train import RecoverReport, recover
 from tests.tiny import save_tiny, tiny_tokenizer
 
 RECIPE = Recover(
@@ -120,7 +123,8 @@ def test_more_gpus_than_one_do_not_split_the_batch(tmp_path: Path, monkeypatch: 
         return torch.device("cpu")
 
     monkeypatch.setattr(TrainingArguments, "_setup_devices", property(two_gpus))
-    arguments = _arguments(RECIPE, tmp_path, 16, "cuda", 0)
+    batches = MicroBatches(TrainRows(torch.zeros(16, 48, dtype=torch.long), None, (48,) * 16), 2, every_token=True)
+    arguments = training_arguments(RECIPE, tmp_path, batches, "cuda", 0)
     assert arguments._n_gpu == 1
     assert arguments.train_batch_size == RECIPE.batch_size
     assert arguments.max_steps == 8

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from retrofit.recovery.train import RecoverReport
     from retrofit.workflow.context import ModelContext
 
+UNRECORDED = {"allow_repeats", "report_to", "distribute", "sequence_engine"}  # how it was done, not what was made
 ROW_BYTES = 16  # of a token that is kept, and of what is known about it
 ADAPTER, LOGS = "-adapter", "-logs"  # what stands beside the checkpoint, after its name
 TRACKERS: dict[Tracker, tuple[str, ...]] = {
@@ -134,7 +135,7 @@ class Recover(Step):
         return Cost(self.name, does, peak, facts.weight_bytes + (16 if recover.keep_adapter else 12) * trained, seconds)
 
     def record(self) -> dict[str, Any]:
-        return self.section.model_dump(mode="json", exclude={"allow_repeats", "report_to"})
+        return self.section.model_dump(mode="json", exclude=UNRECORDED)
 
     def key(self, context: ModelContext, inputs: Inputs) -> ResumeKey:
         settings: dict[str, Any] = {

@@ -1,0 +1,83 @@
+"""The micro-batches of a training: the rows of every step, dealt out to the processes that train together.
+
+A step reads the same rows whatever the number of processes. They take turns: row j of a step goes to process j modulo
+their number. One that gets no row computes with another's, of which nothing counts, as all have to take part when
+gradients or weights are exchanged.
+
+Legend: N rows, B texts of a micro-batch, T tokens of a text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from retrofit.recovery.objectives import IGNORED
+from retrofit.recovery.schedule import TrainRows
+
+
+class MicroBatches(Dataset):
+    """What one process reads, `per_step` items for each step.
+
+    An item has `input_ids` [B, T], `position_ids` [B, T] where the rows have them, `next_ids` [B, T] (the token that
+    follows, or IGNORED; left out where every token counts), `tokens` (how many count in the whole step, on all
+    processes together) and `row` (the number of its first row).
+
+    batch_size: rows of a step on all processes. every_token: also the last of a text counts, as in distillation; a
+    language model's loss does not know what follows it. rank: of `ranks` that read different rows. most: rows that a
+    process computes at one time, by default all that it has of a step.
+    """
+
+    def __init__(
+        self,
+        lines: TrainRows,
+        batch_size: int,
+        *,
+        every_token: bool,
+        rank: int = 0,
+        ranks: int = 1,
+        most: int | None = None,
+    ) -> None:
+        self.lines, self.batch_size, self.every_token = lines, batch_size, every_token
+        self.rank, self.ranks = rank, ranks
+        rows = math.ceil(batch_size / ranks)
+        self.per_step = math.ceil(rows / (most or rows))
+        self.rows = math.ceil(rows / self.per_step)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole training."""
+        return math.ceil(len(self.lines.ids_NT) / self.batch_size)
+
+    def __len__(self) -> int:
+        return self.steps * self.per_step
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        step, part = divmod(index, self.per_step)
+        rows = range(step * self.batch_size, min((step + 1) * self.batch_size, len(self.lines.ids_NT)))
+        mine = rows[self.rank :: self.ranks][part * self.rows : (part + 1) * self.rows]
+        item = self._texts(mine or rows[:1], counts=bool(mine))
+        return {**item, "tokens": sum(map(self._counting, rows)), "row": (mine or rows)[0]}
+
+    def _counting(self, row: int) -> int:
+        """Tokens of a row that the loss counts."""
+        length = self.lines.ids_NT.shape[1]
+        return length if self.every_token else length - length // self.lines.cuts[row]
+
+    def _texts(self, rows: Sequence[int], *, counts: bool) -> dict[str, Tensor]:
+        cut = self.lines.cuts[rows[0]]
+        index = list(rows)
+        ids_BT = self.lines.ids_NT[index].view(-1, cut)
+        item = {"input_ids": ids_BT}
+        if self.lines.positions_NT is not None:
+            item["position_ids"] = self.lines.positions_NT[index].view(-1, cut)
+        if not counts:
+            item["next_ids"] = torch.full_like(ids_BT, IGNORED)
+        elif not self.every_token:
+            item["next_ids"] = torch.cat([ids_BT[:, 1:], torch.full_like(ids_BT[:, :1], IGNORED)], dim=1)
+        return item

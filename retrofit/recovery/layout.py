@@ -1,0 +1,221 @@
+"""How the processes of a training share its work: which of them read different rows, which hold parts of the weights,
+and which share the tokens of a row. Torch-free.
+
+Process r of R x S x Q (replicas, shards, sequence) stands at (r // (S Q), r // Q % S, r % Q), the order of accelerate's
+ParallelismConfig(dp_replicate_size, dp_shard_size, cp_size).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from retrofit.errors import UserError
+from retrofit.model.spec import AttentionSpec
+from retrofit.recipe.schema import Recover
+from retrofit.system.world import World
+
+Engine = Literal["torch", "ring"]
+START = "torchrun --nproc-per-node={} -m retrofit ..."
+_CONFIG = "the accelerate configuration"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """replicas x shard x sequence processes. sharded: the weights are split over the shard x sequence processes of a
+    replica. engine: what carries keys and values where sequence > 1. notes: the choices and their reasons."""
+
+    rank: int = 0
+    replicas: int = 1
+    shard: int = 1
+    sequence: int = 1
+    sharded: bool = False
+    engine: Engine | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Processes in all."""
+        return self.replicas * self.shard * self.sequence
+
+    @property
+    def data_ranks(self) -> int:
+        """Processes, or groups of them that share rows, that read different rows."""
+        return self.replicas * self.shard
+
+    @property
+    def data_rank(self) -> int:
+        """Which of them this process belongs to."""
+        return self.rank // self.sequence
+
+    @property
+    def sequence_rank(self) -> int:
+        """Its place among those that share its rows."""
+        return self.rank % self.sequence
+
+
+ONE_PROCESS = Layout()
+
+
+def layout_of(
+    recipe: Recover,
+    world: World,
+    spec: AttentionSpec,
+    device: str,
+    *,
+    fits: bool = True,
+    environment: Mapping[str, str] = os.environ,
+) -> Layout:
+    """The layout for the processes of `world`. fits: student, teacher and what training them takes fit one device.
+
+    What a configuration of accelerate asks for goes before the recipe (`accelerate launch --config_file`, which sets
+    ACCELERATE_* and PARALLELISM_CONFIG_*).
+
+    Raises UserError for sizes that the processes, the rows or the batch do not allow, and for what an engine cannot do.
+    """
+    wished = _configured(environment, world)
+    shard, sequence = wished or (recipe.distribute.shard, recipe.distribute.sequence)
+    where = _CONFIG if wished else "recover.distribute"
+    known = sequence * (shard if shard != "auto" else 1)
+    if known > 1 and world.size == 1:
+        raise UserError(
+            f"it asks for {known} processes, and this is one",
+            where=where,
+            fix=f"start it with `{START.format(known)}`",
+        )
+    if world.size % known:
+        sizes = f"shard {shard} x sequence {sequence}" if shard != "auto" else f"sequence {sequence}"
+        raise UserError(
+            f"{sizes} does not divide {world.size} processes",
+            where=where,
+            fix=f"start {known} processes or a multiple: `{START.format(known)}`",
+        )
+    engine, why = sequence_engine(recipe, spec, device, sequence)
+    notes = [] if engine is None else [f"{sequence} processes share every row ({engine}: {why})"]
+    sharded, reason = _sharded(shard, world.size, engine, fits)
+    degree = shard if shard != "auto" else (world.size // sequence if sharded else 1)
+    layout = Layout(world.rank, world.size // (degree * sequence), degree, sequence, sharded, engine)
+    _require_rows(recipe, layout)
+    if world.size > 1:
+        notes.insert(0, f"{world.size} processes: {layout.data_ranks} x different rows; {reason}")
+    if wished:
+        notes.append("the configuration of accelerate goes before recover.distribute")
+    return Layout(**{**vars(layout), "notes": tuple(notes)})
+
+
+def sequence_engine(recipe: Recover, spec: AttentionSpec, device: str, sequence: int) -> tuple[Engine | None, str]:
+    """What carries keys and values between the processes that share a row, and why; None where none do.
+
+    Raises UserError for an engine that cannot express this model or this machine.
+    """
+    if sequence == 1:
+        return None, ""
+    if recipe.document_masking:
+        raise UserError(
+            "documents that do not see each other need a mask, which no engine splits over processes",
+            where="recover.document_masking, with recover.distribute.sequence",
+            fix="leave out one of them",
+        )
+    if recipe.sequence_length < 2 * sequence:
+        raise UserError(
+            f"rows of {recipe.sequence_length} tokens cannot be split into two chunks for each of {sequence} processes",
+            where="recover.sequence_length",
+            fix=f"use rows of {2 * sequence} tokens or more, or a smaller recover.distribute.sequence",
+        )
+    objection = _torch_objection(spec, device)
+    if recipe.sequence_engine == "torch" and objection:
+        raise UserError(
+            f"torch's context parallelism cannot do this: {objection}",
+            where="recover.sequence_engine",
+            fix="use sequence_engine: ring, or auto",
+        )
+    if recipe.sequence_engine != "auto":
+        return recipe.sequence_engine, "asked for"
+    return ("ring", f"torch's context parallelism cannot: {objection}") if objection else ("torch", "on CUDA, sdpa")
+
+
+def ulysses_note(spec: AttentionSpec, sequence: int) -> str | None:
+    """What splitting heads instead of tokens over `sequence` processes would be limited to; None for one process."""
+    heads = min(layer.kv_heads for layer in spec.layers)
+    if sequence == 1:
+        return None
+    if sequence <= heads and heads % sequence == 0:
+        return f"splitting heads instead (Ulysses) would work up to a degree of {heads}, the KV heads"
+    return (
+        f"splitting heads instead (Ulysses) could not be done at a degree of {sequence}: {heads} KV "
+        f"head{'s' * (heads > 1)} would have to be repeated on {sequence} processes"
+    )
+
+
+def _torch_objection(spec: AttentionSpec, device: str) -> str | None:
+    if not device.startswith("cuda"):
+        return "it needs CUDA"
+    if any(layer.window for layer in spec.layers):
+        return "there are sliding windows"
+    if any(layer.softcap is not None for layer in spec.layers):
+        return "scores are soft-capped"
+    if any(layer.sinks for layer in spec.layers):
+        return "there are attention sinks"
+    return None
+
+
+def _sharded(shard: int | str, size: int, engine: Engine | None, fits: bool) -> tuple[bool, str]:
+    """Whether the weights are split, and why."""
+    if engine == "torch":
+        return True, "weights are split (FSDP2), as torch's context parallelism has them"
+    if shard != "auto":
+        return shard != 1, "weights are split (FSDP2), asked for" if shard != 1 else "each holds all weights"
+    if size == 1 or fits:
+        return False, "each holds all weights, which fit"
+    return True, "weights are split (FSDP2), as they do not fit one device"
+
+
+def _require_rows(recipe: Recover, layout: Layout) -> None:
+    if recipe.batch_size < layout.data_ranks:
+        groups = layout.data_ranks * layout.sequence
+        raise UserError(
+            f"a step has {recipe.batch_size} rows for {layout.data_ranks} "
+            + (f"groups of {layout.sequence} processes" if layout.sequence > 1 else "processes")
+            + " that each need one",
+            where="recover.batch_size",
+            fix=f"use batch_size: {layout.data_ranks} or more, fewer processes than {groups}, or let more of them "
+            "share a row (recover.distribute.sequence)",
+        )
+
+
+def _configured(environment: Mapping[str, str], world: World) -> tuple[int, int] | None:
+    """(shard, sequence) as a configuration of accelerate has them; None without one that says so.
+
+    Raises UserError for engines that this training is not made for.
+    """
+
+    def on(name: str) -> bool:
+        return environment.get(name, "false").lower() in ("1", "true")
+
+    other = next((name for name in ("DEEPSPEED", "MEGATRON_LM") if on(f"ACCELERATE_USE_{name}")), None)
+    if other:
+        raise UserError(
+            f"the teacher cannot be trained beside under {other.replace('_', '-').title()}",
+            where=_CONFIG,
+            fix="use one with FSDP (fsdp_version: 2), or none",
+        )
+    if on("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        sizes = {
+            name: int(environment.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1"))
+            for name in ("DP_SHARD", "CP", "TP", "SP")
+        }
+        unknown = [name for name in ("TP", "SP") if sizes[name] > 1]
+        if unknown:
+            raise UserError(
+                f"{unknown[0].lower()}_size is {sizes[unknown[0]]}: tensors and heads are not split in this training",
+                where=_CONFIG,
+                fix="use dp_replicate_size, dp_shard_size and cp_size",
+            )
+        return sizes["DP_SHARD"], sizes["CP"]
+    if on("ACCELERATE_USE_FSDP"):
+        if environment.get("FSDP_VERSION", "1") != "2":
+            raise UserError("only FSDP2 splits frozen and trained weights here", where=_CONFIG, fix="fsdp_version: 2")
+        return world.size, 1
+    return None
