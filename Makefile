@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt
 
-.PHONY: demo test test-slow test-eval attack fuzz lint bench bench-lengths bench-heads bench-large bench-curve bench-extension docs install clean
+.PHONY: demo test test-slow test-eval attack fuzz lint bench bench-lengths bench-heads bench-large bench-ring bench-curve bench-extension docs install clean
 
 $(VENV)/.demo: pyproject.toml constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -82,6 +82,9 @@ bench-extension: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m evals.benchmarks.extension $(if $(BOOKS),--text $(BOOKS)/moby_dick.txt)
 
 # A checkpoint of 2.5 GB: needs 11 GB of disk for a while.
+bench-ring: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m evals.benchmarks.ring
+
 bench-large: $(VENV)/.dev
 	$(BIN)/python -m evals.benchmarks.large
 

@@ -108,6 +108,19 @@ def ulysses_copies(heads: int, kv_heads: int, ranks: int) -> int | None:
     return lcm(kv_heads, ranks) // kv_heads if kv_heads % ranks == 0 or ranks % kv_heads == 0 else None
 
 
+def ulysses_bytes(tokens: int, ranks: int, shape: AttentionShape) -> float:
+    """Bytes that each rank would send forward in a layer if heads were split: queries and outputs, and keys and values
+    with their copies, all but the rank's own part.
+
+    Raises: ValueError where the heads cannot be split.
+    """
+    copies = ulysses_copies(shape.heads, shape.kv_heads, ranks)
+    if copies is None:
+        raise ValueError(f"{shape.heads} query and {shape.kv_heads} KV heads cannot be split over {ranks} ranks")
+    elements = (tokens / ranks) * 2 * (shape.heads + copies * shape.kv_heads) * shape.head_dim
+    return elements * shape.item * (ranks - 1) / ranks
+
+
 def _step_bytes(tokens: int, ranks: int, shape: AttentionShape) -> float:
     """Keys and values that a rank sends in a step. With a window only the keys that its chunks see before them do, two
     chunks of a rank in all steps together."""

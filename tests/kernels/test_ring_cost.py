@@ -15,6 +15,7 @@ from retrofit.kernels.ring_cost import (
     forward_time,
     hidden_from,
     hidden_from_backward,
+    ulysses_bytes,
     ulysses_copies,
 )
 
@@ -81,3 +82,14 @@ def test_splitting_heads_copies_the_kv_heads_that_conversion_saved() -> None:
     assert ulysses_copies(32, 1, 8) == 8
     assert ulysses_copies(9, 3, 2) is None
     assert ulysses_copies(12, 3, 2) is None
+
+
+def test_a_ring_sends_less_than_split_heads_where_there_are_few_kv_heads() -> None:
+    """n = 1000 of 8 ranks, D = 128, bfloat16: 7/8 of 2 (32 + 8) heads against 7 x 2 K."""
+    assert ulysses_bytes(8000, 8, SHAPE) == pytest.approx(7 / 8 * 80 * 1000 * 128 * 2)
+    assert forward_time(8000, 8, SHAPE, LINK).bytes_sent == 7 * 16 * 1000 * 128 * 2
+    single = replace(SHAPE, kv_heads=1)
+    assert ulysses_bytes(8000, 8, single) == ulysses_bytes(8000, 8, SHAPE)
+    assert forward_time(8000, 8, single, LINK).bytes_sent == 7 * 2 * 1000 * 128 * 2
+    with pytest.raises(ValueError, match="9 query and 3 KV heads"):
+        ulysses_bytes(8000, 2, replace(SHAPE, heads=9, kv_heads=3))
