@@ -15,7 +15,8 @@ from retrofit.evaluation.long_context import Measured, longest_prompt, measure, 
 from retrofit.evaluation.running import COST_ROUNDS
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.evaluation.scoring.reader import require_positions
-from retrofit.kernels.registry import KernelCheck, KernelChoice, apply, choose, prove
+from retrofit.kernels.check import KernelCheck, prove
+from retrofit.kernels.registry import KernelChoice, apply, choose
 from retrofit.model.folder import ModelFolder
 from retrofit.recipe.schema import Evaluate
 from retrofit.system.world import ALONE, World

@@ -15,7 +15,7 @@ from retrofit.evaluation.tasks.answers import TaskChange, TaskScore
 
 if TYPE_CHECKING:
     from retrofit.evaluation.running import RunCost
-    from retrofit.kernels.registry import KernelCheck
+    from retrofit.kernels.check import KernelCheck
 
 SCHEMA_VERSION = 1
 
@@ -82,7 +82,7 @@ class EvaluationResult:
         from pydantic import TypeAdapter
 
         from retrofit.evaluation.running import RunCost
-        from retrofit.kernels.registry import KernelCheck
+        from retrofit.kernels.check import KernelCheck
 
         kinds: dict[str, Any] = {
             "rows": tuple[Row, ...],

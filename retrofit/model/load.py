@@ -206,14 +206,20 @@ def load_tokenizer(folder: str | Path, config: PretrainedConfig | None = None) -
 
 
 def resolve_device(device: str) -> str:
-    """ "auto" is CUDA when torch sees it, else the CPU. Raises UserError for CUDA that is not there."""
+    """ "auto" is CUDA where torch sees it, else MPS (the GPU of a Mac), else the CPU.
+
+    Raises UserError for a GPU that is not there.
+    """
     import torch
 
-    available = torch.cuda.is_available()
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
-        return "cuda" if available else "cpu"
-    if device.startswith("cuda") and not available:
-        raise UserError("torch sees no CUDA device", where=f"device: {device}", fix="set device: auto or cpu")
+        return next(name for name, there in present.items() if there)
+    kind = device.partition(":")[0]
+    if not present.get(kind, True):
+        raise UserError(
+            f"torch sees no {kind.upper()} device", where=f"device: {device}", fix="set device: auto or cpu"
+        )
     return device
 
 
@@ -223,6 +229,8 @@ def multiplies_in_bfloat16(device: str) -> bool:
 
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported()
+    if device.startswith("mps"):
+        return torch.backends.mps.is_macos_or_newer(14, 0)
     asked = getattr(torch.cpu, "get_capabilities", None)
     if asked is not None:
         capabilities = asked()
@@ -243,7 +251,7 @@ def product_dtype(device: str) -> torch.dtype | None:
 def working_dtype(dtype: str, folder: str | Path, device: str) -> str:
     """What a model is run in: `dtype`, where "auto" is the stored one, or float32 on a processor that does not multiply
     in the stored one (there, bfloat16 matrix products are some fifty times slower than float32)."""
-    if dtype != "auto" or device.startswith("cuda"):
+    if dtype != "auto" or device.startswith("cuda") or (device.startswith("mps") and multiplies_in_bfloat16(device)):
         return dtype
     stored = stored_dtype(folder)
     return stored if stored == "float32" or (stored == "bfloat16" and multiplies_in_bfloat16(device)) else "float32"

@@ -98,8 +98,21 @@ class Written:
 
 TOKEN_COUNT = Written(token_count, {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?[kKmM]$", "examples": ["32k"]})
 
-Kernel = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "blockwise"]
-Device = Literal["auto", "cpu", "cuda"]
+Kernel = Literal[
+    "auto",
+    "eager",
+    "sdpa",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "kernels-community/flash-attn2",
+    "kernels-community/flash-attn3",
+    "kernels-community/vllm-flash-attn3",
+    "kernels-community/flash-attn4",
+    "flex_attention",
+    "blockwise",
+]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], Written(dtype_name, {"type": "string", "enum": list(_DTYPES)})
 ]

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from retrofit.checkpoint.provenance import versions
 from retrofit.install import EMBEDDED_WHEEL, install_command
-from retrofit.kernels.registry import KernelStatus, available
+from retrofit.kernels.availability import KernelStatus, available
+from retrofit.model.load import resolve_device
 from retrofit.system.speed import flops
 
 OPTIONAL = {
@@ -52,15 +53,16 @@ def doctor() -> Health:
     """Look at packages, devices, kernels and optional parts. Measures for half a second; changes nothing."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    cuda = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    device = resolve_device("auto")
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    gpus += ["mps (the GPU of this Mac)"] if torch.backends.mps.is_available() else []
     gflops = {
         str(dtype).removeprefix("torch."): round(flops(dtype, device) / 1e9, 1)
         for dtype in (torch.float32, torch.bfloat16)
     }
     return Health(
         versions=versions(),
-        devices=(f"cpu ({platform.processor() or platform.machine()})", *cuda),
+        devices=(f"cpu ({platform.processor() or platform.machine()})", *gpus),
         cores=os.cpu_count() or 1,
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         free_disk_bytes=shutil.disk_usage(Path.cwd()).free,

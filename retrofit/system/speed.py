@@ -7,15 +7,21 @@ from collections.abc import Callable
 
 import torch
 
-SIZE = 1024
 LAUNCHES = 500  # of a small kernel, timed together
 COPY_BYTES = 256 << 20  # far more than any cache holds
 
 
+def matrix_size(device: str) -> int:
+    """Width of the matrices that are multiplied: small ones measure how fast a GPU is given work, not how fast it
+    works."""
+    return {"cuda": 8192, "mps": 4096}.get(device.partition(":")[0], 1024)
+
+
 def flops(dtype: torch.dtype, device: str = "cpu", seconds: float = 0.2) -> float:
-    """Floating-point operations per second of a product in `dtype`."""
-    a, b = (torch.randn(SIZE, SIZE, device=device).to(dtype) for _ in range(2))
-    return 2 * SIZE**3 / _best(lambda: a @ b, device, seconds)
+    """Floating-point operations per second of a product in `dtype`, of matrices large enough to fill the device."""
+    size = matrix_size(device)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / _best(lambda: a @ b, device, seconds)
 
 
 def bandwidth(device: str = "cpu", seconds: float = 0.3) -> float:
@@ -39,11 +45,19 @@ def launch_seconds(device: str, seconds: float = 0.2) -> float:
 def _best(work: Callable[[], object], device: str, seconds: float) -> float:
     """Seconds of the fastest of the calls that fit into `seconds`, one at least, after one that is not counted."""
     work()
+    synchronize(device)
     best, until = float("inf"), time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < until:
         began = time.perf_counter()
         work()
-        if device != "cpu":
-            torch.cuda.synchronize()
+        synchronize(device)
         best = min(best, time.perf_counter() - began)
     return best
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    elif device.startswith("mps"):
+        torch.mps.synchronize()

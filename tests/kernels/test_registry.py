@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,33 +11,11 @@ from torch import nn
 
 from retrofit.errors import UserError
 from retrofit.kernels import blockwise, registry
-from retrofit.kernels.registry import KERNELS, KernelChoice, apply, available, choose, prove, scoring_kernel
+from retrofit.kernels.availability import Machine, available
+from retrofit.kernels.check import prove
+from retrofit.kernels.registry import KERNELS, KernelChoice, apply, choose, scoring_kernel
 from retrofit.model.families import describe
 from tests.tiny import tiny_config, tiny_model
-
-
-@pytest.mark.parametrize("cuda", [False, True])
-@pytest.mark.parametrize("package", [False, True])
-def test_flash_attention_needs_a_package_and_a_gpu(cuda: bool, package: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if package else None)
-    status = next(status for status in available() if status.name == "flash_attention_2")
-    assert status.available == (cuda and package)
-    assert bool(status.install) == (not package)
-    assert ("no CUDA device" in status.reason) == (not cuda)
-
-
-@pytest.mark.parametrize(("cuda", "compiler"), [(False, False), (False, True), (True, False)])
-def test_flex_attention_needs_a_gpu_or_a_compiler(
-    cuda: bool, compiler: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    if compiler:
-        (tmp_path / "g++").touch(0o755)
-    status = next(status for status in available() if status.name == "flex_attention")
-    assert status.available == (cuda or compiler)
 
 
 def test_flex_attention_on_a_cpu_says_that_it_compiles_and_does_not_train(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,16 +92,61 @@ def test_products_refuses_attention_sinks() -> None:
     assert choose("auto", sinks, "cpu", training=True, dtype="bfloat16").name == "eager"
 
 
-def test_auto_on_cuda_follows_what_is_installed_and_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+HOPPER = Machine(capability=(9, 0))
+
+
+@pytest.mark.parametrize("release", [2, 3, 4])
+def test_auto_on_cuda_follows_what_is_installed_and_the_dtype(release: int) -> None:
     llama = describe(tiny_config("llama"))
-    assert choose("auto", llama, "cuda", dtype="bfloat16").name == "sdpa"
-    monkeypatch.setattr(
-        registry, "_flash_status", lambda name, *_: registry.KernelStatus(name, name[-1] == "2", "test")
-    )
-    assert choose("auto", llama, "cuda", dtype="bfloat16").name == "flash_attention_2"
-    assert choose("auto", llama, "cuda", dtype="float32").name == "sdpa"
+    package = {2: "flash-attn", 3: "flash-attn-3", 4: "flash-attn-4"}[release]
+    machine = replace(HOPPER, versions={package: "1.0"})
+    assert choose("auto", llama, "cuda", dtype="bfloat16", machine=HOPPER).name == "sdpa"
+    assert choose("auto", llama, "cuda", dtype="bfloat16", machine=machine).name == f"flash_attention_{release}"
+    assert choose("auto", llama, "cuda", dtype="float32", machine=machine).name == "sdpa"
     with pytest.raises(UserError, match="float32"):
         choose("blockwise", llama, "cuda", dtype="float32")
+
+
+def test_soft_capped_scores_are_compiled_on_cuda() -> None:
+    gemma2 = describe(tiny_config("gemma2"))
+    assert choose("auto", gemma2, "cuda", dtype="bfloat16", machine=HOPPER).name == "flex_attention"
+    assert choose("auto", gemma2, "cuda", training=True, dtype="bfloat16", machine=HOPPER).name == "flex_attention"
+
+
+def test_a_kernel_of_the_hub_stands_in_for_a_package_where_a_person_asks_for_it() -> None:
+    llama, machine = describe(tiny_config("llama")), replace(HOPPER, versions={"kernels": "0.13.0"})
+    choice = choose("flash_attention_2", llama, "cuda", dtype="bfloat16", machine=machine)
+    assert (choice.requested, choice.name) == ("flash_attention_2", "kernels-community/flash-attn2")
+    assert "flash-attn is not installed" in choice.reason
+    assert "hub" in choice.reason
+    asked = choose("kernels-community/flash-attn3", llama, "cuda", dtype="bfloat16", machine=machine)
+    assert asked.name == "kernels-community/flash-attn3"
+    assert choose("auto", llama, "cuda", dtype="bfloat16", machine=machine).name == "sdpa"
+    with pytest.raises(UserError, match="on CUDA"):
+        choose("kernels-community/flash-attn3", llama, "cpu", machine=machine)
+
+
+def test_a_kernel_of_the_hub_that_cannot_be_loaded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+
+    def fails(name: str) -> None:
+        raise ValueError("no build for this torch")
+
+    monkeypatch.setattr(model, "set_attn_implementation", fails)
+    with pytest.raises(UserError, match="no build for this torch") as error:
+        apply(model, KernelChoice("flash_attention_2", "kernels-community/flash-attn2", "test"))
+    assert "kernel: auto" in str(error.value.fix)
+
+
+def test_auto_on_mps() -> None:
+    llama, gemma2 = describe(tiny_config("llama")), describe(tiny_config("gemma2"))
+    machine = Machine(mps=True, compiler=True)
+    for training in (False, True):
+        assert choose("auto", llama, "mps", training=training, machine=machine).name == "sdpa"
+        assert choose("auto", gemma2, "mps", training=training, machine=machine).name == "eager"
+    for kernel, reason in (("blockwise", "MPS"), ("flex_attention", "MPS"), ("flash_attention_2", "no CUDA device")):
+        with pytest.raises(UserError, match=reason):
+            choose(kernel, llama, "mps", machine=machine)
 
 
 @pytest.mark.parametrize("kernel", ["blockwise", "sdpa"])

@@ -33,6 +33,16 @@ def test_device(monkeypatch):
     assert (resolve_device("auto"), resolve_device("cpu"), resolve_device("cuda")) == ("cuda", "cpu", "cuda")
 
 
+def test_auto_is_the_gpu_of_a_mac_where_there_is_one(monkeypatch):
+    with pytest.raises(UserError, match="no MPS device"):
+        resolve_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert (resolve_device("auto"), resolve_device("mps")) == ("mps", "mps")
+    for newer in (True, False):
+        monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version, newer=newer: newer)
+        assert multiplies_in_bfloat16("mps") == newer
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_auto_dtype_is_the_stored_one(tmp_path, dtype):
     folder = save_tiny(tmp_path, dtype=dtype, max_shard_size="50KB")

@@ -14,7 +14,7 @@ from retrofit.evaluation.metrics.context_use import LongContext, restored
 from retrofit.evaluation.metrics.perplexity import loss_by_position
 from retrofit.evaluation.result import ModelEvaluation
 from retrofit.evaluation.running import BatchCost
-from retrofit.kernels.registry import KernelCheck
+from retrofit.kernels.check import KernelCheck
 from retrofit.publishing.reload import ReloadReport
 from retrofit.report.charts import plots
 from retrofit.report.charts.drawing import STYLES, Line

@@ -115,11 +115,11 @@ class MomentSums:
         q = q_THD.float().unflatten(1, (self._kv_heads, -1)).permute(1, 0, 2, 3).flatten(1, 2)
         k, v = k_TKD.float(), v_TKD.float()
         parts = [  # what follows is arithmetic on the CPU, wherever the model runs
-            (k.flatten(1).T @ k.flatten(1)).double().cpu(),
-            (q.mT @ q).double().cpu(),
-            (v.flatten(1).T @ v.flatten(1)).double().cpu(),
-            k.sum(0).double().cpu(),
-            v.sum(0).double().cpu(),
+            (k.flatten(1).T @ k.flatten(1)).cpu().double(),
+            (q.mT @ q).cpu().double(),
+            (v.flatten(1).T @ v.flatten(1)).cpu().double(),
+            k.sum(0).cpu().double(),
+            v.sum(0).cpu().double(),
         ]
         self._sums = parts if self._sums is None else [a.add_(b) for a, b in zip(self._sums, parts, strict=True)]
         self._tokens += q_THD.shape[0]
@@ -129,8 +129,8 @@ class MomentSums:
     def add_averaged(self, averaged_THKD: Tensor) -> None:
         """Add a chunk of values after attention: entry [t, h, k] is query head h's average of KV head k's values."""
         rows = averaged_THKD.float().flatten(2).flatten(0, 1)
-        gram = (rows.T @ rows).double().cpu()
-        total = rows.sum(0).double().cpu()
+        gram = (rows.T @ rows).cpu().double()
+        total = rows.sum(0).cpu().double()
         self._averaged = gram if self._averaged is None else self._averaged.add_(gram)
         self._averaged_sum = total if self._averaged_sum is None else self._averaged_sum.add_(total)
         self._averaged_rows += rows.shape[0]

@@ -271,7 +271,7 @@ class _Sums:
             n_TUD.square().sum(0),
             (n_TUD * target_TUD).sum(0),
         )
-        gram_UFF, cross_UFD, nn_UD, nt_UD = (part.double().cpu() for part in parts)
+        gram_UFF, cross_UFD, nn_UD, nt_UD = (part.cpu().double() for part in parts)
         return cls(gram_UFF, cross_UFD, nn_UD, nt_UD, len(raw_THD))
 
     def __add__(self, other: _Sums) -> _Sums:

@@ -56,10 +56,10 @@ class RidgeSums:
         """Sums of a chunk of tokens, on the CPU wherever the model runs."""
         weighted_NT = (z_TN * weight_T[:, None]).T
         return cls(
-            (weighted_NT @ z_TN).double().cpu(),
-            (weighted_NT @ target_TC).T.double().cpu(),
-            float((target_TC.square().sum(1) * weight_T).sum(dtype=torch.float64)),
-            float(weight_T.sum(dtype=torch.float64)),
+            (weighted_NT @ z_TN).cpu().double(),
+            (weighted_NT @ target_TC).T.cpu().double(),
+            float((target_TC.square().sum(1) * weight_T).cpu().sum(dtype=torch.float64)),
+            float(weight_T.cpu().sum(dtype=torch.float64)),
         )
 
     def residual(self, w_CN: Tensor) -> Tensor:
