@@ -81,10 +81,10 @@ bench-curve: $(VENV)/.dev
 bench-extension: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m evals.benchmarks.extension $(if $(BOOKS),--text $(BOOKS)/moby_dick.txt)
 
-# A checkpoint of 2.5 GB: needs 11 GB of disk for a while.
 bench-ring: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m evals.benchmarks.ring
 
+# A checkpoint of 2.5 GB: needs 11 GB of disk for a while.
 bench-large: $(VENV)/.dev
 	$(BIN)/python -m evals.benchmarks.large
 

@@ -56,13 +56,14 @@ def measured(rank: int, ranks: int, tokens: int, rounds: int, placed: str, windo
     import torch.distributed as dist
 
     from retrofit.kernels import blockwise, placement, ring
+    from retrofit.kernels.ring_group import Ring
 
     generator = torch.Generator().manual_seed(0)
     whole = [torch.randn(1, heads, tokens, HEAD_DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     shares = getattr(placement, placed)(tokens, ranks)
     own = shares.positions(rank)
     inputs = [x[:, :, own].requires_grad_() for x in whole]
-    shared = ring.Ring(shares, rank)
+    shared = Ring(shares, rank)
     sent, exchange = [0], dist.batch_isend_irecv
 
     def counted(operations: list[Any]) -> list[Any]:

@@ -90,7 +90,7 @@ def split_keys(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, par
     return whole, total
 
 
-def _runs(x: Tensor, start: int, size: int, count: int, step: int) -> Tensor:
+def runs_along(x: Tensor, start: int, size: int, count: int, step: int) -> Tensor:
     """View [B, heads, count, size, ...] of `count` runs along the tokens (dim 2), `step` apart."""
     if count == 1:
         return x[:, :, None, start : start + size]
@@ -98,8 +98,8 @@ def _runs(x: Tensor, start: int, size: int, count: int, step: int) -> Tensor:
 
 
 def _stacked(x: Tensor, start: int, size: int, count: int, step: int) -> Tensor:
-    """The runs of `_runs` one after the other in the batch, [B count, heads, size, ...]."""
-    return _runs(x, start, size, count, step).movedim(2, 1).flatten(0, 1)
+    """The runs of `runs_along` one after the other in the batch, [B count, heads, size, ...]."""
+    return runs_along(x, start, size, count, step).movedim(2, 1).flatten(0, 1)
 
 
 def _choice(q: Tensor, k: Tensor) -> TileChoice:
@@ -127,11 +127,11 @@ def attention(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, wind
     if torch.is_grad_enabled() and (q_BHTD.requires_grad or k_BKSD.requires_grad or v_BKSD.requires_grad):
         return _Attention.apply(q_BHTD, k_BKSD, v_BKSD, scale, window)
     queries, keys = q_BHTD.shape[2], k_BKSD.shape[2]
-    plan = tiles(queries, keys, window, _RUN if gemm_tile.usable(q_BHTD) else None, side_by_side=_wide(q_BHTD))
+    plan = tiles(queries, keys, window, _RUN if gemm_tile.usable(q_BHTD) else None, side_by_side=many_at_once(q_BHTD))
     return _forward(q_BHTD, k_BKSD, v_BKSD, plan, scale, fast=True)[0]
 
 
-def _wide(q: Tensor) -> bool:
+def many_at_once(q: Tensor) -> bool:
     """Whether the device computes many small tiles faster at once than one after the other."""
     return q.device.type != "cpu"
 
@@ -139,7 +139,7 @@ def _wide(q: Tensor) -> bool:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        plan = tiles(q.shape[2], k.shape[2], window, side_by_side=_wide(q))
+        plan = tiles(q.shape[2], k.shape[2], window, side_by_side=many_at_once(q))
         out, lse = _forward(q, k, v, plan, scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.scale = plan, scale
@@ -158,7 +158,7 @@ class _Attention(torch.autograd.Function):
             for total, add, (start, stop) in zip(
                 (dq, dk, dv), adds, ((tile.q0, tile.q1), (tile.k0, tile.k1), (tile.k0, tile.k1)), strict=True
             ):
-                runs = _runs(total, start, stop - start, tile.count, tile.step)
+                runs = runs_along(total, start, stop - start, tile.count, tile.step)
                 runs += add.unflatten(0, (-1, tile.count)).movedim(1, 2)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
@@ -190,7 +190,7 @@ def _forward(
         if lse is None:
             lse = torch.empty(q.shape[:3], dtype=part_lse.dtype, device=q.device)
         for whole, runs in ((out, part), (lse, part_lse)):
-            _runs(whole, start, size, count, step).copy_(runs.unflatten(0, (-1, count)).movedim(1, 2))
+            runs_along(whole, start, size, count, step).copy_(runs.unflatten(0, (-1, count)).movedim(1, 2))
         start += size + (count - 1) * step
     assert lse is not None
     return out, lse

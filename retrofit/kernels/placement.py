@@ -7,7 +7,7 @@ attention gives late positions more work than early ones, so `zigzag` gives ever
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
@@ -97,10 +97,11 @@ def seen(keys: Runs, queries: Runs, window: int | None) -> Runs:
 
 
 @lru_cache(maxsize=4096)
-def tiles_between(queries: Runs, keys: Runs, window: int | None) -> tuple[Tile, ...]:
+def tiles_between(queries: Runs, keys: Runs, window: int | None, *, side_by_side: bool = False) -> tuple[Tile, ...]:
     """Tiles that cover exactly the visible pairs between two shares, each once; indices into the shares' tensors.
 
     A key j is visible to the query at position p when p - window < j <= p (no window: j <= p). Causal tiles come first.
+    side_by_side: as in `tiles.tiles`.
     """
     plan: list[Tile] = []
     q0 = 0
@@ -114,13 +115,16 @@ def tiles_between(queries: Runs, keys: Runs, window: int | None) -> tuple[Tile, 
             k0 += key_run[1] - key_run[0]
         q0 += run[1] - run[0]
     full = _coalesced([tile for tile in plan if tile.kind == "full"])
-    return (*(t for t in plan if t.kind == "causal"), *full, *(t for t in plan if t.kind == "edge"))
+    causal, edge = ([tile for tile in plan if tile.kind == kind] for kind in ("causal", "edge"))
+    if side_by_side:
+        causal, full, edge = _counted(causal), _counted(full), _counted(edge)
+    return (*causal, *full, *edge)
 
 
 def tile_pairs(tile: Tile) -> int:
     """Visible (query, key) pairs of a tile."""
     queries, keys = tile.q1 - tile.q0, tile.k1 - tile.k0
-    return queries * keys if tile.kind == "full" else queries * (queries + 1) // 2
+    return tile.count * (queries * keys if tile.kind == "full" else queries * (queries + 1) // 2)
 
 
 def _tiles(queries: Run, keys: Run, window: int | None) -> list[Tile]:
@@ -171,6 +175,23 @@ def _coalesced(full: list[Tile]) -> list[Tile]:
                 joined.append(tile)
         full = joined
     return full
+
+
+def _counted(plan: list[Tile]) -> list[Tile]:
+    """Tiles of one kind with those that follow one another in equal steps as one with a count."""
+    counted: list[Tile] = []
+    for tile in plan:
+        size, keys = tile.q1 - tile.q0, tile.k1 - tile.k0
+        before = counted[-1] if counted else None
+        if before and (before.q1 - before.q0, before.k1 - before.k0) == (size, keys):
+            last = (before.count - 1) * before.step
+            step = tile.q0 - before.q0 - last
+            even = step == tile.k0 - before.k0 - last and step >= max(size, keys)
+            if even and before.step in (0, step):
+                counted[-1] = replace(before, count=before.count + 1, step=step)
+                continue
+        counted.append(tile)
+    return counted
 
 
 def _joined(early: Run, late: Run) -> Runs:

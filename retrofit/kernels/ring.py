@@ -13,7 +13,6 @@ Legend: B batch, H query heads, K KV heads (H = s K), n tokens of this rank, m t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,81 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from retrofit.errors import UserError
-from retrofit.kernels.blockwise import tile_backward, tile_forward
-from retrofit.kernels.placement import Placement, Runs, count, seen, tiles_between, zigzag
-
-
-@dataclass(frozen=True)
-class Ring:
-    """One sequence over a group. rank: of this process in it. group: None for the default one, or for no other rank."""
-
-    placement: Placement
-    rank: int = 0
-    group: dist.ProcessGroup | None = None
-
-    def __post_init__(self) -> None:
-        ranks = _ranks(self.group)
-        if ranks != self.placement.ranks:
-            raise UserError(
-                f"a sequence in {self.placement.ranks} shares over a group of {ranks} ranks",
-                fix="place the sequence over as many ranks as the group has",
-            )
-
-    @classmethod
-    def over(cls, tokens: int, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> Ring:
-        """A sequence of `tokens` tokens, zigzag over a group. device: where its tensors are.
-
-        Raises: UserError where the ranks have sequences of different lengths, or fewer tokens than chunks.
-        """
-        placement = zigzag(tokens, _ranks(group))
-        if placement.ranks == 1:
-            return cls(placement, 0, group)
-        # Also the first collective of the group, in which NCCL wants every rank.
-        ends = torch.tensor([tokens, -tokens], device=device)
-        dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
-        if int(ends[0]) != -int(ends[1]):
-            raise UserError(
-                f"ranks that share one sequence have different ones: {-int(ends[1])} to {int(ends[0])} tokens",
-                fix="give every rank of the group the same sequence",
-            )
-        return cls(placement, dist.get_rank(group), group)
-
-    @property
-    def runs(self) -> Runs:
-        """The runs of positions that this rank holds."""
-        return self.placement.shares[self.rank]
-
-    def shard(self, x_BT: Tensor) -> Tensor:
-        """This rank's share [B, n, ...] of a tensor [B, T, ...] over the whole sequence."""
-        return x_BT[:, self.placement.positions(self.rank).to(x_BT.device)]
-
-    def unshard(self, x_Bn: Tensor) -> Tensor:
-        """The whole [B, T, ...] of the shares [B, n, ...] of all ranks, on every rank; not differentiable."""
-        counts = [count(runs) for runs in self.placement.shares]
-        if self.placement.ranks == 1:
-            return x_Bn
-        padded = x_Bn.new_zeros((x_Bn.shape[0], max(counts), *x_Bn.shape[2:]))
-        padded[:, : x_Bn.shape[1]] = x_Bn
-        shares = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(shares, padded, group=self.group)
-        whole = torch.cat([share[:, :n] for share, n in zip(shares, counts, strict=True)], 1)
-        return whole[:, self.placement.order().to(whole.device)]
-
-    def inputs(self, ids_BT: Tensor) -> dict[str, Tensor]:
-        """What a model takes for this rank's share of `ids_BT`: token ids, their positions, and a mask of ones."""
-        own = self.shard(ids_BT)
-        positions = self.placement.positions(self.rank).to(own.device)[None].expand_as(own)
-        return {"input_ids": own, "position_ids": positions, "attention_mask": torch.ones_like(own)}
-
-    def next_tokens(self, labels_BT: Tensor, ignore: int = -100) -> Tensor:
-        """The labels [B, n] of this rank's tokens: those of the tokens after them; `ignore` after the last."""
-        shifted = torch.full_like(labels_BT, ignore)
-        shifted[:, :-1] = labels_BT[:, 1:]
-        return self.shard(shifted)
-
-
-def _ranks(group: dist.ProcessGroup | None) -> int:
-    return dist.get_world_size(group) if group is not None or dist.is_initialized() else 1
+from retrofit.kernels.blockwise import many_at_once, runs_along, tile_backward, tile_forward
+from retrofit.kernels.placement import Runs, count, seen, tiles_between
+from retrofit.kernels.ring_group import Ring
+from retrofit.kernels.tiles import Tile
 
 
 def attention(q_BHnD: Tensor, k_BKnD: Tensor, v_BKnD: Tensor, scale: float, window: int | None, ring: Ring) -> Tensor:
@@ -150,11 +78,11 @@ def _forward(
     out = torch.zeros(q.shape, dtype=wide, device=q.device)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
     for _, runs, (k, v) in _shares(kv, window, ring):
-        for tile in tiles_between(ring.runs, runs, window):
-            part, total = out[:, :, tile.q0 : tile.q1], lse[:, :, tile.q0 : tile.q1]
+        for tile in tiles_between(ring.runs, runs, window, side_by_side=many_at_once(q)):
+            part, total = (_queries(x, tile) for x in (out, lse))
             # Of a rank's own share the causal tiles come first, so that every query has a log-sum-exp after them.
-            shift = total if fast and tile.kind == "full" else None
-            add, add_lse = tile_forward(tile, q, k, v, scale, shift=shift)
+            shift = lse[:, :, tile.q0 : tile.q1] if fast and tile.kind == "full" and tile.count == 1 else None
+            add, add_lse = (_beside(x, tile) for x in tile_forward(tile, q, k, v, scale, shift=shift))
             part.lerp_(add.to(wide), torch.sigmoid(add_lse - total)[..., None])
             total.copy_(torch.logaddexp(total, add_lse))
     return out.to(q.dtype), lse
@@ -171,15 +99,28 @@ def _backward(
         dkv = (
             home if step == 0 else torch.zeros((*kv.shape[:3], count(runs), kv.shape[4]), dtype=wide, device=kv.device)
         )
-        for tile in tiles_between(ring.runs, runs, window):
-            add_q, add_k, add_v = tile_backward(tile, grad, q, k, v, out, lse, scale)
-            dq[:, :, tile.q0 : tile.q1] += add_q
-            dkv[0, :, :, tile.k0 : tile.k1] += add_k
-            dkv[1, :, :, tile.k0 : tile.k1] += add_v
+        for tile in tiles_between(ring.runs, runs, window, side_by_side=many_at_once(q)):
+            adds = tile_backward(tile, grad, q, k, v, out, lse, scale)
+            for total, add in zip((_queries(dq, tile), *(_keys(x, tile) for x in dkv)), adds, strict=True):
+                total += _beside(add, tile)
         if step:
             travelling.send(step, dkv)
     travelling.finish()
     return dq.to(q.dtype), home.to(kv.dtype)
+
+
+def _queries(x: Tensor, tile: Tile) -> Tensor:
+    """View [B, heads, count, size, ...] of the queries of a tile, or of several side by side."""
+    return runs_along(x, tile.q0, tile.q1 - tile.q0, tile.count, tile.step)
+
+
+def _keys(x: Tensor, tile: Tile) -> Tensor:
+    return runs_along(x, tile.k0, tile.k1 - tile.k0, tile.count, tile.step)
+
+
+def _beside(x: Tensor, tile: Tile) -> Tensor:
+    """The same view of what a tile gave: tiles side by side are one after the other in the batch."""
+    return x.unflatten(0, (-1, tile.count)).movedim(1, 2)
 
 
 # ------------------------------------------------------------------------------------------------- what travels

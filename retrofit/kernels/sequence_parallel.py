@@ -21,7 +21,8 @@ from torch import Tensor
 
 from retrofit.errors import UserError
 from retrofit.kernels import attention_interface, registry
-from retrofit.kernels.ring import Ring, attention
+from retrofit.kernels.ring import attention
+from retrofit.kernels.ring_group import Ring
 from retrofit.model.families import describe
 from retrofit.model.frequencies import frequencies_of
 

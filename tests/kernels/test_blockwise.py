@@ -65,7 +65,7 @@ def test_values_and_gradients_equal_masked_softmax(
     shape: tuple[int, int], window: int | None, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """wide: as on a GPU, where equal tiles are computed at once."""
-    monkeypatch.setattr(blockwise, "_wide", lambda q: wide)
+    monkeypatch.setattr(blockwise, "many_at_once", lambda q: wide)
     inputs = [x.requires_grad_() for x in random_qkv(*shape)]
     out, expected = blockwise.attention(*inputs, 0.3, window), reference(*inputs, 0.3, window)
     upstream = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from retrofit.errors import UserError
 from retrofit.kernels.placement import Runs, contiguous, count, seen, tiles_between, zigzag
+from retrofit.kernels.tiles import Tile
 
 WINDOWS = [None, 1, 2, 3, 5, 8, 30]
 RUNS: list[Runs] = [((0, 7),), ((3, 12),), ((7, 9), (12, 17)), ((0, 4), (20, 23)), ((5, 6),), ((16, 24),), ((0, 24),)]
@@ -19,16 +20,27 @@ def positions(runs: Runs) -> Tensor:
     return torch.cat([torch.arange(start, stop) for start, stop in runs])
 
 
+def each(tile: Tile) -> list[Tile]:
+    """Tiles side by side one by one."""
+    assert tile.count == 1 or tile.step >= max(tile.q1 - tile.q0, tile.k1 - tile.k0)
+    return [
+        Tile(tile.q0 + ahead, tile.q1 + ahead, tile.k0 + ahead, tile.k1 + ahead, tile.kind)
+        for ahead in (index * tile.step for index in range(tile.count))
+    ]
+
+
 def visible(queries: Runs, keys: Runs, window: int | None) -> Tensor:
     p, j = positions(queries)[:, None], positions(keys)[None]
     return (j <= p) & (j > p - (window or 10**6))
 
 
+@pytest.mark.parametrize("side_by_side", [False, True])
 @pytest.mark.parametrize("window", WINDOWS)
-def test_tiles_cover_every_visible_pair_once_wherever_the_runs_are(window: int | None) -> None:
+def test_tiles_cover_every_visible_pair_once_wherever_the_runs_are(window: int | None, side_by_side: bool) -> None:
     for queries, keys in itertools.product(RUNS, RUNS):
         pairs = torch.zeros(count(queries), count(keys), dtype=torch.int)
-        for tile in tiles_between(queries, keys, window):
+        plan = tiles_between(queries, keys, window, side_by_side=side_by_side)
+        for tile in itertools.chain.from_iterable(each(tile) for tile in plan):
             n, m = tile.q1 - tile.q0, tile.k1 - tile.k0
             assert n > 0
             assert m > 0
@@ -52,6 +64,13 @@ def test_a_share_needs_few_tiles() -> None:
     assert len(tiles_between(early, early, None)) == 3
     assert len(tiles_between(late, early, None)) == 1
     assert len(tiles_between(early, late, None)) == 1
+
+
+def test_a_window_is_a_few_tiles_side_by_side() -> None:
+    runs = ((0, 4096), (28672, 32768))
+    plan = tiles_between(runs, runs, 256, side_by_side=True)
+    assert len(plan) < 8
+    assert sum(tile.count for tile in plan) == len(tiles_between(runs, runs, 256))
 
 
 @pytest.mark.parametrize("tokens", [8, 9, 15, 64, 1001])

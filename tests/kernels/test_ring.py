@@ -12,7 +12,8 @@ from torch import Tensor
 from retrofit.errors import UserError
 from retrofit.kernels import ring as ring_module
 from retrofit.kernels.placement import contiguous, count, zigzag
-from retrofit.kernels.ring import Ring, attention
+from retrofit.kernels.ring import attention
+from retrofit.kernels.ring_group import Ring
 from retrofit.system.world import World
 from tests.kernels.test_blockwise import random_qkv, reference
 from tests.ranks import on_ranks
@@ -38,6 +39,12 @@ def assert_close(found: Tensor, expected: Tensor, atol: float, case: object) -> 
 
 def upstream(tokens: int) -> Tensor:
     return torch.randn(2, 6, tokens, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def shares_as_on_a_gpu(world: World, cases: list[tuple[int, int | None]]) -> list[Share]:
+    """Equal tiles are computed at once."""
+    ring_module.many_at_once = lambda q: True
+    return shares(world, cases, torch.float64, True)
 
 
 def shares(world: World, cases: list[tuple[int, int | None]], dtype: torch.dtype, zigzagged: bool) -> list[Share]:
@@ -67,8 +74,17 @@ def shares(world: World, cases: list[tuple[int, int | None]], dtype: torch.dtype
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_values_and_gradients_equal_masked_softmax(tmp_path: Path, ranks: int) -> None:
-    found = on_ranks(tmp_path, ranks, shares, CASES, torch.float64, True)
-    for case, (tokens, window) in enumerate(CASES):
+    require_exact(on_ranks(tmp_path, ranks, shares, CASES, torch.float64, True), CASES)
+
+
+def test_tiles_side_by_side_equal_masked_softmax(tmp_path: Path) -> None:
+    cases = [(61, 2), (61, 5), (96, 3), (96, 11)]
+    require_exact(on_ranks(tmp_path, 2, shares_as_on_a_gpu, cases), cases)
+
+
+def require_exact(found: list[list[Share]], cases: list[tuple[int, int | None]]) -> None:
+    ranks = len(found)
+    for case, (tokens, window) in enumerate(cases):
         inputs = [x.requires_grad_() for x in random_qkv(tokens, tokens)]
         expected = reference(*inputs, SCALE, window)
         gradients = torch.autograd.grad(expected, inputs, upstream(tokens))

@@ -13,7 +13,7 @@ from retrofit.errors import UserError
 from retrofit.kernels import registry
 from retrofit.kernels.placement import zigzag
 from retrofit.kernels.registry import using
-from retrofit.kernels.ring import Ring
+from retrofit.kernels.ring_group import Ring
 from retrofit.kernels.sequence_parallel import _window_mask, sequence_parallel
 from retrofit.model.families import describe
 from retrofit.system.world import World

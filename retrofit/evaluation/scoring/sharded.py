@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from retrofit.evaluation.scoring.reader import head_of, require_positions
-from retrofit.kernels.ring import Ring
+from retrofit.kernels.ring_group import Ring
 from retrofit.kernels.sequence_parallel import sequence_parallel
 from retrofit.model.families import describe
 
