@@ -81,7 +81,7 @@ def begun(
         from retrofit.model.load import quiet
         from retrofit.system.threads import sharing_cores
 
-        with quiet(), sharing_cores(progress), watched(launched):
+        with quiet(), sharing_cores(progress, launched.node_size), watched(launched):
             world = launched if recipe is None else _met(launched, recipe)
             if world.size > 1:
                 world.only(check)

@@ -63,6 +63,24 @@ def test_a_quiet_machine_and_a_number_that_was_chosen_change_nothing(
     assert progress.notes == []
 
 
+def test_processes_on_one_machine_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch, torch_threads: list[int]
+) -> None:
+    progress = Silent()
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(threads, "load", lambda: 7.0)  # the other processes
+    with sharing_cores(progress, 4):
+        assert torch_threads == [2]
+    assert progress.notes == []
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    with sharing_cores(progress, 4):
+        pass
+    assert progress.notes == [
+        "each of 4 processes computes with 4 of the 16 cores it could have on the CPU: OMP_NUM_THREADS=16 uses them"
+    ]
+
+
 def test_work_that_has_ended_is_not_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "getloadavg", lambda: (3.0, 2.0, 1.0))
     monkeypatch.setattr(threads, "_LOAD", tmp_path / "loadavg")

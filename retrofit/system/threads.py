@@ -17,22 +17,30 @@ if TYPE_CHECKING:
     from retrofit.console import Progress
 
 SET_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+MUCH_IDLE = 4  # so many times the threads that are used could be
 _LOAD = Path("/proc/loadavg")
 _SAMPLES, _EVERY = 5, 0.02  # seconds
 
 
 @contextmanager
-def sharing_cores(progress: Progress | None) -> Iterator[None]:
+def sharing_cores(progress: Progress | None, processes: int = 1) -> Iterator[None]:
     """In the block torch leaves busy cores to other work, which a note says; nothing is changed where the environment
-    names a number of threads."""
+    names a number of threads. processes: of this command on this machine, which share its cores."""
     import torch
 
     usual = torch.get_num_threads()
-    threads = usual if any(os.environ.get(name) for name in SET_BY) else free_threads(usual)
+    named = any(os.environ.get(name) for name in SET_BY)
+    each = (os.cpu_count() or 1) // processes
+    if named and processes > 1 and progress and usual * MUCH_IDLE <= each:  # torchrun sets 1 where nothing is set
+        progress.note(
+            f"each of {processes} processes computes with {usual} of the {each} cores it could have on the CPU: "
+            f"OMP_NUM_THREADS={each} uses them"
+        )
+    threads = usual if named else free_threads(usual) if processes == 1 else max(1, min(usual, each))
     if threads == usual:
         yield
         return
-    if progress:
+    if progress and processes == 1:
         progress.note(f"other work is running: {threads} of {usual} threads are used (OMP_NUM_THREADS={usual}: all)")
     torch.set_num_threads(threads)
     try:

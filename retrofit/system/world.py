@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,12 +30,14 @@ class World:
     """The processes of one command. rank: this one, from 0. local_rank: its number on this node, which is its GPU.
 
     control: the group for objects and for waiting (gloo); None where there is one process, or before `started`.
+    node_size: processes on this node.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     control: ProcessGroup | None = None
+    node_size: int = 1
 
     @property
     def main(self) -> bool:
@@ -172,19 +174,20 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> World:
     try:
         size, rank = int(environment["WORLD_SIZE"]), int(environment.get("RANK", "0"))
         local_rank = int(environment.get("LOCAL_RANK", "0"))
+        node_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     except ValueError as error:
         raise UserError(
-            "RANK, WORLD_SIZE and LOCAL_RANK have to be numbers",
+            "RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE have to be numbers",
             where="environment",
             fix="start with `torchrun --nproc-per-node=N -m retrofit ...`, or unset them",
         ) from error
-    if not 0 <= rank < size or local_rank < 0:
+    if not 0 <= rank < size or local_rank < 0 or node_size < 1:
         raise UserError(
             f"rank {rank} of {size} processes, local rank {local_rank}",
             where="environment",
             fix="start with `torchrun --nproc-per-node=N -m retrofit ...`, or unset RANK, WORLD_SIZE and LOCAL_RANK",
         )
-    return World(rank, size, local_rank)
+    return World(rank, size, local_rank, node_size=node_size)
 
 
 def started(world: World, device: str) -> World:
@@ -209,4 +212,4 @@ def started(world: World, device: str) -> World:
         torch.cuda.set_device(world.local_rank)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
-    return World(world.rank, world.size, world.local_rank, dist.new_group(backend="gloo", timeout=PATIENCE))
+    return replace(world, control=dist.new_group(backend="gloo", timeout=PATIENCE))
