@@ -237,6 +237,7 @@ def evaluate(
     long_ppl: bool | None = None,
     definitions: Sequence[Definition] | None = None,
     document_tokens: int | str | None = None,
+    sequence_parallel: int | None = None,
     allow_extrapolation: bool = False,
     out: str | Path | None = None,
     overwrite: bool = False,
@@ -253,6 +254,7 @@ def evaluate(
     tasks: of lm-evaluation-harness (names, or YAML files, or names of files in task_folder), `limit` questions of each
     after `fewshot` examples.
     definitions: perplexities as others define them, over `document_tokens` tokens of each document.
+    sequence_parallel: so many processes of a launcher read each text together.
     allow_extrapolation: lengths may lie beyond the model's positions.
     out: where to keep the token losses (.npz), and beside them the answers to tasks; the same call goes on after a
     stop, and measures nothing again when it has ended. overwrite: they may be there.

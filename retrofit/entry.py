@@ -24,6 +24,7 @@ from retrofit.model.source import require_there
 from retrofit.recipe.schema import Recipe
 from retrofit.surroundings import require_usable
 from retrofit.system.failure import meet, watched
+from retrofit.system.sequence_groups import require_groups
 from retrofit.system.world import ALONE, World, from_environment, started
 from retrofit.workflow.journal import is_run
 
@@ -61,6 +62,8 @@ def begun(
     """
     require_usable()
     launched = ALONE if recipe is None else from_environment()
+    if recipe is not None and recipe.evaluate is not None:
+        require_groups(launched, recipe.evaluate.sequence_parallel, what.partition(" ")[0])
 
     def check() -> None:
         if out is not None:

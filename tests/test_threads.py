@@ -63,9 +63,7 @@ def test_a_quiet_machine_and_a_number_that_was_chosen_change_nothing(
     assert progress.notes == []
 
 
-def test_processes_on_one_machine_share_its_cores(
-    monkeypatch: pytest.MonkeyPatch, torch_threads: list[int]
-) -> None:
+def test_processes_on_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch, torch_threads: list[int]) -> None:
     progress = Silent()
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(threads, "load", lambda: 7.0)  # the other processes

@@ -19,6 +19,7 @@ from retrofit.kernels.check import KernelCheck, prove
 from retrofit.kernels.registry import KernelChoice, apply, choose
 from retrofit.model.folder import ModelFolder
 from retrofit.recipe.schema import Evaluate
+from retrofit.system.sequence_groups import sequence_groups
 from retrofit.system.world import ALONE, World
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def score_folder(
     native: the length the original was made for; by default what the folder records. identity: digests of the
     checkpoint, recorded with the losses. partial: where finished documents are kept until all are.
     continuation_tokens: to write after a few prompts. world: the processes that make this call; what is read is dealt
-    out to them, and all return all of it.
+    out to them, and all return all of it; the documents themselves are read by groups of `section.sequence_parallel`.
 
     Raises UserError, before anything is read, where learned positions end before the longest length.
     """
@@ -87,6 +88,7 @@ def score_folder(
         meta=meta,
         partial=partial / "full" if partial else None,
         world=world,
+        sequences=sequence_groups(world, section.sequence_parallel) if section.sequence_parallel > 1 else None,
         progress=progress,
     )
     measured = measure(

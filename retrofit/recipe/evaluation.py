@@ -122,6 +122,13 @@ class Evaluate(Section):
     tail: Tokens = Field(1024, ge=1, le=MOST_TOKENS, description="TailPPL(L) looks at the last `tail` tokens before L")
     chunk: Tokens = Field(512, ge=1, le=MOST_TOKENS, description="tokens per forward chunk")
     dtype: Dtype = Field("auto", description="dtype that models are measured in; auto is their own")
+    sequence_parallel: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="processes that read each text together, each a share of its tokens (ring attention); a divisor of "
+        "the number that torchrun starts",
+    )
     resamples: int = Field(2000, ge=100, le=100_000, description="bootstrap resamples")
     cost_lengths: Annotated[
         tuple[Annotated[int, Field(ge=1, le=MOST_TOKENS), TOKEN_COUNT, RELATIVE_LENGTH], ...], LISTED

@@ -150,6 +150,7 @@ OPTIONS: Mapping[str, tuple[Option, ...]] = {
         _option("evaluate.long_ppl"),
         _option("evaluate.definitions", flag="--definition"),
         _option("evaluate.document_tokens"),
+        _option("evaluate.sequence_parallel"),
         _option("kernel"),
         _option("evaluate.dtype"),
         _option("device"),

@@ -28,11 +28,12 @@ def require_groups(world: World, ranks: int, command: str = "evaluate") -> None:
     if world.size % ranks == 0:
         return
     started = "one process" if world.size == 1 else f"{world.size} processes"
+    option = f" --sequence-parallel {ranks}" if command == "evaluate" else ""
     raise UserError(
         f"one sequence over {ranks} ranks, and {started}: no groups of {ranks}",
-        where="--sequence-parallel",
-        fix=f"start with `torchrun --nproc-per-node={ranks} -m retrofit {command} ... --sequence-parallel {ranks}`, or "
-        f"another multiple of {ranks} processes",
+        where="--sequence-parallel" if option else f"the sequence parallelism of a recipe, in `retrofit {command}`",
+        fix=f"start with `torchrun --nproc-per-node={ranks} -m retrofit {command} ...{option}`, or another multiple of "
+        f"{ranks} processes",
     )
 
 

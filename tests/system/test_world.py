@@ -33,7 +33,9 @@ def test_a_launcher_is_read_from_the_environment() -> None:
     assert from_environment({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_WORLD_SIZE": "2"}).node_size == 2
 
 
-@pytest.mark.parametrize("broken", [{"RANK": "4"}, {"RANK": "-1"}, {"RANK": "x"}, {"LOCAL_RANK": "-1"}, {"LOCAL_WORLD_SIZE": "0"}])
+@pytest.mark.parametrize(
+    "broken", [{"RANK": "4"}, {"RANK": "-1"}, {"RANK": "x"}, {"LOCAL_RANK": "-1"}, {"LOCAL_WORLD_SIZE": "0"}]
+)
 def test_a_broken_environment_is_refused(broken: dict[str, str]) -> None:
     with pytest.raises(UserError, match=r"rank|numbers"):
         from_environment({"WORLD_SIZE": "4", **broken})

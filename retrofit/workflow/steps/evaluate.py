@@ -128,7 +128,7 @@ class Evaluate(Step):
 
     def key(self, context: ModelContext, inputs: Inputs) -> ResumeKey:
         settings = {
-            **self.section.model_dump(mode="json"),
+            **self.section.model_dump(mode="json", exclude={"sequence_parallel"}),
             "kernel": [context.kernel.requested, context.kernel.name],
             "device": context.device_kind,
             "seed": self.recipe.seed,
