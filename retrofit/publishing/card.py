@@ -18,7 +18,7 @@ from retrofit import format as fmt
 from retrofit.data.corpora import BUILT_IN
 from retrofit.escape import Markdown, code_block, code_span, markdown, prose, table_row, visible
 from retrofit.evaluation.metrics.effective import certificate
-from retrofit.publishing.card_input import CardInput, require_known
+from retrofit.publishing.card_input import CardInput, Recovery, require_known
 from retrofit.publishing.identity import unknown_lines
 
 if TYPE_CHECKING:
@@ -188,19 +188,31 @@ def _summary(card: CardInput) -> Markdown:
             f"{_ROPE[card.context_method]}{searched}{'' if _to_the_end(card) else f'; it was {_measured(card)}'}."
         )
     if card.recovery:
-        named = [markdown(_name(source)) for source in card.recovery.sources]
-        rate, speed = card.recovery.learning_rate, card.recovery.tokens_per_second
-        how = [f"a learning rate of {rate:.2g}"] if rate else []
-        how += [f"{fmt.count(speed)} tokens/s on the machine of the run"] if speed else []
-        parts.append(
-            f"To win quality back it was {_LOSSES[card.recovery.loss]} for {card.recovery.tokens:,} tokens of "
-            f"{' and '.join(named)}, through LoRA adapters of rank {card.recovery.rank}, merged into the weights"
-            f"{', at ' if how else ''}{' and '.join(how)}."
-        )
+        parts.append(_training(card.recovery))
     if not parts:
         parts.append("Its weights and its context window are unchanged.")
     plain = f"It is a plain {code_span(card.architecture)} checkpoint."
     return Markdown(f"This is {base} after attention surgery. {' '.join(parts)} {plain}")
+
+
+def _training(done: Recovery) -> Markdown:
+    """What the training was, and whether the weights are its last ones, earlier ones, or those from before it."""
+    named = [markdown(_name(source)) for source in done.sources]
+    how = [f"a learning rate of {done.learning_rate:.2g}"] if done.learning_rate else []
+    how += [f"{fmt.count(done.tokens_per_second)} tokens/s on the machine of the run"] if done.tokens_per_second else []
+    step, steps = done.kept or (0, 0)
+    merged = ", merged into the weights" if step or not steps else ""
+    text = (
+        f"To win quality back it was {_LOSSES[done.loss]} for {done.tokens:,} tokens of {' and '.join(named)}, "
+        f"through LoRA adapters of rank {done.rank}{merged}{', at ' if how else ''}{' and '.join(how)}."
+    )
+    if step == steps:
+        return Markdown(text)
+    if not step:
+        return Markdown(
+            f"{text} This lowered the loss on held-out text at no step, so the weights are those from before it."
+        )
+    return Markdown(f"{text} The weights are those after step {step:,} of {steps:,}, the best on held-out text.")
 
 
 def _longest(card: CardInput) -> int:

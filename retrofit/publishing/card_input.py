@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Recovery:
     """The training behind the card: loss (`distill` | `lm`), tokens in all, LoRA rank, names of the text sources, the
-    highest learning rate of the schedule and the speed it ran at."""
+    highest learning rate of the schedule and the speed it ran at. kept: of how many steps the weights are after which,
+    (0, n) where no step was better than the start; None where that is not recorded."""
 
     loss: str
     tokens: int
@@ -28,6 +29,7 @@ class Recovery:
     sources: tuple[str, ...]
     learning_rate: float | None = None
     tokens_per_second: float | None = None
+    kept: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class RunData:
     """Everything the report shows.
 
     training: (step, training loss or None, held-out loss or None). recovery: of the training, `loss`, `steps`,
-    `tokens`, `tokens_per_second`, `rank` and `learning_rate`. kernel_proof: the fields of
+    `best_step` (that was kept), `tokens`, `tokens_per_second`, `rank` and `learning_rate`. kernel_proof: the fields of
     `kernels.registry.Proof`; conversion: of `kv_heads.convert.ConvertReport`; context: of `context.rope.Extension`, and
     under `search`, where the encoding was searched for, of `context.search.Found`; reload: of
     `publish.reload.ReloadReport`. gate: one dict per requirement (metric, bound, value, passed, reason).

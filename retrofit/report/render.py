@@ -142,8 +142,19 @@ def _recovery(got: Mapping[str, Any]) -> str:
         f"LoRA rank {fmt.count(got.get('rank'))}",
         f"learning rate {rate:.2g}" if rate else "",
         f"{fmt.count(speed)} tokens/s" if speed else "",
+        _kept(got),
     ]
     return ", ".join(filter(None, parts))
+
+
+def _kept(got: Mapping[str, Any]) -> str:
+    """Which weights of the training are the model's, where they are not the last."""
+    step, steps = got.get("best_step"), got.get("steps")
+    if step is None or step == steps:
+        return ""
+    if step == 0:
+        return "no step was better on held-out text, and the weights from before it are kept"
+    return f"the weights after step {fmt.count(step)} are kept, the best on held-out text"
 
 
 def _proof(proof: Mapping[str, Any] | None) -> str:

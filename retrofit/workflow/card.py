@@ -81,7 +81,8 @@ def _recovery(recipe: Recipe, done: Mapping[str, Any] | None) -> Recovery | None
         return None
     sources = done.get("sources") or [one.source for one in (recipe.recover.text if recipe.recover else ())]
     numbers = {name: done[name] for name in ("loss", "tokens", "rank", "learning_rate", "tokens_per_second")}
-    return Recovery(sources=tuple(sources), **numbers)
+    kept = (done["best_step"], done["steps"]) if done.get("steps") else None
+    return Recovery(sources=tuple(sources), kept=kept, **numbers)
 
 
 def title(recipe: Recipe, base_model: str, claimed: int) -> str:

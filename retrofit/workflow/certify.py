@@ -205,6 +205,8 @@ def _recovery(steps: tuple[Mapping[str, Any], ...]) -> dict[str, Any] | None:
     return {
         "loss": config.get("loss"),
         "sources": [text.get("source") for text in config.get("text") or () if isinstance(text, dict)],
+        "steps": found.get("steps"),
+        "best_step": found.get("best_step"),
         "tokens": found.get("tokens"),
         "rank": (config.get("adapter") or {}).get("rank"),
         "learning_rate": max(rates, default=None),

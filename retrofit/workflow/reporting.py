@@ -91,13 +91,14 @@ def _training(report: Mapping[str, Any]) -> tuple[tuple[int, float | None, float
 
 
 def _recovery(recipe: Recipe, report: RecoverReport | None) -> dict[str, Any] | None:
-    """What the training was and how fast: the highest learning rate of its schedule, the median step's tokens/s."""
+    """What the training was, which step was kept, its highest learning rate, and the median tokens/s."""
     if report is None or recipe.recover is None:
         return None
     points = [point for point in report.history if point.step > 0]
     return {
         "loss": recipe.recover.loss,
         "steps": report.steps,
+        "best_step": report.best_step,
         "tokens": report.tokens,
         "rank": recipe.recover.adapter.rank,
         "learning_rate": max((point.learning_rate for point in points), default=None),

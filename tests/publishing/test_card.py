@@ -158,6 +158,25 @@ def test_a_card_with_other_lines_does_not_show_the_snippet() -> None:
     assert not shows_snippet(render_card(card_input()).replace("output = model", "import os; output = model"))
 
 
+def trained(kept: tuple[int, int] | None) -> str:
+    recovery = card_input().recovery
+    assert recovery is not None
+    return render_card(card_input(recovery=replace(recovery, kept=kept)))
+
+
+def test_a_training_that_won_nothing_is_not_said_to_be_in_the_weights() -> None:
+    text = trained((0, 40))
+    assert "lowered the loss on held-out text at no step, so the weights are those from before it" in text
+    assert "merged into the weights" not in text
+
+
+def test_a_card_names_the_step_whose_weights_were_kept() -> None:
+    assert "The weights are those after step 20 of 40" in trained((20, 40))
+    for last in ((40, 40), None):
+        assert "merged into the weights" in trained(last)
+        assert "The weights are those" not in trained(last)
+
+
 def test_only_what_was_done_is_told() -> None:
     plain = card_input(
         kv_heads=(3, 3),

@@ -202,6 +202,8 @@ def test_cautions_follow_the_data() -> None:
     assert any("2 documents" in text for text in summary.cautions(run()))
     assert any("rose again" in text for text in summary.cautions(CASES["held-out loss only"]))
     assert not any("rose again" in text for text in summary.cautions(run()))
+    unchanged = run(training=((0, None, 2.0), (1, None, 2.5)), recovery={**(run().recovery or {}), "best_step": 0})
+    assert not any("rose again" in text for text in summary.cautions(unchanged))
     failed = run(gate=({"metric": "kv_ratio", "bound": ">= 4", "value": 3.0, "passed": False, "reason": "x"},))
     assert "Requirement not met: kv_ratio >= 4." in summary.cautions(failed)
     assert ("0 of 1 requirements met", False) in summary.checks(failed)

@@ -176,7 +176,8 @@ def cautions(run: RunData) -> tuple[str, ...]:
     sentences += tasks.cautions(run)
     sentences += context_use.cautions(run)
     held = [loss for _, _, loss in run.training if loss is not None]
-    if len(held) > 1 and held[-1] > OVERFIT * min(held):
+    unchanged = (run.recovery or {}).get("best_step") == 0  # which a note says
+    if len(held) > 1 and held[-1] > OVERFIT * min(held) and not unchanged:
         sentences.append("The held-out loss rose again before training ended; the best state was kept, not the last.")
     for part in (run.conversion, run.context):
         sentences += [str(note) for note in (part or {}).get("notes") or ()]
