@@ -125,11 +125,9 @@ def run_costs(
     kernel: str,
     device: str,
     seed: int,
-    world: World = ALONE,
 ) -> Mapping[str, RunCost | None]:
     """What the first and the last checkpoint folder cost to run, measured in turn; None for those between them, and
-    where the section asks for no lengths. Of the processes of `world` rank 0 measures while the others wait: they would
-    take its time."""
+    where the section asks for no lengths. Nothing else should run meanwhile."""
     if not section.cost_lengths:
         return dict.fromkeys(models)
     from retrofit.evaluation.cost import side_by_side
@@ -140,27 +138,19 @@ def run_costs(
     compared = [label for i, label in enumerate(models) if i in (0, len(models) - 1)]
     loaders = {label: functools.partial(load, models[label]) for label in compared}
     rounds = COST_ROUNDS if len(loaders) > 1 else 1
-    found = world.only(
-        lambda: side_by_side(
-            loaders, section.cost_lengths, section.decode_tokens, rounds=rounds, batches=section.cost_batches, seed=seed
-        )
+    found = side_by_side(
+        loaders, section.cost_lengths, section.decode_tokens, rounds=rounds, batches=section.cost_batches, seed=seed
     )
     return {label: found.get(label) for label in models}
 
 
-def prove_kernel(
-    model: ModelFolder, document: Document, *, kernel: str, device: str, world: World = ALONE
-) -> KernelCheck:
-    """Compare the kernel's logits with eager's on a short text: in float32 on a CPU, where rounding hides nothing. Of
-    the processes of `world` rank 0 does."""
+def prove_kernel(model: ModelFolder, document: Document, *, kernel: str, device: str) -> KernelCheck:
+    """Compare the kernel's logits with eager's on a short text: in float32 on a CPU, where rounding hides nothing."""
     import torch
 
-    def proven() -> KernelCheck:
-        loaded = model.load(dtype="float32" if device == "cpu" else "auto", device=device)
-        ids = torch.from_numpy(document.input_ids[:PROOF_TOKENS])[None].to(device)
-        return prove(loaded, kernel_for(loaded, model, kernel, device), ids)
-
-    return world.only(proven)
+    loaded = model.load(dtype="float32" if device == "cpu" else "auto", device=device)
+    ids = torch.from_numpy(document.input_ids[:PROOF_TOKENS])[None].to(device)
+    return prove(loaded, kernel_for(loaded, model, kernel, device), ids)
 
 
 def kernel_for(loaded: PreTrainedModel, model: ModelFolder, kernel: str, device: str) -> KernelChoice:

@@ -18,7 +18,6 @@ from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.evaluation.tasks.answers import TaskAnswers, changes
 from retrofit.model.folder import ModelFolder
 from retrofit.recipe.schema import Evaluate
-from retrofit.system.world import ALONE, World
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +43,10 @@ def summary(
     kernel: str,
     device: str,
     seed: int,
-    world: World = ALONE,
 ) -> tuple[ModelEvaluation, ...]:
     """The numbers of every model, those of the original first. folders, kept: by label. native, claimed: positions
-    of the original, and of the last. kernel, device, seed: as the recipe has them. world: the processes
-    that make this call."""
-    costs = run_costs(folders, section, kernel=kernel, device=device, seed=seed, world=world)
+    of the original, and of the last. kernel, device, seed: as the recipe has them."""
+    costs = run_costs(folders, section, kernel=kernel, device=device, seed=seed)
     original = next(iter(kept.values()))
     how: dict[str, Any] = {"resamples": section.resamples, "seed": seed}
     models = []

@@ -247,7 +247,7 @@ def _evaluate(
 
 
 def measured(context: ModelContext, step: Evaluate, label: str, artifact: Artifact, partial: Path | None) -> Kept:
-    """One model alone, measured. partial: where finished parts are kept meanwhile."""
+    """One model alone, measured by all processes of the context. partial: where finished parts are kept meanwhile."""
     native = step.native(context)
     found = step.score(context, label, artifact, partial, native)
     answers = LongContext(
@@ -260,7 +260,7 @@ def measured(context: ModelContext, step: Evaluate, label: str, artifact: Artifa
 def _tasks(
     context: ModelContext, step: Evaluate, artifact: Artifact, native: int, partial: Path | None
 ) -> dict[str, TaskAnswers]:
-    """What the model answers to every task; finished ones are kept in `partial`."""
+    """What the model answers to every task; finished ones are kept in `partial`, by rank 0."""
     if context.harness is None:
         return {}
     questions = Questions.of(context, step.section)
@@ -270,7 +270,8 @@ def _tasks(
             settings = [questions.key(asked), context.recipe.kernel, context.device_kind, native]
             key = ResumeKey(asked.name, step.version, settings, {"checkpoint": dict(artifact.digests)}).digest
             file = answers_file(partial, "model", asked.name) if partial else None
-            before = from_file(file).get(asked.name) if file and file.is_file() else None
+            kept_here = from_file(file).get(asked.name) if file and file.is_file() else None
+            before = context.world.share(kept_here)
             if before is not None and before.key == key:
                 found[asked.name] = before
                 context.note(f"task {asked.name}: done before, kept")

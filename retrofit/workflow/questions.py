@@ -13,6 +13,7 @@ from retrofit.evaluation.tasks.answers import TaskAnswers
 from retrofit.evaluation.tasks.harness import Asked, Harness, ask, open_tasks
 from retrofit.model.folder import ModelFolder
 from retrofit.recipe.schema import Evaluate, Recipe
+from retrofit.system.world import World
 from retrofit.workflow.estimate.cost import TaskSize
 
 if TYPE_CHECKING:
@@ -42,13 +43,14 @@ class Questions:
     section: Evaluate
     kernel: str
     device: str
+    world: World
     progress: Progress | None
 
     @classmethod
     def of(cls, context: ModelContext, section: Evaluate) -> Questions:
         """Those of a command."""
         assert context.harness is not None
-        return cls(context.harness, section, context.recipe.kernel, context.device, context.progress)
+        return cls(context.harness, section, context.recipe.kernel, context.device, context.world, context.progress)
 
     def key(self, asked: Asked) -> dict[str, Any]:
         """What decides about the answers to one task beside the model."""
@@ -82,6 +84,7 @@ class Questions:
                 tasks,
                 length=min(length, model.spec.max_position_embeddings),
                 resamples=self.section.resamples,
+                world=self.world,
                 progress=self.progress,
             )
 

@@ -13,7 +13,10 @@ import pytest
 
 from retrofit.errors import UserError
 from retrofit.evaluation.tasks.answers import from_file
-from retrofit.recipe.schema import Tasks
+from retrofit.model.folder import ModelFolder
+from retrofit.recipe.schema import Evaluate, Tasks
+from retrofit.system.world import ALONE, World
+from tests.ranks import on_ranks
 from tests.workflow.conftest import model, recipe, retrofit, sections, texts
 
 __all__ = ["model", "recipe", "texts"]  # fixtures
@@ -265,3 +268,24 @@ def test_the_harness_says_nothing_of_its_own(
     assert result.exit_code == 0
     assert "own_choice" in result.output
     assert not [*progress_bars(result.output), *progress_bars(capfd.readouterr().err)]
+
+
+def answers(world: World, model: Path, folder: Path, batch_size: int) -> list[Any]:
+    """What each task is answered, in this process."""
+    from retrofit.evaluation.folders import ready
+    from retrofit.evaluation.tasks.harness import ask, open_tasks
+
+    names = ["own_choice", "own_word", "own_story"]
+    section = Tasks(names=names, folder=str(folder), batch_size=batch_size)
+    harness, source = open_tasks(section), ModelFolder(model)
+    loaded, _ = ready(source, Evaluate.model_validate({"lengths": [64]}), "eager", "cpu")
+    how: Any = {"length": 256, "resamples": 0, "world": world}  # to resample, the harness starts processes of its own
+    return [ask(harness, one, loaded, source.tokenizer, section, **how) for one in harness.tasks]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_requests_are_dealt_out_with_the_answers_of_one_process(
+    batch_size: int, model: Path, folder: Path, tmp_path: Path
+) -> None:
+    alone = answers(ALONE, model, folder, batch_size)
+    assert on_ranks(tmp_path, 2, answers, model, folder, batch_size) == [alone, alone]

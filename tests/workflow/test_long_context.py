@@ -163,20 +163,20 @@ def test_a_killed_evaluation_goes_on_with_the_same_numbers(
     asked = ["--text", book, "--lengths", "64,700", "--context-gain", "--definition", "sliding"]
     asked += ["--definition", "lm-eval", "--json", "--out"]
     whole = json.loads(retrofit("evaluate", extended, *asked, tmp_path / "whole.npz").stdout)
-    real, out = module._score_document, tmp_path / "killed.npz"
-    for stop in range(1, 6):  # after the plain pass, the native one, and those of the definitions at two lengths
+    real, out = module._Pass.scored, tmp_path / "killed.npz"
+    for _ in range(5):  # after the plain pass, the native one, and those of the definitions at two lengths
         calls = itertools.count()
 
-        def killed(*args: object, calls: Iterator[int] = calls, stop: int = stop) -> object:
-            if next(calls) == stop:
+        def killed(*args: object, calls: Iterator[int] = calls) -> object:
+            if next(calls) == 1:  # what the calls before have finished is not read again
                 raise KeyboardInterrupt
-            return real(*args)
+            return real(*args)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(module, "_score_document", killed)
+        monkeypatch.setattr(module._Pass, "scored", killed)
         assert retrofit("evaluate", extended, *asked, out).exit_code != 0
         assert not out.exists() and (tmp_path / "killed.npz.scored").is_dir()
     read = []
-    monkeypatch.setattr(module, "_score_document", real)
+    monkeypatch.setattr(module._Pass, "scored", real)
     span = module._score_span
     monkeypatch.setattr(module, "_score_span", lambda *args: read.append(args[2]) or span(*args))
     again = json.loads(retrofit("evaluate", extended, *asked, out).stdout)

@@ -87,7 +87,7 @@ def score(
             "texts_sha256": [document.text_sha256 for document in documents],
             **(meta or {}),
         }
-        how = {"device": str(model.device), "rows": logits_rows, "lengths": list(lengths)}
+        how = {"device": model.device.type, "rows": logits_rows, "lengths": list(lengths)}
         kept = Kept(partial, {**facts, **how}, world)
         if kept.discarded and progress:
             progress.note(f"{DISCARDED}; scored anew")

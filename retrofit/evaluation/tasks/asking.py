@@ -159,7 +159,7 @@ def answers_about(
     progress: of the texts of this process.
     """
     with reading(model, kernel, progress) as used:
-        how = {"dtype": str(model.dtype), "device": str(model.device), "kernel": used, "chunk": chunk}
+        how = {"dtype": str(model.dtype), "device": model.device.type, "kernel": used, "chunk": chunk}
         kept = Kept(partial, {**(meta or {}), **how, "haystacks_sha256": _digest(texts.values())}, world)
         if kept.discarded and progress:
             progress.note(f"{DISCARDED}; asked anew")

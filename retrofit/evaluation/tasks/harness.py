@@ -26,6 +26,7 @@ from retrofit.evaluation.tasks.answers import TaskAnswers
 from retrofit.evaluation.tasks.harness_answers import answers_of
 from retrofit.install import install_command
 from retrofit.recipe.schema import Tasks
+from retrofit.system.world import ALONE, World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -119,31 +120,35 @@ def ask(
     *,
     length: int,
     resamples: int = 2000,
+    world: World = ALONE,
     progress: Progress | None = None,
 ) -> TaskAnswers:
     """Have a model answer one task, with the kernel and the dtype that it was loaded with.
 
     length: tokens of the longest prompt; what is longer loses its beginning, so that models with different windows read
     the same. resamples: for the standard error of metrics that are no mean. Seeds, and so the examples that are drawn,
-    are the harness's own defaults, which published numbers were made with.
+    are the harness's own defaults, which published numbers were made with. world: the processes that make this call,
+    each with the model; they share the requests (see `harness_reader`), and rank 0 has the answers that all return.
     """
     from lm_eval import simple_evaluate
+
+    from retrofit.evaluation.tasks.harness_reader import reader_of
 
     with _silent():
         if progress:
             progress.start(f"task {asked.name}", None, "requests")
-        reader = _reader(model, tokenizer, section.batch_size, length, progress)
+        reader = reader_of(model, tokenizer, section.batch_size, length, world, progress)
         found = simple_evaluate(
             reader,
             tasks=list(asked.parts),
             num_fewshot=section.fewshot,
             limit=section.limit,
-            bootstrap_iters=resamples,
+            bootstrap_iters=resamples if world.main else 0,  # only its scores are used
             task_manager=harness.manager,
         )
         if progress:
             progress.finish()
-    return answers_of(asked.name, found, harness.version)
+    return world.only(lambda: answers_of(asked.name, found, harness.version))
 
 
 def _is_file(name: str) -> bool:
@@ -257,39 +262,6 @@ def _request(instance: Any, task: Any) -> tuple[int, int, str]:
         return len(text.encode()), int(limit), text
     text = "".join(str(part) for part in instance.args)
     return len(text.encode()), 0, text
-
-
-def _reader(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, length: int, progress: Progress | None
-) -> Any:
-    """The harness's own reader of transformers models, around ours; it tells `progress` what it has read."""
-    from lm_eval.models.huggingface import HFLM
-
-    class Reader(HFLM):
-        """Its three kinds of requests without bars of their own."""
-
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().loglikelihood(requests, disable_tqdm=True)
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().generate_until(requests, disable_tqdm=True)
-
-        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
-            return _told(progress, inps, super()._model_call(inps, *args, **kwargs))
-
-        def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
-            return _told(progress, context, super()._model_generate(context, *args, **kwargs))
-
-    return Reader(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=length, backend="causal")
-
-
-def _told(progress: Progress | None, ids: Any, result: Any) -> Any:
-    if progress:
-        progress.advance(len(ids))
-    return result
 
 
 @contextmanager

@@ -260,5 +260,5 @@ class CalibratedRun:
             [settings.method_name, repairs, settings.averaged_tokens, settings.keep_moments],
             None if settings.read_with is None else settings.read_with.to_dict(),
             text.digest(),
-            [str(self._dtype), self._device, autocast],
+            [str(self._dtype), torch.device(self._device).type, autocast],
         )

@@ -76,7 +76,7 @@ def layerwise_pass(
         checkpoint,
         config.to_dict(),
         [CalibrationText(scored_NT, ("",) * len(scored_NT)).digest(), measured.digest() if measured and seen else None],
-        [averaged_tokens, device, str(autocast)],
+        [averaged_tokens, torch.device(device).type, str(autocast)],
     )
     own = own_share({i: ids.numel() for i, ids in enumerate(batches)}, world)
     with ExitStack() as stack:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.config import read_config
@@ -23,6 +24,7 @@ from retrofit.workflow.steps.extend import record_of as context_record
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from retrofit.data.calibration import CalibrationText
     from retrofit.kv_heads.repair.outcome import ConvertReport
     from retrofit.workflow.context import ModelContext
 
@@ -47,6 +49,10 @@ class Convert(Step):
     @property
     def texts(self) -> tuple[TextSource, ...]:
         return self.section.calibration.text if self.section.calibrates else ()
+
+    @property
+    def distributed(self) -> bool:
+        return bool(self.section.calibrates)
 
     def label(self, models: Iterable[str]) -> str:
         return "converted"
@@ -197,6 +203,7 @@ class Convert(Step):
         return self.section.calibrates and context is not None and not context.searches
 
     def run(self, context: ModelContext, inputs: Inputs, place: Place) -> ConvertReport:
+        """Where text is read, each process has its share of it; rank 0 alone chooses the text, and writes."""
         from retrofit.checkpoint.write import write_config
         from retrofit.context.names import portable
         from retrofit.kv_heads.calibrate import moments
@@ -204,22 +211,27 @@ class Convert(Step):
         from retrofit.kv_heads.disk import require_room
         from retrofit.kv_heads.room import held
 
-        section, source, text = self.section, inputs.current.model, None
-        if place.moments is not None:
-            moments.require_own(place.moments)
-        if self.room(context):
+        section, source, world = self.section, inputs.current.model, context.world
+
+        def chosen() -> CalibrationText | None:
+            if place.moments is not None:
+                moments.require_own(place.moments)
+            if not self.room(context):
+                return None
             # Before the model writes its samples, which takes minutes.
             require_room(place.work, self.room(context, moments=place.moments is not None) - held(place.work))
             from retrofit.data.calibration import calibration_text
 
-            text = calibration_text(
+            return calibration_text(
                 section.calibration,
                 source.tokenizer,
                 seed=self.recipe.seed,
                 teacher=context.samples,
                 progress=context.progress,
             )
-        with place.staged(place.work / "checkpoint") as folder:
+
+        text, checkpoint = world.only(chosen), place.work / "checkpoint"
+        with place.staged(checkpoint) if world.main else nullcontext(checkpoint) as folder:
             report = convert(
                 source,
                 folder,
@@ -234,10 +246,12 @@ class Convert(Step):
                 work=place.work,
                 moments=place.moments,
                 read_with=self._read_with(source.config),
+                world=world,
                 progress=context.progress,
             )
-            write_config(folder, portable(read_config(folder)))
-            inputs.current.provenance.after(self.name, self.record(), self.recorded(report)).write(folder)
+            if world.main:
+                write_config(folder, portable(read_config(folder)))
+                inputs.current.provenance.after(self.name, self.record(), self.recorded(report)).write(folder)
         context.note(*report.notes)
         return report
 

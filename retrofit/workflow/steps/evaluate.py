@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,10 @@ class Evaluate(Step):
     @property
     def texts(self) -> tuple[TextSource, ...]:
         return self.section.text
+
+    @property
+    def distributed(self) -> bool:
+        return True
 
     def check_options(self) -> Iterable[str]:
         require_distinct(self.section.text, "evaluate.text")
@@ -141,10 +145,17 @@ class Evaluate(Step):
         }
         return ResumeKey(self.name, self.version, settings, read)
 
-    def run(self, context: ModelContext, inputs: Inputs, place: Place) -> EvaluationResult:
+    def run(self, context: ModelContext, inputs: Inputs, place: Place) -> EvaluationResult | None:
+        """The result, on rank 0: the others take part in what is read, and not in what is made of it."""
         assert place.pieces is not None
         models_of = self.measured(inputs)
-        kept = {label: self._kept(context, label, model, place.pieces) for label, model in models_of.items()}
+        asked = {
+            label: (self._scored(context, label, model, place.pieces), self._asked(context, label, model, place.pieces))
+            for label, model in models_of.items()
+        }
+        if not context.world.main:
+            return None
+        kept = {label: self._kept(context, label, place.pieces.folder, *one) for label, one in asked.items()}
         result = self.result(context, models_of, kept)
         with place.staged() as folder:
             text = json.dumps(jsonable(result), indent=2, ensure_ascii=False)
@@ -210,6 +221,7 @@ class Evaluate(Step):
             identity=artifact.digests if partial is not None else None,
             partial=partial,
             continuation_tokens=0 if context.alone else self.section.continuation_tokens,
+            world=context.world,
             progress=context.progress,
         )
 
@@ -234,19 +246,16 @@ class Evaluate(Step):
             "seed": self.recipe.seed,
         }
 
-    def _kept(self, context: ModelContext, label: str, artifact: Artifact, pieces: Pieces) -> Kept:
-        """One model of a run, scored now or before."""
-        from retrofit.evaluation.continuations import Continuation
-        from retrofit.evaluation.summary import Kept
+    def _scored(self, context: ModelContext, label: str, artifact: Artifact, pieces: Pieces) -> Mapping[str, Any]:
+        """Score one model of a run, unless it was before: its losses are in files, this is what stands beside them."""
         from retrofit.model.frequencies import varying
-
-        names = passes_of(self.section, context.native)
 
         def work(file: Path, scratch: Path) -> Mapping[str, Any]:
             found = self.score(context, label, artifact, scratch, context.native)
-            save_losses(found.losses, file)
-            for name, losses in found.measured.passes.items():
-                save_losses(losses, pass_file(file, name))
+            if context.world.main:
+                save_losses(found.losses, file)
+                for name, losses in found.measured.passes.items():
+                    save_losses(losses, pass_file(file, name))
             answered = LongContext(
                 context.native, defined=found.measured.defined, needle=found.measured.needle, ruler=found.measured.ruler
             )
@@ -267,43 +276,50 @@ class Evaluate(Step):
         }
         read = {"checkpoint": dict(artifact.digests), "documents": documents_digest(context.documents)}
         name, file = f"{self.name}:{label}", losses_file(Path(), label)
-        found = pieces.piece(
-            name,
-            str(file),
-            ResumeKey(name, self.version, settings, read),
-            work,
-            also=tuple(str(pass_file(file, one)) for one in names),
-        )
-        losses = pieces.folder / file
+        also = tuple(str(pass_file(file, one)) for one in passes_of(self.section, context.native))
+        return pieces.piece(name, str(file), ResumeKey(name, self.version, settings, read), work, also=also)
+
+    def _kept(
+        self, context: ModelContext, label: str, run: Path, scored: Mapping[str, Any], answers: Sequence[Path]
+    ) -> Kept:
+        """One model of a run, from its files. scored, answers: what `_scored` and `_asked` returned."""
+        from retrofit.evaluation.continuations import Continuation
+        from retrofit.evaluation.summary import Kept
+
+        losses = losses_file(run, label)
+        tasks: dict[str, TaskAnswers] = {}
+        for file in answers:
+            tasks |= from_file(file)
         return Kept(
             TokenLosses.load(losses),
-            {one: TokenLosses.load(pass_file(losses, one)) for one in names},
-            restored(found["answers"]),
-            found["kernel"],
-            found["reason"],
-            tuple(Continuation(**one) for one in found["continuations"]),
-            self._answers(context, label, artifact, pieces),
+            {one: TokenLosses.load(pass_file(losses, one)) for one in passes_of(self.section, context.native)},
+            restored(scored["answers"]),
+            scored["kernel"],
+            scored["reason"],
+            tuple(Continuation(**one) for one in scored["continuations"]),
+            tasks,
         )
 
-    def _answers(self, context: ModelContext, label: str, artifact: Artifact, pieces: Pieces) -> dict[str, TaskAnswers]:
-        """What one model of a run answers to every task, each kept for itself."""
+    def _asked(self, context: ModelContext, label: str, artifact: Artifact, pieces: Pieces) -> list[Path]:
+        """Ask one model of a run every task; the files of its answers, each kept for itself."""
         if context.harness is None:
-            return {}
+            return []
         questions = Questions.of(context, self.section)
-        found: dict[str, TaskAnswers] = {}
+        found: list[Path] = []
         with questions.reader(artifact.model, context.native) as ask:
             for asked in context.harness.tasks:
 
                 def work(file: Path, scratch: Path, asked: Any = asked) -> Mapping[str, Any]:
                     answers = ask(asked)
-                    to_file({asked.name: answers}, file)
+                    if context.world.main:
+                        to_file({asked.name: answers}, file)
                     return {"scores": [asdict(row) for row in answers.rows()]}
 
                 name, file = f"{self.name}:{label}:{asked.name}", answers_file(Path(), label, asked.name)
                 settings = {**questions.key(asked), "kernel": context.kernel.name, "device": context.device_kind}
                 key = ResumeKey(name, self.version, settings, {"checkpoint": dict(artifact.digests)})
                 pieces.piece(name, str(file), key, work)
-                found |= from_file(pieces.folder / file)
+                found.append(pieces.folder / file)
         return found
 
     def _further(self, native: int, varies: bool) -> dict[str, object]:
