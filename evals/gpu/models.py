@@ -13,7 +13,8 @@ from evals.gpu.parts import Row, Setting
 from retrofit.errors import UserError
 from retrofit.evaluation.cost import machine_speeds, run_cost
 from retrofit.evaluation.scoring.score import score
-from retrofit.kernels.registry import choose, prove
+from retrofit.kernels.check import prove
+from retrofit.kernels.registry import choose
 from retrofit.model.families import describe
 from retrofit.workflow.estimate.cost import CostModel, ModelFacts
 from retrofit.workflow.estimate.throughput import measure
