@@ -15,7 +15,7 @@ from retrofit.checkpoint.staging import require_free_space, require_writable
 from retrofit.data.texts import check_sources
 from retrofit.errors import UserError
 from retrofit.evaluation.long_context import native_length
-from retrofit.kernels.registry import KernelChoice, choose
+from retrofit.kernels.registry import KernelChoice, choose, split_kernel
 from retrofit.model.completeness import require_complete, require_sound
 from retrofit.model.families import family_of
 from retrofit.model.folder import ModelFolder
@@ -146,6 +146,16 @@ class ModelContext:
         """UserError unless the kernel exists for what a step does, in the dtype that it is asked to do it in."""
         working = self.model.working_dtype(dtype, self.device)
         choose(self.recipe.kernel, self.spec, self.device, dtype=self.source.dtype if working == "auto" else working)
+
+    def require_splittable(self, where: str) -> None:
+        """UserError unless one sequence can be shared out over processes: the kernel, the attention, this device.
+
+        where: the setting that asks for it.
+        """
+        try:
+            split_kernel(self.recipe.kernel, self.spec, self.device)
+        except UserError as error:
+            raise UserError(error.what, where=f"{where}, {error.where}", fix=error.fix) from error
 
     def note(self, *notes: str) -> None:
         """Lines for the person who waits."""

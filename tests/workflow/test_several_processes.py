@@ -120,6 +120,25 @@ def test_one_sequence_over_several_processes_needs_a_launcher(model: Path, texts
     assert not (texts / "never").exists()
 
 
+def evaluate(world: World, model: Path, text: Path, kernel: str) -> Any:
+    try:
+        return retrofit.evaluate(
+            model, text=[str(text)], lengths=64, sequence_parallel=world.size, kernel=kernel, progress=False
+        )
+    except UserError as error:
+        return str(error)
+
+
+def test_processes_read_a_text_together_with_the_losses_of_one(model: Path, texts: Path, tmp_path: Path) -> None:
+    text = texts / "held.txt"
+    alone = retrofit.evaluate(model, text=[str(text)], lengths=64, progress=False)
+    for found in on_ranks(tmp_path, 2, evaluate, model, text, "auto"):
+        assert [row.ppl for row in found.rows] == pytest.approx([row.ppl for row in alone.rows], rel=1e-5)
+    for message in on_ranks(tmp_path, 2, evaluate, model, text, "sdpa"):
+        assert "kernel `sdpa` cannot share one sequence over several ranks" in message
+        assert "where: evaluate.sequence_parallel, kernel" in message
+
+
 def launch(*command: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
     line = (*TORCHRUN, f"--nproc-per-node={processes}", *map(str, command))
     return subprocess.run(line, capture_output=True, text=True, timeout=200, check=False)

@@ -105,6 +105,8 @@ class Evaluate(Step):
 
     def check_here(self, context: ModelContext) -> Iterable[str]:
         context.require_kernel(self.section.dtype)
+        if self.section.sequence_parallel > 1:
+            context.require_splittable("evaluate.sequence_parallel")
         written = self.recipe.dtype
         if self.recipe.convert and self.section.dtype == "auto" and written != "auto" and context.device != "cpu":
             context.require_kernel(written)
