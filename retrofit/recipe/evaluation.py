@@ -108,7 +108,8 @@ class Evaluate(Section):
         (1024, 2048, 4096, 8192),
         min_length=1,
         max_length=100,
-        description="context lengths, or native, target, 1/2x: relative to the model's positions",
+        description="context lengths, or native, target, 1/2x: relative to the model's positions; by default those "
+        "of the default that the window holds",
     )
     text: Texts = Field(
         default_factory=lambda: text_mix("python-docs", "python-stdlib"), description="text to measure on"

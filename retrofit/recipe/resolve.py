@@ -49,6 +49,18 @@ def resolved(recipe: Recipe, native: int, target: int, kv_heads: Sequence[int]) 
     return validate(values, Recipe, where), tuple(numbers.notes)
 
 
+def default_lengths_within(recipe: Recipe, window: int) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with those of its evaluation's lengths that a window of so many tokens holds, the window itself where
+    that is none, and a note; for lengths that nobody asked for."""
+    assert recipe.evaluate is not None
+    lengths = tuple(length for length in recipe.evaluate.lengths if length <= window) or (window,)
+    if lengths == recipe.evaluate.lengths:
+        return recipe, ()
+    section = recipe.evaluate.model_copy(update={"lengths": lengths})
+    note = f"evaluate.lengths: by default {', '.join(f'{one:,}' for one in lengths)} in a window of {window:,} tokens"
+    return recipe.model_copy(update={"evaluate": section}), (note,)
+
+
 @dataclass
 class _Numbers:
     """What words mean on one model."""

@@ -23,7 +23,7 @@ from retrofit.model.inspect import count_parameters
 from retrofit.model.load import resolve_device, resolve_dtype
 from retrofit.model.source import Source, resolve, with_weights
 from retrofit.model.spec import AttentionSpec
-from retrofit.recipe.resolve import is_relative, resolved
+from retrofit.recipe.resolve import default_lengths_within, is_relative, resolved
 from retrofit.recipe.schema import Evaluate, Recipe, TextSource
 from retrofit.system.world import ALONE, World
 from retrofit.workflow.artifact import Artifact, Provenance
@@ -231,8 +231,20 @@ def open_model(
 def in_numbers(
     recipe: Recipe, model: ModelFolder, original: ModelFolder, *, alone: bool = False
 ) -> tuple[Recipe, tuple[str, ...]]:
-    """The recipe with the numbers of this model for its relative lengths and KV heads, and notes. alone: of a model
-    that is recovered or measured alone, `native` is the window before it was extended."""
+    """The recipe with the numbers of this model for its relative lengths and KV heads and for the default lengths of an
+    evaluation, and notes. alone: of a model that is recovered or measured alone, `native` is the window before it was
+    extended."""
+    by_default = recipe.evaluate is not None and "lengths" not in recipe.evaluate.model_fields_set
+    recipe, notes = _without_words(recipe, model, original, alone=alone)
+    if not by_default:
+        return recipe, notes
+    recipe, more = default_lengths_within(recipe, claimed_length(recipe, model.spec.max_position_embeddings))
+    return recipe, (*notes, *more)
+
+
+def _without_words(
+    recipe: Recipe, model: ModelFolder, original: ModelFolder, *, alone: bool
+) -> tuple[Recipe, tuple[str, ...]]:
     if not is_relative(recipe):
         return recipe, ()
     spec = model.spec

@@ -10,7 +10,7 @@ import yaml
 from retrofit.errors import UserError
 from retrofit.recipe.load import RecipeError, dump_recipe, parse
 from retrofit.recipe.options import recipe_of
-from retrofit.recipe.resolve import is_relative, resolved
+from retrofit.recipe.resolve import default_lengths_within, is_relative, resolved
 from retrofit.recipe.schema import Recipe
 
 
@@ -50,6 +50,18 @@ def test_words_become_the_numbers_of_the_model() -> None:
     assert found.evaluate.ruler
     assert found.evaluate.ruler.lengths == (8192,)
     assert list(found.require) == ["ppl_ratio@2048/python-docs", "tail_ppl@16384", "task@native"]
+
+
+def test_the_default_lengths_are_those_that_the_window_holds() -> None:
+    usual = recipe(evaluate={})
+    assert default_lengths_within(usual, 8192) == (usual, ())
+    shorter, notes = default_lengths_within(usual, 4096)
+    assert shorter.evaluate
+    assert shorter.evaluate.lengths == (1024, 2048, 4096)
+    assert notes == ("evaluate.lengths: by default 1,024, 2,048, 4,096 in a window of 4,096 tokens",)
+    tiny, _ = default_lengths_within(usual, 512)
+    assert tiny.evaluate
+    assert tiny.evaluate.lengths == (512,)
 
 
 def test_words_stay_as_written_until_then() -> None:
