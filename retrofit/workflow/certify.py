@@ -128,6 +128,7 @@ def certify(
         models = {last: replace(context.artifact(), provenance=Provenance(came, steps))}
         if original is not None:
             before = context.original_source
+            _require_same_original(came, before)
             models = {"original": Artifact(before.model, before.digests, Provenance.of(before)), **models}
         kept = {label: measured(context, step, label, artifact, None) for label, artifact in models.items()}
         result = step.result(context, models, kept)
@@ -153,6 +154,21 @@ def certify(
         metrics=result.metrics,
         reload=proven.reload,
     )
+
+
+def _require_same_original(came: Mapping[str, Any], given: Source) -> None:
+    """UserError unless the model has the weights that the folder was made from, where it records them."""
+    recorded = came.get("digests")
+    if not isinstance(recorded, dict):
+        return
+    weights = {name: value for name, value in recorded.items() if Path(name).suffix == ".safetensors"}
+    found = {name: value for name, value in given.digests.items() if Path(name).suffix == ".safetensors"}
+    if weights and weights != found:
+        raise UserError(
+            f"`{shown(given.requested)}` is not the model that this folder was made from: its weights are others",
+            where="--original",
+            fix=f"give {shown(came['model'])}, as it was then" if came.get("model") else "give that model",
+        )
 
 
 def _identity(came: Mapping[str, Any]) -> Publish:

@@ -71,6 +71,14 @@ def test_a_converted_folder_is_compared_with_its_original(model: Path, texts: Pa
     refused = retrofit("certify", out)
     assert refused.exit_code == 2
     assert "--original MODEL" in refused.output
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    weights = (other / "model.safetensors").read_bytes()
+    (other / "model.safetensors").write_bytes(weights[:-4] + bytes(4))
+    refused = retrofit("certify", out, "--original", other, "--text", texts / "held.txt", "--lengths", 64)
+    assert refused.exit_code == 2
+    assert "is not the model that this folder was made from" in refused.output
+    assert f"give {model.name}" in refused.output
+    assert not (out / "README.md").exists()
     certify(out, texts, "--original", model)
     card = (out / "README.md").read_text()
     assert "1 KV head instead of 4; the heads of each group were averaged" in card
