@@ -78,7 +78,8 @@ def plan(
     Raises UserError when a step is not possible on this model.
 
     measure: time a small matrix product for the estimate; otherwise a throughput is assumed, and the plan says so.
-    gpu: plan for this GPU (h100, h200, a100, l40s, 4090) instead of this machine; gpus: how many there are.
+    gpu: plan for this GPU (h100, h200, a100, l40s, 4090) instead of this machine; gpus: how many of them a run is
+    started on, one process each.
     """
     if gpus is not None and gpu is None:
         raise UserError("there is no GPU to have several of", where="--gpus", fix="add --gpu NAME")

@@ -120,7 +120,7 @@ def plan(
         typer.Option("--gpu", metavar="NAME", help="Plan for a GPU that is not here: h100, h200, a100, l40s, 4090."),
     ] = None,
     gpus: Annotated[
-        int | None, typer.Option("--gpus", metavar="N", help="How many there are; a run uses one of them.")
+        int | None, typer.Option("--gpus", metavar="N", help="How many of them a run is started on, one process each.")
     ] = None,
     moments: Annotated[
         str | None,

@@ -22,6 +22,7 @@ from retrofit.workflow.estimate.cost import (
     converted_spec,
 )
 from retrofit.workflow.estimate.machines import Machine, described, lacking
+from retrofit.workflow.estimate.several_gpus import SeveralGpus, several_gpus, several_gpus_lines
 from retrofit.workflow.steps import steps_of
 
 
@@ -29,7 +30,7 @@ from retrofit.workflow.steps import steps_of
 class Plan:
     """A whole run before it happens. KV bytes are per token in the source's dtype, sliding windows ignored.
 
-    machine: what the steps have to fit, where that is asked.
+    machine: what the steps have to fit, where that is asked. several: what more than one GPU does for it.
     """
 
     recipe: str
@@ -41,6 +42,7 @@ class Plan:
     positions: tuple[int, int]
     throughput: Throughput
     machine: Machine | None = None
+    several: SeveralGpus | None = None
 
     @property
     def seconds(self) -> float:
@@ -108,6 +110,7 @@ def make_plan(
         kv_cache_bytes=(before.kv_cache_bytes(claimed, size), after.kv_cache_bytes(claimed, size)),
         positions=(model.native, claimed),
         throughput=throughput,
+        several=several_gpus(recipe, model) if throughput.gpus > 1 else None,
     )
 
 
@@ -120,4 +123,5 @@ def describe_plan(plan: Plan) -> list[str]:
         f"{nbytes(plan.kv_cache_bytes[0])} -> {nbytes(plan.kv_cache_bytes[1])} at {plan.positions[1]:,} tokens",
         f"time: operations counted from the model's shape, at {EFFICIENCY:.0%} of {plan.throughput.how}",
     ]
-    return [*lines, described(plan.machine)] if plan.machine else lines
+    lines += [described(plan.machine)] if plan.machine else []
+    return lines + (several_gpus_lines(plan.several) if plan.several else [])

@@ -27,7 +27,8 @@ class Throughput:
 
     float32: of the moments and refits of a conversion; flops: of training and scoring, in bfloat16 where it is faster.
     launch_seconds: of launching one small kernel on a GPU, which is what a small model waits for; 0 on a CPU, where
-    that is part of the work.
+    that is part of the work. gpus: as many as a run is started on, one process each; link_bytes_per_second: what one of
+    them sends to another while it receives as much.
     """
 
     flops: float
@@ -36,6 +37,8 @@ class Throughput:
     bytes_per_second: float = 10e9
     launch_seconds: float = 0.0
     disk_bytes_per_second: float = DISK_BYTES_PER_SECOND
+    gpus: int = 1
+    link_bytes_per_second: float = 25e9
 
 
 ASSUMED = Throughput(50e9, 50e9, "assumed 50 GFLOP/s, not measured on this machine")
@@ -140,6 +143,10 @@ class CostModel:
     def call_seconds(self) -> float:
         """Seconds of Python and launches in a forward pass that decodes one token."""
         return CALL_SECONDS * len(self.facts.spec.layers) + self.launching
+
+    def dealt(self, units: int) -> float:
+        """The share of the busiest process where so many equal pieces of work are dealt out to all."""
+        return -(-units // self.throughput.gpus) / units if units else 1.0
 
     def disk_seconds(self, passes: float) -> float:
         """Of reading or writing all weights `passes` times."""

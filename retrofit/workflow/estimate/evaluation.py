@@ -30,10 +30,14 @@ def evaluation_cost(recipe: Recipe, evaluate: Evaluate, model: CostModel) -> Cos
     costed = sorted({min(length, model.claimed) for length in evaluate.cost_lengths})
     if costed:  # one pass at once holds what the matrices of one layer give
         peak = max(peak, loaded + model.prefill_bytes(costed[-1]))
-    piece = model.seconds(documents * longest, longest, call=chunk)
+    share = model.dealt(documents)
+    piece = share * model.seconds(documents * longest, longest, call=chunk)
     further = further_reading(evaluate, native)
-    piece += sum(model.seconds(documents * tokens, n, call=min(chunk, n)) for tokens, n in further)
-    piece += sum(model.seconds(tokens, n, call=min(chunk, n)) for tokens, n in questions_read(evaluate))
+    piece += share * sum(model.seconds(documents * tokens, n, call=min(chunk, n)) for tokens, n in further)
+    questions = (needle.samples * needle.depths if needle else 0) + (ruler.samples if ruler else 0)
+    piece += model.dealt(questions) * sum(
+        model.seconds(tokens, n, call=min(chunk, n)) for tokens, n in questions_read(evaluate)
+    )
     piece += PROMPTS_CONTINUED * evaluate.continuation_tokens * model.decode_seconds(0)
     running = MACHINE_SECONDS + sum(model.run_seconds(n, evaluate) for n in costed) if costed else 0.0
     turns = 2 * COST_ROUNDS if models > 1 else 1
@@ -44,10 +48,10 @@ def evaluation_cost(recipe: Recipe, evaluate: Evaluate, model: CostModel) -> Cos
     batch_size = evaluate.tasks.batch_size if evaluate.tasks else 1
     tasks, task_seconds = model.tasks, {task.name: model.task_seconds(task, batch_size) for task in model.tasks}
     if tasks:
-        questions, requests = sum(task.questions for task in tasks), sum(task.requests for task in tasks)
+        count, requests = sum(task.questions for task in tasks), sum(task.requests for task in tasks)
         tokens = sum(task.requests * task.request_bytes for task in tasks) / TOKEN_BYTES
         does += (
-            f", then {questions:,} questions of {', '.join(task.name for task in tasks)}, each model: about "
+            f", then {count:,} questions of {', '.join(task.name for task in tasks)}, each model: about "
             f"{requests:,} requests and {tokens:,.0f} tokens, estimated at {TOKEN_BYTES} bytes a token"
         )
         # The harness keeps the logits of a batch and their log-probabilities, in float32 where the model is.

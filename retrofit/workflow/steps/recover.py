@@ -18,8 +18,9 @@ from retrofit.recipe.schema import Recover as Section
 from retrofit.system.resume import ResumeKey
 from retrofit.workflow.artifact import shard_size
 from retrofit.workflow.checks import require_within
-from retrofit.workflow.estimate.cost import ADAPTER_LAUNCHES, BASE_BYTES, Cost, CostModel
+from retrofit.workflow.estimate.cost import BASE_BYTES, Cost, CostModel
 from retrofit.workflow.estimate.repetition import passes_in_words, require_text
+from retrofit.workflow.estimate.several_gpus import step_seconds
 from retrofit.workflow.estimate.training_memory import trained_parameters, training_memory
 from retrofit.workflow.outputs import require_same_or_new
 from retrofit.workflow.step import Inputs, Place, Step
@@ -115,17 +116,15 @@ class Recover(Step):
         spec, facts, recover = model.after, model.facts, self.section
         adapter, batch = recover.adapter, min(recover.batch_size, -(-recover.tokens // recover.sequence_length))
         rows = batch * recover.sequence_length
-        # Forward and backward through the frozen weights, the recomputation, the teacher's forward for distillation.
-        passes = 2 + recover.gradient_checkpointing + (recover.loss == "distill")
         read = recover.model_copy(update={"batch_size": batch})
         memory = training_memory(spec, facts.spec, facts.parameters, read, model.training_bytes)
         text = recover.tokens + recover.eval_tokens
         peak = BASE_BYTES + max(memory.total + ROW_BYTES * text, PACKED_BYTES * text)
         trained = trained_parameters(spec, adapter)
         held_out = (recover.evals + 1) * recover.eval_tokens
-        length = recover.sequence_length
-        seconds = model.seconds(recover.tokens, length, passes, call=rows, launches=ADAPTER_LAUNCHES)
-        seconds += model.seconds(held_out, length, passes=2)
+        length, processes = recover.sequence_length, min(batch, model.throughput.gpus)
+        seconds = recover.tokens / rows * step_seconds(recover, model, batch, processes)
+        seconds += model.dealt(-(-held_out // length)) * model.seconds(held_out, length, passes=2)
         steps = max(1, recover.tokens // rows)
         does = f"{recover.loss}, LoRA rank {adapter.rank}, {recover.tokens:,} tokens in {steps:,} steps of {rows:,}"
         if read_often := passes_in_words(recover):
