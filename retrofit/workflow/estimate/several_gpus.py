@@ -142,8 +142,8 @@ def several_gpus_lines(found: SeveralGpus) -> list[str]:
     forward, backward = (tokens(max(1, round(count))) for count in sequence.hidden)
     lines.append(
         f"one sequence of {sequence.length:,} tokens over {gpus} GPUs by ring: attention forward {many} instead of "
-        f"{one}, {sequence.forward:.0%} of ideal, backward {sequence.backward:.0%}; transfers hide from {forward} tokens on "
-        f"(backward {backward}) at {found.link / 1e9:,.0f} GB/s"
+        f"{one}, {sequence.forward:.0%} of ideal, backward {sequence.backward:.0%}; transfers hide from {forward} "
+        f"tokens on (backward {backward}) at {found.link / 1e9:,.0f} GB/s"
     )
     after, before = found.kv_heads
     said = [_split(count, copies, gpus) for count, copies in zip(found.kv_heads, found.copies, strict=True)]
