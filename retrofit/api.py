@@ -26,11 +26,11 @@ from retrofit.runs import plan, prices, run
 from retrofit.views.notebook import as_tables
 
 if TYPE_CHECKING:
+    from retrofit.evaluation.compare import Comparison
     from retrofit.evaluation.result import ModelEvaluation
     from retrofit.model.inspect import Inspection, Undescribed
     from retrofit.system.doctor import Health
     from retrofit.workflow.command import Written
-    from retrofit.workflow.compare import Comparison
 
 __all__ = [
     "RecipeEntry",
@@ -295,7 +295,7 @@ def compare(
     if asked and are_relative(*asked.lengths):
         raise UserError("two results are compared at numbers of tokens", where="--lengths", fix="write 4096 or 4k")
     with begun(f"compare {a} with {b}", display(progress), torch=False):
-        from retrofit.workflow.compare import compare as compare_stored
+        from retrofit.workflow.compare import compare_stored
 
         chosen = asked.lengths if asked and lengths is not None else None
         return compare_stored(local_path(a, where="A"), local_path(b, where="B"), lengths=chosen, bits=bits)
