@@ -131,7 +131,12 @@ class Extend(Step):
             read |= {"text": identity(self.texts)}
         return ResumeKey(self.name, self.version, settings, read)
 
-    def run(self, context: ModelContext, inputs: Inputs, place: Place) -> ExtendReport:
+    @property
+    def distributed(self) -> bool:
+        return self.section.searches is not None
+
+    def run(self, context: ModelContext, inputs: Inputs, place: Place) -> ExtendReport | None:
+        """The report, on rank 0: the others take part in a search, and not in what is written after it."""
         from retrofit.context.rope import write_extended
 
         source, found = inputs.current.model, None
@@ -141,6 +146,8 @@ class Extend(Step):
         if self.section.searches:
             found = self._search(context, inputs, place, held)
             method, settings = found.method, found.settings
+        if not context.world.main:
+            return None
         with place.staged() as folder:
             extension = write_extended(
                 source,
@@ -166,13 +173,15 @@ class Extend(Step):
         assert section
         model = source.load(dtype=source.working_dtype("auto", device), device=device)
         length = self.section.target(source.spec.max_position_embeddings)
-        ids_T, name = searched_text(
-            section,
-            source.tokenizer,
-            length,
-            seed=self.recipe.seed,
-            teacher=context.samples,
-            progress=context.progress,
+        ids_T, name = context.world.only(
+            lambda: searched_text(
+                section,
+                source.tokenizer,
+                length,
+                seed=self.recipe.seed,
+                teacher=context.samples,
+                progress=context.progress,
+            )
         )
         context.note(f"search: position encodings for {length:,} tokens, measured on {name}")
         choice = kernel_for(model, source, self.recipe.kernel, device)
@@ -187,6 +196,7 @@ class Extend(Step):
             kernel=None if choice.requested == "auto" else choice,
             identity=dict(inputs.digests),
             partial=place.work / "search",
+            world=context.world,
             progress=context.progress,
         )
         won, reference = found.winner, found.reference
