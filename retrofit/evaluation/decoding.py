@@ -21,16 +21,16 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
-from retrofit.evaluation.running import BatchCost
+from retrofit.evaluation.running import CAPTURE_WARM_UP, LOOP_STEPS, BatchCost
 from retrofit.format import nbytes
 from retrofit.kernels import decode
 from retrofit.kernels.registry import KernelChoice, using
 from retrofit.model.families.experts import EXPERTS
 from retrofit.model.spec import AttentionSpec
 from retrofit.system.memory import available_memory
+from retrofit.system.speed import synchronize
 
 CHOICE = KernelChoice(decode.NAME, decode.NAME, "one token over a cache of fixed size")
-WARM_UP = 3  # steps before a capture: libraries choose their kernels and allocate what they keep
 MOST_OF_FREE = 0.9  # of the free memory: libraries take some for themselves
 _HOST_ROPE = ("dynamic", "longrope")
 
@@ -137,7 +137,7 @@ class Decoder:
         side = torch.cuda.Stream(self.token.device)
         side.wait_stream(torch.cuda.current_stream(self.token.device))
         with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
+            for _ in range(CAPTURE_WARM_UP):
                 self.reset()
                 self._advance()
         torch.cuda.current_stream(self.token.device).wait_stream(side)
@@ -172,7 +172,8 @@ def batch_costs(
     """Speeds of decoding `decode_tokens` tokens of each of B equal sequences after a prefill, for each B of `batches`.
 
     prefill: the cache of one sequence, which stays as it is; token: the one that follows. On CUDA the step is measured
-    as a graph too. A batch that does not fit into the memory that is free has a note instead of speeds.
+    as a graph too, and the loop is cut short. A batch that does not fit into the memory that is free has a note instead
+    of speeds.
     """
     decode.register()
     tokens, value = int(prefill.get_seq_length()), model.dtype.itemsize
@@ -189,7 +190,7 @@ def batch_costs(
             continue
         with using(model, CHOICE):
             decoder = Decoder(model, spec, prefill, token_11, batch, decode_tokens)
-            loop = _speed(decoder, decode_tokens)
+            loop = _speed(decoder, min(decode_tokens, LOOP_STEPS) if reason is None else decode_tokens)
             graph: tuple[float, ...] = ()
             note = f"no graph: {reason}" if reason else ""
             if reason is None:
@@ -211,11 +212,11 @@ def _speed(decoder: Decoder, steps: int) -> float:
     """Tokens per second of all sequences together, after one step that is not counted."""
     decoder.step()
     decoder.reset()
-    synchronize(decoder.token.device)
+    synchronize(str(decoder.token.device))
     began = time.perf_counter()
     for _ in range(steps):
         decoder.step()
-    synchronize(decoder.token.device)
+    synchronize(str(decoder.token.device))
     return steps * decoder.token.shape[0] / (time.perf_counter() - began)
 
 
@@ -234,12 +235,6 @@ def free_bytes(device: torch.device) -> int | None:
         return available_memory()
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def no_graph(model: PreTrainedModel, spec: AttentionSpec) -> str | None:

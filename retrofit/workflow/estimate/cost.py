@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from retrofit.evaluation.running import GPU_BATCHES
+from retrofit.evaluation.running import CAPTURE_WARM_UP, GPU_BATCHES, LOOP_STEPS
 from retrofit.model.spec import AttentionSpec
 from retrofit.recipe.schema import Evaluate
 
@@ -153,11 +153,17 @@ class CostModel:
         return passes * self.facts.weight_bytes / self.throughput.disk_bytes_per_second
 
     def run_seconds(self, tokens: int, evaluate: Evaluate) -> float:
-        """Of a prefill of `tokens` tokens and decoding after it, batches included: from Python, and as a graph."""
-        decoded = evaluate.decode_tokens * self.decode_seconds(tokens)
-        default = GPU_BATCHES if self.throughput.launch_seconds else ()
-        batches = default if evaluate.cost_batches is None else evaluate.cost_batches
-        return self.seconds(tokens, tokens) + decoded * (1 + 2 * len(batches))
+        """Of a prefill of `tokens` tokens and decoding after it, batches included."""
+        graphs = self.throughput.launch_seconds > 0
+        default = GPU_BATCHES if graphs else ()
+        batches = (
+            (default if evaluate.cost_batches is None else evaluate.cost_batches) if evaluate.decode_tokens else ()
+        )
+        launched = (
+            min(LOOP_STEPS, evaluate.decode_tokens) + CAPTURE_WARM_UP + 2 if graphs else evaluate.decode_tokens + 1
+        )
+        steps = evaluate.decode_tokens + launched * len(batches)
+        return self.seconds(tokens, tokens) + steps * self.decode_seconds(tokens)
 
     def decode_seconds(self, tokens: int) -> float:
         """Of one token after `tokens` others: weights and cache are read."""
