@@ -25,6 +25,7 @@ from retrofit.model.source import Source, resolve, with_weights
 from retrofit.model.spec import AttentionSpec
 from retrofit.recipe.resolve import default_lengths_within, is_relative, resolved
 from retrofit.recipe.schema import Evaluate, Recipe, TextSource
+from retrofit.system.device import forward_tokens, is_gpu
 from retrofit.system.world import ALONE, World
 from retrofit.workflow.artifact import Artifact, Provenance
 from retrofit.workflow.checks import check_headers, check_memory, check_positions
@@ -215,6 +216,7 @@ def open_model(
     requested = recipe
     recipe, notes = in_numbers(recipe, source.model, before.model, alone=alone)
     device = resolve_device(recipe.device)
+    recipe = sized(recipe, requested, before.model.spec, device)
     return ModelContext(
         recipe,
         steps_of(recipe),
@@ -226,6 +228,16 @@ def open_model(
         progress=progress,
         notes=list(notes),
     )
+
+
+def sized(recipe: Recipe, requested: Recipe, spec: AttentionSpec, device: str) -> Recipe:
+    """The recipe with the chunk that fills the device, where the one that was asked for leaves it open."""
+    if not is_gpu(device) or recipe.evaluate is None or requested.evaluate is None:
+        return recipe
+    if "chunk" in requested.evaluate.model_fields_set:
+        return recipe
+    evaluate = recipe.evaluate.model_copy(update={"chunk": forward_tokens(device, spec)})
+    return recipe.model_copy(update={"evaluate": evaluate})
 
 
 def in_numbers(
