@@ -22,6 +22,7 @@ from retrofit.escape import shown
 from retrofit.model.cache import cache_dir
 from retrofit.model.source import require_there
 from retrofit.recipe.schema import Recipe
+from retrofit.recovery.layout import sizes_of
 from retrofit.surroundings import require_usable
 from retrofit.system.failure import meet, watched
 from retrofit.system.sequence_groups import require_groups
@@ -64,6 +65,8 @@ def begun(
     launched = ALONE if recipe is None else from_environment()
     if recipe is not None and recipe.evaluate is not None:
         require_groups(launched, recipe.evaluate.sequence_parallel, what.partition(" ")[0])
+    if recipe is not None and recipe.recover is not None:
+        sizes_of(recipe.recover, launched)
 
     def check() -> None:
         if out is not None:

@@ -51,7 +51,8 @@ _SPARE = 1.1  # room asked for, over the room planned
 class ModelContext:
     """One command's model and everything around it. steps: of its recipe. original_source: the model before the
     surgery, where that is another one than `source`. allow_extrapolation: lengths may be longer than the window.
-    alone: the one step of a command. requested: the recipe before its relative lengths became numbers.
+    alone: the one step of a command. processes: of the launcher. requested: the recipe before its relative lengths
+    became numbers.
 
     documents: to measure on; empty until texts are read. harness: the tasks to ask, with their data. notes: what a
     person should know.
@@ -63,6 +64,7 @@ class ModelContext:
     original_source: Source
     device: str
     world: World = ALONE
+    processes: int = 1
     throughput: Throughput = ASSUMED
     allow_extrapolation: bool = False
     alone: bool = False
@@ -126,7 +128,7 @@ class ModelContext:
     @cached_property
     def plan(self) -> Plan:
         """What the recipe would do and cost."""
-        return make_plan(self.recipe, self.facts, self.throughput, sizes(self.harness))
+        return make_plan(self.recipe, self.facts, self.throughput, sizes(self.harness), self.processes)
 
     @property
     def device_kind(self) -> str:
@@ -288,12 +290,14 @@ def open_context(
     allow_extrapolation: bool = False,
     alone: bool = False,
     throughput: Throughput | None = None,
+    processes: int = 1,
     progress: Progress | None = None,
 ) -> ModelContext:
     """Open the model of a recipe and check everything. out: the folder of the run, or of the one step's result.
 
-    alone: it is a command of one step. dry: the same checks, but nothing is fetched, converted or sampled: what is not
-    on this machine yet is not looked at, which a note says. Raises UserError for whatever would fail later.
+    alone: it is a command of one step. processes: that share the work. dry: the same checks, but nothing is fetched,
+    converted or sampled: what is not on this machine yet is not looked at, which a note says. Raises UserError for
+    whatever would fail later.
     """
     require_model(recipe)
     steps = steps_of(recipe)
@@ -305,6 +309,7 @@ def open_context(
     context = open_model(recipe, revision=revision, original=original, alone=alone, progress=progress)
     recipe, steps = context.recipe, context.steps
     context.allow_extrapolation, context.throughput = allow_extrapolation, throughput or ASSUMED
+    context.processes = processes
     context.notes += about
     require_record(context.model.path)
     here = check_model(context)

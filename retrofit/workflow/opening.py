@@ -35,10 +35,11 @@ def open_in(world: World, recipe: Recipe, *, progress: Progress | None = None, *
     mine: list[ModelContext] = []
 
     def opened() -> _Opened:
-        context = open_context(recipe, progress=progress, **options)
+        context = open_context(recipe, processes=world.size, progress=progress, **options)
         mine.append(context)
-        shared = ("recipe", "steps", "source", "original_source", "device", "throughput", "allow_extrapolation")
-        values = {name: getattr(context, name) for name in (*shared, "alone", "documents", "notes")}
+        shared = ("recipe", "steps", "source", "original_source", "device", "processes", "throughput")
+        own = ("allow_extrapolation", "alone", "documents", "notes")
+        values = {name: getattr(context, name) for name in (*shared, *own)}
         return _Opened(values, context.harness is not None)
 
     found = world.only(opened)

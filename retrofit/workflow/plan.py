@@ -93,13 +93,18 @@ def claimed_length(recipe: Recipe, native: int) -> int:
 
 
 def make_plan(
-    recipe: Recipe, facts: ModelFacts, throughput: Throughput = ASSUMED, tasks: Sequence[TaskSize] = ()
+    recipe: Recipe,
+    facts: ModelFacts,
+    throughput: Throughput = ASSUMED,
+    tasks: Sequence[TaskSize] = (),
+    processes: int = 1,
 ) -> Plan:
-    """The plan of `recipe` on a model. Nothing is read, written or loaded. tasks: those of `evaluate.tasks`."""
+    """The plan of `recipe` on a model. Nothing is read, written or loaded. tasks: those of `evaluate.tasks`.
+    processes: of the launcher."""
     before = facts.spec
     after = converted_spec(before, recipe.convert.kv_heads if recipe.convert else None)
     claimed = claimed_length(recipe, before.max_position_embeddings)
-    model = CostModel(facts, after, throughput, claimed, tuple(tasks))
+    model = CostModel(facts, after, throughput, claimed, tuple(tasks), processes)
     size = model.value_bytes
     return Plan(
         recipe=recipe.name,

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.data.packing import Packed, training_rows
 from retrofit.model.folder import opened
-from retrofit.recipe.schema import Adapter, Recover, TextSource
+from retrofit.recipe.schema import Adapter, Distribute, Recover, TextSource
 from retrofit.recovery.callbacks import Watch
 from retrofit.recovery.layout import layout_of
 from retrofit.recovery.train import RecoverReport, recover
@@ -128,11 +128,15 @@ def test_losses_and_weights_are_those_of_one_process(folders, rows, tmp_path, si
     require_same_weights(tmp_path / "several", tmp_path / "one")
 
 
-@pytest.mark.parametrize(("began", "ended"), [(2, 1), (1, 3)])
-def test_a_training_goes_on_with_another_number_of_processes(folders, rows, tmp_path, began, ended) -> None:
+SPLIT = RECIPE.model_copy(update={"distribute": Distribute(shard=2)})
+
+
+@pytest.mark.parametrize(("began", "ended", "recipe"), [(2, 1, RECIPE), (1, 3, RECIPE), (1, 2, SPLIT), (2, 1, SPLIT)])
+def test_a_training_goes_on_with_another_number_of_processes(folders, rows, tmp_path, began, ended, recipe) -> None:
+    """And with the weights split or whole."""
     one = alone(folders, rows, tmp_path / "one")
     root = tmp_path / "several"
-    killed = (folders, rows, root, RECIPE, {"kill_at": 2})
+    killed = (folders, rows, root, recipe if began > 1 else RECIPE, {"kill_at": 2})
     if began == 1:
         with pytest.raises(Killed), pytest.MonkeyPatch.context() as patch:
             patch.setattr(Watch, "on_step_end", Watch.on_step_end)
@@ -141,8 +145,53 @@ def test_a_training_goes_on_with_another_number_of_processes(folders, rows, tmp_
         with pytest.raises(AssertionError, match="Killed"):
             on_ranks(tmp_path, began, train, *killed)
     [report, *_] = (
-        on_ranks(tmp_path, ended, train, folders, rows, root, RECIPE) if ended > 1 else [alone(folders, rows, root)]
+        on_ranks(tmp_path, ended, train, folders, rows, root, recipe) if ended > 1 else [alone(folders, rows, root)]
     )
     assert report.resumed_from == 1
     require_same(report, one)
     require_same_weights(root, tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    "over",
+    [
+        {},
+        {
+            "loss": "lm",
+            "gradient_checkpointing": True,
+            "adapter": Adapter(rank=4, alpha=8, norms=True, embeddings=True),
+        },
+    ],
+)
+def test_weights_split_over_processes_train_as_whole_ones(folders, rows, tmp_path, over) -> None:
+    recipe = SPLIT.model_copy(update=over)
+    one = alone(folders, rows, tmp_path / "one", RECIPE.model_copy(update=over))
+    [report, _] = on_ranks(tmp_path, 2, train, folders, rows, tmp_path / "several", recipe)
+    require_same(report, one)
+    require_same_weights(tmp_path / "several", tmp_path / "one")
+    assert any("split" in note for note in report.notes)
+
+
+SHARED = RECIPE.model_copy(update={"distribute": Distribute(sequence=2)})
+
+
+@pytest.mark.parametrize(
+    ("size", "over"),
+    [
+        (2, {}),
+        (2, {"loss": "lm", "gradient_checkpointing": True, "sequence_length": 23}),
+        (4, {"distribute": Distribute(shard=2, sequence=2), "positions": "pose"}),
+    ],
+)
+def test_rows_shared_by_processes_train_as_whole_ones(folders, rows, tmp_path, size, over) -> None:
+    """With lengths that do not divide, positions that skip, and the weights split as well."""
+    recipe = SHARED.model_copy(update=over)
+    packed = tuple(
+        Packed(one.ids_NT[:, : recipe.sequence_length], one.documents_NT[:, : recipe.sequence_length]) for one in rows
+    )
+    one = alone(folders, packed, tmp_path / "one", recipe.model_copy(update={"distribute": Distribute()}))
+    [report, *_] = on_ranks(tmp_path, size, train, folders, packed, tmp_path / "several", recipe, {"kernel": "auto"})
+    require_same(report, one)
+    require_same_weights(tmp_path / "several", tmp_path / "one")
+    assert report.kernel == "ring"
+    assert any("share every row (ring" in note for note in report.notes)

@@ -74,7 +74,7 @@ def test_a_configuration_of_accelerate_goes_first() -> None:
         (recipe(shard=3), 4, {}, "does not divide 4"),
         (recipe(shard=2, sequence=4), 4, {}, "does not divide 4"),
         (recipe(batch_size=3), 4, {}, "3 rows for 4 processes"),
-        (recipe(sequence=2, sequence_length=16, batch_size=1), 4, {}, "1 rows for 2 groups"),
+        (recipe(sequence=2, sequence_length=16, batch_size=1), 4, {}, "1 row for 2 groups"),
         (recipe(sequence=16, sequence_length=16), 16, {}, "two chunks for each of 16"),
         (recipe(sequence=2, document_masking=True), 2, {}, "mask"),
         (recipe(sequence=2, sequence_engine="torch"), 2, {}, "needs CUDA"),
@@ -96,5 +96,6 @@ def test_a_missing_launcher_is_named_with_its_command() -> None:
 
 def test_splitting_heads_is_capped_by_the_kv_heads() -> None:
     assert ulysses_note(SPEC, 1) is None
-    assert "up to a degree of 2" in str(ulysses_note(SPEC, 2))
-    assert "2 KV heads would have to be repeated on 4" in str(ulysses_note(SPEC, 4))
+    assert "up to 2 processes" in str(ulysses_note(SPEC, 2))
+    assert "2 copies of each of 2 KV heads" in str(ulysses_note(SPEC, 4))
+    assert "could not be split over 3" in str(ulysses_note(SPEC, 3))

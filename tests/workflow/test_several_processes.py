@@ -30,7 +30,8 @@ FAILING = Path(__file__).with_name("failing_rank.py")
 def short(recipe: Recipe, model: Path, texts: Path) -> Path:
     """A recipe without publishing, which loads the folder in a fresh process."""
     evaluate = {**sections(model, texts)["evaluate"], "lengths": [64, 128], "cost_lengths": []}
-    return recipe(publish=None, context=None, evaluate=evaluate)
+    recover = {**sections(model, texts)["recover"], "batch_size": 4}  # every process needs a row of each step
+    return recipe(publish=None, context=None, evaluate=evaluate, recover=recover)
 
 
 def run(world: World, recipe: Path, out: Path) -> Any:
@@ -93,7 +94,7 @@ def refused(world: World, recipe: Path, out: Path) -> str:
 
 
 def test_what_rank_0_refuses_every_process_raises(short: Path, recipe: Recipe, tmp_path: Path) -> None:
-    impossible = recipe(convert={"kv_heads": 3, "method": "mean"})
+    impossible = recipe(recover=None, convert={"kv_heads": 3, "method": "mean"})
     first, second = on_ranks(tmp_path, 2, refused, impossible, tmp_path / "out")
     assert "cannot be converted to 3 KV heads" in first
     assert first == second

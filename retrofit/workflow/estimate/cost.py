@@ -93,13 +93,14 @@ class Cost:
 @dataclass(frozen=True)
 class CostModel:
     """Costs of passes over one model. after: its attention at the end of the recipe. claimed: positions then. tasks:
-    those that are asked of it."""
+    those that are asked of it. processes: of the launcher."""
 
     facts: ModelFacts
     after: AttentionSpec
     throughput: Throughput
     claimed: int
     tasks: tuple[TaskSize, ...] = ()
+    processes: int = 1
 
     @property
     def native(self) -> int:
