@@ -21,6 +21,7 @@ from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.model.cache import cache_dir
 from retrofit.model.source import require_there
+from retrofit.recipe.options import OPTIONS, in_options
 from retrofit.recipe.schema import Recipe
 from retrofit.recovery.layout import sizes_of
 from retrofit.surroundings import require_usable
@@ -91,7 +92,20 @@ def begun(
             world = launched if recipe is None else _met(launched, recipe)
             if world.size > 1:
                 world.only(check)
-            yield world
+            with _worded(what.partition(" ")[0]):
+                yield world
+
+
+@contextmanager
+def _worded(command: str) -> Iterator[None]:
+    """Errors of the block in the words of a command's options; those of a recipe are in the words of the file."""
+    try:
+        yield
+    except UserError as error:
+        if command in OPTIONS and command not in ("run", "plan"):
+            error.where = error.where and in_options(command, error.where)
+            error.fix = error.fix and in_options(command, error.fix)
+        raise
 
 
 def _met(world: World, recipe: Recipe) -> World:

@@ -29,6 +29,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 MAX_TOLD = 20
 """Problems that one message lists; the others are counted."""
+_KEY = re.compile(r"`([a-z_]+)`")
 _INDEX = re.compile(r"[0-9]{1,9}")
 
 
@@ -148,11 +149,21 @@ def validate(
         problems: dict[str | Key, Problem] = {}  # an option that sets two keys is told once
         for details in _told_once(error):
             problem = _problem(document, kind, details)
-            option = option_of(tuple(details["loc"])) if option_of else None
-            told = problem if option is None else Problem(option, "", problem.what)
-            problems.setdefault(option or tuple(details["loc"]), told)
+            key: Key = tuple(details["loc"])
+            option = option_of(key) if option_of else None
+            if option is not None:
+                problem = Problem(option, "", problem.what)
+            elif option_of and details["type"] == "value_error":  # of a section, whose keys it names
+                what = _with_flags(problem.what, key, option_of)
+                problem = problem if what == problem.what else Problem("", "", what)
+            problems.setdefault(option or key, problem)
         fix = "correct the options above; --help lists them" if option_of else None
         raise RecipeError(where, list(problems.values()), fix) from None
+
+
+def _with_flags(what: str, section: Key, option_of: Callable[[Key], str | None]) -> str:
+    """A problem of a section that names keys of it as `key`, with the options that set these."""
+    return _KEY.sub(lambda match: option_of((*section, match[1])) or match[0], what)
 
 
 def _read(text: str, filename: str) -> _Document:
