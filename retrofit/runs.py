@@ -135,7 +135,8 @@ def prices(
     loaded = recipe_of("prices", {**given, "model": model if recipe is None else None}, base)
     read = recipe_of("convert", {"kv_heads": 1, "tokens": tokens}).convert
     command = _command_for_heads(model, recipe, loaded.name, calibrate or (), revision, overrides)
-    with begun(f"price list of {loaded.model}", shown, model=loaded.model, revision=revision, writes=(folder,)):
+    place: Any = {"model": loaded.model, "revision": revision, "writes": (folder,), "recipe": loaded}
+    with begun(f"price list of {loaded.model}", shown, **place) as world:
         from retrofit.workflow.sweep import prices as price
 
         return price(
@@ -146,6 +147,7 @@ def prices(
             moments=folder,
             revision=revision,
             **({"throughput": lambda: _measured(loaded)} if measure else {}),
+            world=world,
             progress=shown,
         )
 

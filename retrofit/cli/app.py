@@ -96,6 +96,7 @@ def run(
     "retrofit plan ./my-model --kv-heads",
     "retrofit plan ./my-model --kv-budget 2GiB@32k --moments moments/my-model",
     "retrofit plan gqa --model ./my-model --kv-heads",
+    shared=True,
 )
 def plan(
     recipe: Annotated[
@@ -141,6 +142,8 @@ def plan(
         for name, value in listed.items():
             if value:
                 raise UserError(f"--{name} belongs to the price list", where="retrofit plan", fix="add --kv-heads")
+        if not from_environment().main:  # only the price list reads text, which processes share
+            return
         result = retrofit.plan(recipe, model=model, gpu=gpu, gpus=gpus, **usual)
         _plan(console, result, recipe, {"model": model, "revision": revision}, set_)
         return

@@ -37,6 +37,7 @@ from retrofit.model.folder import ModelFolder
 from retrofit.model.source import with_weights
 from retrofit.model.spec import AttentionSpec
 from retrofit.recipe.schema import Calibration, Convert, Recipe, TextSource
+from retrofit.system.world import ALONE, Others, World, led
 from retrofit.workflow.checks import check_positions
 from retrofit.workflow.context import open_model
 from retrofit.workflow.estimate.cost import ASSUMED, DTYPE_BYTES, ModelFacts, Throughput, converted_spec
@@ -107,6 +108,7 @@ def prices(
     moments: Path | None = None,
     revision: str | None = None,
     throughput: Callable[[], Throughput] = lambda: ASSUMED,
+    world: World = ALONE,
     progress: Progress | None = None,
 ) -> PriceList:
     """The price list of the recipe's model under the recipe's calibration and repair.
@@ -114,9 +116,32 @@ def prices(
     command: what to type for `{kv_heads}` KV heads. tokens: of the calibration text, a third of it for scoring.
     moments: a folder of moments; they are read if it holds them and written otherwise, and so is what was measured. A
     call that was killed is resumed, in the folder `<moments>.work` or, without one, in the cache.
-    throughput: asked only when there is an estimate to make.
+    throughput: asked only when there is an estimate to make. world: the processes that make this call and share the
+    passes over text.
     Raises UserError, before any long work, for a model or a budget with nothing to choose from.
     """
+
+    def lead(others: Others) -> PriceList:
+        return _prices(recipe, command, budget, tokens, moments, revision, throughput, world, others, progress)
+
+    def take_part(part: dict[str, Any]) -> None:
+        pilot.measure(**{**part, "device": world.device(part["device"])}, world=world, progress=None)
+
+    return led(world, lead, take_part)
+
+
+def _prices(
+    recipe: Recipe,
+    command: str,
+    budget: Budget | None,
+    tokens: int | None,
+    moments: Path | None,
+    revision: str | None,
+    throughput: Callable[[], Throughput],
+    world: World,
+    others: Others,
+    progress: Progress | None,
+) -> PriceList:
     section = recipe.convert or Convert(kv_heads=1)
     # Which number of heads is wanted, and what is trained and measured afterwards, is not the list's business.
     alone = recipe.model_copy(update=dict.fromkeys(("convert", "recover", "evaluate", "publish")) | {"require": {}})
@@ -178,7 +203,16 @@ def prices(
         layers = price(moments)
     else:
         calibrated, layers = measured(
-            recipe, wanted, source, counts, price, moments=moments, device=context.device, progress=progress
+            recipe,
+            wanted,
+            source,
+            counts,
+            price,
+            moments=moments,
+            device=context.device,
+            world=world,
+            others=others,
+            progress=progress,
         )
         notes += calibrated.notes
     listed, curve = price_list(spec, layers, calibrated, caches, value_bytes)
