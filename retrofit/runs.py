@@ -16,6 +16,7 @@ from retrofit.files import output_path
 from retrofit.recipe.load import load_recipe
 from retrofit.recipe.options import recipe_of
 from retrofit.recipe.schema import Device, Recipe
+from retrofit.system.world import from_environment
 from retrofit.views.notebook import as_tables
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def plan(
         from retrofit.workflow.estimate.machines import planned_for, this_machine
 
         context = open_model(loaded, revision=revision, progress=shown)
+        context.processes = gpus or from_environment().size
         check_model(context)
         if gpu is not None:
             machine, context.throughput = planned_for(gpu, 1 if gpus is None else gpus)

@@ -31,6 +31,7 @@ class Plan:
     """A whole run before it happens. KV bytes are per token in the source's dtype, sliding windows ignored.
 
     machine: what the steps have to fit, where that is asked. several: what more than one GPU does for it.
+    processes: of a launcher; shared: the steps that all of them take part in.
     """
 
     recipe: str
@@ -43,6 +44,8 @@ class Plan:
     throughput: Throughput
     machine: Machine | None = None
     several: SeveralGpus | None = None
+    processes: int = 1
+    shared: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -106,16 +109,19 @@ def make_plan(
     claimed = claimed_length(recipe, before.max_position_embeddings)
     model = CostModel(facts, after, throughput, claimed, tuple(tasks), processes)
     size = model.value_bytes
+    steps = steps_of(recipe)
     return Plan(
         recipe=recipe.name,
         model=facts.model,
-        steps=tuple(step.estimate(model) for step in steps_of(recipe)),
+        steps=tuple(step.estimate(model) for step in steps),
         kv_heads=(before.layers[0].kv_heads, after.layers[0].kv_heads),
         kv_bytes_per_token=(before.kv_bytes_per_token(size), after.kv_bytes_per_token(size)),
         kv_cache_bytes=(before.kv_cache_bytes(claimed, size), after.kv_cache_bytes(claimed, size)),
         positions=(model.native, claimed),
         throughput=throughput,
         several=several_gpus(recipe, model) if throughput.gpus > 1 else None,
+        processes=processes,
+        shared=tuple(step.name for step in steps if step.distributed),
     )
 
 
@@ -129,4 +135,11 @@ def describe_plan(plan: Plan) -> list[str]:
         f"time: operations counted from the model's shape, at {EFFICIENCY:.0%} of {plan.throughput.how}",
     ]
     lines += [described(plan.machine)] if plan.machine else []
+    if plan.processes > 1:
+        alone = ", ".join(step.step for step in plan.steps if step.step not in plan.shared)
+        lines.append(
+            f"{plan.processes} processes: all of them share {', '.join(plan.shared) or 'nothing'}"
+            + (f"; rank 0 does {alone} alone" if alone else "")
+            + (". The times in the table are those of one process" if plan.throughput.gpus == 1 else "")
+        )
     return lines + (several_gpus_lines(plan.several) if plan.several else [])
