@@ -258,6 +258,8 @@ def _told(details: ErrorDetails) -> str:
         near = difflib.get_close_matches(str(got), options, n=1)
         hint = f"; did you mean `{near[0]}`?" if near else ""
         return f"must be one of {', '.join(options)}, not `{_short(got)}`{hint}"
+    if kind == "tuple_type" and isinstance(got, str | int | float):
+        return f"must be a list, such as [{_short(got)}], not `{_short(got)}`"
     for start, words in _WORDS:
         if kind.startswith(start):
             return f"must be {words.format(**context)}, not `{_short(got)}`"
@@ -286,7 +288,7 @@ _WORDS = (
 
 
 def _short(value: object) -> str:
-    text = "nothing" if value is None else str(value)
+    text = "null" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -36,7 +36,10 @@ def run(result: RunResult) -> Iterator[Part]:
         yield Table(
             "Requirements",
             ["metric", "required", "met", "measured"],
-            [(one.metric, one.bound, one.passed, one.reason) for one in result.gate],
+            [
+                (one.metric, one.bound, one.passed, one.reason if one.value is None else f"{one.value:.6g}")
+                for one in result.gate
+            ],
         )
     yield f"\nreport: {result.report}"
     if result.final:

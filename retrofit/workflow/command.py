@@ -242,6 +242,7 @@ def _evaluate(
             if stored is not None and partial is not None:
                 found = stored.write(found, partial, overwrite=overwrite or finished)
         # Still in the block: a kill while costs are measured must not make everything before them be read again.
+        step.announce_costs(context)
         [model] = summary({label: context.model}, {label: found}, step.section, **step.how(context))
     return replace(model, losses=out)
 

@@ -332,7 +332,8 @@ def open_context(
     if here:
         _check_weights(context, out, dry=dry)
     else:
-        context.notes.append("the weights are not on this machine: they are checked when they are")
+        todo = "converted" if context.source.kind == "gguf" else "downloaded"
+        context.notes.append(f"the weights are not {todo} yet, and are checked when they are")
     if any(step.needs_tokens for step in steps):
         _check_texts(context, weights=here, sample=not dry)
     if not dry:

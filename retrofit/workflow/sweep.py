@@ -312,7 +312,7 @@ def _possible(config: Any, spec: AttentionSpec) -> tuple[int, ...]:
         raise UserError(
             f"there is nothing to choose: the model has {heads(counts[0])} and can have no fewer",
             where="num_key_value_heads of config.json",
-            fix="`retrofit inspect MODEL` lists what is possible",
+            fix="leave it as it is, or make its context longer: retrofit extend MODEL --factor 2 --out DIR",
         )
     return counts
 

@@ -83,6 +83,19 @@ def test_overrides_are_laid_over_the_file_before_it_is_validated() -> None:
     assert recipe.require == {"ppl@64": "<= 3", "kv_ratio": ">= 2"}
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("recover.text=python-docs", "must be a list, such as [python-docs], not `python-docs`"),
+        ("require=null", "must be a section (key: value), not `null`"),
+    ],
+)
+def test_a_value_of_the_wrong_shape_is_shown_in_the_right_one(override: str, says: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("gqa", [override])
+    assert says in str(caught.value)
+
+
 def test_an_override_reaches_an_item_of_a_list_and_removes_a_section() -> None:
     text = "name: x\nevaluate: {text: [a.txt, b.txt]}\nconvert: {kv_heads: 1}\n"
     recipe = parse(text, "r.yaml", Recipe, ["evaluate.text.1=c.txt", "convert=null"])

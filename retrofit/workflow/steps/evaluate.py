@@ -172,6 +172,7 @@ class Evaluate(Step):
         from retrofit.evaluation.summary import summary
 
         last = list(models.values())[-1]
+        self.announce_costs(context)
         found = summary(
             {label: artifact.model for label, artifact in models.items()},
             kept,
@@ -237,6 +238,11 @@ class Evaluate(Step):
         if self.section.intermediate or len(models) < 3:
             return models
         return {label: models[label] for label in (next(iter(models)), inputs.label)}
+
+    def announce_costs(self, context: ModelContext) -> None:
+        """Say what takes its time now. It has no bar: nothing else should run while speed is measured."""
+        if self.section.cost_lengths:
+            context.note("measuring speed and memory")
 
     def how(self, context: ModelContext) -> dict[str, Any]:
         """What `summary` needs to know beside the models."""
