@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -89,7 +89,8 @@ def begun(
         from retrofit.system.threads import sharing_cores
 
         with quiet(), sharing_cores(progress, launched.node_size), watched(launched):
-            world = launched if recipe is None else _met(launched, recipe)
+            places = [place for place in (out, *writes) if place is not None]
+            world = launched if recipe is None else _met(launched, recipe, places)
             if world.size > 1:
                 world.only(check)
             with _worded(what.partition(" ")[0]):
@@ -108,18 +109,22 @@ def _worded(command: str) -> Iterator[None]:
         raise
 
 
-def _met(world: World, recipe: Recipe) -> World:
-    """The world of a launcher when its processes have met, and work for the same recipe with the same versions."""
+def _met(world: World, recipe: Recipe, places: Sequence[Path]) -> World:
+    """The world of a launcher when its processes have met, and work for the same recipe with the same versions, and
+    with the same folders. places: that are written."""
     if world.size == 1:
         return world
     from retrofit.model.load import resolve_device
-    from retrofit.system.agreement import digest_of, require_same, require_same_versions
+    from retrofit.system.agreement import digest_of, require_same, require_same_versions, require_shared
 
     meet(world)
     world = started(world, resolve_device(recipe.device))
     require_same_versions(world)
     seen = {"the recipe": digest_of(recipe.model_dump(mode="json"))}
     require_same(world, seen, fix="give every process the same recipe file and the same options")
+    for place in places:
+        require_same(world, {"the output": str(place.absolute())}, fix="start every node in the same folder")
+        require_shared(world, place)
     return world
 
 
