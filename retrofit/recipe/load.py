@@ -241,7 +241,12 @@ def _problem(document: _Document, kind: type[BaseModel], details: ErrorDetails) 
     key: Key = tuple(details["loc"])
     if details["type"] == "extra_forbidden":
         return Problem(document.place(key), _dotted(key), f"unknown key{_meant(kind, key)}")
-    return Problem(document.place(key), _dotted(key), _told(details))
+    what = _told(details)
+    if details["type"] == "value_error" and any(
+        known[:-1] == key and place.startswith("--set ") for known, place in document.where.items() if known
+    ):
+        what += f"; --set {_dotted((*key, 'KEY'))}=null takes a key out"
+    return Problem(document.place(key), _dotted(key), what)
 
 
 def _told(details: ErrorDetails) -> str:

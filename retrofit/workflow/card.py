@@ -41,6 +41,7 @@ def card_input(
     assert data.native_length
     assert data.claimed_length
     base, terms = section.base_model or source.base_model, terms_of(section, source)
+    size = artifact.model.dtype("auto").itemsize
     languages, tags = languages_and_tags(source.folder)
     return CardInput(
         title=title(recipe, base or public_model(source), data.claimed_length),
@@ -55,8 +56,10 @@ def card_input(
         native_length=data.native_length,
         claimed_length=data.claimed_length,
         models=tuple(CardModel(model.label, model.rows, model.tasks, model.task_changes) for model in data.models),
-        kv_bytes_per_token=(before.kv_bytes_per_token(), after.kv_bytes_per_token()),
-        kv_cache_bytes={n: (before.kv_cache_bytes(n), after.kv_cache_bytes(n)) for n in first.kv_cache_bytes},
+        kv_bytes_per_token=(before.kv_bytes_per_token(size), after.kv_bytes_per_token(size)),
+        kv_cache_bytes={
+            n: (before.kv_cache_bytes(n, size), after.kv_cache_bytes(n, size)) for n in first.kv_cache_bytes
+        },
         recipe_yaml=dump_recipe(public_recipe(recipe, source)),
         commands=data.commands,
         versions=versions(),

@@ -96,6 +96,12 @@ def test_a_value_of_the_wrong_shape_is_shown_in_the_right_one(override: str, say
     assert says in str(caught.value)
 
 
+def test_an_override_that_contradicts_the_file_is_told_how_to_take_a_key_out() -> None:
+    with pytest.raises(RecipeError, match=r"exactly one of .*; --set context\.KEY=null takes a key out"):
+        load_recipe("extend-4x", ["context.length=64k"])
+    assert load_recipe("extend-4x", ["context.length=64k", "context.factor=null"]).context is not None
+
+
 def test_an_override_reaches_an_item_of_a_list_and_removes_a_section() -> None:
     text = "name: x\nevaluate: {text: [a.txt, b.txt]}\nconvert: {kv_heads: 1}\n"
     recipe = parse(text, "r.yaml", Recipe, ["evaluate.text.1=c.txt", "convert=null"])
