@@ -86,7 +86,7 @@ def plan(
         raise UserError("there is no GPU to have several of", where="--gpus", fix="add --gpu NAME")
     loaded, shown = _recipe(recipe, overrides, model), display(progress)
     with begun(f"plan {loaded.name}", shown, model=loaded.model, revision=revision):
-        from retrofit.workflow.context import check_model, open_model
+        from retrofit.workflow.context import check_model, open_model, sized
         from retrofit.workflow.estimate.cost import ASSUMED
         from retrofit.workflow.estimate.machines import planned_for, this_machine
 
@@ -95,6 +95,7 @@ def plan(
         check_model(context)
         if gpu is not None:
             machine, context.throughput = planned_for(gpu, 1 if gpus is None else gpus)
+            context.recipe = sized(context.recipe, loaded, context.spec, "cuda", memory=machine.memory)
         else:
             machine = this_machine(context.device, Path.cwd())
             context.throughput = _measured(loaded) if measure else ASSUMED

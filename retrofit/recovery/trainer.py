@@ -24,6 +24,7 @@ from retrofit.recovery.schedule import TrainRows
 from retrofit.recovery.sequence import PLACES, Sharing, Whole
 from retrofit.recovery.sharding import split_again
 from retrofit.recovery.student_teacher import StudentTeacher, head_of, hidden_states
+from retrofit.system.device import float64
 from retrofit.system.world import ALONE, World
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ class HeldOut:
             sums.append(self.objective(hidden_BTC, batch.get("next_ids"), target))
         self.model.train(training)
         split_again(self.model)
-        loss = float(self.world.sum_(torch.stack(sums).sum(dtype=torch.float64)))  # read once, when all are computed
+        loss = float(self.world.sum_(float64(torch.stack(sums)).sum()))  # read once, when all are computed
         if not math.isfinite(loss):
             raise diverged(f"the held-out loss is {loss}")
         return loss / self.tokens
@@ -222,7 +223,11 @@ def total_loss(
 def trial_step(
     objective: Objective, model: PeftModel, lines: TrainRows, compute: torch.dtype, device: str, rows: int
 ) -> None:
-    """One forward and backward pass of the first rows, which changes neither weights nor random numbers."""
+    """One forward and backward pass of the first rows, which changes neither weights nor random numbers.
+
+    Beside it stands what a training keeps later: Adam's two moments of what is trained, and the best state so far.
+    """
+    later = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(3)]
     devices = [torch.device(device)] if device.startswith("cuda") else []
     item = MicroBatches(lines, rows, every_token=objective.pair.teacher is not None)[0]
     batch = {key: value.to(device) for key, value in item.items() if isinstance(value, Tensor)}
@@ -232,6 +237,7 @@ def trial_step(
             total_loss(objective, model, batch, labels_BT, compute).backward()
     finally:
         model.zero_grad(set_to_none=True)
+        del later
 
 
 def one_by_one(batches: MicroBatches) -> DataLoader:

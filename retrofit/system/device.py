@@ -10,11 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from retrofit.errors import UserError
 from retrofit.model.spec import AttentionSpec
 from retrofit.system.memory import available_memory, total_memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FLOAT32 = 4
 
@@ -122,6 +125,11 @@ def _filling(device: str, bytes_each: int, least: int, most: int, *, share: int,
     return size
 
 
+def float64(x: Tensor) -> Tensor:
+    """In float64 where it is, or on the CPU where its device has none."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def micro_batch(rows: int, attempt: Callable[[int], None], device: str) -> int:
     """Rows of a training step that are computed at a time: all on a CPU, on a GPU the largest divisor that fits.
 
@@ -136,7 +144,9 @@ def micro_batch(rows: int, attempt: Callable[[int], None], device: str) -> int:
     for size in (size for size in range(rows, 0, -1) if rows % size == 0):
         try:
             attempt(size)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):  # MPS only says so
+                raise
             if device.startswith("cuda"):
                 torch.cuda.empty_cache()
             continue

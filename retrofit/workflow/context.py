@@ -232,13 +232,16 @@ def open_model(
     )
 
 
-def sized(recipe: Recipe, requested: Recipe, spec: AttentionSpec, device: str) -> Recipe:
-    """The recipe with the chunk that fills the device, where the one that was asked for leaves it open."""
+def sized(recipe: Recipe, requested: Recipe, spec: AttentionSpec, device: str, *, memory: int | None = None) -> Recipe:
+    """The recipe with the chunk that fills the device, where the one that was asked for leaves it open.
+
+    memory: bytes of a GPU that is not here.
+    """
     if not is_gpu(device) or recipe.evaluate is None or requested.evaluate is None:
         return recipe
     if "chunk" in requested.evaluate.model_fields_set:
         return recipe
-    evaluate = recipe.evaluate.model_copy(update={"chunk": forward_tokens(device, spec)})
+    evaluate = recipe.evaluate.model_copy(update={"chunk": forward_tokens(device, spec, memory=memory)})
     return recipe.model_copy(update={"evaluate": evaluate})
 
 

@@ -34,6 +34,16 @@ def test_the_micro_batch_is_the_largest_divisor_that_fits(fits: int, expected: i
     assert device.micro_batch(12, attempt, "mps") == expected
 
 
+def test_mps_says_out_of_memory_in_words_and_other_errors_are_not_swallowed() -> None:
+    def attempt(rows: int) -> None:
+        if rows > 2:
+            raise RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        device.micro_batch(4, attempt, "mps")
+
+
 def test_a_cpu_takes_all_rows_without_trying() -> None:
     def never(rows: int) -> None:
         raise AssertionError

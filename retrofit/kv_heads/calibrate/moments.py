@@ -23,6 +23,7 @@ from torch import Tensor
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.files import read_json
+from retrofit.system.device import float64
 from retrofit.system.world import World
 
 STREAM_QUANTILES = (0.5, 0.9, 0.99, 1.0)
@@ -116,7 +117,7 @@ class MomentSums:
         q = q_THD.float().unflatten(1, (self._kv_heads, -1)).permute(1, 0, 2, 3).flatten(1, 2)
         k, v = k_TKD.float(), v_TKD.float()
         grams = k.flatten(1).T @ k.flatten(1), q.mT @ q, v.flatten(1).T @ v.flatten(1)
-        parts = [_float64(x) for x in (*grams, k.sum(0), v.sum(0))]
+        parts = [float64(x) for x in (*grams, k.sum(0), v.sum(0))]
         self._sums = parts if self._sums is None else [a.add_(b) for a, b in zip(self._sums, parts, strict=True)]
         self._tokens += q_THD.shape[0]
         if stream_TC is not None:
@@ -125,8 +126,8 @@ class MomentSums:
     def add_averaged(self, averaged_THKD: Tensor) -> None:
         """Add a chunk of values after attention: entry [t, h, k] is query head h's average of KV head k's values."""
         rows = averaged_THKD.float().flatten(2).flatten(0, 1)
-        gram = _float64(rows.T @ rows)
-        total = _float64(rows.sum(0))
+        gram = float64(rows.T @ rows)
+        total = float64(rows.sum(0))
         self._averaged = gram if self._averaged is None else self._averaged.add_(gram)
         self._averaged_sum = total if self._averaged_sum is None else self._averaged_sum.add_(total)
         self._averaged_rows += rows.shape[0]
@@ -189,11 +190,6 @@ class MomentSums:
         scale = averaged.trace() / value_NN.trace().clamp_min(1e-300)
         gram = averaged * (1 - missing) + value_NN * scale * missing
         return gram, averaged_mean * (1 - missing) + mean_N * scale.sqrt() * missing
-
-
-def _float64(x: Tensor) -> Tensor:
-    """In float64 where it is, or on the CPU where its device has none."""
-    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def _quantiles(values_T: Tensor) -> tuple[float, ...]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from retrofit.evaluation.long_context import further_reading, passes_of, questions_read
 from retrofit.evaluation.running import COST_ROUNDS
 from retrofit.recipe.schema import Evaluate, Recipe
+from retrofit.system.device import token_bytes
 from retrofit.workflow.estimate.cost import BASE_BYTES, TOKEN_BYTES, Cost, CostModel
 
 PROMPTS_CONTINUED = 3  # short ones, by each model
 MACHINE_SECONDS = 1.0  # of measuring the machine's own speed beside a model's
 PROOF_SECONDS = 5.0  # of loading a model once more and proving its kernel
+LOGIT_ROWS = 512  # at most, and some room
 ROW_BYTES = 16  # of a token that is kept, and of what is known about it
 
 
@@ -26,7 +28,9 @@ def evaluation_cost(recipe: Recipe, evaluate: Evaluate, model: CostModel) -> Cos
     asked += sum(ruler.lengths) * ruler.samples * len(ruler.tasks) if ruler else 0
     held = ROW_BYTES * documents * max(longest, evaluate.document_tokens or 0) + 8 * asked
     loaded = BASE_BYTES + 2 * facts.weight_bytes
-    peak = loaded + cache + 3 * chunk * spec.vocab_size * 4 + held
+    # Logits exist for some rows at a time; inside the layers a long chunk takes more than they do.
+    logits, inside = 3 * min(chunk, LOGIT_ROWS) * spec.vocab_size * 4, chunk * token_bytes(spec, model.value_bytes)
+    peak = loaded + cache + max(logits, inside) + held
     costed = sorted({min(length, model.claimed) for length in evaluate.cost_lengths})
     if costed:  # one pass at once holds what the matrices of one layer give
         peak = max(peak, loaded + model.prefill_bytes(costed[-1]))
