@@ -54,7 +54,7 @@ def run(
         from retrofit.workflow.opening import open_in
 
         runs.check_from_step(from_step, loaded)
-        speed = _measured(loaded) if world.main else None
+        speed = _measured(loaded, world.size) if world.main else None
         context = open_in(world, loaded, revision=revision, out=folder, dry=dry_run, throughput=speed, progress=shown)
         if not dry_run:
             return runs.run(context, folder, from_step=from_step)
@@ -184,8 +184,12 @@ def _command_for_heads(
     return f"retrofit run {recipe_word}{named}{pinned}{options} --set convert.kv_heads={{kv_heads}}"
 
 
-def _measured(recipe: Recipe) -> Throughput:
+def _measured(recipe: Recipe, processes: int = 1) -> Throughput:
+    """Of this machine. processes: that share a run, each with a GPU of its own; on a CPU they share its cores."""
     from retrofit.model.load import resolve_device
+    from retrofit.system.device import is_gpu
     from retrofit.workflow.estimate.throughput import measure
 
-    return measure(resolve_device(recipe.device))
+    device = resolve_device(recipe.device)
+    found = measure(device)
+    return replace(found, gpus=processes) if is_gpu(device) else found

@@ -119,7 +119,7 @@ def make_plan(
         kv_cache_bytes=(before.kv_cache_bytes(claimed, size), after.kv_cache_bytes(claimed, size)),
         positions=(model.native, claimed),
         throughput=throughput,
-        several=several_gpus(recipe, model) if throughput.gpus > 1 else None,
+        several=several_gpus(recipe, model),
         processes=processes,
         shared=tuple(step.name for step in steps if step.distributed),
     )

@@ -11,7 +11,13 @@ import pytest
 from retrofit.recipe.load import load_recipe
 from retrofit.workflow.estimate.cost import CostModel, Throughput, converted_spec
 from retrofit.workflow.estimate.machines import planned_for
-from retrofit.workflow.estimate.several_gpus import ATTENTION_SHARE, SeveralGpus, several_gpus, several_gpus_lines
+from retrofit.workflow.estimate.several_gpus import (
+    ATTENTION_SHARE,
+    SeveralGpus,
+    several_gpus,
+    several_gpus_lines,
+    step_seconds,
+)
 from retrofit.workflow.estimate.training_memory import trained_parameters
 from retrofit.workflow.plan import make_plan
 from tests.workflow.test_gpu_estimates import BIG
@@ -21,7 +27,9 @@ RECIPE = load_recipe("gqa", ["convert.kv_heads=8", "recover.sequence_length=4096
 
 
 def found(kv_heads: int = 8, claimed: int = 131_072, speed: Throughput = EIGHT) -> SeveralGpus:
-    return several_gpus(RECIPE, CostModel(BIG, converted_spec(BIG.spec, kv_heads), speed, claimed))
+    at = several_gpus(RECIPE, CostModel(BIG, converted_spec(BIG.spec, kv_heads), speed, claimed))
+    assert at is not None
+    return at
 
 
 def test_transfers_hide_from_the_length_of_the_formula() -> None:
@@ -82,6 +90,16 @@ def test_steps_that_are_dealt_out_take_less_time() -> None:
     recover = eight.of("recover")
     assert recover is not None
     assert recover.seconds < one.of("recover").seconds / 3  # type: ignore[union-attr]
+
+
+def test_nothing_is_said_of_links_that_are_not_known() -> None:
+    model = CostModel(BIG, BIG.spec, replace(EIGHT, link_bytes_per_second=None), 131_072)
+    assert several_gpus(RECIPE, model) is None
+    assert RECIPE.recover is not None
+    alone = replace(EIGHT, gpus=1)
+    assert step_seconds(RECIPE.recover, model, 8, 8) == step_seconds(
+        RECIPE.recover, CostModel(BIG, BIG.spec, alone, 131_072), 1, 1
+    )
 
 
 def test_it_needs_no_torch() -> None:

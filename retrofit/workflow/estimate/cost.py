@@ -28,7 +28,7 @@ class Throughput:
     float32: of the moments and refits of a conversion; flops: of training and scoring, in bfloat16 where it is faster.
     launch_seconds: of launching one small kernel on a GPU, which is what a small model waits for; 0 on a CPU, where
     that is part of the work. gpus: as many as a run is started on, one process each; link_bytes_per_second: what one of
-    them sends to another while it receives as much.
+    them sends to another while it receives as much, None where it is not known.
     """
 
     flops: float
@@ -38,7 +38,7 @@ class Throughput:
     launch_seconds: float = 0.0
     disk_bytes_per_second: float = DISK_BYTES_PER_SECOND
     gpus: int = 1
-    link_bytes_per_second: float = 25e9
+    link_bytes_per_second: float | None = None
 
 
 ASSUMED = Throughput(50e9, 50e9, "assumed 50 GFLOP/s, not measured on this machine")

@@ -19,7 +19,6 @@ from retrofit.kernels.ring_cost import (
     hidden_from_backward,
     ulysses_copies,
 )
-from retrofit.model.spec import AttentionSpec
 from retrofit.recipe.schema import Recipe, Recover
 from retrofit.workflow.estimate.cost import ADAPTER_LAUNCHES, CostModel
 from retrofit.workflow.estimate.training_memory import trained_parameters
@@ -69,15 +68,17 @@ class SeveralGpus:
     copies: tuple[int | None, int | None]
 
 
-def several_gpus(recipe: Recipe, model: CostModel) -> SeveralGpus:
-    """What the GPUs of `model.throughput` do for the recipe."""
+def several_gpus(recipe: Recipe, model: CostModel) -> SeveralGpus | None:
+    """What the GPUs of `model.throughput` do for the recipe; None for one, or where their link is not known."""
     speed = model.throughput
+    if speed.gpus == 1 or speed.link_bytes_per_second is None:
+        return None
     before, after = model.facts.spec.layers[0], model.after.layers[0]
     return SeveralGpus(
         speed.gpus,
         speed.link_bytes_per_second,
         _training(recipe.recover, model) if recipe.recover else None,
-        _sequence(model.after, model),
+        _sequence(model, speed.link_bytes_per_second),
         (after.kv_heads, before.kv_heads),
         (
             ulysses_copies(after.query_heads, after.kv_heads, speed.gpus),
@@ -87,7 +88,8 @@ def several_gpus(recipe: Recipe, model: CostModel) -> SeveralGpus:
 
 
 def step_seconds(recover: Recover, model: CostModel, rows: int, processes: int) -> float:
-    """Of one optimizer step of `rows` rows, dealt out to so many of the processes, and the sum of their gradients.
+    """Of one optimizer step of `rows` rows, dealt out to so many of the processes, and the sum of their gradients where
+    the link is known.
 
     A ring of N processes sends 2 (N - 1) / N times the gradients (Patarasuk and Yuan 2009).
     """
@@ -95,10 +97,11 @@ def step_seconds(recover: Recover, model: CostModel, rows: int, processes: int) 
     # Forward and backward through the frozen weights, the recomputation, the teacher's forward for distillation.
     passes = 2 + recover.gradient_checkpointing + (recover.loss == "distill")
     seconds = model.seconds(own * length, length, passes, call=own * length, launches=ADAPTER_LAUNCHES)
-    if processes == 1:
+    link = model.throughput.link_bytes_per_second
+    if processes == 1 or link is None:
         return seconds
     gradients = GRADIENT_BYTES * trained_parameters(model.after, recover.adapter)
-    return seconds + 2 * (processes - 1) / processes * gradients / model.throughput.link_bytes_per_second
+    return seconds + 2 * (processes - 1) / processes * gradients / link
 
 
 def _training(recover: Recover, model: CostModel) -> Training:
@@ -110,10 +113,10 @@ def _training(recover: Recover, model: CostModel) -> Training:
     return Training(rate(rows, 1), rate(rows, min(rows, gpus)), rate(rows * gpus, gpus), rows)
 
 
-def _sequence(spec: AttentionSpec, model: CostModel) -> LongSequence:
-    speed, length = model.throughput, model.claimed
-    link = Link(ATTENTION_SHARE * speed.flops, speed.link_bytes_per_second)
-    shapes = [AttentionShape(x.query_heads, x.kv_heads, x.head_dim, model.value_bytes, x.window) for x in spec.layers]
+def _sequence(model: CostModel, bandwidth: float) -> LongSequence:
+    speed, length, layers = model.throughput, model.claimed, model.after.layers
+    link = Link(ATTENTION_SHARE * speed.flops, bandwidth)
+    shapes = [AttentionShape(x.query_heads, x.kv_heads, x.head_dim, model.value_bytes, x.window) for x in layers]
     one = sum(forward_time(length, 1, shape, link).seconds for shape in shapes)
     forward = [forward_time(length, speed.gpus, shape, link) for shape in shapes]
     backward = [backward_time(length, speed.gpus, shape, link) for shape in shapes]
