@@ -16,7 +16,7 @@ LAYER_LAUNCHES = 100  # launches of bare kernels that take as long as one layer'
 ADAPTER_LAUNCHES = 2.5  # how many times as long a layer takes whose projections carry adapters
 SOLVE_LAUNCHES = 60_000  # the same, of a layer's moments, grouping and refits in a calibrated conversion
 DISK_BYTES_PER_SECOND = 1.5e9  # of weights that are read, checked, digested or written, where nothing is known
-CHUNK = 512  # tokens of a forward call of a search
+CHUNK, GPU_CHUNK = 512, 8192  # tokens of a forward call of a search, where no evaluation says how many
 TOKEN_BYTES = 4  # of a task's prompts, where no tokenizer is at hand
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -14,7 +14,7 @@ from retrofit.context.search.candidates import NEAR, TAIL, candidates, rungs
 from retrofit.data.identity import identity
 from retrofit.recipe.schema import Context, Recipe, TextSource
 from retrofit.system.resume import ResumeKey
-from retrofit.workflow.estimate.cost import BASE_BYTES, CHUNK, Cost, CostModel
+from retrofit.workflow.estimate.cost import BASE_BYTES, CHUNK, GPU_CHUNK, Cost, CostModel
 from retrofit.workflow.step import Inputs, Place, Step
 
 if TYPE_CHECKING:
@@ -99,9 +99,11 @@ class Extend(Step):
             does += f"; the weights of the queries hold the attention factor {section.attention_factor:g}"
             return Cost(self.name, does, BASE_BYTES, disk, 2)
         plan = rungs(model.claimed, search.tokens_for(model.claimed))
+        usual = GPU_CHUNK if model.throughput.launch_seconds else CHUNK
+        chunk = self.recipe.evaluate.chunk if self.recipe.evaluate else usual
         seconds = 0.0
         for rung, (size, count) in enumerate(plan, start=1):
-            call = min(CHUNK, size)
+            call = min(chunk, size)
             seconds += model.seconds(min(size, model.native), size, call=call)
             if size == model.claimed or rung == 1:
                 seconds += model.seconds(size * count, size, call=call)
