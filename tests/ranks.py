@@ -16,7 +16,12 @@ from retrofit.system.world import World, from_environment, started
 
 # One server imports the heavy packages once; every rank is a fork of it, in which no thread has run yet.
 _SERVER = multiprocessing.get_context("forkserver")
-_HEAVY = ("transformers.models.llama.modeling_llama", "retrofit.kv_heads.calibrate.layerwise", "tests.tiny")
+_HEAVY = (
+    "transformers.models.llama.modeling_llama",
+    "retrofit.kv_heads.calibrate.layerwise",
+    "retrofit.recovery.train",
+    "tests.tiny",
+)
 _SERVER.set_forkserver_preload(["torch.distributed", *_HEAVY])
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from retrofit.errors import UserError
 from retrofit.kernels import registry
-from retrofit.kernels.placement import zigzag
 from retrofit.kernels.ring_group import Ring
 from retrofit.kernels.sequence_parallel import sequence_parallel
 from retrofit.model.spec import AttentionSpec
@@ -99,36 +98,43 @@ class RingSharing(Sharing):
 
 
 class TorchSharing(Sharing):
-    """Shares of torch's context parallelism, in zigzag as well. Its attention stands for PyTorch's sdpa, causal."""
+    """Shares of torch's context parallelism, which cuts and orders them. Its attention stands for sdpa, causal."""
 
     def __init__(self, layout: Layout, pair: StudentTeacher, mesh: DeviceMesh) -> None:
-        self.mesh, self.ranks, self.rank = mesh, layout.sequence, layout.sequence_rank
+        self.mesh, self.ranks = mesh, layout.sequence
         _without_masks(pair.student, pair.spec)
         if pair.teacher is not None:
             _without_masks(pair.teacher, pair.teacher_spec or pair.spec)
 
     def share(self, batch: Mapping[str, Any]) -> Batch:
-        places = zigzag(batch["input_ids"].shape[1], self.ranks).positions(self.rank)
-        return {
-            key: value[:, places.to(value.device)] if isinstance(value, Tensor) else value
-            for key, value in _placed(batch).items()
-        }
+        whole = {key: value.clone() for key, value in _placed(batch).items() if isinstance(value, Tensor)}
+        with self._cutting(list(whole.values())):
+            pass  # they are cut in place
+        return {**batch, **whole}
 
     def gather(self, x_Bn: Tensor, tokens: int) -> Tensor:
-        import torch.distributed as dist
-
-        shares = [torch.empty_like(x_Bn) for _ in range(self.ranks)]
-        dist.all_gather(shares, x_Bn.contiguous(), group=self.mesh.get_group())
-        return torch.cat(shares, 1)[:, zigzag(tokens, self.ranks).order().to(x_Bn.device)]
+        row = self.share({"input_ids": torch.zeros(1, tokens, dtype=torch.long, device=x_Bn.device)})
+        places_1T = torch.cat(self._shares(row[PLACES]), 1)
+        return torch.cat(self._shares(x_Bn), 1)[:, places_1T[0].argsort()]
 
     @contextmanager
     def attention(self, tokens: int) -> Iterator[None]:
+        # Rows come here cut already; it asks for something to cut.
+        with self._cutting([torch.empty(1, tokens, device=self.mesh.device_type)]):
+            yield
+
+    def _cutting(self, buffers_BT: list[Tensor]) -> AbstractContextManager[None]:
         from torch.distributed.tensor.experimental import context_parallel
 
-        # Rows come here shared out already, in the order that its load balancing has; it asks for a buffer to cut.
-        cut = torch.empty(1, tokens, device=self.mesh.device_type)
-        with context_parallel(self.mesh, buffers=[cut], buffer_seq_dims=[1], no_restore_buffers={cut}):
-            yield
+        dims = [1] * len(buffers_BT)
+        return context_parallel(self.mesh, buffers=buffers_BT, buffer_seq_dims=dims, no_restore_buffers=set(buffers_BT))
+
+    def _shares(self, x_Bn: Tensor) -> list[Tensor]:
+        import torch.distributed as dist
+
+        shares = [torch.empty_like(x_Bn, memory_format=torch.contiguous_format) for _ in range(self.ranks)]
+        dist.all_gather(shares, x_Bn.contiguous(), group=self.mesh.get_group())
+        return shares
 
 
 def _placed(batch: Mapping[str, Any]) -> Batch:

@@ -204,7 +204,7 @@ def recover(
                 args=arguments,
                 train_dataset=batches,
                 callbacks=[watch],
-                seed=seed if recipe.adapter.dropout else None,
+                seed=seed + layout.sequence_rank if recipe.adapter.dropout else None,
             )
         trainer.remove_callback(PrinterCallback)
         watch.log = trainer.log if recipe.report_to else None

@@ -111,8 +111,9 @@ class RecoveryTrainer(Trainer):
     ) -> Tensor:
         """Forward and backward pass of one micro-batch, of whose tokens this process may have a share."""
         sharing = self.objective.sharing
+        share = sharing.share(inputs)
         with sharing.attention(inputs["input_ids"].shape[1]):
-            return super().training_step(model, sharing.share(inputs), num_items_in_batch)
+            return super().training_step(model, share, num_items_in_batch)
 
     def _prepare_context_parallel_inputs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Any, Any]:
         """Rows are shared out already, whatever accelerate is configured to do."""
