@@ -40,6 +40,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+"""For the processes of a launcher but rank 0, which alone asks the hub: what it brings is in the cache."""
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=described(OPTIONS["inspect"][0]))]
 Out = Annotated[str, typer.Option("--out", metavar="DIR", help="Folder to write; it must not exist.")]
 Lengths = Annotated[str | None, typer.Option("--lengths", metavar="N,N", help="Context lengths.")]
@@ -345,6 +347,7 @@ def main() -> None:
     try:
         if not from_environment().main:
             streams.silence()
+            os.environ.update(OFFLINE)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(error.exit_code) from None
