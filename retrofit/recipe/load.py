@@ -30,6 +30,7 @@ Model = TypeVar("Model", bound=BaseModel)
 MAX_TOLD = 20
 """Problems that one message lists; the others are counted."""
 _KEY = re.compile(r"`([a-z_]+)`")
+_SURGERY = ("convert", "context", "recover")  # what a recipe's description is about
 _INDEX = re.compile(r"[0-9]{1,9}")
 
 
@@ -77,12 +78,17 @@ class _Document:
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), model: str | None = None) -> Recipe:
-    """Read a recipe file or a bundled recipe, lay `overrides` ("a.b=c") and `model` over it, and validate it.
+    """Read a recipe file or a bundled recipe, lay `overrides` ("a.b=c") and `model` over it, and validate it. The
+    description of what it does is followed by the overrides that change it.
 
     Raises RecipeError (a UserError) that lists every problem.
     """
     path = bundled.find("recipes", name_or_path)
-    return parse(_text(path), str(path), Recipe, overrides, {"model": model} if model else {})
+    recipe = parse(_text(path), str(path), Recipe, overrides, {"model": model} if model else {})
+    changed = ", ".join(one for one in overrides if one.partition(".")[0].partition("=")[0].strip() in _SURGERY)
+    if not recipe.description or not changed:
+        return recipe
+    return recipe.model_copy(update={"description": f"{recipe.description}; changed: {_short(changed, 300)}"})
 
 
 def load_suite(name_or_path: str | Path) -> Suite:
@@ -292,9 +298,9 @@ _WORDS = (
 )
 
 
-def _short(value: object) -> str:
+def _short(value: object, most: int = 60) -> str:
     text = "null" if value is None else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _meant(root: type[BaseModel], key: Key) -> str:

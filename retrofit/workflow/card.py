@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,7 +91,7 @@ def _recovery(recipe: Recipe, done: Mapping[str, Any] | None) -> Recovery | None
 
 def title(recipe: Recipe, base_model: str, claimed: int) -> str:
     """A name that says what was done: SmolLM2-135M-Instruct-kv1-16k."""
-    parts = [base_model.rpartition("/")[2]]
+    parts = [re.sub(r"\.gguf$", "", base_model.rpartition("/")[2], flags=re.IGNORECASE)]
     if recipe.convert:
         parts.append(f"kv{recipe.convert.kv_heads}")
     if recipe.context:

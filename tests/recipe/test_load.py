@@ -102,6 +102,13 @@ def test_an_override_that_contradicts_the_file_is_told_how_to_take_a_key_out() -
     assert load_recipe("extend-4x", ["context.length=64k", "context.factor=null"]).context is not None
 
 
+def test_a_description_does_not_hide_what_overrides_changed() -> None:
+    plain = load_recipe("extend-4x")
+    assert load_recipe("extend-4x", ["evaluate.documents=1"]).description == plain.description
+    changed = load_recipe("extend-4x", ["context.factor=2", "context.method=yarn", "seed=1"])
+    assert changed.description == f"{plain.description}; changed: context.factor=2, context.method=yarn"
+
+
 def test_an_override_reaches_an_item_of_a_list_and_removes_a_section() -> None:
     text = "name: x\nevaluate: {text: [a.txt, b.txt]}\nconvert: {kv_heads: 1}\n"
     recipe = parse(text, "r.yaml", Recipe, ["evaluate.text.1=c.txt", "convert=null"])
