@@ -142,7 +142,7 @@ def test_processes_read_a_text_together_with_the_losses_of_one(model: Path, text
         assert [row.ppl for row in found.rows] == pytest.approx([row.ppl for row in alone.rows], rel=1e-5)
     for message in on_ranks(tmp_path, 2, evaluate, model, text, "sdpa"):
         assert "kernel `sdpa` cannot share one sequence over several ranks" in message
-        assert "where: evaluate.sequence_parallel, kernel" in message
+        assert "where: --sequence-parallel, kernel" in message
 
 
 def together(world: World, model: Path, text: Path) -> Any:
