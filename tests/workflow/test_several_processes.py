@@ -145,23 +145,6 @@ def test_processes_read_a_text_together_with_the_losses_of_one(model: Path, text
         assert "where: --sequence-parallel, kernel" in message
 
 
-def together(world: World, model: Path, text: Path) -> Any:
-    return evaluated(model, text, 2)
-
-
-def evaluated(model: Path, text: Path, processes: int) -> Any:
-    return retrofit.evaluate(
-        model, text=[str(text)], documents=1, lengths=[64, 500], sequence_parallel=processes, progress=False
-    )
-
-
-def test_one_sequence_over_two_processes_has_the_losses_of_one(model: Path, texts: Path, tmp_path: Path) -> None:
-    alone = evaluated(model, texts / "held.txt", 1)
-    first, second = on_ranks(tmp_path, 2, together, model, texts / "held.txt")
-    assert first == second
-    assert [row.ppl for row in first.rows] == pytest.approx([row.ppl for row in alone.rows], rel=1e-5)
-
-
 def launch(*command: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
     line = (*TORCHRUN, f"--nproc-per-node={processes}", *map(str, command))
     return subprocess.run(line, capture_output=True, text=True, timeout=200, check=False)
