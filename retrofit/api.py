@@ -192,6 +192,8 @@ def recover(
     allow_repeats: bool | None = None,
     keep_adapter: bool | None = None,
     report_to: Sequence[Tracker] | Tracker | None = None,
+    sequence_parallel: int | None = None,
+    sequence_engine: Literal["auto", "torch", "ring"] | None = None,
     kernel: Kernel | None = None,
     device: Device | None = None,
     seed: int | None = None,
@@ -201,6 +203,7 @@ def recover(
     """Train `model` to follow `teacher` (the model before the surgery) and write the merged checkpoint to `out`.
 
     keep_adapter: keep the adapter for peft as well, in the folder `<out>-adapter`.
+    sequence_parallel: so many processes of a launcher share every row.
     overwrite: `out` may hold a checkpoint that an earlier call wrote, which is replaced.
     """
     if short_share is not None and positions != "pose":

@@ -131,6 +131,8 @@ OPTIONS: Mapping[str, tuple[Option, ...]] = {
         _option("recover.allow_repeats"),
         _option("recover.keep_adapter"),
         _option("recover.report_to"),
+        _option("recover.distribute.sequence", "sequence_parallel"),
+        _option("recover.sequence_engine"),
         _option("kernel"),
         *_MACHINE,
     ),
