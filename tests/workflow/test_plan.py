@@ -189,3 +189,21 @@ def test_a_plan_for_several_processes_says_who_does_what() -> None:
         "The times in the table are those of one process"
     )
     assert not any("processes" in line for line in describe_plan(make_plan(recipe, FACTS, SPEED)))
+
+
+def test_a_plan_says_what_shares_a_row_and_what_splitting_heads_would_come_to() -> None:
+    recipe = load_recipe("quickstart", ["recover.distribute.sequence=3", "device=cpu"])
+    recover = make_plan(recipe, FACTS, SPEED).of("recover")
+    assert recover is not None
+    assert "3 processes share every row (ring: torch's context parallelism cannot: it needs CUDA)" in recover.does
+    assert "would put 3 copies of each of 1 KV head on them" in recover.does
+
+
+def test_split_weights_take_less_memory() -> None:
+    whole, split = (
+        make_plan(load_recipe("quickstart", [f"recover.distribute.shard={shard}"]), FACTS, SPEED).of("recover")
+        for shard in ("auto", 8)
+    )
+    assert whole is not None
+    assert split is not None
+    assert split.peak_bytes < whole.peak_bytes
