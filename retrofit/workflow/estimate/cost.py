@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from retrofit.evaluation.running import CAPTURE_WARM_UP, GPU_BATCHES, LOOP_STEPS
+from retrofit.evaluation.running import GPU_BATCHES, LOOP_STEPS
+from retrofit.kernels.availability import CAPTURE_WARM_UP
 from retrofit.model.spec import AttentionSpec
 from retrofit.recipe.schema import Evaluate
 
