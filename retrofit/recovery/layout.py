@@ -179,6 +179,8 @@ def ulysses_note(spec: AttentionSpec, sequence: int) -> str | None:
 def _torch_objection(recipe: Recover, spec: AttentionSpec, device: str, sequence: int) -> str | None:
     if not device.startswith("cuda"):
         return "it needs CUDA"
+    if recipe.distribute.shard == 1:
+        return "it splits the weights as well, and `shard: 1` keeps them whole"
     lengths = {recipe.sequence_length, *(stage.length for stage in recipe.stages if recipe.positions == "full")}
     if any(length % (2 * sequence) for length in lengths):
         return f"rows do not divide into {2 * sequence} equal chunks"
@@ -234,5 +236,9 @@ def _configured(environment: Mapping[str, str], world: World) -> tuple[int, int]
     if on("ACCELERATE_USE_FSDP"):
         if environment.get("FSDP_VERSION", "1") != "2":
             raise UserError("only FSDP2 splits frozen and trained weights here", where=_CONFIG, fix="fsdp_version: 2")
+        if on("FSDP_OFFLOAD_PARAMS"):
+            raise UserError(
+                "weights stay on the GPUs in this training", where=_CONFIG, fix="fsdp_offload_params: false"
+            )
         return world.size, 1
     return None

@@ -58,6 +58,11 @@ def test_the_engine_is_torchs_where_it_can_express_the_model(spec, device, engin
     assert found.sharded == (engine == "torch")
 
 
+def test_whole_weights_are_asked_for_beside_shared_rows() -> None:
+    found = layout(recipe(shard=1, sequence=2), 4, device="cuda")
+    assert (found.engine, found.sharded) == ("ring", False)
+
+
 def test_a_configuration_of_accelerate_goes_first() -> None:
     sizes = {"PARALLELISM_CONFIG_DP_SHARD_SIZE": "2", "PARALLELISM_CONFIG_CP_SIZE": "2"}
     found = layout(recipe(shard=4), 4, ACCELERATE_USE_PARALLELISM_CONFIG="true", **sizes)
@@ -80,6 +85,7 @@ def test_a_configuration_of_accelerate_goes_first() -> None:
         (recipe(sequence=2, sequence_engine="torch"), 2, {}, "needs CUDA"),
         (recipe(), 2, {"ACCELERATE_USE_DEEPSPEED": "true"}, "Deepspeed"),
         (recipe(), 2, {"ACCELERATE_USE_FSDP": "true"}, "FSDP2"),
+        (recipe(), 2, {"ACCELERATE_USE_FSDP": "1", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "on the GPUs"),
     ],
 )
 def test_what_does_not_fit_is_refused(of, size, environment, words) -> None:
