@@ -20,10 +20,10 @@ from retrofit.system.world import from_environment
 from retrofit.views.notebook import as_tables
 
 if TYPE_CHECKING:
+    from retrofit.kv_heads.sweep.price_list import PriceList
     from retrofit.workflow.estimate.cost import Throughput
     from retrofit.workflow.plan import Plan
     from retrofit.workflow.run import RunResult
-    from retrofit.workflow.sweep import PriceList
 
 
 @as_tables
@@ -51,7 +51,7 @@ def run(
     with begun(f"run {loaded.name} in {folder}", shown, **usual) as world:
         from retrofit.workflow import run as runs
         from retrofit.workflow.estimate.machines import this_machine
-        from retrofit.workflow.opening import open_in
+        from retrofit.workflow.opening_in_world import open_in
 
         runs.check_from_step(from_step, loaded)
         speed = _measured(loaded, world.size) if world.main else None
@@ -86,9 +86,9 @@ def plan(
         raise UserError("there is no GPU to have several of", where="--gpus", fix="add --gpu NAME")
     loaded, shown = _recipe(recipe, overrides, model), display(progress)
     with begun(f"plan {loaded.name}", shown, model=loaded.model, revision=revision):
-        from retrofit.workflow.context import check_model, open_model, sized
         from retrofit.workflow.estimate.cost import ASSUMED
         from retrofit.workflow.estimate.machines import planned_for, this_machine
+        from retrofit.workflow.opening import check_model, open_model, sized
 
         context = open_model(loaded, revision=revision, progress=shown)
         context.processes = gpus or from_environment().size

@@ -197,7 +197,7 @@ def test_what_is_left_out_is_as_the_recipe_language_has_it(command: str) -> None
 
 EARLY = """
 import sys
-from retrofit.cli.app import main
+from retrofit.cli.main import main
 try:
     main()
 finally:
@@ -250,7 +250,7 @@ def test_short_and_long_help_and_completion() -> None:
 def test_the_shell_completes_choices() -> None:
     words = "retrofit convert m --method cal"
     environment = {"_RETROFIT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "4"}
-    code = "from retrofit.cli.app import main; main()"
+    code = "from retrofit.cli.main import main; main()"
     run = [sys.executable, "-c", f"import sys; sys.argv = ['retrofit']; {code}"]
     done = subprocess.run(
         run, capture_output=True, text=True, check=False, env={**environment, "PYTHONPATH": ":".join(sys.path)}

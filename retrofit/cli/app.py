@@ -6,10 +6,6 @@ torch and transformers are imported by the functions, not by this module: `retro
 
 from __future__ import annotations
 
-import atexit
-import gc
-import logging
-import os
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import retrofit
-from retrofit.cli import following, publishing, streams
-from retrofit.cli.group import Commands, Record, show_exception
+from retrofit.cli import following, publishing
+from retrofit.cli.group import Commands
 from retrofit.cli.options import Json, Overwrite, Recipe, Set, command, console_for, described
 from retrofit.cli.recipes import recipes_app
 from retrofit.console import Console
@@ -40,8 +36,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-"""For the processes of a launcher but rank 0, which alone asks the hub: what it brings is in the cache."""
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=described(OPTIONS["inspect"][0]))]
 Out = Annotated[str, typer.Option("--out", metavar="DIR", help="Folder to write; it must not exist.")]
 Lengths = Annotated[str | None, typer.Option("--lengths", metavar="N,N", help="Context lengths.")]
@@ -339,27 +333,3 @@ def doctor(json: Json = False) -> None:
 
 def _written(console: Console, result: Written, original: str | None = None, *, teacher: str | None = None) -> None:
     console.show(result, [*results.written(result), *following.after_written(result, original, teacher=teacher)])
-
-
-def main() -> None:
-    """Entry point of the `retrofit` command."""
-    streams.repair()
-    try:
-        if not from_environment().main:
-            streams.silence()
-            os.environ.update(OFFLINE)
-    except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        raise SystemExit(error.exit_code) from None
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else it warns of processes of a launcher that have ended
-    if os.environ.get("HOME") == "":  # nobody's home: libraries would take the root folder for it
-        del os.environ["HOME"]
-    # Else Python goes through every object of torch and transformers once more before it ends, for a second.
-    atexit.register(gc.freeze)
-    logging.setLogRecordFactory(Record)
-    logging.raiseExceptions = False  # a library's line about a foreign value that cannot be written is no traceback
-    sys.excepthook = show_exception
-    try:
-        typer.main.get_command(app)()
-    except SystemExit as stop:
-        raise SystemExit(stop.code or streams.finish()) from None

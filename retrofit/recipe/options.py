@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from retrofit.errors import UserError
-from retrofit.recipe.load import section_at, validate
+from retrofit.recipe.load import validate
+from retrofit.recipe.problems import section_at
 from retrofit.recipe.relative import RELATIVE_HEADS
 from retrofit.recipe.schema import Recipe, TextSource
 from retrofit.recipe.values import LISTED, TOKEN_COUNT

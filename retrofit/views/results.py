@@ -14,13 +14,13 @@ from retrofit.views.measured import task_changes
 if TYPE_CHECKING:
     from retrofit.catalogue import RecipeEntry
     from retrofit.evaluation.result import ModelEvaluation
+    from retrofit.kv_heads.sweep.price_list import PriceList
     from retrofit.model.inspect import Inspection, Undescribed
     from retrofit.system.doctor import Health
     from retrofit.workflow.certify import Certified
     from retrofit.workflow.command import Written
     from retrofit.workflow.plan import Plan
     from retrofit.workflow.run import RunResult
-    from retrofit.workflow.sweep import PriceList
 
 
 def run(result: RunResult) -> Iterator[Part]:

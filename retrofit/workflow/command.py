@@ -25,7 +25,7 @@ from retrofit.system.world import ALONE, Others, World, led
 from retrofit.workflow.artifact import Artifact
 from retrofit.workflow.context import ModelContext
 from retrofit.workflow.joining import run_step, taking_part
-from retrofit.workflow.opening import open_in
+from retrofit.workflow.opening_in_world import open_in
 from retrofit.workflow.outputs import (
     done_before,
     require_file,

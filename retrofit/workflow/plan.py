@@ -19,7 +19,6 @@ from retrofit.workflow.estimate.cost import (
     ModelFacts,
     TaskSize,
     Throughput,
-    converted_spec,
 )
 from retrofit.workflow.estimate.machines import Machine, described, lacking
 from retrofit.workflow.estimate.several_gpus import SeveralGpus, several_gpus, several_gpus_lines
@@ -105,7 +104,7 @@ def make_plan(
     """The plan of `recipe` on a model. Nothing is read, written or loaded. tasks: those of `evaluate.tasks`.
     processes: of the launcher."""
     before = facts.spec
-    after = converted_spec(before, recipe.convert.kv_heads if recipe.convert else None)
+    after = before.with_kv_heads(recipe.convert.kv_heads) if recipe.convert else before
     claimed = claimed_length(recipe, before.max_position_embeddings)
     model = CostModel(facts, after, throughput, claimed, tuple(tasks), processes)
     size = model.value_bytes

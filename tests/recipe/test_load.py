@@ -10,7 +10,8 @@ import pytest
 
 from retrofit import bundled
 from retrofit.errors import UserError
-from retrofit.recipe.load import RecipeError, dump_recipe, load_recipe, load_suite, parse
+from retrofit.recipe.load import dump_recipe, load_recipe, load_suite, parse
+from retrofit.recipe.problems import RecipeError
 from retrofit.recipe.schema import Recipe
 
 BAD = """\

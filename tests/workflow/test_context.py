@@ -14,7 +14,7 @@ from retrofit.model.families import describe
 from retrofit.model.families.base import Family
 from retrofit.recipe.schema import Evaluate, Recipe
 from retrofit.system import device as sizes
-from retrofit.workflow.context import sized
+from retrofit.workflow.opening import sized
 from tests.tiny import tiny_config
 
 

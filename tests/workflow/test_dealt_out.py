@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 from retrofit.evaluation.result import ModelEvaluation
 from retrofit.evaluation.scoring.losses import TokenLosses
+from retrofit.kv_heads.sweep.price_list import PriceList
 from retrofit.recipe.schema import Recipe
 from retrofit.system.world import ALONE, World
 from retrofit.workflow.command import evaluate, write
-from retrofit.workflow.sweep import PriceList, prices
+from retrofit.workflow.sweep import prices
 from tests.ranks import on_ranks
 from tests.tiny import save_tiny
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from retrofit.recipe.load import load_recipe
-from retrofit.workflow.estimate.cost import CostModel, Throughput, converted_spec
+from retrofit.workflow.estimate.cost import CostModel, Throughput
 from retrofit.workflow.estimate.machines import planned_for
 from retrofit.workflow.estimate.several_gpus import (
     ATTENTION_SHARE,
@@ -27,7 +27,7 @@ RECIPE = load_recipe("gqa", ["convert.kv_heads=8", "recover.sequence_length=4096
 
 
 def found(kv_heads: int = 8, claimed: int = 131_072, speed: Throughput = EIGHT) -> SeveralGpus:
-    at = several_gpus(RECIPE, CostModel(BIG, converted_spec(BIG.spec, kv_heads), speed, claimed))
+    at = several_gpus(RECIPE, CostModel(BIG, BIG.spec.with_kv_heads(kv_heads), speed, claimed))
     assert at is not None
     return at
 
@@ -52,7 +52,7 @@ def test_rows_of_a_step_are_dealt_out_and_their_gradients_summed() -> None:
     training = found().training
     assert training is not None
     assert RECIPE.recover is not None
-    model = CostModel(BIG, converted_spec(BIG.spec, 8), EIGHT, 131_072)
+    model = CostModel(BIG, BIG.spec.with_kv_heads(8), EIGHT, 131_072)
     passes = 2 + RECIPE.recover.gradient_checkpointing + 1
     row = passes * model.flops(4096, 4096) / (EIGHT.flops * 0.5)
     gradients = 4 * trained_parameters(model.after, RECIPE.recover.adapter)

@@ -16,7 +16,8 @@ from retrofit.evaluation.tasks.answers import to_file
 from retrofit.evaluation.tasks.harness import Asked, Harness
 from retrofit.install import install_command
 from retrofit.model.load import load_config
-from retrofit.recipe.load import RecipeError, load_recipe
+from retrofit.recipe.load import load_recipe
+from retrofit.recipe.problems import RecipeError
 from retrofit.recipe.schema import Recipe
 from retrofit.workflow.compare import compare_stored, stored_answers
 from retrofit.workflow.estimate.cost import CALL_SECONDS, EFFICIENCY, TaskSize

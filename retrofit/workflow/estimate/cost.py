@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from retrofit.evaluation.running import GPU_BATCHES, LOOP_STEPS
 from retrofit.kernels.availability import CAPTURE_WARM_UP
@@ -214,10 +214,3 @@ class CostModel:
         multiplying = passes * self.flops(tokens, context) / (speed * EFFICIENCY)
         reading = calls * self.facts.weight_bytes / self.throughput.bytes_per_second
         return max(multiplying, reading, calls * launches * self.launching)
-
-
-def converted_spec(spec: AttentionSpec, kv_heads: int | None) -> AttentionSpec:
-    """The spec with `kv_heads` KV heads in every layer (unchanged for None)."""
-    if kv_heads is None:
-        return spec
-    return replace(spec, layers=tuple(replace(layer, kv_heads=kv_heads) for layer in spec.layers))
