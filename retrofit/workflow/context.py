@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from retrofit.errors import UserError
+from retrofit.kernels.placement import zigzag
 from retrofit.kernels.registry import KernelChoice, choose, split_kernel
 from retrofit.model.folder import ModelFolder
 from retrofit.model.inspect import count_parameters
@@ -135,15 +136,16 @@ class ModelContext:
         working = self.model.working_dtype(dtype, self.device)
         choose(self.recipe.kernel, self.spec, self.device, dtype=self.source.dtype if working == "auto" else working)
 
-    def require_splittable(self, where: str) -> None:
-        """UserError unless one sequence can be shared out over processes: the kernel, the attention, this device.
+    def require_splittable(self, where: str, processes: int, tokens: int) -> None:
+        """UserError unless one sequence can be shared out over `processes`: the kernel, the attention, this device.
 
-        where: the setting that asks for it.
+        where: the setting that asks for it. tokens: of the shortest sequence.
         """
         try:
             split_kernel(self.recipe.kernel, self.spec, self.device)
+            zigzag(tokens, processes)
         except UserError as error:
-            raise UserError(error.what, where=f"{where}, {error.where}", fix=error.fix) from error
+            raise UserError(error.what, where=", ".join(filter(None, (where, error.where))), fix=error.fix) from error
 
     def note(self, *notes: str) -> None:
         """Lines for the person who waits."""

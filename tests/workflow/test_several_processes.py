@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -14,9 +15,12 @@ import pytest
 import retrofit
 from retrofit.checkpoint.provenance import sha256
 from retrofit.errors import PeerError, UserError
+from retrofit.model.families import describe
 from retrofit.system.world import World
 from retrofit.workflow import opening
+from retrofit.workflow.context import ModelContext
 from tests.ranks import on_ranks
+from tests.tiny import tiny_config
 from tests.workflow.conftest import sections
 
 Recipe = Callable[..., Path]
@@ -143,6 +147,14 @@ def test_processes_read_a_text_together_with_the_losses_of_one(model: Path, text
     for message in on_ranks(tmp_path, 2, evaluate, model, text, "sdpa"):
         assert "kernel `sdpa` cannot share one sequence over several ranks" in message
         assert "where: --sequence-parallel, kernel" in message
+
+
+def test_texts_with_fewer_tokens_than_chunks_are_refused_before_they_are_read() -> None:
+    opened = SimpleNamespace(recipe=SimpleNamespace(kernel="auto"), spec=describe(tiny_config("llama")), device="cpu")
+    ModelContext.require_splittable(opened, "evaluate.sequence_parallel", 8, 16)
+    with pytest.raises(UserError, match="15 tokens cannot be cut into 16 chunks for 8 ranks") as caught:
+        ModelContext.require_splittable(opened, "evaluate.sequence_parallel", 8, 15)
+    assert caught.value.where == "evaluate.sequence_parallel"
 
 
 def launch(*command: object, processes: int = 2) -> subprocess.CompletedProcess[str]:

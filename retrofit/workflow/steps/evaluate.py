@@ -106,7 +106,8 @@ class Evaluate(Step):
     def check_here(self, context: ModelContext) -> Iterable[str]:
         context.require_kernel(self.section.dtype)
         if self.section.sequence_parallel > 1:
-            context.require_splittable("evaluate.sequence_parallel")
+            read = min(self.section.lengths) - 1  # the last token is predicted, not read
+            context.require_splittable("evaluate.sequence_parallel", self.section.sequence_parallel, read)
         written = self.recipe.dtype
         if self.recipe.convert and self.section.dtype == "auto" and written != "auto" and context.device != "cpu":
             context.require_kernel(written)
