@@ -26,11 +26,11 @@ from retrofit.runs import plan, prices, run
 from retrofit.views.notebook import as_tables
 
 if TYPE_CHECKING:
-    from retrofit.evaluation.compare import Comparison
     from retrofit.evaluation.result import ModelEvaluation
     from retrofit.model.inspect import Inspection, Undescribed
     from retrofit.system.doctor import Health
     from retrofit.workflow.command import Written
+    from retrofit.workflow.compare import Comparison
 
 __all__ = [
     "RecipeEntry",
@@ -192,8 +192,6 @@ def recover(
     allow_repeats: bool | None = None,
     keep_adapter: bool | None = None,
     report_to: Sequence[Tracker] | Tracker | None = None,
-    sequence_parallel: int | None = None,
-    sequence_engine: Literal["auto", "torch", "ring"] | None = None,
     kernel: Kernel | None = None,
     device: Device | None = None,
     seed: int | None = None,
@@ -203,7 +201,6 @@ def recover(
     """Train `model` to follow `teacher` (the model before the surgery) and write the merged checkpoint to `out`.
 
     keep_adapter: keep the adapter for peft as well, in the folder `<out>-adapter`.
-    sequence_parallel: so many processes of a launcher share every row.
     overwrite: `out` may hold a checkpoint that an earlier call wrote, which is replaced.
     """
     if short_share is not None and positions != "pose":
@@ -232,6 +229,7 @@ def evaluate(
     depths: int | None = None,
     multi_key: bool | None = None,
     ruler: Sequence[int | str] | int | str | None = None,
+    common_knowledge: bool | int | None = None,
     tasks: Sequence[str] | None = None,
     task_folder: str | Path | None = None,
     fewshot: int | None = None,
@@ -254,6 +252,7 @@ def evaluate(
 
     suite: what to measure, from a file; the other arguments win over it. needle, ruler: lengths of these tests; depths,
     multi_key: of the needle test, the needles of all depths in one text.
+    common_knowledge: the built-in questions; a number, a multiple of 4, asks so many of them.
     tasks: of lm-evaluation-harness (names, or YAML files, or names of files in task_folder), `limit` questions of each
     after `fewshot` examples.
     definitions: perplexities as others define them, over `document_tokens` tokens of each document.
@@ -298,7 +297,7 @@ def compare(
     if asked and are_relative(*asked.lengths):
         raise UserError("two results are compared at numbers of tokens", where="--lengths", fix="write 4096 or 4k")
     with begun(f"compare {a} with {b}", display(progress), torch=False):
-        from retrofit.workflow.compare import compare_stored
+        from retrofit.workflow.compare import compare as compare_stored
 
         chosen = asked.lengths if asked and lengths is not None else None
         return compare_stored(local_path(a, where="A"), local_path(b, where="B"), lengths=chosen, bits=bits)

@@ -18,6 +18,7 @@ from retrofit import format as fmt
 from retrofit.data.corpora import BUILT_IN
 from retrofit.escape import Markdown, code_block, code_span, markdown, prose, table_row, visible
 from retrofit.evaluation.metrics.effective import certificate
+from retrofit.evaluation.tasks import common_knowledge
 from retrofit.publishing.card_input import CardInput, Recovery, require_known
 from retrofit.publishing.identity import unknown_lines
 
@@ -68,6 +69,7 @@ def render_card(card: CardInput) -> str:
         tables=[(ALL if kind == ALL else _name(kind), _table(card, kind)) for kind in _kinds(card)],
         documents=_documents(card),
         tasks=_tasks(card),
+        whose_tasks=_whose_tasks(card),
         certificate=certificate(card.effective) if card.effective else "",
         tests=_tests(card.effective) if card.effective else [],
         kv_table=_kv_table(card),
@@ -283,11 +285,22 @@ def _tasks(card: CardInput) -> list[Markdown]:
         for model in card.models:
             one = next(one for one in model.tasks if (one.task, one.metric) == place)
             cells.append(f"{one.value:.4g}" if one.stderr is None else f"{one.value:.4g} ± {one.stderr:.2g}")
+        if score.chance is not None:
+            cells[1] += f" (chance {score.chance:.4g})"
         if compared:
             change = next((one for one in last.task_changes if (one.task, one.metric) == place), None)
             cells.append(f"{change.change:+.3f} ({change.low:+.3f} to {change.high:+.3f})" if change else "–")
         lines.append(table_row(cells))
     return lines
+
+
+def _whose_tasks(card: CardInput) -> str:
+    """Where the questions come from."""
+    names = {score.task for score in card.models[-1].tasks}
+    own = f"`{common_knowledge.NAME}` (plain questions of attention-retrofit, four answers to choose from)"
+    theirs = ["tasks of lm-evaluation-harness"] if names - {common_knowledge.NAME} else []
+    text = " and ".join(([own] if common_knowledge.NAME in names else []) + theirs)
+    return f"{text[:1].upper()}{text[1:]}"
 
 
 def _documents(card: CardInput) -> str:
@@ -329,6 +342,9 @@ def _limits(card: CardInput) -> list[str]:
                 f"It is weaker than the original where the table says so; at worst its perplexity is {ratio:.2f} "
                 f"times the original's ({on}, {worst.length:,} tokens)."
             )
+        knowledge = common_knowledge.sentence(first.tasks, last.tasks, last.task_changes)
+        if knowledge:
+            limits.append(f"General knowledge: {knowledge}.")
     if lengths[-1] < card.claimed_length:
         limits.append(f"Contexts between {lengths[-1]:,} and {card.claimed_length:,} tokens were not measured.")
     if card.effective and card.effective.length < card.claimed_length:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from retrofit.escape import shown
 from retrofit.recipe.relative import RELATIVE_LENGTH, ascending
 from retrofit.recipe.values import (
     LISTED,
@@ -31,6 +32,7 @@ RULER_TASKS: tuple[RulerTask, ...] = (
     "frequent_words",
 )
 NEEDLE_KEYS = 12  # names that needles in one haystack are told apart by
+COMMON_KNOWLEDGE = 504  # questions of the built-in task
 
 
 class Needle(Section):
@@ -121,12 +123,7 @@ class Evaluate(Section):
         True, description="measure the models between the original and the last one of a run as well"
     )
     tail: Tokens = Field(1024, ge=1, le=MOST_TOKENS, description="TailPPL(L) looks at the last `tail` tokens before L")
-    chunk: Tokens = Field(
-        512,
-        ge=1,
-        le=MOST_TOKENS,
-        description="tokens per forward chunk; on a GPU, where a recipe does not name it, as many as fill it",
-    )
+    chunk: Tokens = Field(512, ge=1, le=MOST_TOKENS, description="tokens per forward chunk")
     dtype: Dtype = Field("auto", description="dtype that models are measured in; auto is their own")
     sequence_parallel: int = Field(
         1,
@@ -168,6 +165,19 @@ class Evaluate(Section):
     )
     needle: Needle | None = Field(None, description="needle in a haystack")
     ruler: Ruler | None = Field(None, description="RULER's tasks")
+    common_knowledge: bool | int = Field(
+        False,
+        description=f"the {COMMON_KNOWLEDGE} built-in questions of common knowledge, four answers to each; a number, a "
+        "multiple of 4, asks so many of them",
+    )
     tasks: Tasks | None = Field(None, description="tasks of lm-evaluation-harness")
 
     _ascending = field_validator("lengths", "cost_lengths")(ascending)
+
+    @field_validator("common_knowledge", mode="before")
+    @classmethod
+    def _whole_fours(cls, value: object) -> object:
+        """Four questions share their answers: only together they are fair."""
+        if isinstance(value, bool) or (type(value) is int and value in range(4, COMMON_KNOWLEDGE + 1, 4)):
+            return value
+        raise ValueError(f"must be true, false, or a multiple of 4 up to {COMMON_KNOWLEDGE}, not `{shown(value, 60)}`")

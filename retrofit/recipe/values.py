@@ -138,7 +138,8 @@ class Section(BaseModel):
     def _no_switch(cls, value: object, info: ValidationInfo) -> object:
         """`true`, `yes` and `on` are no numbers, whatever Python counts them as."""
         some = value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(one, bool) for one in some) and _counts(cls.model_fields[info.field_name or ""].annotation):
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if any(isinstance(one, bool) for one in some) and _counts(annotation) and bool not in get_args(annotation):
             raise ValueError("must be a number, not true or false")
         return value
 

@@ -42,6 +42,13 @@ _TEXTS: tuple[tuple[str, str], ...] = (
         "all of it, and less than 2 with all of it (Fang et al. 2025).",
     ),
     (
+        "Common knowledge",
+        "questions that most people answer without thinking, each with four answers of which one is right; four "
+        "questions share the same four answers, so that a model that only prefers some answers to others is right in a "
+        "quarter (chance). A score is called not distinguishable from chance where guessing would reach it at least "
+        "once in twenty times.",
+    ),
+    (
         "Task score",
         "the task's own metric over its questions, as lm-evaluation-harness asks and scores them: `acc` is the share "
         "of questions whose right answer the model finds likeliest, `acc_norm` the same with the likelihood divided by "

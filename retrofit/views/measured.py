@@ -9,11 +9,11 @@ from retrofit.format import duration, nbytes
 from retrofit.tables import Part, Table
 
 if TYPE_CHECKING:
-    from retrofit.evaluation.compare import Comparison
     from retrofit.evaluation.metrics.context_use import LongContext
     from retrofit.evaluation.result import ModelEvaluation
     from retrofit.evaluation.running import RunCost
     from retrofit.evaluation.tasks.answers import TaskChange, TaskScore
+    from retrofit.workflow.compare import Comparison
 
 
 def evaluation(result: ModelEvaluation) -> Iterator[Part]:
@@ -52,14 +52,15 @@ def tasks(rows: Sequence[TaskScore]) -> Iterator[Part]:
     """What one model scored in tasks."""
     if rows:
         yield Table(
-            "Tasks of lm-evaluation-harness",
-            ["task", "metric", "score", "standard error", "questions", "examples"],
+            "Tasks",
+            ["task", "metric", "score", "standard error", "chance", "questions", "examples"],
             [
                 (
                     row.task,
                     row.metric,
                     f"{row.value:.4f}",
                     "-" if row.stderr is None else f"{row.stderr:.4f}",
+                    "-" if row.chance is None else f"{row.chance:.2f}",
                     row.questions,
                     row.fewshot,
                 )

@@ -14,17 +14,19 @@ from retrofit.views.measured import task_changes
 if TYPE_CHECKING:
     from retrofit.catalogue import RecipeEntry
     from retrofit.evaluation.result import ModelEvaluation
-    from retrofit.kv_heads.sweep.price_list import PriceList
     from retrofit.model.inspect import Inspection, Undescribed
     from retrofit.system.doctor import Health
     from retrofit.workflow.certify import Certified
     from retrofit.workflow.command import Written
     from retrofit.workflow.plan import Plan
     from retrofit.workflow.run import RunResult
+    from retrofit.workflow.sweep import PriceList
 
 
 def run(result: RunResult) -> Iterator[Part]:
     """`retrofit run`."""
+    from retrofit.evaluation.tasks.common_knowledge import sentence
+
     labels = list(result.models)
     rows = _by_length(result.models)
     if rows:
@@ -32,14 +34,14 @@ def run(result: RunResult) -> Iterator[Part]:
     for last in list(result.models.values())[-1:]:
         title = f"Tasks: {last.label} - {labels[0]} on the same questions, right answers of only one"
         yield from task_changes(title, (labels[0], last.label), last.task_changes)
+        knowledge = sentence(next(iter(result.models.values())).tasks, last.tasks, last.task_changes)
+        if knowledge and last.task_changes:
+            yield f"general knowledge: {knowledge}"
     if result.gate:
         yield Table(
             "Requirements",
             ["metric", "required", "met", "measured"],
-            [
-                (one.metric, one.bound, one.passed, one.reason if one.value is None else f"{one.value:.6g}")
-                for one in result.gate
-            ],
+            [(one.metric, one.bound, one.passed, one.reason) for one in result.gate],
         )
     yield f"\nreport: {result.report}"
     if result.final:

@@ -25,7 +25,7 @@ from retrofit.system.world import ALONE, Others, World, led
 from retrofit.workflow.artifact import Artifact
 from retrofit.workflow.context import ModelContext
 from retrofit.workflow.joining import run_step, taking_part
-from retrofit.workflow.opening_in_world import open_in
+from retrofit.workflow.opening import open_in
 from retrofit.workflow.outputs import (
     done_before,
     require_file,
@@ -242,7 +242,6 @@ def _evaluate(
             if stored is not None and partial is not None:
                 found = stored.write(found, partial, overwrite=overwrite or finished)
         # Still in the block: a kill while costs are measured must not make everything before them be read again.
-        step.announce_costs(context)
         [model] = summary({label: context.model}, {label: found}, step.section, **step.how(context))
     return replace(model, losses=out)
 
@@ -262,12 +261,10 @@ def _tasks(
     context: ModelContext, step: Evaluate, artifact: Artifact, native: int, partial: Path | None
 ) -> dict[str, TaskAnswers]:
     """What the model answers to every task; finished ones are kept in `partial`, by rank 0."""
-    if context.harness is None:
-        return {}
     questions = Questions.of(context, step.section)
     found: dict[str, TaskAnswers] = {}
     with questions.reader(context.model, native) as ask:
-        for asked in context.harness.tasks:
+        for asked in questions.tasks:
             settings = [questions.key(asked), context.recipe.kernel, context.device_kind, native]
             key = ResumeKey(asked.name, step.version, settings, {"checkpoint": dict(artifact.digests)}).digest
             file = answers_file(partial, "model", asked.name) if partial else None

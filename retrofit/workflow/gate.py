@@ -24,12 +24,16 @@ def check_require(recipe: Recipe) -> None:
     if recipe.evaluate is None:
         return
     kinds = {kind_of(source.source) for source in recipe.evaluate.text}
-    for key, bound in recipe.require.items():
+    for key in recipe.require:
         metric, _, kind = key.partition("/")
         name, _, length = metric.partition("@")
         if name in ("task", "task_drop"):
-            if recipe.evaluate.tasks is None:
-                raise UserError("no task is asked", where=f"require.{key}", fix="add evaluate.tasks.names")
+            if recipe.evaluate.tasks is None and not recipe.evaluate.common_knowledge:
+                raise UserError(
+                    "no task is asked",
+                    where=f"require.{key}",
+                    fix="add evaluate.common_knowledge: true, or evaluate.tasks.names",
+                )
             continue  # which tasks there are is known when they are opened
         lengths = ", ".join(str(value) for value in recipe.evaluate.lengths)
         if name == "effective_length" and not (recipe.evaluate.context_gain or recipe.evaluate.needle):
@@ -49,10 +53,7 @@ def check_require(recipe: Recipe) -> None:
             )
         elif int(length) not in recipe.evaluate.lengths:
             raise UserError(
-                f"nothing is measured at {length} tokens",
-                where=f"require.{key}",
-                fix=f"add {length} to evaluate.lengths, or require something of {lengths} alone: "
-                f"--set 'require={{{name}@{recipe.evaluate.lengths[-1]}{'/' * bool(kind)}{kind}: \"{bound}\"}}'",
+                f"nothing is measured at {length} tokens", where=f"require.{key}", fix=f"use one of {lengths}"
             )
         if kind and kind not in kinds:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness in a recipe: what must hold before they are asked, and asking them."""
+"""Tasks in a recipe, built in or of lm-evaluation-harness: what must hold before they are asked, and asking them."""
 
 from __future__ import annotations
 
@@ -9,37 +9,57 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from retrofit.errors import UserError
+from retrofit.evaluation.tasks import common_knowledge
 from retrofit.evaluation.tasks.answers import TaskAnswers
+from retrofit.evaluation.tasks.common_knowledge import CommonKnowledge
 from retrofit.evaluation.tasks.harness import Asked, Harness, ask, open_tasks
 from retrofit.model.folder import ModelFolder
 from retrofit.recipe.schema import Evaluate, Recipe
 from retrofit.system.world import World
-from retrofit.workflow.estimate.cost import TaskSize
+from retrofit.workflow.estimate.cost import TOKEN_BYTES, TaskSize
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from retrofit.console import Progress
     from retrofit.workflow.context import ModelContext
 
 
+Task = CommonKnowledge | Asked
+
+
 def harness_of(recipe: Recipe) -> Harness | None:
-    """The tasks that a recipe asks, with their data; None without. Raises UserError as `open_tasks` does."""
+    """The tasks of the harness that a recipe asks, with their data; None without. Raises UserError as `open_tasks`
+    does."""
     section = recipe.evaluate.tasks if recipe.evaluate else None
     return open_tasks(section) if section else None
 
 
-def sizes(harness: Harness | None) -> tuple[TaskSize, ...]:
+def tasks_of(section: Evaluate | None, harness: Harness | None) -> tuple[Task, ...]:
+    """Every task that is asked, those that are built in first."""
+    built_in = (CommonKnowledge.of(section.common_knowledge),) if section and section.common_knowledge else ()
+    return (*built_in, *(harness.tasks if harness else ()))
+
+
+def sizes(section: Evaluate | None, harness: Harness | None) -> tuple[TaskSize, ...]:
     """What a plan needs to know of tasks."""
-    return tuple(
-        TaskSize(one.name, one.questions, one.requests, one.request_bytes, one.longest_bytes, one.generated)
-        for one in (harness.tasks if harness else ())
-    )
+    return tuple(_size(one, section.chunk if section else 0) for one in tasks_of(section, harness))
+
+
+def _size(task: Task, chunk: int) -> TaskSize:
+    if isinstance(task, CommonKnowledge):
+        count, each = len(task.questions), task.nbytes / len(task.questions)
+        together = max(1, round(chunk * TOKEN_BYTES / each))
+        return TaskSize(task.name, count, count, each, 0, 0, together)
+    return TaskSize(task.name, task.questions, task.requests, task.request_bytes, task.longest_bytes, task.generated)
 
 
 @dataclass(frozen=True)
 class Questions:
-    """The tasks of an `evaluate` section, asked of one model after another."""
+    """The tasks of an `evaluate` section, asked of one model after another. harness: for those that it has."""
 
-    harness: Harness
+    tasks: tuple[Task, ...]
+    harness: Harness | None
     section: Evaluate
     kernel: str
     device: str
@@ -49,39 +69,53 @@ class Questions:
     @classmethod
     def of(cls, context: ModelContext, section: Evaluate) -> Questions:
         """Those of a command."""
-        assert context.harness is not None
-        return cls(context.harness, section, context.recipe.kernel, context.device, context.world, context.progress)
+        tasks, recipe = tasks_of(section, context.harness), context.recipe
+        return cls(tasks, context.harness, section, recipe.kernel, context.device, context.world, context.progress)
 
-    def key(self, asked: Asked) -> dict[str, Any]:
+    def key(self, asked: Task) -> dict[str, Any]:
         """What decides about the answers to one task beside the model."""
+        if isinstance(asked, CommonKnowledge):
+            version, how = common_knowledge.VERSION, self.section.model_dump(mode="json", include={"chunk", "dtype"})
+            return {**how, "task": asked.name, "digest": asked.digest, "version": version}
         assert self.section.tasks
+        assert self.harness
         how = self.section.tasks.model_dump(mode="json", include={"fewshot", "limit", "batch_size"})
         version, dtype = self.harness.version, self.section.dtype
         return {**how, "task": asked.name, "digest": asked.digest, "harness": version, "dtype": dtype}
 
     def keys(self) -> list[dict[str, Any]]:
         """`key` of every task."""
-        return [self.key(asked) for asked in self.harness.tasks]
+        return [self.key(asked) for asked in self.tasks]
 
     @contextmanager
-    def reader(self, model: ModelFolder, length: int) -> Iterator[Callable[[Asked], TaskAnswers]]:
+    def reader(self, model: ModelFolder, length: int) -> Iterator[Callable[[Task], TaskAnswers]]:
         """A function that asks the model one task. The model is loaded when the first is asked, and given back at the
         end. length: most tokens of a request, where the model has more positions."""
         from retrofit.evaluation.folders import ready
 
-        tasks = self.section.tasks
-        assert tasks
         loaded: list[Any] = []
 
-        def answers(asked: Asked) -> TaskAnswers:
+        def answers(asked: Task) -> TaskAnswers:
             if not loaded:
-                loaded.append(ready(model, self.section, self.kernel, self.device)[0])
+                loaded.extend(ready(model, self.section, self.kernel, self.device))
+            if isinstance(asked, CommonKnowledge):
+                return common_knowledge.ask(
+                    asked,
+                    loaded[0],
+                    model.tokenizer,
+                    tokens=self.section.chunk,
+                    kernel=loaded[1] if self.kernel != "auto" else None,
+                    world=self.world,
+                    progress=self.progress,
+                )
+            assert self.harness
+            assert self.section.tasks
             return ask(
                 self.harness,
                 asked,
                 loaded[0],
                 model.tokenizer,
-                tasks,
+                self.section.tasks,
                 length=min(length, model.spec.max_position_embeddings),
                 resamples=self.section.resamples,
                 world=self.world,
@@ -95,14 +129,32 @@ class Questions:
             gc.collect()
 
 
-def check_tasks(recipe: Recipe, harness: Harness, config: Any, kernel: str) -> None:
-    """UserError for what would fail later: a batch that the kernel or the positions do not allow, and requirements on
-    tasks or metrics that are not asked for. config: of the model; kernel: what it will be read with."""
+def require_positions_of_tasks(section: Evaluate, end: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """UserError where questions of a built-in task are longer than a table of learned positions. end: of the table."""
+    if end is None or not section.common_knowledge:
+        return
+    from retrofit.evaluation.scoring.reader import require_positions
+    from retrofit.evaluation.tasks.multiple_choice import tokenized
+
+    choices = common_knowledge.choices_of(CommonKnowledge.of(section.common_knowledge))
+    longest = max(tokenized(tokenizer, one).longest for one in choices)
+    require_positions(end, longest, "evaluate.common_knowledge, for the original model")
+
+
+def check_tasks(recipe: Recipe, harness: Harness | None, config: Any, kernel: str) -> None:
+    """UserError for what would fail later: a task by the name of one that is built in, a batch that the kernel or the
+    positions do not allow, and requirements on tasks or metrics that are not asked for. config: of the model; kernel:
+    what it will be read with."""
     from retrofit.model.frequencies import varying
 
     section = recipe.evaluate.tasks if recipe.evaluate else None
-    assert section
-    if section.batch_size > 1:
+    if harness and any(asked.name == common_knowledge.NAME for asked in harness.tasks):
+        raise UserError(
+            f"`{common_knowledge.NAME}` is the name of a task that is built in",
+            where="evaluate.tasks.names",
+            fix="give the task another name, or write evaluate.common_knowledge: true for the built-in one",
+        )
+    if section and harness and section.batch_size > 1:
         generating = next((asked.name for asked in harness.tasks if asked.generated), None)
         reason = None
         if varying(config.get_text_config()):
@@ -111,7 +163,7 @@ def check_tasks(recipe: Recipe, harness: Harness, config: Any, kernel: str) -> N
             reason = f"`{generating}` generates text, and the blockwise kernel cannot read padding in front of it"
         if reason:
             raise UserError(reason, where="evaluate.tasks.batch_size", fix="write batch_size: 1")
-    known = {asked.name: asked for asked in harness.tasks}
+    known = {asked.name: asked for asked in tasks_of(recipe.evaluate, harness)}
     for key in recipe.require:
         measure, _, name = key.partition("@")
         if measure not in ("task", "task_drop"):

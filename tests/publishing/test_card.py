@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from retrofit.errors import UserError
+from retrofit.evaluation.tasks.answers import TaskChange, TaskScore
 from retrofit.publishing.card import render_card
 from retrofit.publishing.card_input import CardModel, require_usable_identity
 from retrofit.publishing.snippet import front_matter, load_snippet, placeholders, shows_snippet, with_model_id
@@ -110,6 +111,21 @@ def test_tasks_are_told_with_the_paired_difference() -> None:
     assert found["arc_easy", "acc_norm"] == pytest.approx(0.534)
     assert "no task benchmark" in render_card(card_input())
     assert "harness" not in render_card(card_input())
+
+
+def test_general_knowledge_stands_in_table_and_limits() -> None:
+    def score(value: float) -> tuple[TaskScore, ...]:
+        return (TaskScore("common_knowledge", "acc_norm", value, 0.02, 504, 0, 0.25),)
+
+    change = TaskChange("common_knowledge", "acc_norm", 504, 0.66, 0.44, -0.22, -0.27, -0.17, 0.22, 140, 28, 1e-9)
+    models = (CardModel("original", rows(1.0), score(0.66)), CardModel("converted", rows(1.4), score(0.44), (change,)))
+    text = render_card(card_input(models=models))
+    assert "| common_knowledge | acc_norm (chance 0.25) | 504 | 0 | 0.66 ± 0.02 | 0.44 ± 0.02 |" in text
+    assert "it answers 44% of 504 common-knowledge questions where the original answers 66% (chance 25%)" in text
+    assert "harness" not in text
+    both = (*score(0.44), *tasks("converted"))
+    models = (replace(models[0], tasks=(*score(0.66), *tasks("original"))), replace(models[1], tasks=both))
+    assert "and tasks of lm-evaluation-harness, score" in render_card(card_input(models=models))
 
 
 def test_the_effective_length_is_told_with_what_shows_it() -> None:

@@ -23,6 +23,7 @@ from retrofit.evaluation.metrics.bootstrap import mean_interval
 
 FORMAT = 1
 FOLDER = "tasks"
+BY_CHANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Score:
     """One metric of a task. value and stderr: the harness's own, stderr None where it gives none.
 
     questions: the metric of each question, in the order of `TaskAnswers.asked`; None where the value is not their mean
-    (a perplexity, a corpus score), so that nothing can be paired.
+    (a perplexity, a corpus score), so that nothing can be paired. chance: what guesses score on average, where known.
     """
 
     metric: str
@@ -38,6 +39,7 @@ class Score:
     stderr: float | None
     higher_is_better: bool
     questions: tuple[float, ...] | None = None
+    chance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class TaskAnswers:
     """What one model answered. asked: a digest of each question, its examples and its right answer.
 
     scores: the task's own metrics, those that can be paired first; the first of all is what a task is known by.
-    harness: version of the program that asked. key: digest of everything that the answers depend on; equal keys need
-    not be asked again.
+    harness: version of lm-evaluation-harness, empty for a task that is built in. key: digest of everything that the
+    answers depend on; equal keys need not be asked again.
     """
 
     task: str
@@ -60,14 +62,15 @@ class TaskAnswers:
     def rows(self) -> tuple[TaskScore, ...]:
         """The scores without the questions."""
         return tuple(
-            TaskScore(self.task, one.metric, one.value, one.stderr, len(self.asked), self.fewshot)
+            TaskScore(self.task, one.metric, one.value, one.stderr, len(self.asked), self.fewshot, one.chance)
             for one in self.scores
         )
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A score as tables show it. questions: how many were asked, each after `fewshot` examples."""
+    """A score as tables show it. questions: how many were asked, each after `fewshot` examples. chance: as in
+    `Score`."""
 
     task: str
     metric: str
@@ -75,6 +78,15 @@ class TaskScore:
     stderr: float | None
     questions: int
     fewshot: int
+    chance: float | None = None
+
+    @property
+    def by_chance(self) -> bool:
+        """Whether guessing would score as well once in twenty times or more often: a share of right answers that is
+        not shown to be more than chance (one-sided exact binomial test)."""
+        if self.chance is None:
+            return False
+        return at_least(round(self.value * self.questions), self.questions, self.chance) > BY_CHANCE
 
 
 @dataclass(frozen=True)
@@ -148,6 +160,17 @@ def mcnemar(lost: int, gained: int) -> float:
         for k in range(few + 1)
     )
     return min(1.0, 2 * tail)
+
+
+def at_least(right: int, n: int, chance: float) -> float:
+    """How often n guesses, each right with probability `chance`, give at least so many right answers."""
+    return math.fsum(
+        math.exp(
+            math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+            + k * math.log(chance) + (n - k) * math.log1p(-chance)
+        )
+        for k in range(right, n + 1)
+    )  # fmt: skip
 
 
 def metrics_of(answers: Sequence[Mapping[str, TaskAnswers]]) -> dict[str, float]:

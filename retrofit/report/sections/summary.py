@@ -58,7 +58,8 @@ def verdict(run: RunData) -> str:
     name = title_of(run)
     if run.final is None and run.original is not None:
         return f"{name} was measured as it is; nothing was changed."
-    sentences = [_used(run), _costs(run) or "how well it predicts text was not compared"]
+    costs = _costs(run) or "how well it predicts text was not compared"
+    sentences = [_used(run), costs, tasks.knowledge(run)]
     return f"{name} {'now ' if changes else ''}{changed}; {'; '.join(filter(None, sentences))}."
 
 
@@ -121,6 +122,7 @@ def key_numbers(run: RunData) -> tuple[Number, ...]:
             if kind != ALL and old and new:
                 detail = f"{fmt.number(old.ppl)} → {fmt.number(new.ppl)} at {fmt.count(run.head_length)} tokens"
                 numbers.append(Number(f"Perplexity against the original, {kind}", fmt.times(new.ppl / old.ppl), detail))
+    numbers += tasks.number(run)
     numbers += context_use.number(run)
     numbers += _beyond(run)
     return (*numbers, *costs.number(run))

@@ -34,7 +34,7 @@ from retrofit.workflow.checks import require_within
 from retrofit.workflow.estimate.cost import Cost, CostModel
 from retrofit.workflow.estimate.evaluation import evaluation_cost
 from retrofit.workflow.gate import check_require
-from retrofit.workflow.questions import Questions, check_tasks, harness_of
+from retrofit.workflow.questions import Questions, check_tasks, harness_of, require_positions_of_tasks
 from retrofit.workflow.step import Inputs, Pieces, Place, Step
 
 if TYPE_CHECKING:
@@ -106,12 +106,11 @@ class Evaluate(Step):
     def check_here(self, context: ModelContext) -> Iterable[str]:
         context.require_kernel(self.section.dtype)
         if self.section.sequence_parallel > 1:
-            read = min(self.section.lengths) - 1  # the last token is predicted, not read
-            context.require_splittable("evaluate.sequence_parallel", self.section.sequence_parallel, read)
+            context.require_splittable("evaluate.sequence_parallel")
         written = self.recipe.dtype
         if self.recipe.convert and self.section.dtype == "auto" and written != "auto" and context.device != "cpu":
             context.require_kernel(written)
-        if context.harness is not None:
+        if context.harness is not None or self.section.common_knowledge:
             check_tasks(self.recipe, context.harness, context.config, context.kernel.name)
         return ()
 
@@ -121,6 +120,7 @@ class Evaluate(Step):
         from retrofit.evaluation.long_context import require_room
 
         require_room(self.section, context.tokenizer, self.recipe.seed)
+        require_positions_of_tasks(self.section, context.spec.learned_positions, context.tokenizer)
         longest, length = max(self.section.lengths), sample_length(context.samples.model)
         if any(source.source == OWN_SAMPLES for source in self.section.text) and longest > _LONGER * length:
             raise UserError(
@@ -144,7 +144,7 @@ class Evaluate(Step):
         read = {
             "checkpoints": {label: dict(artifact.digests) for label, artifact in self.measured(inputs).items()},
             "documents": documents_digest(context.documents),
-            "tasks": Questions.of(context, self.section).keys() if context.harness else [],
+            "tasks": Questions.of(context, self.section).keys(),
         }
         return ResumeKey(self.name, self.version, settings, read)
 
@@ -173,7 +173,6 @@ class Evaluate(Step):
         from retrofit.evaluation.summary import summary
 
         last = list(models.values())[-1]
-        self.announce_costs(context)
         found = summary(
             {label: artifact.model for label, artifact in models.items()},
             kept,
@@ -191,7 +190,7 @@ class Evaluate(Step):
             kv_bytes=(first.kv_bytes_per_token, final.kv_bytes_per_token),
             kernel_max_diff=proof.max_difference,
             effective_length=final.effective.length if final.effective else None,
-            tasks=[one.tasks for one in kept.values()] if context.harness else [],
+            tasks=[one.tasks for one in kept.values()],
         )
         return EvaluationResult(found, numbers, proof)
 
@@ -200,8 +199,7 @@ class Evaluate(Step):
         for label in self.measured(inputs):
             losses = losses_file(Path(), label)
             found += [losses, *(pass_file(losses, name) for name in passes_of(self.section, context.native))]
-            tasks = context.harness.tasks if context.harness else ()
-            found += [answers_file(Path(), label, task.name) for task in tasks]
+            found += [answers_file(Path(), label, task.name) for task in Questions.of(context, self.section).tasks]
         return tuple(map(str, found))
 
     def restored(self, stored: Mapping[str, Any]) -> EvaluationResult:
@@ -239,11 +237,6 @@ class Evaluate(Step):
         if self.section.intermediate or len(models) < 3:
             return models
         return {label: models[label] for label in (next(iter(models)), inputs.label)}
-
-    def announce_costs(self, context: ModelContext) -> None:
-        """Say what takes its time now. It has no bar: nothing else should run while speed is measured."""
-        if self.section.cost_lengths:
-            context.note("measuring speed and memory")
 
     def how(self, context: ModelContext) -> dict[str, Any]:
         """What `summary` needs to know beside the models."""
@@ -311,12 +304,10 @@ class Evaluate(Step):
 
     def _asked(self, context: ModelContext, label: str, artifact: Artifact, pieces: Pieces) -> list[Path]:
         """Ask one model of a run every task; the files of its answers, each kept for itself."""
-        if context.harness is None:
-            return []
         questions = Questions.of(context, self.section)
         found: list[Path] = []
         with questions.reader(artifact.model, context.native) as ask:
-            for asked in context.harness.tasks:
+            for asked in questions.tasks:
 
                 def work(file: Path, scratch: Path, asked: Any = asked) -> Mapping[str, Any]:
                     answers = ask(asked)
