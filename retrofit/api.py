@@ -26,11 +26,11 @@ from retrofit.runs import plan, prices, run
 from retrofit.views.notebook import as_tables
 
 if TYPE_CHECKING:
+    from retrofit.evaluation.compare import Comparison
     from retrofit.evaluation.result import ModelEvaluation
     from retrofit.model.inspect import Inspection, Undescribed
     from retrofit.system.doctor import Health
     from retrofit.workflow.command import Written
-    from retrofit.workflow.compare import Comparison
 
 __all__ = [
     "RecipeEntry",
@@ -192,6 +192,8 @@ def recover(
     allow_repeats: bool | None = None,
     keep_adapter: bool | None = None,
     report_to: Sequence[Tracker] | Tracker | None = None,
+    sequence_parallel: int | None = None,
+    sequence_engine: Literal["auto", "torch", "ring"] | None = None,
     kernel: Kernel | None = None,
     device: Device | None = None,
     seed: int | None = None,
@@ -201,6 +203,7 @@ def recover(
     """Train `model` to follow `teacher` (the model before the surgery) and write the merged checkpoint to `out`.
 
     keep_adapter: keep the adapter for peft as well, in the folder `<out>-adapter`.
+    sequence_parallel: so many processes of a launcher share every row.
     overwrite: `out` may hold a checkpoint that an earlier call wrote, which is replaced.
     """
     if short_share is not None and positions != "pose":
@@ -297,7 +300,7 @@ def compare(
     if asked and are_relative(*asked.lengths):
         raise UserError("two results are compared at numbers of tokens", where="--lengths", fix="write 4096 or 4k")
     with begun(f"compare {a} with {b}", display(progress), torch=False):
-        from retrofit.workflow.compare import compare as compare_stored
+        from retrofit.workflow.compare import compare_stored
 
         chosen = asked.lengths if asked and lengths is not None else None
         return compare_stored(local_path(a, where="A"), local_path(b, where="B"), lengths=chosen, bits=bits)

@@ -43,7 +43,7 @@ def find(kind: Kind, name_or_path: str | Path) -> Path:
         require_regular(
             path / "recipe.yaml",
             missing="the folder holds no recipe.yaml",
-            fix=f"name a {word} file or one of {_listed(kind)}",
+            fix=f"name a {word} file or one of {_listed(kind)}{'; a model goes after --model' * (kind == 'recipes')}",
         )
         return path / "recipe.yaml"
     if os.path.lexists(path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,9 @@ from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.model.cache import cache_dir
 from retrofit.model.source import require_there
+from retrofit.recipe.options import OPTIONS, in_options
 from retrofit.recipe.schema import Recipe
+from retrofit.recovery.layout import sizes_of
 from retrofit.surroundings import require_usable
 from retrofit.system.failure import meet, watched
 from retrofit.system.sequence_groups import require_groups
@@ -64,6 +66,8 @@ def begun(
     launched = ALONE if recipe is None else from_environment()
     if recipe is not None and recipe.evaluate is not None:
         require_groups(launched, recipe.evaluate.sequence_parallel, what.partition(" ")[0])
+    if recipe is not None and recipe.recover is not None:
+        sizes_of(recipe.recover, launched)
 
     def check() -> None:
         if out is not None:
@@ -85,24 +89,42 @@ def begun(
         from retrofit.system.threads import sharing_cores
 
         with quiet(), sharing_cores(progress, launched.node_size), watched(launched):
-            world = launched if recipe is None else _met(launched, recipe)
+            places = [place for place in (out, *writes) if place is not None]
+            world = launched if recipe is None else _met(launched, recipe, places)
             if world.size > 1:
                 world.only(check)
-            yield world
+            with _worded(what.partition(" ")[0]):
+                yield world
 
 
-def _met(world: World, recipe: Recipe) -> World:
-    """The world of a launcher when its processes have met, and work for the same recipe with the same versions."""
+@contextmanager
+def _worded(command: str) -> Iterator[None]:
+    """Errors of the block in the words of a command's options; those of a recipe are in the words of the file."""
+    try:
+        yield
+    except UserError as error:
+        if command in OPTIONS and command not in ("run", "plan"):
+            error.where = error.where and in_options(command, error.where)
+            error.fix = error.fix and in_options(command, error.fix)
+        raise
+
+
+def _met(world: World, recipe: Recipe, places: Sequence[Path]) -> World:
+    """The world of a launcher when its processes have met, and work for the same recipe with the same versions, and
+    with the same folders. places: that are written."""
     if world.size == 1:
         return world
     from retrofit.model.load import resolve_device
-    from retrofit.system.agreement import digest_of, require_same, require_same_versions
+    from retrofit.system.agreement import digest_of, require_same, require_same_versions, require_shared
 
     meet(world)
     world = started(world, resolve_device(recipe.device))
     require_same_versions(world)
     seen = {"the recipe": digest_of(recipe.model_dump(mode="json"))}
     require_same(world, seen, fix="give every process the same recipe file and the same options")
+    for place in places:
+        require_same(world, {"the output": str(place.absolute())}, fix="start every node in the same folder")
+        require_shared(world, place)
     return world
 
 

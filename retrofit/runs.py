@@ -16,13 +16,14 @@ from retrofit.files import output_path
 from retrofit.recipe.load import load_recipe
 from retrofit.recipe.options import recipe_of
 from retrofit.recipe.schema import Device, Recipe
+from retrofit.system.world import from_environment
 from retrofit.views.notebook import as_tables
 
 if TYPE_CHECKING:
+    from retrofit.kv_heads.sweep.price_list import PriceList
     from retrofit.workflow.estimate.cost import Throughput
     from retrofit.workflow.plan import Plan
     from retrofit.workflow.run import RunResult
-    from retrofit.workflow.sweep import PriceList
 
 
 @as_tables
@@ -50,10 +51,10 @@ def run(
     with begun(f"run {loaded.name} in {folder}", shown, **usual) as world:
         from retrofit.workflow import run as runs
         from retrofit.workflow.estimate.machines import this_machine
-        from retrofit.workflow.opening import open_in
+        from retrofit.workflow.opening_in_world import open_in
 
         runs.check_from_step(from_step, loaded)
-        speed = _measured(loaded) if world.main else None
+        speed = _measured(loaded, world.size) if world.main else None
         context = open_in(world, loaded, revision=revision, out=folder, dry=dry_run, throughput=speed, progress=shown)
         if not dry_run:
             return runs.run(context, folder, from_step=from_step)
@@ -78,20 +79,23 @@ def plan(
     Raises UserError when a step is not possible on this model.
 
     measure: time a small matrix product for the estimate; otherwise a throughput is assumed, and the plan says so.
-    gpu: plan for this GPU (h100, h200, a100, l40s, 4090) instead of this machine; gpus: how many there are.
+    gpu: plan for this GPU (h100, h200, a100, l40s, 4090) instead of this machine; gpus: how many of them a run is
+    started on, one process each.
     """
     if gpus is not None and gpu is None:
         raise UserError("there is no GPU to have several of", where="--gpus", fix="add --gpu NAME")
     loaded, shown = _recipe(recipe, overrides, model), display(progress)
     with begun(f"plan {loaded.name}", shown, model=loaded.model, revision=revision):
-        from retrofit.workflow.context import check_model, open_model
         from retrofit.workflow.estimate.cost import ASSUMED
         from retrofit.workflow.estimate.machines import planned_for, this_machine
+        from retrofit.workflow.opening import check_model, open_model, sized
 
         context = open_model(loaded, revision=revision, progress=shown)
+        context.processes = gpus or from_environment().size
         check_model(context)
         if gpu is not None:
             machine, context.throughput = planned_for(gpu, 1 if gpus is None else gpus)
+            context.recipe = sized(context.recipe, loaded, context.spec, "cuda", memory=machine.memory)
         else:
             machine = this_machine(context.device, Path.cwd())
             context.throughput = _measured(loaded) if measure else ASSUMED
@@ -134,7 +138,8 @@ def prices(
     loaded = recipe_of("prices", {**given, "model": model if recipe is None else None}, base)
     read = recipe_of("convert", {"kv_heads": 1, "tokens": tokens}).convert
     command = _command_for_heads(model, recipe, loaded.name, calibrate or (), revision, overrides)
-    with begun(f"price list of {loaded.model}", shown, model=loaded.model, revision=revision, writes=(folder,)):
+    place: Any = {"model": loaded.model, "revision": revision, "writes": (folder,), "recipe": loaded}
+    with begun(f"price list of {loaded.model}", shown, **place) as world:
         from retrofit.workflow.sweep import prices as price
 
         return price(
@@ -145,6 +150,7 @@ def prices(
             moments=folder,
             revision=revision,
             **({"throughput": lambda: _measured(loaded)} if measure else {}),
+            world=world,
             progress=shown,
         )
 
@@ -178,8 +184,12 @@ def _command_for_heads(
     return f"retrofit run {recipe_word}{named}{pinned}{options} --set convert.kv_heads={{kv_heads}}"
 
 
-def _measured(recipe: Recipe) -> Throughput:
+def _measured(recipe: Recipe, processes: int = 1) -> Throughput:
+    """Of this machine. processes: that share a run, each with a GPU of its own; on a CPU they share its cores."""
     from retrofit.model.load import resolve_device
+    from retrofit.system.device import is_gpu
     from retrofit.workflow.estimate.throughput import measure
 
-    return measure(resolve_device(recipe.device))
+    device = resolve_device(recipe.device)
+    found = measure(device)
+    return replace(found, gpus=processes) if is_gpu(device) else found

@@ -16,7 +16,12 @@ from retrofit.system.world import World, from_environment, started
 
 # One server imports the heavy packages once; every rank is a fork of it, in which no thread has run yet.
 _SERVER = multiprocessing.get_context("forkserver")
-_HEAVY = ("transformers.models.llama.modeling_llama", "retrofit.kv_heads.calibrate.layerwise", "tests.tiny")
+_HEAVY = (
+    "transformers.models.llama.modeling_llama",
+    "retrofit.kv_heads.calibrate.layerwise",
+    "retrofit.recovery.train",
+    "tests.tiny",
+)
 _SERVER.set_forkserver_preload(["torch.distributed", *_HEAVY])
 
 
@@ -39,14 +44,21 @@ def on_ranks(folder: Path, size: int, function: Callable[..., Any], *values: Any
     results: dict[int, Any] = {}
     until = time.monotonic() + seconds
     try:
-        while len(results) < size:
-            waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
-            ready = wait(waiting, max(0, until - time.monotonic()))
-            assert ready, f"ranks {[pipes.index(pipe) for pipe in waiting]} of {size} did not answer in {seconds} s"
-            for pipe in ready:
-                rank = pipes.index(pipe)  # type: ignore[arg-type]
-                ok, results[rank] = pickle.loads(pipes[rank].recv_bytes())
+        waiting = dict(enumerate(pipes))
+        while waiting:
+            ready = wait(list(waiting.values()), max(0, until - time.monotonic()))
+            assert ready, f"ranks {list(waiting)} of {size} did not answer in {seconds} s"
+            for rank, pipe in list(waiting.items()):
+                if pipe not in ready:
+                    continue
+                del waiting[rank]
+                try:
+                    answer = pipe.recv_bytes()
+                except EOFError:  # it was killed: what the others make of it is the answer
+                    continue
+                ok, results[rank] = pickle.loads(answer)
                 assert ok, f"rank {rank} of {size}:\n{results[rank]}"
+        assert len(results) == size, f"only ranks {sorted(results)} of {size} answered"
         return [results[rank] for rank in range(size)]
     finally:
         for process in processes:

@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 
 import retrofit
 from retrofit.cli.app import app
+from retrofit.entry import begun
 from retrofit.errors import UserError
-from retrofit.recipe.options import OPTIONS, Option, option_of, recipe_of
+from retrofit.recipe.options import OPTIONS, Option, in_options, option_of, recipe_of
 from retrofit.views.notebook import VIEWS
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -129,6 +130,54 @@ def test_an_error_in_a_part_is_told_of_the_option_that_makes_the_part() -> None:
     assert option_of("extend")(("context",)) is None
 
 
+@pytest.mark.parametrize(
+    ("command", "values", "said"),
+    [
+        ("extend", {"length": 2048, "factor": 2}, "give exactly one of --length and --factor"),
+        (
+            "recover",
+            {"tokens": 16, "sequence_length": 256},
+            "--tokens is 16, and one step reads 256: --batch-size rows",
+        ),
+    ],
+)
+def test_an_error_about_several_options_names_them(command: str, values: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        recipe_of(command, values, {"recover": {}} if command == "recover" else None)
+    assert said in str(caught.value)
+    assert "options:" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "said"),
+    [
+        (
+            "evaluate",
+            "give longer documents, or shorten `evaluate.lengths`",
+            "give longer documents, or shorten --lengths",
+        ),
+        ("evaluate", "use kernel: blockwise, or auto", "use --kernel blockwise, or auto"),
+        ("evaluate", "evaluate.lengths_of.x", "evaluate.lengths_of.x"),
+        ("extend", "write `length: 2048` instead", "write `--length 2048` instead"),
+        ("recover", "recover.positions: pose", "--positions pose"),
+        ("recover", "or set allow_repeats: true", "or set --allow-repeats"),
+        ("convert", "convert.calibration.text: self", "--calibrate self"),
+    ],
+)
+def test_a_command_speaks_of_its_options(command: str, text: str, said: str) -> None:
+    assert in_options(command, text) == said
+
+
+def test_an_error_in_the_work_of_a_command_names_its_option() -> None:
+    with pytest.raises(UserError) as caught, begun("extend x", None, torch=True):
+        raise UserError("no", where="context.length", fix="write length: 2k")
+    assert caught.value.where == "--length"
+    assert caught.value.fix == "write --length 2k"
+    with pytest.raises(UserError) as caught, begun("run x", None, torch=True):
+        raise UserError("no", where="context.length")
+    assert caught.value.where == "context.length"
+
+
 def test_a_length_may_be_typed_as_it_is_said() -> None:
     found = recipe_of("evaluate", {"lengths": "1k,4k", "needle": ["32k"], "dtype": "half"}).evaluate
     assert found is not None
@@ -150,7 +199,7 @@ def test_what_is_left_out_is_as_the_recipe_language_has_it(command: str) -> None
 
 EARLY = """
 import sys
-from retrofit.cli.app import main
+from retrofit.cli.main import main
 try:
     main()
 finally:
@@ -203,7 +252,7 @@ def test_short_and_long_help_and_completion() -> None:
 def test_the_shell_completes_choices() -> None:
     words = "retrofit convert m --method cal"
     environment = {"_RETROFIT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "4"}
-    code = "from retrofit.cli.app import main; main()"
+    code = "from retrofit.cli.main import main; main()"
     run = [sys.executable, "-c", f"import sys; sys.argv = ['retrofit']; {code}"]
     done = subprocess.run(
         run, capture_output=True, text=True, check=False, env={**environment, "PYTHONPATH": ":".join(sys.path)}

@@ -88,6 +88,14 @@ def markdown(result: dict[str, Any], machine: dict[str, Any], command: str) -> s
         median, busy = statistics.median(wall for wall, _ in rounds), statistics.median(cpu for _, cpu in rounds)
         each = ", ".join(f"{wall:.1f}" for wall, _ in rounds)
         lines.append(f"| {name} | {median:.1f} | {each} | {busy:.1f} | {median / copy:.1f} |")
+    worked = [
+        f"{statistics.median(cpu for _, cpu in rounds) - (name != 'cp -r') * result['starting'][1]:.1f} s for `{name}`"
+        for name, rounds in rows.items()
+    ]
+    lines += [
+        "",
+        f"Seconds of processors without the imports, which other work does not lengthen: {', '.join(worked)}.",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -15,6 +15,7 @@ from evals.gpu.parts import Row, Setting
 from retrofit.kernels import blockwise
 from retrofit.kernels.tile_backends import BACKENDS
 from retrofit.kernels.tile_choice import TOLERANCE, Shape, card_of, choice_for, installed, run_trial
+from retrofit.system.speed import synchronize
 
 # (queries, keys, window): prefill, cached chunk, one token, windows shorter and longer than a chunk
 CASES = ((96, 96, None), (64, 320, None), (1, 257, None), (200, 200, 33), (64, 320, 100), (65, 257, 1), (130, 130, 500))
@@ -135,14 +136,12 @@ def _forward(kernel: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: T
 
 def _seconds(work: Callable[[], object], device: str, rounds: int = 3) -> float:
     """The fastest of a few, after one that is not counted."""
-    from retrofit.evaluation.decoding import synchronize
-
-    where, best = torch.device(device), float("inf")
+    best = float("inf")
     for round_ in range(rounds + 1):
-        synchronize(where)
+        synchronize(device)
         began = time.perf_counter()
         work()
-        synchronize(where)
+        synchronize(device)
         if round_:
             best = min(best, time.perf_counter() - began)
     return best

@@ -16,6 +16,7 @@ from retrofit.evaluation.scoring.score import score
 from retrofit.kernels.check import prove
 from retrofit.kernels.registry import choose
 from retrofit.model.families import describe
+from retrofit.system.device import forward_tokens
 from retrofit.workflow.estimate.cost import CostModel, ModelFacts
 from retrofit.workflow.estimate.throughput import measure
 from tests.tiny import FAMILIES, tiny_model
@@ -76,7 +77,8 @@ def scoring(setting: Setting) -> Iterator[Row]:
     from retrofit.data.documents import Document
 
     model = random_llama(SMOLLM2, setting)
-    spec, chunk = describe(model.config), 64 if setting.reduced else 512
+    spec = describe(model.config)
+    chunk = 64 if setting.reduced else forward_tokens(setting.device, spec, model.dtype.itemsize)
     facts = ModelFacts("smollm2", spec, sum(p.numel() for p in model.parameters()), setting.dtype)
     costs = CostModel(facts, spec, measure(setting.device), spec.max_position_embeddings)
     for tokens in (256,) if setting.reduced else (4096, 32768):
@@ -88,7 +90,14 @@ def scoring(setting: Setting) -> Iterator[Row]:
         seconds = time.perf_counter() - began
         predicted = tokens / costs.seconds(tokens, tokens, call=chunk)
         finite = bool(np.isfinite(losses.losses[0]).all())
-        yield Row(f"scoring {tokens:,} tokens", tokens / seconds, "tokens/s", predicted=predicted, passed=finite)
+        yield Row(
+            f"scoring {tokens:,} tokens",
+            tokens / seconds,
+            "tokens/s",
+            predicted=predicted,
+            passed=finite,
+            note=f"chunks of {chunk:,}",
+        )
 
 
 def decoding(setting: Setting) -> Iterator[Row]:

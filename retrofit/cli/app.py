@@ -6,10 +6,6 @@ torch and transformers are imported by the functions, not by this module: `retro
 
 from __future__ import annotations
 
-import atexit
-import gc
-import logging
-import os
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import retrofit
-from retrofit.cli import following, publishing, streams
-from retrofit.cli.group import Commands, Record, show_exception
+from retrofit.cli import following, publishing
+from retrofit.cli.group import Commands
 from retrofit.cli.options import Json, Overwrite, Recipe, Set, command, console_for, described
 from retrofit.cli.recipes import recipes_app
 from retrofit.console import Console
@@ -96,6 +92,7 @@ def run(
     "retrofit plan ./my-model --kv-heads",
     "retrofit plan ./my-model --kv-budget 2GiB@32k --moments moments/my-model",
     "retrofit plan gqa --model ./my-model --kv-heads",
+    shared=True,
 )
 def plan(
     recipe: Annotated[
@@ -120,7 +117,7 @@ def plan(
         typer.Option("--gpu", metavar="NAME", help="Plan for a GPU that is not here: h100, h200, a100, l40s, 4090."),
     ] = None,
     gpus: Annotated[
-        int | None, typer.Option("--gpus", metavar="N", help="How many there are; a run uses one of them.")
+        int | None, typer.Option("--gpus", metavar="N", help="How many of them a run is started on, one process each.")
     ] = None,
     moments: Annotated[
         str | None,
@@ -141,6 +138,8 @@ def plan(
         for name, value in listed.items():
             if value:
                 raise UserError(f"--{name} belongs to the price list", where="retrofit plan", fix="add --kv-heads")
+        if not from_environment().main:  # only the price list reads text, which processes share
+            return
         result = retrofit.plan(recipe, model=model, gpu=gpu, gpus=gpus, **usual)
         _plan(console, result, recipe, {"model": model, "revision": revision}, set_)
         return
@@ -334,26 +333,3 @@ def doctor(json: Json = False) -> None:
 
 def _written(console: Console, result: Written, original: str | None = None, *, teacher: str | None = None) -> None:
     console.show(result, [*results.written(result), *following.after_written(result, original, teacher=teacher)])
-
-
-def main() -> None:
-    """Entry point of the `retrofit` command."""
-    streams.repair()
-    try:
-        if not from_environment().main:
-            streams.silence()
-    except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        raise SystemExit(error.exit_code) from None
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else it warns of processes of a launcher that have ended
-    if os.environ.get("HOME") == "":  # nobody's home: libraries would take the root folder for it
-        del os.environ["HOME"]
-    # Else Python goes through every object of torch and transformers once more before it ends, for a second.
-    atexit.register(gc.freeze)
-    logging.setLogRecordFactory(Record)
-    logging.raiseExceptions = False  # a library's line about a foreign value that cannot be written is no traceback
-    sys.excepthook = show_exception
-    try:
-        typer.main.get_command(app)()
-    except SystemExit as stop:
-        raise SystemExit(stop.code or streams.finish()) from None

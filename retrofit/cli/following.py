@@ -10,11 +10,11 @@ from retrofit.escape import shell_word
 
 if TYPE_CHECKING:
     from retrofit.evaluation.result import ModelEvaluation
+    from retrofit.kv_heads.sweep.price_list import PriceList
     from retrofit.model.inspect import Inspection
     from retrofit.workflow.certify import Certified
     from retrofit.workflow.command import Written
     from retrofit.workflow.run import RunResult
-    from retrofit.workflow.sweep import PriceList
 
 
 def lines(*commands: str) -> Iterator[str]:

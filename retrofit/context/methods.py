@@ -124,6 +124,7 @@ def _require_method(method: str, settings: RopeSettings) -> None:
 def _target(before: int, length: int | None, factor: float | None) -> int:
     if (length is None) == (factor is None):
         raise UserError("Give exactly one of `length` and `factor`", where="context", fix="for example `length: 16384`")
+    given = "context.length" if factor is None else "context.factor"
     if length is None:
         exact = before * float(factor)  # type: ignore[arg-type]
         length = round(exact) if exact <= MOST_TOKENS else MOST_TOKENS + 1  # infinity, and what is no number, as well
@@ -136,14 +137,14 @@ def _target(before: int, length: int | None, factor: float | None) -> int:
     if length > MOST_TOKENS:
         raise UserError(
             f"A window of more than {MOST_TOKENS} tokens: engines count positions in 32 bits",
-            where="context",
+            where=given,
             fix="ask for fewer tokens",
         )
     if length <= before:
         raise UserError(
             f"The model already has a window of {before} tokens; {length} is not longer",
-            where="context",
-            fix=f"ask for more than {before} tokens, or leave `context` out of the recipe",
+            where=given,
+            fix=f"ask for more than {before} tokens",
         )
     return length
 

@@ -52,21 +52,23 @@ class CalibrationText:
         length = self.input_ids_NT.shape[1]
         return {kind: self.kinds.count(kind) * length for kind in dict.fromkeys(self.kinds)}
 
-    def batches(self) -> list[tuple[str, Tensor]]:
-        """(kind, ids [B, T]) of one kind each, at most TOKENS_PER_BATCH tokens and half of the kind's sequences."""
+    def batches(self, tokens: int = TOKENS_PER_BATCH) -> list[tuple[str, Tensor]]:
+        """(kind, ids [B, T]) of one kind each, at most `tokens` tokens and half of the kind's sequences."""
         out = []
         for kind in dict.fromkeys(self.kinds):
             rows = [i for i, k in enumerate(self.kinds) if k == kind]
-            size = max(1, min(TOKENS_PER_BATCH // self.input_ids_NT.shape[1], len(rows) // 2))
+            size = max(1, min(tokens // self.input_ids_NT.shape[1], len(rows) // 2))
             out += [(kind, self.input_ids_NT[rows[i : i + size]]) for i in range(0, len(rows), size)]
         return out
 
-    def folds(self) -> tuple[tuple[str, int], ...]:
-        """(kind, part) of each batch. Repairs are checked on parts of each kind, and on kinds, that a trial fit does
-        not see."""
+    def folds(self, tokens: int = TOKENS_PER_BATCH) -> tuple[tuple[str, int], ...]:
+        """(kind, part) of each of `batches`.
+
+        Repairs are checked on parts of each kind, and on kinds, that a trial fit does not see.
+        """
         seen: dict[str, int] = {}
         found = []
-        for kind, _ in self.batches():
+        for kind, _ in self.batches(tokens):
             found.append((kind, seen.get(kind, 0) % 2))
             seen[kind] = seen.get(kind, 0) + 1
         return tuple(found)

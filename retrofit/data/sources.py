@@ -41,7 +41,7 @@ def rows(source: TextSource) -> Callable[[], Iterator[Row]]:
     """
     if source.source.startswith(HUB):
         hub_dataset(source.source)
-        load = _hub_loader()
+        load = _hub_loader(source)
         return lambda: _hub_rows(source, load)
     files = text_files(source.source)
     if any(suffix_of(file) == PARQUET for file in files):
@@ -123,12 +123,14 @@ def _parquet_rows(file: Path, name: str, field: str) -> Iterator[Row]:
         ) from None
 
 
-def _hub_loader() -> Callable[..., object]:
+def _hub_loader(source: TextSource) -> Callable[..., object]:
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise UserError(
-            "hub datasets need the package `datasets`", where="text source `hub:...`", fix=install_command("datasets")
+            "hub datasets need the package `datasets`",
+            where=f"text source `{shown(source.source)}`",
+            fix=f"{install_command('datasets')}; or name other text: a file, a folder, {' or '.join(BUILT_IN)}",
         ) from error
     return load_dataset
 

@@ -20,12 +20,12 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from retrofit.errors import UserError
-from retrofit.evaluation.decoding import batch_costs, synchronize, weights_read
+from retrofit.evaluation.decoding import batch_costs, weights_read
 from retrofit.evaluation.running import GPU_BATCHES, BatchCost, LengthCost, RunCost
 from retrofit.model.families import describe
 from retrofit.model.spec import AttentionSpec
 from retrofit.system.memory import Watch
-from retrofit.system.speed import bandwidth, flops
+from retrofit.system.speed import bandwidth, flops, synchronize
 
 WARM_UP = 16  # tokens of a pass that is not timed
 
@@ -154,11 +154,11 @@ def run_cost(
                 if batches and decode_tokens
                 else ()
             )
-            synchronize(model.device)
+            synchronize(str(model.device))
             began = time.perf_counter()
             for _ in range(decode_tokens):
                 token = _next(model, token, cache)
-            synchronize(model.device)
+            synchronize(str(model.device))
             speed = decode_tokens / (time.perf_counter() - began)
             expected = spec.kv_cache_bytes(length, model.dtype.itemsize)
             found.append(
@@ -213,10 +213,10 @@ def _prompt(model: PreTrainedModel, tokens: int, generator: torch.Generator) -> 
 
 
 def _timed(model: PreTrainedModel, ids_1T: torch.Tensor, cache: DynamicCache) -> tuple[float, torch.Tensor]:
-    synchronize(model.device)
+    synchronize(str(model.device))
     began = time.perf_counter()
     token = _next(model, ids_1T, cache)
-    synchronize(model.device)
+    synchronize(str(model.device))
     return time.perf_counter() - began, token
 
 

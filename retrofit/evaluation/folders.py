@@ -16,7 +16,7 @@ from retrofit.evaluation.running import COST_ROUNDS
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.evaluation.scoring.reader import require_positions
 from retrofit.kernels.check import KernelCheck, prove
-from retrofit.kernels.registry import KernelChoice, apply, choose
+from retrofit.kernels.registry import KernelChoice, apply, choose, split_kernel
 from retrofit.model.folder import ModelFolder
 from retrofit.recipe.schema import Evaluate
 from retrofit.system.sequence_groups import sequence_groups
@@ -67,9 +67,12 @@ def score_folder(
     """
     require_positions(model.spec.learned_positions, longest_prompt(section), str(model.path))
     loaded, choice = ready(model, section, kernel, device)
-    tokenizer = model.tokenizer
+    tokenizer, reading, sequences = model.tokenizer, choice, None
+    if section.sequence_parallel > 1:
+        sequences = sequence_groups(world, section.sequence_parallel)
+        reading = split_kernel(choice.requested, model.spec, device, str(loaded.dtype).removeprefix("torch."))
     if progress:
-        progress.note(f"{label}: kernel {choice.name}, {choice.reason}")
+        progress.note(f"{label}: kernel {reading.name}, {reading.reason}")
         if tokenizer.bos_token_id is None:
             progress.note("this tokenizer has no BOS: the first token of every document is given, not predicted")
     meta: dict[str, object] = {"model": label, "tokenizer_sha256": tokenizer_digest(tokenizer)}
@@ -88,7 +91,7 @@ def score_folder(
         meta=meta,
         partial=partial / "full" if partial else None,
         world=world,
-        sequences=sequence_groups(world, section.sequence_parallel) if section.sequence_parallel > 1 else None,
+        sequences=sequences,
         progress=progress,
     )
     measured = measure(
@@ -107,7 +110,7 @@ def score_folder(
     written = continuations(loaded, tokenizer, documents, tokens=continuation_tokens, kernel=asked, world=world)
     del loaded
     gc.collect()
-    return Scored(losses, choice, replace(measured, continuations=written))
+    return Scored(losses, reading, replace(measured, continuations=written))
 
 
 def ready(model: ModelFolder, section: Evaluate, kernel: str, device: str) -> tuple[PreTrainedModel, KernelChoice]:

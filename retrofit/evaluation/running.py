@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 COST_ROUNDS = 4  # turns of the first and the last model when what they cost to run is measured
 GPU_BATCHES = (1, 8, 32)  # sequences decoded together where a recipe names none
+LOOP_STEPS = 4  # launched from Python where the same step is then replayed: each takes as long as the one before
 FEWEST_ROUNDS = 3  # of each model: two of one are faster than two of the other by chance once in three times
 
 

@@ -23,6 +23,7 @@ HUB_KERNELS = {
 }
 """Repositories of kernels, and the compute capability (major) that each needs."""
 
+CAPTURE_WARM_UP = 3  # steps before a capture: libraries choose their kernels and allocate what they keep
 COMPILES = "PyTorch compiles it first, half a minute of a core for each of: a first chunk, later chunks, single tokens"
 """What `flex_attention` does on a CPU, for people who wait for it."""
 

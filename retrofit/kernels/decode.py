@@ -51,7 +51,7 @@ def attention(
 def register() -> None:
     """Make the kernel known to transformers; doing it again changes nothing.
 
-    It has no mask function: `evaluation.decoding` gives the mask [1, 1, 1, S] itself.
+    It has no mask function: `kernels.stepping` gives the mask [1, 1, 1, S] itself.
     """
     from transformers import AttentionInterface
 
@@ -73,7 +73,7 @@ def _forward(
         raise UserError(
             f"{type(module).__name__} asks for more than one token over a masked cache",
             where=NAME,
-            fix="use another kernel; this one is for measuring how fast a model decodes",
+            fix="use another kernel; this one computes one token at a time",
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     visible = attention_mask[0, 0, 0, : key.shape[2]]  # a layer with a window has fewer slots, all of them in use

@@ -236,8 +236,8 @@ def _objection(
         return "PyTorch has no attention kernel with a log-sum-exp for MPS"
     if kernel == "blockwise" and cuda and dtype not in (None, *_HALF):
         return f"the attention kernels of CUDA with a log-sum-exp have no {dtype}; load the model in bfloat16"
-    if kernel == "blockwise" and cuda and any(layer.head_dim > 256 for layer in spec.layers):
-        return "its head dim is above 256"
+    if kernel == "blockwise" and cuda and any(layer.head_dim > 256 or layer.head_dim % 8 for layer in spec.layers):
+        return "its head dim is above 256, or no multiple of 8"
     if flash:
         status = _status(kernel, machine)
         if not cuda or not status.available:

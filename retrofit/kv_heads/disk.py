@@ -11,92 +11,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.staging import free_space, require_writable
 from retrofit.errors import UserError
 from retrofit.format import nbytes
 from retrofit.kv_heads import VERSION
+from retrofit.kv_heads.disk_tensors import DiskTensors
 from retrofit.system.dealing import collected
+from retrofit.system.device import stream_place
 from retrofit.system.world import ALONE, World
 
 STATE = "state.json"
-_ITEM = 4  # bytes of a float32
-
-
-class DiskTensors:
-    """N float32 tensors of given shapes in one file, read and written one at a time."""
-
-    def __init__(self, path: Path, shapes: Sequence[tuple[int, ...]]) -> None:
-        self.path, self._shapes = path, [torch.Size(shape) for shape in shapes]
-        self._offsets = [0]
-        for shape in self._shapes:
-            self._offsets.append(self._offsets[-1] + shape.numel() * _ITEM)
-        self.checksums: list[int] = [0] * len(self._shapes)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the file."""
-        return self._offsets[-1]
-
-    def shape(self, index: int) -> torch.Size:
-        """Shape of tensor `index`."""
-        return self._shapes[index]
-
-    def create(self) -> None:
-        """Make the whole file. Where the system can reserve its room, none is an error now and not in the middle."""
-        with self.path.open("wb") as file:
-            if self.nbytes and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, self.nbytes)
-            else:  # macOS
-                file.truncate(self.nbytes)
-
-    def write(self, index: int, tensor: Tensor) -> None:
-        """Write tensor `index`, wherever it is, as float32."""
-        assert tensor.shape == self._shapes[index]
-        view = _bytes(tensor.detach().to("cpu", torch.float32).contiguous())
-        self.checksums[index] = zlib.crc32(view)
-        with self.path.open("r+b", buffering=0) as file:
-            file.seek(self._offsets[index])
-            while view:
-                view = view[file.write(view) :]
-
-    def read(self, index: int, device: str = "cpu") -> Tensor:
-        """Tensor `index`, in memory of its own."""
-        tensor = torch.empty(self._shapes[index])
-        view = _bytes(tensor)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self._offsets[index])
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise UserError("the file became shorter while it was read", where=str(self.path))
-                view = view[count:]
-        return tensor.to(device)
-
-    def whole(self, checksums: Sequence[int]) -> bool:
-        """Whether the file has its size and these checksums."""
-        if not self.path.is_file() or self.path.stat().st_size != self.nbytes or len(checksums) != len(self._shapes):
-            return False
-        return all(zlib.crc32(_bytes(self.read(index))) == checksum for index, checksum in enumerate(checksums))
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.numpy().data.cast("B")
 
 
 class StreamFolder:
     """Streams into the present layer and out of it, and how many layers are done.
+
+    They are files, so that a killed pass resumes; on a GPU, where they fit, they are also kept in memory and read from
+    there (`stream_place`). What is needed within one layer is then not written at all.
 
     key: names everything that the bytes depend on; a folder with another key, and a folder whose files are not what
     its state says, is emptied and announced. shapes: [B, T, C] of every batch. layers: of the model. within: files of
@@ -119,6 +59,7 @@ class StreamFolder:
         within: Sequence[DiskTensors] = (),
         whole: Callable[[int], object] = lambda index: None,
         to_the_end: bool = False,
+        device: str = "cpu",
         own: Sequence[int] | None = None,
         world: World = ALONE,
         say: Callable[[str], None],
@@ -130,6 +71,9 @@ class StreamFolder:
             (name, parity): DiskTensors(folder / f"{name}-{parity}", shapes) for name in names for parity in (0, 1)
         }
         self._files = (*self._streams.values(), *within)
+        place = stream_place(device, sum(file.nbytes for file in self._files))
+        for file in self._files if place != "disk" else ():
+            file.keep(device if place == "device" else "cpu", written=file not in within)
         self.resumed_from = world.only(lambda: self._resume(say))
         self.layers_done = self.resumed_from or 0
 
@@ -152,11 +96,16 @@ class StreamFolder:
 
     def drop_streams(self) -> None:
         """All layers are done: only their results are read from here on."""
-        for tensors in self._files if self._world.main else ():
-            tensors.path.unlink(missing_ok=True)
+        for tensors in self._files:
+            tensors.forget()
+            if self._world.main:
+                tensors.path.unlink(missing_ok=True)
 
     def _commit(self, layers_done: int) -> None:
         self.layers_done = layers_done
+        for name in self._names:
+            self.stream(name, layers_done).settle()
+            self.stream(name, layers_done - 1).forget()
         checksums = {name: self._checksums(self.stream(name, layers_done)) for name in self._names}
         if self._world.main:
             partial = self.folder / f".{STATE}.partial"

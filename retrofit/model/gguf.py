@@ -69,7 +69,9 @@ def convert(path: str | Path, *, weights: bool = True, progress: Progress | None
     if weights:
         require_free_space(final, header.parameters * (4 if header.dtype == "float32" else 2) + (64 << 20))
     if progress:
-        progress.start(f"Converting {shown(path.name)} to safetensors", None, "tensors")
+        file = shown(path.name)
+        what = f"Converting {file} to safetensors" if weights else f"Reading configuration and tokenizer of {file}"
+        progress.start(what, None, "tensors")
 
     def make(folder: Path) -> None:
         _write(header, weights, folder)
@@ -79,7 +81,8 @@ def convert(path: str | Path, *, weights: bool = True, progress: Progress | None
     cached(final, make, progress=progress)
     if progress:
         progress.finish()
-        progress.note(f"{shown(path.name)} is kept as {header.dtype} safetensors in {final}")
+        kept = f"{file} is kept as {header.dtype} safetensors"
+        progress.note(f"{kept if weights else f'configuration and tokenizer of {file} are kept'} in {final}")
     return final
 
 

@@ -260,8 +260,8 @@ def _from_gguf(
         license=license or license_of(folder),
         base_model=base_model or base_model_of(folder),
         notes=(
-            f"the weights were read from {shown(path.name)}, quantised as {quantisation}, and kept as {dtype}: "
-            "`original` is the model in that file, not the one it was quantised from",
+            f"the weights were read from {shown(path.name)}, quantised (most of them as {quantisation}), and kept as "
+            f"{dtype}: `original` is the model in that file, not the one it was quantised from",
         )
         if quantisation
         else (),

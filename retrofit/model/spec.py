@@ -7,7 +7,7 @@ Everything that converts, extends, prices or checks a model asks these records, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Pairing = Literal["half", "interleaved"]
@@ -129,6 +129,10 @@ class AttentionSpec:
     def learned_positions(self) -> int | None:
         """Entries of the table of positions, beyond which nothing can be read; None where positions are computed."""
         return None if any(layer.rope for layer in self.layers) else self.max_position_embeddings
+
+    def with_kv_heads(self, kv_heads: int) -> AttentionSpec:
+        """The same attention with `kv_heads` KV heads in every layer."""
+        return replace(self, layers=tuple(replace(layer, kv_heads=kv_heads) for layer in self.layers))
 
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
         """Bytes the KV cache grows by for each token, windows ignored."""

@@ -122,7 +122,7 @@ def _require_name(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UserError(
-            f"`{repo_id}` is not a name the hub allows: {error}",
+            f"`{repo_id}` is not a name the hub allows: {str(error).partition(' Use `repo_type`')[0]}",
             where="--repo",
             fix="write --repo YOUR-NAME/MODEL-NAME",
         ) from error

@@ -123,7 +123,12 @@ class Evaluate(Section):
         True, description="measure the models between the original and the last one of a run as well"
     )
     tail: Tokens = Field(1024, ge=1, le=MOST_TOKENS, description="TailPPL(L) looks at the last `tail` tokens before L")
-    chunk: Tokens = Field(512, ge=1, le=MOST_TOKENS, description="tokens per forward chunk")
+    chunk: Tokens = Field(
+        512,
+        ge=1,
+        le=MOST_TOKENS,
+        description="tokens per forward chunk; on a GPU, where a recipe does not name it, as many as fill it",
+    )
     dtype: Dtype = Field("auto", description="dtype that models are measured in; auto is their own")
     sequence_parallel: int = Field(
         1,

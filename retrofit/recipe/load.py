@@ -6,12 +6,11 @@ told in the words of the file.
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -21,42 +20,16 @@ from retrofit import bundled, yamlfile
 from retrofit.errors import UserError
 from retrofit.escape import shown, visible
 from retrofit.files import read_text
+from retrofit.recipe.problems import Problem, RecipeError, described, dotted, in_order, meant, shortened
 from retrofit.recipe.schema import Recipe
 from retrofit.recipe.suite import Suite
 from retrofit.yamlfile import Key
 
 Model = TypeVar("Model", bound=BaseModel)
 
-MAX_TOLD = 20
-"""Problems that one message lists; the others are counted."""
+_KEY = re.compile(r"`([a-z_]+)`")
+_SURGERY = ("convert", "context", "recover")  # what a recipe's description is about
 _INDEX = re.compile(r"[0-9]{1,9}")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing wrong with a recipe. where: file:line, or the option that set the value."""
-
-    where: str
-    key: str
-    what: str
-
-    def __str__(self) -> str:
-        parts = (shown(self.where), shown(self.key, 120), shown(self.what, 600))
-        return ": ".join(part for part in parts if part)
-
-
-class RecipeError(UserError):
-    """All problems of one recipe."""
-
-    def __init__(self, name: str, problems: Sequence[Problem], fix: str | None = None) -> None:
-        number = "1 problem" if len(problems) == 1 else f"{len(problems):,} problems"
-        lines = "".join(f"\n  {problem}" for problem in problems[:MAX_TOLD])
-        others = f"\n  and {len(problems) - MAX_TOLD:,} more" if len(problems) > MAX_TOLD else ""
-        super().__init__(
-            f"{number} in `{shown(name)}`{lines}{others}",
-            fix=fix or "correct the lines above; `retrofit schema` lists every key",
-        )
-        self.problems = tuple(problems)
 
 
 @dataclass
@@ -76,12 +49,17 @@ class _Document:
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), model: str | None = None) -> Recipe:
-    """Read a recipe file or a bundled recipe, lay `overrides` ("a.b=c") and `model` over it, and validate it.
+    """Read a recipe file or a bundled recipe, lay `overrides` ("a.b=c") and `model` over it, and validate it. The
+    description of what it does is followed by the overrides that change it.
 
     Raises RecipeError (a UserError) that lists every problem.
     """
     path = bundled.find("recipes", name_or_path)
-    return parse(_text(path), str(path), Recipe, overrides, {"model": model} if model else {})
+    recipe = parse(_text(path), str(path), Recipe, overrides, {"model": model} if model else {})
+    changed = ", ".join(one for one in overrides if one.partition(".")[0].partition("=")[0].strip() in _SURGERY)
+    if not recipe.description or not changed:
+        return recipe
+    return recipe.model_copy(update={"description": f"{recipe.description}; changed: {shortened(changed, 300)}"})
 
 
 def load_suite(name_or_path: str | Path) -> Suite:
@@ -125,11 +103,11 @@ def parse(
         result = kind.model_validate(document.values)
     except ValidationError as error:
         unread = {problem.key for problem in document.problems}
-        found = [_problem(document, kind, details) for details in _told_once(error)]
+        found = [_problem(document, kind, details) for details in _without_consequences(error)]
         document.problems += [problem for problem in found if problem.key not in unread]
-        raise RecipeError(filename, _in_order(document.problems)) from None
+        raise RecipeError(filename, in_order(document.problems)) from None
     if document.problems:
-        raise RecipeError(filename, _in_order(document.problems))
+        raise RecipeError(filename, in_order(document.problems))
     return result
 
 
@@ -146,20 +124,30 @@ def validate(
         return kind.model_validate(values)
     except ValidationError as error:
         problems: dict[str | Key, Problem] = {}  # an option that sets two keys is told once
-        for details in _told_once(error):
+        for details in _without_consequences(error):
             problem = _problem(document, kind, details)
-            option = option_of(tuple(details["loc"])) if option_of else None
-            told = problem if option is None else Problem(option, "", problem.what)
-            problems.setdefault(option or tuple(details["loc"]), told)
+            key: Key = tuple(details["loc"])
+            option = option_of(key) if option_of else None
+            if option is not None:
+                problem = Problem(option, "", problem.what)
+            elif option_of and details["type"] == "value_error":  # of a section, whose keys it names
+                what = _with_flags(problem.what, key, option_of)
+                problem = problem if what == problem.what else Problem("", "", what)
+            problems.setdefault(option or key, problem)
         fix = "correct the options above; --help lists them" if option_of else None
         raise RecipeError(where, list(problems.values()), fix) from None
+
+
+def _with_flags(what: str, section: Key, option_of: Callable[[Key], str | None]) -> str:
+    """A problem of a section that names keys of it as `key`, with the options that set these."""
+    return _KEY.sub(lambda match: option_of((*section, match[1])) or match[0], what)
 
 
 def _read(text: str, filename: str) -> _Document:
     parsed = yamlfile.parse(text)
     document = _Document(filename)
     document.problems = [
-        Problem(f"{filename}:{problem.line}", _dotted(problem.key), problem.what) for problem in parsed.problems
+        Problem(f"{filename}:{problem.line}", dotted(problem.key), problem.what) for problem in parsed.problems
     ]
     if parsed.value is None and document.problems:
         raise RecipeError(filename, document.problems)
@@ -173,18 +161,18 @@ def _read(text: str, filename: str) -> _Document:
 def _apply(document: _Document, override: str) -> None:
     """Lay one `a.b=c` over the values; c is read as YAML, and a bound like `>= 2` as it is."""
     option = f"--set {shown(override, 120)}"
-    dotted, equals, text = override.partition("=")
-    parts = dotted.strip().split(".")
-    if not equals or not all(parts) or visible(dotted) != dotted:
+    path, equals, text = override.partition("=")
+    parts = path.strip().split(".")
+    if not equals or not all(parts) or visible(path) != path:
         document.problems.append(Problem(option, "", "write --set a.b=value"))
         return
     if len(parts) > yamlfile.MAX_DEPTH:
-        document.problems.append(Problem(option, dotted, f"no key has {len(parts):,} parts"))
+        document.problems.append(Problem(option, path, f"no key has {len(parts):,} parts"))
         return
     greater = text.lstrip().startswith(">") and "\n" not in text  # what opens a block in YAML, where lines follow
     parsed = yamlfile.Parsed(text.strip()) if greater else yamlfile.parse(text)
     if parsed.problems:
-        document.problems += [Problem(option, dotted, problem.what) for problem in parsed.problems]
+        document.problems += [Problem(option, path, problem.what) for problem in parsed.problems]
         return
     value = parsed.value
     target: Any = document.values
@@ -193,12 +181,12 @@ def _apply(document: _Document, override: str) -> None:
         step: str | int = part
         if isinstance(target, list):
             if not _INDEX.fullmatch(part) or int(part) >= len(target):
-                what = f"`{_dotted(key)}` is a list of {len(target)}; `{_short(part)}` is no index of it"
-                document.problems.append(Problem(option, dotted, what))
+                what = f"`{dotted(key)}` is a list of {len(target)}; `{shortened(part)}` is no index of it"
+                document.problems.append(Problem(option, path, what))
                 return
             step = int(part)
         elif not isinstance(target, dict):
-            document.problems.append(Problem(option, dotted, f"`{_dotted(key)}` is a single value, not a section"))
+            document.problems.append(Problem(option, path, f"`{dotted(key)}` is a single value, not a section"))
             return
         key = (*key, step)
         if index == len(parts) - 1:
@@ -217,7 +205,7 @@ def _forget(document: _Document, key: Key) -> None:
         del document.where[known]
 
 
-def _told_once(error: ValidationError) -> list[ErrorDetails]:
+def _without_consequences(error: ValidationError) -> list[ErrorDetails]:
     """The errors of pydantic without those that say of a list that it is short, because some of it is wrong."""
     return [
         details
@@ -229,111 +217,10 @@ def _told_once(error: ValidationError) -> list[ErrorDetails]:
 def _problem(document: _Document, kind: type[BaseModel], details: ErrorDetails) -> Problem:
     key: Key = tuple(details["loc"])
     if details["type"] == "extra_forbidden":
-        return Problem(document.place(key), _dotted(key), f"unknown key{_meant(kind, key)}")
-    return Problem(document.place(key), _dotted(key), _told(details))
-
-
-def _told(details: ErrorDetails) -> str:
-    """An error of pydantic in the words of the file."""
-    context = details.get("ctx", {})
-    got = details.get("input")
-    kind = details["type"]
-    if kind == "missing":
-        return "is required"
-    if kind == "value_error":
-        return str(context["error"])
-    if kind == "literal_error":
-        options = [option.strip("'") for option in str(context["expected"]).replace(" or ", ", ").split(", ")]
-        near = difflib.get_close_matches(str(got), options, n=1)
-        hint = f"; did you mean `{near[0]}`?" if near else ""
-        return f"must be one of {', '.join(options)}, not `{_short(got)}`{hint}"
-    for start, words in _WORDS:
-        if kind.startswith(start):
-            return f"must be {words.format(**context)}, not `{_short(got)}`"
-    return f"{details['msg']}, not `{_short(got)}`"
-
-
-_WORDS = (
-    ("int_", "a whole number"),
-    ("float_", "a number"),
-    ("finite_number", "a finite number"),
-    ("bool_", "true or false"),
-    ("string_type", "text (quote it)"),
-    ("string_pattern", "text matching {pattern}"),
-    ("string_too_short", "text of at least {min_length} character"),
-    ("string_too_long", "text of at most {max_length} characters"),
-    ("too_short", "a list of at least {min_length}"),
-    ("too_long", "a list of at most {max_length}"),
-    ("tuple_type", "a list"),
-    ("dict_type", "a section (key: value)"),
-    ("model_", "a section (key: value)"),
-    ("greater_than_equal", "at least {ge}"),
-    ("greater_than", "greater than {gt}"),
-    ("less_than_equal", "at most {le}"),
-    ("less_than", "less than {lt}"),
-)
-
-
-def _short(value: object) -> str:
-    text = "nothing" if value is None else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _meant(root: type[BaseModel], key: Key) -> str:
-    """ "; did you mean `x`?": a key of the same section, else the same or a near key of another one."""
-    wrong = str(key[-1])
-    here = section_at(root, key[:-1])
-    near = difflib.get_close_matches(wrong, here.model_fields if here else (), n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean `{near[0]}`?"
-    elsewhere = dict(_all_keys(root))
-    near = difflib.get_close_matches(wrong, elsewhere.values(), n=1, cutoff=0.75)
-    paths = [path for path, name in elsewhere.items() if near and name == near[0]]
-    if paths:
-        return f"; did you mean `{paths[0]}`?"
-    return f"; known here: {', '.join(here.model_fields)}" if here else ""
-
-
-def section_at(root: type[BaseModel], key: Key) -> type[BaseModel] | None:
-    """The model that validates the section at `key`."""
-    section: type[BaseModel] | None = root
-    for part in key:
-        if isinstance(part, int):
-            continue
-        info = section.model_fields.get(part) if section else None
-        section = next(_models(info.annotation), None) if info else None
-    return section
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The pydantic models inside an annotation such as `tuple[TextSource, ...]` or `Convert | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _models(argument)
-
-
-def _all_keys(root: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted path, last name) of every key, sections' own keys first."""
-    for name in root.model_fields:
-        yield prefix + name, name
-    for name, info in root.model_fields.items():
-        for section in _models(info.annotation):
-            yield from _all_keys(section, f"{prefix}{name}.")
-
-
-def _dotted(key: Key) -> str:
-    text = ""
-    for part in key:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
-
-
-def _in_order(problems: list[Problem]) -> list[Problem]:
-    """By line; those of options last, in the order given."""
-
-    def line(problem: Problem) -> tuple[int, int]:
-        _, _, number = problem.where.rpartition(":")
-        return (0, int(number)) if _INDEX.fullmatch(number) and not problem.where.startswith("--") else (1, 0)
-
-    return sorted(problems, key=line)
+        return Problem(document.place(key), dotted(key), f"unknown key{meant(kind, key)}")
+    what = described(details)
+    if details["type"] == "value_error" and any(
+        known[:-1] == key and place.startswith("--set ") for known, place in document.where.items() if known
+    ):
+        what += f"; --set {dotted((*key, 'KEY'))}=null takes a key out"
+    return Problem(document.place(key), dotted(key), what)

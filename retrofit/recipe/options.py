@@ -3,6 +3,7 @@ wording of errors. Name, type, choices, help and default of an option are those 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from retrofit.errors import UserError
-from retrofit.recipe.load import section_at, validate
+from retrofit.recipe.load import validate
+from retrofit.recipe.problems import section_at
 from retrofit.recipe.relative import RELATIVE_HEADS
 from retrofit.recipe.schema import Recipe, TextSource
 from retrofit.recipe.values import LISTED, TOKEN_COUNT
@@ -130,6 +132,8 @@ OPTIONS: Mapping[str, tuple[Option, ...]] = {
         _option("recover.allow_repeats"),
         _option("recover.keep_adapter"),
         _option("recover.report_to"),
+        _option("recover.distribute.sequence", "sequence_parallel"),
+        _option("recover.sequence_engine"),
         _option("kernel"),
         *_MACHINE,
     ),
@@ -215,6 +219,21 @@ def option_of(command: str) -> Callable[[Sequence[str | int]], str | None]:
         return next(iter(exact), None) or (next(iter(inside), None) if len(words) > 1 else None)
 
     return find
+
+
+def in_options(command: str, text: str) -> str:
+    """A message with the options of a command for the keys that they set: `--lengths` for `evaluate.lengths`, and
+    `--loss lm` for `loss: lm`."""
+    for option in sorted(OPTIONS[command], key=lambda option: -len(option.path)):
+        if len(option.key) > 1:
+            text = re.sub(rf"(?<![\w.-])(`?){re.escape(option.path)}(?![\w.])\1", option.flag, text)
+        if option.path not in ("model", "revision"):
+            written = rf"(?<![\w.-])(?:{re.escape(option.key[-1])}|{option.flag}): (?=[\w\[])"
+            if option.kind == "flag":
+                text = re.sub(rf"{written}true\b", option.flag, text)
+            else:
+                text = re.sub(written, f"{option.flag} ", text)
+    return text
 
 
 def _is_given(value: object) -> bool:

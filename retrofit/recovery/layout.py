@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from retrofit.errors import UserError
+from retrofit.kernels.ring_cost import ulysses_copies
 from retrofit.model.spec import AttentionSpec
 from retrofit.recipe.schema import Recover
 from retrofit.system.world import World
@@ -75,7 +76,29 @@ def layout_of(
 
     Raises UserError for sizes that the processes, the rows or the batch do not allow, and for what an engine cannot do.
     """
+    shard, sequence, wished = sizes_of(recipe, world, environment)
+    engine, why = sequence_engine(recipe, spec, device, sequence)
+    notes = [] if engine is None else [f"{sequence} processes share every row ({engine}: {why})"]
+    sharded, reason = _sharded(shard, world.size, engine, fits)
+    degree = shard if shard != "auto" else (world.size // sequence if sharded else 1)
+    layout = Layout(world.rank, world.size // (degree * sequence), degree, sequence, sharded, engine)
+    if world.size > 1:
+        notes.insert(0, f"{world.size} processes: {layout.data_ranks} x different rows; {reason}")
+    if wished:
+        notes.append("the configuration of accelerate goes before recover.distribute")
+    return Layout(**{**vars(layout), "notes": tuple(notes)})
+
+
+def sizes_of(
+    recipe: Recover, world: World, environment: Mapping[str, str] = os.environ
+) -> tuple[int | Literal["auto"], int, bool]:
+    """(processes that the weights are split over, processes that share a row, whether accelerate's configuration says
+    so), for the processes of `world`.
+
+    Raises UserError for sizes that do not multiply to their number, and where there is no launcher.
+    """
     wished = _configured(environment, world)
+    shard: int | Literal["auto"]
     shard, sequence = wished or (recipe.distribute.shard, recipe.distribute.sequence)
     where = _CONFIG if wished else "recover.distribute"
     known = sequence * (shard if shard != "auto" else 1)
@@ -92,17 +115,17 @@ def layout_of(
             where=where,
             fix=f"start {known} processes or a multiple: `{START.format(known)}`",
         )
-    engine, why = sequence_engine(recipe, spec, device, sequence)
-    notes = [] if engine is None else [f"{sequence} processes share every row ({engine}: {why})"]
-    sharded, reason = _sharded(shard, world.size, engine, fits)
-    degree = shard if shard != "auto" else (world.size // sequence if sharded else 1)
-    layout = Layout(world.rank, world.size // (degree * sequence), degree, sequence, sharded, engine)
-    _require_rows(recipe, layout)
-    if world.size > 1:
-        notes.insert(0, f"{world.size} processes: {layout.data_ranks} x different rows; {reason}")
-    if wished:
-        notes.append("the configuration of accelerate goes before recover.distribute")
-    return Layout(**{**vars(layout), "notes": tuple(notes)})
+    rows = world.size // sequence
+    if recipe.batch_size < rows:
+        raise UserError(
+            f"a step has {recipe.batch_size} row{'s' * (recipe.batch_size > 1)} for {rows} "
+            + (f"groups of {sequence} processes" if sequence > 1 else "processes")
+            + " that each need one",
+            where="recover.batch_size",
+            fix=f"use batch_size: {rows} or more, start fewer than {world.size} processes, or let more of them share a "
+            "row (recover.distribute.sequence)",
+        )
+    return shard, sequence, wished is not None
 
 
 def sequence_engine(recipe: Recover, spec: AttentionSpec, device: str, sequence: int) -> tuple[Engine | None, str]:
@@ -118,13 +141,14 @@ def sequence_engine(recipe: Recover, spec: AttentionSpec, device: str, sequence:
             where="recover.document_masking, with recover.distribute.sequence",
             fix="leave out one of them",
         )
-    if recipe.sequence_length < 2 * sequence:
+    shortest = min([recipe.sequence_length, *(one.length for one in recipe.stages if recipe.positions == "full")])
+    if shortest < 2 * sequence:
         raise UserError(
-            f"rows of {recipe.sequence_length} tokens cannot be split into two chunks for each of {sequence} processes",
-            where="recover.sequence_length",
+            f"rows of {shortest} tokens cannot be split into two chunks for each of {sequence} processes",
+            where="recover.sequence_length" if shortest == recipe.sequence_length else "recover.stages",
             fix=f"use rows of {2 * sequence} tokens or more, or a smaller recover.distribute.sequence",
         )
-    objection = _torch_objection(spec, device)
+    objection = _torch_objection(recipe, spec, device, sequence)
     if recipe.sequence_engine == "torch" and objection:
         raise UserError(
             f"torch's context parallelism cannot do this: {objection}",
@@ -137,21 +161,29 @@ def sequence_engine(recipe: Recover, spec: AttentionSpec, device: str, sequence:
 
 
 def ulysses_note(spec: AttentionSpec, sequence: int) -> str | None:
-    """What splitting heads instead of tokens over `sequence` processes would be limited to; None for one process."""
-    heads = min(layer.kv_heads for layer in spec.layers)
+    """What splitting heads instead of tokens over `sequence` processes would come to; None for one process."""
     if sequence == 1:
         return None
-    if sequence <= heads and heads % sequence == 0:
-        return f"splitting heads instead (Ulysses) would work up to a degree of {heads}, the KV heads"
+    heads, kv_heads = spec.layers[0].query_heads, min(layer.kv_heads for layer in spec.layers)
+    copies = ulysses_copies(heads, kv_heads, sequence)
+    if copies is None:
+        return f"{heads} query and {kv_heads} KV heads could not be split over {sequence} processes instead (Ulysses)"
+    if copies == 1:
+        return f"heads could be split instead (Ulysses), up to {kv_heads} processes: the KV heads"
     return (
-        f"splitting heads instead (Ulysses) could not be done at a degree of {sequence}: {heads} KV "
-        f"head{'s' * (heads > 1)} would have to be repeated on {sequence} processes"
+        f"heads split over {sequence} processes instead (Ulysses) would put {copies} copies of each of {kv_heads} "
+        f"KV head{'s' * (kv_heads > 1)} on them: more than {kv_heads} save nothing"
     )
 
 
-def _torch_objection(spec: AttentionSpec, device: str) -> str | None:
+def _torch_objection(recipe: Recover, spec: AttentionSpec, device: str, sequence: int) -> str | None:
     if not device.startswith("cuda"):
         return "it needs CUDA"
+    if recipe.distribute.shard == 1:
+        return "it splits the weights as well, and `shard: 1` keeps them whole"
+    lengths = {recipe.sequence_length, *(stage.length for stage in recipe.stages if recipe.positions == "full")}
+    if any(length % (2 * sequence) for length in lengths):
+        return f"rows do not divide into {2 * sequence} equal chunks"
     if any(layer.window for layer in spec.layers):
         return "there are sliding windows"
     if any(layer.softcap is not None for layer in spec.layers):
@@ -170,19 +202,6 @@ def _sharded(shard: int | str, size: int, engine: Engine | None, fits: bool) -> 
     if size == 1 or fits:
         return False, "each holds all weights, which fit"
     return True, "weights are split (FSDP2), as they do not fit one device"
-
-
-def _require_rows(recipe: Recover, layout: Layout) -> None:
-    if recipe.batch_size < layout.data_ranks:
-        groups = layout.data_ranks * layout.sequence
-        raise UserError(
-            f"a step has {recipe.batch_size} rows for {layout.data_ranks} "
-            + (f"groups of {layout.sequence} processes" if layout.sequence > 1 else "processes")
-            + " that each need one",
-            where="recover.batch_size",
-            fix=f"use batch_size: {layout.data_ranks} or more, fewer processes than {groups}, or let more of them "
-            "share a row (recover.distribute.sequence)",
-        )
 
 
 def _configured(environment: Mapping[str, str], world: World) -> tuple[int, int] | None:
@@ -217,5 +236,9 @@ def _configured(environment: Mapping[str, str], world: World) -> tuple[int, int]
     if on("ACCELERATE_USE_FSDP"):
         if environment.get("FSDP_VERSION", "1") != "2":
             raise UserError("only FSDP2 splits frozen and trained weights here", where=_CONFIG, fix="fsdp_version: 2")
+        if on("FSDP_OFFLOAD_PARAMS"):
+            raise UserError(
+                "weights stay on the GPUs in this training", where=_CONFIG, fix="fsdp_offload_params: false"
+            )
         return world.size, 1
     return None

@@ -1,8 +1,8 @@
 """Distillation and language-model losses from hidden states, without a tokens x vocabulary tensor.
 
 The output head is applied to `row_chunk` rows at a time and the gradient is formed in the same pass, so that neither
-logits nor their gradient exist for more rows than that. Inside a chunk the log-softmax runs in float32 on a few rows
-at a time, small enough to stay in the processor's cache.
+logits nor their gradient exist for more rows than that. Inside a chunk the log-softmax runs in float32, on a CPU on a
+few rows at a time, small enough to stay in the processor's cache.
 
 Legend: N rows (tokens), C model width, V vocabulary, R rows of a chunk.
 """
@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+from retrofit.system.device import logits_at_a_time
 
 IGNORED = -100  # a label that the loss does not count
 CACHE_VALUES = 262_144  # float32 values of one tensor that are worked on at a time: 1 MiB, half of a common L2 cache
@@ -120,7 +122,7 @@ class _ChunkedHead(torch.autograd.Function):
         d_weight = torch.zeros_like(weight_VC, dtype=torch.float32) if wanted[1] else None
         d_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wanted[2] else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_NC.device)
-        step = max(1, CACHE_VALUES // head.weight.shape[0])
+        step = logits_at_a_time(str(hidden_NC.device), row_chunk, head.weight.shape[0], CACHE_VALUES)
         for start in range(0, len(hidden_NC), row_chunk):
             h_RC = hidden_NC[start : start + row_chunk]
             logits_RV = _raw_logits(h_RC, head, buffer_RV)

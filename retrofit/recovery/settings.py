@@ -16,6 +16,7 @@ from retrofit.recovery.batches import MicroBatches
 from retrofit.recovery.schedule import TrainRows
 
 LOGGED = 200  # lines that a training logs where it reports, about
+FORM = 2  # of a checkpoint: one of another form is not resumed
 CHANGE_NO_WEIGHT = {"report_to", "keep_adapter", "allow_repeats", "distribute", "sequence_engine"}
 
 
@@ -76,7 +77,7 @@ def fingerprint_of(
 ) -> str:
     """Everything a checkpoint depends on, so that a run never resumes from another training's."""
     settings = recipe.model_dump_json(exclude=CHANGE_NO_WEIGHT)
-    state = hashlib.sha256(repr((settings, seed, str(compute), kernel)).encode())
+    state = hashlib.sha256(repr((FORM, settings, seed, str(compute), kernel)).encode())
     for folder in (student, teacher):
         if folder is not None:
             checkpoint = folder.checkpoint

@@ -30,7 +30,8 @@ MASK_KERNELS = ("sdpa", "eager")
 class StudentTeacher:
     """Student and teacher (None for the plain language-model loss), both frozen and in the compute dtype.
 
-    shared_bytes: bytes of the teacher that are the student's own storage.
+    spec, teacher_spec: of the student and the teacher. shared_bytes: bytes of the teacher that are the student's own
+    storage.
     """
 
     student: PreTrainedModel
@@ -39,6 +40,7 @@ class StudentTeacher:
     kernel: str
     kernel_reason: str
     shared_bytes: int
+    teacher_spec: AttentionSpec | None = None
 
 
 def load_student_teacher(
@@ -49,8 +51,10 @@ def load_student_teacher(
     dtype: torch.dtype,
     kernel: str,
     documents: bool = False,
+    memory: str | None = None,
 ) -> StudentTeacher:
     """Load both models; tensors that are equal in both exist once. documents: rows hold documents kept apart by a mask.
+    memory: where they are put, by default on the device that computes.
 
     Raises UserError if the two do not speak the same vocabulary, or the kernel cannot train this model.
     """
@@ -62,15 +66,16 @@ def load_student_teacher(
     name = str(dtype).removeprefix("torch.")
     choice = training_kernel(kernel, spec, device, name, documents=documents)
     # A short training towards a still teacher needs no noise, and kernels without dropout can then train every model.
-    student = student_model.load(dtype=name, device=device, dropout=False)
+    student = student_model.load(dtype=name, device=memory or device, dropout=False)
     teacher = None
     shared = 0
     if teacher_model is not None:
-        teacher = teacher_model.load(dtype=name, device=device).requires_grad_(False)
+        teacher = teacher_model.load(dtype=name, device=memory or device).requires_grad_(False)
         shared = share_weights(teacher, student)
         registry.apply(teacher, choice)
     registry.apply(student, choice)
-    return StudentTeacher(student.requires_grad_(False), teacher, spec, choice.name, choice.reason, shared)
+    taught = None if teacher_model is None else teacher_model.spec
+    return StudentTeacher(student.requires_grad_(False), teacher, spec, choice.name, choice.reason, shared, taught)
 
 
 def training_kernel(

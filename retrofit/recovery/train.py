@@ -29,8 +29,17 @@ from retrofit.recovery.batches import MicroBatches
 from retrofit.recovery.callbacks import TrainPoint, TrainState, Watch, last_checkpoint
 from retrofit.recovery.layout import ONE_PROCESS, Layout
 from retrofit.recovery.schedule import TrainRows, about, check_lengths, held_out_lines, training_lines
+from retrofit.recovery.sequence import PLACES, Sharing, shared_kernel, sharing_of
 from retrofit.recovery.settings import fingerprint_of, training_arguments
-from retrofit.recovery.student_teacher import StudentTeacher, body, compute_dtype, hidden_states, load_student_teacher
+from retrofit.recovery.sharding import in_turn, parallelism, split, split_again, weights_mesh
+from retrofit.recovery.student_teacher import (
+    StudentTeacher,
+    body,
+    compute_dtype,
+    hidden_states,
+    load_student_teacher,
+    training_kernel,
+)
 from retrofit.recovery.trainer import HeldOut, Objective, RecoveryTrainer, autocast, trial_step
 from retrofit.system.device import micro_batch, steps_between_readings
 from retrofit.system.world import ALONE, World
@@ -115,21 +124,41 @@ def recover(
     native = window if teacher is None else teacher.spec.max_position_embeddings
     check_lengths(recipe, native, window)
     documents = recipe.document_masking
-    pair = load_student_teacher(student, teacher, device=device, dtype=compute, kernel=kernel, documents=documents)
-    _note(
-        notes, progress, f"training in {str(compute).removeprefix('torch.')} with {pair.kernel}: {pair.kernel_reason}"
-    )
+    shared = shared_kernel(layout.engine, kernel, spec, device, str(compute).removeprefix("torch."))
+    mesh = weights_mesh(parallelism(layout), device) if layout.sharded else None
+
+    def load() -> tuple[StudentTeacher, PeftModel]:
+        pair = load_student_teacher(
+            student,
+            teacher,
+            device=device,
+            dtype=compute,
+            kernel="sdpa" if layout.engine == "torch" else kernel,
+            documents=documents,
+            memory="cpu" if layout.sharded else None,
+        )
+        model = student_with_adapters(pair, recipe, seed)
+        if mesh is not None:
+            split(model, pair, mesh, device)
+        return pair, model
+
+    pair, model = in_turn(world, load) if layout.sharded else load()
+    for text in layout.notes:
+        _note(notes, progress, text)
+    whole = training_kernel(kernel, spec, device, str(compute).removeprefix("torch."), documents=documents)
+    used = shared or whole
+    _note(notes, progress, f"training in {str(compute).removeprefix('torch.')} with {used.name}: {used.reason}")
     for text in tokens.notes:
         _note(notes, progress, text)
     lines = training_lines(tokens, recipe, window, seed)
     measured = None if held_out is None else held_out_lines(held_out, recipe, window, seed)
-    model = student_with_adapters(pair, recipe, seed)
-    _check_sight(model, lines, recipe, compute, device)
+    sharing = sharing_of(layout, world, pair, device)
+    _check_sight(model, lines, recipe, compute, device, sharing)
     for text in (*about(recipe, window, pair.spec), *about_experts(recipe.adapter, pair.spec)):
         _note(notes, progress, text)
-    objective = Objective(pair, recipe)
+    objective = Objective(pair, recipe, sharing)
     fingerprint = world.share(
-        fingerprint_of(student, teacher, recipe, lines, measured, seed, compute, pair.kernel) if world.main else ""
+        fingerprint_of(student, teacher, recipe, lines, measured, seed, compute, whole.name) if world.main else ""
     )
     checkpoint = world.share(last_checkpoint(work_dir, fingerprint) if world.main else None)
     course = TrainState(fingerprint) if checkpoint is None else TrainState.load(checkpoint)
@@ -137,9 +166,12 @@ def recover(
     dealt = partial(MicroBatches, every_token=teacher is not None, rank=layout.data_rank, ranks=layout.data_ranks)
     rows = math.ceil(recipe.batch_size / layout.data_ranks)
     attempt = partial(trial_step, objective, model, lines, compute, device)
-    micro = min(world.gather(micro_batch(rows, attempt, device)))
+    # A try that fails in one process would leave those waiting that need its part of the weights, or of a row.
+    tied = layout.sharded or layout.sequence > 1
+    micro = 1 if tied else min(world.gather(micro_batch(rows, attempt, device)))
     if micro < rows:
-        _note(notes, progress, f"{micro} of the {rows} rows of a step fit into the GPU at a time")
+        why = "are computed" if tied else "fit into the GPU"
+        _note(notes, progress, f"{micro} of the {rows} rows of a step {why} at a time")
     batches = dealt(lines, recipe.batch_size, most=micro)
     arguments = training_arguments(recipe, work_dir, batches, device, seed)
     steps = arguments.max_steps
@@ -172,7 +204,7 @@ def recover(
                 args=arguments,
                 train_dataset=batches,
                 callbacks=[watch],
-                seed=seed if recipe.adapter.dropout else None,
+                seed=seed + layout.sequence_rank if recipe.adapter.dropout else None,
             )
         trainer.remove_callback(PrinterCallback)
         watch.log = trainer.log if recipe.report_to else None
@@ -196,7 +228,7 @@ def recover(
         seconds=course.seconds,
         peak_bytes=max(world.gather(peak_bytes(device))),
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        kernel=pair.kernel,
+        kernel=used.name,
         compute_dtype=str(compute).removeprefix("torch."),
         shared_bytes=pair.shared_bytes,
         resumed_from=resumed_from,
@@ -217,19 +249,25 @@ def student_with_adapters(pair: StudentTeacher, recipe: Recover, seed: int) -> P
     return model
 
 
-def _check_sight(model: PeftModel, lines: TrainRows, recipe: Recover, compute: torch.dtype, device: str) -> None:
+def _check_sight(
+    model: PeftModel, lines: TrainRows, recipe: Recover, compute: torch.dtype, device: str, sharing: Sharing
+) -> None:
     """Once, before training: attention crosses skipped positions, and does not cross documents."""
     ids_NT, positions_NT = lines.longest()
     if positions_NT is None:
         return
 
     def hidden(ids_1T: Tensor, positions_1T: Tensor) -> Tensor:
-        with autocast(ids_1T.device, compute):
-            return model(input_ids=ids_1T, position_ids=positions_1T)
+        tokens = ids_1T.shape[1]
+        share = sharing.share({"input_ids": ids_1T, "position_ids": positions_1T})
+        share.pop(PLACES, None)
+        with sharing.attention(tokens), autocast(ids_1T.device, compute):
+            return sharing.gather(model(**share), tokens)
 
     model.eval()
     (require_hidden if recipe.document_masking else require_visible)(hidden, ids_NT.to(device), positions_NT.to(device))
     model.train()
+    split_again(model)
 
 
 def peak_bytes(device: str) -> int:

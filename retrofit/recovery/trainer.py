@@ -6,6 +6,7 @@ Legend: B batch, T tokens, N = B T rows, C model width.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +21,10 @@ from retrofit.recovery.callbacks import Watch, diverged
 from retrofit.recovery.checkpoints import load_optimizer, load_weights, save_optimizer, save_weights
 from retrofit.recovery.objectives import IGNORED, distill_loss, lm_loss
 from retrofit.recovery.schedule import TrainRows
+from retrofit.recovery.sequence import PLACES, Sharing, Whole
+from retrofit.recovery.sharding import split_again
 from retrofit.recovery.student_teacher import StudentTeacher, head_of, hidden_states
+from retrofit.system.device import float64
 from retrofit.system.world import ALONE, World
 
 if TYPE_CHECKING:
@@ -32,20 +36,23 @@ SCHEDULER = "scheduler.pt"
 class Objective:
     """The loss of one batch from the student's hidden states, and the held-out loss."""
 
-    def __init__(self, pair: StudentTeacher, recipe: Recover) -> None:
-        self.pair, self.recipe = pair, recipe
+    def __init__(self, pair: StudentTeacher, recipe: Recover, sharing: Sharing | None = None) -> None:
+        self.pair, self.recipe, self.sharing = pair, recipe, sharing or Whole()
 
     @torch.no_grad()
-    def target(self, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor | None:
+    def target(
+        self, ids_BT: Tensor, positions_BT: Tensor | None = None, places_BT: Tensor | None = None
+    ) -> Tensor | None:
         """The teacher's hidden states [B, T, C], if there is a teacher.
 
         Positions that skip are the student's alone: the teacher reads the same text at 0 .. T-1, inside the window it
         knows. What it says of each token is then what the student should still say when the context lies far away.
+        places_BT: where the tokens of a share stand, of rows that several processes share.
         """
         if self.pair.teacher is None:
             return None
         documents = self.recipe.document_masking
-        return hidden_states(self.pair.teacher, ids_BT, positions_BT if documents else None, documents=documents)
+        return hidden_states(self.pair.teacher, ids_BT, positions_BT if documents else places_BT, documents=documents)
 
     def __call__(self, hidden_BTC: Tensor, labels_BT: Tensor | None, target_BTC: Tensor | None) -> Tensor:
         """Sum of the loss over the tokens whose label is not IGNORED; over all of them where there are no labels."""
@@ -99,6 +106,19 @@ class RecoveryTrainer(Trainer):
             self.watch.add(loss.detach())
         return loss * self.accelerator.num_processes
 
+    def training_step(  # type: ignore[override]
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward pass of one micro-batch, of whose tokens this process may have a share."""
+        sharing = self.objective.sharing
+        share = sharing.share(inputs)
+        with sharing.attention(inputs["input_ids"].shape[1]):
+            return super().training_step(model, share, num_items_in_batch)
+
+    def _prepare_context_parallel_inputs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Any, Any]:
+        """Rows are shared out already, whatever accelerate is configured to do."""
+        return nullcontext, inputs
+
     def get_train_dataloader(self) -> DataLoader:
         """The micro-batches as they are: they are dealt out already."""
         return one_by_one(self.train_dataset)
@@ -113,6 +133,9 @@ class RecoveryTrainer(Trainer):
         if main:
             assert self.lr_scheduler is not None
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
+        """It is where it computes already, or its parts are."""
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Nothing random goes on from one step to the next."""
@@ -151,28 +174,33 @@ class HeldOut:
         self.objective: Objective = objective
         self.model, self.compute, self.world = model, compute, world
         self.tokens = sum(batches[index]["tokens"] for index in range(0, len(batches), batches.per_step))
-        self.batches = [
-            {key: value.to(device) for key, value in batches[index].items() if isinstance(value, Tensor)}
-            for index in range(len(batches))
-        ]
+        self.batches, self.lengths = [], []
+        for index in range(len(batches)):
+            batch = {key: value.to(device) for key, value in batches[index].items() if isinstance(value, Tensor)}
+            self.batches.append(objective.sharing.share(batch))
+            self.lengths.append(batch["input_ids"].shape[1])
         self.targets: list[Tensor | None] = []
 
     @torch.no_grad()
     def __call__(self) -> float:
+        sharing = self.objective.sharing
+        every = list(zip(self.batches, self.lengths, strict=True))
         if not self.targets:
-            self.targets = [
-                self.objective.target(batch["input_ids"], batch.get("position_ids")) for batch in self.batches
-            ]
+            for batch, length in every:
+                with sharing.attention(length):
+                    places = batch.pop(PLACES, None)
+                    self.targets.append(self.objective.target(batch["input_ids"], batch.get("position_ids"), places))
         training = self.model.training
         self.model.eval()
         sums: list[Tensor] = []
-        for batch, target in zip(self.batches, self.targets, strict=True):
+        for (batch, length), target in zip(every, self.targets, strict=True):
             inputs = {key: value for key, value in batch.items() if key != "next_ids"}
-            with autocast(batch["input_ids"].device, self.compute):
+            with sharing.attention(length), autocast(batch["input_ids"].device, self.compute):
                 hidden_BTC: Any = self.model(**inputs)
             sums.append(self.objective(hidden_BTC, batch.get("next_ids"), target))
         self.model.train(training)
-        loss = float(self.world.sum_(torch.stack(sums).sum(dtype=torch.float64)))  # read once, when all are computed
+        split_again(self.model)
+        loss = float(self.world.sum_(float64(torch.stack(sums)).sum()))  # read once, when all are computed
         if not math.isfinite(loss):
             raise diverged(f"the held-out loss is {loss}")
         return loss / self.tokens
@@ -187,7 +215,7 @@ def total_loss(
 ) -> Tensor:
     """Sum of the losses over the tokens of a batch. inputs: ids, and positions where they are not 0 .. T-1."""
     ids_BT = inputs["input_ids"]
-    target_BTC = objective.target(ids_BT, inputs.get("position_ids"))
+    target_BTC = objective.target(ids_BT, inputs.get("position_ids"), inputs.pop(PLACES, None))
     with autocast(ids_BT.device, compute):
         hidden_BTC = model(**inputs)
     return objective(hidden_BTC, labels_BT, target_BTC)
@@ -196,7 +224,11 @@ def total_loss(
 def trial_step(
     objective: Objective, model: PeftModel, lines: TrainRows, compute: torch.dtype, device: str, rows: int
 ) -> None:
-    """One forward and backward pass of the first rows, which changes neither weights nor random numbers."""
+    """One forward and backward pass of the first rows, which changes neither weights nor random numbers.
+
+    Beside it stands what a training keeps later: Adam's two moments of what is trained, and the best state so far.
+    """
+    later = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(3)]
     devices = [torch.device(device)] if device.startswith("cuda") else []
     item = MicroBatches(lines, rows, every_token=objective.pair.teacher is not None)[0]
     batch = {key: value.to(device) for key, value in item.items() if isinstance(value, Tensor)}
@@ -206,6 +238,7 @@ def trial_step(
             total_loss(objective, model, batch, labels_BT, compute).backward()
     finally:
         model.zero_grad(set_to_none=True)
+        del later
 
 
 def one_by_one(batches: MicroBatches) -> DataLoader:

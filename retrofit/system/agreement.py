@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +41,30 @@ def require_same_versions(world: World) -> None:
     found = versions()
     seen = {f"the version of {name}": found[name] for name in DECIDING if name in found}
     require_same(world, seen, fix="install the same versions on every node")
+
+
+def require_shared(world: World, place: Path) -> None:
+    """UserError, in every process, unless all of them write to the same disk at `place`: a name alone proves nothing
+    where they are on several nodes."""
+    if len(set(world.gather(socket.gethostname()))) > 1:
+        _require_shared(world, place)
+
+
+def _require_shared(world: World, place: Path) -> None:
+    folder = next(folder for folder in place.absolute().parents if folder.is_dir())
+    probe = folder / world.share(f".retrofit-{secrets.token_hex(8)}")
+    try:
+        world.only(probe.touch)
+        there = world.gather(probe.exists())
+    finally:
+        if world.main:
+            probe.unlink(missing_ok=True)
+    if not all(there):
+        raise UserError(
+            f"the processes do not share the folder that is written: rank {there.index(False)} sees another one",
+            where=str(folder),
+            fix="write to a disk that all nodes share",
+        )
 
 
 def digest_of(value: object) -> str:

@@ -25,11 +25,15 @@ _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory
 
 
 def total_memory(device: str) -> int | None:
-    """Bytes of memory and swap that this process may have, of the GPU on CUDA; None where the system does not say."""
+    """Bytes of memory and swap that this process may have, of a GPU its own; None where the system does not say."""
     if device.startswith("cuda"):
         import torch
 
         return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.startswith("mps"):
+        import torch
+
+        return int(torch.mps.recommended_max_memory())
     info = Path("/proc/meminfo")
     if not info.exists():
         return None

@@ -9,11 +9,11 @@ from retrofit.format import duration, nbytes
 from retrofit.tables import Part, Table
 
 if TYPE_CHECKING:
+    from retrofit.evaluation.compare import Comparison
     from retrofit.evaluation.metrics.context_use import LongContext
     from retrofit.evaluation.result import ModelEvaluation
     from retrofit.evaluation.running import RunCost
     from retrofit.evaluation.tasks.answers import TaskChange, TaskScore
-    from retrofit.workflow.compare import Comparison
 
 
 def evaluation(result: ModelEvaluation) -> Iterator[Part]:

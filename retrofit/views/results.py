@@ -14,13 +14,13 @@ from retrofit.views.measured import task_changes
 if TYPE_CHECKING:
     from retrofit.catalogue import RecipeEntry
     from retrofit.evaluation.result import ModelEvaluation
+    from retrofit.kv_heads.sweep.price_list import PriceList
     from retrofit.model.inspect import Inspection, Undescribed
     from retrofit.system.doctor import Health
     from retrofit.workflow.certify import Certified
     from retrofit.workflow.command import Written
     from retrofit.workflow.plan import Plan
     from retrofit.workflow.run import RunResult
-    from retrofit.workflow.sweep import PriceList
 
 
 def run(result: RunResult) -> Iterator[Part]:
@@ -41,7 +41,10 @@ def run(result: RunResult) -> Iterator[Part]:
         yield Table(
             "Requirements",
             ["metric", "required", "met", "measured"],
-            [(one.metric, one.bound, one.passed, one.reason) for one in result.gate],
+            [
+                (one.metric, one.bound, one.passed, one.reason if one.value is None else f"{one.value:.6g}")
+                for one in result.gate
+            ],
         )
     yield f"\nreport: {result.report}"
     if result.final:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ def card_input(
     assert data.native_length
     assert data.claimed_length
     base, terms = section.base_model or source.base_model, terms_of(section, source)
+    size = artifact.model.dtype("auto").itemsize
     languages, tags = languages_and_tags(source.folder)
     return CardInput(
         title=title(recipe, base or public_model(source), data.claimed_length),
@@ -55,8 +57,10 @@ def card_input(
         native_length=data.native_length,
         claimed_length=data.claimed_length,
         models=tuple(CardModel(model.label, model.rows, model.tasks, model.task_changes) for model in data.models),
-        kv_bytes_per_token=(before.kv_bytes_per_token(), after.kv_bytes_per_token()),
-        kv_cache_bytes={n: (before.kv_cache_bytes(n), after.kv_cache_bytes(n)) for n in first.kv_cache_bytes},
+        kv_bytes_per_token=(before.kv_bytes_per_token(size), after.kv_bytes_per_token(size)),
+        kv_cache_bytes={
+            n: (before.kv_cache_bytes(n, size), after.kv_cache_bytes(n, size)) for n in first.kv_cache_bytes
+        },
         recipe_yaml=dump_recipe(public_recipe(recipe, source)),
         commands=data.commands,
         versions=versions(),
@@ -87,7 +91,7 @@ def _recovery(recipe: Recipe, done: Mapping[str, Any] | None) -> Recovery | None
 
 def title(recipe: Recipe, base_model: str, claimed: int) -> str:
     """A name that says what was done: SmolLM2-135M-Instruct-kv1-16k."""
-    parts = [base_model.rpartition("/")[2]]
+    parts = [re.sub(r"\.gguf$", "", base_model.rpartition("/")[2], flags=re.IGNORECASE)]
     if recipe.convert:
         parts.append(f"kv{recipe.convert.kv_heads}")
     if recipe.context:

@@ -29,8 +29,9 @@ from retrofit.recipe.schema import Publish, Recipe
 from retrofit.report.data import RunData
 from retrofit.workflow.artifact import Artifact, Provenance
 from retrofit.workflow.command import measured
-from retrofit.workflow.context import ModelContext, open_context
+from retrofit.workflow.context import ModelContext
 from retrofit.workflow.journal import CARD, is_run
+from retrofit.workflow.opening import open_context
 from retrofit.workflow.proven import prove, record_of
 from retrofit.workflow.public import public_model
 from retrofit.workflow.reporting import command

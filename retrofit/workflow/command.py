@@ -25,7 +25,7 @@ from retrofit.system.world import ALONE, Others, World, led
 from retrofit.workflow.artifact import Artifact
 from retrofit.workflow.context import ModelContext
 from retrofit.workflow.joining import run_step, taking_part
-from retrofit.workflow.opening import open_in
+from retrofit.workflow.opening_in_world import open_in
 from retrofit.workflow.outputs import (
     done_before,
     require_file,
@@ -242,6 +242,7 @@ def _evaluate(
             if stored is not None and partial is not None:
                 found = stored.write(found, partial, overwrite=overwrite or finished)
         # Still in the block: a kill while costs are measured must not make everything before them be read again.
+        step.announce_costs(context)
         [model] = summary({label: context.model}, {label: found}, step.section, **step.how(context))
     return replace(model, losses=out)
 

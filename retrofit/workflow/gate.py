@@ -24,7 +24,7 @@ def check_require(recipe: Recipe) -> None:
     if recipe.evaluate is None:
         return
     kinds = {kind_of(source.source) for source in recipe.evaluate.text}
-    for key in recipe.require:
+    for key, bound in recipe.require.items():
         metric, _, kind = key.partition("/")
         name, _, length = metric.partition("@")
         if name in ("task", "task_drop"):
@@ -53,7 +53,10 @@ def check_require(recipe: Recipe) -> None:
             )
         elif int(length) not in recipe.evaluate.lengths:
             raise UserError(
-                f"nothing is measured at {length} tokens", where=f"require.{key}", fix=f"use one of {lengths}"
+                f"nothing is measured at {length} tokens",
+                where=f"require.{key}",
+                fix=f"add {length} to evaluate.lengths, or require something of {lengths} alone: "
+                f"--set 'require={{{name}@{recipe.evaluate.lengths[-1]}{'/' * bool(kind)}{kind}: \"{bound}\"}}'",
             )
         if kind and kind not in kinds:
             raise UserError(

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from retrofit.checkpoint.config import CONFIG
+from retrofit.errors import UserError
+from retrofit.escape import shown
 from retrofit.system.resume import ResumeKey
 from retrofit.system.world import Others, World, led
 from retrofit.workflow.context import ModelContext
 from retrofit.workflow.step import Inputs, Place, Step
+
+_SEEN_WITHIN = 60.0  # seconds; NFS keeps what it knows of a folder for up to 60
 
 
 @dataclass(frozen=True)
@@ -35,10 +42,26 @@ def taking_part(context: ModelContext) -> Callable[[Part], None]:
 
     def take(part: Part) -> None:
         [step] = [step for step in context.steps if step.name == part.name]
+        for model in part.inputs.models.values():
+            _await_folder(model.path)
         pieces = None if part.place.run is None else JoinedPieces(part.place.run, context.world)
         step.run(context, part.inputs, replace(part.place, pieces=pieces))
 
     return take
+
+
+def _await_folder(folder: Path) -> None:
+    """Return when a checkpoint that rank 0 has written is seen here: a network file system may show it some seconds
+    later. Raises UserError where it is not."""
+    until = time.monotonic() + _SEEN_WITHIN
+    while not (folder / CONFIG).is_file():
+        if time.monotonic() > until:
+            raise UserError(
+                "a checkpoint that rank 0 has written is not seen by every process",
+                where=f"{shown(folder)} on {socket.gethostname()}",
+                fix="write to a disk that all nodes share",
+            )
+        time.sleep(0.2)
 
 
 @dataclass

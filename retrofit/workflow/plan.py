@@ -19,9 +19,9 @@ from retrofit.workflow.estimate.cost import (
     ModelFacts,
     TaskSize,
     Throughput,
-    converted_spec,
 )
 from retrofit.workflow.estimate.machines import Machine, described, lacking
+from retrofit.workflow.estimate.several_gpus import SeveralGpus, several_gpus, several_gpus_lines
 from retrofit.workflow.steps import steps_of
 
 
@@ -29,7 +29,8 @@ from retrofit.workflow.steps import steps_of
 class Plan:
     """A whole run before it happens. KV bytes are per token in the source's dtype, sliding windows ignored.
 
-    machine: what the steps have to fit, where that is asked.
+    machine: what the steps have to fit, where that is asked. several: what more than one GPU does for it.
+    processes: of a launcher; shared: the steps that all of them take part in.
     """
 
     recipe: str
@@ -41,6 +42,9 @@ class Plan:
     positions: tuple[int, int]
     throughput: Throughput
     machine: Machine | None = None
+    several: SeveralGpus | None = None
+    processes: int = 1
+    shared: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -91,23 +95,32 @@ def claimed_length(recipe: Recipe, native: int) -> int:
 
 
 def make_plan(
-    recipe: Recipe, facts: ModelFacts, throughput: Throughput = ASSUMED, tasks: Sequence[TaskSize] = ()
+    recipe: Recipe,
+    facts: ModelFacts,
+    throughput: Throughput = ASSUMED,
+    tasks: Sequence[TaskSize] = (),
+    processes: int = 1,
 ) -> Plan:
-    """The plan of `recipe` on a model. Nothing is read, written or loaded. tasks: those that are asked."""
+    """The plan of `recipe` on a model. Nothing is read, written or loaded. tasks: those that are asked. processes: of
+    the launcher."""
     before = facts.spec
-    after = converted_spec(before, recipe.convert.kv_heads if recipe.convert else None)
+    after = before.with_kv_heads(recipe.convert.kv_heads) if recipe.convert else before
     claimed = claimed_length(recipe, before.max_position_embeddings)
-    model = CostModel(facts, after, throughput, claimed, tuple(tasks))
+    model = CostModel(facts, after, throughput, claimed, tuple(tasks), processes)
     size = model.value_bytes
+    steps = steps_of(recipe)
     return Plan(
         recipe=recipe.name,
         model=facts.model,
-        steps=tuple(step.estimate(model) for step in steps_of(recipe)),
+        steps=tuple(step.estimate(model) for step in steps),
         kv_heads=(before.layers[0].kv_heads, after.layers[0].kv_heads),
         kv_bytes_per_token=(before.kv_bytes_per_token(size), after.kv_bytes_per_token(size)),
         kv_cache_bytes=(before.kv_cache_bytes(claimed, size), after.kv_cache_bytes(claimed, size)),
         positions=(model.native, claimed),
         throughput=throughput,
+        several=several_gpus(recipe, model),
+        processes=processes,
+        shared=tuple(step.name for step in steps if step.distributed),
     )
 
 
@@ -120,4 +133,12 @@ def describe_plan(plan: Plan) -> list[str]:
         f"{nbytes(plan.kv_cache_bytes[0])} -> {nbytes(plan.kv_cache_bytes[1])} at {plan.positions[1]:,} tokens",
         f"time: operations counted from the model's shape, at {EFFICIENCY:.0%} of {plan.throughput.how}",
     ]
-    return [*lines, described(plan.machine)] if plan.machine else lines
+    lines += [described(plan.machine)] if plan.machine else []
+    if plan.processes > 1:
+        alone = ", ".join(step.step for step in plan.steps if step.step not in plan.shared)
+        lines.append(
+            f"{plan.processes} processes: all of them share {', '.join(plan.shared) or 'nothing'}"
+            + (f"; rank 0 does {alone} alone" if alone else "")
+            + (". The times in the table are those of one process" if plan.throughput.gpus == 1 else "")
+        )
+    return lines + (several_gpus_lines(plan.several) if plan.several else [])

@@ -11,9 +11,7 @@ one that was killed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,19 +25,19 @@ from retrofit.escape import shown
 from retrofit.format import duration, heads, nbytes
 from retrofit.kv_heads.calibrate import moments as stored_moments
 from retrofit.kv_heads.merge.folding import RotationAverages
-from retrofit.kv_heads.merge.weights import read_layer
 from retrofit.kv_heads.sweep import pilot
 from retrofit.kv_heads.sweep.budget import Budget, within
-from retrofit.kv_heads.sweep.costs import Curve, LayerCost, fit_curve, layer_costs, probe_counts
+from retrofit.kv_heads.sweep.costs import LayerCost, probe_counts
+from retrofit.kv_heads.sweep.price_list import PriceList, layerwise_costs, price_list
 from retrofit.model.completeness import require_complete, require_sound
 from retrofit.model.families import family_of
-from retrofit.model.folder import ModelFolder
 from retrofit.model.source import with_weights
 from retrofit.model.spec import AttentionSpec
 from retrofit.recipe.schema import Calibration, Convert, Recipe, TextSource
+from retrofit.system.world import ALONE, Others, World, led
 from retrofit.workflow.checks import check_positions
-from retrofit.workflow.context import open_model
-from retrofit.workflow.estimate.cost import ASSUMED, DTYPE_BYTES, ModelFacts, Throughput, converted_spec
+from retrofit.workflow.estimate.cost import ASSUMED, DTYPE_BYTES, ModelFacts, Throughput
+from retrofit.workflow.opening import open_model
 from retrofit.workflow.plan import Plan, claimed_length, make_plan
 from retrofit.workflow.samples import sampled_tokens
 from retrofit.workflow.sweep_cache import measured
@@ -48,54 +46,6 @@ if TYPE_CHECKING:
     from retrofit.console import Progress
 
 TOKENS = 16_384
-
-
-@dataclass(frozen=True)
-class Price:
-    """One number of KV heads.
-
-    kv_cache_bytes: for one sequence of `PriceList.length` tokens. increase: of the loss, nats per token, against the
-    original; ratio: of the perplexities (None where nothing was measured). how: "original", "measured" or "predicted".
-    error: standard error of the increase, of a predicted one that of the nearest measured. layers: what each one pays.
-    """
-
-    kv_heads: int
-    kv_bytes_per_token: int
-    kv_cache_bytes: int
-    cost: float
-    increase: float | None
-    ratio: float | None
-    how: str
-    error: float | None
-    layers: tuple[LayerCost, ...]
-
-    @property
-    def significant(self) -> bool:
-        """Whether the increase can be told from zero on the text that was scored."""
-        return self.increase is None or self.error is None or not abs(self.increase) < 2 * self.error
-
-    def worst_layers(self, count: int = 3) -> list[tuple[int, float]]:
-        """(layer, share of the whole cost) of the layers that pay most."""
-        if self.cost <= 0:
-            return []
-        ordered = sorted(self.layers, key=lambda layer: -layer.cost)
-        return [(layer.index, layer.cost / self.cost) for layer in ordered[:count]]
-
-
-@dataclass(frozen=True)
-class PriceList:
-    """Prices from the most KV heads to the fewest. length: tokens of the cache that is shown. curve: from cost to
-    loss. kv_heads: what fits the budget, and command: what makes it (None without a budget)."""
-
-    model: str
-    length: int
-    prices: tuple[Price, ...]
-    calibrated: pilot.Calibrated | None
-    curve: Curve | None
-    budget: Budget | None
-    kv_heads: int | None
-    command: str | None
-    notes: tuple[str, ...]
 
 
 def prices(
@@ -107,6 +57,7 @@ def prices(
     moments: Path | None = None,
     revision: str | None = None,
     throughput: Callable[[], Throughput] = lambda: ASSUMED,
+    world: World = ALONE,
     progress: Progress | None = None,
 ) -> PriceList:
     """The price list of the recipe's model under the recipe's calibration and repair.
@@ -114,9 +65,32 @@ def prices(
     command: what to type for `{kv_heads}` KV heads. tokens: of the calibration text, a third of it for scoring.
     moments: a folder of moments; they are read if it holds them and written otherwise, and so is what was measured. A
     call that was killed is resumed, in the folder `<moments>.work` or, without one, in the cache.
-    throughput: asked only when there is an estimate to make.
+    throughput: asked only when there is an estimate to make. world: the processes that make this call and share the
+    passes over text.
     Raises UserError, before any long work, for a model or a budget with nothing to choose from.
     """
+
+    def lead(others: Others) -> PriceList:
+        return _prices(recipe, command, budget, tokens, moments, revision, throughput, world, others, progress)
+
+    def take_part(part: dict[str, Any]) -> None:
+        pilot.measure(**{**part, "device": world.device(part["device"])}, world=world, progress=None)
+
+    return led(world, lead, take_part)
+
+
+def _prices(
+    recipe: Recipe,
+    command: str,
+    budget: Budget | None,
+    tokens: int | None,
+    moments: Path | None,
+    revision: str | None,
+    throughput: Callable[[], Throughput],
+    world: World,
+    others: Others,
+    progress: Progress | None,
+) -> PriceList:
     section = recipe.convert or Convert(kv_heads=1)
     # Which number of heads is wanted, and what is trained and measured afterwards, is not the list's business.
     alone = recipe.model_copy(update=dict.fromkeys(("convert", "recover", "evaluate", "publish")) | {"require": {}})
@@ -129,7 +103,7 @@ def prices(
     counts = _possible(config, spec)
     value_bytes = DTYPE_BYTES[source.dtype if recipe.dtype == "auto" else recipe.dtype]
     length = budget.length if budget else claimed_length(alone, spec.max_position_embeddings)
-    caches = {g: converted_spec(spec, g).kv_cache_bytes(length, value_bytes) for g in counts}
+    caches = {g: spec.with_kv_heads(g).kv_cache_bytes(length, value_bytes) for g in counts}
     chosen = within(budget, caches) if budget else None
     if section.method != "calibrated":
         notes.append(f"the recipe converts by `{section.method}`; these are the prices of `calibrated`")
@@ -170,7 +144,7 @@ def prices(
     averages = RotationAverages(config)
 
     def price(folder: Path) -> list[Mapping[int, LayerCost]]:
-        return _costs(source.model, spec, averages, counts, folder, progress)
+        return layerwise_costs(source.model, spec, averages, counts, folder, progress)
 
     if moments is not None and read:
         calibrated, more = _read(moments, source.folder, pilot.options(wanted, recipe.seed))
@@ -178,7 +152,16 @@ def prices(
         layers = price(moments)
     else:
         calibrated, layers = measured(
-            recipe, wanted, source, counts, price, moments=moments, device=context.device, progress=progress
+            recipe,
+            wanted,
+            source,
+            counts,
+            price,
+            moments=moments,
+            device=context.device,
+            world=world,
+            others=others,
+            progress=progress,
         )
         notes += calibrated.notes
     listed, curve = price_list(spec, layers, calibrated, caches, value_bytes)
@@ -235,42 +218,6 @@ def _read(moments: Path, folder: Path, asked: Mapping[str, Any]) -> tuple[pilot.
     return calibrated, notes
 
 
-def price_list(
-    spec: AttentionSpec,
-    layers: list[Mapping[int, LayerCost]],
-    calibrated: pilot.Calibrated | None,
-    caches: Mapping[int, int],
-    value_bytes: int,
-) -> tuple[tuple[Price, ...], Curve | None]:
-    """Arithmetic alone: the rows of the list, the most KV heads first, and the curve they lie on."""
-    costs = {count: sum(layer[count].cost for layer in layers) for count in caches}
-    curve = fit_curve(costs, calibrated.probes) if calibrated else None
-    measured = {probe.kv_heads: probe for probe in calibrated.probes} if calibrated else {}
-    rows = []
-    for count in sorted(caches, reverse=True):
-        how = "original" if count == spec.layers[0].kv_heads else "measured" if count in measured else "predicted"
-        increase = measured[count].increase if how == "measured" else 0.0 if how == "original" else None
-        if how == "predicted" and curve:
-            increase = curve(costs[count])
-        error = None
-        if measured and increase is not None and how != "original":
-            error = measured[min(measured, key=lambda other: abs(math.log(other / count)))].error
-        rows.append(
-            Price(
-                kv_heads=count,
-                kv_bytes_per_token=converted_spec(spec, count).kv_bytes_per_token(value_bytes),
-                kv_cache_bytes=caches[count],
-                cost=costs[count],
-                increase=increase,
-                ratio=None if increase is None else math.exp(min(increase, 50.0)),
-                how=how if increase is not None else "not measured",
-                error=error,
-                layers=tuple(layer[count] for layer in layers),
-            )
-        )
-    return tuple(rows), curve
-
-
 def _possible(config: Any, spec: AttentionSpec) -> tuple[int, ...]:
     """Numbers of KV heads the model can have, its own included. Raises UserError where there is but one."""
     counts = tuple(c.kv_heads for c in family_of(config).conversions(spec) if c.possible)
@@ -278,7 +225,7 @@ def _possible(config: Any, spec: AttentionSpec) -> tuple[int, ...]:
         raise UserError(
             f"there is nothing to choose: the model has {heads(counts[0])} and can have no fewer",
             where="num_key_value_heads of config.json",
-            fix="`retrofit inspect MODEL` lists what is possible",
+            fix="leave it as it is, or make its context longer: retrofit extend MODEL --factor 2 --out DIR",
         )
     return counts
 
@@ -314,27 +261,3 @@ def _estimate(
         f"about {duration(seconds)}: {does}, and probes with {tried} ({throughput.how}); until the list is whole, what "
         f"is done lies on disk, a checkpoint of at most {nbytes(facts.weight_bytes)} among it"
     )
-
-
-def _costs(
-    model: ModelFolder,
-    spec: AttentionSpec,
-    averages: RotationAverages,
-    counts: tuple[int, ...],
-    moments: Path,
-    progress: Progress | None,
-) -> list[Mapping[int, LayerCost]]:
-    """Every layer's cost at every number of KV heads, from its moments and its weights: no pass over text."""
-    read = model.checkpoint.tensor
-    if progress:
-        progress.start("price every number of KV heads", len(spec.layers), "layers")
-    found: list[Mapping[int, LayerCost]] = []
-    for layer in spec.layers:
-        seen, weights = stored_moments.load(moments, layer.index), read_layer(read, layer)
-        assert seen.value_mean_KD.shape == weights.v_KDC.shape[:2]  # of these weights: `MomentsSource`
-        found.append(layer_costs(seen, weights, layer, counts, averages.of(layer.index)))
-        if progress:
-            progress.advance(1)
-    if progress:
-        progress.finish()
-    return found

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.full import writing
 from retrofit.checkpoint.lock import folder_lock
@@ -25,6 +25,7 @@ from retrofit.model.source import Source
 from retrofit.recipe.schema import Convert, Recipe
 from retrofit.system.resume import ResumeKey
 from retrofit.system.work_folder import kept, require_own
+from retrofit.system.world import Others, World
 from retrofit.workflow.samples import samples_of
 
 if TYPE_CHECKING:
@@ -42,11 +43,14 @@ def measured(
     *,
     moments: Path | None,
     device: str,
+    world: World,
+    others: Others,
     progress: Progress | None,
 ) -> tuple[pilot.Calibrated, list[Mapping[int, LayerCost]]]:
     """What was measured under `section`, and what `price` makes of the folder of the original's moments.
 
     counts: possible numbers of KV heads, the model's own last. moments: where moments and measurements are kept.
+    others: the other processes of `world`, which take part in `pilot.measure`.
     Raises UserError, before anything is read or sampled, where the disk has no room for what lies there meanwhile.
     """
     folder, work = source.folder, work_folder(moments, source)
@@ -63,18 +67,21 @@ def measured(
             teacher=samples_of(recipe.model_copy(update={"convert": section}), source.model, device),
             progress=progress,
         )
-        calibrated = pilot.measure(
-            source.model,
-            section,
-            *pilot.split(text),
-            probe_counts(counts[:-1]),
-            moments=own / "moments",
-            work=own,
-            seed=recipe.seed,
-            device=device,
-            identity=source.digests,
-            progress=progress,
-        )
+        fit, scored = pilot.split(text)
+        part: dict[str, Any] = {
+            "folder": source.model,
+            "section": section,
+            "fit": fit,
+            "scored": scored,
+            "counts": probe_counts(counts[:-1]),
+            "moments": own / "moments",
+            "work": own,
+            "seed": recipe.seed,
+            "device": device,
+            "identity": dict(source.digests),
+        }
+        with others.join(part):
+            calibrated = pilot.measure(**part, world=world, progress=progress)
         layers = price(own / "moments")
         if moments is not None:
             origin = MomentsSource(digest(folder), pilot.ORIGINAL, text.content)

@@ -13,9 +13,10 @@ from transformers import DynamicCache
 
 from retrofit.evaluation import decoding
 from retrofit.evaluation.cost import run_cost
-from retrofit.evaluation.decoding import CHOICE, Decoder, batch_costs, no_graph
+from retrofit.evaluation.decoding import Decoder, batch_costs
 from retrofit.kernels import decode
 from retrofit.kernels.registry import using
+from retrofit.kernels.stepping import CHOICE, no_graph
 from retrofit.model.families import describe
 from tests.tiny import FAMILIES, tiny_model
 
@@ -157,7 +158,7 @@ def test_a_captured_step_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "no_graph", lambda model, spec: None)
 
     def captured(decoder: Decoder) -> None:  # a graph that does what was captured
-        decoder._graph = SimpleNamespace(replay=decoder._advance)
+        decoder._graph = SimpleNamespace(replay=decoder.advance)
 
     monkeypatch.setattr(Decoder, "capture", captured)
     model, ids = tiny_model("llama"), torch.arange(1, 17)[None]

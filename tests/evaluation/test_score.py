@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from retrofit.data.documents import Document
 from retrofit.errors import UserError
+from retrofit.evaluation.scoring import reader
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.evaluation.scoring.reader import Reader
 from retrofit.evaluation.scoring.score import score
@@ -42,6 +43,19 @@ def test_chunks_equal_one_whole_forward_pass(family: str, over: dict) -> None:
     assert losses.meta["kernel"] == ("eager" if family == "gemma2" else "blockwise")
     assert model.config._attn_implementation == "eager"
     assert not model.training
+
+
+@pytest.mark.parametrize("group", [2, 3, 100])
+def test_losses_that_are_read_in_groups_of_chunks_are_the_same(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, doc = tiny_model("llama"), document(100)
+    expected = score(model, [doc], chunk=7).losses[0]
+    monkeypatch.setattr(reader, "chunks_between_readings", lambda device: group)
+    assert np.array_equal(score(model, [doc], chunk=7).losses[0], expected)
+
+
+def test_a_cpu_reads_chunks_of_512_tokens() -> None:
+    assert score(tiny_model("llama"), [document(20)]).meta["chunk"] == 512
+    assert Reader(tiny_model("llama"), 600).chunk == 512
 
 
 def test_a_prefix_scores_the_same_as_the_document_it_starts() -> None:
@@ -122,11 +136,11 @@ def test_a_loss_that_is_not_finite_names_document_and_token() -> None:
 
 def test_reading_past_learned_positions_names_the_command_that_extends() -> None:
     model = tiny_model("gpt_bigcode")
-    reader = Reader(model, 600)
+    reading = Reader(model, 600)
     with pytest.raises(UserError, match="512 learned positions") as caught:
-        reader.read(torch.full((513,), 5))
+        reading.read(torch.full((513,), 5))
     assert "retrofit extend MODEL --length 513" in str(caught.value.fix)
-    assert reader.position == 0
+    assert reading.position == 0
 
 
 def test_length_dependent_encodings_are_refused_beyond_their_static_length() -> None:

@@ -213,7 +213,7 @@ def test_positions_that_change_with_the_length_are_scored_length_by_length(kind:
 
 
 def test_a_stopped_evaluation_goes_on_with_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from retrofit.evaluation.scoring import score as module
+    from retrofit.evaluation.scoring import passes as module
 
     model = tiny_model("llama")
     docs = [document(40), document(33, "b", seed=1), document(50, "c", seed=2)]

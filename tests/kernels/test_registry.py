@@ -107,6 +107,14 @@ def test_auto_on_cuda_follows_what_is_installed_and_the_dtype(release: int) -> N
         choose("blockwise", llama, "cuda", dtype="float32")
 
 
+@pytest.mark.parametrize("head_dim", [20, 512])
+def test_blockwise_on_cuda_refuses_head_dims_without_a_kernel(head_dim: int) -> None:
+    spec = describe(tiny_config("llama"))
+    odd = replace(spec, layers=tuple(replace(layer, head_dim=head_dim) for layer in spec.layers))
+    with pytest.raises(UserError, match="head dim"):
+        choose("blockwise", odd, "cuda", dtype="bfloat16", machine=HOPPER)
+
+
 def test_soft_capped_scores_are_compiled_on_cuda() -> None:
     gemma2 = describe(tiny_config("gemma2"))
     assert choose("auto", gemma2, "cuda", dtype="bfloat16", machine=HOPPER).name == "flex_attention"

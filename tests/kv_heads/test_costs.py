@@ -17,7 +17,7 @@ from retrofit.data.calibration import CalibrationText
 from retrofit.errors import UserError
 from retrofit.kv_heads.calibrate.layerwise_pass import layerwise_pass
 from retrofit.kv_heads.calibrate.moments import LayerMoments, MomentSums, load, save, saved
-from retrofit.kv_heads.disk import DiskTensors
+from retrofit.kv_heads.disk_tensors import DiskTensors
 from retrofit.kv_heads.merge.folding import RotationAverage
 from retrofit.kv_heads.merge.joint import calibrated_maps
 from retrofit.kv_heads.merge.weights import LayerWeights

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from retrofit.errors import UserError
+from retrofit.kv_heads import disk
 from retrofit.kv_heads.calibrate.moments import MomentsSource
 from retrofit.kv_heads.calibrate.residuals import Shapes, WorkFolder
-from retrofit.kv_heads.disk import STATE, DiskTensors, require_room
+from retrofit.kv_heads.disk import STATE, require_room
+from retrofit.kv_heads.disk_tensors import DiskTensors
 from retrofit.kv_heads.repair.outcome import LayerReport, RepairOutcome
 
 SHAPES = Shapes.of([(2, 5), (1, 5)], 4, 6)
@@ -51,6 +53,46 @@ def test_tensors_come_back_in_any_order(tmp_path: Path) -> None:
         raw.seek(20)
         raw.write(b"\x01\x02")
     assert not file.whole(file.checksums)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_what_is_kept_in_memory_is_read_from_there_and_written_by_a_thread(tmp_path: Path, written: bool) -> None:
+    file = DiskTensors(tmp_path / "x", [(2, 3), (4,)])
+    file.keep("cpu", written=written)
+    file.create()
+    tensors = [torch.randn(2, 3), torch.randn(4)]
+    for i, tensor in enumerate(tensors):
+        file.write(i, tensor)
+    given = tensors[0].clone()
+    tensors[0].zero_()
+    assert torch.equal(file.read(0), given)
+    file.read(0).zero_()
+    assert torch.equal(file.read(0), given), "memory of its own"
+    file.settle()
+    assert file.whole(file.checksums) == written
+    file.forget()
+    assert torch.equal(file.read(0), given if written else torch.zeros(2, 3))
+
+
+def test_a_write_that_failed_is_raised_where_it_is_settled(tmp_path: Path) -> None:
+    file = DiskTensors(tmp_path / "x", [(4,)])
+    file.keep("cpu", written=True)
+    file.write(0, torch.ones(4))  # no file was made
+    with pytest.raises(FileNotFoundError):
+        file.settle()
+
+
+def test_streams_in_memory_leave_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    one_layer(tmp_path / "disk")
+    monkeypatch.setattr(disk, "stream_place", lambda device, nbytes: "host")
+    torch.manual_seed(0)
+    streams = one_layer(tmp_path / "memory")
+    for name in (STATE, "original-1", "converted-1"):
+        assert (tmp_path / "disk" / name).read_bytes() == (tmp_path / "memory" / name).read_bytes()
+    work = opened(tmp_path / "memory", [])
+    assert work.resumed_from == 1
+    assert all(torch.equal(work.stream("original", 1).read(i), x) for i, x in enumerate(streams))
 
 
 def test_a_file_is_made_where_the_system_reserves_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,14 +127,15 @@ def test_quantised_file_becomes_bfloat16(tmp_path):
 
 def test_a_quantised_file_is_named_and_a_float_one_has_nothing_to_say(tmp_path):
     (note,) = resolve(write_gguf(tmp_path / "q.gguf", kind="Q8_0"), weights=False).notes
-    assert "q.gguf, quantised as Q8_0, and kept as bfloat16" in note
+    assert "q.gguf, quantised (most of them as Q8_0), and kept as bfloat16" in note
     assert resolve(write_gguf(tmp_path / "f.gguf"), weights=False).notes == ()
 
 
 def test_conversion_is_done_once(tmp_path):
     path = write_gguf(tmp_path / "m.gguf")
-    light = resolve(path, weights=False)
+    light = resolve(path, weights=False, progress=(told := Silent()))
     assert not list(light.folder.glob("*.safetensors"))
+    assert told.notes == [f"configuration and tokenizer of m.gguf are kept in {light.folder}"]
     assert load_config(light.folder).num_key_value_heads == 2
     assert inspect(light).parameters == sum(p.numel() for p in source_model().parameters())
     first = resolve(path)

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from retrofit.recipe.hub import LICENSES, is_link, is_repo_id, license_problem
-from retrofit.recipe.load import RecipeError, parse
+from retrofit.recipe.load import parse
+from retrofit.recipe.problems import RecipeError
 from retrofit.recipe.schema import MOST_SEED, MOST_TOKENS, Recipe, parse_bound, parse_size
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from retrofit import bundled
 from retrofit.errors import UserError
-from retrofit.recipe.load import RecipeError, dump_recipe, load_recipe, load_suite, parse
+from retrofit.recipe.load import dump_recipe, load_recipe, load_suite, parse
+from retrofit.recipe.problems import RecipeError
 from retrofit.recipe.schema import Recipe
 
 BAD = """\
@@ -81,6 +82,32 @@ def test_overrides_are_laid_over_the_file_before_it_is_validated() -> None:
     assert recipe.evaluate is not None
     assert recipe.evaluate.lengths == (32, 64)
     assert recipe.require == {"ppl@64": "<= 3", "kv_ratio": ">= 2"}
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("recover.text=python-docs", "must be a list, such as [python-docs], not `python-docs`"),
+        ("require=null", "must be a section (key: value), not `null`"),
+    ],
+)
+def test_a_value_of_the_wrong_shape_is_shown_in_the_right_one(override: str, says: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("gqa", [override])
+    assert says in str(caught.value)
+
+
+def test_an_override_that_contradicts_the_file_is_told_how_to_take_a_key_out() -> None:
+    with pytest.raises(RecipeError, match=r"exactly one of .*; --set context\.KEY=null takes a key out"):
+        load_recipe("extend-4x", ["context.length=64k"])
+    assert load_recipe("extend-4x", ["context.length=64k", "context.factor=null"]).context is not None
+
+
+def test_a_description_does_not_hide_what_overrides_changed() -> None:
+    plain = load_recipe("extend-4x")
+    assert load_recipe("extend-4x", ["evaluate.documents=1"]).description == plain.description
+    changed = load_recipe("extend-4x", ["context.factor=2", "context.method=yarn", "seed=1"])
+    assert changed.description == f"{plain.description}; changed: context.factor=2, context.method=yarn"
 
 
 def test_an_override_reaches_an_item_of_a_list_and_removes_a_section() -> None:

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from retrofit.errors import UserError
-from retrofit.recipe.load import RecipeError, dump_recipe, parse
+from retrofit.recipe.load import dump_recipe, parse
 from retrofit.recipe.options import recipe_of
+from retrofit.recipe.problems import RecipeError
 from retrofit.recipe.resolve import default_lengths_within, is_relative, resolved
 from retrofit.recipe.schema import Recipe
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from retrofit.recipe.load import RecipeError, dump_recipe, parse
+from retrofit.recipe.load import dump_recipe, parse
+from retrofit.recipe.problems import RecipeError
 from retrofit.recipe.schema import Adapter, Recipe, Section
 from retrofit.recipe.suite import Suite
 

@@ -12,15 +12,17 @@ from transformers import AutoModelForCausalLM
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.data.packing import Packed, training_rows
 from retrofit.model.folder import opened
-from retrofit.recipe.schema import Adapter, Recover, TextSource
+from retrofit.recipe.schema import Adapter, Distribute, Recover, Stage, TextSource
+from retrofit.recovery import layout
 from retrofit.recovery.callbacks import Watch
 from retrofit.recovery.layout import layout_of
 from retrofit.recovery.train import RecoverReport, recover
 from retrofit.system.world import ALONE, World
 from tests.ranks import on_ranks
+from tests.recovery.torch_context_parallel import on_cpu
 from tests.tiny import save_tiny, tiny_tokenizer
 
-ROWS, LENGTH = 10, 24
+ROWS, LENGTH = 10, 32
 RECIPE = Recover(
     tokens=ROWS * LENGTH,
     sequence_length=LENGTH,
@@ -81,7 +83,7 @@ def train(
     student, teacher = folders
     out = root / "out"
     out.mkdir(parents=True, exist_ok=True)
-    layout = layout_of(recipe, world, opened(student).spec, "cpu", fits=fits)
+    places = layout_of(recipe, world, opened(student).spec, "cpu", fits=fits)
     return recover(
         student,
         teacher if recipe.loss == "distill" else None,
@@ -90,7 +92,7 @@ def train(
         *rows,
         **{"dtype": "float32", "kernel": "sdpa", "work_dir": root / "work", "seed": 3, **options},
         world=world,
-        layout=layout,
+        layout=places,
     )
 
 
@@ -128,11 +130,24 @@ def test_losses_and_weights_are_those_of_one_process(folders, rows, tmp_path, si
     require_same_weights(tmp_path / "several", tmp_path / "one")
 
 
-@pytest.mark.parametrize(("began", "ended"), [(2, 1), (1, 3)])
-def test_a_training_goes_on_with_another_number_of_processes(folders, rows, tmp_path, began, ended) -> None:
+SPLIT = RECIPE.model_copy(update={"distribute": Distribute(shard=2)})
+
+
+def test_steps_of_different_numbers_of_tokens(folders, rows, tmp_path) -> None:
+    """Rows of a first stage are two texts each, whose last tokens predict nothing."""
+    stages = (Stage(length=LENGTH // 2, tokens=4 * LENGTH), Stage(length=LENGTH, tokens=6 * LENGTH))
+    recipe = RECIPE.model_copy(update={"loss": "lm", "stages": stages})
+    one = alone(folders, rows, tmp_path / "one", recipe)
+    [report, *_] = on_ranks(tmp_path, 3, train, folders, rows, tmp_path / "several", recipe)
+    require_same(report, one)
+
+
+@pytest.mark.parametrize(("began", "ended", "recipe"), [(2, 1, RECIPE), (1, 3, RECIPE), (1, 2, SPLIT), (2, 1, SPLIT)])
+def test_a_training_goes_on_with_another_number_of_processes(folders, rows, tmp_path, began, ended, recipe) -> None:
+    """And with the weights split or whole."""
     one = alone(folders, rows, tmp_path / "one")
     root = tmp_path / "several"
-    killed = (folders, rows, root, RECIPE, {"kill_at": 2})
+    killed = (folders, rows, root, recipe if began > 1 else RECIPE, {"kill_at": 2})
     if began == 1:
         with pytest.raises(Killed), pytest.MonkeyPatch.context() as patch:
             patch.setattr(Watch, "on_step_end", Watch.on_step_end)
@@ -141,8 +156,87 @@ def test_a_training_goes_on_with_another_number_of_processes(folders, rows, tmp_
         with pytest.raises(AssertionError, match="Killed"):
             on_ranks(tmp_path, began, train, *killed)
     [report, *_] = (
-        on_ranks(tmp_path, ended, train, folders, rows, root, RECIPE) if ended > 1 else [alone(folders, rows, root)]
+        on_ranks(tmp_path, ended, train, folders, rows, root, recipe) if ended > 1 else [alone(folders, rows, root)]
     )
     assert report.resumed_from == 1
     require_same(report, one)
     require_same_weights(root, tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    "over",
+    [
+        {},
+        {
+            "loss": "lm",
+            "gradient_checkpointing": True,
+            "adapter": Adapter(rank=4, alpha=8, norms=True, embeddings=True),
+        },
+    ],
+)
+def test_weights_split_over_processes_train_as_whole_ones(folders, rows, tmp_path, over) -> None:
+    recipe = SPLIT.model_copy(update=over)
+    one = alone(folders, rows, tmp_path / "one", RECIPE.model_copy(update=over))
+    [report, _] = on_ranks(tmp_path, 2, train, folders, rows, tmp_path / "several", recipe)
+    require_same(report, one)
+    require_same_weights(tmp_path / "several", tmp_path / "one")
+    assert any("split" in note for note in report.notes)
+
+
+SHARED = RECIPE.model_copy(update={"distribute": Distribute(sequence=2)})
+
+
+@pytest.mark.parametrize(
+    ("size", "over"),
+    [
+        (2, {}),
+        (2, {"loss": "lm", "gradient_checkpointing": True, "sequence_length": 31}),
+        (4, {"distribute": Distribute(shard=2, sequence=2), "positions": "pose"}),
+    ],
+)
+def test_rows_shared_by_processes_train_as_whole_ones(folders, rows, tmp_path, size, over) -> None:
+    """With lengths that do not divide, positions that skip, and the weights split as well."""
+    recipe = SHARED.model_copy(update=over)
+    packed = tuple(
+        Packed(one.ids_NT[:, : recipe.sequence_length], one.documents_NT[:, : recipe.sequence_length]) for one in rows
+    )
+    one = alone(folders, packed, tmp_path / "one", recipe.model_copy(update={"distribute": Distribute()}))
+    [report, *_] = on_ranks(tmp_path, size, train, folders, packed, tmp_path / "several", recipe, {"kernel": "auto"})
+    require_same(report, one)
+    require_same_weights(tmp_path / "several", tmp_path / "one")
+    assert report.kernel == "ring"
+    assert any("share every row (ring" in note for note in report.notes)
+
+
+def with_torch(world: World, *values: Any) -> RecoverReport:
+    """`train` with torch's context parallelism, whose ring gets PyTorch's flash op for CPUs here."""
+    on_cpu()
+    layout._torch_objection = lambda *_: None  # type: ignore[assignment]
+    return train(world, *values)
+
+
+def test_rows_shared_by_torchs_context_parallelism_train_as_whole_ones(folders, rows, tmp_path) -> None:
+    recipe = SHARED.model_copy(update={"sequence_engine": "torch"})
+    one = alone(folders, rows, tmp_path / "one")
+    [report, _] = on_ranks(tmp_path, 2, with_torch, folders, rows, tmp_path / "several", recipe)
+    require_same(report, one)
+    require_same_weights(tmp_path / "several", tmp_path / "one")
+    assert report.kernel == "sdpa"
+    assert any("share every row (torch" in note for note in report.notes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["distill", "lm"])
+def test_rows_of_16k_tokens_shared_by_two_processes_train_as_whole_ones(tmp_path, loss) -> None:
+    tokens = 16_384
+    teacher = save_tiny(tmp_path / "teacher", "llama", num_key_value_heads=2, max_position_embeddings=tokens)
+    student = save_tiny(tmp_path / "student", "llama", num_key_value_heads=2, max_position_embeddings=tokens, seed=1)
+    texts = (TextSource(source="python-docs"),)
+    packed = (training_rows(texts, tiny_tokenizer(), 3 * tokens, tokens, 0), None)
+    recipe = SHARED.model_copy(
+        update={"loss": loss, "tokens": 3 * tokens, "sequence_length": tokens, "batch_size": 1, "row_chunk": 512}
+    )
+    one = alone((student, teacher), packed, tmp_path / "one", recipe.model_copy(update={"distribute": Distribute()}))
+    places = (tmp_path, 2, train, (student, teacher), packed, tmp_path / "several", recipe, {"kernel": "auto"})
+    [report, _] = on_ranks(*places, seconds=600)
+    require_same(report, one)

@@ -58,6 +58,11 @@ def test_the_engine_is_torchs_where_it_can_express_the_model(spec, device, engin
     assert found.sharded == (engine == "torch")
 
 
+def test_whole_weights_are_asked_for_beside_shared_rows() -> None:
+    found = layout(recipe(shard=1, sequence=2), 4, device="cuda")
+    assert (found.engine, found.sharded) == ("ring", False)
+
+
 def test_a_configuration_of_accelerate_goes_first() -> None:
     sizes = {"PARALLELISM_CONFIG_DP_SHARD_SIZE": "2", "PARALLELISM_CONFIG_CP_SIZE": "2"}
     found = layout(recipe(shard=4), 4, ACCELERATE_USE_PARALLELISM_CONFIG="true", **sizes)
@@ -74,12 +79,13 @@ def test_a_configuration_of_accelerate_goes_first() -> None:
         (recipe(shard=3), 4, {}, "does not divide 4"),
         (recipe(shard=2, sequence=4), 4, {}, "does not divide 4"),
         (recipe(batch_size=3), 4, {}, "3 rows for 4 processes"),
-        (recipe(sequence=2, sequence_length=16, batch_size=1), 4, {}, "1 rows for 2 groups"),
+        (recipe(sequence=2, sequence_length=16, batch_size=1), 4, {}, "1 row for 2 groups"),
         (recipe(sequence=16, sequence_length=16), 16, {}, "two chunks for each of 16"),
         (recipe(sequence=2, document_masking=True), 2, {}, "mask"),
         (recipe(sequence=2, sequence_engine="torch"), 2, {}, "needs CUDA"),
         (recipe(), 2, {"ACCELERATE_USE_DEEPSPEED": "true"}, "Deepspeed"),
         (recipe(), 2, {"ACCELERATE_USE_FSDP": "true"}, "FSDP2"),
+        (recipe(), 2, {"ACCELERATE_USE_FSDP": "1", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "on the GPUs"),
     ],
 )
 def test_what_does_not_fit_is_refused(of, size, environment, words) -> None:
@@ -96,5 +102,6 @@ def test_a_missing_launcher_is_named_with_its_command() -> None:
 
 def test_splitting_heads_is_capped_by_the_kv_heads() -> None:
     assert ulysses_note(SPEC, 1) is None
-    assert "up to a degree of 2" in str(ulysses_note(SPEC, 2))
-    assert "2 KV heads would have to be repeated on 4" in str(ulysses_note(SPEC, 4))
+    assert "up to 2 processes" in str(ulysses_note(SPEC, 2))
+    assert "2 copies of each of 2 KV heads" in str(ulysses_note(SPEC, 4))
+    assert "could not be split over 3" in str(ulysses_note(SPEC, 3))

@@ -11,7 +11,8 @@ from retrofit.data.packing import Packed, training_rows
 from retrofit.data.samples import Teacher
 from retrofit.errors import UserError
 from retrofit.model.families import describe
-from retrofit.recipe.load import RecipeError, validate
+from retrofit.recipe.load import validate
+from retrofit.recipe.problems import RecipeError
 from retrofit.recipe.schema import Recover, TextSource
 from retrofit.recovery.batches import MicroBatches
 from retrofit.recovery.schedule import (

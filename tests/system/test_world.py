@@ -68,7 +68,7 @@ def fail(world: World) -> None:
 
 
 def test_a_rank_that_fails_is_shown(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="ValueError: rank 0"):
+    with pytest.raises(AssertionError, match=r"ValueError: rank [01]"):
         on_ranks(tmp_path, 2, fail)
 
 
@@ -111,3 +111,13 @@ def test_an_error_of_rank_0_is_raised_in_every_process(tmp_path: Path) -> None:
     for found in on_ranks(tmp_path, 2, refused):
         assert found[0] is GateError
         assert found[1] == "no such thing\n  where: recipe\n  fix:   another one"
+
+
+def test_there_is_a_gpu_for_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="2 or more processes were started on this node, and it has 1 GPUs") as caught:
+        started(World(1, 2, 1), "cuda")
+    assert caught.value.fix == "start one for each GPU: --nproc-per-node=1"
+    assert World(1, 2, 1).device("cuda") == "cuda:1"
+    assert World(1, 2, 1).device("cpu") == "cpu"
+    assert ALONE.device("cuda") == "cuda"

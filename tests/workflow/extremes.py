@@ -12,7 +12,7 @@ from typing import Any
 from retrofit.errors import GateError, UserError
 from retrofit.recipe.load import validate
 from retrofit.recipe.schema import Recipe
-from retrofit.workflow.context import open_context
+from retrofit.workflow.opening import open_context
 from retrofit.workflow.run import run
 
 SCHEMA: Mapping[str, Any] = Recipe.model_json_schema()

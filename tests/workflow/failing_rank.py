@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from retrofit.cli.app import main
+from retrofit.cli.main import main
 from retrofit.errors import UserError
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -166,7 +167,11 @@ def test_a_folder_that_is_not_a_run(recipe: Recipe, out: Path) -> None:
 
 
 def test_requirements_on_what_is_not_measured(recipe: Recipe, out: Path) -> None:
-    assert "nothing is measured at 256" in refused(out, recipe(require={"ppl@256": "<= 3"}))
+    text = refused(out, recipe(require={"ppl@256": "<= 3"}))
+    assert "nothing is measured at 256" in text
+    option = re.search(r"--set '(require=\{ppl@\d+: \"<= 3\"\})'", text)
+    assert option is not None
+    assert retrofit("plan", recipe(require={"ppl@256": "<= 3"}), "--set", option[1]).exit_code == 0
     assert "needs a length" in refused(out, recipe(require={"ppl": "<= 3"}))
     assert "certifies an effective length" in refused(out, recipe(require={"effective_length": ">= 64"}))
     assert "no text `prose`" in refused(out, recipe(require={"ppl@64/prose": "<= 3"}))

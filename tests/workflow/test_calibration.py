@@ -23,8 +23,8 @@ from retrofit.recipe.schema import Calibration, Recipe, TextSource
 from retrofit.views import results
 from retrofit.workflow import samples as own_samples
 from retrofit.workflow.command import Written
-from retrofit.workflow.context import check_model, open_model
 from retrofit.workflow.estimate.cost import ModelFacts
+from retrofit.workflow.opening import check_model, open_model
 from retrofit.workflow.plan import make_plan
 from retrofit.workflow.samples import sampled_tokens
 from tests.tiny import save_tiny

@@ -13,7 +13,7 @@ import pytest
 from retrofit.errors import UserError
 from retrofit.evaluation.metrics.bits import compare_bits
 from retrofit.evaluation.scoring.losses import TokenLosses
-from retrofit.workflow.compare import compare
+from retrofit.workflow.compare import compare_stored
 from retrofit.workflow.journal import Entry, Journal, digests_of
 from tests.evaluation.test_perplexity import made_up
 from tests.workflow.conftest import retrofit
@@ -37,7 +37,7 @@ def test_ratios_are_paired_and_no_torch_is_loaded(tmp_path: Path) -> None:
 
     losses = made_up(2, 256)
     a, b = save(tmp_path / "a.npz", losses), save(tmp_path / "b.npz", worse(losses, 0.1))
-    row = compare(a, b, lengths=[64]).rows[-1]
+    row = compare_stored(a, b, lengths=[64]).rows[-1]
     assert row.ratio == pytest.approx(math.exp(0.1), rel=1e-5)
     assert row.high - row.low < 1e-5
     assert row.bpb_b - row.bpb_a == pytest.approx(0.1 / math.log(2) / 4, rel=1e-5)
@@ -57,7 +57,7 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(tmp_path: Path, meta
     losses = made_up(2, 256)
     a, b = save(tmp_path / "a.npz", losses), save(tmp_path / "b.npz", losses, **meta)
     with pytest.raises(UserError, match=why):
-        compare(a, b)
+        compare_stored(a, b)
 
 
 def dynamic(lengths: list[int]) -> TokenLosses:
@@ -70,10 +70,10 @@ def test_lengths_are_by_default_those_that_both_hold(tmp_path: Path) -> None:
     for name, lengths in (("a", [100, 300, 700]), ("b", [300, 600, 700]), ("c", [200])):
         dynamic(lengths).save(tmp_path / f"{name}.npz")
     plain = save(tmp_path / "plain.npz", made_up(2, 700))
-    assert {row.length for row in compare(tmp_path / "a.npz", tmp_path / "b.npz").rows} == {300, 700}
-    assert {row.length for row in compare(tmp_path / "a.npz", plain).rows} == {100, 300, 700}
+    assert {row.length for row in compare_stored(tmp_path / "a.npz", tmp_path / "b.npz").rows} == {300, 700}
+    assert {row.length for row in compare_stored(tmp_path / "a.npz", plain).rows} == {100, 300, 700}
     with pytest.raises(UserError, match="no length was scored in both"):
-        compare(tmp_path / "a.npz", tmp_path / "c.npz")
+        compare_stored(tmp_path / "a.npz", tmp_path / "c.npz")
 
 
 def test_dtype_and_kernel_of_both_are_told_and_a_difference_is_noted(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_dtype_and_kernel_of_both_are_told_and_a_difference_is_noted(tmp_path: P
     assert "dtype float32, kernel blockwise" in shown
     assert "dtype bfloat16, kernel blockwise" in shown
     assert "a was read with dtype float32, b with bfloat16" in shown
-    assert not compare(a, a).notes
+    assert not compare_stored(a, a).notes
 
 
 def test_a_file_of_another_revision_of_the_program_is_refused(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_file_of_another_revision_of_the_program_is_refused(tmp_path: Path) ->
     header = {**json.loads(str(arrays["header"])), "format": 99}
     np.savez(path, **{**arrays, "header": np.array(json.dumps(header))})
     with pytest.raises(UserError, match="another revision of this program, in format 99"):
-        compare(path, path)
+        compare_stored(path, path)
 
 
 def entry(run: Path, step: str, artifact: str) -> Entry:
@@ -109,14 +109,14 @@ def test_losses_scored_before_the_model_was_made_again_are_refused(tmp_path: Pat
     journal = Journal(run)
     journal.append(entry(run, "convert", "1-convert"))
     journal.append(entry(run, "evaluate:converted", "losses/converted.npz"))
-    assert compare(good, run).rows[-1].ratio == 1.0
+    assert compare_stored(good, run).rows[-1].ratio == 1.0
     journal.append(entry(run, "convert", "1-convert"))
     with pytest.raises(UserError, match="`convert` was done again"):
-        compare(good, run)
+        compare_stored(good, run)
     journal.append(entry(run, "evaluate:converted", "losses/converted.npz"))
     save(path, worse(made_up(2, 256), 1.0))
     with pytest.raises(UserError, match="not those that the run recorded"):
-        compare(good, run)
+        compare_stored(good, run)
 
 
 def text_losses(sizes: list[list[int]], nats_per_byte: float, given: int) -> TokenLosses:
@@ -160,4 +160,4 @@ def test_two_tokenizers_need_the_flag_and_the_same_texts(tmp_path: Path) -> None
     assert "bits per byte on the same bytes" in retrofit("compare", a, b, "--bits-per-byte").output.lower()
     save(tmp_path / "c.npz", made_up(2, 256), tokenizer_sha256="other", texts_sha256=["x", "z"])
     with pytest.raises(UserError, match="not known to be of the same texts"):
-        compare(a, tmp_path / "c.npz", bits=True)
+        compare_stored(a, tmp_path / "c.npz", bits=True)

@@ -10,7 +10,12 @@ import pytest
 
 import retrofit
 from retrofit.model import load
+from retrofit.model.families import describe
 from retrofit.model.families.base import Family
+from retrofit.recipe.schema import Evaluate, Recipe
+from retrofit.system import device as sizes
+from retrofit.workflow.opening import sized
+from tests.tiny import tiny_config
 
 
 @pytest.fixture
@@ -70,3 +75,16 @@ def test_a_recovery_loads_and_describes_each_of_its_models_once(
     for name in (model.name, "student"):
         assert loaded[f"config {name}"] == 1, name
         assert loaded[f"spec {name}"] == 1, name
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "chunk"), [("cpu", {}, 512), ("cuda", {}, 8192), ("cuda", {"chunk": 512}, 512)]
+)
+def test_a_chunk_that_no_recipe_names_fills_the_device(
+    device: str, asked: dict[str, int], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizes, "total_memory", lambda device: 80 << 30)
+    recipe = Recipe(name="r", model="m", evaluate=Evaluate(**asked))
+    evaluate = sized(recipe, recipe, describe(tiny_config("llama")), device).evaluate
+    assert evaluate is not None
+    assert evaluate.chunk == chunk

@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 
 from retrofit.evaluation.result import ModelEvaluation
 from retrofit.evaluation.scoring.losses import TokenLosses
+from retrofit.kv_heads.sweep.price_list import PriceList
 from retrofit.recipe.schema import Recipe
 from retrofit.system.world import ALONE, World
 from retrofit.workflow.command import evaluate, write
+from retrofit.workflow.sweep import prices
 from tests.ranks import on_ranks
 from tests.tiny import save_tiny
 
@@ -72,3 +74,22 @@ def test_an_evaluation_is_that_of_one_process(kept: bool, model: Path, tmp_path:
         first, second = (TokenLosses.load(tmp_path / name) for name in ("one.npz", "many.npz"))
         assert all(np.array_equal(a, b) for a, b in zip(first.losses, second.losses, strict=True))
         assert first.meta == second.meta
+
+
+def priced(world: World, recipe: Recipe, moments: Path) -> PriceList:
+    found = prices(recipe, command="", moments=moments, tokens=2048, world=world)
+    return replace(found, notes=tuple(note.replace(str(moments), "") for note in found.notes))
+
+
+def test_a_price_list_is_that_of_one_process(model: Path, tmp_path: Path) -> None:
+    text = [{"source": book(tmp_path / f"{seed}.txt", seed)} for seed in (1, 2)]
+    section = {"kv_heads": 1, "calibration": {"text": text, "tokens": 2048, "sequence_length": 128}}
+    recipe = Recipe.model_validate({"name": "prices", "model": str(model), "convert": section, "evaluate": None})
+    alone = priced(ALONE, recipe, tmp_path / "one")
+    found = on_ranks(tmp_path, 2, priced, recipe, tmp_path / "many")
+    assert found[0] == found[1]
+    assert [price.how for price in found[0].prices] == [price.how for price in alone.prices]
+    for one, other in zip(alone.prices, found[0].prices, strict=True):
+        assert other.increase == pytest.approx(one.increase, abs=1e-6)
+        assert other.cost == pytest.approx(one.cost, rel=1e-6)
+    assert not (tmp_path / "many.work").exists()

@@ -158,12 +158,12 @@ def test_a_killed_evaluation_goes_on_with_the_same_numbers(
     extended: Path, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in every pass in turn; the losses and all that is said of them are those of a call without a stop."""
-    from retrofit.evaluation.scoring import score as module
+    from retrofit.evaluation.scoring import passes as module
 
     asked = ["--text", book, "--lengths", "64,700", "--context-gain", "--definition", "sliding"]
     asked += ["--definition", "lm-eval", "--json", "--out"]
     whole = json.loads(retrofit("evaluate", extended, *asked, tmp_path / "whole.npz").stdout)
-    real, out = module._Pass.scored, tmp_path / "killed.npz"
+    real, out = module.Pass.scored, tmp_path / "killed.npz"
     for _ in range(5):  # after the plain pass, the native one, and those of the definitions at two lengths
         calls = itertools.count()
 
@@ -172,11 +172,11 @@ def test_a_killed_evaluation_goes_on_with_the_same_numbers(
                 raise KeyboardInterrupt
             return real(*args)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(module._Pass, "scored", killed)
+        monkeypatch.setattr(module.Pass, "scored", killed)
         assert retrofit("evaluate", extended, *asked, out).exit_code != 0
         assert not out.exists() and (tmp_path / "killed.npz.scored").is_dir()
     read = []
-    monkeypatch.setattr(module._Pass, "scored", real)
+    monkeypatch.setattr(module.Pass, "scored", real)
     span = module._score_span
     monkeypatch.setattr(module, "_score_span", lambda *args: read.append(args[2]) or span(*args))
     again = json.loads(retrofit("evaluate", extended, *asked, out).stdout)

@@ -20,7 +20,7 @@ from retrofit.kv_heads.sweep import pilot
 from retrofit.recipe.load import load_recipe
 from retrofit.recipe.schema import TextSource
 from retrofit.workflow import sweep
-from retrofit.workflow.context import open_context
+from retrofit.workflow.opening import open_context
 from tests.workflow.conftest import retrofit, sentences
 
 

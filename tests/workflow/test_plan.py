@@ -16,7 +16,7 @@ from retrofit.recipe.resolve import resolved
 from retrofit.workflow.estimate import throughput
 from retrofit.workflow.estimate.cost import CALL_SECONDS, EFFICIENCY, ModelFacts, Throughput
 from retrofit.workflow.estimate.evaluation import MACHINE_SECONDS
-from retrofit.workflow.plan import make_plan
+from retrofit.workflow.plan import describe_plan, make_plan
 from retrofit.workflow.steps import steps_of
 from tests.tiny import tiny_config
 
@@ -178,3 +178,32 @@ def test_a_plan_times_the_products_that_are_used(bfloat16_products: bool, monkey
     assert timed == [torch.float32, torch.bfloat16][: 1 + bfloat16_products]
     assert (found.flops, found.float32) == (4e9 if bfloat16_products else 1e9, 1e9)
     assert ("in bfloat16" in found.how) == bfloat16_products
+
+
+def test_a_plan_for_several_processes_says_who_does_what() -> None:
+    recipe = resolved(load_recipe("quickstart"), 8192, 8192, [1, 3])[0]
+    plan = make_plan(recipe, FACTS, SPEED, processes=4)
+    assert plan.shared == ("convert", "recover", "evaluate")
+    assert describe_plan(plan)[-1] == (
+        "4 processes: all of them share convert, recover, evaluate; rank 0 does extend, publish alone. "
+        "The times in the table are those of one process"
+    )
+    assert not any("processes" in line for line in describe_plan(make_plan(recipe, FACTS, SPEED)))
+
+
+def test_a_plan_says_what_shares_a_row_and_what_splitting_heads_would_come_to() -> None:
+    recipe = load_recipe("quickstart", ["recover.distribute.sequence=3", "device=cpu"])
+    recover = make_plan(recipe, FACTS, SPEED).of("recover")
+    assert recover is not None
+    assert "3 processes share every row (ring: torch's context parallelism cannot: it needs CUDA)" in recover.does
+    assert "would put 3 copies of each of 1 KV head on them" in recover.does
+
+
+def test_split_weights_take_less_memory() -> None:
+    whole, split = (
+        make_plan(load_recipe("quickstart", [f"recover.distribute.shard={shard}"]), FACTS, SPEED).of("recover")
+        for shard in ("auto", 8)
+    )
+    assert whole is not None
+    assert split is not None
+    assert split.peak_bytes < whole.peak_bytes

@@ -38,6 +38,9 @@ def test_more_than_four_passes_are_refused_unless_allowed(text: str) -> None:
 
 
 def test_a_short_training_is_refused_as_well(tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("hi\n")  # not even the bytes of one token
+    with pytest.raises(UserError, match="would read"):
+        require_text(recover(tokens=2_048, text=[str(tmp_path / "few.txt")]))
     (tmp_path / "b.txt").write_text("x" * 4_000)
     with pytest.raises(UserError, match=r"about 10 times"):
         require_text(recover(tokens=10_000, text=[str(tmp_path / "b.txt")]))

@@ -15,7 +15,7 @@ import yaml
 from retrofit.checkpoint.provenance import sha256
 from retrofit.errors import UserError
 from retrofit.evaluation.scoring.losses import TokenLosses
-from retrofit.kernels import registry
+from retrofit.kernels import check
 from retrofit.recipe.load import load_recipe
 from tests.workflow.conftest import retrofit, sections
 
@@ -182,7 +182,7 @@ def test_a_stricter_gate_takes_back_what_was_published(done: SimpleNamespace, co
 def test_a_kernel_that_is_not_proven_is_not_published(
     done: SimpleNamespace, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(registry.TOLERANCE, "float32", 0.0)
+    monkeypatch.setitem(check.TOLERANCE, "float32", 0.0)
     result = retrofit("run", done.recipe, "--out", copy, "--from", "evaluate")
     assert result.exit_code == 2 and "kernel_max_diff" in result.output and not (copy / "final").exists()
     assert "kernel_max_diff" in (copy / "report.md").read_text()

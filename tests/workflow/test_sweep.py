@@ -20,6 +20,7 @@ from retrofit.kv_heads.room import held
 from retrofit.kv_heads.sweep import pilot
 from retrofit.kv_heads.sweep.budget import Budget, parse_budget, within
 from retrofit.kv_heads.sweep.costs import LayerCost, Measured
+from retrofit.kv_heads.sweep.price_list import price_list
 from retrofit.model.families import describe
 from retrofit.model.folder import ModelFolder
 from retrofit.recipe.schema import Calibration, Convert, TextSource
@@ -88,7 +89,7 @@ def test_rows_are_measured_or_lie_on_the_curve() -> None:
     ]
     found = (Measured(1, 0.64, 0.1), Measured(2, 0.04, 0.1))  # sixteen times the loss at four times the cost
     calibrated = pilot.Calibrated(2.0, found, "o_proj", 12, 4, ("a",), {})
-    rows, curve = module.price_list(spec, layers, calibrated, {g: 100 * g for g in costs}, 4)
+    rows, curve = price_list(spec, layers, calibrated, {g: 100 * g for g in costs}, 4)
     assert curve is not None
     assert curve.exponent == pytest.approx(2)
     assert [(row.kv_heads, row.how) for row in rows] == [
@@ -104,7 +105,7 @@ def test_rows_are_measured_or_lie_on_the_curve() -> None:
     assert rows[0].ratio == 1
     assert rows[3].worst_layers(1) == [(0, pytest.approx(0.75))]
     assert rows[0].worst_layers() == []
-    unmeasured, none = module.price_list(spec, layers, None, {g: 100 * g for g in costs}, 4)
+    unmeasured, none = price_list(spec, layers, None, {g: 100 * g for g in costs}, 4)
     assert none is None
     assert [row.increase for row in unmeasured] == [0, None, None, None]
 

@@ -16,9 +16,10 @@ from retrofit.evaluation.tasks.answers import to_file
 from retrofit.evaluation.tasks.harness import Asked, Harness
 from retrofit.install import install_command
 from retrofit.model.load import load_config
-from retrofit.recipe.load import RecipeError, load_recipe
+from retrofit.recipe.load import load_recipe
+from retrofit.recipe.problems import RecipeError
 from retrofit.recipe.schema import Recipe
-from retrofit.workflow.compare import compare, stored_answers
+from retrofit.workflow.compare import compare_stored, stored_answers
 from retrofit.workflow.estimate.cost import CALL_SECONDS, EFFICIENCY, TaskSize
 from retrofit.workflow.journal import Entry, Journal, digests_of
 from retrofit.workflow.plan import make_plan
@@ -144,17 +145,17 @@ def test_tasks_are_priced_for_every_model() -> None:
 
 def test_stored_answers_are_compared_beside_the_losses(tmp_path: Path) -> None:
     a, b = save(tmp_path / "a.npz", made_up(2, 256)), save(tmp_path / "b.npz", made_up(2, 256))
-    assert compare(a, b).tasks == ()
+    assert compare_stored(a, b).tasks == ()
     to_file({"quiz": answers([1, 1, 0, 1]), "other": answers([1], name="other")}, tmp_path / "a.tasks.json")
     to_file({"quiz": answers([1, 0, 0, 0]), "mine": answers([1], name="mine")}, tmp_path / "b.tasks.json")
-    (row,) = compare(a, b).tasks
+    (row,) = compare_stored(a, b).tasks
     assert (row.task, row.before, row.after, row.lost, row.gained) == ("quiz", 0.75, 0.25, 2, 0)
-    assert compare(a, b, bits=True).tasks == (row,)
+    assert compare_stored(a, b, bits=True).tasks == (row,)
     shown = " ".join(retrofit("compare", a, b).output.split())
     assert "quiz" in shown
     assert "-0.5000" in shown
     to_file({"quiz": answers([1, 1], first=9)}, tmp_path / "b.tasks.json")
-    found = compare(a, b)
+    found = compare_stored(a, b)
     assert found.tasks == ()
     assert "no question alike" in found.notes[-1]
 

@@ -14,7 +14,7 @@ Successive halving: Jamieson and Talwalkar 2016 (arXiv 1502.07943).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,9 @@ from retrofit.errors import UserError
 from retrofit.evaluation.scoring.reader import Reader
 from retrofit.evaluation.scoring.score import reading
 from retrofit.recipe.schema import RopeSettings, Search
+from retrofit.system.dealing import collected, own_share
 from retrofit.system.resume import Kept
+from retrofit.system.world import ALONE, World
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -95,6 +97,7 @@ def search(
     kernel: KernelChoice | None = None,
     identity: Mapping[str, str] | None = None,
     partial: Path | None = None,
+    world: World = ALONE,
     progress: Progress | None = None,
 ) -> Found:
     """The best encoding of a window of T tokens for `model`, whose own is put back afterwards.
@@ -102,7 +105,8 @@ def search(
     ids_T: a text as long as the window, BOS included; name: what it is, for the record. held: what earlier extensions
     multiplied the queries with. partial: a folder where finished trials are kept, for the next call with the same
     question; identity: digests of the checkpoint, part of that question. The weights of the objective are not: they
-    say what is made of the losses.
+    say what is made of the losses. world: the processes that make this call, each with the model; the trials of a rung
+    are dealt out to them, and all find the same.
 
     Raises: UserError for a model without rotary positions, too small a budget, or losses that are not finite.
     """
@@ -118,19 +122,14 @@ def search(
     survivors = list(pool)
     with reading(model, kernel, progress) as used:
         question = {"config": config.to_dict(), "checkpoint": identity, "text": sha, "seed": seed, "held": held}
-        kept = Kept(partial, {**question, "dtype": str(model.dtype), "kernel": used})
+        kept = Kept(partial, {**question, "dtype": str(model.dtype), "kernel": used}, world)
         for rung, (size, count) in enumerate(plan, start=1):
             survivors = _advance_to(survivors, trials, min(count, len(pool)), yarn_attention_factor(length / native))
             text = rung_text(tokenizer, ids_T, rung, plan, native, seed)
-            if progress:
-                progress.start(f"search {rung} of {len(plan)}", len(survivors) * size, "tokens")
-            at = _Rung(model, tokenizer, text, rung, native, section, kept)
-            baselines.append(at.original())
+            at = _Rung(model, tokenizer, text, rung, native, section, kept, world)
+            baselines.append(world.only(at.original))
             tokens_read += len(at.beginning.ids_T) + len(survivors) * text.tokens_read
-            for candidate in survivors:
-                trials.append(at.trial(candidate, baselines[-1]))
-                if progress:
-                    progress.advance(size, encoding=candidate.label, objective=trials[-1].objective)
+            trials += at.trials(survivors, baselines[-1], f"search {rung} of {len(plan)}", size, progress)
     if progress:
         progress.finish()
     last = {trial.label: trial for trial in trials if trial.rung == len(plan)}
@@ -187,6 +186,7 @@ class _Rung:
     native: int
     section: Search
     kept: Kept
+    world: World = ALONE
 
     @property
     def beginning(self) -> RungText:
@@ -197,17 +197,35 @@ class _Rung:
 
     def original(self) -> float:
         """Native loss of the model as it is, on the beginning of the text."""
-        return float(self._once(ORIGINAL, lambda: self._read(self.beginning))[0])
+        found = self.kept.get(self._name(ORIGINAL))
+        return float((self._finished(ORIGINAL, self._read(self.beginning)) if found is None else found)[0])
 
-    def trial(self, candidate: Candidate, baseline: float) -> Trial:
-        """One pass with the candidate's encoding."""
-        text, section = self.text, self.section
-
-        def measure() -> np.ndarray:
+    def trials(
+        self, candidates: Sequence[Candidate], baseline: float, task: str, tokens: int, progress: Progress | None
+    ) -> list[Trial]:
+        """One pass with the encoding of each candidate. task, tokens: the name of the progress, which is that
+        of this process, and what each pass counts as."""
+        found = self.kept.arrays(self._name(candidate.label) for candidate in candidates)
+        left = {i: 1.0 for i, candidate in enumerate(candidates) if self._name(candidate.label) not in found}
+        own = own_share(left, self.world)
+        if progress:
+            progress.start(task, (len(found) + len(own)) * tokens, "tokens")
+            progress.advance(len(found) * tokens)
+        read: dict[str, np.ndarray] = {}
+        for candidate in (candidates[i] for i in own):
             with encoded(self.model, candidate.config, candidate.query_scale):
-                return self._read(text)
+                losses = self._finished(candidate.label, self._read(self.text))
+            read[self._name(candidate.label)] = losses
+            if progress:
+                objective = self._trial(candidate, losses, baseline).objective
+                progress.advance(tokens, encoding=candidate.label, objective=objective)
+        found |= collected(read, self.world)
+        return [self._trial(candidate, found[self._name(candidate.label)], baseline) for candidate in candidates]
 
-        native, tail, needle = (float(value) for value in self._once(candidate.label, measure))
+    def _trial(self, candidate: Candidate, losses: np.ndarray, baseline: float) -> Trial:
+        """losses: (native, tail, needle)."""
+        section, text = self.section, self.text
+        native, tail, needle = (float(value) for value in losses)
         excess = native - baseline
         return Trial(
             rung=self.number,
@@ -222,19 +240,20 @@ class _Rung:
             objective=tail + section.needle_weight * needle + section.native_weight * max(0.0, excess),
         )
 
-    def _once(self, label: str, measure: Callable[[], np.ndarray]) -> np.ndarray:
-        name = hashlib.sha256(f"{self.number} {label}".encode()).hexdigest()[:16]
-        found = self.kept.get(name)
-        if found is None:
-            found = measure()
-            if not np.isfinite(found).all():
-                raise UserError(
-                    "the loss is not a finite number",
-                    where=f"the encoding {label}",
-                    fix="check the weights for NaN or infinity (retrofit inspect), or run in float32",
-                )
-            self.kept.put(name, found)
-        return found
+    def _name(self, label: str) -> str:
+        """What the losses of an encoding are kept under."""
+        return hashlib.sha256(f"{self.number} {label}".encode()).hexdigest()[:16]
+
+    def _finished(self, label: str, losses: np.ndarray) -> np.ndarray:
+        """The losses, which are kept. Raises UserError for some that are not finite."""
+        if not np.isfinite(losses).all():
+            raise UserError(
+                "the loss is not a finite number",
+                where=f"the encoding {label}",
+                fix="check the weights for NaN or infinity (retrofit inspect), or run in float32",
+            )
+        self.kept.put(self._name(label), losses)
+        return losses
 
     def _read(self, text: RungText) -> np.ndarray:
         """(native, tail, needle loss) of one pass; the last is 0 without questions."""

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from retrofit.errors import UserError
 from retrofit.evaluation.scoring.cache import PreallocatedLayer, preallocated_cache, rewind
 from retrofit.model.families import describe
+from retrofit.system.device import chunks_between_readings, forward_tokens, logit_rows
 
 Head = Callable[[Tensor], Tensor]
 
@@ -23,15 +24,23 @@ Head = Callable[[Tensor], Tensor]
 class Reader:
     """One sequence being read. position: tokens read so far.
 
-    capacity: most tokens it will ever hold. rewindable: it can go back to any token, not only to the start.
+    capacity: most tokens it will ever hold. chunk, rows: tokens of a forward pass and rows of logits that exist at a
+    time, by default what suits the device. rewindable: it can go back to any token, not only to the start.
     Tokens stand at positions 0, 1, 2, ... of a static rotary encoding; `skip` lets those that follow stand later.
     """
 
     def __init__(
-        self, model: PreTrainedModel, capacity: int, *, chunk: int = 512, rows: int = 256, rewindable: bool = False
+        self,
+        model: PreTrainedModel,
+        capacity: int,
+        *,
+        chunk: int | None = None,
+        rows: int | None = None,
+        rewindable: bool = False,
     ) -> None:
-        self.model, self.rows = model, rows
-        self.chunk = max(1, min(chunk, capacity))
+        self.model = model
+        self.rows = rows or default_rows(model)
+        self.chunk = max(1, min(chunk or default_chunk(model), capacity))
         self.position = 0
         self._cache = preallocated_cache(model.config, capacity, self.chunk, rewindable=rewindable)
         self._end = describe(model.config).learned_positions
@@ -79,16 +88,20 @@ class Reader:
 
     def predicted(self, ids_T: Tensor, next_T: Tensor, first: int = 0) -> Iterator[tuple[int, Tensor]]:
         """Read `ids_T`, whose token i is followed by next_T[i]; yields (tokens of the chunk, losses float32 of what
-        follows those from `first` on, in nats) of every chunk."""
+        follows those from `first` on, in nats) of every chunk, on a GPU of a few chunks together."""
+        group = chunks_between_readings(str(self.model.device))
+        read, losses, chunks = 0, [], 0
         for offset, hidden_1TC in self.hidden(ids_T):
             end = offset + hidden_1TC.shape[1]
-            losses = []
             with head_of(self.model) as head:
                 for row in range(max(offset, first), end, self.rows):
                     stop = min(row + self.rows, end)
                     logits_RV = head(hidden_1TC[:, row - offset : stop - offset])[0].float()
-                    losses.append(nn.functional.cross_entropy(logits_RV, next_T[row:stop], reduction="none").cpu())
-            yield end - offset, torch.cat(losses) if losses else torch.empty(0)
+                    losses.append(nn.functional.cross_entropy(logits_RV, next_T[row:stop], reduction="none"))
+            read, chunks = read + end - offset, chunks + 1
+            if chunks == group or end == len(ids_T):
+                yield read, torch.cat(losses).cpu() if losses else torch.empty(0)
+                read, losses, chunks = 0, [], 0
 
     def rewind(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens."""
@@ -132,6 +145,16 @@ class Reader:
                 break
             self.read(token[None])
         return found
+
+
+def default_chunk(model: PreTrainedModel) -> int:
+    """Tokens of a forward pass that suit the model's device."""
+    return forward_tokens(str(model.device), describe(model.config), model.dtype.itemsize)
+
+
+def default_rows(model: PreTrainedModel) -> int:
+    """Rows of logits that suit the model's device."""
+    return logit_rows(str(model.device), model.config.get_text_config().vocab_size)
 
 
 class _Outputs(tuple[Tensor]):

@@ -22,7 +22,7 @@ from retrofit.data.documents import Document, documents_digest, make_documents, 
 from retrofit.errors import UserError
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.evaluation.scoring.passes import Pass, Plan, advance, plan_of
-from retrofit.evaluation.scoring.reader import Reader, require_positions
+from retrofit.evaluation.scoring.reader import Reader, default_chunk, default_rows, require_positions
 from retrofit.evaluation.scoring.sharded import ShardedReader
 from retrofit.evaluation.scoring.windows import Windows
 from retrofit.kernels.registry import KernelChoice, scoring_kernel, split_kernel, using
@@ -46,8 +46,8 @@ def score(
     windows: Windows | None = None,
     lengths: Sequence[int] = (),
     known: TokenLosses | None = None,
-    chunk: int = 512,
-    logits_rows: int = 256,
+    chunk: int | None = None,
+    logits_rows: int | None = None,
     kernel: KernelChoice | None = None,
     meta: Mapping[str, object] | None = None,
     partial: Path | None = None,
@@ -60,19 +60,20 @@ def score(
     windows: how much context each token gets; by default all that stands before it. lengths: the context lengths that
     will be asked for; only a position encoding that changes with the length needs them, and costs a pass for each.
     known: losses of whole documents under the same model, whose first `windows.length` tokens are then not read again.
-    chunk: tokens per forward pass. logits_rows: rows of logits [rows, V] that exist at one time. kernel: by default
-    blockwise where it can express the model's attention, else an exact stock one. meta: what to record beside the
-    kernel, dtype, chunk and digest of the documents. partial: a folder where finished documents are kept until all
-    are, for the next call with the same question. world: the processes that make this call, each with the model; a pass
-    over a document is made by one of them, and all return all losses. sequences: groups of these processes that make it
-    together instead, each with a share of the tokens. progress: of what this process reads. The model's attention
-    kernel is put back afterwards.
+    chunk: tokens per forward pass. logits_rows: rows of logits [rows, V] that exist at one time. Both are by default
+    what suits the device. kernel: by default blockwise where it can express the model's attention, else an exact stock
+    one. meta: what to record beside the kernel, dtype, chunk and digest of the documents. partial: a folder where
+    finished documents are kept until all are, for the next call with the same question. world: the processes that make
+    this call, each with the model; a pass over a document is made by one of them, and all return all losses. sequences:
+    groups of these processes that make it together instead, each with a share of the tokens. progress: of what this
+    process reads. The model's attention kernel is put back afterwards.
 
     Raises: UserError for a position encoding that changes with the length when no lengths are given, for a document
     beyond the model's absolute positions, for a kernel or attention that cannot be split among `sequences`, and for a
     loss that is not finite (names document and position).
     """
     model = getattr(model, "get_base_model", lambda: model)()  # of a peft model: the model its adapters sit in
+    chunk, logits_rows = chunk or default_chunk(model), logits_rows or default_rows(model)
     known = known if varying(model.config) is None else None  # their frequencies are those of another length
     plans = [plan_of(model, document, windows, lengths) for document in documents]
     _require_scorable(model, documents, plans, windows is not None or bool(lengths))

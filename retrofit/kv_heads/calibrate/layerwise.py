@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 
 from retrofit.checkpoint.cast import narrowed
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.data.calibration import CalibrationText
+from retrofit.data.calibration import TOKENS_PER_BATCH, CalibrationText
 from retrofit.kv_heads.calibrate import moments as moment_files
 from retrofit.kv_heads.calibrate.measure import layer_moments
 from retrofit.kv_heads.calibrate.moments import LayerMoments
@@ -49,6 +49,7 @@ from retrofit.model.families import describe
 from retrofit.model.load import product_dtype
 from retrofit.model.spec import AttentionSpec, LayerAttention
 from retrofit.system.dealing import own_share
+from retrofit.system.device import calibration_tokens
 from retrofit.system.world import ALONE, World
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ class CalibratedRun:
         self._spec, self._target_spec = spec or describe(config), describe(target)
         read_with = settings.read_with
         self._turnings = RotationAverages(config, self._spec) if read_with is None else RotationAverages(read_with)
-        self._batches, self._folds = text.batches(), text.folds()
+        tokens = calibration_tokens(device, self._spec, TOKENS_PER_BATCH)
+        self._batches, self._folds = text.batches(tokens), text.folds(tokens)
         self._world = world
         self._own = own_share({i: ids.numel() for i, (_, ids) in enumerate(self._batches)}, world)
         if progress and len(self._batches) < world.size:
@@ -104,6 +106,7 @@ class CalibratedRun:
             Shapes.of(shapes, self._spec.hidden_size, first.query_heads * first.head_dim),
             layers=len(self._spec.layers),
             repairs=bool(settings.repairs),
+            device=device,
             own=self._own,
             world=world,
             say=progress.note if progress else lambda _: None,

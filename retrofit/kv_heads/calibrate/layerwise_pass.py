@@ -22,7 +22,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from retrofit.data.calibration import AVERAGED_TOKENS, CalibrationText
+from retrofit.data.calibration import AVERAGED_TOKENS, TOKENS_PER_BATCH, CalibrationText
 from retrofit.errors import UserError
 from retrofit.kv_heads.calibrate.measure import layer_moments
 from retrofit.kv_heads.calibrate.moments import load, save
@@ -33,13 +33,13 @@ from retrofit.model.folder import ModelFolder, opened
 from retrofit.model.load import product_dtype
 from retrofit.model.spec import AttentionSpec
 from retrofit.system.dealing import collected, own_share
+from retrofit.system.device import calibration_tokens, logit_rows
 from retrofit.system.world import ALONE, World
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
 
-TOKENS_PER_BATCH = 4096
-ROWS = 256
+SCORED_TOKENS = 4096  # of a batch of text that is scored on a CPU
 STREAM = "original"
 
 
@@ -69,8 +69,9 @@ def layerwise_pass(
     model = opened(folder)
     checkpoint, config, spec = model.checkpoint, model.config, model.spec
     autocast = product_dtype(device)
-    scored = list(scored_NT.split(max(1, TOKENS_PER_BATCH // scored_NT.shape[1])))
-    seen = measured.batches() if measured and moments is not None else []
+    scored = list(scored_NT.split(max(1, calibration_tokens(device, spec, SCORED_TOKENS) // scored_NT.shape[1])))
+    tokens = calibration_tokens(device, spec, TOKENS_PER_BATCH)
+    seen = measured.batches(tokens) if measured and moments is not None else []
     batches = [*(ids for _, ids in seen), *scored]
     key = work_key(
         checkpoint,
@@ -92,6 +93,7 @@ def layerwise_pass(
             layers=len(spec.layers),
             whole=partial(load, moments) if moments is not None and seen else lambda index: None,
             to_the_end=True,
+            device=device,
             own=own,
             world=world,
             say=progress.note if progress else lambda _: None,
@@ -195,17 +197,19 @@ class Readout:
         return self._given
 
     def losses(self, hidden_BTC: Tensor, ids_BT: Tensor) -> Tensor:
-        """Mean next-token loss of each sequence, [B], float64; logits exist for `ROWS` rows at a time."""
-        out = []
+        """Mean next-token loss of each sequence, [B], float64; logits exist for a few rows at a time."""
+        step = logit_rows(self._device, self._model.config.get_text_config().vocab_size)
+        sums: list[Tensor] = []
         with torch.no_grad():
             for hidden_TC, ids_T in zip(hidden_BTC, ids_BT.to(self._device), strict=True):
-                total = 0.0
-                for start in range(0, len(ids_T) - 1, ROWS):
-                    rows = slice(start, min(start + ROWS, len(ids_T) - 1))
+                parts = []
+                for start in range(0, len(ids_T) - 1, step):
+                    rows = slice(start, min(start + step, len(ids_T) - 1))
                     self._given = hidden_TC[None, rows]
                     logits_RV = self._model(input_ids=ids_T[None, rows], use_cache=False).logits[0].float()
                     targets_R = ids_T[rows.start + 1 : rows.stop + 1]
-                    total += float(nn.functional.cross_entropy(logits_RV, targets_R, reduction="sum"))
-                out.append(total / (len(ids_T) - 1))
+                    parts.append(nn.functional.cross_entropy(logits_RV, targets_R, reduction="sum"))
+                sums.append(torch.stack(parts))
         self._given = None
-        return torch.tensor(out, dtype=torch.float64)
+        read = torch.stack(sums).tolist()  # once, when all are computed
+        return torch.tensor([sum(parts) / (ids_BT.shape[1] - 1) for parts in read], dtype=torch.float64)

@@ -23,6 +23,7 @@ from torch import Tensor
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.files import read_json
+from retrofit.system.device import float64
 from retrofit.system.world import World
 
 STREAM_QUANTILES = (0.5, 0.9, 0.99, 1.0)
@@ -111,26 +112,22 @@ class MomentSums:
         self._averaged_rows = self._averaged_tokens = 0
 
     def add(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, stream_TC: Tensor | None = None) -> None:
-        """Add a chunk. Chunks are multiplied in fp32 and summed in fp64. stream: the residual stream."""
+        """Add a chunk. Chunks are multiplied in fp32 and summed in fp64, where the model runs; the sums are read from
+        there when all is added. stream: the residual stream."""
         q = q_THD.float().unflatten(1, (self._kv_heads, -1)).permute(1, 0, 2, 3).flatten(1, 2)
         k, v = k_TKD.float(), v_TKD.float()
-        parts = [  # what follows is arithmetic on the CPU, wherever the model runs
-            (k.flatten(1).T @ k.flatten(1)).cpu().double(),
-            (q.mT @ q).cpu().double(),
-            (v.flatten(1).T @ v.flatten(1)).cpu().double(),
-            k.sum(0).cpu().double(),
-            v.sum(0).cpu().double(),
-        ]
+        grams = k.flatten(1).T @ k.flatten(1), q.mT @ q, v.flatten(1).T @ v.flatten(1)
+        parts = [float64(x) for x in (*grams, k.sum(0), v.sum(0))]
         self._sums = parts if self._sums is None else [a.add_(b) for a, b in zip(self._sums, parts, strict=True)]
         self._tokens += q_THD.shape[0]
         if stream_TC is not None:
-            self._energies.append(stream_TC.float().square().mean(-1).cpu())
+            self._energies.append(stream_TC.float().square().mean(-1))
 
     def add_averaged(self, averaged_THKD: Tensor) -> None:
         """Add a chunk of values after attention: entry [t, h, k] is query head h's average of KV head k's values."""
         rows = averaged_THKD.float().flatten(2).flatten(0, 1)
-        gram = (rows.T @ rows).cpu().double()
-        total = rows.sum(0).cpu().double()
+        gram = float64(rows.T @ rows)
+        total = float64(rows.sum(0))
         self._averaged = gram if self._averaged is None else self._averaged.add_(gram)
         self._averaged_sum = total if self._averaged_sum is None else self._averaged_sum.add_(total)
         self._averaged_rows += rows.shape[0]
@@ -148,11 +145,14 @@ class MomentSums:
             if tensor is not None:
                 world.sum_(tensor)
         if self._energies:
-            self._energies = world.gather(torch.cat(self._energies))
+            self._energies = world.gather(torch.cat(self._energies).cpu())
 
     def finish(self, layer: int) -> LayerMoments:
         """Raises UserError where a moment is not finite (the weights or the text gave NaN or infinity)."""
         assert self._sums is not None and self._tokens, "no tokens were added"
+        self._sums = [s.cpu() for s in self._sums]  # what follows is arithmetic on the CPU
+        if self._averaged is not None and self._averaged_sum is not None:
+            self._averaged, self._averaged_sum = self._averaged.cpu(), self._averaged_sum.cpu()
         key, query, value, key_mean, value_mean = (s / self._tokens for s in self._sums)
         named = [("keys", key), ("queries", query), ("values", value)]
         if self._averaged is not None:
@@ -166,7 +166,7 @@ class MomentSums:
                 )
         k = self._kv_heads
         d = value.shape[0] // k
-        energies = torch.cat(self._energies).double() if self._energies else None
+        energies = torch.cat(self._energies).cpu().double() if self._energies else None
         averaged, averaged_mean = (None, None) if self._averaged is None else self._blended(value, value_mean.flatten())
         return LayerMoments(
             tokens=self._tokens,

@@ -23,7 +23,8 @@ from torch import Tensor
 from retrofit.checkpoint.copying import copy_file
 from retrofit.checkpoint.staging import staged
 from retrofit.kv_heads.calibrate.moments import MomentsSource, require_own
-from retrofit.kv_heads.disk import DiskTensors, StreamFolder
+from retrofit.kv_heads.disk import StreamFolder
+from retrofit.kv_heads.disk_tensors import DiskTensors
 from retrofit.kv_heads.repair.outcome import LayerReport
 from retrofit.system.world import ALONE, World
 
@@ -54,6 +55,7 @@ class WorkFolder(StreamFolder):
         *,
         layers: int,
         repairs: bool,
+        device: str = "cpu",
         own: Sequence[int] | None = None,
         world: World = ALONE,
         say: Callable[[str], None],
@@ -69,6 +71,7 @@ class WorkFolder(StreamFolder):
             layers=layers,
             within=(self.targets, self.heads),
             whole=self._report,
+            device=device,
             own=own,
             world=world,
             say=say,

@@ -51,6 +51,10 @@ class RidgeSums:
         energy, weight = (sum(values) for values in zip(*scalars, strict=True))
         return RidgeSums(world.sum_(self.gram_NN), world.sum_(self.cross_CN), energy, weight)
 
+    def to(self, device: str) -> RidgeSums:
+        """The same on a device."""
+        return RidgeSums(self.gram_NN.to(device), self.cross_CN.to(device), self.energy, self.weight)
+
     @classmethod
     def of(cls, z_TN: Tensor, target_TC: Tensor, weight_T: Tensor) -> RidgeSums:
         """Sums of a chunk of tokens, on the CPU wherever the model runs."""
@@ -132,11 +136,13 @@ def _total(parts: list[RidgeSums]) -> RidgeSums:
     return sum(parts[1:], parts[0])
 
 
-def refit(sums: Mapping[tuple[str, int], RidgeSums], start_CN: Tensor) -> Ridge:
+def refit(sums: Mapping[tuple[str, int], RidgeSums], start_CN: Tensor, device: str = "cpu") -> Ridge:
     """Choose lambda on text left out, then fit on all.
 
-    sums: by (kind of text, part of it); at least two parts of each kind.
+    sums: by (kind of text, part of it); at least two parts of each kind. device: where the arithmetic is done; the
+    result is on the CPU.
     """
+    sums, start_CN = {fold: part.to(device) for fold, part in sums.items()}, start_CN.to(device)
     kinds = list(dict.fromkeys(kind for kind, _ in sums))
     parts = sorted({part for _, part in sums})
     assert len(parts) >= 2, "a repair is never accepted on the text it was fitted on"
@@ -155,8 +161,8 @@ def refit(sums: Mapping[tuple[str, int], RidgeSums], start_CN: Tensor) -> Ridge:
     helps = torch.cat([within, *(r[None] for r in unseen_kind)]).amax(0) < 1.0
     share = sum(before) / len(before)
     if not bool(helps.any()):
-        return Ridge(start_CN, False, None, share, share)
+        return Ridge(start_CN.cpu(), False, None, share, share)
     best = int(within.log().mean(0).masked_fill(~helps, torch.inf).argmin())
     after = sum(b * float(r) for b, r in zip(before, within[:, best], strict=True)) / len(before)
     step = _Solution.of(_total(list(sums.values())), start_CN).step(LAMBDAS[best])
-    return Ridge(start_CN + step, True, LAMBDAS[best], share, after)
+    return Ridge((start_CN + step).cpu(), True, LAMBDAS[best], share, after)

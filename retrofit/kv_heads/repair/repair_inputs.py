@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from retrofit.kv_heads.calibrate.stream import LayerRun
-from retrofit.kv_heads.disk import DiskTensors
+from retrofit.kv_heads.disk_tensors import DiskTensors
 from retrofit.kv_heads.merge.weights import LayerWeights, write_layer
 from retrofit.model.spec import LayerAttention
 from retrofit.system.world import ALONE, World

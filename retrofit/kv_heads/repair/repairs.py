@@ -21,6 +21,7 @@ from retrofit.kv_heads.repair.outcome import RepairOutcome
 from retrofit.kv_heads.repair.refit import RidgeSums, refit
 from retrofit.kv_heads.repair.repair_inputs import Fold, RepairInputs
 from retrofit.kv_heads.repair.transfer import LayerTransfer
+from retrofit.system.device import algebra_device
 
 
 class Repair(Protocol):
@@ -77,7 +78,8 @@ class OutputRidge:
         if bias is not None:
             start = torch.cat([start, bias[:, None]], 1)
         sums = {fold: part.together(inputs.world) for fold, part in sums.items()}
-        ridge = inputs.world.only(lambda: refit(sums, start.double()))
+        device = algebra_device(inputs.device, columns)
+        ridge = inputs.world.only(lambda: refit(sums, start.double(), device))
         outcome = RepairOutcome(self.name, ridge.accepted, ridge.held_out_before, ridge.held_out_after)
         return _with_output(weights, ridge.w_CN), outcome
 

@@ -27,6 +27,7 @@ from retrofit.kv_heads.sweep.costs import Measured
 from retrofit.model.folder import ModelFolder
 from retrofit.recipe.schema import Calibration, Convert
 from retrofit.system.resume import Kept
+from retrofit.system.world import ALONE, World
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -120,19 +121,22 @@ def measure(
     seed: int,
     device: str,
     identity: Mapping[str, str],
+    world: World = ALONE,
     progress: Progress | None,
 ) -> Calibrated:
     """Moments of the original into `moments`, and the loss of the probes beyond its own.
 
     work: a folder from which the next call with the same question resumes, layer by layer; the caller removes it.
-    identity: digests of the weights, part of that question.
+    identity: digests of the weights, part of that question. world: the processes that make this call, with the same
+    arguments; passes over text are dealt out to them, and rank 0 alone writes checkpoints.
     """
     texts = {"fit": fit.digest(), "scored": scored.digest()}
-    kept = Kept(work / "losses", {"weights": identity, "device": device, **texts, **options(section, seed)})
+    question = {"weights": identity, "device": torch.device(device).type, **texts, **options(section, seed)}
+    kept = Kept(work / "losses", question, world)
     if kept.discarded and progress:
         progress.note("what was kept of an earlier price list answers another question; measured anew")
     ids_NT = scored.input_ids_NT
-    original = kept.get_values(ORIGINAL)
+    original = kept.values([ORIGINAL]).get(ORIGINAL)
     if original is None:
         losses_N = layerwise_pass(
             folder,
@@ -142,21 +146,24 @@ def measure(
             averaged_tokens=section.calibration.averaged_tokens,
             device=device,
             work=work / ORIGINAL,
+            world=world,
             task="moments of the original",
             progress=progress,
         )
         original = {"losses": losses_N.tolist()}
-        kept.put_values(ORIGINAL, original)
-    shutil.rmtree(work / ORIGINAL, ignore_errors=True)
+        if world.main:
+            kept.put_values(ORIGINAL, original)
+    _remove(work / ORIGINAL, world)
     before_N = torch.tensor(original["losses"], dtype=torch.float64)
     probes, notes = [], dict.fromkeys(fit.notes)
     for count in counts:
         probe, name = work / f"probe-{count}", f"probe-{count}"
-        found = kept.get_values(name)
+        found = kept.values([name]).get(name)
         if found is None:
-            found = _probe(folder, section, fit, ids_NT, count, work=probe, device=device, progress=progress)
-            kept.put_values(name, found)
-        shutil.rmtree(probe, ignore_errors=True)
+            found = _probe(folder, section, fit, ids_NT, count, probe, device, world, progress)
+            if world.main:
+                kept.put_values(name, found)
+        _remove(probe, world)
         after_N = torch.tensor(found["losses"], dtype=torch.float64)
         warned = [note for note in found["notes"] if note not in fit.notes]
         notes |= dict.fromkeys(f"the probe with {heads(count)}, on two thirds of the text: {note}" for note in warned)
@@ -181,14 +188,15 @@ def _probe(
     fit: CalibrationText,
     scored_NT: torch.Tensor,
     count: int,
-    *,
     work: Path,
     device: str,
+    world: World,
     progress: Progress | None,
 ) -> dict[str, list[Any]]:
     """{"losses": of each scored sequence after a conversion to `count` KV heads, "notes": on that conversion}."""
     made = work / "checkpoint"
-    made.mkdir(parents=True, exist_ok=True)
+    if world.main:
+        made.mkdir(parents=True, exist_ok=True)
     report = convert_heads(
         folder,
         made,
@@ -199,12 +207,25 @@ def _probe(
         averaged_tokens=section.calibration.averaged_tokens,
         device=device,
         work=work,
+        world=world,
         progress=progress,
     )
     after_N = layerwise_pass(
-        made, scored_NT, device=device, work=work / "scored", task=f"score {count} KV heads", progress=progress
+        made,
+        scored_NT,
+        device=device,
+        work=work / "scored",
+        world=world,
+        task=f"score {count} KV heads",
+        progress=progress,
     )
     return {"losses": after_N.tolist(), "notes": list(report.notes)}
+
+
+def _remove(folder: Path, world: World) -> None:
+    """Remove what nobody reads any more."""
+    if world.main:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def keep(calibrated: Calibrated, moments: Path, folder: Path, origin: MomentsSource) -> None:

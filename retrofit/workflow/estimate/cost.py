@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from retrofit.evaluation.running import GPU_BATCHES
+from retrofit.evaluation.running import GPU_BATCHES, LOOP_STEPS
+from retrofit.kernels.availability import CAPTURE_WARM_UP
 from retrofit.model.spec import AttentionSpec
 from retrofit.recipe.schema import Evaluate
 
@@ -16,7 +17,7 @@ LAYER_LAUNCHES = 100  # launches of bare kernels that take as long as one layer'
 ADAPTER_LAUNCHES = 2.5  # how many times as long a layer takes whose projections carry adapters
 SOLVE_LAUNCHES = 60_000  # the same, of a layer's moments, grouping and refits in a calibrated conversion
 DISK_BYTES_PER_SECOND = 1.5e9  # of weights that are read, checked, digested or written, where nothing is known
-CHUNK = 512  # tokens of a forward call of a search
+CHUNK, GPU_CHUNK = 512, 8192  # tokens of a forward call of a search, where no evaluation says how many
 TOKEN_BYTES = 4  # of a task's prompts, where no tokenizer is at hand
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -27,7 +28,8 @@ class Throughput:
 
     float32: of the moments and refits of a conversion; flops: of training and scoring, in bfloat16 where it is faster.
     launch_seconds: of launching one small kernel on a GPU, which is what a small model waits for; 0 on a CPU, where
-    that is part of the work.
+    that is part of the work. gpus: as many as a run is started on, one process each; link_bytes_per_second: what one of
+    them sends to another while it receives as much, None where it is not known.
     """
 
     flops: float
@@ -36,6 +38,8 @@ class Throughput:
     bytes_per_second: float = 10e9
     launch_seconds: float = 0.0
     disk_bytes_per_second: float = DISK_BYTES_PER_SECOND
+    gpus: int = 1
+    link_bytes_per_second: float | None = None
 
 
 ASSUMED = Throughput(50e9, 50e9, "assumed 50 GFLOP/s, not measured on this machine")
@@ -92,13 +96,14 @@ class Cost:
 @dataclass(frozen=True)
 class CostModel:
     """Costs of passes over one model. after: its attention at the end of the recipe. claimed: positions then. tasks:
-    those that are asked of it."""
+    those that are asked of it. processes: of the launcher."""
 
     facts: ModelFacts
     after: AttentionSpec
     throughput: Throughput
     claimed: int
     tasks: tuple[TaskSize, ...] = ()
+    processes: int = 1
 
     @property
     def native(self) -> int:
@@ -143,16 +148,26 @@ class CostModel:
         """Seconds of Python and launches in a forward pass that decodes one token."""
         return CALL_SECONDS * len(self.facts.spec.layers) + self.launching
 
+    def dealt(self, units: int) -> float:
+        """The share of the busiest process where so many equal pieces of work are dealt out to all."""
+        return -(-units // self.throughput.gpus) / units if units else 1.0
+
     def disk_seconds(self, passes: float) -> float:
         """Of reading or writing all weights `passes` times."""
         return passes * self.facts.weight_bytes / self.throughput.disk_bytes_per_second
 
     def run_seconds(self, tokens: int, evaluate: Evaluate) -> float:
-        """Of a prefill of `tokens` tokens and decoding after it, batches included: from Python, and as a graph."""
-        decoded = evaluate.decode_tokens * self.decode_seconds(tokens)
-        default = GPU_BATCHES if self.throughput.launch_seconds else ()
-        batches = default if evaluate.cost_batches is None else evaluate.cost_batches
-        return self.seconds(tokens, tokens) + decoded * (1 + 2 * len(batches))
+        """Of a prefill of `tokens` tokens and decoding after it, batches included."""
+        graphs = self.throughput.launch_seconds > 0
+        default = GPU_BATCHES if graphs else ()
+        batches = (
+            (default if evaluate.cost_batches is None else evaluate.cost_batches) if evaluate.decode_tokens else ()
+        )
+        launched = (
+            min(LOOP_STEPS, evaluate.decode_tokens) + CAPTURE_WARM_UP + 2 if graphs else evaluate.decode_tokens + 1
+        )
+        steps = evaluate.decode_tokens + launched * len(batches)
+        return self.seconds(tokens, tokens) + steps * self.decode_seconds(tokens)
 
     def decode_seconds(self, tokens: int) -> float:
         """Of one token after `tokens` others: weights and cache are read."""
@@ -202,10 +217,3 @@ class CostModel:
         multiplying = passes * self.flops(tokens, context) / (speed * EFFICIENCY)
         reading = calls * self.facts.weight_bytes / self.throughput.bytes_per_second
         return max(multiplying, reading, calls * launches * self.launching)
-
-
-def converted_spec(spec: AttentionSpec, kv_heads: int | None) -> AttentionSpec:
-    """The spec with `kv_heads` KV heads in every layer (unchanged for None)."""
-    if kv_heads is None:
-        return spec
-    return replace(spec, layers=tuple(replace(layer, kv_heads=kv_heads) for layer in spec.layers))

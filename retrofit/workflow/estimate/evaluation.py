@@ -5,11 +5,13 @@ from __future__ import annotations
 from retrofit.evaluation.long_context import further_reading, passes_of, questions_read
 from retrofit.evaluation.running import COST_ROUNDS
 from retrofit.recipe.schema import Evaluate, Recipe
+from retrofit.system.device import token_bytes
 from retrofit.workflow.estimate.cost import BASE_BYTES, TOKEN_BYTES, Cost, CostModel
 
 PROMPTS_CONTINUED = 3  # short ones, by each model
 MACHINE_SECONDS = 1.0  # of measuring the machine's own speed beside a model's
 PROOF_SECONDS = 5.0  # of loading a model once more and proving its kernel
+LOGIT_ROWS = 512  # at most, and some room
 ROW_BYTES = 16  # of a token that is kept, and of what is known about it
 
 
@@ -26,14 +28,20 @@ def evaluation_cost(recipe: Recipe, evaluate: Evaluate, model: CostModel) -> Cos
     asked += sum(ruler.lengths) * ruler.samples * len(ruler.tasks) if ruler else 0
     held = ROW_BYTES * documents * max(longest, evaluate.document_tokens or 0) + 8 * asked
     loaded = BASE_BYTES + 2 * facts.weight_bytes
-    peak = loaded + cache + 3 * chunk * spec.vocab_size * 4 + held
+    # Logits exist for some rows at a time; inside the layers a long chunk takes more than they do.
+    logits, inside = 3 * min(chunk, LOGIT_ROWS) * spec.vocab_size * 4, chunk * token_bytes(spec, model.value_bytes)
+    peak = loaded + cache + max(logits, inside) + held
     costed = sorted({min(length, model.claimed) for length in evaluate.cost_lengths})
     if costed:  # one pass at once holds what the matrices of one layer give
         peak = max(peak, loaded + model.prefill_bytes(costed[-1]))
-    piece = model.seconds(documents * longest, longest, call=chunk)
+    share = model.dealt(documents)
+    piece = share * model.seconds(documents * longest, longest, call=chunk)
     further = further_reading(evaluate, native)
-    piece += sum(model.seconds(documents * tokens, n, call=min(chunk, n)) for tokens, n in further)
-    piece += sum(model.seconds(tokens, n, call=min(chunk, n)) for tokens, n in questions_read(evaluate))
+    piece += share * sum(model.seconds(documents * tokens, n, call=min(chunk, n)) for tokens, n in further)
+    questions = (needle.samples * needle.depths if needle else 0) + (ruler.samples if ruler else 0)
+    piece += model.dealt(questions) * sum(
+        model.seconds(tokens, n, call=min(chunk, n)) for tokens, n in questions_read(evaluate)
+    )
     piece += PROMPTS_CONTINUED * evaluate.continuation_tokens * model.decode_seconds(0)
     running = MACHINE_SECONDS + sum(model.run_seconds(n, evaluate) for n in costed) if costed else 0.0
     turns = 2 * COST_ROUNDS if models > 1 else 1
@@ -44,10 +52,10 @@ def evaluation_cost(recipe: Recipe, evaluate: Evaluate, model: CostModel) -> Cos
     batch_size = evaluate.tasks.batch_size if evaluate.tasks else 1
     tasks, task_seconds = model.tasks, {task.name: model.task_seconds(task, batch_size) for task in model.tasks}
     if tasks:
-        questions, requests = sum(task.questions for task in tasks), sum(task.requests for task in tasks)
+        count, requests = sum(task.questions for task in tasks), sum(task.requests for task in tasks)
         tokens = sum(task.requests * task.request_bytes for task in tasks) / TOKEN_BYTES
         does += (
-            f", then {questions:,} questions of {', '.join(task.name for task in tasks)}, each model: about "
+            f", then {count:,} questions of {', '.join(task.name for task in tasks)}, each model: about "
             f"{requests:,} requests and {tokens:,.0f} tokens, estimated at {TOKEN_BYTES} bytes a token"
         )
         # The harness keeps the logits of a batch and their log-probabilities, in float32 where the model is.

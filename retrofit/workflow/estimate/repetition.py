@@ -30,7 +30,7 @@ def source_tokens(source: TextSource) -> int | None:
         files = text_files(name)
         if any(suffix_of(file) == PARQUET for file in files):  # compressed
             return None
-        return sum(Path(file).stat().st_size for file in files) // BYTES_PER_TOKEN
+        return -(-sum(Path(file).stat().st_size for file in files) // BYTES_PER_TOKEN)  # 0 for empty files alone
     except (UserError, OSError):
         return None  # told where texts are checked
 

@@ -160,6 +160,7 @@ class Convert(Step):
         call = min(tokens, BATCH_TOKENS)
         seconds = model.seconds(tokens, length, passes=2, call=call)
         seconds += model.seconds(tokens, length, passes=0.5, float32=True, call=call)
+        seconds *= model.dealt(-(-tokens // length))
         seconds += len(spec.layers) * SOLVE_LAUNCHES * model.throughput.launch_seconds + model.disk_seconds(MEAN_PASSES)
         if convert.repair == "transfer":
             seconds += TRANSFER_PASSES * model.attention_flops(tokens, length) / (model.throughput.flops * EFFICIENCY)

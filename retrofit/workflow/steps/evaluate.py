@@ -106,7 +106,8 @@ class Evaluate(Step):
     def check_here(self, context: ModelContext) -> Iterable[str]:
         context.require_kernel(self.section.dtype)
         if self.section.sequence_parallel > 1:
-            context.require_splittable("evaluate.sequence_parallel")
+            read = min(self.section.lengths) - 1  # the last token is predicted, not read
+            context.require_splittable("evaluate.sequence_parallel", self.section.sequence_parallel, read)
         written = self.recipe.dtype
         if self.recipe.convert and self.section.dtype == "auto" and written != "auto" and context.device != "cpu":
             context.require_kernel(written)
@@ -173,6 +174,7 @@ class Evaluate(Step):
         from retrofit.evaluation.summary import summary
 
         last = list(models.values())[-1]
+        self.announce_costs(context)
         found = summary(
             {label: artifact.model for label, artifact in models.items()},
             kept,
@@ -237,6 +239,11 @@ class Evaluate(Step):
         if self.section.intermediate or len(models) < 3:
             return models
         return {label: models[label] for label in (next(iter(models)), inputs.label)}
+
+    def announce_costs(self, context: ModelContext) -> None:
+        """Say what takes its time now. It has no bar: nothing else should run while speed is measured."""
+        if self.section.cost_lengths:
+            context.note("measuring speed and memory")
 
     def how(self, context: ModelContext) -> dict[str, Any]:
         """What `summary` needs to know beside the models."""

@@ -14,7 +14,7 @@ from retrofit.context.search.candidates import NEAR, TAIL, candidates, rungs
 from retrofit.data.identity import identity
 from retrofit.recipe.schema import Context, Recipe, TextSource
 from retrofit.system.resume import ResumeKey
-from retrofit.workflow.estimate.cost import BASE_BYTES, CHUNK, Cost, CostModel
+from retrofit.workflow.estimate.cost import BASE_BYTES, CHUNK, GPU_CHUNK, Cost, CostModel
 from retrofit.workflow.step import Inputs, Place, Step
 
 if TYPE_CHECKING:
@@ -99,9 +99,11 @@ class Extend(Step):
             does += f"; the weights of the queries hold the attention factor {section.attention_factor:g}"
             return Cost(self.name, does, BASE_BYTES, disk, 2)
         plan = rungs(model.claimed, search.tokens_for(model.claimed))
+        usual = GPU_CHUNK if model.throughput.launch_seconds else CHUNK
+        chunk = self.recipe.evaluate.chunk if self.recipe.evaluate else usual
         seconds = 0.0
         for rung, (size, count) in enumerate(plan, start=1):
-            call = min(CHUNK, size)
+            call = min(chunk, size)
             seconds += model.seconds(min(size, model.native), size, call=call)
             if size == model.claimed or rung == 1:
                 seconds += model.seconds(size * count, size, call=call)
@@ -131,7 +133,12 @@ class Extend(Step):
             read |= {"text": identity(self.texts)}
         return ResumeKey(self.name, self.version, settings, read)
 
-    def run(self, context: ModelContext, inputs: Inputs, place: Place) -> ExtendReport:
+    @property
+    def distributed(self) -> bool:
+        return self.section.searches is not None
+
+    def run(self, context: ModelContext, inputs: Inputs, place: Place) -> ExtendReport | None:
+        """The report, on rank 0: the others take part in a search, and not in what is written after it."""
         from retrofit.context.rope import write_extended
 
         source, found = inputs.current.model, None
@@ -141,6 +148,8 @@ class Extend(Step):
         if self.section.searches:
             found = self._search(context, inputs, place, held)
             method, settings = found.method, found.settings
+        if not context.world.main:
+            return None
         with place.staged() as folder:
             extension = write_extended(
                 source,
@@ -166,13 +175,15 @@ class Extend(Step):
         assert section
         model = source.load(dtype=source.working_dtype("auto", device), device=device)
         length = self.section.target(source.spec.max_position_embeddings)
-        ids_T, name = searched_text(
-            section,
-            source.tokenizer,
-            length,
-            seed=self.recipe.seed,
-            teacher=context.samples,
-            progress=context.progress,
+        ids_T, name = context.world.only(
+            lambda: searched_text(
+                section,
+                source.tokenizer,
+                length,
+                seed=self.recipe.seed,
+                teacher=context.samples,
+                progress=context.progress,
+            )
         )
         context.note(f"search: position encodings for {length:,} tokens, measured on {name}")
         choice = kernel_for(model, source, self.recipe.kernel, device)
@@ -187,6 +198,7 @@ class Extend(Step):
             kernel=None if choice.requested == "auto" else choice,
             identity=dict(inputs.digests),
             partial=place.work / "search",
+            world=context.world,
             progress=context.progress,
         )
         won, reference = found.winner, found.reference

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +15,22 @@ from retrofit.model.families.experts import EXPERTS
 from retrofit.recipe.recovery import Tracker
 from retrofit.recipe.schema import Recipe, TextSource
 from retrofit.recipe.schema import Recover as Section
+from retrofit.recovery.layout import Layout, layout_of, sequence_engine, sizes_of, ulysses_note
 from retrofit.system.resume import ResumeKey
+from retrofit.system.world import World
 from retrofit.workflow.artifact import shard_size
 from retrofit.workflow.checks import require_within
-from retrofit.workflow.estimate.cost import ADAPTER_LAUNCHES, BASE_BYTES, Cost, CostModel
+from retrofit.workflow.estimate.cost import BASE_BYTES, Cost, CostModel
+from retrofit.workflow.estimate.distributed import fits_one, memory_of_one, planned_memory
 from retrofit.workflow.estimate.repetition import passes_in_words, require_text
-from retrofit.workflow.estimate.training_memory import trained_parameters, training_memory
+from retrofit.workflow.estimate.several_gpus import step_seconds
+from retrofit.workflow.estimate.training_memory import trained_parameters
 from retrofit.workflow.outputs import require_same_or_new
 from retrofit.workflow.step import Inputs, Place, Step
 
 if TYPE_CHECKING:
+    from retrofit.data.packing import Packed
+    from retrofit.model.spec import AttentionSpec
     from retrofit.recovery.train import RecoverReport
     from retrofit.workflow.context import ModelContext
 
@@ -43,6 +49,7 @@ class Recover(Step):
     """Train the newest checkpoint to follow the original; it resumes from its last own checkpoint after a kill."""
 
     name = "recover"
+    distributed = True
     version = "2"
     learns = True
     section: Section
@@ -84,11 +91,15 @@ class Recover(Step):
         return ()
 
     def check_here(self, context: ModelContext) -> Iterable[str]:
+        from retrofit.recovery.sequence import shared_kernel
         from retrofit.recovery.student_teacher import compute_dtype, training_kernel
 
         dtype = str(compute_dtype(context.device)).removeprefix("torch.")
         masked = self.section.document_masking
         training_kernel(self.recipe.kernel, context.spec, context.device, dtype, documents=masked)
+        _, sequence, _ = sizes_of(self.section, World(0, context.processes))
+        engine, _ = sequence_engine(self.section, context.spec, context.device, sequence)
+        shared_kernel(engine, self.recipe.kernel, context.spec, context.device, dtype)
         for name in self.section.report_to:
             if not any(find_spec(package) for package in TRACKERS[name]):
                 raise UserError(
@@ -115,21 +126,25 @@ class Recover(Step):
         spec, facts, recover = model.after, model.facts, self.section
         adapter, batch = recover.adapter, min(recover.batch_size, -(-recover.tokens // recover.sequence_length))
         rows = batch * recover.sequence_length
-        # Forward and backward through the frozen weights, the recomputation, the teacher's forward for distillation.
-        passes = 2 + recover.gradient_checkpointing + (recover.loss == "distill")
         read = recover.model_copy(update={"batch_size": batch})
-        memory = training_memory(spec, facts.spec, facts.parameters, read, model.training_bytes)
+        memory = planned_memory(
+            spec, facts.spec, facts.parameters, read, model.training_bytes, model.processes, self.recipe.device
+        )
         text = recover.tokens + recover.eval_tokens
         peak = BASE_BYTES + max(memory.total + ROW_BYTES * text, PACKED_BYTES * text)
         trained = trained_parameters(spec, adapter)
         held_out = (recover.evals + 1) * recover.eval_tokens
-        length = recover.sequence_length
-        seconds = model.seconds(recover.tokens, length, passes, call=rows, launches=ADAPTER_LAUNCHES)
-        seconds += model.seconds(held_out, length, passes=2)
+        length, processes = recover.sequence_length, min(batch, model.throughput.gpus)
+        seconds = recover.tokens / rows * step_seconds(recover, model, batch, processes)
+        seconds += model.dealt(-(-held_out // length)) * model.seconds(held_out, length, passes=2)
         steps = max(1, recover.tokens // rows)
         does = f"{recover.loss}, LoRA rank {adapter.rank}, {recover.tokens:,} tokens in {steps:,} steps of {rows:,}"
         if read_often := passes_in_words(recover):
             does += f", reading {read_often}"
+        sequence = recover.distribute.sequence
+        if sequence > 1:
+            engine, why = sequence_engine(recover, spec, "cpu" if self.recipe.device == "cpu" else "cuda", sequence)
+            does += f"; {sequence} processes share every row ({engine}: {why}); {ulysses_note(spec, sequence)}"
         if adapter.mlp and spec.family in EXPERTS:
             does += "; the experts carry no adapters"
         return Cost(self.name, does, peak, facts.weight_bytes + (16 if recover.keep_adapter else 12) * trained, seconds)
@@ -170,13 +185,22 @@ class Recover(Step):
             self.section.keep_adapter and require_same_or_new(kept, provenance.question, overwrite=place.overwrite)
         )
         read = self.section.model_copy(update={"text": merged(self.section.text)})
-        rows, held_out = recovery_rows(
-            read, student.tokenizer, self.recipe.seed, teacher=context.samples, progress=context.progress
-        )
-        require_known(rows.ids_NT, student)
-        # The adapter gets its name first: the command is done when the checkpoint is there.
-        keeping = staged(kept, overwrite=replaces) if self.section.keep_adapter else nullcontext()
-        with place.staged() as folder, keeping as adapter:
+
+        def packed() -> tuple[Packed, Packed | None]:
+            rows, held_out = recovery_rows(
+                read, student.tokenizer, self.recipe.seed, teacher=context.samples, progress=context.progress
+            )
+            require_known(rows.ids_NT, student)
+            return rows, held_out
+
+        rows, held_out = context.world.only(packed)
+        with ExitStack() as stack:
+            folder, adapter = place.out, None
+            if context.world.main:
+                folder = stack.enter_context(place.staged())
+            if context.world.main and self.section.keep_adapter:
+                # The adapter gets its name first: the command is done when the checkpoint is there.
+                adapter = stack.enter_context(staged(kept, overwrite=replaces))
             report = recover(
                 student,
                 context.original_model,
@@ -192,10 +216,21 @@ class Recover(Step):
                 progress=context.progress,
                 adapter=adapter,
                 logs=logs / place.work.name[:8] if "tensorboard" in self.section.report_to else None,
+                world=context.world,
+                layout=self._layout(context, student.spec),
             )
-            for written in filter(None, (folder, adapter)):
+            for written in filter(None, (folder, adapter) if context.world.main else ()):
                 provenance.after(self.name, self.record(), self.recorded(report)).write(written)
         return report
+
+    def _layout(self, context: ModelContext, spec: AttentionSpec) -> Layout:
+        """How the processes share the training of a student with this attention."""
+        from retrofit.recovery.student_teacher import compute_dtype
+
+        world, original, parameters = context.world, context.original_model.spec, context.facts.parameters
+        value = compute_dtype(context.device).itemsize
+        memory = memory_of_one(spec, original, parameters, self.section, value, processes=world.size)
+        return layout_of(self.section, world, spec, context.device, fits=fits_one(memory, context.device))
 
     def also(self, context: ModelContext, inputs: Inputs) -> tuple[str, ...]:
         return (_beside(ADAPTER),) if self.section.keep_adapter else ()
