@@ -150,6 +150,10 @@ def _described(result: Inspection) -> Iterator[Part]:
         ("query heads / KV heads", f"{result.query_heads} / {result.kv_heads}, head dim {result.head_dim}"),
         ("positions", f"{result.max_position_embeddings:,}"),
         ("license", result.license),
+        (
+            "GPUs that can split the heads (Ulysses)",
+            f"{result.kv_heads} with whole KV heads, {result.query_heads} with copies of them; ring attention: any number",
+        ),
         ("KV cache per token", nbytes(result.kv_bytes_per_token)),
     ]
     facts += [(f"KV cache at {tokens // 1024}k", nbytes(size)) for tokens, size in result.kv_cache_bytes.items()]
