@@ -152,7 +152,7 @@ def _described(result: Inspection) -> Iterator[Part]:
         ("license", result.license),
         (
             "GPUs that can split the heads (Ulysses)",
-            f"{result.kv_heads} with whole KV heads, {result.query_heads} with copies of them; ring attention: any number",
+            f"{result.kv_heads} with whole KV heads, {result.query_heads} with copies; ring attention: any number",
         ),
         ("KV cache per token", nbytes(result.kv_bytes_per_token)),
     ]
