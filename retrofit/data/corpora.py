@@ -18,6 +18,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
+from retrofit.data.dialogues import Dialogue
 from retrofit.errors import UserError
 
 Split = Literal["train", "held_out", "all"]
@@ -38,11 +39,15 @@ SKIPPED_PARTS = frozenset(
 
 @dataclass(frozen=True)
 class Text:
-    """One document. name: unique within its source. kind: the source's name as it stands in metrics."""
+    """One document. name: unique within its source. kind: the source's name as it stands in metrics.
+
+    dialogue: where it is one; `text` is then what is said in it.
+    """
 
     name: str
     kind: str
     text: str
+    dialogue: Dialogue | None = None
 
 
 def built_in_texts(source: str, split: Split) -> Iterator[Text]:

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from retrofit.data.corpora import Split
+from retrofit.data.chat_rows import chat_rows
+from retrofit.data.chat_tokens import rendered_text
+from retrofit.data.corpora import Split, Text
 from retrofit.data.samples import Teacher
 from retrofit.data.sources import kind_of
 from retrofit.data.texts import read_texts
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.recipe.schema import TextSource
+from retrofit.recipe.values import LossOn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,12 +35,14 @@ SEGMENTS = 16  # no single document makes up more than this fraction of a source
 class Packed:
     """Rows of text packed end to end: token ids, and for each token the number of its document; both int64 [N, T].
 
-    notes: what is odd about the text.
+    notes: what is odd about the text. counted_NT: bool, whether a loss counts what follows a token; None where it
+    counts every token.
     """
 
     ids_NT: torch.Tensor
     documents_NT: torch.Tensor
     notes: tuple[str, ...] = ()
+    counted_NT: torch.Tensor | None = None
 
 
 def training_rows(
@@ -51,6 +56,7 @@ def training_rows(
     teacher: Teacher | None = None,
     repeat: bool = True,
     only: Mapping[str, frozenset[str]] | None = None,
+    loss_on: LossOn | None = None,
     progress: Progress | None = None,
 ) -> Packed:
     """Packed rows [N, sequence_length], N = ceil(tokens / sequence_length), mixed by the sources' weights.
@@ -59,7 +65,8 @@ def training_rows(
     with BOS (if the tokenizer has one), as every context does later. Deterministic under `seed`.
     Text that does not suffice is read again, which is announced; with repeat=False it is a UserError that says how
     much there is. A source without held-out text is left out of that split, which is announced as well.
-    only: by kind of text, the names of the documents to read, where not all are.
+    only: by kind of text, the names of the documents to read, where not all are. loss_on: for training on dialogues,
+    which then stay whole, in rows of their own (`chat_rows`); without it they are text as the chat template writes it.
     """
     count = math.ceil(tokens / sequence_length)
     chosen = {source: (only or {}).get(kind_of(source.source)) for source in sources}
@@ -72,14 +79,24 @@ def training_rows(
         )
     parts, notes = [], []
     for index, (source, share) in enumerate(zip(usable, _shares(usable, count), strict=True)):
-        if share:
-            own = seed + 7919 * index
-            stream = _Stream(source, tokenizer, share, sequence_length, own, split, teacher, chosen[source], progress)
-            parts.append(stream.pack(repeat))
-            notes += spelled_tokens(kind_of(source.source), (text for text, _ in stream.pieces), tokenizer)
-    ids_NT, documents_NT = (torch.cat(part) for part in zip(*parts, strict=True))
+        if not share:
+            continue
+        own, kind = seed + 7919 * index, kind_of(source.source)
+        limit = CHARS_PER_TOKEN * share * sequence_length
+        reading = {"limit_chars": limit, "only": chosen[source], "progress": progress}
+        texts = list(read_texts(source, split=split, teacher=teacher, **reading))  # type: ignore[arg-type]
+        notes += spelled_tokens(kind, (text.text for text in texts), tokenizer)
+        if loss_on and texts and texts[0].dialogue is not None:
+            packed = chat_rows(texts, tokenizer, share, sequence_length, own, loss_on=loss_on, kind=kind)
+            parts.append((packed.ids_NT, packed.documents_NT, packed.counted_NT))
+            notes += packed.notes
+        else:
+            rows = _Stream(source, texts, tokenizer, share, sequence_length, own, progress).pack(repeat)
+            parts.append((*rows, torch.ones_like(rows[0], dtype=torch.bool)))
+    ids_NT, documents_NT, counted_NT = (torch.cat(part) for part in zip(*parts, strict=True))
     order = torch.randperm(len(ids_NT), generator=torch.Generator().manual_seed(seed))
-    return Packed(ids_NT[order], documents_NT[order], tuple(notes))
+    counted = None if bool(counted_NT.all()) else counted_NT[order]
+    return Packed(ids_NT[order], documents_NT[order], tuple(notes), counted)
 
 
 def spelled_tokens(kind: str, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -101,22 +118,19 @@ class _Stream:
     def __init__(
         self,
         source: TextSource,
+        texts: Sequence[Text],
         tokenizer: PreTrainedTokenizerBase,
         sequences: int,
         sequence_length: int,
         seed: int,
-        split: Split,
-        teacher: Teacher | None,
-        only: frozenset[str] | None,
         progress: Progress | None,
     ) -> None:
         self.source, self.tokenizer, self.progress = source, tokenizer, progress
         self.sequences, self.length, self.seed = sequences, sequence_length, seed
-        wanted = sequences * sequence_length
-        limit = CHARS_PER_TOKEN * wanted
-        texts = read_texts(source, split=split, teacher=teacher, limit_chars=limit, only=only, progress=progress)
-        piece_chars = 4 * max(sequence_length, wanted // SEGMENTS)
-        self.pieces = [piece for text in texts for piece in _pieces(text.text, piece_chars)]
+        piece_chars = 4 * max(sequence_length, sequences * sequence_length // SEGMENTS)
+        self.dialogues = bool(texts) and texts[0].dialogue is not None  # whose template writes how they begin and end
+        given = rendered_text(texts, tokenizer) if self.dialogues else [text.text for text in texts]
+        self.pieces = [piece for text in given for piece in _pieces(text, piece_chars)]
 
     def pack(self, repeat: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids, document numbers), both [sequences, length].
@@ -144,9 +158,9 @@ class _Stream:
             for index in torch.randperm(len(self.pieces), generator=generator).tolist():
                 text, last = self.pieces[index]
                 begins.append(len(ids))
-                ids += start if ended else []
+                ids += start if ended and not self.dialogues else []
                 ids += self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-                ids += [eos] if last and eos is not None else []
+                ids += [eos] if last and eos is not None and not self.dialogues else []
                 ended = last
                 if len(ids) >= wanted:
                     break

@@ -1,17 +1,20 @@
 """User text: plain text, JSONL and parquet files, folders of them, and hub datasets, read document by document.
 
-A text file is one document; a row of JSONL, parquet or a hub dataset is one. Whatever is wrong with the text is a
-`UserError` that names file and line.
+A text file is one document; a row of JSONL, parquet or a hub dataset is one: a text, or a dialogue. Whatever is wrong
+with it is a `UserError` that names file and line.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from retrofit.checkpoint.full import machine_error
 from retrofit.data.corpora import BUILT_IN
+from retrofit.data.dialogues import TOOLS, Dialogue, keys_of, parse_dialogue
 from retrofit.data.folders import LINES, PARQUET, text_files
 from retrofit.data.readers import json_lines, json_rows, plain_text, suffix_of
 from retrofit.data.revision import commit_of
@@ -28,15 +31,24 @@ OURS = (*BUILT_IN, OWN_SAMPLES)
 """Sources that are no path: a file or folder of such a name gets another kind."""
 ALL = "all"
 """Stands for all kinds together in results."""
+CHAT = "chat"
+"""Stands for measured dialogues in results."""
 _LONGEST_KIND = 80
 
-Row = tuple[str, str]  # (name, text)
+
+class Row(NamedTuple):
+    """One document. name: within its source. text: all of it, of a dialogue what is said in it."""
+
+    name: str
+    text: str
+    dialogue: Dialogue | None = None
 
 
 def rows(source: TextSource) -> Callable[[], Iterator[Row]]:
     """How to read the documents of a source; call the result once for each pass.
 
-    A name is unique within its source: the path below a named folder, with the number of the row.
+    A name is unique within its source: the path below a named folder, with the number of the row. All rows are texts,
+    or all are dialogues.
     Raises UserError if the file or folder is missing or of an unknown kind, or an optional package is not installed.
     """
     if source.source.startswith(HUB):
@@ -48,7 +60,43 @@ def rows(source: TextSource) -> Callable[[], Iterator[Row]]:
         _require_pyarrow(files)
     root = local_path(source.source)
     base = root if root.is_dir() else root.parent
-    return lambda: (row for file in files for row in _file_rows(file, file.relative_to(base).as_posix(), source.field))
+    return lambda: _one_form(
+        row for file in files for row in _file_rows(file, file.relative_to(base).as_posix(), source.field)
+    )
+
+
+def holds_dialogues(source: TextSource) -> bool:
+    """Whether the rows of a source are dialogues, by its first row. Raises what reading that raises."""
+    if source.source in OURS:
+        return False
+    if source.source.startswith(HUB):
+        return _hub_dialogues(source)
+    suffix = suffix_of(text_files(source.source)[0])
+    if suffix and suffix not in (*LINES, PARQUET):
+        return False
+    first = next(rows(source)(), None)
+    return first is not None and first.dialogue is not None
+
+
+@lru_cache
+def _hub_dialogues(source: TextSource) -> bool:
+    """Asked of the hub once."""
+    first = next(rows(source)(), None)
+    return first is not None and first.dialogue is not None
+
+
+def _one_form(every: Iterator[Row]) -> Iterator[Row]:
+    """The rows as they are; UserError where texts and dialogues are mixed."""
+    first: Row | None = None
+    for row in every:
+        first = first or row
+        if (row.dialogue is None) != (first.dialogue is None):
+            raise UserError(
+                "one source holds texts and dialogues",
+                where=f"{shown(first.name)} and {shown(row.name)}",
+                fix="put them into two folders, and name both",
+            )
+        yield row
 
 
 def hub_dataset(source: str) -> tuple[str, str | None]:
@@ -80,7 +128,7 @@ def kind_of(source: str) -> str:
     kind = re.sub(r"[^\w.-]+", "-", name)[:_LONGEST_KIND]
     if not any(character.isalnum() for character in kind):
         return "text"
-    return f"{kind}-text" if kind in (*OURS, ALL) else kind
+    return f"{kind}-text" if kind in (*OURS, ALL, CHAT) else kind
 
 
 def _file_rows(file: Path, name: str, field: str) -> Iterator[Row]:
@@ -90,18 +138,28 @@ def _file_rows(file: Path, name: str, field: str) -> Iterator[Row]:
         return
     if suffix not in LINES:
         text = plain_text(file)
-        keys = json_rows(text, field)
-        if not keys:
-            yield name, text
+        objects = json_rows(text, field)
+        if not objects:
+            yield Row(name, text)
             return
         if suffix:
             raise UserError(
-                f"the lines are JSON objects, not prose; their keys: {shown(', '.join(keys), 120)}",
+                f"the lines are JSON objects, not prose; their keys: {shown(', '.join(objects), 120)}",
                 where=shown(file),
                 fix="name the file .jsonl, and its rows are read as texts; `field:` names the key that holds the text",
             )
+    keys: tuple[str, ...] | None = None
     for number, row in json_lines(file):
-        yield f"{name}:{number}", _text_field(row, field, f"{shown(file)}:{number}")
+        keys = keys_of(row, field) if keys is None else keys
+        yield _row(f"{name}:{number}", row, keys, field, f"{shown(file)}:{number}")
+
+
+def _row(name: str, row: dict[str, object], keys: tuple[str, ...], field: str, where: str) -> Row:
+    """keys: that hold the dialogues of its file; none for texts."""
+    if not keys:
+        return Row(name, _text_field(row, field, where))
+    dialogue = parse_dialogue(row, keys, where)
+    return Row(name, dialogue.transcript, dialogue)
 
 
 def _parquet_rows(file: Path, name: str, field: str) -> Iterator[Row]:
@@ -110,13 +168,17 @@ def _parquet_rows(file: Path, name: str, field: str) -> Iterator[Row]:
 
     try:
         table = pq.ParquetFile(file)
-        if field not in table.schema_arrow.names:
-            raise _no_field(field, table.schema_arrow.names, shown(file))
+        names = table.schema_arrow.names
+        types = {name: table.schema_arrow.field(name).type for name in names}
+        keys = keys_of({name: [] if pa.types.is_nested(kind) else None for name, kind in types.items()}, field)
+        if not keys and field not in names:
+            raise _no_field(field, names, shown(file))
         number = 0
-        for batch in table.iter_batches(batch_size=256, columns=[field]):
-            for value in batch.column(0).to_pylist():
+        columns = [*keys, *(name for name in names if name == TOOLS)] if keys else [field]
+        for batch in table.iter_batches(batch_size=256, columns=columns):
+            for row in batch.to_pylist():
                 number += 1
-                yield f"{name}:{number}", _text_field({field: value}, field, f"{shown(file)}, row {number}")
+                yield _row(f"{name}:{number}", row, keys, field, f"{shown(file)}, row {number}")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"not a readable parquet file: {shown(error, 160)}", where=shown(file), fix="write it again"
@@ -144,8 +206,10 @@ def _hub_rows(source: TextSource, load_dataset: Callable[..., object]) -> Iterat
         commit = commit_of(dataset)
         pinned = {"revision": commit} if commit else {}
         stream = load_dataset(dataset, config, split=source.split, streaming=True, **pinned)
+        keys = None
         for number, row in enumerate(stream, 1):  # type: ignore[var-annotated, arg-type]
-            yield f"{dataset}:{number}", _text_field(row, source.field, f"{source.source}, row {number}")
+            keys = keys_of(row, source.field) if keys is None else keys
+            yield _row(f"{dataset}:{number}", row, keys, source.field, f"{source.source}, row {number}")
     except (ValueError, OSError, HTTPError) as error:  # datasets' own errors derive from the first two
         raise machine_error(error, HF_HOME) or UserError(
             f"cannot read the dataset: {shown(str(error).splitlines()[0] if str(error) else type(error).__name__)}",
@@ -154,7 +218,7 @@ def _hub_rows(source: TextSource, load_dataset: Callable[..., object]) -> Iterat
         ) from error
 
 
-def _text_field(row: dict[str, object], field: str, where: str) -> str:
+def _text_field(row: Mapping[str, object], field: str, where: str) -> str:
     if field not in row:
         raise _no_field(field, list(row), where)
     value = row[field]
@@ -181,7 +245,7 @@ def _no_field(field: str, names: list[str], where: str) -> UserError:
     return UserError(
         f"no key `{shown(field, 40)}`; there are: {shown(', '.join(map(str, names[:20]))) or 'none'}",
         where=where,
-        fix="set `field:` of the text source to the key that holds the text",
+        fix="set `field:` of the text source to the key that holds the text, or the turns of a dialogue",
     )
 
 

@@ -21,7 +21,7 @@ from retrofit.data.corpora import BUILT_IN, Split, Text, built_in_texts
 from retrofit.data.folders import walk
 from retrofit.data.overlap import NEAR
 from retrofit.data.samples import Teacher, own_samples
-from retrofit.data.sources import HUB, OURS, OWN_SAMPLES, kind_of, place_of, rows
+from retrofit.data.sources import HUB, OURS, OWN_SAMPLES, Row, kind_of, place_of, rows
 from retrofit.data.unseen import Candidate, Chosen, Reading, choose, found_in, without_repeats
 from retrofit.errors import UserError
 from retrofit.escape import shown
@@ -64,9 +64,9 @@ def _check_files(source: TextSource) -> list[str]:
     """Read all of a file or folder: a bad line far down would end the run hours later."""
     _did_you_mean(source.source)
     found = empty = 0
-    for _, text in rows(source)():
+    for row in rows(source)():
         found += 1
-        empty += not text.strip()
+        empty += not _is_filled(row)
     if found == empty:
         raise _is_empty(source)
     kind, root = shown(kind_of(source.source)), local_path(source.source)
@@ -97,27 +97,33 @@ def read_texts(
     if source.source == OWN_SAMPLES:
         if teacher is None:
             raise UserError("the model's own samples need the original model", where="text source `self`")
-        read: Callable[[], Iterator[tuple[str, str]]] = own_samples(teacher, progress)
+        own = own_samples(teacher, progress)
+        read: Callable[[], Iterator[Row]] = lambda: (Row(name, text) for name, text in own())  # noqa: E731
     else:
         _did_you_mean(source.source)
         read = rows(source)
 
-    def filled() -> Iterator[tuple[str, str]]:
-        return ((name, text) for name, text in read() if text.strip())
+    def filled() -> Iterator[Row]:
+        return filter(_is_filled, read())
 
     kind = kind_of(source.source)
     size = 0
     found = False
-    for name, text in _side(filled, split, source.source.startswith(HUB)):
+    for name, text, dialogue in _side(filled, split, source.source.startswith(HUB)):
         found = True
         if only is not None and name not in only:
             continue
-        yield Text(name, kind, text)
+        yield Text(name, kind, text, dialogue)
         size += len(text)
         if limit_chars is not None and size >= limit_chars:
             return
     if not found and (split != "held_out" or next(filled(), None) is None):
         raise _is_empty(source)
+
+
+def _is_filled(row: Row) -> bool:
+    """Whether there is something to read: a dialogue may be calls of tools alone."""
+    return row.dialogue is not None or bool(row.text.strip())
 
 
 def _is_empty(source: TextSource) -> UserError:
@@ -271,7 +277,7 @@ def _readings(sources: Sequence[TextSource], limit_chars: int | None) -> list[Re
     ]
 
 
-def _side(read: Callable[[], Iterator[tuple[str, str]]], split: Split, hub: bool) -> Iterator[tuple[str, str]]:
+def _side(read: Callable[[], Iterator[Row]], split: Split, hub: bool) -> Iterator[Row]:
     """One side of user text: of a hub stream every tenth document is held out, otherwise the last tenth."""
     if split == "all":
         yield from read()

@@ -15,6 +15,7 @@ from retrofit.recipe.values import (
     AnyLength,
     Dtype,
     Length,
+    LossOn,
     Section,
     Texts,
     Tokens,
@@ -117,7 +118,14 @@ class Evaluate(Section):
         default_factory=lambda: text_mix("python-docs", "python-stdlib"), description="text to measure on"
     )
     documents: int = Field(
-        2, ge=1, le=10**6, description="documents per source, each at least as long as the longest length"
+        2,
+        ge=1,
+        le=10**6,
+        description="documents per source, each at least as long as the longest length; of dialogues about as many "
+        "tokens in all",
+    )
+    loss_on: LossOn = Field(
+        "assistant", description="of dialogues: the loss is on the assistant's turns, or on every token"
     )
     intermediate: bool = Field(
         True, description="measure the models between the original and the last one of a run as well"

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from retrofit.recipe.relative import are_relative
-from retrofit.recipe.values import LISTED, MOST_READ, AnyLength, Section, Texts, Tokens, text_mix
+from retrofit.recipe.values import LISTED, MOST_READ, AnyLength, LossOn, Section, Texts, Tokens, text_mix
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
@@ -122,6 +122,9 @@ class Recover(Section):
     adapter: Adapter = Field(Adapter(), description="what is trained")
     text: Texts = Field(
         default_factory=lambda: text_mix("python-docs", "python-stdlib"), description="text to train on"
+    )
+    loss_on: LossOn = Field(
+        "assistant", description="of dialogues: the loss is on the assistant's turns, or on every token"
     )
     allow_repeats: bool = Field(False, description="train on text that is read more than four times")
     keep_adapter: bool = Field(

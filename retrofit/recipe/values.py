@@ -113,6 +113,8 @@ Kernel = Literal[
     "blockwise",
 ]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+LossOn = Literal["assistant", "all"]
+"""The tokens of dialogues that a loss is taken on."""
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], Written(dtype_name, {"type": "string", "enum": list(_DTYPES)})
 ]
@@ -154,10 +156,14 @@ class TextSource(Section):
 
     source: Word = Field(
         description="`python-docs`, `python-stdlib`, `self` (the original model's own samples), a text, JSONL or "
-        "parquet file, a folder of such files, or `hub:DATASET[:CONFIG]`"
+        "parquet file, a folder of such files, or `hub:DATASET[:CONFIG]`; rows may be dialogues"
     )
     weight: float = Field(1.0, ge=1e-6, le=1e6, description="its share of a mix")
-    field: Word = Field("text", description="the key that holds the text in JSONL, parquet and hub rows")
+    field: Word = Field(
+        "text",
+        description="the key that holds the text, or the turns of a dialogue, in JSONL, parquet and hub rows; rows "
+        "without it may be dialogues: `messages`, `conversations`, or `prompt` and `completion`",
+    )
     split: Word = Field("train", description="the split of a hub dataset")
 
     @model_validator(mode="before")

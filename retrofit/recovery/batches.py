@@ -20,13 +20,15 @@ from torch.utils.data import Dataset
 from retrofit.recovery.objectives import IGNORED
 from retrofit.recovery.schedule import TrainRows
 
+UNKNOWN = 0  # a label that counts, and that no loss looks at
+
 
 class MicroBatches(Dataset):
     """What one process reads, `per_step` items for each step.
 
     An item has `input_ids` [B, T], `position_ids` [B, T] where the rows have them, `next_ids` [B, T] (the token that
-    follows, or IGNORED; left out where every token counts), `tokens` (how many count in the whole step, on all
-    processes together) and `row` (the number of its first row).
+    follows, or IGNORED where that does not count; left out where every token counts), `tokens` (how many count in the
+    whole step, on all processes together) and `row` (the number of its first row).
 
     batch_size: rows of a step on all processes. every_token: also the last of a text counts, as in distillation; a
     language model's loss does not know what follows it. rank: of `ranks` that read different rows. most: rows that a
@@ -66,8 +68,11 @@ class MicroBatches(Dataset):
 
     def _counting(self, row: int) -> int:
         """Tokens of a row that the loss counts."""
-        length = self.lines.ids_NT.shape[1]
-        return length if self.every_token else length - length // self.lines.cuts[row]
+        length, cut = self.lines.ids_NT.shape[1], self.lines.cuts[row]
+        if self.lines.counted_NT is None:
+            return length if self.every_token else length - length // cut
+        counted_BT = self.lines.counted_NT[row].view(-1, cut)
+        return int((counted_BT if self.every_token else counted_BT[:, :-1]).sum())
 
     def _texts(self, rows: Sequence[int], *, counts: bool) -> dict[str, Tensor]:
         cut = self.lines.cuts[rows[0]]
@@ -76,8 +81,14 @@ class MicroBatches(Dataset):
         item = {"input_ids": ids_BT}
         if self.lines.positions_NT is not None:
             item["position_ids"] = self.lines.positions_NT[index].view(-1, cut)
+        counted_NT = self.lines.counted_NT
         if not counts:
             item["next_ids"] = torch.full_like(ids_BT, IGNORED)
-        elif not self.every_token:
-            item["next_ids"] = torch.cat([ids_BT[:, 1:], torch.full_like(ids_BT[:, :1], IGNORED)], dim=1)
+        elif not self.every_token or counted_NT is not None:
+            # What follows the last is not known; where it counts, the teacher's distribution stands for it.
+            last_B1 = torch.full_like(ids_BT[:, :1], UNKNOWN if self.every_token else IGNORED)
+            next_BT = torch.cat([ids_BT[:, 1:], last_B1], dim=1)
+            if counted_NT is not None:
+                next_BT = next_BT.masked_fill(~counted_NT[index].view(-1, cut), IGNORED)
+            item["next_ids"] = next_BT
         return item

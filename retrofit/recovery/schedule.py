@@ -9,8 +9,9 @@ Legend: N rows, T tokens of a row.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -44,12 +45,13 @@ class Span:
 class TrainRows:
     """Rows as they are trained on. positions_NT is None for 0 .. T-1; cuts: tokens of the texts a row is cut into.
 
-    A row of T tokens whose cut is T / k is k texts of a batch that do not see each other.
+    A row of T tokens whose cut is T / k is k texts of a batch that do not see each other. counted_NT: as `Packed` has.
     """
 
     ids_NT: Tensor
     positions_NT: Tensor | None
     cuts: tuple[int, ...]
+    counted_NT: Tensor | None = None
 
     def longest(self) -> tuple[Tensor, Tensor | None]:
         """(ids, positions) of the rows with the longest cut, [texts, tokens of a text]."""
@@ -113,8 +115,11 @@ def recovery_rows(
     parts: list[Packed] = []
     for index, span in enumerate(_merged(recipe)):
         cut = length if recipe.positions == "pose" else span.length
-        part = training_rows(text, tokenizer, span.rows * length, cut, seed + index, teacher=teacher, progress=progress)
-        parts.append(Packed(part.ids_NT.view(span.rows, length), part.documents_NT.view(span.rows, length), part.notes))
+        how: dict[str, Any] = {"teacher": teacher, "loss_on": recipe.loss_on, "progress": progress}
+        part = training_rows(text, tokenizer, span.rows * length, cut, seed + index, **how)
+        shape = span.rows, length
+        counted = None if part.counted_NT is None else part.counted_NT.view(shape)
+        parts.append(Packed(part.ids_NT.view(shape), part.documents_NT.view(shape), part.notes, counted))
     only, notes = unseen_held_out(
         text,
         train_chars=CHARS_PER_TOKEN * sum(part.ids_NT.numel() for part in parts),
@@ -124,6 +129,7 @@ def recovery_rows(
         torch.cat([part.ids_NT for part in parts]),
         torch.cat([part.documents_NT for part in parts]),
         tuple(dict.fromkeys((*notes, *(note for part in parts for note in part.notes)))),
+        _counted(parts),
     )
     held_out = {source: only.get(kind_of(source.source)) for source in text}
     if not any(
@@ -131,9 +137,16 @@ def recovery_rows(
         for source, names in held_out.items()
     ):
         return train, None
-    return train, training_rows(
-        text, tokenizer, recipe.eval_tokens, length, seed, "held_out", teacher=teacher, only=only, progress=progress
-    )
+    how = {"teacher": teacher, "only": only, "loss_on": recipe.loss_on, "progress": progress}
+    return train, training_rows(text, tokenizer, recipe.eval_tokens, length, seed, "held_out", **how)
+
+
+def _counted(parts: Sequence[Packed]) -> Tensor | None:
+    """What counts of all parts; those that do not say so count all."""
+    if all(part.counted_NT is None for part in parts):
+        return None
+    every = (part.counted_NT if part.counted_NT is not None else torch.ones_like(part.ids_NT) > 0 for part in parts)
+    return torch.cat(list(every))
 
 
 def training_lines(packed: Packed, recipe: Recover, window: int, seed: int) -> TrainRows:
@@ -149,7 +162,7 @@ def training_lines(packed: Packed, recipe: Recover, window: int, seed: int) -> T
         start += rows
     assert start == len(packed.ids_NT)
     given = [one for one in positions if one is not None]
-    return TrainRows(packed.ids_NT, torch.cat(given) if given else None, tuple(cuts))
+    return TrainRows(packed.ids_NT, torch.cat(given) if given else None, tuple(cuts), packed.counted_NT)
 
 
 def held_out_lines(packed: Packed, recipe: Recover, window: int, seed: int) -> TrainRows:
@@ -157,7 +170,7 @@ def held_out_lines(packed: Packed, recipe: Recover, window: int, seed: int) -> T
     length = packed.ids_NT.shape[1]
     reach = max(span.length for span in spans(recipe, window))
     positions_NT = _positions(packed.documents_NT, length, recipe, reach, seed + _HELD_OUT)
-    return TrainRows(packed.ids_NT, positions_NT, (length,) * len(packed.ids_NT))
+    return TrainRows(packed.ids_NT, positions_NT, (length,) * len(packed.ids_NT), packed.counted_NT)
 
 
 def _positions(documents_NT: Tensor, cut: int, recipe: Recover, reach: int, seed: int) -> Tensor | None:

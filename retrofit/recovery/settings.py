@@ -86,7 +86,7 @@ def fingerprint_of(
                 with (checkpoint.folder / shard).open("rb") as file:
                     state.update(hashlib.file_digest(file, "sha256").digest())
     for rows in (lines, held_out):
-        for tensor in () if rows is None else (rows.ids_NT, rows.positions_NT):
+        for tensor in () if rows is None else (rows.ids_NT, rows.positions_NT, rows.counted_NT):
             if tensor is not None:
                 state.update(tensor.cpu().contiguous().numpy().tobytes())
     return state.hexdigest()

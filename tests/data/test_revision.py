@@ -67,7 +67,7 @@ def test_it_is_read_at_that_commit(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((names, how))
         return [{"text": "row"}]
 
-    monkeypatch.setattr(sources, "_hub_loader", lambda: load_dataset)
+    monkeypatch.setattr(sources, "_hub_loader", lambda source: load_dataset)
     list(read_texts(SOURCE, split="all"))
     assert asked == [(("owner/name", "config"), {"split": "train", "streaming": True, "revision": "a" * 40})]
 

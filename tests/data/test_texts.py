@@ -237,7 +237,7 @@ def test_hub_datasets_are_streamed_and_every_tenth_row_is_held_out(monkeypatch: 
         calls.append((name, config, split, streaming))
         return ({"text": f"row {i}"} for i in range(1, 31))
 
-    monkeypatch.setattr(sources, "_hub_loader", lambda: load_dataset)
+    monkeypatch.setattr(sources, "_hub_loader", lambda source: load_dataset)
     read = list(read_texts(source("hub:owner/name:config", split="validation"), split="held_out"))
     assert [text.text for text in read] == ["row 10", "row 20", "row 30"]
     assert read[0].kind == "owner-name-config"
@@ -254,7 +254,7 @@ def test_a_hub_stream_that_breaks_off_is_told_and_a_check_reads_one_row(
         yield {"text": "row 1"}
         raise error
 
-    monkeypatch.setattr(sources, "_hub_loader", lambda: load_dataset)
+    monkeypatch.setattr(sources, "_hub_loader", lambda source: load_dataset)
     check_sources([source("hub:owner/name")])
     with pytest.raises(UserError, match="cannot read the dataset") as caught:
         list(read_texts(source("hub:owner/name"), split="all"))
@@ -266,7 +266,7 @@ def test_a_disk_that_fills_while_a_dataset_streams_is_no_fault_of_the_dataset(mo
     def load_dataset(*_: object, **__: object) -> object:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(sources, "_hub_loader", lambda: load_dataset)
+    monkeypatch.setattr(sources, "_hub_loader", lambda source: load_dataset)
     with pytest.raises(UserError, match="disk is full"):
         list(read_texts(source("hub:owner/name"), split="all"))
 

@@ -163,7 +163,9 @@ def test_built_in_text_alone_is_not_compared(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_hub_dataset_is_compared_by_what_it_holds(train: Path, held: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [(train / f"{index}.txt").read_text() for index in range(3)]
-    monkeypatch.setattr("retrofit.data.sources._hub_loader", lambda: lambda *_, **__: ({"text": row} for row in rows))
+    monkeypatch.setattr(
+        "retrofit.data.sources._hub_loader", lambda source: lambda *_, **__: ({"text": row} for row in rows)
+    )
     shutil.copy(train / "1.txt", held / "a.txt")
     names, notes = chosen(held, "hub:owner/name")
     assert "a.txt" not in names
@@ -217,7 +219,7 @@ def test_the_whole_of_a_hub_dataset_is_not_fetched(monkeypatch: pytest.MonkeyPat
             read.append(index)
             yield {"text": "x" * 10}
 
-    monkeypatch.setattr("retrofit.data.sources._hub_loader", lambda: rows)
+    monkeypatch.setattr("retrofit.data.sources._hub_loader", lambda source: rows)
     (reading,) = data._readings([source("hub:owner/name")], 1 << 30)
     assert len(list(reading.texts())) == 10
     assert len(read) < 20

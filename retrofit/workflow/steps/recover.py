@@ -110,15 +110,21 @@ class Recover(Step):
         return ()
 
     def check_data(self, context: ModelContext, *, weights: bool, sample: bool) -> Iterable[str]:
-        """Every source gives tokens that the model knows; text that does not suffice is read again."""
+        """Every source gives tokens that the model knows, and the chat template writes every dialogue; text that does
+        not suffice is read again."""
+        from retrofit.data.chat_tokens import check_dialogues
         from retrofit.data.corpora import BUILT_IN
-        from retrofit.data.packing import training_rows
+        from retrofit.data.packing import CHARS_PER_TOKEN, training_rows
         from retrofit.data.texts import OWN_SAMPLES, require_known
 
-        length = self.section.sequence_length
-        for source in self.section.text:
+        section, length = self.section, self.section.sequence_length
+        most = CHARS_PER_TOKEN * section.tokens
+        for source in section.text:
             if source.source not in (OWN_SAMPLES, *BUILT_IN):
-                rows = training_rows([source], context.tokenizer, length, length, self.recipe.seed)
+                check_dialogues(source, context.tokenizer, section.loss_on, limit_chars=most)
+                rows = training_rows(
+                    [source], context.tokenizer, length, length, self.recipe.seed, loss_on=section.loss_on
+                )
                 require_known(rows.ids_NT, context.model)
         return ()
 
