@@ -138,5 +138,5 @@ def test_learned_positions_that_end_too_early_are_refused_before_any_work(texts:
         "--out", tmp_path / "a.npz",
     )  # fmt: skip
     assert refused.exit_code == 2
-    assert "evaluate.common_knowledge" in refused.output
+    assert "--common-knowledge" in refused.output
     assert not (tmp_path / "a.npz").exists()
