@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-
 from retrofit.data.measured import scored_documents
 from retrofit.data.samples import Teacher
 from retrofit.data.texts import read_texts
