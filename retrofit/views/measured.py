@@ -67,6 +67,9 @@ def tasks(rows: Sequence[TaskScore]) -> Iterator[Part]:
                 for row in rows
             ],
         )
+    for row in rows:
+        if row.by_chance:
+            yield f"{row.task}, {row.metric}: not distinguishable from chance"
 
 
 def task_changes(title: str, names: tuple[str, str], rows: Sequence[TaskChange]) -> Iterator[Part]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from retrofit.errors import UserError
-from retrofit.evaluation.tasks.answers import TaskAnswers, at_least, changes
+from retrofit.evaluation.tasks.answers import TaskAnswers, TaskScore, at_least, changes
 from retrofit.evaluation.tasks.common_knowledge import (
     CHANCE,
     NAME,
@@ -27,6 +27,7 @@ from retrofit.evaluation.tasks.haystack import encode
 from retrofit.evaluation.tasks.multiple_choice import Choice, batches, log_likelihoods, tokenized
 from retrofit.recipe.evaluation import COMMON_KNOWLEDGE
 from retrofit.system.world import World
+from retrofit.views.measured import tasks
 from tests.ranks import on_ranks
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -221,8 +222,6 @@ def test_guesses_that_give_so_many_right_answers(right: int, n: int) -> None:
 
 @pytest.mark.parametrize(("share", "by_chance"), [(0.20, True), (0.25, True), (0.28, True), (0.30, False)])
 def test_a_score_is_shown_to_be_more_than_chance_or_not(share: float, by_chance: bool) -> None:
-    from retrofit.evaluation.tasks.answers import TaskScore
-
     assert TaskScore("x", "acc", share, None, 500, 0, CHANCE).by_chance is by_chance
     assert not TaskScore("x", "acc", share, None, 500, 0).by_chance
 
@@ -231,3 +230,13 @@ def test_a_question_is_known_by_its_words() -> None:
     one = Question("t", "Two plus two is", ("four", "five"), 0)
     assert one.digest == Question("other", "Two plus two is", ("four", "five"), 0).digest
     assert one.digest != Question("t", "Two plus two is", ("four", "five"), 1).digest
+
+
+def test_a_terminal_says_that_a_score_is_by_chance() -> None:
+    def lines(share: float) -> list[object]:
+        return [
+            part for part in tasks([TaskScore(NAME, "acc_norm", share, 0.02, 504, 0, CHANCE)]) if isinstance(part, str)
+        ]
+
+    assert lines(0.26) == ["common_knowledge, acc_norm: not distinguishable from chance"]
+    assert lines(0.44) == []
