@@ -23,6 +23,7 @@ class Document:
     input_ids: int64 [T], one BOS in front if the tokenizer has one. nbytes: UTF-8 bytes these tokens cover.
     token_bytes: int32 [T], the bytes of each token (0 for the BOS), sum nbytes; without it bits per byte is unknown.
     text_sha256: of the whole text, however far its tokens go; tells whether another tokenizer read the same text.
+    scored: bool [T], the tokens of a dialogue whose losses count; None for a text, all of whose tokens do.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Document:
     nbytes: int
     token_bytes: np.ndarray | None = None
     text_sha256: str | None = None
+    scored: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         assert self.input_ids.ndim == 1, f"input_ids must be [T], got {self.input_ids.shape}"
@@ -42,7 +44,8 @@ class Document:
             return self
         token_bytes = None if self.token_bytes is None else self.token_bytes[:tokens]
         nbytes = 0 if token_bytes is None else int(token_bytes.sum())
-        return Document(self.name, self.kind, self.input_ids[:tokens], nbytes, token_bytes, self.text_sha256)
+        scored = None if self.scored is None else self.scored[:tokens]
+        return Document(self.name, self.kind, self.input_ids[:tokens], nbytes, token_bytes, self.text_sha256, scored)
 
 
 def make_documents(
@@ -90,18 +93,20 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def documents_digest(documents: Sequence[Document]) -> str:
-    """sha256 over names and tokens: two `TokenLosses` may be compared when theirs agree."""
+    """sha256 over names, tokens and which of them count: two `TokenLosses` may be compared when theirs agree."""
     digest = hashlib.sha256()
     for document in documents:
         digest.update(document.name.encode() + b"\0")
         digest.update(np.ascontiguousarray(document.input_ids, dtype="<i8").tobytes())
+        if document.scored is not None:
+            digest.update(np.packbits(document.scored).tobytes())
     return digest.hexdigest()
 
 
 def _document(name: str, kind: str, text: str, tokenizer: PreTrainedTokenizerBase, length: int | None) -> Document:
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
     ids: list[int] = encoded["input_ids"]
-    sizes = _token_bytes(text, ids, encoded.get("offset_mapping"), tokenizer)
+    sizes = token_sizes(text, ids, encoded.get("offset_mapping"), tokenizer)
     if tokenizer.bos_token_id is not None:
         ids, sizes = [tokenizer.bos_token_id, *ids], [0, *sizes]
     token_bytes = np.array(sizes[:length], np.int32)
@@ -109,7 +114,7 @@ def _document(name: str, kind: str, text: str, tokenizer: PreTrainedTokenizerBas
     return Document(name, kind, np.array(ids[:length], np.int64), int(token_bytes.sum()), token_bytes, digest)
 
 
-def _token_bytes(
+def token_sizes(
     text: str, ids: list[int], offsets: list[tuple[int, int]] | None, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
     """UTF-8 bytes of each token; their sum is exactly the bytes of the text.

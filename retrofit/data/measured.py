@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from retrofit.checkpoint.provenance import FILE, read_provenance
+from retrofit.data.chat_documents import chat_documents
 from retrofit.data.corpora import BUILT_IN
 from retrofit.data.documents import Document, make_documents
 from retrofit.data.packing import spelled_tokens
 from retrofit.data.samples import Teacher
-from retrofit.data.sources import HUB, OURS, place_of
+from retrofit.data.sources import HUB, OURS, holds_dialogues, place_of
 from retrofit.data.texts import check_sources, evaluation_texts
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.files import local_path
 from retrofit.recipe.schema import TextSource
+from retrofit.recipe.values import LossOn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,16 +112,21 @@ def scored_documents(
     also_read: Sequence[TextSource] = (),
     teacher: Teacher | None = None,
     read_chars: int | None = None,
+    lengths: Sequence[int] = (),
+    loss_on: LossOn = "assistant",
     notes: list[str] | None = None,
 ) -> list[Document]:
-    """`count` documents a source, each cut to `length` tokens, none of them trained on, as `evaluation_texts` has it.
+    """`count` documents a source, each cut to `length` tokens, none of them trained on, as `evaluation_texts` has it;
+    of a source of dialogues as many as have about as many tokens (`chat_documents`), after the texts.
 
+    lengths: of the contexts that are asked for, by default `length`. loss_on: the tokens of dialogues that are scored.
     notes: gets what a person should know of what was left out.
     Raises UserError when a source has no document of that length.
     """
     found: list[str] = []
+    spoken = [source for source in sources if holds_dialogues(source)]
     texts = evaluation_texts(
-        sources,
+        [source for source in sources if source not in spoken],
         count,
         length,
         tokenizer,
@@ -131,6 +138,21 @@ def scored_documents(
     )
     for kind in dict.fromkeys(kind for _, kind, _ in texts):
         found += spelled_tokens(kind, (text for _, own, text in texts if own == kind), tokenizer)
+    dialogues = []
+    if spoken:
+        lengths = lengths or [length]
+        dialogues = chat_documents(
+            spoken,
+            tokenizer,
+            tokens=count * max(lengths),
+            lengths=lengths,
+            loss_on=loss_on,
+            trained_on=trained_on,
+            also_read=also_read,
+            read_chars=read_chars,
+            notes=found,
+        )
     if notes is not None:
         notes += found
-    return make_documents(texts, tokenizer, length=length, count=count)
+    documents = make_documents(texts, tokenizer, length=length, count=count) if texts or not spoken else []
+    return [*documents, *dialogues]

@@ -170,7 +170,7 @@ def evaluation_texts(
     Raises UserError if a source has no such document, with the length of its longest, if nothing is left of it, and if
     a file or folder lies inside a folder that is trained on, or around a file that is.
     """
-    splits = [_measured_side(source.source, [other.source for other in trained_on]) for source in sources]
+    splits = [measured_side(source.source, [other.source for other in trained_on]) for source in sources]
     longest = [0] * len(sources)
 
     def long_enough(index: int) -> Iterator[Candidate]:
@@ -183,8 +183,8 @@ def evaluation_texts(
             if not short and length >= min_tokens:
                 yield Candidate(text, text.text[: math.ceil(len(text.text) * min_tokens / length)])
 
-    readings = _readings((*trained_on, *also_read), read_chars)
-    found = choose([long_enough(index) for index in range(len(sources))], count, readings)
+    readings = readings_of((*trained_on, *also_read), read_chars)
+    found = choose([long_enough(index) for index in range(len(sources))], [count] * len(sources), readings)
     kinds = [kind_of(source.source) for source in sources]
     measured = {kind for kind, one in zip(kinds, found, strict=True) if one.documents}
     for index, (source, split, one) in enumerate(zip(sources, splits, found, strict=True)):
@@ -225,7 +225,7 @@ def unseen_held_out(
 
     train_chars, held_out_chars: how much of a source each side reads at most.
     """
-    readings = _readings(sources, train_chars)
+    readings = readings_of(sources, train_chars)
     if all(reading.kind in BUILT_IN for reading in readings):
         return {}, ()
     texts = [
@@ -263,7 +263,7 @@ def distinct_texts(
     return only, tuple(notes)
 
 
-def _readings(sources: Sequence[TextSource], limit_chars: int | None) -> list[Reading]:
+def readings_of(sources: Sequence[TextSource], limit_chars: int | None) -> list[Reading]:
     """The train sides to compare with. The model's own samples are new text."""
 
     def texts(source: TextSource) -> Callable[[], Iterator[str]]:
@@ -291,7 +291,7 @@ def _side(read: Callable[[], Iterator[Row]], split: Split, hub: bool) -> Iterato
         yield from islice(read(), train) if split == "train" else islice(read(), train, None)
 
 
-def _measured_side(source: str, trained_on: Sequence[str]) -> Split:
+def measured_side(source: str, trained_on: Sequence[str]) -> Split:
     """Which side of a source may be measured, given what was trained on; paths are compared by where they lead."""
     if source in OURS or source in trained_on:
         return "held_out"

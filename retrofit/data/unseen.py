@@ -73,22 +73,24 @@ class Chosen:
         return f"text that was trained or calibrated on holds it: {', '.join(named)}{_more(self.trained)}"
 
 
-def choose(streams: Sequence[Iterator[Candidate]], count: int, readings: Sequence[Reading]) -> list[Chosen]:
-    """Of each stream the first `count` documents that stand in none of `readings` and were not chosen before."""
+def choose(streams: Sequence[Iterator[Candidate]], counts: Sequence[int], readings: Sequence[Reading]) -> list[Chosen]:
+    """Of each stream the first documents, as many as `counts` has for it, that stand in none of `readings` and were not
+    chosen before."""
     chosen = [Chosen() for _ in streams]
     first: dict[bytes, str] = {}
-    waiting, take = list(range(len(streams))), count
+    waiting, growth = list(range(len(streams))), 1
     while waiting:
         new: list[tuple[int, Candidate]] = []
         ended = set()
         for index in waiting:
+            take = growth * counts[index]
             some = list(islice(streams[index], take))
             new += [(index, candidate) for candidate in some]
             if len(some) < take:
                 ended.add(index)
         for (index, candidate), (share, kind) in zip(new, found_in([one for _, one in new], readings), strict=True):
             known, name = chosen[index], candidate.text.name
-            if len(known.documents) == count:
+            if len(known.documents) == counts[index]:
                 continue
             if share >= NEAR:
                 known.trained.append((name, share, kind))
@@ -99,8 +101,8 @@ def choose(streams: Sequence[Iterator[Candidate]], count: int, readings: Sequenc
                 known.documents.append(candidate.text)
                 if share >= TOLD:
                     known.partly.append((name, share, kind))
-        waiting = [index for index in waiting if index not in ended and len(chosen[index].documents) < count]
-        take *= _GROWTH
+        waiting = [index for index in waiting if index not in ended and len(chosen[index].documents) < counts[index]]
+        growth *= _GROWTH
     return chosen
 
 

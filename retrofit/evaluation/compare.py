@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from retrofit.errors import UserError
 from retrofit.evaluation.metrics.bits import ComparedBits, compare_bits
 from retrofit.evaluation.metrics.bootstrap import ratio_interval
@@ -133,7 +135,7 @@ def _tasks(
 
 def _held(a: TokenLosses, b: TokenLosses, where: str) -> list[int]:
     """The lengths to compare at when none is named: usual ones, or those that both were scored at."""
-    usual = default_lengths(min(len(array) + 1 for array in (*a.losses, *b.losses)))
+    usual = default_lengths(min(a.longest, b.longest))
     held = [n for n in sorted({*usual, *a.by_length, *b.by_length}) if a.holds(n) and b.holds(n)]
     if not held:
         raise UserError(
@@ -155,10 +157,23 @@ def _bits(a: TokenLosses, b: TokenLosses, where: str, resamples: int, seed: int)
     return tuple(compare_bits(x, y, kind, where=where, resamples=resamples, seed=seed) for kind, x, y in pairs)
 
 
+def _same_marks(a: TokenLosses, b: TokenLosses) -> bool:
+    """Whether the same tokens of dialogues count, as far as both were read."""
+    none: tuple[np.ndarray | None, ...] = (None,) * len(a.losses)
+    for x, y in zip(a.scored or none, b.scored or none, strict=True):
+        if (x is None) != (y is None):
+            return False
+        if x is not None and y is not None:
+            cut = min(len(x), len(y))
+            if not np.array_equal(x[:cut], y[:cut]):
+                return False
+    return True
+
+
 def _require_same_texts(a: TokenLosses, b: TokenLosses, where: str) -> None:
     """The same texts in the same order, however many tokens of each were read."""
     texts = [losses.meta.get("texts_sha256") for losses in (a, b)]
-    known = isinstance(texts[0], list) and None not in texts[0]
+    known = isinstance(texts[0], list) and None not in texts[0] and not (a.scored or b.scored)
     if (a.documents, a.kinds) != (b.documents, b.kinds) or texts[0] != texts[1] or not known:
         raise UserError(
             "these losses are not known to be of the same texts",
@@ -186,6 +201,7 @@ def _require_same(a: TokenLosses, b: TokenLosses, where: str) -> None:
     same_bytes = same_names and all(
         (x[:cut] == y[:cut]).all() for x, y in zip(a.token_bytes, b.token_bytes, strict=True)
     )
+    same_bytes = same_bytes and _same_marks(a, b)
     texts = [losses.meta.get("texts_sha256") for losses in (a, b)]
     if a.meta.get("documents_sha256") != b.meta.get("documents_sha256") and not (same_bytes and texts[0] == texts[1]):
         raise UserError(

@@ -189,6 +189,7 @@ def measure(
         return score(model, documents, partial=folder, **options, **how)  # type: ignore[arg-type]
 
     facts = dict(_facts(losses))
+    documents, losses = [document for document in documents if document.scored is None], losses.prose()
     cut = [document.cut(max(section.lengths)) for document in documents]
     windows = _windows(section, native)
     passes = {name: rescore(name, cut, windows=windows[name], known=losses) for name in passes_of(section, native)}
@@ -277,7 +278,8 @@ def conclude(
 ) -> LongContext:
     """What stored arrays say of one model. passes: those of `Measured`. needle: its scores by length. original: plain
     losses of the model before it was extended, and those with the native context, where they were measured."""
-    resamples = section.resamples
+    resamples, losses = section.resamples, losses.prose()
+    original = None if original is None else (original[0].prose(), original[1])
     gains: tuple[ContextGain, ...] = ()
     keyed: tuple[LongPPL, ...] = ()
     if NATIVE in passes:

@@ -66,7 +66,7 @@ def summary(
                 kv_cache_bytes={length: folder.spec.kv_cache_bytes(length, size) for length in lengths},
                 claimed_length=folder.spec.max_position_embeddings,
                 cost=costs[label],
-                position_losses=loss_by_position(one.losses.losses),
+                position_losses=loss_by_position(one.losses.prose().losses),
                 long_context=conclusion(one, section, native, original if len(kept) > 1 else None, seed),
                 short_context=tuple(short_context(original.losses, one.losses, section.lengths, native, **how))
                 if changed

@@ -163,7 +163,7 @@ def _comparable(recorded: TokenLosses, tokens: int) -> tuple[int, Sequence[np.nd
     if not inside:
         raise nothing_to_compare(str(facts["rope_type"]), until)
     tokens = min(tokens, max(inside))
-    return tokens, recorded.at(tokens)
+    return tokens, recorded.passed(tokens)
 
 
 def nothing_to_compare(rope_type: str, until: int) -> UserError:

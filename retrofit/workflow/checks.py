@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from retrofit.checkpoint.config import read_config
@@ -13,7 +13,9 @@ from retrofit.format import nbytes
 from retrofit.system.memory import total_memory
 
 if TYPE_CHECKING:
+    from retrofit.data.documents import Document
     from retrofit.model.folder import ModelFolder
+    from retrofit.recipe.schema import Evaluate
     from retrofit.workflow.estimate.cost import Cost
 
 _SURE = 2
@@ -75,4 +77,21 @@ def require_within(length: int, claimed: int, where: str, *, extendable: bool = 
             f"{length} tokens are more than the {claimed} positions of the model",
             where=where,
             fix=f"ask for at most {claimed}{longer}",
+        )
+
+
+def require_prose(section: Evaluate, documents: Sequence[Document]) -> None:
+    """UserError where what is asked of long contexts is asked of dialogues alone."""
+    asked = {
+        "context_gain": section.context_gain,
+        "long_ppl": section.long_ppl,
+        "definitions": section.definitions,
+        "needle": section.needle,
+    }
+    first = next((name for name, value in asked.items() if value), None)
+    if first is not None and not documents:
+        raise UserError(
+            "dialogues are read one by one, and say nothing of long contexts",
+            where=f"evaluate.{first}",
+            fix="leave it out, or name a text beside the dialogues",
         )

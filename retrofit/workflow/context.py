@@ -161,6 +161,7 @@ class ModelContext:
         from retrofit.data.measured import read_before, recorded_text, scored_documents
         from retrofit.data.texts import OWN_SAMPLES
         from retrofit.evaluation.long_context import definitions_of
+        from retrofit.workflow.checks import require_prose
         from retrofit.workflow.reading import most_read
 
         read = read_before(section.text, self.model.path)
@@ -177,9 +178,13 @@ class ModelContext:
             also_read=recorded_text(self.model.path),
             teacher=self.samples,
             read_chars=most_read(self.recipe, self.claimed),
+            lengths=section.lengths,
+            loss_on=section.loss_on,
             notes=left_out,
         )
-        definitions_of(section, documents, self.tokenizer)  # a text too short for one of them is told now
+        prose = [document for document in documents if document.scored is None]
+        require_prose(section, prose)
+        definitions_of(section, prose, self.tokenizer)  # a text too short for one of them is told now
         self.documents = tuple(documents)
         return (*read.values(), *left_out)
 

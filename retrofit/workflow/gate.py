@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from retrofit.data.sources import kind_of
+from retrofit.data.sources import CHAT, HUB, holds_dialogues, kind_of
 from retrofit.errors import UserError
 from retrofit.evaluation.result import EvaluationResult
 from retrofit.publishing.gate import GateResult, check
-from retrofit.recipe.schema import Recipe
+from retrofit.recipe.schema import Recipe, TextSource
 
 
 def gate_of(recipe: Recipe, found: EvaluationResult | None) -> tuple[GateResult, ...]:
@@ -23,7 +23,7 @@ def check_require(recipe: Recipe) -> None:
     """Every requirement is about something that this recipe measures; UserError otherwise."""
     if recipe.evaluate is None:
         return
-    kinds = {kind_of(source.source) for source in recipe.evaluate.text}
+    kinds = set().union(*map(_kinds, recipe.evaluate.text)) if any("/" in key for key in recipe.require) else set()
     for key, bound in recipe.require.items():
         metric, _, kind = key.partition("/")
         name, _, length = metric.partition("@")
@@ -62,3 +62,14 @@ def check_require(recipe: Recipe) -> None:
             raise UserError(
                 f"no text `{kind}` is evaluated", where=f"require.{key}", fix=f"use one of {', '.join(sorted(kinds))}"
             )
+
+
+def _kinds(source: TextSource) -> set[str]:
+    """What a source may be called in results; whether it holds dialogues is not known of what is not here."""
+    either = {kind_of(source.source), CHAT}
+    if source.source.startswith(HUB):
+        return either
+    try:
+        return {CHAT if holds_dialogues(source) else kind_of(source.source)}
+    except UserError:  # told where texts are checked
+        return either

@@ -220,6 +220,6 @@ def test_the_whole_of_a_hub_dataset_is_not_fetched(monkeypatch: pytest.MonkeyPat
             yield {"text": "x" * 10}
 
     monkeypatch.setattr("retrofit.data.sources._hub_loader", lambda source: rows)
-    (reading,) = data._readings([source("hub:owner/name")], 1 << 30)
+    (reading,) = data.readings_of([source("hub:owner/name")], 1 << 30)
     assert len(list(reading.texts())) == 10
     assert len(read) < 20

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from retrofit.evaluation.metrics.bootstrap import MIN_DOCUMENTS, ratio_interval
-from retrofit.evaluation.metrics.perplexity import prefix_ppl, tail
+from retrofit.evaluation.metrics.perplexity import perplexity, tail
 
 if TYPE_CHECKING:
     import numpy as np
@@ -252,7 +252,7 @@ def short_context(
         old, new = before.at(length), after.at(length)
         found = ratio_interval(new, old, resamples=resamples, seed=seed)
         tokens = sum(len(array) for array in new)
-        old_ppl, new_ppl = prefix_ppl(old, length), prefix_ppl(new, length)
+        old_ppl, new_ppl = perplexity(old), perplexity(new)
         rows.append(ShortContext(length, tokens, old_ppl, new_ppl, found.value, found.low, found.high, found.unit))
     return rows
 

@@ -62,7 +62,12 @@ def prefix(losses: Sequence[np.ndarray], length: int) -> list[np.ndarray]:
 
 def tail(losses: Sequence[np.ndarray], length: int, size: int) -> list[np.ndarray]:
     """The losses of the last `size` tokens before `length`."""
-    return [array[-size:] for array in prefix(losses, length)]
+    return last(prefix(losses, length), size)
+
+
+def last(losses: Sequence[np.ndarray], size: int) -> list[np.ndarray]:
+    """The losses of the last `size` tokens of each document."""
+    return [array[-size:] for array in losses]
 
 
 def perplexity(losses: Sequence[np.ndarray]) -> float:
@@ -83,7 +88,7 @@ def tail_ppl(losses: Sequence[np.ndarray], length: int, size: int) -> float:
 def bits_per_byte(losses: TokenLosses, length: int) -> float | None:
     """Bits of all predicted tokens in the first `length` over the UTF-8 bytes of the same tokens; None if unknown."""
     nats = sum(np.sum(a, dtype=np.float64) for a in losses.at(length))
-    nbytes = sum(int(np.sum(b[: length - 1], dtype=np.int64)) for b in losses.token_bytes)
+    nbytes = sum(int(np.sum(b, dtype=np.int64)) for b in losses.bytes_at(length))
     return float(nats / np.log(2) / nbytes) if nbytes else None
 
 
@@ -101,9 +106,9 @@ def table(
 
 def _row(kind: str, losses: TokenLosses, length: int, size: int, resamples: int, seed: int) -> Row:
     head = losses.at(length)
-    last = tail(head, length, size)
+    tails = last(head, size)
     whole = perplexity_interval(head, resamples=resamples, seed=seed)
-    end = perplexity_interval(last, resamples=resamples, seed=seed)
+    end = perplexity_interval(tails, resamples=resamples, seed=seed)
     return Row(
         kind=kind,
         length=length,
@@ -112,7 +117,7 @@ def _row(kind: str, losses: TokenLosses, length: int, size: int, resamples: int,
         ppl=whole.value,
         low=whole.low,
         high=whole.high,
-        tail=max(len(a) for a in last),
+        tail=max(len(a) for a in tails),
         tail_ppl=end.value,
         tail_low=end.low,
         tail_high=end.high,

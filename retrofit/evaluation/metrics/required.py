@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from retrofit.evaluation.metrics.perplexity import prefix_ppl, tail_ppl
+from retrofit.evaluation.metrics.perplexity import last as last_tokens
+from retrofit.evaluation.metrics.perplexity import perplexity
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.evaluation.tasks.answers import TaskAnswers, metrics_of
 
@@ -36,10 +37,10 @@ def metrics(
         for length in lengths:
             at = f"@{length}{suffix}"
             before, after = (_arrays(model, kind, length) for model in (first, last))
-            found[f"ppl{at}"] = prefix_ppl(after, length)
-            found[f"ppl_ratio{at}"] = found[f"ppl{at}"] / prefix_ppl(before, length)
-            found[f"tail_ppl{at}"] = tail_ppl(after, length, tail)
-            found[f"tail_ppl_ratio{at}"] = found[f"tail_ppl{at}"] / tail_ppl(before, length, tail)
+            found[f"ppl{at}"] = perplexity(after)
+            found[f"ppl_ratio{at}"] = found[f"ppl{at}"] / perplexity(before)
+            found[f"tail_ppl{at}"] = perplexity(last_tokens(after, tail))
+            found[f"tail_ppl_ratio{at}"] = found[f"tail_ppl{at}"] / perplexity(last_tokens(before, tail))
     return {**found, **(metrics_of(tasks) if tasks else {})}
 
 

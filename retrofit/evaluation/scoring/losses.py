@@ -29,7 +29,9 @@ class TokenLosses:
     losses: per document float32 [T - 1]. token_bytes: int32 [T - 1], the bytes of the same tokens (all 0: unknown).
     nbytes: UTF-8 bytes of each document. meta: model label, dtype, kernel, chunk, windows, digest of the documents.
     by_length: only for a position encoding that changes with the length: the losses [L - 1] of a pass over the first L
-    tokens, by L; `losses` are those of the longest.
+    tokens, by L; `losses` are those of the longest. scored: of dialogues bool [T - 1], the tokens that count; None for
+    a text, all of whose tokens do, and () where there are texts alone. A dialogue is as long as it is, and whole in
+    every longer context.
     """
 
     documents: tuple[str, ...]
@@ -39,15 +41,24 @@ class TokenLosses:
     token_bytes: tuple[np.ndarray, ...]
     meta: Mapping[str, object] = field(default_factory=dict)
     by_length: Mapping[int, tuple[np.ndarray, ...]] = field(default_factory=dict)
+    scored: tuple[np.ndarray | None, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.documents)
         assert count == len(self.kinds) == len(self.losses) == len(self.nbytes) == len(self.token_bytes)
         assert all(a.shape == b.shape for a, b in zip(self.losses, self.token_bytes, strict=True))
+        assert not self.scored or len(self.scored) == count
+        assert all(a.shape == b.shape for a, b in zip(self.losses, self.scored, strict=False) if b is not None)
 
     def of_kind(self, kind: str) -> TokenLosses:
         """Only the documents of one kind."""
-        keep = [i for i, own in enumerate(self.kinds) if own == kind]
+        return self._only([i for i, own in enumerate(self.kinds) if own == kind])
+
+    def prose(self) -> TokenLosses:
+        """Without the dialogues."""
+        return self if not self.scored else self._only([i for i, one in enumerate(self.scored) if one is None])
+
+    def _only(self, keep: list[int]) -> TokenLosses:
         return TokenLosses(
             documents=tuple(self.documents[i] for i in keep),
             kinds=tuple(self.kinds[i] for i in keep),
@@ -56,15 +67,34 @@ class TokenLosses:
             token_bytes=tuple(self.token_bytes[i] for i in keep),
             meta=self.meta,
             by_length={length: tuple(arrays[i] for i in keep) for length, arrays in self.by_length.items()},
+            scored=tuple(self.scored[i] for i in keep) if self.scored else (),
         )
 
     def at(self, length: int) -> tuple[np.ndarray, ...]:
-        """The losses [length - 1] that one forward pass over the first `length` tokens of each document gives.
+        """The losses that count of one forward pass over the first `length` tokens of each document: [length - 1] of a
+        text, those of the scored tokens of a dialogue.
 
-        Raises: UserError when a document is shorter, or when that length was not scored although the position encoding
+        Raises: UserError when a text is shorter, or when that length was not scored although the position encoding
         changes with it.
         """
-        short = min((len(array) + 1 for array in self.losses), default=0)
+        return self._counted(self.passed(length), length)
+
+    def bytes_at(self, length: int) -> tuple[np.ndarray, ...]:
+        """The bytes of the tokens that `at` has the losses of."""
+        return self._counted(tuple(array[: length - 1] for array in self.token_bytes), length)
+
+    def _counted(self, arrays: tuple[np.ndarray, ...], length: int) -> tuple[np.ndarray, ...]:
+        if not self.scored:
+            return arrays
+        return tuple(
+            array if scored is None else array[scored[: length - 1]]
+            for array, scored in zip(arrays, self.scored, strict=True)
+        )
+
+    def passed(self, length: int) -> tuple[np.ndarray, ...]:
+        """The losses of all tokens of that pass, whether they count or not; raises what `at` raises."""
+        prose = self._prose_lengths()
+        short = min(prose, default=length if self.scored else 0)
         if length < 2 or short < length:
             raise UserError(
                 f"perplexity at {length} tokens needs documents of at least that many; the shortest scored has {short}",
@@ -75,9 +105,21 @@ class TokenLosses:
             arrays = self.by_length[self._pass_for(length)]
         return tuple(array[: length - 1] for array in arrays)
 
+    @property
+    def longest(self) -> int:
+        """The longest context that `at` has losses for: of the shortest text, or without texts of the longest
+        dialogue; 0 for none."""
+        every = self._prose_lengths()
+        return min(every) if every else max((len(array) + 1 for array in self.losses), default=0)
+
+    def _prose_lengths(self) -> list[int]:
+        """Tokens of each text."""
+        scored = self.scored or (None,) * len(self.losses)
+        return [len(array) + 1 for array, one in zip(self.losses, scored, strict=True) if one is None]
+
     def holds(self, length: int) -> bool:
         """Whether `at` has an answer."""
-        long_enough = all(len(array) + 1 >= length for array in self.losses)
+        long_enough = all(one >= length for one in self._prose_lengths())
         return long_enough and (not self.by_length or bool(self._passes_for(length)))
 
     def _frequencies(self) -> Mapping[str, Any]:
@@ -113,9 +155,11 @@ class TokenLosses:
             "nbytes": self.nbytes,
             "meta": dict(self.meta),
             "by_length": sorted(self.by_length),
+            "scored": [i for i, one in enumerate(self.scored) if one is not None],
         }
         arrays: dict[str, Any] = {f"losses_{i}": np.asarray(array, np.float32) for i, array in enumerate(self.losses)}
         arrays |= {f"token_bytes_{i}": np.asarray(array, np.int32) for i, array in enumerate(self.token_bytes)}
+        arrays |= {f"scored_{i}": one for i, one in enumerate(self.scored) if one is not None}
         for length, passes in self.by_length.items():
             arrays |= {f"losses_{i}@{length}": np.asarray(array, np.float32) for i, array in enumerate(passes)}
         with Path(path).open("wb") as file:
@@ -137,6 +181,8 @@ class TokenLosses:
                     int(length): tuple(stored[f"losses_{i}@{length}"] for i in range(count))
                     for length in header.get("by_length", ())
                 }
+                marked = set(header.get("scored", ()))
+                scored = tuple(stored[f"scored_{i}"] if i in marked else None for i in range(count)) if marked else ()
         except FileNotFoundError:
             raise UserError("there are no token losses here", where=str(path), fix="run `retrofit evaluate`") from None
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -158,4 +204,5 @@ class TokenLosses:
             token_bytes=token_bytes,
             meta=header["meta"],
             by_length=by_length,
+            scored=scored,
         )

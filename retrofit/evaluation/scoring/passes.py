@@ -38,7 +38,9 @@ def plan_of(model: PreTrainedModel, document: Document, windows: Windows | None,
     inside, beyond = [n for n in lengths if n <= until], sorted(n for n in set(lengths) if n > until)
     if kind == "longrope":
         beyond = beyond[-1:]  # one set of frequencies for every length beyond
-    return [(length, [Span(0, length, 1)]) for length in [*([max(inside)] if inside else []), *beyond]]
+    asked = [*([max(inside)] if inside else []), *beyond]
+    short = document.scored is not None  # a dialogue, whole in every longer context
+    return [(length, [Span(0, min(length, total) if short else length, 1)]) for length in asked]
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Pass:
         """Losses float32 [stop - 1]; NaN of tokens that no span scores."""
         losses = np.full(self.spans[-1].stop - 1, np.nan, np.float32)
         ids_T = torch.from_numpy(self.document.input_ids).to(reader.model.device)
-        with frequencies_of(reader.model, self.length):
+        with frequencies_of(reader.model, min(self.length, self.spans[-1].stop)):
             for span in self.spans:
                 if self._is_known(span):
                     assert self.known is not None

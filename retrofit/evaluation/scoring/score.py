@@ -135,6 +135,12 @@ def score(
         ),
         meta=facts,
         by_length={n: tuple(one[n] for one in by_document) for n in by_document[0]} if several else {},
+        scored=tuple(
+            None if document.scored is None else document.scored[1:][: len(one[max(one)])]
+            for document, one in zip(documents, by_document, strict=True)
+        )
+        if any(document.scored is not None for document in documents)
+        else (),
     )
 
 
