@@ -32,6 +32,7 @@ FAILING = Path(__file__).with_name("failing_rank.py")
 def short(recipe: Recipe, model: Path, texts: Path) -> Path:
     """A recipe without publishing, which loads the folder in a fresh process."""
     evaluate = {**sections(model, texts)["evaluate"], "lengths": [64, 128], "cost_lengths": []}
+    evaluate["common_knowledge"] = 8
     recover = {**sections(model, texts)["recover"], "batch_size": 4}  # every process needs a row of each step
     return recipe(publish=None, context=None, evaluate=evaluate, recover=recover)
 
@@ -56,6 +57,8 @@ def test_two_processes_write_and_measure_what_one_does_and_any_number_resumes(sh
     assert losses(first)["original"] == pytest.approx(losses(alone)["original"], rel=1e-5)
     assert losses(first)["converted"] == pytest.approx(losses(alone)["converted"], rel=1e-5)
     assert losses(first)["recovered"] == pytest.approx(losses(alone)["recovered"], rel=1e-2)
+    assert first.models["converted"].tasks == alone.models["converted"].tasks
+    assert first.models["converted"].tasks[0].questions == 8
     again = retrofit.run(short, out=tmp_path / "two", progress=False)
     assert set(again.reused) >= {"convert", "recover", "evaluate"}
     for found in on_ranks(tmp_path, 2, run, short, tmp_path / "one"):
