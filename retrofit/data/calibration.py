@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from retrofit.data.packing import CHARS_PER_TOKEN, Packed, training_rows
-from retrofit.data.samples import Teacher, sample_path
+from retrofit.data.samples import OwnSamples, Teacher
 from retrofit.data.sources import OWN_SAMPLES, kind_of
 from retrofit.data.texts import distinct_texts, require_known
 from retrofit.errors import UserError
@@ -151,6 +151,12 @@ def require_calibration_text(
             require_known(part.ids_NT, teacher.model)
 
 
+def sampled_sources(calibration: Calibration, teacher: Teacher) -> tuple[TextSource, ...]:
+    """The sources of a calibration that the model is to write."""
+    sources, _ = _within_memory(merged(calibration.text), teacher)
+    return tuple(source for source in sources if source.source == OWN_SAMPLES)
+
+
 def fewest_sequences(calibration: Calibration, teacher: Teacher) -> int:
     """Calibration sequences of the source that gives fewest."""
     sources, _ = _within_memory(merged(calibration.text), teacher)
@@ -184,12 +190,14 @@ def _calibration_rows(
 def _within_memory(sources: Sequence[TextSource], teacher: Teacher) -> tuple[tuple[TextSource, ...], tuple[str, ...]]:
     """The sources without `self` where the whole model does not fit into this machine's memory, and a note of that."""
     own = [source for source in sources if source.source == OWN_SAMPLES]
-    if not own or teacher.device != "cpu" or sample_path(teacher).exists():
+    if not own or teacher.device != "cpu":
         return tuple(sources), ()
-    stored, run = (
-        teacher.model.dtype(dtype).itemsize for dtype in ("auto", teacher.model.working_dtype("auto", teacher.device))
-    )
+    written = OwnSamples(teacher, own[0], "train")
+    if written.complete:
+        return tuple(sources), ()
+    stored, run = (teacher.model.dtype(dtype).itemsize for dtype in ("auto", teacher.dtype))
     needed = teacher.model.checkpoint.nbytes * run // stored
+    needed += written.batch * teacher.model.spec.kv_cache_bytes(teacher.length, run)
     free = available_memory()
     if free is None or 1.2 * needed <= free:
         return tuple(sources), ()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from retrofit.checkpoint.provenance import sha256
 from retrofit.data.corpora import BUILT_IN, built_in_digest
@@ -15,29 +14,29 @@ from retrofit.data.sources import HUB, OURS, OWN_SAMPLES, hub_dataset, kind_of, 
 from retrofit.errors import UserError
 from retrofit.files import local_path
 from retrofit.recipe.schema import TextSource
-
-if TYPE_CHECKING:
-    pass
+from retrofit.recipe.values import PromptSource
 
 
 def identity(sources: Sequence[TextSource]) -> list[dict[str, object]]:
     """What the sources hold, for a fingerprint: digests of files and built-in texts, the commit of a hub dataset."""
-    return [{**source.model_dump(), "content": _content(source.source)} for source in sources]
+    return [{**source.model_dump(), "content": _content(source)} for source in sources]
 
 
 def content_digest(sources: Sequence[TextSource]) -> str:
     """A digest of what the sources hold, whatever they are called."""
-    held = [[_content(source.source), source.field, source.split] for source in merged(sources)]
+    held = [[_content(source), source.field, source.split] for source in merged(sources)]
     return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
 
 
-def _content(source: str) -> object:
+def _content(text: PromptSource) -> object:
+    source = text.source
     if source in BUILT_IN:
         return built_in_digest(source)
     if source.startswith(HUB):
         return {"dataset": source, "commit": commit_of(hub_dataset(source)[0])}
-    if source == OWN_SAMPLES:
-        return source
+    if isinstance(text, TextSource) and source == OWN_SAMPLES:
+        prompts = [[prompt.weight, prompt.field, prompt.split, _content(prompt)] for prompt in text.prompts]
+        return [source, text.temperature, text.top_p, text.prompt_share, prompts]
     root = local_path(source)
     return {
         file.relative_to(root if root.is_dir() else root.parent).as_posix(): sha256(file) for file in text_files(source)
@@ -68,5 +67,7 @@ def merged(sources: Sequence[TextSource]) -> tuple[TextSource, ...]:
 
 def _documents_of(source: TextSource) -> tuple[object, ...]:
     """What two sources with the same documents have in common."""
+    if source.source == OWN_SAMPLES:
+        return source.source, source.temperature, source.top_p, source.prompts, source.prompt_share
     named = source.source in OURS or source.source.startswith(HUB)
     return source.source if named else place_of(source.source), source.field, source.split

@@ -15,7 +15,7 @@ from retrofit.data.chat_rows import chat_rows
 from retrofit.data.chat_tokens import rendered_text
 from retrofit.data.corpora import Split, Text
 from retrofit.data.samples import Teacher
-from retrofit.data.sources import kind_of
+from retrofit.data.sources import OWN_SAMPLES, kind_of
 from retrofit.data.texts import read_texts
 from retrofit.errors import UserError
 from retrofit.escape import shown
@@ -100,7 +100,10 @@ def training_rows(
 
 
 def spelled_tokens(kind: str, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """A note where texts spell special tokens: a tokenizer reads `</s>` as the end of a text, not as letters."""
+    """A note where texts spell special tokens: a tokenizer reads `</s>` as the end of a text, not as letters. Those of
+    the model's own samples are meant."""
+    if kind == OWN_SAMPLES:
+        return []
     special = [token for token in tokenizer.all_special_tokens if token and not token.isspace()]
     if not special:
         return []

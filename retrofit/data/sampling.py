@@ -9,7 +9,7 @@ Legend: B sequences, T tokens of each, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,13 +43,14 @@ def sample_batch(
     *,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    stepped: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Token ids [B, T] (int64, on the CPU) of B sequences that begin with `starts`, the first token of each left out.
 
     starts: at least one token each, of which tokens beyond T + 1 are not read. uniform_BT: the numbers in [0, 1) that
     decide about the tokens. temperature: divides the logits. top_p: only the most probable tokens that together have
     this probability are drawn (Holtzman et al. 2020, arXiv 1904.09751). A sequence that ends goes on after its EOS with
-    whatever the model writes next.
+    whatever the model writes next. stepped: called with B after each token, which a GPU may still be computing.
     """
     assert all(starts)
     decode.register()
@@ -60,6 +61,8 @@ def sample_batch(
         for token in range(uniform_BT.shape[1]):
             sampler.make_room(token)
             sampler.step()
+            if stepped is not None:
+                stepped(len(starts))
         return sampler.out_BT.cpu()
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from retrofit.checkpoint.full import machine_error
-from retrofit.data.corpora import BUILT_IN
+from retrofit.data.corpora import BUILT_IN, Split
 from retrofit.data.dialogues import TOOLS, Dialogue, keys_of, parse_dialogue
 from retrofit.data.folders import LINES, PARQUET, text_files
 from retrofit.data.readers import json_lines, json_rows, plain_text, suffix_of
@@ -24,15 +25,16 @@ from retrofit.files import local_path
 from retrofit.install import install_command
 from retrofit.recipe.hub import is_model_or_dataset, is_name
 from retrofit.recipe.schema import TextSource
+from retrofit.recipe.values import OWN_SAMPLES
 
 HUB = "hub:"
-OWN_SAMPLES = "self"
 OURS = (*BUILT_IN, OWN_SAMPLES)
 """Sources that are no path: a file or folder of such a name gets another kind."""
 ALL = "all"
 """Stands for all kinds together in results."""
 CHAT = "chat"
 """Stands for measured dialogues in results."""
+HELD_OUT_EVERY = 10
 _LONGEST_KIND = 80
 
 
@@ -97,6 +99,20 @@ def _one_form(every: Iterator[Row]) -> Iterator[Row]:
                 fix="put them into two folders, and name both",
             )
         yield row
+
+
+def side(read: Callable[[], Iterator[Row]], split: Split, hub: bool) -> Iterator[Row]:
+    """One side of user text: of a hub stream every tenth document is held out, otherwise the last tenth."""
+    if split == "all":
+        yield from read()
+    elif hub:
+        for number, row in enumerate(read(), 1):
+            if (number % HELD_OUT_EVERY == 0) == (split == "held_out"):
+                yield row
+    else:
+        total = sum(1 for _ in read())
+        train = total - max(1, total // HELD_OUT_EVERY) if total > 1 else total
+        yield from islice(read(), train) if split == "train" else islice(read(), train, None)
 
 
 def hub_dataset(source: str) -> tuple[str, str | None]:

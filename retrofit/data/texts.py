@@ -1,8 +1,8 @@
 """Text for calibration, recovery and evaluation: where it comes from, how it is split, which documents are measured.
 
-Every source is split by whole document into `train` and `held_out`. Built-in corpora and the model's own samples
-carry their split; of user text the last tenth of the documents is held out, of a hub dataset every tenth. One single
-document is never used on both sides.
+Every source is split by whole document into `train` and `held_out`. Built-in corpora carry their split, the model's own
+samples are written for each side; of user text the last tenth of the documents is held out, of a hub dataset every
+tenth. One single document is never used on both sides.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ import difflib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from retrofit.data.corpora import BUILT_IN, Split, Text, built_in_texts
 from retrofit.data.folders import walk
 from retrofit.data.overlap import NEAR
-from retrofit.data.samples import Teacher, own_samples
-from retrofit.data.sources import HUB, OURS, OWN_SAMPLES, Row, kind_of, place_of, rows
+from retrofit.data.samples import OwnSamples, Teacher
+from retrofit.data.sources import HUB, OURS, OWN_SAMPLES, Row, kind_of, place_of, rows, side
 from retrofit.data.unseen import Candidate, Chosen, Reading, choose, found_in, without_repeats
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.files import local_path
 from retrofit.recipe.schema import TextSource
+from retrofit.system.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from retrofit.console import Progress
     from retrofit.model.folder import ModelFolder
 
-HELD_OUT_EVERY = 10
 _HUB_CHARS = 1 << 25  # most of a hub dataset that is fetched to compare with
 _SPARE = 4  # times what is read is looked through, so that there is enough where documents are left out
 
@@ -53,6 +52,7 @@ def check_sources(sources: Iterable[TextSource], *, teacher: bool = True) -> tup
                     where="text source `self`",
                     fix="name another text source",
                 )
+            notes += check_sources(TextSource.model_validate(prompt.model_dump()) for prompt in source.prompts)
         elif source.source in BUILT_IN or source.source.startswith(HUB):
             next(read_texts(source, split="all"))
         else:
@@ -97,11 +97,12 @@ def read_texts(
     if source.source == OWN_SAMPLES:
         if teacher is None:
             raise UserError("the model's own samples need the original model", where="text source `self`")
-        own = own_samples(teacher, progress)
-        read: Callable[[], Iterator[Row]] = lambda: (Row(name, text) for name, text in own())  # noqa: E731
-    else:
-        _did_you_mean(source.source)
-        read = rows(source)
+        for samples in own_samples(source, teacher, split):
+            samples.write(progress=progress)
+            yield from (Text(name, OWN_SAMPLES, text) for name, text in samples.documents() if text.strip())
+        return
+    _did_you_mean(source.source)
+    read = rows(source)
 
     def filled() -> Iterator[Row]:
         return filter(_is_filled, read())
@@ -109,7 +110,7 @@ def read_texts(
     kind = kind_of(source.source)
     size = 0
     found = False
-    for name, text, dialogue in _side(filled, split, source.source.startswith(HUB)):
+    for name, text, dialogue in side(filled, split, source.source.startswith(HUB)):
         found = True
         if only is not None and name not in only:
             continue
@@ -124,6 +125,26 @@ def read_texts(
 def _is_filled(row: Row) -> bool:
     """Whether there is something to read: a dialogue may be calls of tools alone."""
     return row.dialogue is not None or bool(row.text.strip())
+
+
+def own_samples(source: TextSource, teacher: Teacher, split: Split) -> tuple[OwnSamples, ...]:
+    """What the original model writes on one side of a source `self`, or on both."""
+    sides: dict[Split, tuple[Literal["train", "held_out"], ...]] = {
+        "train": ("train",),
+        "held_out": ("held_out",),
+        "all": ("train", "held_out"),
+    }
+    return tuple(OwnSamples(teacher, source, side) for side in sides[split])
+
+
+def write_samples(
+    sources: Iterable[TextSource], teacher: Teacher, splits: Sequence[Split], world: World, progress: Progress | None
+) -> None:
+    """Have the original model write what these sources want of it; every process samples its share."""
+    for source in sources:
+        if source.source == OWN_SAMPLES:
+            for samples in (one for split in splits for one in own_samples(source, teacher, split)):
+                samples.write(world, progress)
 
 
 def _is_empty(source: TextSource) -> UserError:
@@ -275,20 +296,6 @@ def readings_of(sources: Sequence[TextSource], limit_chars: int | None) -> list[
         for source in dict.fromkeys(sources)
         if source.source != OWN_SAMPLES
     ]
-
-
-def _side(read: Callable[[], Iterator[Row]], split: Split, hub: bool) -> Iterator[Row]:
-    """One side of user text: of a hub stream every tenth document is held out, otherwise the last tenth."""
-    if split == "all":
-        yield from read()
-    elif hub:
-        for number, row in enumerate(read(), 1):
-            if (number % HELD_OUT_EVERY == 0) == (split == "held_out"):
-                yield row
-    else:
-        total = sum(1 for _ in read())
-        train = total - max(1, total // HELD_OUT_EVERY) if total > 1 else total
-        yield from islice(read(), train) if split == "train" else islice(read(), train, None)
 
 
 def measured_side(source: str, trained_on: Sequence[str]) -> Split:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from retrofit.recipe.relative import are_relative
-from retrofit.recipe.values import LISTED, MOST_READ, AnyLength, LossOn, Section, Texts, Tokens, text_mix
+from retrofit.recipe.values import LISTED, MOST_READ, AnyLength, LossOn, Section, Texts, TextSource, Tokens, text_mix
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
@@ -121,7 +121,8 @@ class Recover(Section):
     checkpoints: int = Field(4, ge=1, le=10_000, description="how often training can be resumed from")
     adapter: Adapter = Field(Adapter(), description="what is trained")
     text: Texts = Field(
-        default_factory=lambda: text_mix("python-docs", "python-stdlib"), description="text to train on"
+        default_factory=lambda: (*text_mix("python-docs", "python-stdlib"), TextSource(source="self", weight=2)),
+        description="text to train on; by default half of it is what the original model writes itself",
     )
     loss_on: LossOn = Field(
         "assistant", description="of dialogues: the loss is on the assistant's turns, or on every token"

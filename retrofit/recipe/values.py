@@ -15,8 +15,10 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import CoreSchema, core_schema
@@ -151,8 +153,8 @@ def _counts(annotation: object) -> bool:
     return annotation in (int, float) or any(map(_counts, get_args(annotation)))
 
 
-class TextSource(Section):
-    """One source of text. A plain string in YAML is short for {source: ...}."""
+class PromptSource(Section):
+    """A body of text and its share. A plain string in YAML is short for {source: ...}."""
 
     source: Word = Field(
         description="`python-docs`, `python-stdlib`, `self` (the original model's own samples), a text, JSONL or "
@@ -170,6 +172,50 @@ class TextSource(Section):
     @classmethod
     def _from_string(cls, value: object) -> object:
         return {"source": value} if isinstance(value, str) else value
+
+
+OWN_SAMPLES = "self"
+"""The source of what the original model writes."""
+_OF_OWN_SAMPLES = ("tokens", "temperature", "top_p", "prompts", "prompt_share")
+
+
+class TextSource(PromptSource):
+    """One source of text. A plain string in YAML is short for {source: ...}.
+
+    The keys after `split` say how the original model writes its samples, and belong to `self` alone.
+    """
+
+    tokens: Annotated[Tokens, Field(ge=256, le=MOST_READ)] | None = Field(
+        None, description="of `self`: tokens that the model writes; by default enough for its share, up to 512k"
+    )
+    temperature: float = Field(1.0, ge=1e-3, le=100, description="of `self`: divides the logits")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="of `self`: only the most probable tokens of so much probability are drawn"
+    )
+    prompts: tuple[PromptSource, ...] = Field(
+        (), max_length=1000, description="of `self`: text whose first lines samples begin with, by weight"
+    )
+    prompt_share: float = Field(
+        0.5, gt=0, le=1, description="of `self`: share of the samples that begin with a prompt; the others with BOS"
+    )
+
+    @model_validator(mode="after")
+    def _own(self) -> TextSource:
+        if self.source == OWN_SAMPLES:
+            if any(prompt.source == OWN_SAMPLES for prompt in self.prompts):
+                raise ValueError("`prompts` name other text than `self`: what the model writes begins with them")
+            return self
+        fields = type(self).model_fields
+        changed = [name for name in _OF_OWN_SAMPLES if getattr(self, name) != fields[name].default]
+        if changed:
+            raise ValueError(f"only the source `self` has `{changed[0]}`: nothing else is written by the model")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _keys_of_its_own(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        unused = () if self.source == OWN_SAMPLES else _OF_OWN_SAMPLES
+        return {key: value for key, value in values.items() if key not in unused}
 
 
 def text_mix(*names: str) -> tuple[TextSource, ...]:

@@ -51,6 +51,23 @@ def logit_rows(device: str, vocabulary: int, *, memory: int | None = None) -> in
     return _filling(device, 3 * FLOAT32 * vocabulary, 256, 4096, share=64, memory=memory)
 
 
+def sampled_sequences(
+    device: str, spec: AttentionSpec, tokens: int, value_bytes: int, *, memory: int | None = None
+) -> int:
+    """Sequences of `tokens` tokens that a model samples together. On a CPU 64, or fewer (a power of two) so that their
+    cache takes at most 2 GiB; on a GPU up to 512 that fill a quarter of its memory.
+
+    Each token reads all weights once for all of them.
+    """
+    cache = spec.kv_cache_bytes(tokens, value_bytes)
+    if is_gpu(device):
+        return _filling(device, cache + 3 * FLOAT32 * spec.vocab_size, 32, 512, share=4, memory=memory)
+    most = 64
+    while most > 8 and most * cache > 2 << 30:
+        most //= 2
+    return most
+
+
 def calibration_tokens(device: str, spec: AttentionSpec, least: int, *, memory: int | None = None) -> int:
     """Tokens of a batch of sequences that goes through one layer in float32: `least` on a CPU, up to 65,536 on a
     GPU."""

@@ -215,15 +215,15 @@ def _check_weights(context: ModelContext, out: Path | None, *, dry: bool) -> Non
 
 
 def _check_texts(context: ModelContext, *, weights: bool, sample: bool) -> None:
-    from retrofit.data.samples import sample_path
-    from retrofit.data.texts import OWN_SAMPLES
+    from retrofit.data.samples import samples_folder
+    from retrofit.data.texts import OWN_SAMPLES, own_samples
 
     context.tokenizer  # noqa: B018  a broken one is told before its texts
     for step in context.steps:
         context.notes += step.check_data(context, weights=weights, sample=sample)
-    own = any(text.source == OWN_SAMPLES for text in context.texts())
-    if weights and own and not (path := sample_path(context.samples)).exists():
-        require_writable(path.parent)
+    own = {text for text in context.texts() if text.source == OWN_SAMPLES} if weights else ()
+    if not all(samples.complete for text in own for samples in own_samples(text, context.samples, "all")):
+        require_writable(samples_folder())
 
 
 def require_model(recipe: Recipe) -> str:

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from huggingface_hub.errors import HTTPError
 
 from retrofit.console import Silent
-from retrofit.data import corpora, samples, sources
+from retrofit.data import corpora, sources
 from retrofit.data.corpora import (
     docs_held_out,
     docs_texts,
@@ -25,11 +24,10 @@ from retrofit.data.corpora import (
     without_excerpts,
 )
 from retrofit.data.packing import training_rows
-from retrofit.data.samples import Teacher
 from retrofit.data.texts import check_sources, evaluation_texts, read_texts
 from retrofit.errors import UserError
 from retrofit.recipe.schema import TextSource
-from tests.tiny import BOS_ID, save_tiny, tiny_tokenizer
+from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
@@ -309,52 +307,3 @@ def test_text_that_was_trained_on_under_another_path_is_not_measured(tmp_path: P
     ):
         with pytest.raises(UserError, match="hold the same documents"):
             names(text, str(trained))
-
-
-def test_own_samples_are_seeded_and_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(samples, "BATCH", 4)
-    monkeypatch.setattr(samples, "SAMPLE_TOKENS", 24)
-    folder = save_tiny(tmp_path / "model", "llama")
-    teacher = Teacher(folder, tokens=192)
-    read = list(read_texts(source("self"), split="all", teacher=teacher))
-    assert len(read) == 8
-    assert len({text.text for text in read}) == 8
-    (cached,) = (tmp_path / "cache/samples").iterdir()
-    monkeypatch.setattr(samples, "_sample_texts", None)  # a second call would fail
-    assert list(read_texts(source("self"), split="all", teacher=teacher)) == read
-    assert samples.sample_path(Teacher(folder, tokens=192, seed=1)) != cached
-    with pytest.raises(UserError, match="original model"):
-        check_sources([source("self")], teacher=False)
-
-
-def test_kept_samples_that_were_changed_are_sampled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "cache"))
-    teacher = Teacher(save_tiny(tmp_path / "model", "llama"))
-    monkeypatch.setattr(samples, "_sample_texts", lambda teacher, progress: ["its own words"])
-    assert [text for _, text in samples.own_samples(teacher)()] == ["its own words"]
-    path = samples.sample_path(teacher)
-    monkeypatch.setattr(samples, "_sample_texts", lambda teacher, progress: ["sampled again"])
-    assert [text for _, text in samples.own_samples(teacher)()] == ["its own words"]
-    path.write_bytes(path.read_bytes().replace(b"own", b"new"))
-    assert [text for _, text in samples.own_samples(teacher)()] == ["sampled again"]
-
-
-def test_samples_stay_inside_a_small_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(samples, "BATCH", 4)
-    folder = save_tiny(tmp_path / "model", "gpt_bigcode", max_position_embeddings=32)  # learned positions
-    read = list(read_texts(source("self"), split="all", teacher=Teacher(folder, tokens=128)))
-    assert 0 < len(read) <= 4
-
-
-def test_samples_follow_the_models_distribution() -> None:
-    from tests.tiny import tiny_model
-
-    model = tiny_model("llama")
-    drawn = samples.sample(model, TOKENIZER, 4000, 1, seed=0)
-    with torch.no_grad():
-        expected = model(torch.tensor([[BOS_ID]])).logits[0, -1].softmax(-1)
-    frequency = torch.bincount(drawn.flatten(), minlength=len(expected)) / len(drawn)
-    assert (frequency - expected).abs().sum() < 0.25
-    assert (torch.ones_like(expected) / len(expected) - expected).abs().sum() > 0.5

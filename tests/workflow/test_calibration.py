@@ -20,6 +20,7 @@ from retrofit.kv_heads.calibrate.moments import saved
 from retrofit.model.families import describe
 from retrofit.model.load import load_config, load_model, load_tokenizer
 from retrofit.recipe.schema import Calibration, Recipe, TextSource
+from retrofit.system.device import sampled_sequences
 from retrofit.views import results
 from retrofit.workflow import samples as own_samples
 from retrofit.workflow.command import Written
@@ -48,7 +49,7 @@ def test_text_that_is_too_short_is_not_read_twice_but_refused(model: Path, tmp_p
 def test_a_model_that_does_not_fit_is_calibrated_without_its_own_samples(
     model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(calibration_module, "sample_path", lambda teacher: tmp_path / "no samples yet")
+    monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "no samples yet"))
     monkeypatch.setattr(calibration_module, "available_memory", lambda: 1000)
     tokenizer, teacher = load_tokenizer(model), Teacher(model)
     found = calibration_module.calibration_text(
@@ -67,10 +68,12 @@ def test_what_samples_need_is_the_model_as_it_is_run(
     folder = save_tiny(tmp_path / "model", "llama", dtype=stored)
     own = TextSource(source="self")
     parameters = sum(tensor.numel() for tensor in load_model(folder).parameters())
-    as_run = 2 if stored == "bfloat16" and bfloat16_products else 4
-    monkeypatch.setattr(calibration_module, "sample_path", lambda teacher: tmp_path / "no samples yet")
-    for free, fits in ((1.3 * as_run, True), (1.1 * as_run, False)):
-        monkeypatch.setattr(calibration_module, "available_memory", lambda free=free: int(free * parameters))
+    as_run = 2 if bfloat16_products else 4
+    together = sampled_sequences("cpu", describe(load_config(folder)), 512, as_run)
+    needed = as_run * parameters + together * describe(load_config(folder)).kv_cache_bytes(512, as_run)
+    monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "no samples yet"))
+    for times, fits in ((1.3, True), (1.1, False)):
+        monkeypatch.setattr(calibration_module, "available_memory", lambda times=times: int(times * needed))
         kept, _ = calibration_module._within_memory([own, TextSource(source="python-docs")], Teacher(folder))
         assert (own in kept) == fits
 
@@ -78,7 +81,7 @@ def test_what_samples_need_is_the_model_as_it_is_run(
 def test_own_samples_are_part_of_the_default_mix_and_of_the_plan(model: Path) -> None:
     assert [source.source for source in Calibration().text] == ["python-docs", "python-stdlib", "self"]
     assert Teacher(model).tokens == own_samples.SAMPLED_TOKENS
-    assert own_samples.SAMPLE_ROWS == samples.BATCH
+    assert own_samples.SAMPLE == samples.SAMPLE_TOKENS
     facts = ModelFacts("tiny", describe(load_config(model)), 10_000_000, "bfloat16")
     costs = {}
     for name, sources in (("own", ["python-docs", "self"]), ("none", ["python-docs"])):

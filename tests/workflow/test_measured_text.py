@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from retrofit.checkpoint.provenance import write_provenance
-from retrofit.data import corpora, samples
+from retrofit.data import corpora
 from retrofit.data.identity import content_digest, identity
 from retrofit.data.measured import recorded_text
-from retrofit.data.samples import Teacher
 from retrofit.errors import UserError
 from retrofit.kv_heads.calibrate.moments import MomentsSource
 from retrofit.kv_heads.sweep import pilot
@@ -107,24 +106,6 @@ def test_moments_are_of_the_text_as_it_is_now(tmp_path: Path, monkeypatch: pytes
     fresh, notes = state()
     assert fresh
     assert "cannot be compared" in notes[0]
-
-
-def test_samples_are_of_one_tokenizer_and_a_damaged_file_is_sampled_again(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(samples, "_sample_texts", lambda *_: ["a sample"])
-    copy = Path(shutil.copytree(model, tmp_path / "model"))
-    teacher = Teacher(copy, tokens=8)
-    path = samples.sample_path(teacher)
-    for damaged in ("", "[", "{}", "[1]", "[]", "[" * 100_000, '{"sha256": "0", "texts": ["another"]}'):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(damaged)
-        assert list(samples.own_samples(teacher)()) == [("sample 1", "a sample")]
-        assert json.loads(path.read_text())["texts"] == ["a sample"]
-    tokenizer = json.loads((copy / "tokenizer.json").read_text())
-    (copy / "tokenizer.json").write_text(json.dumps({**tokenizer, "truncation": None}, indent=1))
-    assert samples.sample_path(teacher) != path
 
 
 def test_a_recorded_text_that_is_gone_or_broken_is_no_error(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from retrofit.evaluation.running import GPU_BATCHES, LOOP_STEPS
 from retrofit.kernels.availability import CAPTURE_WARM_UP
 from retrofit.model.spec import AttentionSpec
 from retrofit.recipe.schema import Evaluate
+from retrofit.system.device import sampled_sequences
 
 BASE_BYTES = 700 << 20  # a Python process with torch and transformers imported
 EFFICIENCY = 0.5  # share of matrix-multiplication speed that a whole forward pass reaches
@@ -17,6 +18,10 @@ LAYER_LAUNCHES = 100  # launches of bare kernels that take as long as one layer'
 ADAPTER_LAUNCHES = 2.5  # how many times as long a layer takes whose projections carry adapters
 SOLVE_LAUNCHES = 60_000  # the same, of a layer's moments, grouping and refits in a calibrated conversion
 DISK_BYTES_PER_SECOND = 1.5e9  # of weights that are read, checked, digested or written, where nothing is known
+SAMPLE_TOKENS = 512  # of one sample of the original model
+DRAW_BYTES = 24  # of memory that are read and written for each logit when a token is drawn
+GRAPH_LAUNCHES = 0.15  # of the time of launching a step's kernels, when the step is replayed
+GPU_BYTES = 80 << 30  # of memory, where a plan asks how many samples are written together
 CHUNK, GPU_CHUNK = 512, 8192  # tokens of a forward call of a search, where no evaluation says how many
 TOKEN_BYTES = 4  # of a task's prompts, where no tokenizer is at hand
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -174,6 +179,36 @@ class CostModel:
         spec = self.facts.spec
         read = self.facts.weight_bytes + spec.kv_cache_bytes(tokens, DTYPE_BYTES.get(self.facts.dtype, 2))
         return read / self.throughput.bytes_per_second + self.call_seconds
+
+    def sampling_seconds(self, tokens: int) -> float:
+        """Of samples that the original writes, many at a time: every step reads all weights and half of a full cache,
+        and multiplies them with its rows; then a token is drawn of each row of logits."""
+        spec, gpu = self.facts.spec, self.throughput.launch_seconds > 0
+        together, length, value = self._sampled_together
+        sequences, seconds = -(-tokens // length), 0.0
+        for rows in {together, sequences % together} - {0}:
+            read = self.facts.parameters * value + rows * spec.kv_cache_bytes(length // 2, value)
+            reading = read / self.throughput.bytes_per_second
+            multiplying = 2 * rows * self.matmul_parameters / (self.throughput.flops * EFFICIENCY)
+            drawing = DRAW_BYTES * rows * spec.vocab_size / self.throughput.bytes_per_second
+            calls = GRAPH_LAUNCHES * self.launching if gpu else CALL_SECONDS * len(spec.layers)
+            batches = sequences // together if rows == together else 1
+            seconds += batches * length * (max(reading, multiplying) + drawing + calls)
+        return seconds * self.dealt(-(-sequences // together))
+
+    @property
+    def sampling_bytes(self) -> int:
+        """Of the model that samples: its weights, and the cache of all samples that are written together."""
+        together, length, value = self._sampled_together
+        return self.facts.parameters * value + together * self.facts.spec.kv_cache_bytes(length, value)
+
+    @property
+    def _sampled_together(self) -> tuple[int, int, int]:
+        """(samples that are written together, tokens of each, bytes of a number)."""
+        gpu = self.throughput.launch_seconds > 0
+        length, value = min(SAMPLE_TOKENS, self.native), 2 if gpu else self.training_bytes
+        device, memory = ("cuda", GPU_BYTES) if gpu else ("cpu", None)
+        return sampled_sequences(device, self.facts.spec, length, value, memory=memory), length, value
 
     def task_seconds(self, task: TaskSize, batch_size: int) -> float:
         """Of one model's answers: every request is read, weights and all, and answers are generated to their limit."""

@@ -7,6 +7,7 @@ from retrofit.evaluation.running import COST_ROUNDS
 from retrofit.recipe.schema import Evaluate, Recipe
 from retrofit.system.device import token_bytes
 from retrofit.workflow.estimate.cost import BASE_BYTES, TOKEN_BYTES, Cost, CostModel
+from retrofit.workflow.samples import sampled_in
 
 PROMPTS_CONTINUED = 3  # short ones, by each model
 MACHINE_SECONDS = 1.0  # of measuring the machine's own speed beside a model's
@@ -64,4 +65,5 @@ def evaluation_cost(recipe: Recipe, evaluate: Evaluate, model: CostModel) -> Cos
         peak = max(peak, loaded + 8 * rows * spec.vocab_size)
     disk = models * documents * longest * 8 * (1 + len(passes_of(evaluate, native)))
     seconds = models * (piece + sum(task_seconds.values())) + turns * running + PROOF_SECONDS
+    seconds += model.sampling_seconds(sampled_in(recipe, "evaluate"))
     return Cost("evaluate", does, peak, disk, seconds, models, piece, task_seconds)

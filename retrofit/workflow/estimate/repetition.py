@@ -13,6 +13,7 @@ from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.format import tokens as token_count
 from retrofit.recipe.schema import Recover, TextSource
+from retrofit.workflow.samples import MOST_SAMPLED
 
 BYTES_PER_TOKEN = 4
 MOST_PASSES = 4
@@ -36,13 +37,20 @@ def source_tokens(source: TextSource) -> int | None:
 
 
 def passes(recover: Recover) -> Mapping[str, float]:
-    """How often each source is read whole, by name, where it is known."""
+    """How often each source is read whole, by name, where it is known; the model's own samples where they are read more
+    than once."""
     weights = sum(source.weight for source in recover.text)
     found = {}
     for source in recover.text:
-        held = source_tokens(source)
+        share = recover.tokens * source.weight / weights
+        if source.source == OWN_SAMPLES:
+            held: int | None = source.tokens or MOST_SAMPLED
+            if share <= (held or 0):
+                continue
+        else:
+            held = source_tokens(source)
         if held:
-            found[source.source] = recover.tokens * source.weight / weights / held
+            found[source.source] = share / held
     return found
 
 

@@ -17,7 +17,7 @@ from retrofit.system.resume import ResumeKey
 from retrofit.workflow.artifact import shard_size
 from retrofit.workflow.checks import require_within
 from retrofit.workflow.estimate.cost import BASE_BYTES, EFFICIENCY, SOLVE_LAUNCHES, Cost, CostModel
-from retrofit.workflow.samples import SAMPLE_ROWS, sampled_tokens
+from retrofit.workflow.samples import sampled_in
 from retrofit.workflow.step import Inputs, Place, Step
 from retrofit.workflow.steps.extend import record_of as context_record
 
@@ -164,15 +164,10 @@ class Convert(Step):
         seconds += len(spec.layers) * SOLVE_LAUNCHES * model.throughput.launch_seconds + model.disk_seconds(MEAN_PASSES)
         if convert.repair == "transfer":
             seconds += TRANSFER_PASSES * model.attention_flops(tokens, length) / (model.throughput.flops * EFFICIENCY)
-        sampled = sampled_tokens(convert.calibration.text, tokens)
-        if sampled:
+        if sampled := sampled_in(self.recipe, self.name):
             does += f", {sampled:,} sampled from the original first (kept for later runs)"
-            peak = max(peak, BASE_BYTES + 2 * facts.weight_bytes)
-            # A step of a batch reads all weights and multiplies them with its rows.
-            rows, steps = SAMPLE_ROWS, -(-sampled // SAMPLE_ROWS)
-            read = facts.weight_bytes / model.throughput.bytes_per_second
-            multiply = 2 * rows * model.matmul_parameters / (model.throughput.flops * EFFICIENCY)
-            seconds += steps * (max(read, multiply) + model.call_seconds)
+            peak = max(peak, BASE_BYTES + model.sampling_bytes)
+            seconds += model.sampling_seconds(sampled)
         # Upper triangles of two Grams of all values are most of the moments that stay.
         moments = len(spec.layers) * 4 * (first.kv_heads * first.head_dim) ** 2
         return Cost(self.name, does, peak, facts.weight_bytes + moments, seconds)
@@ -207,6 +202,7 @@ class Convert(Step):
         """Where text is read, each process has its share of it; rank 0 alone chooses the text, and writes."""
         from retrofit.checkpoint.write import write_config
         from retrofit.context.names import portable
+        from retrofit.data.texts import write_samples
         from retrofit.kv_heads.calibrate import moments
         from retrofit.kv_heads.convert import convert
         from retrofit.kv_heads.disk import require_room
@@ -214,13 +210,20 @@ class Convert(Step):
 
         section, source, world = self.section, inputs.current.model, context.world
 
-        def chosen() -> CalibrationText | None:
+        def wanted() -> tuple[TextSource, ...]:
             if place.moments is not None:
                 moments.require_own(place.moments)
             if not self.room(context):
-                return None
+                return ()
             # Before the model writes its samples, which takes minutes.
             require_room(place.work, self.room(context, moments=place.moments is not None) - held(place.work))
+            from retrofit.data.calibration import sampled_sources
+
+            return sampled_sources(section.calibration, context.samples)
+
+        def chosen() -> CalibrationText | None:
+            if not self.room(context):
+                return None
             from retrofit.data.calibration import calibration_text
 
             return calibration_text(
@@ -231,6 +234,7 @@ class Convert(Step):
                 progress=context.progress,
             )
 
+        write_samples(world.only(wanted), context.samples, ("train",), world, context.progress)
         text, checkpoint = world.only(chosen), place.work / "checkpoint"
         with place.staged(checkpoint) if world.main else nullcontext(checkpoint) as folder:
             report = convert(

@@ -116,13 +116,12 @@ class Evaluate(Step):
         return ()
 
     def check_data(self, context: ModelContext, *, weights: bool, sample: bool) -> Iterable[str]:
-        from retrofit.data.samples import sample_length
         from retrofit.data.texts import OWN_SAMPLES
         from retrofit.evaluation.long_context import require_room
 
         require_room(self.section, context.tokenizer, self.recipe.seed)
         require_positions_of_tasks(self.section, context.spec.learned_positions, context.tokenizer)
-        longest, length = max(self.section.lengths), sample_length(context.samples.model)
+        longest, length = max(self.section.lengths), context.samples.length
         if any(source.source == OWN_SAMPLES for source in self.section.text) and longest > _LONGER * length:
             raise UserError(
                 f"the model's own samples are {length} tokens long, and {longest} are measured",

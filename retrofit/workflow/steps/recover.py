@@ -26,6 +26,7 @@ from retrofit.workflow.estimate.repetition import passes_in_words, require_text
 from retrofit.workflow.estimate.several_gpus import step_seconds
 from retrofit.workflow.estimate.training_memory import trained_parameters
 from retrofit.workflow.outputs import require_same_or_new
+from retrofit.workflow.samples import sampled_in
 from retrofit.workflow.step import Inputs, Place, Step
 
 if TYPE_CHECKING:
@@ -145,6 +146,10 @@ class Recover(Step):
         seconds += model.dealt(-(-held_out // length)) * model.seconds(held_out, length, passes=2)
         steps = max(1, recover.tokens // rows)
         does = f"{recover.loss}, LoRA rank {adapter.rank}, {recover.tokens:,} tokens in {steps:,} steps of {rows:,}"
+        if sampled := sampled_in(self.recipe, self.name):
+            does += f", {sampled:,} sampled from the original first (kept for later runs)"
+            peak = max(peak, BASE_BYTES + model.sampling_bytes)
+            seconds += model.sampling_seconds(sampled)
         if read_often := passes_in_words(recover):
             does += f", reading {read_often}"
         sequence = recover.distribute.sequence
@@ -181,7 +186,7 @@ class Recover(Step):
         return TypeAdapter(RecoverReport).validate_python(stored)
 
     def run(self, context: ModelContext, inputs: Inputs, place: Place) -> RecoverReport:
-        from retrofit.data.texts import require_known
+        from retrofit.data.texts import require_known, write_samples
         from retrofit.recovery.schedule import recovery_rows
         from retrofit.recovery.train import recover
 
@@ -199,6 +204,7 @@ class Recover(Step):
             require_known(rows.ids_NT, student)
             return rows, held_out
 
+        write_samples(read.text, context.samples, ("train", "held_out"), context.world, context.progress)
         rows, held_out = context.world.only(packed)
         with ExitStack() as stack:
             folder, adapter = place.out, None
