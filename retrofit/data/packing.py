@@ -91,8 +91,13 @@ def training_rows(
             parts.append((packed.ids_NT, packed.documents_NT, packed.counted_NT))
             notes += packed.notes
         else:
-            rows = _Stream(source, texts, tokenizer, share, sequence_length, own, progress).pack(repeat)
+            stream = _Stream(source, texts, tokenizer, share, sequence_length, own, progress)
+            rows = stream.pack(repeat)
             parts.append((*rows, torch.ones_like(rows[0], dtype=torch.bool)))
+            if loss_on and stream.read > 1:
+                notes.append(f"`{shown(kind, 60)}`: its text is read {stream.read:.1f} times")
+        if loss_on and len(usable) > 1:
+            notes.append(f"`{shown(kind, 60)}`: {share:,} of {count:,} rows")
     ids_NT, documents_NT, counted_NT = (torch.cat(part) for part in zip(*parts, strict=True))
     order = torch.randperm(len(ids_NT), generator=torch.Generator().manual_seed(seed))
     counted = None if bool(counted_NT.all()) else counted_NT[order]
@@ -134,6 +139,7 @@ class _Stream:
         self.dialogues = bool(texts) and texts[0].dialogue is not None  # whose template writes how they begin and end
         given = rendered_text(texts, tokenizer) if self.dialogues else [text.text for text in texts]
         self.pieces = [piece for text in given for piece in _pieces(text, piece_chars)]
+        self.read = 1.0  # how often, at most once unless more is known
 
     def pack(self, repeat: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids, document numbers), both [sequences, length].
@@ -169,11 +175,13 @@ class _Stream:
                     break
             if len(ids) == before:
                 raise UserError("the text gives no tokens", where=f"text source `{self.source.source}`")
-            if passes == 1 and len(ids) < wanted and repeat and self.progress is not None:
-                self.progress.note(
-                    f"{self.source.source}: {len(ids)} tokens of text for {wanted} tokens of training; "
-                    f"it is read {wanted / len(ids):.1f} times"
-                )
+            if passes == 1 and len(ids) < wanted and repeat:
+                self.read = wanted / len(ids)
+                if self.progress is not None:
+                    self.progress.note(
+                        f"{self.source.source}: {len(ids)} tokens of text for {wanted} tokens of training; "
+                        f"it is read {self.read:.1f} times"
+                    )
         rows_NT = torch.tensor(ids[:wanted], dtype=torch.int64).view(self.sequences, body)
         numbers = torch.searchsorted(torch.tensor(begins), torch.arange(wanted), right=True)
         documents_NT = numbers.view(self.sequences, body)

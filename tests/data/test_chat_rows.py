@@ -96,3 +96,10 @@ def test_a_mix_counts_all_of_its_prose(tmp_path: Path) -> None:
     rows = training_rows([given, prose], TOKENIZER, 3200, 320, 0, loss_on="assistant")
     assert rows.counted_NT is not None
     assert int(rows.counted_NT.all(1).sum()) == 7  # 7.5 rows by weight, the largest remainder goes to the first
+    assert {"`a.jsonl`: 3 of 10 rows", "`python-docs`: 7 of 10 rows"} <= set(rows.notes)
+
+
+def test_prose_that_is_read_again_is_stated(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("few words " * 20)
+    rows = training_rows([TextSource(source=str(tmp_path / "a.txt"))], TOKENIZER, 600, 60, 0, loss_on="assistant")
+    assert rows.notes == ("`a.txt`: its text is read 2.9 times",)
