@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 from retrofit.checkpoint.full import writing
 from retrofit.checkpoint.lock import folder_lock
 from retrofit.checkpoint.staging import require_writable
-from retrofit.data.prompts import prompts_of
+from retrofit.data.prompts import Prompts, choose_prompts, read_prompts
 from retrofit.model.folder import ModelFolder, opened
 from retrofit.model.load import product_dtype
 from retrofit.recipe.schema import TextSource
+from retrofit.recipe.values import PromptSource
 from retrofit.system.device import sampled_sequences
 from retrofit.system.world import ALONE, World
 
@@ -72,6 +73,11 @@ class Teacher:
         words = {file.name: sha256(file) for file in self.folder.glob("*") if file.name.startswith(_VOCABULARY)}
         return {**digest(self.folder), **words}
 
+    @cached_property
+    def prompts(self) -> dict[tuple[tuple[PromptSource, ...], str], Prompts]:
+        """Those that have been read, by what names them and side."""
+        return {}
+
     @property
     def length(self) -> int:
         """Tokens of one sample: SAMPLE_TOKENS, or the window of a model that has fewer positions."""
@@ -111,9 +117,17 @@ class OwnSamples:
         teacher, source = self.teacher, self.source
         settings: list[Any] = [teacher.seed, self.side, teacher.length, teacher.dtype, self.batch]
         settings += [source.temperature, source.top_p, source.prompt_share if source.prompts else 0]
-        prompts = self._prompts(1 << 12) if source.prompts else ()  # any change of their text changes some of these
+        prompts = [[prompt.weight, list(found)] for prompt, found in self.prompts.items()]
         key = json.dumps([VERSION, teacher.digests, settings, prompts], sort_keys=True)
         return samples_folder() / hashlib.sha256(key.encode()).hexdigest()[:32]
+
+    @property
+    def prompts(self) -> Prompts:
+        """What samples begin with, by source."""
+        known, key = self.teacher.prompts, (self.source.prompts, self.side)
+        if key not in known:
+            known[key] = read_prompts(self.source.prompts, self.side, self.teacher.model.tokenizer)
+        return known[key]
 
     @property
     def complete(self) -> bool:
@@ -129,10 +143,8 @@ class OwnSamples:
         """(name, text) of each sample; all have been written. Special tokens are spelled."""
         tokenizer = self.teacher.model.tokenizer
         for number, ids in enumerate(self._kept()[: self.count], 1):
-            yield (
-                f"{self.side.replace('_', '-')} sample {number}",
-                str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
-            )
+            text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+            yield f"{self.side.replace('_', '-')} sample {number}", text
 
     def write(self, world: World = ALONE, progress: Progress | None = None) -> None:
         """Sample what is missing; every process of `world` its share of the batches, all of which call this.
@@ -147,7 +159,8 @@ class OwnSamples:
                 require_writable(self.folder.parent)  # before the minutes that sampling takes
                 stack.enter_context(folder_lock(self.folder, wait=True, progress=progress))
                 missing = self.missing()  # another process may have written them meanwhile
-                return missing, self._prompts(self.count) if missing and self.source.prompts else ()
+                seed = f"{self.teacher.seed} {self.side}"
+                return missing, choose_prompts(self.prompts, count=self.count, seed=seed) if missing else ()
 
             missing, prompts = world.only(plan)
             if not missing:
@@ -161,9 +174,6 @@ class OwnSamples:
                         self._keep(batch[0], ids)
             if progress is not None and world.main:
                 progress.finish()
-
-    def _prompts(self, count: int) -> tuple[str, ...]:
-        return prompts_of(self.source.prompts, self.side, count=count, seed=self.teacher.seed)
 
     def _keep(self, first: int, ids: list[list[int]]) -> None:
         path = self.folder / f"{first:08}.json"

@@ -43,9 +43,13 @@ class Written:
 
 
 def write_dialogues(
-    tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[tuple[Turns, Sequence[dict[str, Any]], str]]
+    tokenizer: PreTrainedTokenizerBase,
+    dialogues: Sequence[tuple[Turns, Sequence[dict[str, Any]], str]],
+    *,
+    answered: bool = True,
 ) -> Iterator[Written]:
-    """Each dialogue (turns, tools, where it stands) as the chat template writes it.
+    """Each dialogue (turns, tools, where it stands) as the chat template writes it. answered: False for dialogues that
+    the start of an answer is added to; nothing of them is the assistant's.
 
     The assistant's characters are those of the template's own `{% generation %}` blocks. Without such blocks they are
     what the template adds for a turn to the turns before it and the start of an answer, without white space after an
@@ -64,15 +68,33 @@ def write_dialogues(
         )
     for start in range(0, len(dialogues), AT_A_TIME):
         some = dialogues[start : start + AT_A_TIME]
-        for (_, _, where), one in zip(some, _written(tokenizer, some, folder), strict=False):
+        for (_, _, where), one in zip(some, _written(tokenizer, some, folder, answered), strict=False):
             if "problem" in one:
                 raise UserError(one["problem"], where=where, fix=one["fix"])
             spans = None if one["spans"] is None else tuple((begin, stop) for begin, stop in one["spans"])
             yield Written(one["text"], spans, one["why"])
 
 
+def write_questions(
+    tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[tuple[Turns, Sequence[dict[str, Any]], str]]
+) -> Iterator[str]:
+    """Each dialogue up to its first turn of the user, and the start of an answer, as the chat template writes them.
+
+    A dialogue without such a turn is left out. Raises UserError as `write_dialogues` does.
+    """
+    asked = []
+    for turns, tools, where in dialogues:
+        first = next((index for index, turn in enumerate(turns, 1) if turn["role"] == "user"), None)
+        if first is not None:
+            asked.append((turns[:first], tools, where))
+    return (one.text for one in write_dialogues(tokenizer, asked, answered=False))
+
+
 def _written(
-    tokenizer: PreTrainedTokenizerBase, some: Sequence[tuple[Turns, Sequence[dict[str, Any]], str]], folder: Path
+    tokenizer: PreTrainedTokenizerBase,
+    some: Sequence[tuple[Turns, Sequence[dict[str, Any]], str]],
+    folder: Path,
+    answered: bool,
 ) -> list[dict[str, Any]]:
     """What another process wrote, up to the first problem."""
     size = sum(len(json.dumps([list(turns), list(tools)])) for turns, tools, _ in some)
@@ -82,7 +104,7 @@ def _written(
         found: list[dict[str, Any]] = []
         for turns, tools, where in some:
             try:
-                found.append(_write(tokenizer, turns, tools, where))
+                found.append(_write(tokenizer, turns, tools, where, answered))
             except UserError as error:
                 found.append({"problem": error.what, "fix": error.fix})
                 break
@@ -100,21 +122,21 @@ def _written(
 
 
 def _write(
-    tokenizer: PreTrainedTokenizerBase, turns: Turns, tools: Sequence[dict[str, Any]], where: str
+    tokenizer: PreTrainedTokenizerBase, turns: Turns, tools: Sequence[dict[str, Any]], where: str, answered: bool
 ) -> dict[str, Any]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     fix = "correct the row, or the template (chat_template.jinja, or `chat_template` in tokenizer_config.json)"
     with foreign_values("the chat template cannot write this dialogue", where, fix):
         template = tokenizer.get_chat_template(None, list(tools) or None)
-        own = bool(_GENERATION.search(template))
+        own = answered and bool(_GENERATION.search(template))
 
         def render(some: Turns, **how: Any) -> tuple[str, Any]:
             how |= {"tools": list(tools) or None, "chat_template": template, **tokenizer.special_tokens_map}
             texts, spans = cast(Any, render_jinja_template([list(some)], **how))
             return texts[0], spans
 
-        text, spans = render(turns, return_assistant_tokens_mask=own)
+        text, spans = render(turns, return_assistant_tokens_mask=own, add_generation_prompt=not answered)
     left_out = _left_out(turns, tools, text)
     if left_out:
         raise UserError(
@@ -122,6 +144,8 @@ def _write(
             where=where,
             fix="leave it out of the row, or correct the template",
         )
+    if not answered:
+        return {"text": text, "spans": None, "why": ""}
     if own:
         return {"text": text, "spans": spans[0], "why": ""}
     found, why = _added(turns, text, lambda some, **how: render(some, **how)[0], _ends(tokenizer), where)

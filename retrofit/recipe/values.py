@@ -193,7 +193,9 @@ class TextSource(PromptSource):
         1.0, gt=0, le=1, description="of `self`: only the most probable tokens of so much probability are drawn"
     )
     prompts: tuple[PromptSource, ...] = Field(
-        (), max_length=1000, description="of `self`: text whose first lines samples begin with, by weight"
+        (),
+        max_length=1000,
+        description="of `self`: text whose first lines, or dialogues whose first questions, samples begin with",
     )
     prompt_share: float = Field(
         0.5, gt=0, le=1, description="of `self`: share of the samples that begin with a prompt; the others with BOS"

@@ -10,7 +10,7 @@ import pytest
 
 from retrofit.data import samples
 from retrofit.data.identity import identity, require_distinct
-from retrofit.data.prompts import first_lines, prompts_of
+from retrofit.data.prompts import choose_prompts, first_lines, read_prompts
 from retrofit.data.samples import OwnSamples, Teacher, start_of
 from retrofit.data.texts import check_sources, read_texts
 from retrofit.errors import UserError
@@ -179,21 +179,35 @@ def test_prompts_are_first_lines_of_texts_and_paragraphs() -> None:
 def test_prompts_come_by_weight_and_begin_alike_whatever_their_number(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text("\n\n".join(f"{name} line number {index}" for index in range(5)))
-    sources = own(
-        prompts=[{"source": str(tmp_path / "a.txt"), "weight": 3}, {"source": str(tmp_path / "b.txt")}]
-    ).prompts
-    many = prompts_of(sources, "train", count=400, seed=0)
-    assert prompts_of(sources, "train", count=7, seed=0) == many[:7]
-    assert prompts_of(sources, "train", count=7, seed=1) != many[:7]
+    weighted = [{"source": str(tmp_path / "a.txt"), "weight": 3}, {"source": str(tmp_path / "b.txt")}]
+    sources = own(prompts=weighted).prompts
+    prompts = read_prompts(sources, "train", tiny_tokenizer())
+    many = choose_prompts(prompts, count=400, seed="0")
+    assert choose_prompts(prompts, count=7, seed="0") == many[:7]
+    assert choose_prompts(prompts, count=7, seed="1") != many[:7]
     assert 260 <= sum(prompt.startswith("a") for prompt in many) <= 340
     assert set(many) == {f"{name} line number {index}" for name in "ab" for index in range(5)}
-    assert prompts_of(sources, "held_out", count=3, seed=0) == ()
+    assert read_prompts(sources, "held_out", tiny_tokenizer()) == {}
+    assert choose_prompts({}, count=7, seed="0") == ()
+
+
+def test_dialogues_give_the_users_first_question_and_the_start_of_an_answer(tmp_path: Path) -> None:
+    turns = [("system", "Be brief."), ("user", "What is it?"), ("assistant", "A test."), ("user", "Why?")]
+    every = [*turns, ("assistant", "So.")]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in some]} for some in (every, turns[2:3])]
+    rows.append({"messages": [{"role": "user", "content": "long " * 200}, {"role": "assistant", "content": "No."}]})
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[0]])))
+    tokenizer = tiny_tokenizer(chat_template=True)
+    ((_, prompts),) = read_prompts(own(prompts=[str(tmp_path / "a.jsonl")]).prompts, "train", tokenizer).items()
+    asked = [{"role": role, "content": text} for role, text in turns[:2]]
+    assert prompts == [tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)]
+    assert start_of(tokenizer, prompts[0])[1:] == tokenizer(prompts[0], add_special_tokens=False)["input_ids"]
 
 
 def test_text_without_a_prompt_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
-    with pytest.raises(UserError, match=r"no line of it can be a prompt.*"):
-        prompts_of(own(prompts=[str(tmp_path / "a.txt")]).prompts, "train", count=1, seed=0)
+    with pytest.raises(UserError, match="nothing of it can be a prompt"):
+        read_prompts(own(prompts=[str(tmp_path / "a.txt")]).prompts, "train", tiny_tokenizer())
     with pytest.raises(UserError, match="no such"):
         check_sources([own(prompts=[str(tmp_path / "none.txt")])])
 
