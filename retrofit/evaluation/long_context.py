@@ -102,6 +102,25 @@ def further_reading(section: Evaluate, native: int) -> tuple[tuple[int, int], ..
     return tuple(found)
 
 
+def reading_settings(section: Evaluate, native: int, *, varies: bool, seed: int) -> dict[str, object]:
+    """What decides what is read besides whole documents, for the key of kept work; empty when nothing is.
+
+    section: as it is asked of the model. varies: the position encoding changes with the length, so that each is a pass
+    of its own.
+    """
+    passes = passes_of(section, native)
+    found: dict[str, object] = {"lengths": section.lengths} if varies or section.definitions else {}
+    if passes:
+        found |= {"passes": passes, "native": native}
+    if NATIVE in passes:
+        found |= {"ends": [n for n in section.lengths if n > native], "tail": section.tail}
+    if section.definitions:
+        found |= {"definitions": section.definitions, "stride": section.stride}
+    if section.needle or section.ruler:
+        found |= {**section.model_dump(mode="json", include={"needle", "ruler"}), "seed": seed}
+    return found
+
+
 def definitions_of(
     section: Evaluate, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[Definition, int, list[Document], Windows | None]]:

@@ -16,6 +16,7 @@ from retrofit.evaluation.metrics.perplexity import loss_by_position, table
 from retrofit.evaluation.result import ModelEvaluation
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.evaluation.tasks.answers import TaskAnswers, changes
+from retrofit.evaluation.tasks.within import not_asked
 from retrofit.model.folder import ModelFolder
 from retrofit.recipe.schema import Evaluate
 
@@ -95,4 +96,6 @@ def conclusion(one: Kept, section: Evaluate, native: int, original: Kept | None,
         original=None if original is None or before is None else (original.losses, before),
         seed=seed,
     )
-    return replace(found, defined=one.answers.defined, needle=one.answers.needle, ruler=one.answers.ruler)
+    needle, ruler = one.answers.needle, one.answers.ruler
+    missing = not_asked(section, needle, ruler)
+    return replace(found, defined=one.answers.defined, needle=needle, ruler=ruler, not_asked=missing)

@@ -205,6 +205,8 @@ def _long_context(found: LongContext) -> Iterator[Part]:
                 for r in found.ruler.rows
             ],
         )
+    if found.not_asked:
+        yield f"not asked at {', '.join(f'{n:,}' for n in found.not_asked)} tokens: the window is shorter"
     if found.effective:
         from retrofit.evaluation.metrics.effective import certificate
 

@@ -282,3 +282,26 @@ def test_the_plan_prices_what_is_read_besides(tmp_path: Path) -> None:
     assert further_reading(Evaluate(lengths=(256,), context_gain=True, long_ppl=True), 512) == ()
     asked = Evaluate(needle={"lengths": [100], "depths": 5}, ruler={"lengths": [1024], "samples": 2})
     assert questions_read(asked) == ((350, 100), (10240, 1024))
+
+
+def test_the_original_is_not_asked_what_its_window_does_not_hold(
+    recipe: Callable[..., Path], tmp_path: Path, model: Path, texts: Path
+) -> None:
+    section = sections(model, texts)["evaluate"]
+    asked = {"needle": {"lengths": [256, 700], "depths": 2}, "ruler": {"tasks": ["niah_single"], "lengths": [700]}}
+    evaluate = {**section, "lengths": [64, 600], "cost_lengths": [], **asked}
+    file = recipe(recover=None, publish=None, evaluate=evaluate)
+    result = retrofit("run", file, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    found = json.loads((tmp_path / "run" / "4-evaluate" / "metrics.json").read_text())
+    original, converted = (one["long_context"] for one in found["models"])
+    assert original["not_asked"] == [700]
+    assert original["needle"]["lengths"] == [256]
+    assert original["ruler"] is None
+    assert converted["not_asked"] == []
+    assert converted["needle"]["lengths"] == [256, 700]
+    assert [row["length"] for row in converted["ruler"]["rows"]] == [700]
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "| 700 | not asked |" in report
+    assert "| all | 700 | original | not asked |" in report
+    assert "`original` was not asked at 700 tokens: its window is shorter" in report

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LongContext:
-    """How well a model uses its context. native: the length the original was made for. None or empty: not asked for."""
+    """How well a model uses its context. native: the length the original was made for. None or empty: not asked for.
+
+    not_asked: lengths of needle and RULER tests that its window does not hold, and that it was therefore not asked at.
+    """
 
     native: int
     context_gain: tuple[ContextGain, ...] = ()
@@ -27,6 +30,7 @@ class LongContext:
     ruler: RulerResult | None = None
     effective: EffectiveLength | None = None
     notes: tuple[str, ...] = ()
+    not_asked: tuple[int, ...] = ()
 
 
 def restored(found: Mapping[str, Any]) -> LongContext:
@@ -45,5 +49,6 @@ def restored(found: Mapping[str, Any]) -> LongContext:
         "ruler": RulerResult | None,
         "effective": EffectiveLength | None,
         "notes": tuple[str, ...],
+        "not_asked": tuple[int, ...],
     }
     return LongContext(**{name: TypeAdapter(kind).validate_python(found[name]) for name, kind in kinds.items()})

@@ -218,7 +218,8 @@ def heat_map(
 ) -> Picture:
     """Context length (x) by depth (y, the beginning at the top): cells[length, depth] = (share in [0, 1], its text).
 
-    Colours run from dark blue (0) to light yellow (1) in steps of lightness, so that they are told apart without hue.
+    Colours run from dark blue (0) to light yellow (1) in steps of lightness, so that they are told apart without hue. A
+    cell that is not given was not asked, and is drawn so.
     """
 
     def draw(axes: Axes) -> None:
@@ -233,6 +234,9 @@ def heat_map(
             light = 0.2126 * shade[0] + 0.7152 * shade[1] + 0.0722 * shade[2] > 0.4
             written = "#010101" if light else "#ffffff"
             axes.annotate(text, (x, y), ha="center", va="center", fontsize=9.0, color=written)
+        for x, y in ((x, y) for x, n in enumerate(lengths) for y, d in enumerate(depths) if (n, d) not in cells):
+            axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=GRID, linewidth=1.2))
+            axes.annotate("not asked", (x, y), ha="center", va="center", fontsize=9.0, color=INK)
         axes.set_xlim(-0.5, len(lengths) - 0.5)
         axes.set_ylim(len(depths) - 0.5, -0.5)
         axes.set_xticks(range(len(lengths)), [fmt.tokens(length) for length in lengths])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,8 @@ from retrofit.report.parts import Figure, Number, Table
 if TYPE_CHECKING:
     from retrofit.evaluation.metrics.effective import LengthTests
     from retrofit.evaluation.tasks.needle import NeedleResult
+
+NOT_ASKED = "not asked"
 
 
 def figures(run: RunData) -> Iterator[Figure]:
@@ -160,15 +162,33 @@ def _gains(models: Sequence[ModelEvaluation]) -> Iterator[Figure]:
         )
 
 
+def _missing(model: ModelEvaluation, lengths: Iterable[int]) -> tuple[int, ...]:
+    """Those of `lengths` that the model was not asked at, as its window does not hold them."""
+    asked = set(model.long_context.not_asked) if model.long_context else set()
+    return tuple(sorted(asked.intersection(lengths)))
+
+
+def _unasked(models: Sequence[ModelEvaluation], lengths: Iterable[int]) -> str:
+    """Which models were not asked at which of the lengths, as sentences after others."""
+    lengths = tuple(lengths)
+    found = [(model.label, missing) for model in models if (missing := _missing(model, lengths))]
+    return "".join(
+        f" `{label}` was not asked at {', '.join(map(fmt.count, missing))} tokens: its window is shorter."
+        for label, missing in found
+    )
+
+
 def _needles(models: Sequence[ModelEvaluation]) -> Iterator[Figure]:
+    tests = [model.long_context.needle for model in models if model.long_context and model.long_context.needle]
+    lengths = {length for test in tests for length in test.lengths}
     for model in models:
         found = model.long_context.needle if model.long_context else None
         if found is None:
             continue
         title = f"{'Passkey' if found.test == 'passkey' else 'Needle'} in a haystack: {model.label}"
-        grid = _grid(found)
+        grid, missing = _grid(found), _missing(model, lengths)
         cells = {place: (one.found, f"{one.found:.0%}\n{one.loss:.2g} nats") for place, one in grid.items()}
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (
                 fmt.count(length),
                 f"{depth:.0%}",
@@ -179,6 +199,7 @@ def _needles(models: Sequence[ModelEvaluation]) -> Iterator[Figure]:
             )
             for (length, depth), one in grid.items()
         ]
+        rows += [(fmt.count(length), NOT_ASKED, *[fmt.NONE] * 4) for length in missing]
         headers = ("context length", "depth", "found", "exact answers", "answer loss, nats", "margin, nats")
         multi_key = found.multi_key and len(found.depths) > 1
         counts = (
@@ -192,9 +213,9 @@ def _needles(models: Sequence[ModelEvaluation]) -> Iterator[Figure]:
             title,
             f"A fact is put into a text at each depth (0%: its beginning) and asked for at its end. {counts}; below it "
             "the loss of the right answer; the darker, the less is found. Exact answers are generated ones. Margin: "
-            "how much more the likeliest wrong answer loses.",
+            f"how much more the likeliest wrong answer loses.{_unasked(models, lengths)}",
             Table(headers, tuple(rows)),
-            plots.heat_map(f"needle-{model.label}", found.lengths, found.depths, cells, title=title),
+            plots.heat_map(f"needle-{model.label}", (*found.lengths, *missing), found.depths, cells, title=title),
         )
 
 
@@ -220,7 +241,9 @@ def _grid(needle: NeedleResult) -> dict[tuple[int, float], _Found]:
 
 
 def _tasks(models: Sequence[ModelEvaluation]) -> Iterator[Figure]:
-    rows = [
+    tests = [model.long_context.ruler for model in models if model.long_context and model.long_context.ruler]
+    lengths = {row.length for test in tests for row in test.rows}
+    rows: list[tuple[str, ...]] = [
         (
             row.task,
             fmt.count(row.length),
@@ -234,6 +257,11 @@ def _tasks(models: Sequence[ModelEvaluation]) -> Iterator[Figure]:
         for model in models
         if model.long_context and model.long_context.ruler
         for row in model.long_context.ruler.rows
+    ]
+    rows += [
+        ("all", fmt.count(length), model.label, NOT_ASKED, *[fmt.NONE] * 4)
+        for model in models
+        for length in _missing(model, lengths)
     ]
     headers = (
         "task",
@@ -251,7 +279,7 @@ def _tasks(models: Sequence[ModelEvaluation]) -> Iterator[Figure]:
             "RULER tasks",
             "Recall: share of the expected answers in the generated text. Preferred: share of questions whose right "
             "answer loses less than a wrong one from the same text. Sized for small models: not the leaderboard's "
-            "numbers.",
+            f"numbers.{_unasked(models, lengths)}",
             Table(headers, tuple(rows)),
         )
 

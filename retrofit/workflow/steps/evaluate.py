@@ -14,17 +14,13 @@ from retrofit.data.identity import require_distinct
 from retrofit.errors import UserError
 from retrofit.escape import shell_word
 from retrofit.evaluation.files import losses_file, pass_file, save_losses
-from retrofit.evaluation.long_context import (
-    NATIVE,
-    longest_prompt,
-    native_length,
-    passes_of,
-)
+from retrofit.evaluation.long_context import longest_prompt, native_length, passes_of, reading_settings
 from retrofit.evaluation.metrics.context_use import LongContext, restored
 from retrofit.evaluation.metrics.required import metrics
 from retrofit.evaluation.result import EvaluationResult
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.evaluation.tasks.answers import TaskAnswers, answers_file, from_file, to_file
+from retrofit.evaluation.tasks.within import within_window
 from retrofit.recipe.resolve import is_relative
 from retrofit.recipe.schema import Evaluate as Section
 from retrofit.recipe.schema import Recipe, TextSource
@@ -93,7 +89,9 @@ class Evaluate(Step):
             context.note(f"{longest:,} tokens lie beyond the model's {context.native:,} positions")
         elif not context.allow_extrapolation:
             require_within(longest, context.claimed, "evaluate.lengths")
-            require_positions(context.spec.learned_positions, longest, "evaluate.lengths, for the original model")
+            # The original is asked no test that its window does not hold; its perplexity is measured at every length.
+            scored = max(section.lengths)
+            require_positions(context.spec.learned_positions, scored, "evaluate.lengths, for the original model")
         if context.spec.learned_positions and section.cost_lengths and section.decode_tokens >= context.native:
             raise UserError(
                 f"{section.decode_tokens} decoded tokens have no place in {context.native} positions",
@@ -215,7 +213,7 @@ class Evaluate(Step):
         return score_folder(
             artifact.model,
             context.documents,
-            self.section,
+            self.asked_of(context, artifact),
             label=label,
             kernel=self.recipe.kernel,
             device=context.device,
@@ -227,6 +225,12 @@ class Evaluate(Step):
             world=context.world,
             progress=context.progress,
         )
+
+    def asked_of(self, context: ModelContext, artifact: Artifact) -> Section:
+        """The section as it is asked of one model: without tests on texts that its window does not hold."""
+        if context.allow_extrapolation:
+            return self.section
+        return within_window(self.section, artifact.model.spec.max_position_embeddings)
 
     def native(self, context: ModelContext) -> int:
         """Tokens that the original was made for: of a model that is measured alone, what its folder records."""
@@ -280,7 +284,12 @@ class Evaluate(Step):
             "dtype": self.section.dtype,
             "kernel": [context.kernel.name, context.kernel.requested != "auto"],
             "device": context.device_kind,
-            **self._further(context.native, varying(artifact.model.config) is not None),
+            **reading_settings(
+                self.asked_of(context, artifact),
+                context.native,
+                varies=varying(artifact.model.config) is not None,
+                seed=self.recipe.seed,
+            ),
         }
         read = {"checkpoint": dict(artifact.digests), "documents": documents_digest(context.documents)}
         name, file = f"{self.name}:{label}", losses_file(Path(), label)
@@ -326,21 +335,4 @@ class Evaluate(Step):
                 key = ResumeKey(name, self.version, settings, {"checkpoint": dict(artifact.digests)})
                 pieces.piece(name, str(file), key, work)
                 found.append(pieces.folder / file)
-        return found
-
-    def _further(self, native: int, varies: bool) -> dict[str, object]:
-        """What decides what is read besides whole documents; empty when nothing is.
-
-        varies: the position encoding changes with the length, so that each is a pass of its own.
-        """
-        section, passes = self.section, passes_of(self.section, native)
-        found: dict[str, object] = {"lengths": section.lengths} if varies or section.definitions else {}
-        if passes:
-            found |= {"passes": passes, "native": native}
-        if NATIVE in passes:
-            found |= {"ends": [n for n in section.lengths if n > native], "tail": section.tail}
-        if section.definitions:
-            found |= {"definitions": section.definitions, "stride": section.stride}
-        if section.needle or section.ruler:
-            found |= {**section.model_dump(mode="json", include={"needle", "ruler"}), "seed": self.recipe.seed}
         return found
