@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TextIO, runtime_checkable
 
 from retrofit.escape import json_text, visible
 from retrofit.format import amount, count, duration, nbytes
-from retrofit.tables import Part, plain_text, print_rich
+from retrofit.tables import NOTE, Part, plain_text, print_rich
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichBar
@@ -124,6 +124,7 @@ class RichProgress:
         self._task: TaskID | None = None
         self._fields: dict[str, float | str] = {}
         self._unit, self._done, self._began = "", 0, 0.0
+        self.noted: set[str] = set()
 
     def start(self, task: str, total: int | None, unit: str) -> None:
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -162,6 +163,7 @@ class RichProgress:
             self.note(", ".join([description, *filter(None, [done]), *_shown(self._fields), elapsed]))
 
     def note(self, text: str) -> None:
+        self.noted.add(text)
         self._console.print(f"  {visible(text)}", style="dim", markup=False, highlight=False, emoji=False)
 
 
@@ -185,15 +187,23 @@ class Console:
             self.out.write(visible(text, keep="\n") + "\n")
 
     def show(self, value: object, parts: Iterable[Part]) -> None:
-        """A result: `value` for machines, the parts for people."""
+        """A result: `value` for machines, the parts for people; without the notes that its reader has seen on the
+        way."""
         self.result(value)
         for part in parts if self.mode != "json" else ():
+            if isinstance(part, str) and self._seen(part):
+                continue
             if isinstance(part, str):
                 self.say(part)
             elif self.mode == "rich":
                 print_rich(part, self.out)
             else:
                 self.say(plain_text(part))
+
+    def _seen(self, line: str) -> bool:
+        """Whether a line is a note that stands further up in the same terminal."""
+        progress = self.progress if self.mode == "rich" else None  # both streams are a terminal
+        return isinstance(progress, RichProgress) and line.removeprefix(NOTE) in progress.noted
 
     def result(self, value: object) -> None:
         """The whole result for machines: one JSON document."""

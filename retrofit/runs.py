@@ -8,16 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrofit import bundled
 from retrofit.console import Progress
 from retrofit.entry import begun, display, require_run_folder
 from retrofit.errors import UserError
 from retrofit.escape import shell_word
-from retrofit.files import output_path
+from retrofit.files import local_path, output_path
 from retrofit.recipe.load import load_recipe
 from retrofit.recipe.options import recipe_of
 from retrofit.recipe.schema import Device, Recipe
 from retrofit.system.world import from_environment
 from retrofit.views.notebook import as_tables
+from retrofit.workflow.journal import is_run
 
 if TYPE_CHECKING:
     from retrofit.kv_heads.sweep.price_list import PriceList
@@ -40,12 +42,12 @@ def run(
 ) -> RunResult | Plan:
     """Run a recipe (a bundled name, a .yaml file, or a `Recipe`) in the folder `out` (default `runs/<name>`).
 
-    The same call resumes after an interruption. from_step: do this step and all after it again. dry_run: check
-    everything that is on this machine and return the plan. Raises UserError for bad input, GateError when a requirement
-    of the recipe is not met.
+    The folder of a run stands for its recipe, and the run resumes there. The same call resumes after an interruption.
+    from_step: do this step and all after it again. dry_run: check everything that is on this machine and return the
+    plan. Raises UserError for bad input, GateError when a requirement of the recipe is not met.
     """
     loaded, shown = _recipe(recipe, overrides, model), display(progress)
-    folder = output_path(out if out is not None else Path("runs") / loaded.name, where="--out")
+    folder = output_path(_usual_folder(recipe, loaded) if out is None else out, where="--out")
     require_run_folder(folder)
     usual: Any = {"model": loaded.model, "revision": revision, "writes": (folder,), "recipe": loaded}
     with begun(f"run {loaded.name} in {folder}", shown, **usual) as world:
@@ -153,6 +155,15 @@ def prices(
             world=world,
             progress=shown,
         )
+
+
+def _usual_folder(recipe: str | Path | Recipe, loaded: Recipe) -> Path:
+    """Where a recipe is run: in the folder of the run that was given as the recipe, else in one with its name."""
+    if not isinstance(recipe, Recipe):
+        folder = bundled.find("recipes", recipe).parent
+        if folder == local_path(recipe) and is_run(folder):
+            return folder
+    return Path("runs") / loaded.name
 
 
 def _recipe(recipe: str | Path | Recipe, overrides: Sequence[str], model: str | Path | None) -> Recipe:

@@ -35,6 +35,8 @@ class Table:
 
 Part = Table | str
 """A table, or lines of text."""
+NOTE = "note: "
+"""How the line of a note begins."""
 
 
 def plain_text(table: Table) -> str:

@@ -50,6 +50,25 @@ def test_json_mode_writes_one_document_to_stdout() -> None:
     assert "working" in err.getvalue()
 
 
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("out", "shown"), [(_Terminal(), "written\n"), (io.StringIO(), "note: read twice\nwritten\n")])
+def test_a_note_stands_once_in_a_terminal(out: io.StringIO, shown: str) -> None:
+    console = Console(out=out, err=_Terminal())
+    console.progress.note("read twice")
+    console.show(None, ["note: read twice", "written"])
+    assert out.getvalue() == shown
+
+
+def test_a_note_that_was_not_shown_on_the_way_is_shown_with_the_result() -> None:
+    console = Console(out=_Terminal(), err=_Terminal())
+    console.show(None, ["note: read twice"])
+    assert console.out.getvalue() == "note: read twice\n"  # type: ignore[attr-defined]
+
+
 def test_dataclasses_and_arrays_become_json() -> None:
     @dataclass(frozen=True)
     class Point:

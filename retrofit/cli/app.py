@@ -97,7 +97,10 @@ def run(
 def plan(
     recipe: Annotated[
         str,
-        typer.Argument(metavar="RECIPE", help="A bundled recipe's name, a .yaml file; with --kv-heads also a model."),
+        typer.Argument(
+            metavar="RECIPE",
+            help="A bundled recipe's name, a .yaml file, a run's folder; with --kv-heads also a model.",
+        ),
     ],
     set_: Set = None,
     kv_heads: Annotated[

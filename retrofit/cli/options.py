@@ -13,7 +13,9 @@ from retrofit.recipe.options import OPTIONS, Option
 from retrofit.system.world import from_environment
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, progress on stderr.")]
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A bundled recipe's name, or a .yaml file.")]
+Recipe = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A bundled recipe's name, a .yaml file, or a run's folder.")
+]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one value of the recipe.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what this program wrote there before.")]
 

@@ -130,7 +130,7 @@ def hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
-            "there is no such model on the hub, or it is private",
+            "there is no such model on the hub, or it is private, and there is no folder of that name here",
             where=where,
             fix="check the spelling; for a private model log in first: hf auth login"
             if get_token() is None
@@ -205,7 +205,7 @@ def _cached_folder(repo_id: str, revision: str | None, reason: str) -> Path:
 
 def _not_cached(repo_id: str, reason: str) -> UserError:
     return UserError(
-        f"{reason}, and the model is not in the local cache",
+        f"{reason}, and the model is not in the local cache; there is no folder of that name here",
         where=f"https://huggingface.co/{repo_id}",
         fix="connect (or unset HF_HUB_OFFLINE) and try again, or give a local folder, a .gguf file or `embedded`",
     )

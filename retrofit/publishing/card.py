@@ -9,23 +9,26 @@ Front matter: https://huggingface.co/docs/hub/model-cards (a converted checkpoin
 from __future__ import annotations
 
 import math
-from pathlib import PurePath
-from typing import TYPE_CHECKING
 
 import jinja2
 
 from retrofit import format as fmt
 from retrofit.data.corpora import BUILT_IN
-from retrofit.escape import Markdown, code_block, code_span, markdown, prose, table_row, visible
+from retrofit.escape import Markdown, code_block, code_span, markdown, prose, visible
 from retrofit.evaluation.metrics.effective import certificate
+from retrofit.evaluation.metrics.perplexity import ALL
 from retrofit.evaluation.tasks import common_knowledge
 from retrofit.publishing.card_input import CardInput, Recovery, require_known
+from retrofit.publishing.card_tables import (
+    cache_table,
+    certificate_table,
+    kinds_of,
+    name_of,
+    quality_table,
+    task_table,
+)
 from retrofit.publishing.identity import unknown_lines
 
-if TYPE_CHECKING:
-    from retrofit.evaluation.metrics.effective import EffectiveLength
-
-ALL = "all"
 _METHODS = {
     "first": "the first head of each group was kept",
     "mean": "the heads of each group were averaged",
@@ -66,13 +69,13 @@ def render_card(card: CardInput) -> str:
         snippet=Markdown(card.snippet),
         commands=code_block("\n".join(card.commands), "sh"),
         recipe=code_block(card.recipe_yaml, "yaml"),
-        tables=[(ALL if kind == ALL else _name(kind), _table(card, kind)) for kind in _kinds(card)],
+        tables=[(ALL if kind == ALL else name_of(kind), quality_table(card, kind)) for kind in kinds_of(card)],
         documents=_documents(card),
-        tasks=_tasks(card),
+        tasks=task_table(card),
         whose_tasks=_whose_tasks(card),
         certificate=certificate(card.effective) if card.effective else "",
-        tests=_tests(card.effective) if card.effective else [],
-        kv_table=_kv_table(card),
+        tests=certificate_table(card.effective) if card.effective else [],
+        kv_table=cache_table(card),
         limits=_limits(card),
         chart_alt=f"Perplexity by context length: {', '.join(model.label for model in card.models)}",
     )
@@ -86,46 +89,14 @@ def _tolerance(card: CardInput) -> str:
     return f", a token's to within {token} and the mean of 1,024 to within {mean} (in nats)"
 
 
-def _tests(effective: EffectiveLength) -> list[Markdown]:
-    """The certificate as a table: every length, every test, what it needed."""
-
-    def cell(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
-        return "–" if value is None else f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
-
-    lines = [
-        table_row(
-            (
-                "context length",
-                "passed",
-                "tail, times the perplexity",
-                "context gain, nats a token",
-                "needle (needed)",
-            )
-        ),
-        Markdown("|---:|:---:|---:|---:|---:|"),
-    ]
-    for test in effective.tests:
-        needle = "–" if test.needle is None else f"{test.needle:.2f}"
-        needed = "" if test.needle_bound is None else f" ({test.needle_bound:.2f})"
-        cells = (
-            f"{test.length:,}",
-            "yes" if test.passed else "no",
-            cell(test.tail, test.tail_low, test.tail_high),
-            cell(test.gain, test.gain_low, test.gain_high, "+"),
-            needle + needed,
-        )
-        lines.append(table_row(cells))
-    return lines
-
-
 def _front_matter(card: CardInput) -> Markdown:
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=_name(row.kind),
-            dataset_name="all held-out documents" if row.kind == ALL else _name(row.kind),
+            dataset_type=name_of(row.kind),
+            dataset_name="all held-out documents" if row.kind == ALL else name_of(row.kind),
             metric_type="perplexity",
             metric_name=f"Perplexity at {row.length} tokens",
             metric_value=float(f"{row.ppl:.6g}"),
@@ -135,8 +106,8 @@ def _front_matter(card: CardInput) -> Markdown:
     results += [
         EvalResult(
             task_type="text-generation",
-            dataset_type=_name(score.task),
-            dataset_name=_name(score.task),
+            dataset_type=name_of(score.task),
+            dataset_name=name_of(score.task),
             metric_type=visible(score.metric),
             metric_name=visible(f"{score.metric}, {score.fewshot} examples"),
             metric_value=float(f"{score.value:.6g}"),
@@ -173,7 +144,7 @@ def _tags(card: CardInput) -> list[str]:
 def _summary(card: CardInput) -> Markdown:
     """One paragraph: what was done, in the order it was done. `require_known` has seen that a base model is an id."""
     at = f" (revision {code_span(card.revision[:12])})" if card.revision else ""
-    base = f"[{card.base_model}](https://huggingface.co/{card.base_model}){at}" if card.base_model else "a local model"
+    base = f"[{card.base_model}](https://huggingface.co/{card.base_model}){at}" if card.base_model else None
     parts = []
     before, after = card.kv_heads
     if card.conversion and after < before:
@@ -191,15 +162,15 @@ def _summary(card: CardInput) -> Markdown:
         )
     if card.recovery:
         parts.append(_training(card.recovery))
-    if not parts:
-        parts.append("Its weights and its context window are unchanged.")
+    changed = f"This is {base} after attention surgery." if base else "This checkpoint was made by attention surgery."
+    same = f"This is {base or 'a checkpoint'} with its weights and its context window unchanged."
     plain = f"It is a plain {code_span(card.architecture)} checkpoint."
-    return Markdown(f"This is {base} after attention surgery. {' '.join(parts)} {plain}")
+    return Markdown(" ".join([changed if parts else same, *parts, plain]))
 
 
 def _training(done: Recovery) -> Markdown:
     """What the training was, and whether the weights are its last ones, earlier ones, or those from before it."""
-    named = [markdown(_name(source)) for source in done.sources]
+    named = [markdown(name_of(source)) for source in done.sources]
     how = [f"a learning rate of {done.learning_rate:.2g}"] if done.learning_rate else []
     how += [f"{fmt.count(done.tokens_per_second)} tokens/s on the machine of the run"] if done.tokens_per_second else []
     step, steps = done.kept or (0, 0)
@@ -236,64 +207,6 @@ def _heading(card: CardInput) -> str:
     return card.title if not grew or _to_the_end(card) else f"{card.title} ({_measured(card)})"
 
 
-def _name(kind: str) -> str:
-    """A kind of text or a task as a reader knows it: a path of somebody's machine becomes its last part."""
-    return visible(kind if kind.startswith("hub:") else PurePath(kind).name or kind)
-
-
-def _kinds(card: CardInput) -> list[str]:
-    """`all` first; alone when it is all there is."""
-    kinds = list(dict.fromkeys(row.kind for row in card.models[-1].rows))
-    own = [kind for kind in kinds if kind != ALL]
-    return [ALL, *own] if ALL in kinds and len(own) > 1 else own or kinds
-
-
-def _table(card: CardInput, kind: str) -> list[Markdown]:
-    """A Markdown table, one row a length: value (low to high) for each model, and last against first."""
-    labels = [model.label for model in card.models]
-    compared = len(labels) > 1
-    header = ["context (tokens)", *labels, *([f"{labels[-1]} / {labels[0]}"] if compared else [])]
-    lines = [table_row(header), Markdown("|---:" * len(header) + "|")]
-    lengths = sorted({row.length for row in card.models[-1].rows if row.kind == kind})
-    for length in lengths:
-        rows = [next(r for r in m.rows if r.kind == kind and r.length == length) for m in card.models]
-        beyond = " (beyond native)" if length > card.native_length else ""
-        cells = [f"{length:,}{beyond}"]
-        cells += [f"{_ppl(row.ppl)} ({_ppl(row.low)} to {_ppl(row.high)})" for row in rows]
-        if compared:
-            cells.append(f"{rows[-1].ppl / rows[0].ppl:.2f}")
-        lines.append(table_row(cells))
-    return lines
-
-
-def _ppl(value: float) -> str:
-    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
-
-
-def _tasks(card: CardInput) -> list[Markdown]:
-    """Scores in tasks as a Markdown table, one row a metric; the last column pairs the last model with the first."""
-    last = card.models[-1]
-    if not last.tasks:
-        return []
-    labels = [model.label for model in card.models]
-    compared = [f"{labels[-1]} - {labels[0]}"] if len(labels) > 1 else []
-    header = ["task", "metric", "questions", "examples", *labels, *compared]
-    lines = [table_row(header), Markdown("|---|---|" + "---:|" * (len(header) - 2))]
-    for score in last.tasks:
-        place = (score.task, score.metric)
-        cells = [score.task, score.metric, f"{score.questions:,}", str(score.fewshot)]
-        for model in card.models:
-            one = next(one for one in model.tasks if (one.task, one.metric) == place)
-            cells.append(f"{one.value:.4g}" if one.stderr is None else f"{one.value:.4g} ± {one.stderr:.2g}")
-        if score.chance is not None:
-            cells[1] += f" (chance {score.chance:.4g})"
-        if compared:
-            change = next((one for one in last.task_changes if (one.task, one.metric) == place), None)
-            cells.append(f"{change.change:+.3f} ({change.low:+.3f} to {change.high:+.3f})" if change else "–")
-        lines.append(table_row(cells))
-    return lines
-
-
 def _whose_tasks(card: CardInput) -> str:
     """Where the questions come from."""
     names = {score.task for score in card.models[-1].tasks}
@@ -309,16 +222,9 @@ def _documents(card: CardInput) -> str:
     longest = max(row.length for row in rows)
     own = [row for row in rows if row.length == longest and row.kind != ALL]
     own = own or [row for row in rows if row.length == longest]
-    counted = [f"{r.documents} of {_name(r.kind)} ({r.tokens:,} tokens at the longest context)" for r in own]
+    counted = [f"{r.documents} of {name_of(r.kind)} ({r.tokens:,} tokens at the longest context)" for r in own]
     unit = own[0].unit
     return f"Documents: {'; '.join(counted)}. Intervals: percentile bootstrap over each {unit}."
-
-
-def _kv_table(card: CardInput) -> list[Markdown]:
-    lines = [table_row(("context (tokens)", "before", "after")), Markdown("|---:|---:|---:|")]
-    for tokens, (before, after) in sorted(card.kv_cache_bytes.items()):
-        lines.append(table_row((f"{tokens:,}", fmt.nbytes(before), fmt.nbytes(after))))
-    return lines
 
 
 def _limits(card: CardInput) -> list[str]:

@@ -1,8 +1,8 @@
 """Push a finished checkpoint folder to the Hugging Face hub.
 
-Everything that can be refused is refused before the first byte: the folder (`finished.py`), the repository's name, the
-license, the token. The upload is one commit; what a broken upload already sent is not sent again, because the hub
-answers for every large file whether it holds that digest.
+Everything that can be refused is refused before the first byte: the repository's name, the license, the token, then the
+folder (`verify.py`), whose weights are read for it. The upload is one commit; what a broken upload already sent is not
+sent again, because the hub answers for every large file whether it holds that digest.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from retrofit.checkpoint.full import machine_error
 from retrofit.checkpoint.provenance import sha256
 from retrofit.errors import UserError
 from retrofit.publishing.snippet import with_model_id
-from retrofit.publishing.verify import CARD, PARTIAL, Finished, require_finished
+from retrofit.publishing.verify import CARD, PARTIAL, Finished, require_finished, require_stated
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -78,13 +78,12 @@ def publish(
     """
     from huggingface_hub import HfApi
 
-    finished = require_finished(folder, stated=stated)
-    _require_name(repo_id)
+    _require_all_given(Path(folder), repo_id, token, stated or {})
     api = HfApi(endpoint=endpoint, token=token)
     call = _Caller(retry or Retry(), repo_id, progress)
     repo_id = _require_token(call(api.whoami), repo_id)
     call.repo_id = repo_id
-    finished = _write_card(finished, repo_id)
+    finished = _write_card(require_finished(folder, stated=stated), repo_id)
     if progress:
         progress.start(f"upload to {repo_id}", finished.nbytes, "B")
     call(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
@@ -112,6 +111,28 @@ def publish(
         files=finished.files,
         nbytes=finished.nbytes,
     )
+
+
+def _require_all_given(folder: Path, repo_id: str, token: str | None, stated: Mapping[str, str]) -> None:
+    """One UserError for all that a person has to give and has not: a name the hub allows, a token, license and base
+    model. Neither the network nor the weights are asked."""
+    from huggingface_hub import get_token
+
+    errors: list[UserError] = []
+    try:
+        _require_name(repo_id)
+    except UserError as error:
+        errors.append(error)
+    if not (token or get_token()):
+        errors.append(UserError("no token for the hub was found", where="HF_TOKEN", fix=_LOGIN))
+    try:
+        require_stated(folder, stated)
+    except UserError as error:
+        errors.append(error)
+    if errors:
+        what, where, fix = ([getattr(error, part) for error in errors] for part in ("what", "where", "fix"))
+        kind = UserError if len(errors) > 1 else type(errors[0])
+        raise kind("; ".join(what), where=", ".join(where), fix="; ".join(fix))
 
 
 def _require_name(repo_id: str) -> None:
@@ -204,15 +225,13 @@ class _Caller:
     def __call__(self, action: Callable[[], T]) -> T:
         """The result of `action`, which may be called up to `attempts` times."""
         from huggingface_hub.constants import HF_HOME
-        from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
         # The base of every error of the HTTP library that huggingface_hub uses, whichever that is.
         http_error: Any = HfHubHTTPError.__bases__[0]
         for attempt in range(1, self.retry.attempts + 1):
             try:
                 return action()
-            except LocalTokenNotFoundError as error:
-                raise UserError("no token for the hub was found", where="HF_TOKEN", fix=_LOGIN) from error
             except OfflineModeIsEnabled as error:
                 raise UserError(
                     "the hub is switched off here", where="HF_HUB_OFFLINE", fix="unset HF_HUB_OFFLINE and try again"

@@ -71,11 +71,19 @@ def require_finished(folder: str | Path, *, stated: Mapping[str, str] | None = N
     return Finished(folder, card, require_identity(card, str(folder / CARD)), files, nbytes)
 
 
+def require_stated(folder: Path, stated: Mapping[str, str]) -> None:
+    """UserError where neither the folder's card nor `stated` names license and base model. `require_finished` looks at
+    all the rest."""
+    if (folder / CARD).is_file():
+        where = str(folder / CARD)
+        require_identity(completed(read_text(folder / CARD), stated, where), where)
+
+
 def _again(folder: Path) -> str:
     """What to type for a folder that is whole again."""
     run = folder.parent
     if (run / "recipe.yaml").is_file():
-        return f"write the folder again: retrofit run {shell_word(run)} --out {shell_word(run)} --from publish"
+        return f"write the folder again: retrofit run {shell_word(run)} --from publish"
     return f"prove it and write its card: retrofit certify {shell_word(folder)}"
 
 

@@ -21,7 +21,7 @@ from retrofit.errors import UserError
 from retrofit.escape import shown, visible
 from retrofit.files import read_text
 from retrofit.recipe.problems import Problem, RecipeError, described, dotted, in_order, meant, shortened
-from retrofit.recipe.schema import Recipe
+from retrofit.recipe.schema import LONGEST_DESCRIPTION, Recipe
 from retrofit.recipe.suite import Suite
 from retrofit.yamlfile import Key
 
@@ -57,9 +57,12 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), model: 
     path = bundled.find("recipes", name_or_path)
     recipe = parse(_text(path), str(path), Recipe, overrides, {"model": model} if model else {})
     changed = ", ".join(one for one in overrides if one.partition(".")[0].partition("=")[0].strip() in _SURGERY)
-    if not recipe.description or not changed:
+    note = f"; changed: {shortened(changed, 300)}"
+    if not recipe.description or not changed or recipe.description.endswith(note):
         return recipe
-    return recipe.model_copy(update={"description": f"{recipe.description}; changed: {shortened(changed, 300)}"})
+    return recipe.model_copy(
+        update={"description": shortened(recipe.description, LONGEST_DESCRIPTION - len(note)) + note}
+    )
 
 
 def load_suite(name_or_path: str | Path) -> Suite:

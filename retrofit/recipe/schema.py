@@ -41,6 +41,7 @@ from retrofit.recipe.values import (
 )
 
 __all__ = [
+    "LONGEST_DESCRIPTION",
     "MOST_SEED",
     "MOST_TOKENS",
     "NAME",
@@ -75,6 +76,9 @@ __all__ = [
     "parse_bound",
     "parse_size",
 ]
+
+LONGEST_DESCRIPTION = 100_000
+"""Characters."""
 
 SMALLEST_SHARD = 1000
 """Bytes: fewer would be a file for nearly every tensor of the smallest model."""
@@ -150,7 +154,7 @@ class Recipe(Section):
     """A whole run: load -> convert -> extend -> recover -> evaluate -> publish."""
 
     name: str = Field(pattern=NAME, max_length=100, description="what the run folder is called")
-    description: str = Field("", max_length=100_000, description="what the recipe is for")
+    description: str = Field("", max_length=LONGEST_DESCRIPTION, description="what the recipe is for")
     model: Word | None = Field(None, description="hub id, folder, .gguf file, or `embedded`")
     revision: Word | None = Field(None, description="branch, tag or commit of a hub model")
     dtype: Dtype = Field("auto", description="dtype of the written weights; auto is the source's own")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from retrofit.format import duration, nbytes
-from retrofit.tables import Part, Table
+from retrofit.tables import NOTE, Part, Table
 
 if TYPE_CHECKING:
     from retrofit.evaluation.compare import Comparison
@@ -135,7 +135,7 @@ def _cost(found: RunCost) -> Iterator[Part]:
 def _long_context(found: LongContext) -> Iterator[Part]:
     """What was asked for beyond the plain pass."""
     for note in found.notes:
-        yield f"note: {note}"
+        yield f"{NOTE}{note}"
     if found.defined:
         yield Table(
             "Perplexity as others define it",
@@ -218,7 +218,7 @@ def comparison(result: Comparison) -> Iterator[Part]:
     """`retrofit compare`."""
     yield f"a: {result.a}, {result.read[0]}\nb: {result.b}, {result.read[1]}"
     for note in result.notes:
-        yield f"note: {note}"
+        yield f"{NOTE}{note}"
     yield from task_changes("Tasks: b - a on the same questions, right answers of only one", ("a", "b"), result.tasks)
     if result.bits:
         yield Table(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit.escape import python_string
 from retrofit.format import duration, heads, nbytes, same_losses
-from retrofit.tables import Part, Table
+from retrofit.tables import NOTE, Part, Table
 from retrofit.views.measured import task_changes
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def prices(result: PriceList) -> Iterator[Part]:
     if result.calibrated:
         yield from _how_calibrated(result)
     for note in result.notes:
-        yield f"note: {note}"
+        yield f"{NOTE}{note}"
     if result.budget and result.kv_heads:
         size = next(price.kv_cache_bytes for price in result.prices if price.kv_heads == result.kv_heads)
         yield (
@@ -222,7 +222,7 @@ def written(result: Written) -> Iterator[Part]:
         yield "calibrated on " + ", ".join(f"{tokens:,} tokens of {kind}" for kind, tokens in by_kind.items())
     yield from _kept_out(result.report.get("layers", ()))
     for note in result.report.get("notes", ()):
-        yield f"note: {note}"
+        yield f"{NOTE}{note}"
     yield f"written: {result.folder}"
     yield f"load it with AutoModelForCausalLM.from_pretrained({python_string(str(result.folder))})"
 

@@ -141,7 +141,8 @@ def test_embedded_missing(monkeypatch):
 
 
 def test_offline_names_the_way_out():
-    error = refused("someone/some-model", "HF_HUB_OFFLINE is set, and the model is not in the local cache")
+    error = refused("some-model", "HF_HUB_OFFLINE is set, and the model is not in the local cache")
+    assert "there is no folder of that name here" in error.what
     assert "unset HF_HUB_OFFLINE" in error.fix
 
 
@@ -230,7 +231,7 @@ def test_hub(folder, tmp_path):
         "remote": "remote code is never run",
         "merged": "an adapter lies beside the model (adapter_config.json)",
         "lost": "the index names files that the repository does not hold: weights [2].safetensors",
-        "missing": "no such model on the hub, or it is private",
+        "missing": "no such model on the hub, or it is private, and there is no folder of that name here",
     }
     for name, answer in zip(names, answers, strict=False):
         assert expected[name] in answer, answer

@@ -257,6 +257,7 @@ def test_a_card_says_what_is_not_known_of_its_source() -> None:
     assert not {"license", "base_model", "base_model_relation"} & {key for key, value in data.items() if value}
     assert text.count("is not known: the folder it was made from names none.") == 2
     assert placeholders(text) == []
+    assert "\nThis checkpoint was made by attention surgery. Each of its 30 layers" in text
     assert "is not known" not in render_card(card_input())
 
 

@@ -56,7 +56,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub._commit_api.is_xet_available", lambda: False)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
-    monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: None)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     close_session()
     with HubServer() as server:
         yield server
@@ -271,6 +271,20 @@ def test_tokens_that_may_write(hub: HubServer, folder: Path) -> None:
 def test_names_are_checked_first(hub: HubServer, folder: Path, repo: str) -> None:
     with pytest.raises(UserError, match="not a name the hub allows"):
         push(hub, folder, repo)
+    assert not hub.requests
+
+
+def test_all_that_is_missing_is_named_at_once_before_the_weights_are_read(
+    hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "README.md").write_text(render_card(card_input(base_model=None, license=None)))
+    monkeypatch.setattr("retrofit.publishing.hub.require_finished", None)
+    with pytest.raises(UserError) as caught:
+        push(hub, folder, "ann/ti ny", token=None)
+    for missing in ("not a name the hub allows", "no token", "no license and no base model"):
+        assert missing in caught.value.what
+    for fix in ("--repo YOUR-NAME/MODEL-NAME", "hf auth login", "--license apache-2.0 --base-model ORG/NAME"):
+        assert fix in caught.value.fix
     assert not hub.requests
 
 

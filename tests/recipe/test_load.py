@@ -12,7 +12,7 @@ from retrofit import bundled
 from retrofit.errors import UserError
 from retrofit.recipe.load import dump_recipe, load_recipe, load_suite, parse
 from retrofit.recipe.problems import RecipeError
-from retrofit.recipe.schema import Recipe
+from retrofit.recipe.schema import LONGEST_DESCRIPTION, Recipe
 
 BAD = """\
 name: x
@@ -108,6 +108,16 @@ def test_a_description_does_not_hide_what_overrides_changed() -> None:
     assert load_recipe("extend-4x", ["evaluate.documents=1"]).description == plain.description
     changed = load_recipe("extend-4x", ["context.factor=2", "context.method=yarn", "seed=1"])
     assert changed.description == f"{plain.description}; changed: context.factor=2, context.method=yarn"
+
+
+def test_a_description_with_what_was_changed_is_still_one(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(f"name: x\ndescription: {'d' * LONGEST_DESCRIPTION}\nconvert: {{kv_heads: 1}}\n")
+    changed = load_recipe(file, ["convert.kv_heads=2"])
+    assert len(changed.description) == LONGEST_DESCRIPTION
+    assert changed.description.endswith("d...; changed: convert.kv_heads=2")
+    file.write_text(dump_recipe(changed))
+    assert load_recipe(file, ["convert.kv_heads=2"]) == changed
 
 
 def test_an_override_reaches_an_item_of_a_list_and_removes_a_section() -> None:

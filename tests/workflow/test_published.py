@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "runs" / "x"
     for name in ("final", "3-recover"):
         (folder / name).mkdir(parents=True)
+        (folder / name / "retrofit.json").write_text("{}")
     Journal(folder).mark()
     return folder
 
@@ -26,14 +28,21 @@ def test_a_run_stands_for_what_it_publishes(run: Path, tmp_path: Path) -> None:
     assert published_folder(run) == run / "final"
     assert published_folder(run / "final") == run / "final"
     (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "retrofit.json").write_text("{}")
     assert published_folder(tmp_path / "other") == tmp_path / "other"
 
 
+def test_a_folder_of_somebody_else_is_refused_with_what_can_be_published(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="this program did not write it") as caught:
+        published_folder(tmp_path)
+    assert "`retrofit certify` completed" in caught.value.fix
+
+
 def test_a_run_without_something_to_publish_says_how_to_end_it(run: Path) -> None:
-    (run / "final").rmdir()
+    shutil.rmtree(run / "final")
     with pytest.raises(UserError, match="no `final`") as caught:
         published_folder(run)
-    assert caught.value.fix.endswith(f"retrofit run {run} --out {run}")
+    assert caught.value.fix.endswith(f"retrofit run {run}")
 
 
 def test_a_step_of_a_run_names_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

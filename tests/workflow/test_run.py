@@ -160,8 +160,9 @@ def test_models_between_the_first_and_the_last_are_left_out_when_told(done: Simp
     assert "evaluate:recovered" in again.reused
 
 
-def test_from_repeats_a_step_and_all_after_it(done: SimpleNamespace, copy: Path) -> None:
-    again = run(done.recipe, "--out", copy, "--from", "evaluate", *NO_PUBLISH)
+def test_from_repeats_a_step_and_all_after_it_in_the_folder_that_is_named(done: SimpleNamespace, copy: Path) -> None:
+    again = run(copy, "--from", "evaluate", *NO_PUBLISH)
+    assert again.folder == str(copy)
     assert again.reused == ["convert", "extend", "recover"] and again.metrics == done.result.metrics
 
 

@@ -1,0 +1,108 @@
+"""The tables of a model card as Markdown: quality at each length, tasks, the effective length, the KV cache."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+
+from retrofit import format as fmt
+from retrofit.escape import Markdown, table_row, visible
+from retrofit.evaluation.metrics.effective import EffectiveLength
+from retrofit.evaluation.metrics.perplexity import ALL
+from retrofit.publishing.card_input import CardInput
+
+
+def kinds_of(card: CardInput) -> list[str]:
+    """`all` first; alone when it is all there is."""
+    kinds = list(dict.fromkeys(row.kind for row in card.models[-1].rows))
+    own = [kind for kind in kinds if kind != ALL]
+    return [ALL, *own] if ALL in kinds and len(own) > 1 else own or kinds
+
+
+def name_of(kind: str) -> str:
+    """A kind of text or a task as a reader knows it: a path of somebody's machine becomes its last part."""
+    return visible(kind if kind.startswith("hub:") else PurePath(kind).name or kind)
+
+
+def quality_table(card: CardInput, kind: str) -> list[Markdown]:
+    """A Markdown table, one row a length: value (low to high) for each model, and last against first."""
+    labels = [model.label for model in card.models]
+    compared = len(labels) > 1
+    header = ["context (tokens)", *labels, *([f"{labels[-1]} / {labels[0]}"] if compared else [])]
+    lines = [table_row(header), Markdown("|---:" * len(header) + "|")]
+    lengths = sorted({row.length for row in card.models[-1].rows if row.kind == kind})
+    for length in lengths:
+        rows = [next(r for r in m.rows if r.kind == kind and r.length == length) for m in card.models]
+        beyond = " (beyond native)" if length > card.native_length else ""
+        cells = [f"{length:,}{beyond}"]
+        cells += [f"{_ppl(row.ppl)} ({_ppl(row.low)} to {_ppl(row.high)})" for row in rows]
+        if compared:
+            cells.append(f"{rows[-1].ppl / rows[0].ppl:.2f}")
+        lines.append(table_row(cells))
+    return lines
+
+
+def _ppl(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def task_table(card: CardInput) -> list[Markdown]:
+    """Scores in tasks as a Markdown table, one row a metric; the last column pairs the last model with the first."""
+    last = card.models[-1]
+    if not last.tasks:
+        return []
+    labels = [model.label for model in card.models]
+    compared = [f"{labels[-1]} - {labels[0]}"] if len(labels) > 1 else []
+    header = ["task", "metric", "questions", "examples", *labels, *compared]
+    lines = [table_row(header), Markdown("|---|---|" + "---:|" * (len(header) - 2))]
+    for score in last.tasks:
+        place = (score.task, score.metric)
+        cells = [score.task, score.metric, f"{score.questions:,}", str(score.fewshot)]
+        for model in card.models:
+            one = next(one for one in model.tasks if (one.task, one.metric) == place)
+            cells.append(f"{one.value:.4g}" if one.stderr is None else f"{one.value:.4g} ± {one.stderr:.2g}")
+        if score.chance is not None:
+            cells[1] += f" (chance {score.chance:.4g})"
+        if compared:
+            change = next((one for one in last.task_changes if (one.task, one.metric) == place), None)
+            cells.append(f"{change.change:+.3f} ({change.low:+.3f} to {change.high:+.3f})" if change else "–")
+        lines.append(table_row(cells))
+    return lines
+
+
+def certificate_table(effective: EffectiveLength) -> list[Markdown]:
+    """The certificate as a table: every length, every test, what it needed."""
+
+    def cell(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
+        return "–" if value is None else f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+
+    lines = [
+        table_row(
+            (
+                "context length",
+                "passed",
+                "tail, times the perplexity",
+                "context gain, nats a token",
+                "needle (needed)",
+            )
+        ),
+        Markdown("|---:|:---:|---:|---:|---:|"),
+    ]
+    for test in effective.tests:
+        needle = "–" if test.needle is None else f"{test.needle:.2f}"
+        needed = "" if test.needle_bound is None else f" ({test.needle_bound:.2f})"
+        cells = (
+            f"{test.length:,}",
+            "yes" if test.passed else "no",
+            cell(test.tail, test.tail_low, test.tail_high),
+            cell(test.gain, test.gain_low, test.gain_high, "+"),
+            needle + needed,
+        )
+        lines.append(table_row(cells))
+    return lines
+
+
+def cache_table(card: CardInput) -> list[Markdown]:
+    lines = [table_row(("context (tokens)", "before", "after")), Markdown("|---:|---:|---:|")]
+    for tokens, (before, after) in sorted(card.kv_cache_bytes.items()):
+        lines.append(table_row((f"{tokens:,}", fmt.nbytes(before), fmt.nbytes(after))))
+    return lines
