@@ -18,7 +18,7 @@ from retrofit.errors import UserError
 from retrofit.files import local_path, output_path
 from retrofit.recipe.load import load_suite
 from retrofit.recipe.options import recipe_of
-from retrofit.recipe.recovery import Tracker
+from retrofit.recipe.recovery import Divergence, Tracker
 from retrofit.recipe.relative import are_relative
 from retrofit.recipe.schema import Definition, Device, Dtype, Kernel, Method, RopeMethod
 from retrofit.releases import certify, publish
@@ -181,6 +181,7 @@ def recover(
     text: Sequence[str] | None = None,
     loss: Literal["distill", "lm"] | None = None,
     loss_on: Literal["assistant", "all"] | None = None,
+    divergence: Divergence | None = None,
     sequence_length: int | str | None = None,
     batch_size: int | None = None,
     learning_rate: float | None = None,

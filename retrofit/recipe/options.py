@@ -121,6 +121,7 @@ OPTIONS: Mapping[str, tuple[Option, ...]] = {
         _option("recover.text"),
         _option("recover.loss"),
         _option("recover.loss_on"),
+        _option("recover.divergence"),
         _option("recover.sequence_length"),
         _option("recover.batch_size"),
         _option("recover.learning_rate"),

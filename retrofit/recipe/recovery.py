@@ -10,6 +10,7 @@ from retrofit.recipe.relative import are_relative
 from retrofit.recipe.values import LISTED, MOST_READ, AnyLength, LossOn, Section, Texts, TextSource, Tokens, text_mix
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+Divergence = Literal["forward", "reverse", "jsd"]
 
 
 class Adapter(Section):
@@ -72,6 +73,11 @@ class Recover(Section):
 
     loss: Literal["distill", "lm"] = Field(
         "distill", description="follow the original model's distribution, or predict the text alone"
+    )
+    divergence: Divergence = Field(
+        "forward",
+        description="with distill: what is made small; `forward` KL(original || student), `reverse` KL(student || "
+        "original), or `jsd`, half of each towards their mean",
     )
     tokens: Tokens = Field(200_000, ge=1, le=MOST_READ, description="training tokens in all")
     sequence_length: AnyLength = Field(1024, description="tokens per row")
@@ -150,6 +156,8 @@ class Recover(Section):
 
     @model_validator(mode="after")
     def _schedule(self) -> Recover:
+        if self.loss == "lm" and self.divergence != "forward":
+            raise ValueError(f"`divergence: {self.divergence}` compares with the original; it needs `loss: distill`")
         if self.positions == "pose" and self.document_masking:
             raise ValueError("with `positions: pose` a row is read as one text; leave out `document_masking`")
         if are_relative(self.sequence_length, *(stage.length for stage in self.stages)):

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from retrofit.recipe.recovery import Divergence
+from retrofit.recovery.divergences import RULES, Rule
 from retrofit.system.device import logits_at_a_time
 
 IGNORED = -100  # a label that the loss does not count
@@ -39,16 +41,18 @@ def distill_loss(
     teacher: Head,
     row_chunk: int = 512,
     ignored_N: torch.Tensor | None = None,
+    divergence: Divergence = "forward",
 ) -> torch.Tensor:
-    """Sum over tokens of KL(teacher || student) on the vocabulary, in nats (float32 scalar).
+    """Sum over tokens of a divergence of the student from the teacher on the vocabulary, in nats (float32 scalar).
 
     ignored_N: tokens that do not count (bool); None where all do. Divide by the global number of those that do.
-    Hinton et al. 2015 (arXiv:1503.02531), eq. 2 at temperature 1. Gradients flow to the student's hidden states and,
+    divergence: of `divergences`, by default KL(teacher || student). Gradients flow to the student's hidden states and,
     where they require it, to its head's weight and bias.
     """
     assert student_NC.shape[0] == teacher_NC.shape[0]
 
-    return _apply(student_NC, student, row_chunk, _Distill(teacher_NC.detach(), teacher, row_chunk, ignored_N))
+    rule = _Distill(teacher_NC.detach(), teacher, row_chunk, ignored_N, RULES[divergence])
+    return _apply(student_NC, student, row_chunk, rule)
 
 
 def lm_loss(hidden_NC: torch.Tensor, head: Head, labels_N: torch.Tensor, row_chunk: int = 512) -> torch.Tensor:
@@ -58,9 +62,12 @@ def lm_loss(hidden_NC: torch.Tensor, head: Head, labels_N: torch.Tensor, row_chu
 
 
 class _Distill:
-    """Loss and gradient of KL(teacher || student) for rows of student logits."""
+    """Loss and gradient of a divergence from the teacher for rows of student logits."""
 
-    def __init__(self, teacher_NC: torch.Tensor, teacher: Head, row_chunk: int, ignored_N: torch.Tensor | None) -> None:
+    def __init__(
+        self, teacher_NC: torch.Tensor, teacher: Head, row_chunk: int, ignored_N: torch.Tensor | None, divergence: Rule
+    ) -> None:
+        self.divergence = divergence
         self.teacher_NC, self.teacher = teacher_NC, _detached(teacher, teacher_NC.dtype)
         self.ignored_N = self.ignored_R = ignored_N
         self.buffer_RV = _buffer(teacher_NC, teacher, row_chunk)
@@ -73,11 +80,9 @@ class _Distill:
     def __call__(self, rows: slice, logits_RV: torch.Tensor, grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         log_t = torch.log_softmax(_shape_logits(self.target_RV[rows], self.teacher), -1, dtype=torch.float32)
         log_s = torch.log_softmax(logits_RV, -1, dtype=torch.float32)
-        p_t = log_t.exp()
         if self.ignored_R is not None:
             log_s = torch.where(self.ignored_R[rows, None], log_t, log_s)  # no difference, and so no gradient
-        loss = torch.dot(p_t.view(-1), log_t.sub_(log_s).view(-1))
-        return loss, log_s.exp_().sub_(p_t) if grad else None
+        return self.divergence(log_t, log_s, grad)
 
 
 class _NextToken:

@@ -61,7 +61,8 @@ class Objective:
             hidden_NC = hidden_BTC.flatten(0, 1).to(target_BTC.dtype)
             ignored_N = None if labels_BT is None else labels_BT.flatten() == IGNORED
             teacher_head = head_of(self.pair.teacher)
-            return distill_loss(hidden_NC, head, target_BTC.flatten(0, 1), teacher_head, rows, ignored_N)
+            target_NC, divergence = target_BTC.flatten(0, 1), self.recipe.divergence
+            return distill_loss(hidden_NC, head, target_NC, teacher_head, rows, ignored_N, divergence)
         assert labels_BT is not None
         dtype = next(p.dtype for p in self.pair.student.parameters() if not p.requires_grad)
         return lm_loss(hidden_BTC.flatten(0, 1).to(dtype), head, labels_BT.flatten(), rows)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
+from retrofit.recipe.recovery import Divergence
 from retrofit.recovery.objectives import IGNORED, Head, distill_loss, lm_loss
 from retrofit.recovery.student_teacher import head_of, hidden_states
 from tests.tiny import FAMILIES, tiny_model
@@ -53,6 +56,47 @@ def test_distillation_is_the_plain_formula(rows: int, scale: float, softcap: flo
     inputs = [hidden, weight, offset]
     for got, want in zip(gradients(actual, inputs), gradients(expected, inputs), strict=True):
         torch.testing.assert_close(got, want.to(got.dtype), rtol=1e-4, atol=1e-5)
+
+
+def plain_divergence(name: str, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    s, t = student.softmax(-1), teacher.softmax(-1)
+    m = (s + t) / 2
+    sums = {"reverse": s * (s / t).log(), "jsd": (t * (t / m).log() + s * (s / m).log()) / 2}
+    return sums[name].sum()
+
+
+@pytest.mark.parametrize("rows", [8, 64])
+@pytest.mark.parametrize(("scale", "softcap"), SHAPES)
+@pytest.mark.parametrize("name", ["reverse", "jsd"])
+def test_other_divergences_are_their_formulas(name: Divergence, rows: int, scale: float, softcap: float | None) -> None:
+    hidden, weight, offset = tensors(0, True)
+    other, other_weight, _ = (None if x is None else x.detach() for x in tensors(1, False))
+    assert other is not None
+    assert other_weight is not None
+    student, teacher = Head(weight, offset, scale, softcap), Head(other_weight, None, scale, softcap)
+    counted = torch.arange(N) % 3 != 0
+    logits = [plain_logits(h, head)[counted] for h, head in ((hidden, student), (other, teacher))]
+    expected = plain_divergence(name, *logits)
+    actual = distill_loss(hidden, student, other, teacher, rows, ~counted, name)
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
+    with torch.no_grad():
+        assert distill_loss(hidden, student, other, teacher, rows, ~counted, name).item() == pytest.approx(
+            actual.item()
+        )
+    inputs = [hidden, weight, offset]
+    for got, want in zip(gradients(actual, inputs), gradients(expected, inputs), strict=True):
+        torch.testing.assert_close(got, want.to(got.dtype), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", get_args(Divergence))
+def test_a_token_that_the_teacher_rules_out_has_a_finite_gradient(name: Divergence) -> None:
+    """With logits as far apart as float32 allows a softmax."""
+    hidden = torch.tensor([[80.0, -80.0]]).requires_grad_()
+    head = Head(torch.eye(2))
+    loss = distill_loss(hidden, head, -hidden.detach(), head, 8, None, name)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("rows", [4, 64])

@@ -109,6 +109,14 @@ def test_the_written_checkpoint_has_the_loss_that_was_measured(folders, rows, tm
     assert report.best_loss == pytest.approx(float(divergence), rel=1e-4)
 
 
+@pytest.mark.parametrize("divergence", ["reverse", "jsd"])
+def test_other_divergences_bring_the_student_nearer(folders, rows, tmp_path, divergence) -> None:
+    report = run(folders, rows, tmp_path, RECIPE.model_copy(update={"divergence": divergence}))
+    assert report.start_loss is not None
+    assert report.best_loss is not None
+    assert report.best_loss < 0.8 * report.start_loss
+
+
 def test_without_a_learning_rate_it_follows_from_the_width(folders, rows, tmp_path) -> None:
     recipe = RECIPE.model_copy(update={"learning_rate": None, "warmup_ratio": 0.0})
     report = run(folders, rows, tmp_path, recipe)

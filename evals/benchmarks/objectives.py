@@ -1,0 +1,228 @@
+"""What a short recovery is trained on, and towards what: one table of variants that read as many tokens each.
+
+    OMP_NUM_THREADS=1 python -m evals.benchmarks.objectives --books FOLDER --work FOLDER
+
+Converts SmolLM2 to one KV head once, then trains it by each variant in a process of its own and measures it on text of
+five kinds and on the general-knowledge task. A variant that --work already has a result of is not run again, so more
+can be added later. Writes results/objectives.json and objectives.md. --books: a folder of novels (*.txt) that nothing
+here is calibrated or trained on; no text of theirs is written anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from retrofit.data.samples import Teacher
+    from retrofit.model.folder import ModelFolder
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+MODEL = "embedded"
+CALIBRATION = 12_288
+TOKENS = 16_384
+PIECES, LENGTH = 6, 1024  # scored of each kind of text
+KINDS = ("novels", "documentation", "code", "own samples")
+OWN, DOCS, CODE = "self", "python-docs", "python-stdlib"
+MIXED = {OWN: 2.0, DOCS: 1.0, CODE: 1.0}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table. recover: what differs from the baseline; text: {source: weight}."""
+
+    words: str
+    recover: dict[str, Any] = field(default_factory=dict)
+    text: dict[str, float] = field(default_factory=lambda: dict(MIXED))
+
+
+VARIANTS = {
+    "forward": Variant("the baseline: forward KL, LoRA rank 64, rows of 1,024 tokens, half own samples"),
+    "rows-512": Variant("rows of 512 tokens, twice the steps", {"sequence_length": 512}),
+    "rows-256": Variant("rows of 256 tokens, four times the steps", {"sequence_length": 256}),
+    "own": Variant("own samples alone", text={OWN: 1.0}),
+    "docs-code": Variant("documentation and code alone", text={DOCS: 1.0, CODE: 1.0}),
+}
+
+
+def main() -> None:
+    """Run the variants that have no result yet and write the table of all that have one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--books", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--child", help="one variant, `original` or `converted`, in this process")
+    options = parser.parse_args()
+    if options.child:
+        result = measured(options, options.child)
+        result_file(options, options.child).write_text(json.dumps(result) + "\n", encoding="utf-8")
+        return
+    options.work.mkdir(parents=True, exist_ok=True)
+    for name in ("original", "converted", *options.variants.split(",")):
+        if not result_file(options, name).exists():
+            command = [sys.executable, "-m", "evals.benchmarks.objectives", "--child", name, "--tokens"]
+            command += [str(options.tokens), "--books", str(options.books), "--work", str(options.work)]
+            done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            if done.returncode:
+                sys.exit(f"{' '.join(command)}: exit status {done.returncode}")
+            print(result_file(options, name).read_text("utf-8"), flush=True)
+    known = [name for name in ("original", "converted", *VARIANTS) if result_file(options, name).exists()]
+    rows = {name: json.loads(result_file(options, name).read_text("utf-8")) for name in known}
+    (options.out / "objectives.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    (options.out / "objectives.md").write_text(table(rows, options.tokens), encoding="utf-8")
+
+
+def result_file(options: argparse.Namespace, name: str) -> Path:
+    """Where the result of a variant is kept."""
+    return Path(options.work) / f"{name}-{options.tokens}.json"
+
+
+def measured(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Train one variant and measure it: {seconds, steps, losses by kind (nats per token), common_knowledge}."""
+    import torch
+
+    from retrofit.data.samples import Teacher
+    from retrofit.model.folder import opened
+    from retrofit.model.source import resolve
+
+    torch.set_num_threads(1)
+    original = opened(resolve(MODEL).folder)
+    teacher = Teacher(original, tokens=max(20_480, 2 * options.tokens))
+    trained: dict[str, Any] = {}
+    if name == "original":
+        folder = original
+    elif name == "converted":
+        folder = opened(converted(options.work))
+    else:
+        folder, trained = train(options, VARIANTS[name], name, original, teacher)
+    return {**trained, **scores(folder, options.books, original)}
+
+
+def converted(work: Path) -> Path:
+    """SmolLM2 with one KV head instead of three; made on first use."""
+    import retrofit
+
+    out = work / "converted"
+    if not out.exists():
+        text = [DOCS, CODE]
+        retrofit.convert(MODEL, kv_heads=1, tokens=CALIBRATION, calibrate=text, out=out)
+    return out
+
+
+def train(
+    options: argparse.Namespace, variant: Variant, name: str, original: ModelFolder, teacher: Teacher
+) -> tuple[ModelFolder, dict[str, Any]]:
+    """The trained checkpoint, and what the training says of itself."""
+    from retrofit.model.folder import opened
+    from retrofit.recipe.schema import Recover, TextSource
+    from retrofit.recovery.schedule import recovery_rows
+    from retrofit.recovery.train import recover
+
+    student = opened(converted(options.work))
+    text = tuple(TextSource(source=source, weight=weight) for source, weight in variant.text.items())
+    section = Recover(tokens=options.tokens, evals=2, eval_tokens=4096, text=text, **variant.recover)
+    rows, held_out = recovery_rows(section, student.tokenizer, 0, teacher=teacher)
+    out = options.work / f"{name}-{options.tokens}"
+    out.mkdir(exist_ok=True)
+    began, cpu = time.monotonic(), time.process_time()
+    report = recover(student, original, out, section, rows, held_out, work_dir=options.work / f"{name}-work")
+    told = {
+        "seconds": time.monotonic() - began,
+        "cpu_seconds": time.process_time() - cpu,
+        "steps": report.steps,
+        "tokens": report.tokens,
+        "best_step": report.best_step,
+        "start_loss": report.start_loss,
+        "best_loss": report.best_loss,
+        "trained_parameters": report.trained_parameters,
+    }
+    return opened(out), told
+
+
+def scores(folder: ModelFolder, books: Path, original: ModelFolder) -> dict[str, Any]:
+    """Mean loss by kind of text, and the share of general-knowledge questions that are answered."""
+    import torch
+
+    from retrofit.evaluation.tasks.common_knowledge import CommonKnowledge, ask
+
+    model = folder.load(dtype="float32", device="cpu").eval()
+    losses: dict[str, list[float]] = {}
+    with torch.no_grad():
+        for kind, ids in pieces(books, original):
+            logits_TV = model(input_ids=torch.tensor([ids])).logits[0, :-1]
+            loss = torch.nn.functional.cross_entropy(logits_TV, torch.tensor(ids[1:]))
+            losses.setdefault(kind, []).append(float(loss))
+        answers = ask(CommonKnowledge.of(True), model, folder.tokenizer)
+    means = {kind: sum(values) / len(values) for kind, values in losses.items()}
+    return {"losses": means, "common_knowledge": answers.scores[0].value}
+
+
+def pieces(books: Path, original: ModelFolder) -> Iterator[tuple[str, list[int]]]:
+    """(kind, LENGTH tokens) of PIECES pieces of each kind: none of them is trained on."""
+    from retrofit.data.samples import Teacher
+    from retrofit.data.texts import read_texts
+    from retrofit.recipe.schema import TextSource
+
+    novels = sorted(books.glob("*.txt"))
+    for index in range(PIECES):
+        text = novels[index % len(novels)].read_text("utf-8")
+        yield KINDS[0], _piece(original, text, 0.2 + 0.6 * index / PIECES)
+    for kind, source in ((KINDS[1], DOCS), (KINDS[2], CODE)):
+        text = "\n\n".join(one.text for one in read_texts(TextSource(source=source), split="held_out"))
+        for index in range(PIECES):
+            yield kind, _piece(original, text[:1_500_000], index / (PIECES + 1))
+    other = Teacher(original, tokens=20_480, seed=1_000_003)  # samples that no training reads
+    own = "\n\n".join(one.text for one in read_texts(TextSource(source=OWN), split="train", teacher=other))
+    for index in range(PIECES):
+        yield KINDS[3], _piece(original, own, index / (PIECES + 1))
+
+
+def _piece(original: ModelFolder, text: str, place: float) -> list[int]:
+    """LENGTH tokens of a text from this part of it on, as a context begins: a BOS first, where there is one."""
+    start = text.find("\n", int(place * len(text))) + 1
+    tokenizer = original.tokenizer
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return (bos + tokenizer(text[start : start + 12 * LENGTH], add_special_tokens=False).input_ids)[:LENGTH]
+
+
+def table(rows: dict[str, dict[str, Any]], tokens: int) -> str:
+    """The result as Markdown; perplexities as ratios to the original's."""
+    before = rows["original"]
+    lines = [
+        "# What a short recovery is trained on, and towards what",
+        "",
+        "`OMP_NUM_THREADS=1 python -m evals.benchmarks.objectives --books FOLDER --work FOLDER"
+        + ("`" if tokens == TOKENS else f" --tokens {tokens}`"),
+        "",
+        f"SmolLM2-135M-Instruct, 3 -> 1 KV heads (calibrated on {CALIBRATION:,} tokens of documentation and code), "
+        f"then {tokens:,} tokens of training by each variant, one thread. Perplexity as a ratio to the original's, on "
+        f"{PIECES} pieces of {LENGTH:,} tokens of each kind; the novels are read by nothing before. common_knowledge: "
+        "share of 504 questions, chance 0.25; a standard error is 0.02. CPU seconds are the training's, with its "
+        "measurements, samples that it reads excluded.",
+        "",
+        f"| variant | CPU seconds | steps | {' | '.join(KINDS)} | common_knowledge |",
+        f"|---|---:|---:|{'---:|' * len(KINDS)}---:|",
+    ]
+    names = {"original": "the original", "converted": "converted, not trained"}
+    names |= {name: variant.words for name, variant in VARIANTS.items()}
+    for name, row in rows.items():
+        ratios = [math.exp(row["losses"][kind] - before["losses"][kind]) for kind in KINDS]
+        cells = [f"{row['cpu_seconds']:,.0f}" if "steps" in row else "", f"{row.get('steps', '')}"]
+        cells += [f"{ratio:.3f}" for ratio in ratios] + [f"{row['common_knowledge']:.3f}"]
+        lines.append(f"| {names[name]} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    main()
