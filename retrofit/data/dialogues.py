@@ -59,6 +59,13 @@ def keys_of(row: Mapping[str, object], field: str) -> tuple[str, ...]:
 
 def parse_dialogue(row: Mapping[str, object], keys: Sequence[str], where: str) -> Dialogue:
     """The dialogue of a row under its keys. Raises UserError, with `where`, for a row that holds none."""
+    try:
+        return _dialogue(row, keys, where)
+    except RecursionError:
+        raise _bad("the row is nested too deeply", where, "correct the line") from None
+
+
+def _dialogue(row: Mapping[str, object], keys: Sequence[str], where: str) -> Dialogue:
     missing = [key for key in keys if row.get(key) is None]
     if missing:
         raise UserError(
@@ -130,9 +137,9 @@ def _tools(value: object, where: str) -> tuple[dict[str, Any], ...]:
 def _require_whole(turn: Turn, number: int, where: str) -> None:
     try:
         json.dumps(turn, ensure_ascii=False, default=str).encode("utf-8")
-    except (UnicodeEncodeError, RecursionError):
+    except UnicodeEncodeError:
         raise _bad(
-            f"half a character (a lone surrogate) stands in turn {number}, or it is nested too deeply",
+            f"half a character (a lone surrogate) stands in turn {number}",
             where,
             "write the text again with whole characters",
         ) from None

@@ -97,7 +97,7 @@ def _written(
     answered: bool,
 ) -> list[dict[str, Any]]:
     """What another process wrote, up to the first problem."""
-    size = sum(len(json.dumps([list(turns), list(tools)])) for turns, tools, _ in some)
+    size = sum(len(json.dumps([list(turns), list(tools)], default=str)) for turns, tools, _ in some)
     most, seconds = MOST_TEXT + GROWTH * size, SECONDS + int(_PER_DIALOGUE * len(some))
 
     def work() -> bytes:

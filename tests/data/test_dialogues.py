@@ -100,6 +100,9 @@ def test_system_turns_tools_and_further_keys_survive(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": "a", "tool_calls": []}]}, "`tool_calls` of turn 1 is no list"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "a lone surrogate"),
         ('{"messages": [', "not a JSON object"),
+        ('{"messages": [' + '{"a":' * 700 + "1" + "}" * 700 + "]}", "nested too deeply"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, "turn 1 has the role"),
+        ({"conversations": [{"from": {}, "value": "a"}]}, "no key `messages`"),
     ],
 )
 def test_a_malformed_row_is_refused_with_its_line(tmp_path: Path, row: object, what: str) -> None:

@@ -215,16 +215,27 @@ def _gguf() -> bytes:
     return path.read_bytes()
 
 
+TURNS = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "because", "tool_calls": [{}]}]
+TEXT_ROWS: tuple[dict[str, Any], ...] = (
+    {"text": "some words", "id": 1},
+    {"messages": TURNS, "tools": [{"function": {"name": "f"}}]},
+    {"conversations": [{"from": "human", "value": "why"}, {"from": "gpt", "value": "because"}]},
+    {"prompt": "why", "completion": "because", "tools": "[]"},
+)
+TURN_KEYS = ("text", "role", "content", "from", "value", "tools", "messages", "assistant", "tool_calls")
+
+
 @target
 def text_rows(data: bytes) -> None:
-    """A text source: a file of any suffix with any bytes, or JSONL of odd rows."""
+    """A text source: a file of any suffix with any bytes, or JSONL of odd rows of text or of dialogues."""
     from retrofit.data.sources import rows
     from retrofit.recipe.schema import TextSource
 
     choices = Choices(data)
     suffix = choices.of((".jsonl", ".txt", ".ndjson", ".jsonl.gz", ".parquet", ".JSONL", ""))
     if choices.below(3) == 0 and suffix == ".jsonl":
-        written = b"\n".join(_json(edited({"text": "some words", "id": 1}, choices)) for _ in range(3))
+        row = choices.of(TEXT_ROWS)
+        written = b"\n".join(_json(edited(row, choices, TURN_KEYS)) for _ in range(3))
     else:
         written = choices.rest()
     for path in place().glob("text.*"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,26 @@ def test_losses_and_weights_are_those_of_one_process(folders, rows, tmp_path, si
     for report in several:
         require_same(report, one)
     assert one.best_loss < one.start_loss
+    require_same_weights(tmp_path / "several", tmp_path / "one")
+
+
+def masked(packed: Packed) -> Packed:
+    """Some tokens of every row count, another number in each."""
+    generator = torch.Generator().manual_seed(1)
+    share_N1 = torch.linspace(0.1, 0.8, len(packed.ids_NT))[:, None]
+    counted_NT = torch.rand(packed.ids_NT.shape, generator=generator) < share_N1
+    counted_NT[:, 0], counted_NT[:, -1] = True, False
+    return replace(packed, counted_NT=counted_NT)
+
+
+@pytest.mark.parametrize("over", [{"loss": "lm"}, {"distribute": Distribute(sequence=2)}])
+def test_rows_of_which_some_tokens_count(folders, rows, tmp_path, over) -> None:
+    """As the assistant's of dialogues do: the sum over all processes by the number of all that count."""
+    recipe = RECIPE.model_copy(update=over)
+    marked = tuple(masked(one) for one in rows)
+    one = alone(folders, marked, tmp_path / "one", recipe.model_copy(update={"distribute": Distribute()}))
+    reports = on_ranks(tmp_path, 2, train, folders, marked, tmp_path / "several", recipe, {"kernel": "auto"})
+    require_same(reports[0], one)
     require_same_weights(tmp_path / "several", tmp_path / "one")
 
 
