@@ -55,7 +55,7 @@ def sample_batch(
     assert all(starts)
     decode.register()
     with using(model, CHOICE):
-        sampler = _Sampler(model, spec, starts, uniform_BT, temperature, top_p)
+        sampler = Sampler(model, spec, starts, uniform_BT, temperature, top_p)
         if no_graph(model, spec) is None:
             sampler.capture()
         for token in range(uniform_BT.shape[1]):
@@ -66,7 +66,9 @@ def sample_batch(
         return sampler.out_BT.cpu()
 
 
-class _Sampler(Stepper):
+class Sampler(Stepper):
+    """The state of `sample_batch`: the tokens so far, and the numbers that decide about the next ones."""
+
     def __init__(
         self,
         model: PreTrainedModel,
