@@ -11,6 +11,8 @@ from retrofit.recipe.values import LISTED, MOST_READ, AnyLength, LossOn, Section
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Divergence = Literal["forward", "reverse", "jsd"]
+Positions = Literal["full", "pose"]
+Loss = Literal["distill", "lm"]
 
 
 class Adapter(Section):
@@ -56,10 +58,29 @@ class Distribute(Section):
 
 
 class Stage(Section):
-    """One stage of a length schedule: `tokens` training tokens whose positions reach `length`."""
+    """One stage of a schedule: how many tokens it trains on, in which rows, at which positions, by which loss.
 
-    length: AnyLength = Field(description="the length that positions reach, or with `positions: full` that of the rows")
+    What a stage leaves out is that of the section.
+    """
+
     tokens: Tokens = Field(ge=1, le=MOST_READ, description="training tokens of this stage")
+    length: AnyLength | None = Field(
+        None,
+        description="the length that positions reach: with `pose` the window by default, with `full` that of the rows",
+    )
+    sequence_length: AnyLength | None = Field(
+        None,
+        description="tokens per row, a divisor of the section's; with `full` also `length` says so",
+    )
+    positions: Positions | None = Field(None, description="`full` or `pose`, as in the section")
+    loss: Loss | None = Field(
+        None, description="`lm` for rows longer than the original's window, of which it has nothing to teach"
+    )
+    short_length: AnyLength | None = Field(
+        None,
+        description="with `full`: `short_share` of the steps read texts of this length, a divisor of the rows', by the "
+        "section's loss",
+    )
 
 
 class Recover(Section):
@@ -67,13 +88,12 @@ class Recover(Section):
 
     With `positions: full` a row's tokens stand at 0, 1, 2, ...; with `pose` (arXiv 2309.10400) a row is cut into
     `pose_chunks` chunks whose positions skip ahead at random, up to the length of the window, so that rows of
-    `sequence_length` tokens train long distances. One learning-rate schedule spans all stages, and `tokens` is their
-    sum.
+    `sequence_length` tokens train long distances. One learning-rate schedule spans all stages, `tokens` is their sum,
+    and every step reads as many. The original teaches rows that lie within its own window, also where their positions
+    skip beyond it; longer rows are learned from the text (`loss: lm` of their stage).
     """
 
-    loss: Literal["distill", "lm"] = Field(
-        "distill", description="follow the original model's distribution, or predict the text alone"
-    )
+    loss: Loss = Field("distill", description="follow the original model's distribution, or predict the text alone")
     divergence: Divergence = Field(
         "forward",
         description="with distill: what is made small; `forward` KL(original || student), `reverse` KL(student || "
@@ -81,12 +101,14 @@ class Recover(Section):
     )
     tokens: Tokens = Field(200_000, ge=1, le=MOST_READ, description="training tokens in all")
     sequence_length: AnyLength = Field(1024, description="tokens per row")
-    positions: Literal["full", "pose"] = Field(
-        "full", description="`pose`: short rows whose positions skip ahead up to the window"
-    )
+    positions: Positions = Field("full", description="`pose`: short rows whose positions skip ahead up to the window")
     pose_chunks: int = Field(2, ge=2, le=65_536, description="with pose: chunks of a row")
     short_share: float = Field(
-        0.35, ge=0, lt=1, description="with pose: share of rows that keep ordinary positions, for short-context quality"
+        0.35,
+        ge=0,
+        lt=1,
+        description="for quality at short lengths: share of rows that keep ordinary positions (pose), or of steps that "
+        "read texts of a stage's `short_length`",
     )
     document_masking: bool = Field(
         False, description="packed documents do not see each other and count their positions from 0"
@@ -94,8 +116,8 @@ class Recover(Section):
     stages: tuple[Stage, ...] = Field(
         (),
         max_length=1000,
-        description="a length schedule: with `pose` the lengths that skips reach, with `full` those of the rows "
-        "(divisors of `sequence_length`, which the longest stage has)",
+        description="a schedule of lengths, positions and losses; the rows of every stage divide `sequence_length`, "
+        "which is that of the longest",
     )
     batch_size: int = Field(1, ge=1, le=65_536, description="sequences per optimizer step, on all processes together")
     distribute: Distribute = Field(Distribute(), description="how the processes of a launcher share the training")
@@ -156,33 +178,77 @@ class Recover(Section):
 
     @model_validator(mode="after")
     def _schedule(self) -> Recover:
-        if self.loss == "lm" and self.divergence != "forward":
+        if self.divergence != "forward" and not distils(self):
             raise ValueError(f"`divergence: {self.divergence}` compares with the original; it needs `loss: distill`")
-        if self.positions == "pose" and self.document_masking:
+        lengths = [
+            one for stage in self.stages for one in (stage.length, stage.sequence_length, stage.short_length) if one
+        ]
+        if self.document_masking and any(stage.positions == "pose" for stage in stages_of(self)):
             raise ValueError("with `positions: pose` a row is read as one text; leave out `document_masking`")
-        if are_relative(self.sequence_length, *(stage.length for stage in self.stages)):
+        if are_relative(self.sequence_length, *lengths):
             return self  # validated once more when the lengths are known
-        if self.positions == "pose" and self.pose_chunks > self.sequence_length:
-            raise ValueError(f"`pose_chunks` {self.pose_chunks} is more than `sequence_length` tokens")
         step = self.batch_size * self.sequence_length
         if not self.stages and self.tokens < step:
             raise ValueError(
                 f"`tokens` is {self.tokens}, and one step reads {step}: `batch_size` rows of `sequence_length` tokens"
             )
+        for stage in stages_of(self):
+            _require_rows(self, stage)
         if not self.stages:
             return self
-        total, longest = sum(stage.tokens for stage in self.stages), max(stage.length for stage in self.stages)
+        total = sum(stage.tokens for stage in self.stages)
+        longest = max(stage.sequence_length or 0 for stage in stages_of(self))
         if self.tokens != total:
             raise ValueError(f"`tokens` is {self.tokens}, the stages' sum is {total}; leave `tokens` out")
-        if self.positions == "pose":
-            short = [stage.length for stage in self.stages if stage.length <= self.sequence_length]
-            if short:
-                raise ValueError(
-                    f"a stage of length {short[0]} leaves rows of {self.sequence_length} tokens nothing to skip"
-                )
-        elif longest != self.sequence_length or any(self.sequence_length % stage.length for stage in self.stages):
+        if longest != self.sequence_length:
             raise ValueError(
-                f"with `positions: full` the stages' lengths divide `sequence_length` ({self.sequence_length}), "
-                "and the longest is equal to it"
+                f"the rows of the longest stage have {longest} tokens, `sequence_length` is {self.sequence_length}; "
+                "give it the longest stage's"
             )
         return self
+
+
+def stages_of(recover: Recover) -> tuple[Stage, ...]:
+    """The stages with what they leave out, one where there are none; `length` stays open where it is the window."""
+    given = recover.stages or (Stage(tokens=recover.tokens),)
+    return tuple(_filled(recover, stage) for stage in given)
+
+
+def distils(recover: Recover) -> bool:
+    """Whether the original model teaches some of the rows."""
+    stages = stages_of(recover)
+    return any(s.loss == "distill" or (s.short_length is not None and recover.loss == "distill") for s in stages)
+
+
+def text_lengths(recover: Recover) -> frozenset[int]:
+    """Tokens of the texts that are read in one piece."""
+    stages = stages_of(recover)
+    return frozenset(one for stage in stages for one in (stage.sequence_length, stage.short_length) if one is not None)
+
+
+def _filled(recover: Recover, stage: Stage) -> Stage:
+    positions, rows = stage.positions or recover.positions, stage.sequence_length
+    if rows is None:
+        rows = (stage.length if positions == "full" else None) or recover.sequence_length
+    length = stage.length if positions == "pose" else stage.length or rows
+    loss = stage.loss or recover.loss
+    return stage.model_copy(update={"positions": positions, "sequence_length": rows, "length": length, "loss": loss})
+
+
+def _require_rows(recover: Recover, stage: Stage) -> None:
+    """ValueError for a stage, with what it leaves out, whose lengths contradict each other or the section's."""
+    rows, length, short = stage.sequence_length, stage.length, stage.short_length
+    assert rows is not None
+    if recover.sequence_length % rows:
+        raise ValueError(f"the rows of a stage divide `sequence_length` ({recover.sequence_length}), and {rows} do not")
+    if stage.positions == "pose":
+        if recover.pose_chunks > rows:
+            raise ValueError(f"`pose_chunks` {recover.pose_chunks} is more than `sequence_length` tokens")
+        if length is not None and length <= rows:
+            raise ValueError(f"a stage of length {length} leaves rows of {rows} tokens nothing to skip")
+        if short is not None:
+            raise ValueError("`short_length` is for `positions: full`; with `pose` short rows keep their length")
+    elif length != rows:
+        raise ValueError(f"with `positions: full` rows of {rows} tokens do not reach a `length` of {length}")
+    if short is not None and (short >= rows or rows % short):
+        raise ValueError(f"`short_length` {short} is no divisor of rows of {rows} tokens that is shorter than they are")

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from retrofit.recovery.objectives import IGNORED
 from retrofit.recovery.schedule import TrainRows
 
+LEARNED = "learned"
 UNKNOWN = 0  # a label that counts, and that no loss looks at
 
 
@@ -28,11 +29,12 @@ class MicroBatches(Dataset):
 
     An item has `input_ids` [B, T], `position_ids` [B, T] where the rows have them, `next_ids` [B, T] (the token that
     follows, or IGNORED where that does not count; left out where every token counts), `tokens` (how many count in the
-    whole step, on all processes together) and `row` (the number of its first row).
+    whole step, on all processes together), `row` (the number of its first row) and `learned` (whether it is learned
+    from the text, whatever teacher there is).
 
-    batch_size: rows of a step on all processes. every_token: also the last of a text counts, as in distillation; a
-    language model's loss does not know what follows it. rank: of `ranks` that read different rows. most: rows that a
-    process computes at one time, by default all that it has of a step.
+    batch_size: rows of a step on all processes. every_token: also the last of a text counts where a teacher has a
+    distribution for it; a language model's loss does not know what follows it. rank: of `ranks` that read different
+    rows. most: rows that a process computes at one time, by default all that it has of a step.
     """
 
     def __init__(
@@ -64,29 +66,42 @@ class MicroBatches(Dataset):
         rows = range(step * self.batch_size, min((step + 1) * self.batch_size, len(self.lines.ids_NT)))
         mine = rows[self.rank :: self.ranks][part * self.rows : (part + 1) * self.rows]
         item = self._texts(mine or rows[:1], counts=bool(mine))
-        return {**item, "tokens": sum(map(self._counting, rows)), "row": (mine or rows)[0]}
+        return {
+            **item,
+            "tokens": sum(map(self._counting, rows)),
+            "row": (mine or rows)[0],
+            LEARNED: self._learned(rows[0]),
+        }
+
+    def _learned(self, row: int) -> bool:
+        return bool(self.lines.learned) and self.lines.learned[row]
+
+    def _every(self, row: int) -> bool:
+        """Whether the last token of a text counts."""
+        return self.every_token and not self._learned(row)
 
     def _counting(self, row: int) -> int:
         """Tokens of a row that the loss counts."""
         length, cut = self.lines.ids_NT.shape[1], self.lines.cuts[row]
         if self.lines.counted_NT is None:
-            return length if self.every_token else length - length // cut
+            return length if self._every(row) else length - length // cut
         counted_BT = self.lines.counted_NT[row].view(-1, cut)
-        return int((counted_BT if self.every_token else counted_BT[:, :-1]).sum())
+        return int((counted_BT if self._every(row) else counted_BT[:, :-1]).sum())
 
     def _texts(self, rows: Sequence[int], *, counts: bool) -> dict[str, Tensor]:
         cut = self.lines.cuts[rows[0]]
         index = list(rows)
         ids_BT = self.lines.ids_NT[index].view(-1, cut)
         item = {"input_ids": ids_BT}
-        if self.lines.positions_NT is not None:
-            item["position_ids"] = self.lines.positions_NT[index].view(-1, cut)
-        counted_NT = self.lines.counted_NT
+        positions_BT = self.lines.positions_of(rows)
+        if positions_BT is not None:
+            item["position_ids"] = positions_BT
+        counted_NT, every = self.lines.counted_NT, self._every(rows[0])
         if not counts:
             item["next_ids"] = torch.full_like(ids_BT, IGNORED)
-        elif not self.every_token or counted_NT is not None:
+        elif not every or counted_NT is not None:
             # What follows the last is not known; where it counts, the teacher's distribution stands for it.
-            last_B1 = torch.full_like(ids_BT[:, :1], UNKNOWN if self.every_token else IGNORED)
+            last_B1 = torch.full_like(ids_BT[:, :1], UNKNOWN if every else IGNORED)
             next_BT = torch.cat([ids_BT[:, 1:], last_B1], dim=1)
             if counted_NT is not None:
                 next_BT = next_BT.masked_fill(~counted_NT[index].view(-1, cut), IGNORED)

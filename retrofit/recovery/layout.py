@@ -15,6 +15,7 @@ from typing import Literal
 from retrofit.errors import UserError
 from retrofit.kernels.ring_cost import ulysses_copies
 from retrofit.model.spec import AttentionSpec
+from retrofit.recipe.recovery import text_lengths
 from retrofit.recipe.schema import Recover
 from retrofit.system.world import World
 
@@ -141,7 +142,7 @@ def sequence_engine(recipe: Recover, spec: AttentionSpec, device: str, sequence:
             where="recover.document_masking, with recover.distribute.sequence",
             fix="leave out one of them",
         )
-    shortest = min([recipe.sequence_length, *(one.length for one in recipe.stages if recipe.positions == "full")])
+    shortest = min(text_lengths(recipe))
     if shortest < 2 * sequence:
         raise UserError(
             f"rows of {shortest} tokens cannot be split into two chunks for each of {sequence} processes",
@@ -181,8 +182,7 @@ def _torch_objection(recipe: Recover, spec: AttentionSpec, device: str, sequence
         return "it needs CUDA"
     if recipe.distribute.shard == 1:
         return "it splits the weights as well, and `shard: 1` keeps them whole"
-    lengths = {recipe.sequence_length, *(stage.length for stage in recipe.stages if recipe.positions == "full")}
-    if any(length % (2 * sequence) for length in lengths):
+    if any(length % (2 * sequence) for length in text_lengths(recipe)):
         return f"rows do not divide into {2 * sequence} equal chunks"
     if any(layer.window for layer in spec.layers):
         return "there are sliding windows"

@@ -23,6 +23,7 @@ from retrofit.context.positions import require_hidden, require_visible
 from retrofit.data.packing import Packed
 from retrofit.errors import UserError
 from retrofit.model.folder import ModelFolder, opened
+from retrofit.recipe.recovery import distils
 from retrofit.recipe.schema import Recover
 from retrofit.recovery.adapters import about_experts, attach, default_rate, merge_and_save, save_adapter, trainable
 from retrofit.recovery.batches import MicroBatches
@@ -112,10 +113,11 @@ def recover(
     notes: list[str] = []
     work_dir = Path(work_dir)
     student = opened(student_folder)
-    if recipe.loss == "distill" and teacher_folder is None:
+    taught = distils(recipe)
+    if taught and teacher_folder is None:
         raise UserError("distillation needs the original model", where="recover.loss", fix="name it, or use loss: lm")
     compute = compute_dtype(device, dtype)
-    teacher = opened(teacher_folder) if recipe.loss == "distill" and teacher_folder is not None else None
+    teacher = opened(teacher_folder) if taught and teacher_folder is not None else None
     spec = student.spec
     window = spec.max_position_embeddings
     if recipe.learning_rate is None:
@@ -253,7 +255,7 @@ def _check_sight(
     model: PeftModel, lines: TrainRows, recipe: Recover, compute: torch.dtype, device: str, sharing: Sharing
 ) -> None:
     """Once, before training: attention crosses skipped positions, and does not cross documents."""
-    ids_NT, positions_NT = lines.longest()
+    ids_NT, positions_NT = lines.skipping()
     if positions_NT is None:
         return
 

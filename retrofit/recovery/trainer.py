@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
 
 from retrofit.recipe.schema import Recover
-from retrofit.recovery.batches import MicroBatches
+from retrofit.recovery.batches import LEARNED, MicroBatches
 from retrofit.recovery.callbacks import Watch, diverged
 from retrofit.recovery.checkpoints import load_optimizer, load_weights, save_optimizer, save_weights
 from retrofit.recovery.objectives import IGNORED, distill_loss, lm_loss
@@ -46,7 +46,8 @@ class Objective:
         """The teacher's hidden states [B, T, C], if there is a teacher.
 
         Positions that skip are the student's alone: the teacher reads the same text at 0 .. T-1, inside the window it
-        knows. What it says of each token is then what the student should still say when the context lies far away.
+        knows. What it says of each token is then what the student should still say when the context lies far away. Rows
+        longer than that window are never asked about: they are learned from the text.
         places_BT: where the tokens of a share stand, of rows that several processes share.
         """
         if self.pair.teacher is None:
@@ -177,8 +178,9 @@ class HeldOut:
         self.tokens = sum(batches[index]["tokens"] for index in range(0, len(batches), batches.per_step))
         self.batches, self.lengths = [], []
         for index in range(len(batches)):
-            batch = {key: value.to(device) for key, value in batches[index].items() if isinstance(value, Tensor)}
-            self.batches.append(objective.sharing.share(batch))
+            item = batches[index]
+            batch = {key: value.to(device) for key, value in item.items() if isinstance(value, Tensor)}
+            self.batches.append(objective.sharing.share({**batch, LEARNED: item[LEARNED]}))
             self.lengths.append(batch["input_ids"].shape[1])
         self.targets: list[Tensor | None] = []
 
@@ -189,8 +191,9 @@ class HeldOut:
         if not self.targets:
             for batch, length in every:
                 with sharing.attention(length):
-                    places = batch.pop(PLACES, None)
-                    self.targets.append(self.objective.target(batch["input_ids"], batch.get("position_ids"), places))
+                    places, learned = batch.pop(PLACES, None), batch.pop(LEARNED)
+                    given = batch["input_ids"], batch.get("position_ids"), places
+                    self.targets.append(None if learned else self.objective.target(*given))
         training = self.model.training
         self.model.eval()
         sums: list[Tensor] = []
@@ -210,13 +213,14 @@ class HeldOut:
 def total_loss(
     objective: Objective,
     model: torch.nn.Module,
-    inputs: dict[str, Tensor],
+    inputs: dict[str, Any],
     labels_BT: Tensor | None,
     compute: torch.dtype,
 ) -> Tensor:
-    """Sum of the losses over the tokens of a batch. inputs: ids, and positions where they are not 0 .. T-1."""
-    ids_BT = inputs["input_ids"]
-    target_BTC = objective.target(ids_BT, inputs.get("position_ids"), inputs.pop(PLACES, None))
+    """Sum of the losses over the tokens of a batch. inputs: ids, positions where they are not 0 .. T-1, and whether it
+    is learned from the text rather than from the teacher."""
+    ids_BT, places_BT, learned = inputs["input_ids"], inputs.pop(PLACES, None), inputs.pop(LEARNED, False)
+    target_BTC = None if learned else objective.target(ids_BT, inputs.get("position_ids"), places_BT)
     with autocast(ids_BT.device, compute):
         hidden_BTC = model(**inputs)
     return objective(hidden_BTC, labels_BT, target_BTC)
@@ -232,8 +236,8 @@ def trial_step(
     later = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(3)]
     devices = [torch.device(device)] if device.startswith("cuda") else []
     item = MicroBatches(lines, rows, every_token=objective.pair.teacher is not None)[0]
-    batch = {key: value.to(device) for key, value in item.items() if isinstance(value, Tensor)}
-    labels_BT = batch.pop("next_ids", None)
+    batch: dict[str, Any] = {key: value.to(device) for key, value in item.items() if isinstance(value, Tensor)}
+    batch[LEARNED], labels_BT = item[LEARNED], batch.pop("next_ids", None)
     try:
         with torch.random.fork_rng(devices):
             total_loss(objective, model, batch, labels_BT, compute).backward()

@@ -35,6 +35,7 @@ RECIPE = Recover(
     warmup_ratio=0.0,
     adapter=Adapter(rank=4, alpha=8),
 )
+MIXED = (Stage(tokens=4 * LENGTH, loss="lm"), Stage(tokens=6 * LENGTH, sequence_length=16, positions="pose"))
 Pair = tuple[Path, Path]
 Rows = tuple[Packed, Packed | None]
 
@@ -120,9 +121,9 @@ def require_same_weights(ours: Path, theirs: Path) -> None:
         torch.testing.assert_close(one.tensor(name), other.tensor(name), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("size", "loss"), [(2, "distill"), (3, "distill"), (3, "lm")])
-def test_losses_and_weights_are_those_of_one_process(folders, rows, tmp_path, size, loss) -> None:
-    recipe = RECIPE.model_copy(update={"loss": loss})
+@pytest.mark.parametrize(("size", "over"), [(2, {}), (3, {}), (3, {"loss": "lm"}), (3, {"stages": MIXED})])
+def test_losses_and_weights_are_those_of_one_process(folders, rows, tmp_path, size, over) -> None:
+    recipe = RECIPE.model_copy(update=over)
     one = alone(folders, rows, tmp_path / "one", recipe)
     several = on_ranks(tmp_path, size, train, folders, rows, tmp_path / "several", recipe)
     for report in several:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,10 +41,10 @@ def packed(rows: int, length: int = 32) -> Packed:
 
 def test_a_stage_has_whole_batches() -> None:
     assert POSE.tokens == 300
-    assert spans(POSE, 1024) == (Span(4, 64), Span(8, 512))
+    assert spans(POSE, 1024) == (Span(4, 32, 64), Span(8, 32, 512))
     plain = Recover(tokens=100, sequence_length=32, batch_size=2)
-    assert spans(plain, 1024) == (Span(4, 32),)
-    assert spans(plain.model_copy(update={"positions": "pose"}), 1024) == (Span(4, 1024),)
+    assert spans(plain, 1024) == (Span(4, 32, 32),)
+    assert spans(plain.model_copy(update={"positions": "pose"}), 1024) == (Span(4, 32, 1024),)
 
 
 def test_skips_of_a_stage_reach_its_length_and_not_beyond() -> None:
@@ -79,7 +80,7 @@ def test_rows_of_short_stages_are_several_texts() -> None:
     assert (first[:, 0] == BOS_ID).all()
     assert (last[:, 0] == BOS_ID).all()
     assert torch.equal(first, training_rows(TEXT, tiny_tokenizer(), 64, 16, 0).ids_NT)
-    assert lines.longest()[0].shape == (4, 32)
+    assert lines.skipping()[0].shape == (4, 32)
 
 
 def test_positions_start_again_with_each_document() -> None:
@@ -123,7 +124,12 @@ def test_lengths_that_do_not_fit_the_model(over, native: int, claimed: int, what
 @pytest.mark.parametrize(
     ("values", "what"),
     [
-        ({"stages": [{"length": 512, "tokens": 9}]}, "divide `sequence_length`"),
+        ({"stages": [{"length": 512, "tokens": 9}]}, "give it the longest stage's"),
+        ({"stages": [{"length": 768, "tokens": 9}]}, "divide `sequence_length`"),
+        ({"stages": [{"length": 512, "sequence_length": 1024, "tokens": 9}]}, "do not reach a `length` of 512"),
+        ({"stages": [{"short_length": 768, "tokens": 9}]}, "no divisor of rows"),
+        ({"stages": [{"short_length": 64, "positions": "pose", "tokens": 9}]}, "is for `positions: full`"),
+        ({"stages": [{"positions": "pose", "tokens": 9}], "document_masking": True}, "read as one text"),
         ({"stages": [{"length": 1024, "tokens": 9}], "tokens": 8}, "the stages' sum is 9"),
         ({"stages": [{"length": 1024, "tokens": 9}], "positions": "pose"}, "nothing to skip"),
         ({"positions": "pose", "document_masking": True}, "read as one text"),
@@ -131,6 +137,7 @@ def test_lengths_that_do_not_fit_the_model(over, native: int, claimed: int, what
         ({"positions": "pose", "pose_chunks": 1}, "at least 2"),
         ({"short_share": 1.0}, "less than 1"),
         ({"stages": [{"length": 1024}]}, "is required"),
+        ({"stages": [{"length": 1024, "tokens": 9, "loss": "kl"}]}, "one of distill, lm"),
     ],
 )
 def test_schedules_that_contradict_themselves(values, what: str) -> None:
@@ -144,3 +151,80 @@ def test_what_people_are_told() -> None:
     assert "reach 64, then 512 positions; 35%" in told[0]
     assert "sliding-window" in told[1]
     assert about(Recover(), 1024, gemma) == ()
+
+
+MIXED_STAGES = [
+    {"tokens": 256, "sequence_length": 32, "positions": "pose"},
+    {"tokens": 512, "sequence_length": 128, "loss": "lm", "short_length": 16},
+]
+MIXED = Recover(sequence_length=128, short_share=0.25, stages=MIXED_STAGES, text=TEXT, eval_tokens=512)
+
+
+def test_short_rows_with_skips_then_whole_ones_with_short_texts_between() -> None:
+    every = spans(MIXED, 256, seed=1)
+    assert every[0] == Span(2, 32, 256)
+    long, short = Span(0, 128, 128, learned=True), Span(0, 16, 16)
+    assert {replace(span, rows=0) for span in every[1:]} == {long, short}
+    assert sum(span.rows for span in every if span.cut == 128) == 3
+    assert sum(span.rows for span in every if span.cut == 16) == 1
+    order = {tuple(span.cut for span in spans(MIXED, 256, seed)) for seed in range(8)}
+    assert len(order) > 1
+
+
+def test_rows_of_every_kind_are_laid_out_in_one_table() -> None:
+    train, held_out = recovery_rows(MIXED, tiny_tokenizer(), 1, teacher=NOBODY)
+    assert held_out is not None
+    lines = training_lines(train, MIXED, 256, seed=1)
+    assert lines.ids_NT.shape == (6, 128)
+    assert sorted(lines.cuts) == [16, 32, 32, 128, 128, 128]
+    assert lines.cuts[:2] == (32, 32)
+    assert [learned for cut, learned in zip(lines.cuts, lines.learned, strict=True) if cut == 128] == [True] * 3
+    assert sum(lines.learned) == 3
+    ids, positions = lines.skipping()
+    assert ids.shape == (8, 32)
+    assert positions is not None
+    assert 32 < positions.max() < 256
+    whole = lines.cuts.index(128)
+    assert lines.positions_of([whole]) is None
+    # Every text begins with BOS.
+    for row, cut in enumerate(lines.cuts):
+        assert (lines.ids_NT[row].view(-1, cut)[:, 0] == BOS_ID).all()
+    measured = held_out_lines(held_out, MIXED, 256, seed=1)
+    assert set(measured.cuts) == {32}
+    assert measured.positions_NT is not None
+
+
+def test_counts_of_a_schedule_that_follows_and_learns() -> None:
+    """A row that is learned does not count the last token of its text: nothing says what follows."""
+    train, _ = recovery_rows(MIXED, tiny_tokenizer(), 1, teacher=NOBODY)
+    lines = training_lines(train, MIXED, 256, seed=1)
+    batches = MicroBatches(lines, 1, every_token=True)
+    items = [batches[index] for index in range(6)]
+    assert [item["tokens"] for item in items] == [127 if learned else 128 for learned in lines.learned]
+    assert [item["learned"] for item in items] == list(lines.learned)
+    assert [("next_ids" in item) for item in items] == list(lines.learned)
+    assert [("position_ids" in item) for item in items] == [cut == 32 for cut in lines.cuts]
+
+
+@pytest.mark.parametrize(
+    ("stages", "native", "what"),
+    [
+        ([{"tokens": 9, "sequence_length": 128}], 64, "reads 64 tokens; of rows of 128"),
+        ([{"tokens": 9, "sequence_length": 128, "loss": "lm", "short_length": 64}], 32, "of rows of 64"),
+        ([{"tokens": 9, "sequence_length": 128, "positions": "pose", "length": 512}], 64, "of rows of 128"),
+    ],
+)
+def test_the_original_teaches_no_row_longer_than_its_window(stages, native: int, what: str) -> None:
+    recipe = Recover(sequence_length=128, stages=stages)
+    with pytest.raises(UserError, match=what):
+        check_lengths(recipe, native, 512)
+    check_lengths(recipe, 128, 512)
+    check_lengths(recipe.model_copy(update={"loss": "lm", "stages": ()}), native, 512)
+
+
+def test_who_teaches_what_is_noted() -> None:
+    llama = describe(tiny_config("llama"))
+    notes = about(MIXED, 256, llama)
+    assert any("rows of 32, then 128 tokens, as many tokens a step" in note for note in notes)
+    assert any("25% of the steps on whole rows read texts of 16 tokens" in note for note in notes)
+    assert any("rows of 128 tokens are learned from the text, the others from the original" in note for note in notes)

@@ -22,7 +22,7 @@ from retrofit.recipe.schema import Adapter, Recover, Stage, TextSource
 from retrofit.recovery import train
 from retrofit.recovery.batches import MicroBatches
 from retrofit.recovery.callbacks import Watch
-from retrofit.recovery.schedule import TrainRows
+from retrofit.recovery.schedule import TrainRows, training_lines
 from retrofit.recovery.settings import training_arguments
 from retrofit.recovery.train import RecoverReport, recover
 from tests.tiny import save_tiny, tiny_tokenizer
@@ -40,6 +40,7 @@ RECIPE = Recover(
 
 
 STAGES = (Stage(length=128, tokens=8 * 48), Stage(length=512, tokens=8 * 48))
+MIXED = (Stage(tokens=2 * 48, loss="lm"), Stage(tokens=14 * 48, sequence_length=24, positions="pose"))
 
 
 @pytest.fixture(scope="module")
@@ -138,13 +139,34 @@ def test_more_gpus_than_one_do_not_split_the_batch(tmp_path: Path, monkeypatch: 
     assert arguments.max_steps == 8
 
 
-@pytest.mark.parametrize(("killed_at", "positions"), [(3, "full"), (5, "full"), (8, "full"), (5, "pose")])
+def test_one_schedule_learns_long_rows_and_follows_the_original_on_short_ones(folders, rows, tmp_path: Path) -> None:
+    """The first two steps, before anything has changed, against plain references: each the mean of its own loss."""
+    recipe = RECIPE.model_copy(update={"stages": MIXED})
+    report = run(folders, rows, tmp_path, recipe)
+    student, teacher = (AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32) for one in folders)
+    lines = training_lines(rows[0], recipe, 512, 0)
+    with torch.no_grad():
+        learned = student(rows[0].ids_NT[:2], labels=rows[0].ids_NT[:2]).loss
+        ids_BT, positions_BT = rows[0].ids_NT[2:4].view(-1, 24), lines.positions_of([2, 3])
+        log_t = teacher(ids_BT).logits.log_softmax(-1)
+        log_s = student(ids_BT, position_ids=positions_BT, attention_mask=torch.ones_like(ids_BT)).logits.log_softmax(
+            -1
+        )
+    followed = (log_t.exp() * (log_t - log_s)).sum(-1).mean()
+    assert report.history[1].loss == pytest.approx(float(learned), rel=1e-5)
+    assert report.history[2].loss == pytest.approx(float(followed), rel=1e-4)
+    assert any("rows of 48 tokens are learned from the text" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(("killed_at", "positions"), [(3, "full"), (5, "full"), (8, "full"), (5, "pose"), (5, "mixed")])
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     folders, rows, tmp_path, monkeypatch, killed_at, positions
 ) -> None:
     recipe = RECIPE.model_copy(update={"adapter": Adapter(rank=4, alpha=8, dropout=0.1)})
     if positions == "pose":
         recipe = recipe.model_copy(update={"positions": "pose", "stages": STAGES})
+    if positions == "mixed":
+        recipe = recipe.model_copy(update={"stages": MIXED})
     whole = run(folders, rows, tmp_path / "whole", recipe)
 
     class Killed(BaseException):

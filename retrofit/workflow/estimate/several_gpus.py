@@ -19,6 +19,7 @@ from retrofit.kernels.ring_cost import (
     hidden_from_backward,
     ulysses_copies,
 )
+from retrofit.recipe.recovery import distils
 from retrofit.recipe.schema import Recipe, Recover
 from retrofit.workflow.estimate.cost import ADAPTER_LAUNCHES, CostModel
 from retrofit.workflow.estimate.training_memory import trained_parameters
@@ -95,7 +96,7 @@ def step_seconds(recover: Recover, model: CostModel, rows: int, processes: int) 
     """
     own, length = ceil(rows / processes), recover.sequence_length
     # Forward and backward through the frozen weights, the recomputation, the teacher's forward for distillation.
-    passes = 2 + recover.gradient_checkpointing + (recover.loss == "distill")
+    passes = 2 + recover.gradient_checkpointing + (distils(recover))
     seconds = model.seconds(own * length, length, passes, call=own * length, launches=ADAPTER_LAUNCHES)
     link = model.throughput.link_bytes_per_second
     if processes == 1 or link is None:

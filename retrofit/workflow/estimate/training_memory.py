@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from retrofit.model.spec import AttentionSpec, LayerAttention
+from retrofit.recipe.recovery import distils
 from retrofit.recipe.schema import Adapter, Recover
 
 FLOAT32 = 4
@@ -62,7 +63,7 @@ def training_memory(
         kept += sum(layers)
         kept += value * trained if value < FLOAT32 else 0  # the adapters as they are multiplied with
     holes = HOLES_CHECKPOINTED if recover.gradient_checkpointing else HOLES
-    distill = recover.loss == "distill"
+    distill = distils(recover)
     logits = (1 + distill) * min(rows, recover.row_chunk) * spec.vocab_size * value
     # What the surgery changed, the rest is the student's own; and what the teacher says of the held-out text.
     attention = sum(width * x.head_dim * 2 * (x.query_heads + x.kv_heads) for x in original.layers)

@@ -12,7 +12,7 @@ from retrofit.data.identity import identity, merged, require_distinct
 from retrofit.errors import UserError
 from retrofit.install import install_command
 from retrofit.model.families.experts import EXPERTS
-from retrofit.recipe.recovery import Tracker
+from retrofit.recipe.recovery import Tracker, distils
 from retrofit.recipe.schema import Recipe, TextSource
 from retrofit.recipe.schema import Recover as Section
 from retrofit.recovery.layout import Layout, layout_of, sequence_engine, sizes_of, ulysses_note
@@ -77,7 +77,7 @@ class Recover(Step):
         from retrofit.recovery.student_teacher import require_same_vocabulary
 
         section, original = self.section, context.original_model.spec
-        if section.loss == "distill":
+        if distils(section):
             require_same_vocabulary(original, context.spec, "--teacher")
         require_text(section)
         require_within(section.sequence_length, context.claimed, "recover.sequence_length")
