@@ -244,6 +244,7 @@ class _Sampler:
             temperature=source.temperature,
             top_p=source.top_p,
             stepped=self._stepped,
+            note=None if self.progress is None else self.progress.note,
         )
         return ids_BT.tolist()
 

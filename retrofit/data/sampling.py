@@ -44,6 +44,7 @@ def sample_batch(
     temperature: float = 1.0,
     top_p: float = 1.0,
     stepped: Callable[[int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Tensor:
     """Token ids [B, T] (int64, on the CPU) of B sequences that begin with `starts`, the first token of each left out.
 
@@ -51,19 +52,33 @@ def sample_batch(
     decide about the tokens. temperature: divides the logits. top_p: only the most probable tokens that together have
     this probability are drawn (Holtzman et al. 2020, arXiv 1904.09751). A sequence that ends goes on after its EOS with
     whatever the model writes next. stepped: called with B after each token, which a GPU may still be computing.
+    note: is told where a CUDA graph of the step could not be made, so that it is launched anew for every token.
     """
     assert all(starts)
     decode.register()
     with using(model, CHOICE):
         sampler = Sampler(model, spec, starts, uniform_BT, temperature, top_p)
         if no_graph(model, spec) is None:
-            sampler.capture()
+            sampler = _captured(sampler, note) or Sampler(model, spec, starts, uniform_BT, temperature, top_p)
         for token in range(uniform_BT.shape[1]):
             sampler.make_room(token)
             sampler.step()
             if stepped is not None:
                 stepped(len(starts))
         return sampler.out_BT.cpu()
+
+
+def _captured(sampler: Sampler, note: Callable[[str], None] | None) -> Sampler | None:
+    """The sampler with its step as a CUDA graph; None where that cannot be made."""
+    try:
+        sampler.capture()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if note is not None:
+            note(f"samples are written without a CUDA graph: {str(error).splitlines()[0]}")
+        return None
+    return sampler
 
 
 class Sampler(Stepper):

@@ -84,6 +84,36 @@ def test_the_nucleus_is_that_of_a_plain_sort(top_p: float, device: str, monkeypa
     assert torch.equal(kept_BV, expected)
 
 
+class _Replay:
+    """Stands for a CUDA graph: the step itself."""
+
+    def __init__(self, sampler: sampling.Sampler) -> None:
+        self.replay = sampler.advance
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_graph_and_the_loop_that_stands_in_for_it_write_the_same(
+    captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, uniform_BT = tiny_model("llama"), random_numbers("graph", 12)[None]
+    spec = describe(model.config)
+    expected = sample_batch(model, spec, [[1]], uniform_BT)
+
+    def capture(self: sampling.Sampler) -> None:
+        self.step()
+        if not captured:
+            raise RuntimeError("a step waits for the host\nin line 2")
+        self.reset()
+        self._graph = _Replay(self)  # type: ignore[assignment]
+
+    monkeypatch.setattr(sampling, "no_graph", lambda *_: None)
+    monkeypatch.setattr(sampling, "GROW", 12)  # of a GPU: all slots from the beginning
+    monkeypatch.setattr(sampling.Sampler, "capture", capture)
+    notes: list[str] = []
+    assert torch.equal(sample_batch(model, spec, [[1]], uniform_BT, note=notes.append), expected)
+    assert notes == ([] if captured else ["samples are written without a CUDA graph: a step waits for the host"])
+
+
 def test_nothing_impossible_is_drawn() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]]).repeat(2, 1)
     drawn = draw(logits, torch.tensor([[0.0], [1 - 2**-24]]))

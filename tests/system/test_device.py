@@ -105,3 +105,14 @@ def test_wide_matrices_are_decomposed_where_that_is_faster() -> None:
     assert device.algebra_device("cuda", 1000, fast.__getitem__) == "cpu"
     assert device.algebra_device("mps", 4096, fast.__getitem__) == "cpu"
     assert device.eigen_seconds("cpu", width=128) > 0
+
+
+def test_as_many_samples_are_written_together_as_their_cache_allows() -> None:
+    small = describe(tiny_config("llama"))
+    wide = replace(small, layers=tuple(replace(layer, kv_heads=512, head_dim=128) for layer in small.layers))
+    per_sample = wide.kv_cache_bytes(512, 2)
+    assert device.sampled_sequences("cpu", small, 512, 2) == 64
+    assert device.sampled_sequences("cpu", wide, 512, 2) == 8
+    assert device.sampled_sequences("cuda:0", small, 512, 2, memory=80 << 30) == 512
+    assert device.sampled_sequences("cuda:0", wide, 512, 2, memory=4 * 65 * per_sample) == 64
+    assert device.sampled_sequences("cuda:0", wide, 512, 2, memory=1 << 20) == 32

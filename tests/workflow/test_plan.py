@@ -14,7 +14,7 @@ from retrofit.model.families import describe
 from retrofit.recipe.load import load_recipe
 from retrofit.recipe.resolve import resolved
 from retrofit.workflow.estimate import throughput
-from retrofit.workflow.estimate.cost import CALL_SECONDS, EFFICIENCY, ModelFacts, Throughput
+from retrofit.workflow.estimate.cost import CALL_SECONDS, EFFICIENCY, CostModel, ModelFacts, Throughput
 from retrofit.workflow.estimate.evaluation import MACHINE_SECONDS
 from retrofit.workflow.plan import describe_plan, make_plan
 from retrofit.workflow.steps import steps_of
@@ -136,6 +136,14 @@ def test_memory_of_training_is_near_what_was_measured(
     assert recover is not None
     # The plan allows for what other steps have imported, so it is never below and not far above.
     assert measured_mib <= recover.peak_bytes / 2**20 <= measured_mib + 550
+
+
+def test_time_of_sampling_is_near_what_was_measured() -> None:
+    speed = Throughput(446e9, 99e9, "products of the machine of evals/results/sampling.md, by processor time")
+    model = CostModel(FACTS, FACTS.spec, speed, 8192)
+    assert 64 * 512 / model.sampling_seconds(64 * 512) == pytest.approx(470, rel=0.3)
+    assert 32 * 512 / model.sampling_seconds(32 * 512) == pytest.approx(380, rel=0.3)
+    assert model.sampling_seconds(128 * 512) == pytest.approx(2 * model.sampling_seconds(64 * 512))
 
 
 def test_memory_of_the_quickstart_is_near_what_was_measured() -> None:
