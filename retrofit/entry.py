@@ -64,10 +64,12 @@ def begun(
     """
     require_usable()
     launched = ALONE if recipe is None else from_environment()
-    if recipe is not None and recipe.evaluate is not None:
-        require_groups(launched, recipe.evaluate.sequence_parallel, what.partition(" ")[0])
-    if recipe is not None and recipe.recover is not None:
-        sizes_of(recipe.recover, launched)
+    command = what.partition(" ")[0]
+    with _worded(command):
+        if recipe is not None and recipe.evaluate is not None:
+            require_groups(launched, recipe.evaluate.sequence_parallel, command)
+        if recipe is not None and recipe.recover is not None:
+            sizes_of(recipe.recover, launched)
 
     def check() -> None:
         if out is not None:
@@ -93,7 +95,7 @@ def begun(
             world = launched if recipe is None else _met(launched, recipe, places)
             if world.size > 1:
                 world.only(check)
-            with _worded(what.partition(" ")[0]):
+            with _worded(command):
                 yield world
 
 

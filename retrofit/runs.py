@@ -20,6 +20,7 @@ from retrofit.recipe.schema import Device, Recipe
 from retrofit.system.world import from_environment
 from retrofit.views.notebook import as_tables
 from retrofit.workflow.journal import is_run
+from retrofit.workflow.rows import with_rows
 
 if TYPE_CHECKING:
     from retrofit.kv_heads.sweep.price_list import PriceList
@@ -49,6 +50,7 @@ def run(
     loaded, shown = _recipe(recipe, overrides, model), display(progress)
     folder = output_path(_usual_folder(recipe, loaded) if out is None else out, where="--out")
     require_run_folder(folder)
+    loaded, about_rows = with_rows(loaded, from_environment().size, folder)
     usual: Any = {"model": loaded.model, "revision": revision, "writes": (folder,), "recipe": loaded}
     with begun(f"run {loaded.name} in {folder}", shown, **usual) as world:
         from retrofit.workflow import run as runs
@@ -58,7 +60,9 @@ def run(
         runs.check_from_step(from_step, loaded)
         speed = _measured(loaded, world.size) if world.main else None
         context = open_in(world, loaded, revision=revision, out=folder, dry=dry_run, throughput=speed, progress=shown)
+        context.notes += about_rows
         if not dry_run:
+            context.note(*about_rows)
             return runs.run(context, folder, from_step=from_step)
         for note in context.notes if shown else ():
             shown.note(note)  # type: ignore[union-attr]
@@ -87,13 +91,15 @@ def plan(
     if gpus is not None and gpu is None:
         raise UserError("there is no GPU to have several of", where="--gpus", fix="add --gpu NAME")
     loaded, shown = _recipe(recipe, overrides, model), display(progress)
+    processes = gpus or from_environment().size
+    loaded, _ = with_rows(loaded, processes)
     with begun(f"plan {loaded.name}", shown, model=loaded.model, revision=revision):
         from retrofit.workflow.estimate.cost import ASSUMED
         from retrofit.workflow.estimate.machines import planned_for, this_machine
         from retrofit.workflow.opening import check_model, open_model, sized
 
         context = open_model(loaded, revision=revision, progress=shown)
-        context.processes = gpus or from_environment().size
+        context.processes = processes
         check_model(context)
         if gpu is not None:
             machine, context.throughput = planned_for(gpu, 1 if gpus is None else gpus)

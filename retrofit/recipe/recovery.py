@@ -119,7 +119,13 @@ class Recover(Section):
         description="a schedule of lengths, positions and losses; the rows of every stage divide `sequence_length`, "
         "which is that of the longest",
     )
-    batch_size: int = Field(1, ge=1, le=65_536, description="sequences per optimizer step, on all processes together")
+    batch_size: int = Field(
+        1,
+        ge=1,
+        le=65_536,
+        description="sequences per optimizer step, on all processes together; a run that is begun on several processes "
+        "has one for each by default",
+    )
     distribute: Distribute = Field(Distribute(), description="how the processes of a launcher share the training")
     sequence_engine: Literal["auto", "torch", "ring"] = Field(
         "auto",

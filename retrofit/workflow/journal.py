@@ -64,17 +64,28 @@ def digests_of(run: Path, paths: Iterable[Path]) -> dict[str, str]:
 
 def is_run(folder: Path) -> bool:
     """Whether `folder` holds the journal of a run, which only a run writes there."""
+    first = _first_line(folder)
+    return first.get("retrofit") == _HEADER["retrofit"] or {"step", "fingerprint", "digests"} <= first.keys()
+
+
+def begun_rows(folder: Path) -> int | None:
+    """Rows of a training step by default in the run that has begun in `folder`; None where none has."""
+    rows = _first_line(folder).get("rows", 1) if is_run(folder) else None
+    return rows if isinstance(rows, int) and rows > 0 else None
+
+
+def _first_line(folder: Path) -> dict[str, Any]:
+    """The first line of the journal in a folder; empty where there is none, or it is somebody else's."""
     path = folder / NAME
     if path.is_symlink() or not path.is_file():
-        return False
+        return {}
     with path.open("rb") as file:
         line = file.readline(_LONGEST_LINE)
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
-        return False
-    marked = isinstance(values, dict) and values.get("retrofit") == _HEADER["retrofit"]
-    return marked or (isinstance(values, dict) and {"step", "fingerprint", "digests"} <= values.keys())
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 class Journal:
@@ -109,10 +120,10 @@ class Journal:
         files = ((self.run / name, digest) for name, digest in entry.digests.items())
         return (self.run / entry.artifact).exists() and all(p.is_file() and sha256(p) == d for p, d in files)
 
-    def mark(self) -> None:
-        """Make the folder a run's, if it is not one yet."""
+    def mark(self, rows: int = 1) -> None:
+        """Make the folder a run's, if it is not one yet. rows: see `begun_rows`."""
         if not self.path.exists():
-            self._line(_HEADER)
+            self._line({**_HEADER, "rows": rows})
 
     def begin(self, step: str, paths: Iterable[str]) -> None:
         """Say what a step is about to write. paths: relative to the run folder."""

@@ -24,6 +24,7 @@ from retrofit.workflow.joining import taking_part
 from retrofit.workflow.journal import FINAL, Journal
 from retrofit.workflow.journal import NAME as JOURNAL
 from retrofit.workflow.reporting import run_data
+from retrofit.workflow.rows import default_rows
 from retrofit.workflow.runner import Runner
 from retrofit.workflow.step import Inputs
 from retrofit.workflow.steps import steps_of
@@ -75,7 +76,7 @@ def _run(context: ModelContext, out: Path, from_step: str | None, others: Others
     with folder_lock(out), _nothing_left_of_nothing(out), writing(out, needed=needed):
         out.mkdir(parents=True, exist_ok=True)
         runner = Runner(out, context, Journal(out), others, again)
-        runner.journal.mark()
+        runner.journal.mark(default_rows(context.recipe, context.world.size))
         runner.write_own(RECIPE, dump_recipe(context.recipe).encode())
         inputs = Inputs({"original": context.artifact()})
         for step in context.steps:

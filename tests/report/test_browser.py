@@ -28,8 +28,13 @@ frame.onload = () => {
     const box = one.lastElementChild.getBoundingClientRect();
     return [box.left, box.right, one.lastElementChild.scrollWidth - one.lastElementChild.clientWidth];
   });
+  for (const one of page.querySelectorAll("details")) one.open = true;
+  const tables = [...page.querySelectorAll("table")].map(one => {
+    const around = one.parentElement, style = frame.contentWindow.getComputedStyle(around);
+    return [around.getBoundingClientRect().right, style.overflowX];
+  });
   const fetched = frame.contentWindow.performance.getEntriesByType("resource").map(one => one.name);
-  document.querySelector("pre").textContent = JSON.stringify({wide: root.scrollWidth, drawn, pinned, fetched});
+  document.querySelector("pre").textContent = JSON.stringify({wide: root.scrollWidth, drawn, pinned, tables, fetched});
 };
 </script>"""
 
@@ -58,6 +63,10 @@ def test_a_page_fits_its_screen_and_asks_for_nothing(tmp_path: Path, width: int)
     assert len(seen["pinned"]) == 18
     assert all(0 <= left < right <= width for left, right, _ in seen["pinned"]), "every ratio is in view"
     assert not any(cut > 0 for *_, cut in seen["pinned"])
+    assert len(seen["tables"]) > 18, "those of folded sections too"
+    for right, overflow in seen["tables"]:
+        assert right <= width
+        assert overflow == "auto", "a table that is wider moves in its own box"
     assert seen["fetched"] == []
     assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
