@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from retrofit.data.chat_tokens import ChatTokens, chat_tokens
+from retrofit.data.chat_tokens import ChatTokens, chat_tokens, dialogues
 from retrofit.data.corpora import Text
 from retrofit.data.documents import Document, token_sizes
 from retrofit.data.sources import CHAT, kind_of
@@ -78,14 +78,14 @@ def chat_documents(
         notes += found.notes(kind_of(source.source))
         if silent[index]:
             notes.append(
-                f"`{kind}`: {silent[index]:,} dialogues are left out: nothing is scored within their first "
-                f"{min(lengths):,} tokens"
+                f"`{kind}`: left out, as nothing is scored within the first {min(lengths):,} tokens: "
+                f"{dialogues(silent[index])}"
             )
         documents += [_document(text, known[index, text.name], tokenizer, max(lengths)) for text in found.documents]
     read = sum(len(one.input_ids) for one in documents)
     scored = sum(int(one.scored.sum()) for one in documents if one.scored is not None)
     notes.append(
-        f"`{CHAT}`: {len(documents):,} dialogues of {read:,} tokens, each read by itself; {scored:,} tokens are scored"
+        f"`{CHAT}`: {dialogues(len(documents))} of {read:,} tokens, each read by itself; {scored:,} tokens are scored"
     )
     return documents
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from retrofit.data.chat_tokens import ChatTokens, chat_tokens
+from retrofit.data.chat_tokens import ChatTokens, chat_tokens, dialogues
 from retrofit.data.corpora import Text
 from retrofit.errors import UserError
 from retrofit.escape import shown
@@ -82,16 +82,16 @@ def chat_rows(
     return ChatRows(ids_NT, documents_NT, counted_NT, _notes(kind, whole, fitting, bins, read, counted_NT, length))
 
 
-def _packed(dialogues: Sequence[ChatTokens], rows: int, length: int, seed: int) -> tuple[list[list[ChatTokens]], float]:
+def _packed(given: Sequence[ChatTokens], rows: int, length: int, seed: int) -> tuple[list[list[ChatTokens]], float]:
     """(what each row holds, how often the dialogues were read)."""
     generator = torch.Generator().manual_seed(seed)
     bins: list[list[ChatTokens]] = []
     room: list[tuple[int, int]] = []  # (tokens left, row), in order
     placed = misses = 0
-    shortest = min(len(one.ids) for one in dialogues)
+    shortest = min(len(one.ids) for one in given)
     while True:
-        for index in torch.randperm(len(dialogues), generator=generator).tolist():
-            one = dialogues[index]
+        for index in torch.randperm(len(given), generator=generator).tolist():
+            one = given[index]
             at = bisect.bisect_left(room, (len(one.ids), -1))
             if at < len(room):
                 left, row = room.pop(at)
@@ -101,13 +101,13 @@ def _packed(dialogues: Sequence[ChatTokens], rows: int, length: int, seed: int) 
             else:
                 misses += 1
                 if misses >= _MISSES or room[-1][0] < shortest:
-                    return bins, placed / len(dialogues)
+                    return bins, placed / len(given)
                 continue
             misses, placed = 0, placed + 1
             bins[row].append(one)
             bisect.insort(room, (left - len(one.ids), row))
         if len(bins) == rows and room[-1][0] < shortest:
-            return bins, placed / len(dialogues)
+            return bins, placed / len(given)
 
 
 def _notes(
@@ -122,15 +122,15 @@ def _notes(
     name = f"`{shown(kind, 60)}`"
     filled = sum(len(one.ids) for some in bins for one in some)
     notes = [
-        f"{name}: {len(fitting):,} dialogues of {sum(len(one.ids) for one in fitting):,} tokens, read {read:.1f} times "
+        f"{name}: {dialogues(len(fitting))} of {sum(len(one.ids) for one in fitting):,} tokens, read {read:.1f} times "
         f"into {len(bins):,} rows of {length:,}; the loss counts {int(counted_NT.sum()):,} tokens, and "
         f"{1 - filled / counted_NT.numel():.0%} of the rows is padding"
     ]
     cut = sum(len(one.ids) > length and one.cut(length) is not None for one in whole)
     if cut:
-        notes.append(f"{name}: {cut:,} dialogues longer than {length:,} tokens are cut after a turn of the assistant")
+        notes.append(f"{name}: longer than {length:,} tokens, cut after a turn of the assistant: {dialogues(cut)}")
     if left_out := len(whole) - len(fitting):
         notes.append(
-            f"{name}: {left_out:,} dialogues are left out: no turn of the assistant ends within {length:,} tokens"
+            f"{name}: left out, as no turn of the assistant ends within {length:,} tokens: {dialogues(left_out)}"
         )
     return tuple(notes)

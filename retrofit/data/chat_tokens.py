@@ -69,6 +69,11 @@ def chat_tokens(
     ]
 
 
+def dialogues(count: int) -> str:
+    """So many dialogues, in words."""
+    return "1 dialogue" if count == 1 else f"{count:,} dialogues"
+
+
 def rendered_text(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The dialogues of some texts as the template writes them."""
     given = [one.dialogue for one in texts if one.dialogue is not None]

@@ -72,8 +72,8 @@ def test_a_long_dialogue_is_cut_after_a_turn_or_left_out(tmp_path: Path) -> None
     cut, left = says("a", "b" * 20, "c", "d" * 400), says("e" * 400, "f")
     rows = packed(source(tmp_path, [cut, left, says("g", "h")]), length=160)
     assert any(TOKENIZER.decode(ids).endswith("b<|im_end|>") for ids, _ in documents(rows))
-    assert rows.notes[1] == "`a.jsonl`: 1 dialogues longer than 160 tokens are cut after a turn of the assistant"
-    assert "`a.jsonl`: 1 dialogues are left out" in rows.notes[2]
+    assert rows.notes[1] == "`a.jsonl`: longer than 160 tokens, cut after a turn of the assistant: 1 dialogue"
+    assert rows.notes[2] == "`a.jsonl`: left out, as no turn of the assistant ends within 160 tokens: 1 dialogue"
     with pytest.raises(UserError, match="no dialogue has a turn of the assistant that ends within 160 tokens"):
         packed(source(tmp_path, [left]), length=160)
 

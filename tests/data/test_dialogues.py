@@ -139,6 +139,12 @@ def test_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.where == "hub:a/b, row 2"
 
 
+def test_the_example_is_dialogues() -> None:
+    found = dialogues(Path(__file__).parents[2] / "examples" / "chat.jsonl")
+    assert len(found) == 43
+    assert {turn["role"] for one in found for turn in one.turns} == {"system", "user", "assistant", "tool"}
+
+
 def test_what_a_source_holds(tmp_path: Path) -> None:
     assert sources.holds_dialogues(source(write_rows(tmp_path / "a.jsonl", [GOOD])))
     assert not sources.holds_dialogues(source(write_rows(tmp_path / "b.jsonl", [{"text": "a"}])))

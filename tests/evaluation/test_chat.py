@@ -154,6 +154,6 @@ def test_dialogues_that_say_nothing_early_enough_are_left_out(tmp_path: Path) ->
     notes: list[str] = []
     documents = measured(write_rows(tmp_path / "a.jsonl", [late, says("a", "b")]), notes=notes)
     assert [one.name for one in documents] == ["a.jsonl:2"]
-    assert "1 dialogues are left out: nothing is scored within their first 100 tokens" in notes[0]
+    assert "left out, as nothing is scored within the first 100 tokens: 1 dialogue" in notes[0]
     with pytest.raises(UserError, match="no dialogue is left to measure"):
         measured(write_rows(tmp_path / "b.jsonl", [late]))
