@@ -24,7 +24,7 @@ def prepare(how: str) -> None:
     from retrofit import runs
     from retrofit.data import identity
     from retrofit.evaluation import folders
-    from retrofit.workflow import opening
+    from retrofit.workflow import opening_in_world
 
     def no_memory(*_: object) -> NoReturn:
         raise MemoryError
@@ -42,13 +42,13 @@ def prepare(how: str) -> None:
     if how == "text":
         identity.identity = lambda sources: ["another one"]
     elif how == "memory":
-        opening.folder_digest = no_memory
+        opening_in_world.folder_digest = no_memory
     elif how == "bug":
-        opening.folder_digest = bug
+        opening_in_world.folder_digest = bug
     elif how == "early":
         runs.load_recipe = wrong
     elif how == "killed":
-        opening.folder_digest = die
+        opening_in_world.folder_digest = die
     elif how == "killed-later":
         folders.score_folder = later
     else:

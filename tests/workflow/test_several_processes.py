@@ -17,7 +17,7 @@ from retrofit.checkpoint.provenance import sha256
 from retrofit.errors import PeerError, UserError
 from retrofit.model.families import describe
 from retrofit.system.world import World
-from retrofit.workflow import opening
+from retrofit.workflow import opening_in_world
 from retrofit.workflow.context import ModelContext
 from tests.ranks import on_ranks
 from tests.tiny import tiny_config
@@ -111,7 +111,7 @@ def leave(folder: Path) -> NoReturn:
 
 def left_alone(world: World, recipe: Path, out: Path) -> str:
     if not world.main:
-        opening.folder_digest = leave
+        opening_in_world.folder_digest = leave
     with pytest.raises(PeerError if world.main else ValueError) as caught:
         run(world, recipe, out)
     return str(caught.value)
