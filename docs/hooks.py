@@ -29,7 +29,8 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
     for path in sorted(generate.RESULTS.glob("*.svg")):
         files.append(File.generated(config, f"results/{path.name}", content=path.read_bytes()))
     for name, page_name in PAGES.items():
-        files.append(File.generated(config, page_name, content=(ROOT / name).read_text("utf-8")))
+        text = (ROOT / name).read_text("utf-8").replace("](docs/", "](").replace("](evals/results/", "](results/")
+        files.append(File.generated(config, page_name, content=text))
     return files
 
 

@@ -41,7 +41,8 @@ def layer_moments(
     """
     own = range(len(batches)) if own is None else own
     sums = MomentSums(layer.kv_heads)
-    none_TC = weights.k_KDC.new_empty(0, weights.k_KDC.shape[2])  # of a process that reads no batch
+    # Of a process that reads no batch, where the others read theirs.
+    none_TC = weights.k_KDC.new_empty(0, weights.k_KDC.shape[2], device=run.device)
     sums.add(*queries_and_keys(none_TC, weights, layer), project(none_TC, weights.v_KDC, weights.v_bias_KD), none_TC)
     for i in own:
         x_BTC = hidden(i)

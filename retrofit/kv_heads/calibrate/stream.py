@@ -46,7 +46,7 @@ class LayerStream:
         autocast: torch.dtype | None = None,
     ) -> None:
         self._spec, self._read = spec, read
-        self._device, self._autocast = device, autocast
+        self.device, self._autocast = device, autocast
         with init_empty_weights(include_buffers=False):
             self._model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="eager"
@@ -64,7 +64,7 @@ class LayerStream:
         for name, parameter in list(module.named_parameters()):
             full = f"{prefix}.{name}"
             tensor = values[full] if values and full in values else self._parameter(full, parameter.shape[0])
-            set_module_tensor_to_device(module, name, self._device, value=tensor.float())
+            set_module_tensor_to_device(module, name, self.device, value=tensor.float())
 
     def _parameter(self, name: str, rows: int) -> Tensor:
         """A parameter by its name in the module; stacked experts are put together from their matrices."""
@@ -82,7 +82,7 @@ class LayerStream:
 
     def products(self) -> Any:
         """Matrix products in `autocast`."""
-        return torch.autocast(torch.device(self._device).type, self._autocast, enabled=self._autocast is not None)
+        return torch.autocast(torch.device(self.device).type, self._autocast, enabled=self._autocast is not None)
 
     def free_embeddings(self) -> None:
         """Drop what `embed` loaded."""
@@ -120,7 +120,7 @@ class LayerStream:
             norm.forward = lambda hidden, *a, **k: hidden
         try:
             with torch.no_grad():
-                self._base(input_ids=input_ids_BT.to(self._device), use_cache=False)
+                self._base(input_ids=input_ids_BT.to(self.device), use_cache=False)
         finally:
             for module in patched:
                 del module.forward
@@ -149,11 +149,16 @@ class LayerRun:
         self._output = self._attention.get_submodule(_leaf(spec, index))
         self._path = f"{self._prefix}{spec.attention_path}."
 
+    @property
+    def device(self) -> str:
+        """Where it computes."""
+        return self._stream.device
+
     def load(self, values: dict[str, Tensor]) -> None:
         """Replace tensors of the layer by full name."""
         for full, tensor in values.items():
             set_module_tensor_to_device(
-                self._module, full.removeprefix(self._prefix), self._stream._device, value=tensor.float()
+                self._module, full.removeprefix(self._prefix), self._stream.device, value=tensor.float()
             )
 
     def forward(

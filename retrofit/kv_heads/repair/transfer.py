@@ -156,7 +156,8 @@ def _rms(parameter: Tensor) -> float:
 
 
 def _copy(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in parameters.items()}
+    """In host memory, where weights are when no layer is run; other processes have other GPUs."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
 
 
 def _mean(ratios: Mapping[str, float]) -> float:
