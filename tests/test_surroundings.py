@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from retrofit import api, surroundings
-from retrofit.cli import app, streams
+from retrofit.cli import main, streams
 from retrofit.errors import UserError
 from retrofit.files import local_path, output_path
 
@@ -36,7 +36,7 @@ def child(work: Callable[[], None]) -> int:
 def command(*arguments: str) -> None:
     assert api.schema()  # imported before the fork
     sys.argv = ["retrofit", *arguments]
-    app.main()
+    main.main()
 
 
 def onto(path: str, number: int) -> None:
