@@ -45,13 +45,17 @@ def distill_loss(
 ) -> torch.Tensor:
     """Sum over tokens of a divergence of the student from the teacher on the vocabulary, in nats (float32 scalar).
 
-    ignored_N: tokens that do not count (bool); None where all do. Divide by the global number of those that do.
+    ignored_N: tokens that do not count (bool), whose logits are not computed; None where all do. Divide by the global
+    number of those that do.
     divergence: of `divergences`, by default KL(teacher || student). Gradients flow to the student's hidden states and,
     where they require it, to its head's weight and bias.
     """
     assert student_NC.shape[0] == teacher_NC.shape[0]
 
-    rule = _Distill(teacher_NC.detach(), teacher, row_chunk, ignored_N, RULES[divergence])
+    if ignored_N is not None:
+        counted = (~ignored_N).nonzero()[:, 0]
+        student_NC, teacher_NC = student_NC.index_select(0, counted), teacher_NC.index_select(0, counted)
+    rule = _Distill(teacher_NC.detach(), teacher, row_chunk, RULES[divergence])
     return _apply(student_NC, student, row_chunk, rule)
 
 
@@ -64,24 +68,18 @@ def lm_loss(hidden_NC: torch.Tensor, head: Head, labels_N: torch.Tensor, row_chu
 class _Distill:
     """Loss and gradient of a divergence from the teacher for rows of student logits."""
 
-    def __init__(
-        self, teacher_NC: torch.Tensor, teacher: Head, row_chunk: int, ignored_N: torch.Tensor | None, divergence: Rule
-    ) -> None:
+    def __init__(self, teacher_NC: torch.Tensor, teacher: Head, row_chunk: int, divergence: Rule) -> None:
         self.divergence = divergence
         self.teacher_NC, self.teacher = teacher_NC, _detached(teacher, teacher_NC.dtype)
-        self.ignored_N = self.ignored_R = ignored_N
         self.buffer_RV = _buffer(teacher_NC, teacher, row_chunk)
         self.target_RV = self.buffer_RV
 
     def begin(self, start: int, stop: int) -> None:
         self.target_RV = _raw_logits(self.teacher_NC[start:stop], self.teacher, self.buffer_RV)
-        self.ignored_R = None if self.ignored_N is None else self.ignored_N[start:stop]
 
     def __call__(self, rows: slice, logits_RV: torch.Tensor, grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         log_t = torch.log_softmax(_shape_logits(self.target_RV[rows], self.teacher), -1, dtype=torch.float32)
         log_s = torch.log_softmax(logits_RV, -1, dtype=torch.float32)
-        if self.ignored_R is not None:
-            log_s = torch.where(self.ignored_R[rows, None], log_t, log_s)  # no difference, and so no gradient
         return self.divergence(log_t, log_s, grad)
 
 

@@ -176,3 +176,14 @@ def test_tokens_that_do_not_count_change_neither_loss_nor_gradient(kind) -> None
     torch.testing.assert_close(all_, some)
     torch.testing.assert_close(full[counted], gradient)
     assert not full[~counted].any()
+
+
+def test_rows_of_which_nothing_counts_have_no_loss_and_a_gradient_of_zero() -> None:
+    """A process without a row of a step takes part in the exchange of gradients all the same."""
+    student = torch.randn(6, 8, requires_grad=True)
+    head = Head(torch.randn(20, 8))
+    loss = distill_loss(student, head, torch.randn(6, 8), head, 4, torch.ones(6, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0
+    assert student.grad is not None
+    assert not student.grad.any()
