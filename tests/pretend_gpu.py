@@ -120,6 +120,12 @@ class _Mode(TorchDispatchMode):
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, *, memory: int = 1 << 34) -> Iterator[str]:
     """In the block there is a device cuda:0 with `memory` bytes; gives its name."""
     autocast: Callable[..., Any] = torch.autocast
+    tensor: Callable[..., Any] = torch.tensor
+
+    def tensor_on(values: Any, *, device: Any = None, **how: Any) -> Tensor:
+        made: Tensor = tensor(values, **how)  # it makes its own on a real device only
+        return made if device is None else made.to(device)
+
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -130,5 +136,11 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, *, memory: int = 1 << 34) -> It
             "autocast",
             lambda kind, *args, **how: nullcontext() if kind == "cuda" else autocast(kind, *args, **how),
         )
-        with _Mode():
-            yield NAME
+        patch.setattr(torch, "tensor", tensor_on)
+        overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
+        torch.__future__.set_overwrite_module_params_on_conversion(True)  # by `Module.to`, which would keep theirs
+        try:
+            with _Mode():
+                yield NAME
+        finally:
+            torch.__future__.set_overwrite_module_params_on_conversion(overwrites)

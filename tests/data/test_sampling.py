@@ -9,6 +9,7 @@ from torch import Tensor
 from retrofit.data import sampling
 from retrofit.data.sampling import draw, nucleus, random_numbers, sample_batch
 from retrofit.model.families import describe
+from tests.pretend_gpu import pretend_gpu
 from tests.tiny import FAMILIES, tiny_model
 
 
@@ -54,6 +55,21 @@ def test_a_cache_that_grows_keeps_windows_exact(window: int, monkeypatch: pytest
     drawn = sample_batch(model, describe(model.config), [[1, 30, 31]], uniform_BT, temperature=0.8, top_p=0.9)
     with torch.inference_mode():
         assert drawn[0].tolist() == reference(model, [1, 30, 31], uniform_BT[0], 0.8, 0.9)
+
+
+def test_a_gpu_draws_what_the_cpu_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    uniform_BT = torch.stack([random_numbers(f"row {row}", 12) for row in range(2)])
+    monkeypatch.setattr(sampling, "no_graph", lambda *_: "for a GPU that is none")
+
+    def drawn(device: str) -> list[list[int]]:
+        model = tiny_model("llama").to(device)
+        starts = [[1], [1, 40, 41]]
+        ids_BT = sample_batch(model, describe(model.config), starts, uniform_BT, temperature=0.8, top_p=0.9)
+        return ids_BT.tolist()
+
+    expected = drawn("cpu")
+    with pretend_gpu(monkeypatch) as device:
+        assert drawn(device) == expected
 
 
 def test_a_prompt_longer_than_the_sample_is_cut() -> None:
