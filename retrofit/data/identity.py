@@ -10,7 +10,8 @@ from retrofit.checkpoint.provenance import sha256
 from retrofit.data.corpora import BUILT_IN, built_in_digest
 from retrofit.data.folders import text_files
 from retrofit.data.revision import commit_of
-from retrofit.data.sources import HUB, OURS, OWN_SAMPLES, hub_dataset, kind_of, place_of
+from retrofit.data.sources import HUB, OURS, OWN_SAMPLES, SYNTHETIC, hub_dataset, kind_of, place_of
+from retrofit.data.synthetic import VERSION
 from retrofit.errors import UserError
 from retrofit.files import local_path
 from retrofit.recipe.schema import TextSource
@@ -34,6 +35,8 @@ def _content(text: PromptSource) -> object:
         return built_in_digest(source)
     if source.startswith(HUB):
         return {"dataset": source, "commit": commit_of(hub_dataset(source)[0])}
+    if source == SYNTHETIC:
+        return [source, VERSION, *map(built_in_digest, BUILT_IN)]
     if isinstance(text, TextSource) and source == OWN_SAMPLES:
         prompts = [[prompt.weight, prompt.field, prompt.split, _content(prompt)] for prompt in text.prompts]
         return [source, text.temperature, text.top_p, text.prompt_share, prompts]

@@ -14,8 +14,10 @@ import torch
 from retrofit.data.chat_rows import chat_rows
 from retrofit.data.chat_tokens import rendered_text
 from retrofit.data.corpora import Split, Text
+from retrofit.data.long_rows import LONG_ROW, long_rows
 from retrofit.data.samples import Teacher
-from retrofit.data.sources import OWN_SAMPLES, kind_of
+from retrofit.data.sources import OWN_SAMPLES, SYNTHETIC, kind_of
+from retrofit.data.synthetic import synthetic_rows
 from retrofit.data.texts import read_texts
 from retrofit.errors import UserError
 from retrofit.escape import shown
@@ -67,10 +69,11 @@ def training_rows(
     much there is. A source without held-out text is left out of that split, which is announced as well.
     only: by kind of text, the names of the documents to read, where not all are. loss_on: for training on dialogues,
     which then stay whole, in rows of their own (`chat_rows`); without it they are text as the chat template writes it.
+    In training, rows of LONG_ROW tokens or more are one document each where one is long enough (`long_rows`).
     """
     count = math.ceil(tokens / sequence_length)
     chosen = {source: (only or {}).get(kind_of(source.source)) for source in sources}
-    usable = [source for source in sources if not _is_bare(source, split, teacher, chosen[source], progress)]
+    usable = [source for source in sources if not is_bare(source, split, teacher, chosen[source], progress)]
     if not usable:
         raise UserError(
             "no text is left to hold out: a single document is used for training only",
@@ -82,6 +85,12 @@ def training_rows(
         if not share:
             continue
         own, kind = seed + 7919 * index, kind_of(source.source)
+        if source.source == SYNTHETIC:
+            made = synthetic_rows(tokenizer, share, sequence_length, own, split=split)
+            counted = made.counted_NT if loss_on == "assistant" else torch.ones_like(made.counted_NT)
+            parts.append((made.ids_NT, torch.arange(share)[:, None].expand_as(made.ids_NT), counted))
+            notes.append(f"`{kind}`: the loss counts {int(counted.sum()):,} of {counted.numel():,} tokens")
+            continue
         limit = CHARS_PER_TOKEN * share * sequence_length
         reading = {"limit_chars": limit, "only": chosen[source], "progress": progress}
         texts = list(read_texts(source, split=split, teacher=teacher, **reading))  # type: ignore[arg-type]
@@ -91,11 +100,19 @@ def training_rows(
             parts.append((packed.ids_NT, packed.documents_NT, packed.counted_NT))
             notes += packed.notes
         else:
-            stream = _Stream(source, texts, tokenizer, share, sequence_length, own, progress)
-            rows = stream.pack(repeat)
-            parts.append((*rows, torch.ones_like(rows[0], dtype=torch.bool)))
-            if loss_on and stream.read > 1:
-                notes.append(f"`{shown(kind, 60)}`: its text is read {stream.read:.1f} times")
+            rows = share
+            if loss_on and sequence_length >= LONG_ROW and kind != OWN_SAMPLES:
+                long = long_rows(texts, tokenizer, share, sequence_length, own)
+                one_NT = long.documents_N[:, None].expand_as(long.ids_NT)
+                parts.append((long.ids_NT, one_NT, torch.ones_like(one_NT, dtype=torch.bool)))
+                notes.append(long.note(kind, share, sequence_length))
+                rows, texts = share - len(long.ids_NT), list(long.rest)
+            if rows:
+                stream = _Stream(source, texts, tokenizer, rows, sequence_length, own, progress)
+                packed_rows = stream.pack(repeat)
+                parts.append((*packed_rows, torch.ones_like(packed_rows[0], dtype=torch.bool)))
+                if loss_on and stream.read > 1:
+                    notes.append(f"`{shown(kind, 60)}`: its text is read {stream.read:.1f} times")
         if loss_on and len(usable) > 1:
             notes.append(f"`{shown(kind, 60)}`: {share:,} of {count:,} rows")
     ids_NT, documents_NT, counted_NT = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -216,12 +233,18 @@ def _shares(sources: Sequence[TextSource], count: int) -> list[int]:
     return shares
 
 
-def _is_bare(
-    source: TextSource, split: Split, teacher: Teacher | None, only: frozenset[str] | None, progress: Progress | None
+def is_bare(
+    source: TextSource,
+    split: Split,
+    teacher: Teacher | None,
+    only: frozenset[str] | None,
+    progress: Progress | None = None,
 ) -> bool:
     """Whether a source has nothing to hold out; announced."""
-    if split != "held_out" or next(
-        read_texts(source, split=split, teacher=teacher, only=only, progress=progress), None
+    if (
+        split != "held_out"
+        or source.source == SYNTHETIC
+        or next(read_texts(source, split=split, teacher=teacher, only=only, progress=progress), None)
     ):
         return False
     if progress is not None and only is None:

@@ -25,10 +25,12 @@ from retrofit.files import local_path
 from retrofit.install import install_command
 from retrofit.recipe.hub import is_model_or_dataset, is_name
 from retrofit.recipe.schema import TextSource
-from retrofit.recipe.values import OWN_SAMPLES
+from retrofit.recipe.values import OWN_SAMPLES, SYNTHETIC
 
 HUB = "hub:"
-OURS = (*BUILT_IN, OWN_SAMPLES)
+MADE = (OWN_SAMPLES, SYNTHETIC)
+"""Sources whose texts are new: nothing else holds them."""
+OURS = (*BUILT_IN, *MADE)
 """Sources that are no path: a file or folder of such a name gets another kind."""
 ALL = "all"
 """Stands for all kinds together in results."""

@@ -20,7 +20,7 @@ from retrofit.data.corpora import BUILT_IN, Split, Text, built_in_texts
 from retrofit.data.folders import walk
 from retrofit.data.overlap import NEAR
 from retrofit.data.samples import OwnSamples, Teacher
-from retrofit.data.sources import HUB, OURS, OWN_SAMPLES, Row, kind_of, place_of, rows, side
+from retrofit.data.sources import HUB, MADE, OURS, OWN_SAMPLES, SYNTHETIC, Row, kind_of, place_of, rows, side
 from retrofit.data.unseen import Candidate, Chosen, Reading, choose, found_in, without_repeats
 from retrofit.errors import UserError
 from retrofit.escape import shown
@@ -53,6 +53,8 @@ def check_sources(sources: Iterable[TextSource], *, teacher: bool = True) -> tup
                     fix="name another text source",
                 )
             notes += check_sources(TextSource.model_validate(prompt.model_dump()) for prompt in source.prompts)
+        elif source.source == SYNTHETIC:
+            next(built_in_texts("python-docs", "train"))
         elif source.source in BUILT_IN or source.source.startswith(HUB):
             next(read_texts(source, split="all"))
         else:
@@ -252,7 +254,7 @@ def unseen_held_out(
     texts = [
         Candidate(text, text.text)
         for source in sources
-        if source.source != OWN_SAMPLES
+        if source.source not in MADE
         for text in read_texts(source, split="held_out", limit_chars=_SPARE * held_out_chars)
     ]
     seen: dict[str, list[tuple[str, float, str]]] = {}
@@ -278,7 +280,7 @@ def distinct_texts(
     texts = {
         kind_of(source.source): list(read_texts(source, split="train", limit_chars=_SPARE * limit_chars(source)))
         for source in sources
-        if source.source != OWN_SAMPLES and any(other.source not in OURS for other in sources)
+        if source.source not in MADE and any(other.source not in OURS for other in sources)
     }
     only, notes = without_repeats(texts)
     return only, tuple(notes)
@@ -292,9 +294,7 @@ def readings_of(sources: Sequence[TextSource], limit_chars: int | None) -> list[
         return lambda: (text.text for text in read_texts(source, split="train", limit_chars=limit))
 
     return [
-        Reading(kind_of(source.source), texts(source))
-        for source in dict.fromkeys(sources)
-        if source.source != OWN_SAMPLES
+        Reading(kind_of(source.source), texts(source)) for source in dict.fromkeys(sources) if source.source not in MADE
     ]
 
 
@@ -330,7 +330,7 @@ def _did_you_mean(source: str) -> None:
     """Name the built-in source that a misspelt word is close to."""
     if source.startswith(HUB) or os.path.lexists(local_path(source)):
         return
-    close = difflib.get_close_matches(source, [*BUILT_IN, OWN_SAMPLES], n=1)
+    close = difflib.get_close_matches(source, OURS, n=1)
     if close:
         raise UserError(
             f"no such text source: {source}", where=f"text source `{source}`", fix=f"did you mean `{close[0]}`?"

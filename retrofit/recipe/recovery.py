@@ -7,7 +7,17 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from retrofit.recipe.relative import are_relative
-from retrofit.recipe.values import LISTED, MOST_READ, AnyLength, LossOn, Section, Texts, TextSource, Tokens, text_mix
+from retrofit.recipe.values import (
+    LISTED,
+    MOST_READ,
+    AnyLength,
+    LossOn,
+    Section,
+    TextSource,
+    Tokens,
+    TrainingTexts,
+    text_mix,
+)
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Divergence = Literal["forward", "reverse", "jsd"]
@@ -154,12 +164,14 @@ class Recover(Section):
     eval_tokens: Tokens = Field(8192, ge=64, le=MOST_READ, description="tokens that the held-out loss is measured on")
     checkpoints: int = Field(4, ge=1, le=10_000, description="how often training can be resumed from")
     adapter: Adapter = Field(Adapter(), description="what is trained")
-    text: Texts = Field(
+    text: TrainingTexts = Field(
         default_factory=lambda: (*text_mix("python-docs", "python-stdlib"), TextSource(source="self", weight=2)),
         description="text to train on; by default half of it is what the original model writes itself",
     )
     loss_on: LossOn = Field(
-        "assistant", description="of dialogues: the loss is on the assistant's turns, or on every token"
+        "assistant",
+        description="of dialogues: the loss is on the assistant's turns, or on every token; of synthetic text: on the "
+        "answers, or on every token",
     )
     allow_repeats: bool = Field(False, description="train on text that is read more than four times")
     keep_adapter: bool = Field(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -157,8 +158,9 @@ class PromptSource(Section):
     """A body of text and its share. A plain string in YAML is short for {source: ...}."""
 
     source: Word = Field(
-        description="`python-docs`, `python-stdlib`, `self` (the original model's own samples), a text, JSONL or "
-        "parquet file, a folder of such files, or `hub:DATASET[:CONFIG]`; rows may be dialogues"
+        description="`python-docs`, `python-stdlib`, `self` (the original model's own samples), `synthetic` (questions "
+        "that only a far context answers, to train on), a text, JSONL or parquet file, a folder of such files, or "
+        "`hub:DATASET[:CONFIG]`; rows may be dialogues"
     )
     weight: float = Field(1.0, ge=1e-6, le=1e6, description="its share of a mix")
     field: Word = Field(
@@ -176,6 +178,8 @@ class PromptSource(Section):
 
 OWN_SAMPLES = "self"
 """The source of what the original model writes."""
+SYNTHETIC = "synthetic"
+"""The source of texts that are made for a training, in rows of its length."""
 _OF_OWN_SAMPLES = ("tokens", "temperature", "top_p", "prompts", "prompt_share")
 
 
@@ -225,4 +229,11 @@ def text_mix(*names: str) -> tuple[TextSource, ...]:
     return tuple(TextSource(source=name) for name in names)
 
 
-Texts = Annotated[tuple[TextSource, ...], Field(min_length=1, max_length=1000)]
+def _of_documents(sources: tuple[TextSource, ...]) -> tuple[TextSource, ...]:
+    if any(source.source == SYNTHETIC for source in sources):
+        raise ValueError(f"`{SYNTHETIC}` is made to train on: only `recover.text` may name it")
+    return sources
+
+
+TrainingTexts = Annotated[tuple[TextSource, ...], Field(min_length=1, max_length=1000)]
+Texts = Annotated[TrainingTexts, AfterValidator(_of_documents)]

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from retrofit.context.positions import document_positions, pose_positions
 from retrofit.data.corpora import Split
-from retrofit.data.packing import CHARS_PER_TOKEN, Packed, training_rows
+from retrofit.data.packing import CHARS_PER_TOKEN, Packed, is_bare, training_rows
 from retrofit.data.samples import Teacher
 from retrofit.data.sources import kind_of
-from retrofit.data.texts import read_texts, unseen_held_out
+from retrofit.data.texts import unseen_held_out
 from retrofit.errors import UserError
 from retrofit.recipe.recovery import distils, stages_of
 from retrofit.recipe.schema import Recover, TextSource
@@ -183,10 +183,7 @@ def recovery_rows(
     )
     train = replace(train, notes=tuple(dict.fromkeys((*notes, *train.notes))))
     held_out = {source: only.get(kind_of(source.source)) for source in text}
-    if not any(
-        next(read_texts(source, split="held_out", teacher=teacher, only=names), None)
-        for source, names in held_out.items()
-    ):
+    if all(is_bare(source, "held_out", teacher, names) for source, names in held_out.items()):
         return train, None
     width = max(span.cut for span in measured)
     return train, _rows(measured, width, text, tokenizer, seed, "held_out", only=only, **how)

@@ -8,7 +8,7 @@ from pathlib import Path
 from retrofit.data.corpora import BUILT_IN, built_in_bytes
 from retrofit.data.folders import PARQUET, text_files
 from retrofit.data.readers import suffix_of
-from retrofit.data.sources import HUB, OWN_SAMPLES, kind_of
+from retrofit.data.sources import HUB, MADE, OWN_SAMPLES, kind_of
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.format import tokens as token_count
@@ -25,7 +25,7 @@ def source_tokens(source: TextSource) -> int | None:
     name = source.source
     if name in BUILT_IN:
         return built_in_bytes(name) // BYTES_PER_TOKEN
-    if name == OWN_SAMPLES or name.startswith(HUB):
+    if name in MADE or name.startswith(HUB):
         return None
     try:
         files = text_files(name)

@@ -114,14 +114,17 @@ class Recover(Step):
         """Every source gives tokens that the model knows, and the chat template writes every dialogue; text that does
         not suffice is read again."""
         from retrofit.data.chat_tokens import check_dialogues
-        from retrofit.data.corpora import BUILT_IN
+        from retrofit.data.long_rows import LONG_ROW, require_long_documents
         from retrofit.data.packing import CHARS_PER_TOKEN, training_rows
-        from retrofit.data.texts import OWN_SAMPLES, require_known
+        from retrofit.data.sources import OURS
+        from retrofit.data.texts import require_known
 
         section, length = self.section, self.section.sequence_length
         most = CHARS_PER_TOKEN * section.tokens
+        if length > max(context.original_model.spec.max_position_embeddings, LONG_ROW):
+            require_long_documents(section.text, context.tokenizer, length, limit_chars=most)
         for source in section.text:
-            if source.source not in (OWN_SAMPLES, *BUILT_IN):
+            if source.source not in OURS:
                 check_dialogues(source, context.tokenizer, section.loss_on, limit_chars=most)
                 rows = training_rows(
                     [source], context.tokenizer, length, length, self.recipe.seed, loss_on=section.loss_on
