@@ -87,9 +87,9 @@ def training_rows(
         own, kind = seed + 7919 * index, kind_of(source.source)
         if source.source == SYNTHETIC:
             made = synthetic_rows(tokenizer, share, sequence_length, own, split=split)
-            counted = made.counted_NT if loss_on == "assistant" else torch.ones_like(made.counted_NT)
-            parts.append((made.ids_NT, torch.arange(share)[:, None].expand_as(made.ids_NT), counted))
-            notes.append(f"`{kind}`: the loss counts {int(counted.sum()):,} of {counted.numel():,} tokens")
+            answers = made.counted_NT if loss_on == "assistant" else torch.ones_like(made.counted_NT)
+            parts.append((made.ids_NT, torch.arange(share)[:, None].expand_as(made.ids_NT), answers))
+            notes.append(f"`{kind}`: the loss counts {int(answers.sum()):,} of {answers.numel():,} tokens")
             continue
         limit = CHARS_PER_TOKEN * share * sequence_length
         reading = {"limit_chars": limit, "only": chosen[source], "progress": progress}

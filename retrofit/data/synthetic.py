@@ -156,7 +156,7 @@ def _rename(filler: _Filler, room: int, rng: random.Random) -> list[Part]:
     _require_room(size - LEAST_COPY, room)
     text = rng.choice(filler.code)
     begin = text.rfind("\n", 0, rng.randrange(max(1, len(text) - 8 * size))) + 1
-    passage = filler.tokenizer.decode(filler.encode("\n" + text[begin : begin + 8 * size])[: size - size // 8])
+    passage = str(filler.tokenizer.decode(filler.encode("\n" + text[begin : begin + 8 * size])[: size - size // 8]))
     names = sorted({name for name in re.findall(r"\b[a-z_]{4,20}\b", passage) if not keyword.iskeyword(name)})
     chosen = rng.sample(names, min(3, len(names)))
     given = dict(zip(chosen, _distinct(_name, len(chosen), rng), strict=True))

@@ -173,6 +173,11 @@ class Recover(Section):
         description="of dialogues: the loss is on the assistant's turns, or on every token; of synthetic text: on the "
         "answers, or on every token",
     )
+    token_weights: Literal["even", "long"] = Field(
+        "even",
+        description="`long`: where rows are learned (`loss: lm`), a token counts by how much likelier the whole row "
+        "makes it than the last 4,096 tokens before it, up to 5 times (LongCE, arXiv 2410.23771)",
+    )
     allow_repeats: bool = Field(False, description="train on text that is read more than four times")
     keep_adapter: bool = Field(
         False,
@@ -198,6 +203,10 @@ class Recover(Section):
     def _schedule(self) -> Recover:
         if self.divergence != "forward" and not distils(self):
             raise ValueError(f"`divergence: {self.divergence}` compares with the original; it needs `loss: distill`")
+        if self.token_weights == "long" and all(stage.loss != "lm" for stage in stages_of(self)):
+            raise ValueError("`token_weights: long` is for rows that are learned; give a stage `loss: lm`")
+        if self.token_weights == "long" and self.document_masking:
+            raise ValueError("with `document_masking` no token sees a whole row; leave out `token_weights: long`")
         lengths = [
             one for stage in self.stages for one in (stage.length, stage.sequence_length, stage.short_length) if one
         ]

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from retrofit.recovery.objectives import IGNORED
 from retrofit.recovery.schedule import TrainRows
 
-LEARNED = "learned"
+LEARNED, WEIGHTS = "learned", "weights"
 UNKNOWN = 0  # a label that counts, and that no loss looks at
 
 
@@ -28,9 +28,10 @@ class MicroBatches(Dataset):
     """What one process reads, `per_step` items for each step.
 
     An item has `input_ids` [B, T], `position_ids` [B, T] where the rows have them, `next_ids` [B, T] (the token that
-    follows, or IGNORED where that does not count; left out where every token counts), `tokens` (how many count in the
-    whole step, on all processes together), `row` (the number of its first row) and `learned` (whether it is learned
-    from the text, whatever teacher there is).
+    follows, or IGNORED where that does not count; left out where every token counts), `weights` [B, T] of those where
+    the rows have them, `tokens` (how many count in the whole step on all processes together, or the sum of their
+    weights), `row` (the number of its first row) and `learned` (whether it is learned from the text, whatever teacher
+    there is).
 
     batch_size: rows of a step on all processes. every_token: also the last of a text counts where a teacher has a
     distribution for it; a language model's loss does not know what follows it. rank: of `ranks` that read different
@@ -80,9 +81,13 @@ class MicroBatches(Dataset):
         """Whether the last token of a text counts."""
         return self.every_token and not self._learned(row)
 
-    def _counting(self, row: int) -> int:
-        """Tokens of a row that the loss counts."""
+    def _counting(self, row: int) -> float:
+        """Tokens of a row that the loss counts, or the sum of their weights."""
         length, cut = self.lines.ids_NT.shape[1], self.lines.cuts[row]
+        if self.lines.weights_NT is not None and self._learned(row):
+            weights_NT, counted_NT = self.lines.weights_NT, self.lines.counted_NT
+            weights_T = weights_NT[row] if counted_NT is None else weights_NT[row] * counted_NT[row]
+            return float(weights_T.view(-1, cut)[:, :-1].sum(dtype=torch.float64))
         if self.lines.counted_NT is None:
             return length if self._every(row) else length - length // cut
         counted_BT = self.lines.counted_NT[row].view(-1, cut)
@@ -96,6 +101,8 @@ class MicroBatches(Dataset):
         positions_BT = self.lines.positions_of(rows)
         if positions_BT is not None:
             item["position_ids"] = positions_BT
+        if self.lines.weights_NT is not None and self._learned(rows[0]):
+            item[WEIGHTS] = self.lines.weights_NT[index].view(-1, cut)
         counted_NT, every = self.lines.counted_NT, self._every(rows[0])
         if not counts:
             item["next_ids"] = torch.full_like(ids_BT, IGNORED)

@@ -59,10 +59,33 @@ def distill_loss(
     return _apply(student_NC, student, row_chunk, rule)
 
 
-def lm_loss(hidden_NC: torch.Tensor, head: Head, labels_N: torch.Tensor, row_chunk: int = 512) -> torch.Tensor:
-    """Sum over tokens of -log p(label), in nats (float32 scalar); labels are shifted, IGNORED ones do not count."""
+def lm_loss(
+    hidden_NC: torch.Tensor,
+    head: Head,
+    labels_N: torch.Tensor,
+    row_chunk: int = 512,
+    weights_N: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Sum over tokens of -log p(label), in nats (float32 scalar); labels are shifted, IGNORED ones do not count.
+
+    weights_N: what each token's loss is multiplied with, by default 1. Divide by the sum of those that count.
+    """
     assert hidden_NC.shape[0] == labels_N.shape[0]
-    return _apply(hidden_NC, head, row_chunk, _NextToken(labels_N))
+    return _apply(hidden_NC, head, row_chunk, _NextToken(labels_N, weights_N))
+
+
+@torch.no_grad()
+def token_losses(hidden_NC: torch.Tensor, head: Head, labels_N: torch.Tensor, row_chunk: int = 512) -> torch.Tensor:
+    """-log p(label) of every token, in nats: float32 [N]; labels are shifted."""
+    head = _detached(head, hidden_NC.dtype)
+    buffer_RV, found = _buffer(hidden_NC, head, row_chunk), []
+    step = logits_at_a_time(str(hidden_NC.device), row_chunk, head.weight.shape[0], CACHE_VALUES)
+    for start in range(0, len(hidden_NC), row_chunk):
+        logits_RV = _raw_logits(hidden_NC[start : start + row_chunk], head, buffer_RV)
+        for row in range(0, len(logits_RV), step):
+            log_p = torch.log_softmax(_shape_logits(logits_RV[row : row + step], head), -1, dtype=torch.float32)
+            found.append(-log_p.gather(1, labels_N[start + row : start + row + len(log_p), None])[:, 0])
+    return torch.cat(found)
 
 
 class _Distill:
@@ -86,22 +109,27 @@ class _Distill:
 class _NextToken:
     """Loss and gradient of the cross-entropy with the next token for rows of logits."""
 
-    def __init__(self, labels_N: torch.Tensor) -> None:
-        self.labels_N = labels_N
-        self.labels_R = labels_N
+    def __init__(self, labels_N: torch.Tensor, weights_N: torch.Tensor | None = None) -> None:
+        self.labels_N, self.weights_N = labels_N, weights_N
+        self.labels_R, self.weights_R = labels_N, weights_N
 
     def begin(self, start: int, stop: int) -> None:
         self.labels_R = self.labels_N[start:stop]
+        self.weights_R = None if self.weights_N is None else self.weights_N[start:stop]
 
     def __call__(self, rows: slice, logits_RV: torch.Tensor, grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         log_s = torch.log_softmax(logits_RV, -1, dtype=torch.float32)
         ignored_R1 = self.labels_R[rows, None] == IGNORED
         index_R1 = self.labels_R[rows, None].masked_fill(ignored_R1, 0)
-        loss = -log_s.gather(1, index_R1).masked_fill(ignored_R1, 0).sum()
+        losses_R1 = -log_s.gather(1, index_R1).masked_fill(ignored_R1, 0)
+        weights_R1 = None if self.weights_R is None else self.weights_R[rows, None]
+        loss = (losses_R1 if weights_R1 is None else losses_R1 * weights_R1).sum()
         if not grad:
             return loss, None
         grad_RV = log_s.exp_()
         grad_RV.scatter_add_(1, index_R1, torch.full_like(index_R1, -1, dtype=grad_RV.dtype))
+        if weights_R1 is not None:
+            grad_RV.mul_(weights_R1)
         return loss, grad_RV.masked_fill_(ignored_R1, 0)
 
 

@@ -59,7 +59,8 @@ class TrainRows:
     """Rows as they are trained on. positions_NT is None for 0 .. T-1; cuts: tokens of the texts a row is cut into.
 
     A row of T tokens whose cut is T / k is k texts of a batch that do not see each other. counted_NT: as `Packed` has.
-    learned: of each row, whether it is learned from the text and not from the original; () where none is.
+    learned: of each row, whether it is learned from the text and not from the original; () where none is. weights_NT:
+    what the loss of the token after each one is multiplied with where a row is learned; None for 1.
     """
 
     ids_NT: Tensor
@@ -67,6 +68,7 @@ class TrainRows:
     cuts: tuple[int, ...]
     counted_NT: Tensor | None = None
     learned: tuple[bool, ...] = ()
+    weights_NT: Tensor | None = None
 
     def skipping(self) -> tuple[Tensor, Tensor | None]:
         """(ids, positions) of the rows with the longest cut whose positions are not 0 .. cut-1, [texts, cut]; of those

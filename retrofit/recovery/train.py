@@ -10,7 +10,7 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ from retrofit.recovery.adapters import about_experts, attach, default_rate, merg
 from retrofit.recovery.batches import MicroBatches
 from retrofit.recovery.callbacks import TrainPoint, TrainState, Watch, last_checkpoint
 from retrofit.recovery.layout import ONE_PROCESS, Layout
+from retrofit.recovery.objectives import token_losses
 from retrofit.recovery.schedule import TrainRows, about, check_lengths, held_out_lines, training_lines
 from retrofit.recovery.sequence import PLACES, Sharing, shared_kernel, sharing_of
 from retrofit.recovery.settings import fingerprint_of, training_arguments
@@ -37,10 +38,12 @@ from retrofit.recovery.student_teacher import (
     StudentTeacher,
     body,
     compute_dtype,
+    head_of,
     hidden_states,
     load_student_teacher,
     training_kernel,
 )
+from retrofit.recovery.token_weights import about_weights, weighed
 from retrofit.recovery.trainer import HeldOut, Objective, RecoveryTrainer, autocast, trial_step
 from retrofit.system.device import micro_batch, steps_between_readings
 from retrofit.system.world import ALONE, World
@@ -174,6 +177,14 @@ def recover(
     if micro < rows:
         why = "are computed" if tied else "fit into the GPU"
         _note(notes, progress, f"{micro} of the {rows} rows of a step {why} at a time")
+    if recipe.token_weights == "long":
+        kept = work_dir / f"token-weights-{fingerprint[:32]}.safetensors"
+        losses = partial(_row_losses, model, pair, recipe, compute, device, sharing)
+        weights_NT = weighed(lines, losses, world=world, layout=layout, kept=kept, progress=progress)
+        model.train()
+        split_again(model)
+        lines = replace(lines, weights_NT=weights_NT)
+        _note(notes, progress, about_weights(lines))
     batches = dealt(lines, recipe.batch_size, most=micro)
     arguments = training_arguments(recipe, work_dir, batches, device, seed)
     steps = arguments.max_steps
@@ -270,6 +281,29 @@ def _check_sight(
     (require_hidden if recipe.document_masking else require_visible)(hidden, ids_NT.to(device), positions_NT.to(device))
     model.train()
     split_again(model)
+
+
+@torch.no_grad()
+def _row_losses(
+    model: PeftModel,
+    pair: StudentTeacher,
+    recipe: Recover,
+    compute: torch.dtype,
+    device: str,
+    sharing: Sharing,
+    ids_1T: Tensor,
+) -> Tensor:
+    """The student's losses of the tokens of one text from the second on, [T - 1] float32; in evaluation mode, which
+    it is left in. Processes that share rows call it together."""
+    model.eval()
+    tokens = ids_1T.shape[1]
+    share = sharing.share({"input_ids": ids_1T.to(device)})
+    share.pop(PLACES, None)
+    with sharing.attention(tokens), autocast(share["input_ids"].device, compute):
+        hidden_1TC = sharing.gather(model(**share), tokens)
+    dtype = next(p.dtype for p in pair.student.parameters() if not p.requires_grad)
+    labels_T = ids_1T[0, 1:].to(device)
+    return token_losses(hidden_1TC[0, :-1].to(dtype), head_of(pair.student), labels_T, recipe.row_chunk).cpu()
 
 
 def peak_bytes(device: str) -> int:

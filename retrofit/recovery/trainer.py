@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
 
 from retrofit.recipe.schema import Recover
-from retrofit.recovery.batches import LEARNED, MicroBatches
+from retrofit.recovery.batches import LEARNED, WEIGHTS, MicroBatches
 from retrofit.recovery.callbacks import Watch, diverged
 from retrofit.recovery.checkpoints import load_optimizer, load_weights, save_optimizer, save_weights
 from retrofit.recovery.objectives import IGNORED, distill_loss, lm_loss
@@ -55,8 +55,17 @@ class Objective:
         documents = self.recipe.document_masking
         return hidden_states(self.pair.teacher, ids_BT, positions_BT if documents else places_BT, documents=documents)
 
-    def __call__(self, hidden_BTC: Tensor, labels_BT: Tensor | None, target_BTC: Tensor | None) -> Tensor:
-        """Sum of the loss over the tokens whose label is not IGNORED; over all of them where there are no labels."""
+    def __call__(
+        self,
+        hidden_BTC: Tensor,
+        labels_BT: Tensor | None,
+        target_BTC: Tensor | None,
+        weights_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Sum of the loss over the tokens whose label is not IGNORED; over all of them where there are no labels.
+
+        weights_BT: of a language model's loss, which has no target.
+        """
         head, rows = head_of(self.pair.student), self.recipe.row_chunk
         if target_BTC is not None and self.pair.teacher is not None:
             hidden_NC = hidden_BTC.flatten(0, 1).to(target_BTC.dtype)
@@ -66,7 +75,8 @@ class Objective:
             return distill_loss(hidden_NC, head, target_NC, teacher_head, rows, ignored_N, divergence)
         assert labels_BT is not None
         dtype = next(p.dtype for p in self.pair.student.parameters() if not p.requires_grad)
-        return lm_loss(hidden_BTC.flatten(0, 1).to(dtype), head, labels_BT.flatten(), rows)
+        weights_N = None if weights_BT is None else weights_BT.flatten()
+        return lm_loss(hidden_BTC.flatten(0, 1).to(dtype), head, labels_BT.flatten(), rows, weights_N)
 
 
 class RecoveryTrainer(Trainer):
@@ -218,12 +228,13 @@ def total_loss(
     compute: torch.dtype,
 ) -> Tensor:
     """Sum of the losses over the tokens of a batch. inputs: ids, positions where they are not 0 .. T-1, and whether it
-    is learned from the text rather than from the teacher."""
+    is learned from the text rather than from the teacher, with the weights of its tokens."""
     ids_BT, places_BT, learned = inputs["input_ids"], inputs.pop(PLACES, None), inputs.pop(LEARNED, False)
+    weights_BT = inputs.pop(WEIGHTS, None)
     target_BTC = None if learned else objective.target(ids_BT, inputs.get("position_ids"), places_BT)
     with autocast(ids_BT.device, compute):
         hidden_BTC = model(**inputs)
-    return objective(hidden_BTC, labels_BT, target_BTC)
+    return objective(hidden_BTC, labels_BT, target_BTC, weights_BT)
 
 
 def trial_step(

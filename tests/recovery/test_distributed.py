@@ -121,7 +121,9 @@ def require_same_weights(ours: Path, theirs: Path) -> None:
         torch.testing.assert_close(one.tensor(name), other.tensor(name), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("size", "over"), [(2, {}), (3, {}), (3, {"loss": "lm"}), (3, {"stages": MIXED})])
+@pytest.mark.parametrize(
+    ("size", "over"), [(2, {}), (3, {}), (3, {"loss": "lm"}), (3, {"stages": MIXED, "token_weights": "long"})]
+)
 def test_losses_and_weights_are_those_of_one_process(folders, rows, tmp_path, size, over) -> None:
     recipe = RECIPE.model_copy(update=over)
     one = alone(folders, rows, tmp_path / "one", recipe)

@@ -24,6 +24,7 @@ from retrofit.recovery.batches import MicroBatches
 from retrofit.recovery.callbacks import Watch
 from retrofit.recovery.schedule import TrainRows, training_lines
 from retrofit.recovery.settings import training_arguments
+from retrofit.recovery.token_weights import text_weights
 from retrofit.recovery.train import RecoverReport, recover
 from tests.tiny import save_tiny, tiny_tokenizer
 
@@ -158,15 +159,35 @@ def test_one_schedule_learns_long_rows_and_follows_the_original_on_short_ones(fo
     assert any("rows of 48 tokens are learned from the text" in note for note in report.notes)
 
 
-@pytest.mark.parametrize(("killed_at", "positions"), [(3, "full"), (5, "full"), (8, "full"), (5, "pose"), (5, "mixed")])
+def test_tokens_that_need_the_long_context_count_more(folders, rows, tmp_path: Path) -> None:
+    """The first step, before anything has changed: the weighted mean of the plain losses."""
+    recipe = RECIPE.model_copy(update={"stages": MIXED, "token_weights": "long"})
+    report = run(folders, rows, tmp_path, recipe)
+    student = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32)
+
+    def losses(ids_1T: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.nn.functional.cross_entropy(student(ids_1T).logits[0, :-1], ids_1T[0, 1:], reduction="none")
+
+    ids_NT = rows[0].ids_NT[:2]
+    each = torch.stack([losses(row[None]) for row in ids_NT])
+    weights = torch.stack([text_weights(losses, row)[:-1] for row in ids_NT])
+    assert report.history[1].loss == pytest.approx(float((each * weights).sum() / weights.sum()), rel=1e-5)
+    assert report.history[1].loss != pytest.approx(float(each.mean()), rel=1e-3)
+    assert any("have a mean weight of" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("killed_at", "positions"), [(3, "full"), (5, "full"), (8, "full"), (5, "pose"), (5, "mixed"), (5, "long")]
+)
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     folders, rows, tmp_path, monkeypatch, killed_at, positions
 ) -> None:
     recipe = RECIPE.model_copy(update={"adapter": Adapter(rank=4, alpha=8, dropout=0.1)})
     if positions == "pose":
         recipe = recipe.model_copy(update={"positions": "pose", "stages": STAGES})
-    if positions == "mixed":
-        recipe = recipe.model_copy(update={"stages": MIXED})
+    if positions in ("mixed", "long"):
+        recipe = recipe.model_copy(update={"stages": MIXED, "token_weights": "long" if positions == "long" else "even"})
     whole = run(folders, rows, tmp_path / "whole", recipe)
 
     class Killed(BaseException):

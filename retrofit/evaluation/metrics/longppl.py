@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SHORT_CONTEXT = 4096  # K of LongPPL
 GAIN, SURE = 2.0, 2.0  # nats: alpha, and -beta
+MOST_WEIGHT = 5.0  # gamma of LongCE
 MIN_KEYS = 20  # key tokens below which an interval says nothing
 
 
@@ -105,6 +106,15 @@ def key_tokens(full: Sequence[np.ndarray], short: Sequence[np.ndarray]) -> list[
         (np.asarray(b[: len(a)], np.float64) - a > GAIN) & (np.asarray(a) < SURE)
         for a, b in zip(full, short, strict=True)
     ]
+
+
+def soft_weights(long: np.ndarray, short: np.ndarray) -> np.ndarray:
+    """How much tokens need the long context: min(p(token | long) / p(token | short), 5), from their losses in nats.
+
+    The soft form of `key_tokens`, by which the loss LongCE weighs tokens (the same paper, section 4).
+    """
+    weights: np.ndarray = np.exp(np.minimum(short - long, np.log(MOST_WEIGHT)))
+    return weights
 
 
 def long_ppl(
