@@ -240,6 +240,9 @@ def evaluate(
     task_folder: str | Path | None = None,
     fewshot: int | None = None,
     limit: int | None = None,
+    apply_chat_template: bool | None = None,
+    system_instruction: str | None = None,
+    log_samples: bool | None = None,
     context_gain: bool | None = None,
     long_ppl: bool | None = None,
     definitions: Sequence[Definition] | None = None,
@@ -260,7 +263,8 @@ def evaluate(
     multi_key: of the needle test, the needles of all depths in one text.
     common_knowledge: the built-in questions; a number, a multiple of 4, asks so many of them.
     tasks: of lm-evaluation-harness (names, or YAML files, or names of files in task_folder), `limit` questions of each
-    after `fewshot` examples.
+    after `fewshot` examples; apply_chat_template: as turns of a dialogue; system_instruction: text before each.
+    log_samples: keep prompts and answers beside `out`.
     definitions: perplexities as others define them, over `document_tokens` tokens of each document.
     sequence_parallel: so many processes of a launcher read each text together.
     allow_extrapolation: lengths may lie beyond the model's positions.

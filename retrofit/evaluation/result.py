@@ -29,7 +29,8 @@ class ModelEvaluation:
     measured.
     position_losses: (position in tokens, mean loss in nats). long_context: whether the context is used, as far as that
     was asked for. short_context: what it lost against the original at or below the native length. tasks: scores of the
-    tasks asked, task_changes: against the original, on the same questions.
+    tasks asked, task_changes: against the original, on the same questions. not_asked: by task, questions whose prompt
+    its window does not hold.
     continuations: what it writes after a few prompts. losses: the file of its token losses.
     """
 
@@ -48,6 +49,7 @@ class ModelEvaluation:
     short_context: tuple[ShortContext, ...] = ()
     tasks: tuple[TaskScore, ...] = ()
     task_changes: tuple[TaskChange, ...] = ()
+    not_asked: Mapping[str, int] = field(default_factory=dict)
     continuations: tuple[Continuation, ...] = ()
     losses: Path | None = None
 
@@ -92,6 +94,7 @@ class EvaluationResult:
             "short_context": tuple[ShortContext, ...],
             "tasks": tuple[TaskScore, ...],
             "task_changes": tuple[TaskChange, ...],
+            "not_asked": dict[str, int],
             "continuations": tuple[Continuation, ...],
             "losses": Path | None,
         }

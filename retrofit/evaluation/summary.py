@@ -73,6 +73,7 @@ def summary(
                 if changed
                 else (),
                 tasks=tuple(row for answers in one.tasks.values() for row in answers.rows()),
+                not_asked={name: answers.not_asked for name, answers in one.tasks.items() if answers.not_asked},
                 continuations=one.continuations,
                 task_changes=tuple(
                     row for name, answers in one.tasks.items() for row in changes(original.tasks[name], answers, **how)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from retrofit.errors import UserError
@@ -35,12 +35,13 @@ class Recovery:
 @dataclass(frozen=True)
 class CardModel:
     """Perplexities of one model, its scores in tasks, and what these are against the original's; label is `original`,
-    `converted` or `recovered`."""
+    `converted` or `recovered`. not_asked: by task, questions whose prompt its window does not hold."""
 
     label: str
     rows: Sequence[Row]
     tasks: Sequence[TaskScore] = ()
     task_changes: Sequence[TaskChange] = ()
+    not_asked: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

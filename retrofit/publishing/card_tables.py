@@ -58,8 +58,13 @@ def task_table(card: CardInput) -> list[Markdown]:
         place = (score.task, score.metric)
         cells = [score.task, score.metric, f"{score.questions:,}", str(score.fewshot)]
         for model in card.models:
-            one = next(one for one in model.tasks if (one.task, one.metric) == place)
-            cells.append(f"{one.value:.4g}" if one.stderr is None else f"{one.value:.4g} ± {one.stderr:.2g}")
+            one = next((one for one in model.tasks if (one.task, one.metric) == place), None)
+            missing = model.not_asked.get(score.task, 0)
+            if one is None:
+                cells.append("not asked, its window is shorter" if missing else "–")
+                continue
+            value = f"{one.value:.4g}" if one.stderr is None else f"{one.value:.4g} ± {one.stderr:.2g}"
+            cells.append(f"{value} (without {missing:,} that its window does not hold)" if missing else value)
         if score.chance is not None:
             cells[1] += f" (chance {score.chance:.4g})"
         if compared:

@@ -32,6 +32,7 @@ RULER_TASKS: tuple[RulerTask, ...] = (
     "common_words",
     "frequent_words",
 )
+Metadata = str | int | float | bool | tuple[str | int | float, ...]
 NEEDLE_KEYS = 12  # names that needles in one haystack are told apart by
 COMMON_KNOWLEDGE = 504  # questions of the built-in task
 
@@ -89,6 +90,24 @@ class Tasks(Section):
     )
     limit: int | None = Field(
         None, ge=1, le=10**9, description="questions of each task, from its beginning; by default all"
+    )
+    apply_chat_template: bool = Field(
+        False, description="ask as turns of a dialogue, written by the model's own chat template"
+    )
+    fewshot_as_multiturn: bool = Field(
+        True,
+        description="with apply_chat_template: each example is turns of its own; false puts all into the question's",
+    )
+    system_instruction: Annotated[str, Field(min_length=1, max_length=100_000)] | None = Field(
+        None, description="text before every question: the system turn of a dialogue, without one plain text"
+    )
+    log_samples: bool = Field(
+        False, description="keep the prompt and the answer of every question as JSON lines beside the scores"
+    )
+    metadata: dict[str, Metadata] = Field(
+        default_factory=dict,
+        max_length=100,
+        description="for tasks that make their own prompts, as the harness's --metadata: {max_seq_lengths: [16384]}",
     )
     batch_size: int = Field(
         1, ge=1, le=65_536, description="requests read at a time; more are faster on a GPU, and change the last digits"

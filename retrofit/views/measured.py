@@ -42,6 +42,8 @@ def evaluation(result: ModelEvaluation) -> Iterator[Part]:
     if result.cost:
         yield from _cost(result.cost)
     yield from tasks(result.tasks)
+    for name, count in result.not_asked.items():
+        yield f"task {name}: {count:,} questions not asked, their prompts are longer than the window"
     if result.losses:
         yield f"token losses: {result.losses}"
     if result.long_context:

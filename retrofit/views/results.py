@@ -34,6 +34,9 @@ def run(result: RunResult) -> Iterator[Part]:
     for last in list(result.models.values())[-1:]:
         title = f"Tasks: {last.label} - {labels[0]} on the same questions, right answers of only one"
         yield from task_changes(title, (labels[0], last.label), last.task_changes)
+        for model in result.models.values():
+            for name, count in model.not_asked.items():
+                yield f"{model.label} was not asked {count:,} questions of {name}: its window is shorter"
         knowledge = sentence(next(iter(result.models.values())).tasks, last.tasks, last.task_changes)
         if knowledge and last.task_changes:
             yield f"general knowledge: {knowledge}"

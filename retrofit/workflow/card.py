@@ -56,7 +56,10 @@ def card_input(
         kv_heads=(before.layers[0].kv_heads, after.layers[0].kv_heads),
         native_length=data.native_length,
         claimed_length=data.claimed_length,
-        models=tuple(CardModel(model.label, model.rows, model.tasks, model.task_changes) for model in data.models),
+        models=tuple(
+            CardModel(model.label, model.rows, model.tasks, model.task_changes, model.not_asked)
+            for model in data.models
+        ),
         kv_bytes_per_token=(before.kv_bytes_per_token(size), after.kv_bytes_per_token(size)),
         kv_cache_bytes={
             n: (before.kv_cache_bytes(n, size), after.kv_cache_bytes(n, size)) for n in first.kv_cache_bytes

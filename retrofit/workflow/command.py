@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.full import writing
 from retrofit.checkpoint.lock import folder_lock
+from retrofit.errors import UserError
 from retrofit.evaluation.long_context import passes_of
 from retrofit.evaluation.metrics.context_use import LongContext
 from retrofit.evaluation.result import ModelEvaluation
 from retrofit.evaluation.summary import Kept, summary
-from retrofit.evaluation.tasks.answers import TaskAnswers, answers_file, from_file, to_file
+from retrofit.evaluation.tasks.answers import TaskAnswers, answers_file, from_file, samples_file, to_file
 from retrofit.model.completeness import require_complete, require_sound
 from retrofit.model.reexpress import reexpression_of
 from retrofit.model.source import resolve
@@ -191,6 +192,12 @@ def evaluate(
 
     def check() -> bool:
         if file is None or partial is None:
+            if recipe.evaluate and recipe.evaluate.tasks and recipe.evaluate.tasks.log_samples:
+                raise UserError(
+                    "prompts and answers are kept beside the token losses, and those are not kept",
+                    where="--log-samples",
+                    fix="add --out FILE.npz",
+                )
             return False
         finished = require_file(file, overwrite=overwrite)
         require_own(partial, Evaluate.name)
@@ -226,7 +233,8 @@ def _evaluate(
     stored = None
     if out is not None:
         question = step.key(context, Inputs({label: artifact})).digest
-        stored = Stored(out, question, passes_of(step.section, step.native(context)))
+        logged = bool(step.section.tasks and step.section.tasks.log_samples)
+        stored = Stored(out, question, passes_of(step.section, step.native(context)), logged)
         if finished:
             require_same(out, question)
         elif not overwrite:
@@ -264,18 +272,20 @@ def _tasks(
     """What the model answers to every task; finished ones are kept in `partial`, by rank 0."""
     questions = Questions.of(context, step.section)
     found: dict[str, TaskAnswers] = {}
-    with questions.reader(context.model, native) as ask:
+    with questions.reader(context.model, context.claimed, native) as ask:
         for asked in questions.tasks:
             settings = [questions.key(asked), context.recipe.kernel, context.device_kind, native]
             key = ResumeKey(asked.name, step.version, settings, {"checkpoint": dict(artifact.digests)}).digest
             file = answers_file(partial, "model", asked.name) if partial else None
-            kept_here = from_file(file).get(asked.name) if file and file.is_file() else None
+            log = samples_file(file) if file and questions.logs(asked) else None
+            known = file is not None and file.is_file() and (log is None or log.is_file())
+            kept_here = from_file(file).get(asked.name) if file and known else None
             before = context.world.share(kept_here)
             if before is not None and before.key == key:
                 found[asked.name] = before
                 context.note(f"task {asked.name}: done before, kept")
                 continue
-            found[asked.name] = replace(ask(asked), key=key)
+            found[asked.name] = replace(ask(asked, log), key=key)
             if file:
                 to_file({asked.name: found[asked.name]}, file)
     return found

@@ -49,7 +49,7 @@ def open_in(world: World, recipe: Recipe, *, progress: Progress | None = None, *
     if not mine and found.asks_tasks:
         from retrofit.workflow.questions import harness_of
 
-        context.harness = harness_of(context.recipe)
+        context.harness = harness_of(context.recipe, context.model)
     _require_same_inputs(context)
     return context
 

@@ -6,14 +6,18 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrofit.checkpoint.config import read_config
 from retrofit.errors import UserError
 from retrofit.evaluation.tasks import common_knowledge
 from retrofit.evaluation.tasks.answers import TaskAnswers
 from retrofit.evaluation.tasks.common_knowledge import CommonKnowledge
 from retrofit.evaluation.tasks.harness import Asked, Harness, ask, open_tasks
+from retrofit.evaluation.tasks.harness_reader import Prompts
 from retrofit.model.folder import ModelFolder
+from retrofit.model.side_files import side_file
 from retrofit.recipe.schema import Evaluate, Recipe
 from retrofit.system.world import World
 from retrofit.workflow.estimate.cost import TOKEN_BYTES, TaskSize
@@ -28,11 +32,18 @@ if TYPE_CHECKING:
 Task = CommonKnowledge | Asked
 
 
-def harness_of(recipe: Recipe) -> Harness | None:
+def harness_of(recipe: Recipe, model: ModelFolder) -> Harness | None:
     """The tasks of the harness that a recipe asks, with their data; None without. Raises UserError as `open_tasks`
-    does."""
+    does.
+
+    model: whose tokenizer measures the prompts that some tasks make. The harness opens it with leave to run the
+    folder's own code, so that a folder which names code of its own is not given to it.
+    """
     section = recipe.evaluate.tasks if recipe.evaluate else None
-    return open_tasks(section) if section else None
+    if section is None:
+        return None
+    named = (side_file(model.path, "tokenizer_config.json"), read_config(model.path))
+    return open_tasks(section, None if any("auto_map" in one for one in named) else model.path)
 
 
 def tasks_of(section: Evaluate | None, harness: Harness | None) -> tuple[Task, ...]:
@@ -79,7 +90,7 @@ class Questions:
             return {**how, "task": asked.name, "digest": asked.digest, "version": version}
         assert self.section.tasks
         assert self.harness
-        how = self.section.tasks.model_dump(mode="json", include={"fewshot", "limit", "batch_size"})
+        how = self.section.tasks.model_dump(mode="json", exclude={"names", "folder"})
         version, dtype = self.harness.version, self.section.dtype
         return {**how, "task": asked.name, "digest": asked.digest, "harness": version, "dtype": dtype}
 
@@ -87,15 +98,28 @@ class Questions:
         """`key` of every task."""
         return [self.key(asked) for asked in self.tasks]
 
+    def logs(self, asked: Task) -> bool:
+        """Whether prompts and answers of a task are kept."""
+        return bool(not isinstance(asked, CommonKnowledge) and self.section.tasks and self.section.tasks.log_samples)
+
     @contextmanager
-    def reader(self, model: ModelFolder, length: int) -> Iterator[Callable[[Task], TaskAnswers]]:
-        """A function that asks the model one task. The model is loaded when the first is asked, and given back at the
-        end. length: most tokens of a request, where the model has more positions."""
+    def reader(
+        self, model: ModelFolder, longest: int, native: int
+    ) -> Iterator[Callable[[Task, Path | None], TaskAnswers]]:
+        """A function that asks the model one task, and keeps prompts and answers in a file. The model is loaded when
+        the first is asked, and given back at the end.
+
+        longest: positions of that of the compared models that has most. A model with fewer is not asked what its window
+        does not hold; the one with most is shown the end of a prompt that is longer still. native: positions of the
+        original, the windows in which whole texts are read.
+        """
         from retrofit.evaluation.folders import ready
 
         loaded: list[Any] = []
+        own = model.spec.max_position_embeddings
+        prompts = Prompts(min(longest, own), whole=own < longest, rolling=min(native, own))
 
-        def answers(asked: Task) -> TaskAnswers:
+        def answers(asked: Task, log: Path | None) -> TaskAnswers:
             if not loaded:
                 loaded.extend(ready(model, self.section, self.kernel, self.device))
             if isinstance(asked, CommonKnowledge):
@@ -116,8 +140,9 @@ class Questions:
                 loaded[0],
                 model.tokenizer,
                 self.section.tasks,
-                length=min(length, model.spec.max_position_embeddings),
+                prompts=prompts,
                 resamples=self.section.resamples,
+                log=log if self.logs(asked) else None,
                 world=self.world,
                 progress=self.progress,
             )
@@ -139,6 +164,19 @@ def require_positions_of_tasks(section: Evaluate, end: int | None, tokenizer: Pr
     choices = common_knowledge.choices_of(CommonKnowledge.of(section.common_knowledge))
     longest = max(tokenized(tokenizer, one).longest for one in choices)
     require_positions(end, longest, "evaluate.common_knowledge, for the original model")
+
+
+def require_chat_template(section: Evaluate, tokenizer: PreTrainedTokenizerBase) -> None:
+    """UserError where tasks are asked as turns of a dialogue that the model's chat template cannot write."""
+    tasks = section.tasks
+    if tasks is None or not tasks.apply_chat_template:
+        return
+    from retrofit.model.dialogues import write_dialogues
+
+    system = [{"role": "system", "content": tasks.system_instruction}] if tasks.system_instruction else []
+    example = [{"role": "user", "content": "Two"}, {"role": "assistant", "content": "three"}]
+    turns = [*system, *example, {"role": "user", "content": "four"}]
+    list(write_dialogues(tokenizer, [(turns, [], "evaluate.tasks.apply_chat_template")], answered=False))
 
 
 def check_tasks(recipe: Recipe, harness: Harness | None, config: Any, kernel: str) -> None:

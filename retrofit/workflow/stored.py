@@ -5,6 +5,7 @@ The file of token losses comes last and says which question it answers: with it,
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from retrofit.evaluation.files import pass_file
 from retrofit.evaluation.metrics.context_use import restored
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.evaluation.summary import Kept
-from retrofit.evaluation.tasks.answers import beside, from_file, to_file
+from retrofit.evaluation.tasks.answers import answers_file, beside, from_file, samples_file, to_file
 from retrofit.workflow.outputs import QUESTION
 
 _CONTEXT, _REASON = "long_context", "kernel_reason"
@@ -25,16 +26,20 @@ _CONTEXT, _REASON = "long_context", "kernel_reason"
 
 @dataclass(frozen=True)
 class Stored:
-    """The files of one evaluation. question: digest of what it was asked. passes: names of its further passes."""
+    """The files of one evaluation. question: digest of what it was asked. passes: names of its further passes. logged:
+    whether it keeps the prompts and answers of its tasks."""
 
     out: Path
     question: str
     passes: tuple[str, ...]
+    logged: bool = False
 
     @property
     def beside(self) -> tuple[Path, ...]:
         """The other files than the token losses."""
-        return (*(pass_file(self.out, name) for name in self.passes), beside(self.out))
+        answers = beside(self.out)
+        also = (samples_file(answers),) if self.logged else ()
+        return (*(pass_file(self.out, name) for name in self.passes), answers, *also)
 
     def write(self, found: Kept, work: Path, *, overwrite: bool) -> Kept:
         """Write all files, each whole or not at all. work: a folder on the same disk. Raises UserError where one of
@@ -54,6 +59,15 @@ class Stored:
             name_file(partial, beside(self.out), overwrite=overwrite)
         elif overwrite:
             beside(self.out).unlink(missing_ok=True)  # of what is replaced
+        if self.logged:
+            partial, log = work / "samples.jsonl", samples_file(beside(self.out))
+            with partial.open("wb") as whole:
+                for name in found.tasks:
+                    part = samples_file(answers_file(work, "model", name))
+                    if part.is_file():  # a task that is built in has none
+                        with part.open("rb") as file:
+                            shutil.copyfileobj(file, whole)
+            name_file(partial, log, overwrite=overwrite)
         self._put(losses, self.out, work, overwrite)
         return replace(found, losses=losses)
 
@@ -65,6 +79,8 @@ class Stored:
             kernel, reason = str(losses.meta["kernel"]), str(losses.meta[_REASON])
             passes = {name: TokenLosses.load(pass_file(self.out, name)) for name in self.passes}
             tasks = from_file(beside(self.out)) if beside(self.out).is_file() else {}
+            if self.logged and not samples_file(beside(self.out)).is_file():
+                return None
         except (UserError, ValidationError, KeyError, TypeError):
             return None
         return Kept(losses, passes, answers, kernel, reason, (), tasks)

@@ -14,7 +14,7 @@ import pytest
 from retrofit.errors import UserError
 from retrofit.evaluation.metrics.bootstrap import mean_interval
 from retrofit.evaluation.tasks.answers import Score, TaskAnswers, changes, from_file, mcnemar, metrics_of, to_file
-from retrofit.evaluation.tasks.harness_answers import answers_of
+from retrofit.evaluation.tasks.harness_answers import answers_of, logged
 
 
 def answers(right: list[float], *, name: str = "quiz", first: int = 0, metric: str = "acc", higher: bool = True) -> Any:
@@ -156,3 +156,69 @@ def test_the_questions_of_a_group_stand_together() -> None:
     assert tag.value == pytest.approx(1 / 3)
     assert tag.stderr == pytest.approx(1 / 3)
     assert len(set(answers_of("all", returned(results, parts), "").asked)) == 3
+
+
+class Short:
+    """A window that does not hold the prompts of some questions. cuts: whether those are cut or not asked."""
+
+    def __init__(self, long: set[int], *, cuts: bool) -> None:
+        self.long, self.cuts = long, cuts
+
+    def skipped(self, sample: Any) -> bool:
+        return not self.cuts and sample["doc_id"] in self.long
+
+    def cut_to(self, sample: Any) -> int | None:
+        return 64 if sample["doc_id"] in self.long else None
+
+
+def test_questions_that_were_not_asked_count_in_no_score() -> None:
+    scores = {"acc,none": 0.5, "acc_stderr,none": 0.5, "ppl,none": 7.0, "ppl_stderr,none": "N/A"}
+    samples = [sample(0, acc=1.0, ppl=(3.0, 2)), sample(1, acc=0.0, ppl=(0.0, 2))]
+    whole = answers_of("quiz", returned({"quiz": scores}, {"quiz": samples}), "")
+    found = answers_of("quiz", returned({"quiz": scores}, {"quiz": samples}), "", Short({1}, cuts=False))
+    assert found.not_asked == 1
+    assert found.asked == whole.asked[:1]
+    assert [(one.metric, one.value, one.questions) for one in found.scores] == [("acc", 1.0, (1.0,))]
+    (row,) = changes(found, whole)
+    assert row.questions == 1
+    none = answers_of("quiz", returned({"quiz": scores}, {"quiz": samples}), "", Short({0, 1}, cuts=False))
+    assert (none.asked, none.scores, none.not_asked) == ((), (), 2)
+    assert none.rows() == ()
+
+
+def test_a_question_that_was_cut_is_paired_with_none_that_was_read_whole() -> None:
+    results, samples = {"acc,none": 0.5}, [sample(0, acc=1.0), sample(1, acc=0.0)]
+    whole = answers_of("quiz", returned({"quiz": results}, {"quiz": samples}), "")
+    cut = answers_of("quiz", returned({"quiz": results}, {"quiz": samples}), "", Short({1}, cuts=True))
+    assert cut.not_asked == 0
+    assert set(cut.asked) & set(whole.asked) == {whole.asked[0]}
+
+
+def test_metrics_of_other_lengths_as_ruler_has_them() -> None:
+    results = {"4096,none": 0.5, "8192,none": 1.0, "16384,none": -1.0}
+    samples = [
+        sample(0, **{"4096": 0.0}),
+        sample(1, **{"4096": 1.0}),
+        sample(2, **{"4096": -1.0, "8192": 1.0}),
+    ]
+    found = answers_of("vt", returned({"vt": results}, {"vt": samples}), "")
+    assert [(one.metric, one.questions) for one in found.scores] == [
+        ("4096", (0.0, 1.0, None)),
+        ("8192", (None, None, 1.0)),
+    ]
+    assert [row.questions for row in found.rows()] == [2, 1]
+    assert [row.questions for row in changes(found, found)] == [2, 1]
+
+
+def test_samples_are_lines_of_ascii_whatever_a_model_writes() -> None:
+    one = {
+        **sample(0, acc=1.0),
+        "arguments": [("Gr\u00fc\u00dfe?", " ja")],
+        "target": 0,
+        "filtered_resps": ["\x1b[31m\u202e"],
+    }
+    (line,) = logged("quiz", returned({"quiz": {}}, {"quiz": [one]}))
+    assert line.isascii()
+    assert "\x1b" not in line
+    assert json.loads(line)["answers"] == ["\x1b[31m\u202e"]
+    assert json.loads(line)["metrics"] == {"acc": 1.0}

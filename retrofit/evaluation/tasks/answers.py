@@ -30,25 +30,28 @@ BY_CHANCE = 0.05
 class Score:
     """One metric of a task. value and stderr: the harness's own, stderr None where it gives none.
 
-    questions: the metric of each question, in the order of `TaskAnswers.asked`; None where the value is not their mean
-    (a perplexity, a corpus score), so that nothing can be paired. chance: what guesses score on average, where known.
+    questions: the metric of each question, in the order of `TaskAnswers.asked`, None of one that does not count to it;
+    None as a whole where the value is not their mean (a perplexity, a corpus score), so that nothing can be paired.
+    chance: what guesses score on average, where known.
     """
 
     metric: str
     value: float
     stderr: float | None
     higher_is_better: bool
-    questions: tuple[float, ...] | None = None
+    questions: tuple[float | None, ...] | None = None
     chance: float | None = None
 
 
 @dataclass(frozen=True)
 class TaskAnswers:
-    """What one model answered. asked: a digest of each question, its examples and its right answer.
+    """What one model answered. asked: a digest of each question, its examples and its right answer, and of where its
+    prompt was cut.
 
-    scores: the task's own metrics, those that can be paired first; the first of all is what a task is known by.
-    harness: version of lm-evaluation-harness, empty for a task that is built in. key: digest of everything that the
-    answers depend on; equal keys need not be asked again.
+    not_asked: questions whose prompt the model's window does not hold; they count in no score. scores: the task's own
+    metrics, those that can be paired first; the first of all is what a task is known by. harness: version of
+    lm-evaluation-harness, empty for a task that is built in. key: digest of everything that the answers depend on;
+    equal keys need not be asked again.
     """
 
     task: str
@@ -58,13 +61,18 @@ class TaskAnswers:
     asked: tuple[str, ...]
     scores: tuple[Score, ...]
     key: str = ""
+    not_asked: int = 0
 
     def rows(self) -> tuple[TaskScore, ...]:
         """The scores without the questions."""
         return tuple(
-            TaskScore(self.task, one.metric, one.value, one.stderr, len(self.asked), self.fewshot, one.chance)
+            TaskScore(self.task, one.metric, one.value, one.stderr, self._counting(one), self.fewshot, one.chance)
             for one in self.scores
         )
+
+    def _counting(self, score: Score) -> int:
+        """Questions that a score is of."""
+        return len(self.asked) if score.questions is None else sum(one is not None for one in score.questions)
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,11 @@ def changes(before: TaskAnswers, after: TaskAnswers, *, resamples: int = 2000, s
         new = next((one for one in after.scores if one.metric == old.metric), None)
         if new is None or old.questions is None or new.questions is None:
             continue
-        a, b = np.array([(old.questions[i], new.questions[j]) for i, j in shared], np.float64).T
+        both = [(old.questions[i], new.questions[j]) for i, j in shared]
+        counting = [pair for pair in both if None not in pair]
+        if not counting:
+            continue
+        a, b = np.array(counting, np.float64).T
         interval = mean_interval(b - a, "question", resamples=resamples, seed=seed)
         worse = -1.0 if old.higher_is_better else 1.0
         lost, gained, p = _one_sided(a, b, old.higher_is_better)
@@ -128,7 +140,7 @@ def changes(before: TaskAnswers, after: TaskAnswers, *, resamples: int = 2000, s
             TaskChange(
                 task=after.task,
                 metric=old.metric,
-                questions=len(shared),
+                questions=len(counting),
                 before=float(a.mean()),
                 after=float(b.mean()),
                 change=interval.value,
@@ -194,6 +206,11 @@ def answers_file(run: Path, label: str, task: str) -> Path:
     """Where a run keeps what one of its models answered to one task."""
     name = re.sub(r"[^\w.-]", "_", task)
     return run / FOLDER / label / f"{name}.json"
+
+
+def samples_file(answers: Path) -> Path:
+    """Where the prompts and answers behind a file of scores are kept: `quiz.samples.jsonl` beside `quiz.json`."""
+    return answers.with_suffix(".samples.jsonl")
 
 
 def beside(losses: Path) -> Path:

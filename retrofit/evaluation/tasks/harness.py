@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import logging
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 from retrofit.checkpoint.full import machine_error
 from retrofit.errors import UserError
 from retrofit.evaluation.tasks.answers import TaskAnswers
-from retrofit.evaluation.tasks.harness_answers import answers_of
+from retrofit.evaluation.tasks.harness_answers import answers_of, logged
+from retrofit.evaluation.tasks.harness_reader import GENERATED, Prompts, reader_of
 from retrofit.install import install_command
 from retrofit.recipe.schema import Tasks
 from retrofit.system.world import ALONE, World
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
 
 LEAST = (0, 4, 12)  # the first version whose tasks are loaded as here
 PROBED = 32  # questions of a task whose requests are counted, for a plan
-GENERATED = 256  # tokens of an answer where the task sets no limit, as in the harness
 WHERE = "evaluate.tasks"
 
 
@@ -88,11 +89,12 @@ def require_harness() -> str:
     return version
 
 
-def open_tasks(section: Tasks) -> Harness:
+def open_tasks(section: Tasks, tokenizer: Path | None = None) -> Harness:
     """Find every task that `section` names and read its data. No model is needed.
 
-    Raises UserError without the harness, for a name that no task has (with those nearest to it), data that cannot be
-    had, and tasks that this cannot ask: those that run generated code, or show pictures or sound.
+    tokenizer: folder of that of the model, for tasks that make prompts of given lengths. Raises UserError without the
+    harness, for a name that no task has (with those nearest to it), data that cannot be had, and tasks that this cannot
+    ask: those that run generated code, or show pictures or sound.
     """
     version = require_harness()
     files = [Path(name) for name in section.names if _is_file(name)]
@@ -102,7 +104,7 @@ def open_tasks(section: Tasks) -> Harness:
     if section.folder is not None and not Path(section.folder).is_dir():
         raise UserError(f"there is no folder `{section.folder}`", where=f"{WHERE}.folder", fix="check the path")
     with _silent():
-        manager = _manager(section)
+        manager = _manager(section, tokenizer)
         asked = tuple(_open(manager, name, section) for name in section.names)
     names = [one.name for one in asked]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -118,26 +120,25 @@ def ask(
     tokenizer: PreTrainedTokenizerBase,
     section: Tasks,
     *,
-    length: int,
+    prompts: Prompts,
     resamples: int = 2000,
+    log: Path | None = None,
     world: World = ALONE,
     progress: Progress | None = None,
 ) -> TaskAnswers:
     """Have a model answer one task, with the kernel and the dtype that it was loaded with.
 
-    length: tokens of the longest prompt; what is longer loses its beginning, so that models with different windows read
-    the same. resamples: for the standard error of metrics that are no mean. Seeds, and so the examples that are drawn,
-    are the harness's own defaults, which published numbers were made with. world: the processes that make this call,
-    each with the model; they share the requests (see `harness_reader`), and rank 0 has the answers that all return.
+    prompts: how long ones are read. log: a file for the prompts and answers of all questions. resamples: for the
+    standard error of metrics that are no mean. Seeds, and so the examples that are drawn, are the harness's own
+    defaults, which published numbers were made with. world: the processes that make this call, each with the model;
+    they share the requests (see `harness_reader`), and rank 0 has the answers that all return.
     """
     from lm_eval import simple_evaluate
-
-    from retrofit.evaluation.tasks.harness_reader import reader_of
 
     with _silent():
         if progress:
             progress.start(f"task {asked.name}", None, "requests")
-        reader = reader_of(model, tokenizer, section.batch_size, length, world, progress)
+        reader = reader_of(model, tokenizer, section.batch_size, prompts, world, progress)
         found = simple_evaluate(
             reader,
             tasks=list(asked.parts),
@@ -145,25 +146,36 @@ def ask(
             limit=section.limit,
             bootstrap_iters=resamples if world.main else 0,  # only its scores are used
             task_manager=harness.manager,
+            apply_chat_template=section.apply_chat_template,
+            fewshot_as_multiturn=section.apply_chat_template and section.fewshot_as_multiturn,
+            system_instruction=section.system_instruction,
         )
         if progress:
             progress.finish()
-    return world.only(lambda: answers_of(asked.name, found, harness.version))
+
+    def answered() -> TaskAnswers:
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text("".join(f"{line}\n" for line in logged(asked.name, found, reader.lengths)), encoding="ascii")
+        return answers_of(asked.name, found, harness.version, reader.lengths)
+
+    return world.only(answered)
 
 
 def _is_file(name: str) -> bool:
     return Path(name).suffix in (".yaml", ".yml")
 
 
-def _manager(section: Tasks) -> Any:
+def _manager(section: Tasks, tokenizer: Path | None) -> Any:
     """The index of tasks. The harness's own thousands are read only where a name is not in the folder."""
     from lm_eval.tasks import TaskManager
 
     names = [name for name in section.names if not _is_file(name)]
-    own = TaskManager(include_path=section.folder, include_defaults=False)
+    given = {**({"tokenizer": str(tokenizer)} if tokenizer else {}), **_lists(section.metadata)}
+    own = TaskManager(include_path=section.folder, include_defaults=False, metadata=given)
     if all(name in own.all_tasks for name in names):
         return own
-    manager = TaskManager(include_path=section.folder)
+    manager = TaskManager(include_path=section.folder, metadata=given)
     unknown = next((name for name in names if name not in manager.all_tasks), None)
     if unknown is not None:
         near = difflib.get_close_matches(unknown, manager.all_tasks, n=3, cutoff=0.5)
@@ -176,13 +188,35 @@ def _manager(section: Tasks) -> Any:
     return manager
 
 
+def _lists(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """As the harness reads them from JSON."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in metadata.items()}
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Random numbers as the harness begins with, for tasks that make their prompts while they are loaded: each process
+    of a run, and each run, has to make the same."""
+    import numpy as np
+
+    before, numpy_before = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(1234)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(numpy_before)
+
+
 def _open(manager: Any, given: str, section: Tasks) -> Asked:
     from datasets.exceptions import DatasetsError
     from huggingface_hub.constants import HF_HOME
 
     try:
-        loaded = manager.load([given])
-        return _examined(given, loaded, section)
+        with _seeded():
+            loaded = manager.load([given])
+            return _examined(given, loaded, section)
     except (OSError, DatasetsError) as error:
         raise machine_error(error, HF_HOME) or UserError(
             f"the data of the task `{given}` cannot be had: {_first_line(error)}",
@@ -231,7 +265,10 @@ def _examined(given: str, loaded: Mapping[str, Any], section: Tasks) -> Asked:
         generated += round(scale * sum(tokens for _, tokens, _ in seen))
         metrics |= dict.fromkeys(task.aggregation())
         texts = [text for _, _, text in seen]
-        digest.update(json.dumps([part, task.dump_config(), docs, texts], sort_keys=True, default=str).encode())
+        config = task.dump_config()
+        if isinstance(config.get("metadata"), dict):  # where the tokenizer lies changes no question
+            config["metadata"] = {key: value for key, value in config["metadata"].items() if key != "tokenizer"}
+        digest.update(json.dumps([part, config, docs, texts], sort_keys=True, default=str).encode())
     return Asked(
         name=name,
         given=given,

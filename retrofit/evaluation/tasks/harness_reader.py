@@ -7,7 +7,8 @@ texts, generation) is dealt out request by request; with batches of several, who
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from retrofit.system.dealing import collected, own_share
@@ -20,17 +21,60 @@ if TYPE_CHECKING:
 
 Tokenized = tuple[tuple[str, str], list[int], list[int]]
 """A request as the harness has it: (context, continuation), and the tokens of both."""
+GENERATED = 256  # tokens of an answer where the task sets no limit, as in the harness
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """How long prompts are read. length: tokens of the longest, its answer included. whole: a longer one is not asked;
+    otherwise it loses its beginning, as the harness does it. rolling: tokens of the windows in which whole texts are
+    read, the same for all models that are compared."""
+
+    length: int
+    whole: bool = False
+    rolling: int | None = None
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Prompts and their answers in tokens of a model. encode: its tokenizer as the harness uses it."""
+
+    prompts: Prompts
+    encode: Callable[[str], Sequence[int]]
+
+    def too_long(self, arguments: Sequence[Any]) -> bool:
+        """Whether a request is longer than the prompts that are read. arguments: (context, continuation), (context,
+        settings of generation), or (text,), which is read in windows."""
+        if len(arguments) < 2:
+            return False
+        context, rest = arguments[0], arguments[1]
+        text, more = (context + rest, -1) if isinstance(rest, str) else (context, _generated(rest))
+        if len(text.encode()) + 1 + more <= self.prompts.length:
+            return False  # no token is shorter than a byte, and one may be put in front
+        return len(self.encode(text)) + more > self.prompts.length
+
+    def skipped(self, sample: Mapping[str, Any]) -> bool:
+        """Whether a question was not asked, as one of its prompts is too long."""
+        return self.prompts.whole and any(self.too_long(one) for one in sample["arguments"])
+
+    def cut_to(self, sample: Mapping[str, Any]) -> int | None:
+        """Tokens that a prompt of the question was cut to; None where all were read whole."""
+        return self.prompts.length if any(self.too_long(one) for one in sample["arguments"]) else None
+
+
+def _generated(settings: Mapping[str, Any]) -> int:
+    return int(settings.get("max_gen_toks", GENERATED))
 
 
 def reader_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
-    length: int,
+    prompts: Prompts,
     world: World,
     progress: Progress | None,
 ) -> Any:
-    """A model of the harness; it tells `progress` what this process has read. length: tokens of the longest prompt."""
+    """A model of the harness; it tells `progress` what this process has read. Its `lengths` are a `Lengths`."""
     from lm_eval.models.huggingface import HFLM
 
     class Reader(HFLM):
@@ -38,19 +82,38 @@ def reader_of(
 
         _whole = False  # what is asked for is all this process's: it was dealt out before
 
+        @property
+        def lengths(self) -> Lengths:
+            return Lengths(prompts, self.tok_encode)
+
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().loglikelihood(requests, disable_tqdm=True)
+            read = super().loglikelihood
+            return self._fitting(requests, lambda own: read(own, disable_tqdm=True), (0.0, False))
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            self._whole = True
+            self._whole, self._max_length = True, prompts.rolling or prompts.length
             read = super().loglikelihood_rolling
             found = _one_by_one(requests, lambda own: read(own, disable_tqdm=True), batch_size, world)
-            self._whole = False
+            self._whole, self._max_length = False, prompts.length
             return found
 
         def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
             write = super().generate_until
-            return _one_by_one(requests, lambda own: write(own, disable_tqdm=True), batch_size, world)
+            return self._fitting(
+                requests,
+                lambda some: _one_by_one(some, lambda own: write(own, disable_tqdm=True), batch_size, world),
+                "",
+            )
+
+        def _fitting(self, requests: Any, read: Callable[[list[Any]], Sequence[Any]], instead: object) -> list[Any]:
+            """What `read` gives for the requests that are asked, and `instead` for the others, which count nowhere.
+            All are made, as the examples of a question depend on those before it."""
+            if not prompts.whole:
+                return list(read(requests))
+            asked = [not self.lengths.too_long(one.args) for one in requests]
+            own = [one for one, fits in zip(requests, asked, strict=True) if fits]
+            found = iter(read(own) if own else ())
+            return [next(found) if fits else instead for fits in asked]
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
             read = super()._loglikelihood_tokens
@@ -64,7 +127,9 @@ def reader_of(
         def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
             return _counted(progress, context, super()._model_generate(context, *args, **kwargs))
 
-    return Reader(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=length, backend="causal")
+    return Reader(
+        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=prompts.length, backend="causal"
+    )
 
 
 def batches(requests: Sequence[Tokenized], size: int) -> list[list[int]]:

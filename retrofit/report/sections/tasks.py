@@ -29,15 +29,21 @@ def figures(run: RunData) -> Iterator[Figure]:
         for model in run.models:
             score = next((one for one in model.tasks if (one.task, one.metric) == (task, metric)), None)
             change = next((one for one in model.task_changes if (one.task, one.metric) == (task, metric)), None)
+            missing = model.not_asked.get(task, 0)
             if score is not None:
-                rows.append((task, metric, model.label, scored(score), *_paired(change), fmt.count(score.questions)))
+                asked_of = fmt.count(score.questions) + (f" ({fmt.count(missing)} not asked)" if missing else "")
+                rows.append((task, metric, model.label, scored(score), *_paired(change), asked_of))
+            elif missing:
+                rows.append(
+                    (task, metric, model.label, "not asked", *_paired(None), f"0 ({fmt.count(missing)} not asked)")
+                )
     yield Figure(
         "tasks",
         "Tasks",
         f"The same questions for every model: {_whose(run)}. Against the original: the mean difference on the same "
         "questions with its 95% interval (paired bootstrap over questions). An interval that holds 0 does not show "
         "that nothing changed: a change of up to either end is compatible with the data. Beside it the questions that "
-        "only one of the two answers right.",
+        f"only one of the two answers right.{_unasked(run)}",
         Table(HEADERS, tuple(rows)),
     )
 
@@ -97,6 +103,15 @@ def _whose(run: RunData) -> str:
     own = own if any(score.task == common_knowledge.NAME for score in scores) else []
     theirs = [f"tasks of lm-evaluation-harness, after {' or '.join(map(str, shots))} examples"] if shots else []
     return "; ".join([*own, *theirs])
+
+
+def _unasked(run: RunData) -> str:
+    """Why some models were not asked all questions, as a sentence after others."""
+    labels = [f"`{model.label}`" for model in run.models if model.not_asked]
+    if not labels:
+        return ""
+    whose = f"{' and '.join(labels)}, whose window is shorter"
+    return f" What a window does not hold was not asked of {whose}; pairs are of the questions that both answered."
 
 
 def scored(score: TaskScore) -> str:

@@ -19,7 +19,7 @@ from retrofit.evaluation.metrics.context_use import LongContext, restored
 from retrofit.evaluation.metrics.required import metrics
 from retrofit.evaluation.result import EvaluationResult
 from retrofit.evaluation.scoring.losses import TokenLosses
-from retrofit.evaluation.tasks.answers import TaskAnswers, answers_file, from_file, to_file
+from retrofit.evaluation.tasks.answers import TaskAnswers, answers_file, from_file, samples_file, to_file
 from retrofit.evaluation.tasks.within import within_window
 from retrofit.recipe.resolve import is_relative
 from retrofit.recipe.schema import Evaluate as Section
@@ -30,7 +30,13 @@ from retrofit.workflow.checks import require_within
 from retrofit.workflow.estimate.cost import Cost, CostModel
 from retrofit.workflow.estimate.evaluation import evaluation_cost
 from retrofit.workflow.gate import check_require
-from retrofit.workflow.questions import Questions, check_tasks, harness_of, require_positions_of_tasks
+from retrofit.workflow.questions import (
+    Questions,
+    check_tasks,
+    harness_of,
+    require_chat_template,
+    require_positions_of_tasks,
+)
 from retrofit.workflow.step import Inputs, Pieces, Place, Step
 
 if TYPE_CHECKING:
@@ -98,7 +104,7 @@ class Evaluate(Step):
                 where="evaluate.decode_tokens",
                 fix=f"use fewer than {context.native}, or cost_lengths: []",
             )
-        context.harness = harness_of(self.recipe)
+        context.harness = harness_of(self.recipe, context.model)
         return ()
 
     def check_here(self, context: ModelContext) -> Iterable[str]:
@@ -119,6 +125,7 @@ class Evaluate(Step):
 
         require_room(self.section, context.tokenizer, self.recipe.seed)
         require_positions_of_tasks(self.section, context.spec.learned_positions, context.tokenizer)
+        require_chat_template(self.section, context.tokenizer)
         longest, length = max(self.section.lengths), context.samples.length
         if any(source.source == OWN_SAMPLES for source in self.section.text) and longest > _LONGER * length:
             raise UserError(
@@ -198,7 +205,10 @@ class Evaluate(Step):
         for label in self.measured(inputs):
             losses = losses_file(Path(), label)
             found += [losses, *(pass_file(losses, name) for name in passes_of(self.section, context.native))]
-            found += [answers_file(Path(), label, task.name) for task in Questions.of(context, self.section).tasks]
+            questions = Questions.of(context, self.section)
+            files = {task.name: answers_file(Path(), label, task.name) for task in questions.tasks}
+            found += files.values()
+            found += [samples_file(files[task.name]) for task in questions.tasks if questions.logs(task)]
         return tuple(map(str, found))
 
     def restored(self, stored: Mapping[str, Any]) -> EvaluationResult:
@@ -321,11 +331,11 @@ class Evaluate(Step):
         """Ask one model of a run every task; the files of its answers, each kept for itself."""
         questions = Questions.of(context, self.section)
         found: list[Path] = []
-        with questions.reader(artifact.model, context.native) as ask:
+        with questions.reader(artifact.model, context.claimed, context.native) as ask:
             for asked in questions.tasks:
 
                 def work(file: Path, scratch: Path, asked: Any = asked) -> Mapping[str, Any]:
-                    answers = ask(asked)
+                    answers = ask(asked, samples_file(file))
                     if context.world.main:
                         to_file({asked.name: answers}, file)
                     return {"scores": [asdict(row) for row in answers.rows()]}
@@ -333,6 +343,7 @@ class Evaluate(Step):
                 name, file = f"{self.name}:{label}:{asked.name}", answers_file(Path(), label, asked.name)
                 settings = {**questions.key(asked), "kernel": context.kernel.name, "device": context.device_kind}
                 key = ResumeKey(name, self.version, settings, {"checkpoint": dict(artifact.digests)})
-                pieces.piece(name, str(file), key, work)
+                also = (str(samples_file(file)),) if questions.logs(asked) else ()
+                pieces.piece(name, str(file), key, work, also=also)
                 found.append(pieces.folder / file)
         return found
