@@ -24,18 +24,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from retrofit.data.corpora import Split, built_in_texts
 from retrofit.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 VERSION = 1  # raise it when the same seed would give other text
 PASSAGE = 8  # a passage is this part of a row, at most
-FACTS = 512  # tokens of a row for each fact that it hides
+FACTS = 128  # tokens of a row for each fact that it hides
 LEAST_COPY = 24  # tokens of a passage that is worth a copy
 
 _FACTS = (
@@ -70,6 +68,8 @@ def synthetic_rows(
 
     Raises UserError for rows that are too short for any task.
     """
+    import torch
+
     filler = _Filler(tokenizer, split)
     ids_NT = torch.empty(rows, length, dtype=torch.int64)
     counted_NT = torch.zeros(rows, length, dtype=torch.bool)
