@@ -227,7 +227,9 @@ def test_the_model_option_wins_over_the_file() -> None:
     assert load_recipe("quickstart", model="some/model").model == "some/model"
 
 
-@pytest.mark.parametrize("name", ["chat-gqa", "extend-4x", "gqa", "gqa-long", "kernel-only", "mqa", "quickstart"])
+@pytest.mark.parametrize(
+    "name", ["chat-gqa", "extend-4x", "extend-long", "gqa", "gqa-long", "kernel-only", "mqa", "quickstart"]
+)
 def test_every_bundled_recipe_is_valid_and_survives_a_round_trip(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
@@ -238,7 +240,7 @@ def test_every_bundled_recipe_is_valid_and_survives_a_round_trip(name: str) -> N
 
 
 def test_the_catalogue_is_the_folder() -> None:
-    assert {"chat-gqa", "extend-4x", "gqa", "gqa-long", "kernel-only", "mqa", "quickstart"} <= set(
+    assert {"chat-gqa", "extend-4x", "extend-long", "gqa", "gqa-long", "kernel-only", "mqa", "quickstart"} <= set(
         bundled.names("recipes")
     )
     catalogue = (bundled.folder("recipes") / "README.md").read_text()

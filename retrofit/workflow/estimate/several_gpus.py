@@ -19,7 +19,7 @@ from retrofit.kernels.ring_cost import (
     hidden_from_backward,
     ulysses_copies,
 )
-from retrofit.recipe.recovery import distils
+from retrofit.recipe.recovery import stages_of
 from retrofit.recipe.schema import Recipe, Recover
 from retrofit.workflow.estimate.cost import ADAPTER_LAUNCHES, CostModel
 from retrofit.workflow.estimate.training_memory import trained_parameters
@@ -90,14 +90,18 @@ def several_gpus(recipe: Recipe, model: CostModel) -> SeveralGpus | None:
 
 def step_seconds(recover: Recover, model: CostModel, rows: int, processes: int) -> float:
     """Of one optimizer step of `rows` rows, dealt out to so many of the processes, and the sum of their gradients where
-    the link is known.
+    the link is known: the mean of all steps of a schedule.
 
     A ring of N processes sends 2 (N - 1) / N times the gradients (Patarasuk and Yuan 2009).
     """
-    own, length = ceil(rows / processes), recover.sequence_length
-    # Forward and backward through the frozen weights, the recomputation, the teacher's forward for distillation.
-    passes = 2 + recover.gradient_checkpointing + (distils(recover))
-    seconds = model.seconds(own * length, length, passes, call=own * length, launches=ADAPTER_LAUNCHES)
+    tokens, seconds = ceil(rows / processes) * recover.sequence_length, 0.0
+    stages = stages_of(recover)
+    for stage in stages:
+        # Forward and backward through the frozen weights, the recomputation, the teacher's forward for distillation.
+        passes = 2 + recover.gradient_checkpointing + (stage.loss == "distill")
+        length = stage.sequence_length or recover.sequence_length
+        one = model.seconds(tokens, length, passes, call=tokens, launches=ADAPTER_LAUNCHES)
+        seconds += one * stage.tokens / sum(other.tokens for other in stages)
     link = model.throughput.link_bytes_per_second
     if processes == 1 or link is None:
         return seconds
