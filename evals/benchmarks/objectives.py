@@ -30,9 +30,10 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 MODEL = "embedded"
 CALIBRATION = 12_288
 TOKENS = 16_384
-PIECES, LENGTH = 6, 1024  # scored of each kind of text
+PIECES, LENGTH = 4, 1024  # scored of each kind of text
+SAMPLES = {"own.jsonl": "train", "own-unread.jsonl": "held_out"}  # what the original writes, to train on and to score
 KINDS = ("novels", "documentation", "code", "own samples")
-OWN, DOCS, CODE = "self", "python-docs", "python-stdlib"
+OWN, DOCS, CODE = "own.jsonl", "python-docs", "python-stdlib"
 MIXED = {OWN: 2.0, DOCS: 1.0, CODE: 1.0}
 
 
@@ -98,7 +99,8 @@ def measured(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     original = opened(resolve(MODEL).folder)
-    teacher = Teacher(original, tokens=max(20_480, 2 * options.tokens))
+    teacher = Teacher(original, tokens=max(20_480, 2 * options.tokens), held_out=PIECES * 2 * LENGTH)
+    write_samples(options.work, teacher)
     trained: dict[str, Any] = {}
     if name == "original":
         folder = original
@@ -106,7 +108,20 @@ def measured(options: argparse.Namespace, name: str) -> dict[str, Any]:
         folder = opened(converted(options.work))
     else:
         folder, trained = train(options, VARIANTS[name], name, original, teacher)
-    return {**trained, **scores(folder, options.books, original)}
+    return {**trained, **scores(folder, pieces(options.books, options.work, original))}
+
+
+def write_samples(work: Path, teacher: Teacher) -> None:
+    """The original's own samples as files in `work`, unless they are there."""
+    from retrofit.data.samples import OwnSamples
+    from retrofit.recipe.schema import TextSource
+
+    for name, side in SAMPLES.items():
+        if not (work / name).exists():
+            samples = OwnSamples(teacher, TextSource(source="self"), side)
+            samples.write()
+            lines = [json.dumps({"text": text}) + "\n" for _, text in samples.documents()]
+            (work / name).write_text("".join(lines), encoding="utf-8")
 
 
 def converted(work: Path) -> Path:
@@ -130,7 +145,8 @@ def train(
     from retrofit.recovery.train import recover
 
     student = opened(converted(options.work))
-    text = tuple(TextSource(source=source, weight=weight) for source, weight in variant.text.items())
+    places = {OWN: str(options.work / OWN)}
+    text = tuple(TextSource(source=places.get(name, name), weight=weight) for name, weight in variant.text.items())
     section = Recover(tokens=options.tokens, evals=2, eval_tokens=4096, text=text, **variant.recover)
     rows, held_out = recovery_rows(section, student.tokenizer, 0, teacher=teacher)
     out = options.work / f"{name}-{options.tokens}"
@@ -150,8 +166,8 @@ def train(
     return opened(out), told
 
 
-def scores(folder: ModelFolder, books: Path, original: ModelFolder) -> dict[str, Any]:
-    """Mean loss by kind of text, and the share of general-knowledge questions that are answered."""
+def scores(folder: ModelFolder, read: Iterator[tuple[str, list[int]]]) -> dict[str, Any]:
+    """Mean loss by kind of text of what is read, and the share of general-knowledge questions that are answered."""
     import torch
 
     from retrofit.evaluation.tasks.common_knowledge import CommonKnowledge, ask
@@ -159,7 +175,7 @@ def scores(folder: ModelFolder, books: Path, original: ModelFolder) -> dict[str,
     model = folder.load(dtype="float32", device="cpu").eval()
     losses: dict[str, list[float]] = {}
     with torch.no_grad():
-        for kind, ids in pieces(books, original):
+        for kind, ids in read:
             logits_TV = model(input_ids=torch.tensor([ids])).logits[0, :-1]
             loss = torch.nn.functional.cross_entropy(logits_TV, torch.tensor(ids[1:]))
             losses.setdefault(kind, []).append(float(loss))
@@ -168,9 +184,8 @@ def scores(folder: ModelFolder, books: Path, original: ModelFolder) -> dict[str,
     return {"losses": means, "common_knowledge": answers.scores[0].value}
 
 
-def pieces(books: Path, original: ModelFolder) -> Iterator[tuple[str, list[int]]]:
+def pieces(books: Path, work: Path, original: ModelFolder) -> Iterator[tuple[str, list[int]]]:
     """(kind, LENGTH tokens) of PIECES pieces of each kind: none of them is trained on."""
-    from retrofit.data.samples import Teacher
     from retrofit.data.texts import read_texts
     from retrofit.recipe.schema import TextSource
 
@@ -182,8 +197,7 @@ def pieces(books: Path, original: ModelFolder) -> Iterator[tuple[str, list[int]]
         text = "\n\n".join(one.text for one in read_texts(TextSource(source=source), split="held_out"))
         for index in range(PIECES):
             yield kind, _piece(original, text[:1_500_000], index / (PIECES + 1))
-    other = Teacher(original, tokens=20_480, seed=1_000_003)  # samples that no training reads
-    own = "\n\n".join(one.text for one in read_texts(TextSource(source=OWN), split="train", teacher=other))
+    own = "\n\n".join(one.text for one in read_texts(TextSource(source=str(work / "own-unread.jsonl")), split="all"))
     for index in range(PIECES):
         yield KINDS[3], _piece(original, own, index / (PIECES + 1))
 

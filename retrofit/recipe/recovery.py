@@ -20,6 +20,8 @@ from retrofit.recipe.values import (
 )
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+TRIES = 3  # learning rates that are tried where the best is to be found
+PROBE_SHARE, PROBE_LEAST, PROBE_MOST = 12, 8, 32  # each for a twelfth of the steps, for 8 at least and 32 at most
 Divergence = Literal["forward", "reverse", "jsd"]
 Positions = Literal["full", "pose"]
 Loss = Literal["distill", "lm"]
@@ -109,6 +111,9 @@ class Recover(Section):
         description="with distill: what is made small; `forward` KL(original || student), `reverse` KL(student || "
         "original), or `jsd`, half of each towards their mean",
     )
+    on_policy: float = Field(
+        0.0, ge=0, le=1, description="with distill: share of the rows that the student writes itself while it trains"
+    )
     tokens: Tokens = Field(200_000, ge=1, le=MOST_READ, description="training tokens in all")
     sequence_length: AnyLength = Field(1024, description="tokens per row")
     positions: Positions = Field("full", description="`pose`: short rows whose positions skip ahead up to the window")
@@ -147,6 +152,11 @@ class Recover(Section):
         ge=1e-9,
         le=1,
         description="the highest one of the schedule; by default 0.576 / hidden size, 1e-3 for 576 channels",
+    )
+    find_learning_rate: bool = Field(
+        False,
+        description="first try a third of the learning rate, the rate itself and three times it for a few steps each, "
+        "and take what learns best",
     )
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, le=10, description="AdamW's")
@@ -207,6 +217,10 @@ class Recover(Section):
             raise ValueError("`token_weights: long` is for rows that are learned; give a stage `loss: lm`")
         if self.token_weights == "long" and self.document_masking:
             raise ValueError("with `document_masking` no token sees a whole row; leave out `token_weights: long`")
+        if self.on_policy and not distils(self):
+            raise ValueError(
+                "what the student writes itself (`on_policy`) has to be judged by the original: use `loss: distill`"
+            )
         lengths = [
             one for stage in self.stages for one in (stage.length, stage.sequence_length, stage.short_length) if one
         ]
@@ -215,6 +229,11 @@ class Recover(Section):
         if are_relative(self.sequence_length, *lengths):
             return self  # validated once more when the lengths are known
         step = self.batch_size * self.sequence_length
+        if self.find_learning_rate and self.tokens < PROBE_SHARE * PROBE_LEAST * step:
+            raise ValueError(
+                f"`find_learning_rate` needs {PROBE_SHARE * PROBE_LEAST} steps to try rates in a few of them, and "
+                f"`tokens` {self.tokens} are {self.tokens // step}; leave it out"
+            )
         if not self.stages and self.tokens < step:
             raise ValueError(
                 f"`tokens` is {self.tokens}, and one step reads {step}: `batch_size` rows of `sequence_length` tokens"

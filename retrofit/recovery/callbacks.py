@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from retrofit.console import Progress
 
 STATE, BEST = "recover.json", "best.safetensors"
+WORSE, LAST = 3.0, 8  # a training diverges whose mean loss of the LAST steps is so many times that at the start
+NOISE = 0.1  # nats: a loss below is small, whatever it was at the start
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,10 @@ class TrainPoint:
 
 @dataclass
 class TrainState:
-    """Where a run stands. best_loss is None while nothing is held out; seconds count every session."""
+    """Where a run stands. best_loss is None while nothing is held out; seconds count every session.
+
+    stopped: why it ended before its last step; "" where it did not.
+    """
 
     fingerprint: str
     history: list[TrainPoint] = field(default_factory=list)
@@ -51,6 +56,7 @@ class TrainState:
     best_loss: float | None = None
     start_loss: float | None = None
     seconds: float = 0.0
+    stopped: str = ""
     best: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
@@ -94,8 +100,9 @@ class Watch(TrainerCallback):
     """Records every step, measures the held-out loss when due, keeps the best adapter, completes checkpoints.
 
     read_every: steps whose losses are read from the device together. They are also read before anything is measured or
-    saved, so that no weights of a diverged training are kept. world: the processes that train together: the step's loss
-    is the sum of their shares, `weights` and `held_out_loss` are called on all of them.
+    saved, so that no weights of a diverged training are kept. One that diverges stops: with the best weights so far
+    where a measurement was better than the start, else with an error. world: the processes that train together: the
+    step's loss is the sum of their shares, `weights` and `held_out_loss` are called on all of them.
     """
 
     def __init__(
@@ -139,7 +146,7 @@ class Watch(TrainerCallback):
     def read(self, *, measure: bool = False) -> None:
         """Read the losses of the steps since the last reading into the history; then measure the held-out loss.
 
-        Raises UserError for a loss that is not finite.
+        Raises DivergedError for a loss that is not finite, or far above that of the start.
         """
         if not self.unread:
             return
@@ -148,16 +155,37 @@ class Watch(TrainerCallback):
         self.busy += time.monotonic() - began
         for (step, _, _), loss in zip(self.unread, losses, strict=True):
             if not math.isfinite(loss):
-                raise diverged(f"the training loss is {loss} at step {step}")
-        held_out = self.measure(self.unread[-1][0]) if measure else None
+                raise DivergedError(f"the training loss is {loss} at step {step}")
         tokens = self.tokens_per_step * len(losses)
         for (step, _, rate), loss in zip(self.unread, losses, strict=True):
             self.course.history.append(TrainPoint(step, loss, None, rate, tokens / max(self.busy, 1e-9)))
-        self.course.history[-1] = replace(self.course.history[-1], held_out_loss=held_out)
         self.unread, self.busy = [], 0.0
+        self._require_no_worse()
+        held_out = self.measure(self.course.history[-1].step) if measure else None
+        self.course.history[-1] = replace(self.course.history[-1], held_out_loss=held_out)
         if self.progress is not None:
             fields = {"loss": losses[-1]} | ({} if held_out is None else {"held_out": held_out})
             self.progress.advance(tokens, **fields)
+
+    def _require_no_worse(self) -> None:
+        """Raise DivergedError where the last steps are far worse than the start."""
+        trained = [point.loss for point in self.course.history if point.loss is not None]
+        if len(trained) <= LAST:
+            return
+        start, now = max(trained[0], self.course.start_loss or 0.0), sum(trained[-LAST:]) / LAST
+        if now > WORSE * max(start, NOISE):
+            step = self.course.history[-1].step
+            raise DivergedError(
+                f"the mean loss of the {LAST} steps up to {step} is {now:.3g}, {start:.3g} at the start"
+            )
+
+    def stop(self, error: DivergedError, control: TrainerControl) -> None:
+        """End the training with the best weights so far. Raises the error where none are better than the start."""
+        if self.course.best_step == 0:
+            raise error
+        self.course.stopped = error.what
+        self.unread, self.busy = [], 0.0
+        control.should_training_stop, control.should_save = True, False
 
     def report(self, control: TrainerControl, loss: float | None) -> None:
         """Log a held-out loss; the Trainer still logs what it was going to at this step."""
@@ -183,12 +211,16 @@ class Watch(TrainerCallback):
         self.unread.append((state.global_step, self.loss, self.rate))
         self.loss = None
         due = state.global_step in self.evaluate_at
-        if due or len(self.unread) >= self.read_every:
-            self.read(measure=due)
-            self.report(control, self.course.history[-1].held_out_loss)
+        # Before weights are saved, losses are read: what is saved is not of a diverged training.
+        if due or control.should_save or len(self.unread) >= self.read_every:
+            try:
+                self.read(measure=due)
+            except DivergedError as error:
+                self.stop(error, control)
+            else:
+                self.report(control, self.course.history[-1].held_out_loss)
 
     def on_save(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        self.read()
         if state.is_world_process_zero:
             now = time.monotonic()
             self.course.seconds += now - self.began
@@ -196,6 +228,8 @@ class Watch(TrainerCallback):
             self.course.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
-def diverged(what: str) -> UserError:
-    """The error of a training whose loss is no longer a finite number."""
-    return UserError(what, where="recover", fix="lower recover.learning_rate (try a third of it) and run again")
+class DivergedError(UserError):
+    """A training whose loss is not finite any more, or far above where it began."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what, where="recover", fix="lower recover.learning_rate (try a third of it) and run again")

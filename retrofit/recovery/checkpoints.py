@@ -5,6 +5,7 @@ So a training that stopped on two processes is resumed by one, or by three with 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,11 @@ def save_weights(model: nn.Module, folder: Path, *, main: bool) -> None:
 
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Put the weights that `save_weights` wrote into the model, each process its part."""
-    weights = load_file(folder / WEIGHTS)
+    put_weights(model, load_file(folder / WEIGHTS))
+
+
+def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put whole tensors, as `trainable` gives them, into the model, each process its part."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:

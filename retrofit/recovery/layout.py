@@ -182,6 +182,8 @@ def _torch_objection(recipe: Recover, spec: AttentionSpec, device: str, sequence
         return "it needs CUDA"
     if recipe.distribute.shard == 1:
         return "it splits the weights as well, and `shard: 1` keeps them whole"
+    if recipe.on_policy:
+        return "what the student writes (`on_policy`) needs masks, which it drops"
     if any(length % (2 * sequence) for length in text_lengths(recipe)):
         return f"rows do not divide into {2 * sequence} equal chunks"
     if any(layer.window for layer in spec.layers):

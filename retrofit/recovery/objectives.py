@@ -88,6 +88,12 @@ def token_losses(hidden_NC: torch.Tensor, head: Head, labels_N: torch.Tensor, ro
     return torch.cat(found)
 
 
+def logits_of(hidden_NC: torch.Tensor, head: Head) -> torch.Tensor:
+    """All logits [N, V] of a few rows."""
+    head = _detached(head, hidden_NC.dtype)
+    return _shape_logits(_raw_logits(hidden_NC, head, _buffer(hidden_NC, head, len(hidden_NC))), head)
+
+
 class _Distill:
     """Loss and gradient of a divergence from the teacher for rows of student logits."""
 

@@ -146,6 +146,11 @@ def compute_dtype(device: str, requested: str = "auto") -> torch.dtype:
     return product_dtype(device) or torch.float32
 
 
+def autocast(device: torch.device, dtype: torch.dtype, *, cache: bool = True) -> Any:
+    """Autocast to `dtype`; off for float32. cache: weights that are cast are kept until the block ends."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=cache)
+
+
 def body(model: PreTrainedModel) -> nn.Module:
     """The decoder without its head; its `last_hidden_state` is what the head reads."""
     inner = getattr(model, model.base_model_prefix)

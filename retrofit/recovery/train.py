@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,12 +30,15 @@ from retrofit.recovery.batches import MicroBatches
 from retrofit.recovery.callbacks import TrainPoint, TrainState, Watch, last_checkpoint
 from retrofit.recovery.layout import ONE_PROCESS, Layout
 from retrofit.recovery.objectives import token_losses
+from retrofit.recovery.on_policy import Writer, marked, own_rows
+from retrofit.recovery.probe import best_rate, in_words, try_rates
 from retrofit.recovery.schedule import TrainRows, about, check_lengths, held_out_lines, training_lines
 from retrofit.recovery.sequence import PLACES, Sharing, shared_kernel, sharing_of
 from retrofit.recovery.settings import fingerprint_of, training_arguments
 from retrofit.recovery.sharding import in_turn, parallelism, split, split_again, weights_mesh
 from retrofit.recovery.student_teacher import (
     StudentTeacher,
+    autocast,
     body,
     compute_dtype,
     head_of,
@@ -44,7 +47,7 @@ from retrofit.recovery.student_teacher import (
     training_kernel,
 )
 from retrofit.recovery.token_weights import about_weights, weighed
-from retrofit.recovery.trainer import HeldOut, Objective, RecoveryTrainer, autocast, trial_step
+from retrofit.recovery.trainer import HeldOut, Objective, RecoveryTrainer, trial_step
 from retrofit.system.device import micro_batch, steps_between_readings
 from retrofit.system.world import ALONE, World
 
@@ -110,8 +113,11 @@ def recover(
     processes that call this with the same arguments, and how they share the work: every number of them gives the same
     losses, up to rounding, and resumes what another number began. The main one writes.
 
-    Raises UserError when the loss is not finite, saying at which step, what `load_student_teacher` and `check_lengths`
-    raise, and, before the first step, when the kernel does not see across skipped positions or sees across documents.
+    A training whose loss is not finite any more, or far above that of the start, stops with the best weights so far.
+
+    Raises UserError where it does and nothing was better than the start, saying at which step, what
+    `load_student_teacher` and `check_lengths` raise, and, before the first step, when the kernel does not see across
+    skipped positions or sees across documents.
     """
     notes: list[str] = []
     work_dir = Path(work_dir)
@@ -156,6 +162,8 @@ def recover(
     for text in tokens.notes:
         _note(notes, progress, text)
     lines = training_lines(tokens, recipe, window, seed)
+    own = own_rows(lines, recipe.on_policy)
+    lines = marked(lines, own, masked=documents)
     measured = None if held_out is None else held_out_lines(held_out, recipe, window, seed)
     sharing = sharing_of(layout, world, pair, device)
     _check_sight(model, lines, recipe, compute, device, sharing)
@@ -186,6 +194,11 @@ def recover(
         lines = replace(lines, weights_NT=weights_NT)
         _note(notes, progress, about_weights(lines))
     batches = dealt(lines, recipe.batch_size, most=micro)
+    if recipe.find_learning_rate:
+        how: dict[str, Any] = {"compute": compute, "device": device, "work_dir": work_dir, "seed": seed, "world": world}
+        tries = try_rates(model, objective, batches, fingerprint=fingerprint, progress=progress, **how)
+        recipe = recipe.model_copy(update={"learning_rate": best_rate(tries)})
+        _note(notes, progress, in_words(tries))
     arguments = training_arguments(recipe, work_dir, batches, device, seed)
     steps = arguments.max_steps
     watch = Watch(
@@ -207,12 +220,18 @@ def recover(
     if progress is not None:
         progress.start("recover", steps * watch.tokens_per_step, "tokens")
         progress.advance(resumed_from * watch.tokens_per_step)
+    writer = None
+    if own:
+        _note(notes, progress, f"{len(own)} of the {len(lines.ids_NT)} rows are written by the student while it trains")
+        where: dict[str, Any] = {"work_dir": work_dir, "fingerprint": fingerprint, "world": world, "layout": layout}
+        writer = Writer(pair, model, batches, own, compute=compute, seed=seed, **where)
     if resumed_from < steps:
         with _tensorboard_folder(logs):
             trainer = RecoveryTrainer(
                 objective=objective,
                 compute=compute,
                 watch=watch,
+                writer=writer,
                 model=model,
                 args=arguments,
                 train_dataset=batches,
@@ -224,7 +243,9 @@ def recover(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if progress is not None:
         progress.finish()
-    if course.best_step == 0 and held_out is not None:
+    if course.stopped:
+        _note(notes, progress, f"stopped early: {course.stopped}; the weights of step {course.best_step} are kept")
+    elif course.best_step == 0 and held_out is not None:
         _note(notes, progress, "no measurement was better than the start; the weights are kept as they were")
     if world.main:
         if adapter is not None:
@@ -234,7 +255,7 @@ def recover(
     return RecoverReport(
         history=tuple(course.history),
         steps=steps,
-        tokens=lines.ids_NT.numel(),
+        tokens=course.history[-1].step * watch.tokens_per_step if course.stopped else lines.ids_NT.numel(),
         best_step=course.best_step,
         start_loss=course.start_loss,
         best_loss=course.best_loss,

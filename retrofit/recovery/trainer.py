@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -17,13 +17,14 @@ from transformers import Trainer
 
 from retrofit.recipe.schema import Recover
 from retrofit.recovery.batches import LEARNED, WEIGHTS, MicroBatches
-from retrofit.recovery.callbacks import Watch, diverged
+from retrofit.recovery.callbacks import DivergedError
 from retrofit.recovery.checkpoints import load_optimizer, load_weights, save_optimizer, save_weights
 from retrofit.recovery.objectives import IGNORED, distill_loss, lm_loss
+from retrofit.recovery.on_policy import Writer
 from retrofit.recovery.schedule import TrainRows
 from retrofit.recovery.sequence import PLACES, Sharing, Whole
 from retrofit.recovery.sharding import split_again
-from retrofit.recovery.student_teacher import StudentTeacher, head_of, hidden_states
+from retrofit.recovery.student_teacher import StudentTeacher, autocast, head_of, hidden_states
 from retrofit.system.device import float64
 from retrofit.system.world import ALONE, World
 
@@ -79,11 +80,18 @@ class Objective:
         return lm_loss(hidden_BTC.flatten(0, 1).to(dtype), head, labels_BT.flatten(), rows, weights_N)
 
 
+class Losses(Protocol):
+    """What is told the losses of a training."""
+
+    def add(self, loss: Tensor) -> None:
+        """A part of the step's mean loss, on the device: of this process alone."""
+
+
 class RecoveryTrainer(Trainer):
     """transformers' Trainer with our loss, over the micro-batches of this process in the order they come in.
 
     seed: of the adapters' dropout, which is drawn anew for each micro-batch from its step and first row; None without
-    dropout.
+    dropout. writer: of the rows that the student writes itself.
     """
 
     train_dataset: MicroBatches
@@ -93,13 +101,14 @@ class RecoveryTrainer(Trainer):
         *,
         objective: Objective,
         compute: torch.dtype,
-        watch: Watch | None = None,
+        watch: Losses | None = None,
+        writer: Writer | None = None,
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.objective: Objective = objective
-        self.compute, self.watch, self.seed = compute, watch, seed
+        self.compute, self.watch, self.seed, self.writer = compute, watch, seed, writer
         self.model_accepts_loss_kwargs = True  # the loss is already divided by the tokens of the whole step
         self.loss_is_scaled_for_ga = True
 
@@ -123,6 +132,8 @@ class RecoveryTrainer(Trainer):
     ) -> Tensor:
         """Forward and backward pass of one micro-batch, of whose tokens this process may have a share."""
         sharing = self.objective.sharing
+        if self.writer is not None:
+            inputs = self.writer(self.state.global_step, inputs)
         share = sharing.share(inputs)
         with sharing.attention(inputs["input_ids"].shape[1]):
             return super().training_step(model, share, num_items_in_batch)
@@ -216,7 +227,7 @@ class HeldOut:
         split_again(self.model)
         loss = float(self.world.sum_(float64(torch.stack(sums)).sum()))  # read once, when all are computed
         if not math.isfinite(loss):
-            raise diverged(f"the held-out loss is {loss}")
+            raise DivergedError(f"the held-out loss is {loss}")
         return loss / self.tokens
 
 
@@ -265,8 +276,3 @@ def one_by_one(batches: MicroBatches) -> DataLoader:
 def _only(items: list[dict[str, Any]]) -> dict[str, Any]:
     [item] = items
     return item
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> Any:
-    """Autocast to `dtype`; off for float32."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

@@ -58,6 +58,12 @@ def test_the_engine_is_torchs_where_it_can_express_the_model(spec, device, engin
     assert found.sharded == (engine == "torch")
 
 
+def test_a_student_that_writes_has_the_ring() -> None:
+    found = layout(recipe(sequence=2, on_policy=0.5), 2, device="cuda")
+    assert found.engine == "ring"
+    assert "on_policy" in found.notes[1]
+
+
 def test_whole_weights_are_asked_for_beside_shared_rows() -> None:
     found = layout(recipe(shard=1, sequence=2), 4, device="cuda")
     assert (found.engine, found.sharded) == ("ring", False)

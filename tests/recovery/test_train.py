@@ -253,6 +253,55 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_fix(folders, rows
     assert not any((tmp_path / "out").iterdir())
 
 
+LONG = RECIPE.model_copy(update={"tokens": 96 * 48, "evals": 12})
+
+
+def absurd(monkeypatch: pytest.MonkeyPatch, step: int, factor: float) -> None:
+    """From this step on the training's losses are so many times themselves."""
+    real = Watch.on_step_end
+
+    def worse(self, args, state, control, **kwargs) -> None:
+        self.loss = self.loss * (factor if state.global_step >= step else 1.0)
+        real(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(Watch, "on_step_end", worse)
+
+
+@pytest.fixture(scope="module")
+def many(rows: tuple[Packed, Packed]) -> tuple[Packed, Packed]:
+    train = training_rows((TextSource(source="python-docs"),), tiny_tokenizer(), LONG.tokens, 48, 0)
+    return train, rows[1]
+
+
+def test_an_absurd_rate_stops_at_once_with_the_fix(folders, many, tmp_path: Path) -> None:
+    recipe = LONG.model_copy(update={"learning_rate": 1.0, "max_grad_norm": 1e9, "warmup_ratio": 0.0})
+    with pytest.raises(UserError, match=r"steps up to (9|1\d) is .* at the start") as caught:
+        run(folders, many, tmp_path, recipe)
+    assert "try a third" in str(caught.value.fix)
+    assert not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(("factor", "last"), [(float("inf"), 30), (100.0, 31)])
+def test_a_training_that_diverges_later_keeps_its_best_weights(
+    folders, many, tmp_path, monkeypatch, factor, last
+) -> None:
+    absurd(monkeypatch, 30, factor)
+    report = run(folders, many, tmp_path, LONG)
+    assert report.best_step in {4, 8, 12, 16, 20, 24, 28}
+    assert report.best_loss < 0.8 * report.start_loss
+    assert report.history[-1].step <= last
+    assert report.tokens == report.history[-1].step * 2 * 48
+    assert any(
+        note.startswith("stopped early: ") and f"step {report.best_step} are kept" in note for note in report.notes
+    )
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32)
+    with torch.no_grad():
+        log_t, log_s = (model(many[1].ids_NT).logits.log_softmax(-1) for model in (teacher, student))
+    divergence = (log_t.exp() * (log_t - log_s)).sum(-1).mean()
+    assert report.best_loss == pytest.approx(float(divergence), rel=1e-4)
+
+
 @pytest.mark.parametrize("loss", ["distill", "lm"])
 def test_rows_computed_one_at_a_time_and_losses_read_in_groups_give_the_same_training(
     folders, rows, tmp_path, monkeypatch, loss

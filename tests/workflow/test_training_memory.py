@@ -12,9 +12,8 @@ from retrofit.kernels import registry
 from retrofit.model.families import describe
 from retrofit.model.spec import AttentionSpec
 from retrofit.recipe.schema import Adapter, Recover
-from retrofit.recovery.student_teacher import StudentTeacher
+from retrofit.recovery.student_teacher import StudentTeacher, autocast
 from retrofit.recovery.train import student_with_adapters
-from retrofit.recovery.trainer import autocast
 from retrofit.workflow.estimate.training_memory import trained_parameters, training_memory
 from tests.tiny import tiny_config
 

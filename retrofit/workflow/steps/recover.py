@@ -12,7 +12,7 @@ from retrofit.data.identity import identity, merged, require_distinct
 from retrofit.errors import UserError
 from retrofit.install import install_command
 from retrofit.model.families.experts import EXPERTS
-from retrofit.recipe.recovery import Tracker, distils, stages_of
+from retrofit.recipe.recovery import PROBE_MOST, PROBE_SHARE, TRIES, Tracker, distils, stages_of
 from retrofit.recipe.schema import Recipe, TextSource
 from retrofit.recipe.schema import Recover as Section
 from retrofit.recovery.layout import Layout, layout_of, sequence_engine, sizes_of, ulysses_note
@@ -145,19 +145,26 @@ class Recover(Step):
         trained = trained_parameters(spec, adapter)
         held_out = (recover.evals + 1) * recover.eval_tokens
         length, processes = recover.sequence_length, min(batch, model.throughput.gpus)
-        seconds = recover.tokens / rows * step_seconds(recover, model, batch, processes)
+        steps = max(1, recover.tokens // rows)
+        tried = TRIES * min(PROBE_MOST, steps // PROBE_SHARE) if recover.find_learning_rate else 0
+        seconds = (recover.tokens / rows + tried) * step_seconds(recover, model, batch, processes)
+        written = round(recover.on_policy * recover.tokens)
+        seconds += model.sampling_seconds(written) if written else 0.0
         seconds += model.dealt(-(-held_out // length)) * model.seconds(held_out, length, passes=2)
         if recover.token_weights == "long":
             learned = sum(stage.tokens for stage in stages_of(recover) if stage.loss == "lm")
             seconds += model.dealt(-(-learned // length)) * model.seconds(learned, length, passes=1)
             seconds += model.dealt(-(-learned // length)) * model.seconds(learned * 5 // 4, length // 4, passes=1)
-        steps = max(1, recover.tokens // rows)
         losses = " then ".join(dict.fromkeys(stage.loss or recover.loss for stage in stages_of(recover)))
         does = f"{losses}, LoRA rank {adapter.rank}, {recover.tokens:,} tokens in {steps:,} steps of {rows:,}"
         if sampled := sampled_in(self.recipe, self.name):
             does += f", {sampled:,} sampled from the original first (kept for later runs)"
             peak = max(peak, BASE_BYTES + model.sampling_bytes)
             seconds += model.sampling_seconds(sampled)
+        if written:
+            does += f", {written:,} of them written by the student"
+        if tried:
+            does += f", after {tried} steps that try {TRIES} learning rates"
         if read_often := passes_in_words(recover):
             does += f", reading {read_often}"
         sequence = recover.distribute.sequence
