@@ -197,7 +197,7 @@ class Evaluate(Section):
     )
     needle: Needle | None = Field(None, description="needle in a haystack")
     ruler: Ruler | None = Field(None, description="RULER's tasks")
-    common_knowledge: bool | int = Field(
+    common_knowledge: bool | Annotated[int, Field(ge=4, le=COMMON_KNOWLEDGE, multiple_of=4)] = Field(
         False,
         description=f"the {COMMON_KNOWLEDGE} built-in questions of common knowledge, four answers to each; a number, a "
         "multiple of 4, asks so many of them",

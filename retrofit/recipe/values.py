@@ -189,7 +189,7 @@ class TextSource(PromptSource):
     The keys after `split` say how the original model writes its samples, and belong to `self` alone.
     """
 
-    tokens: Annotated[Tokens, Field(ge=256, le=MOST_READ)] | None = Field(
+    tokens: Annotated[int, Field(ge=256, le=MOST_READ), TOKEN_COUNT] | None = Field(
         None, description="of `self`: tokens that the model writes; by default enough for its share, up to 512k"
     )
     temperature: float = Field(1.0, ge=1e-3, le=100, description="of `self`: divides the logits")

@@ -48,7 +48,7 @@ def extremes(node: Mapping[str, Any] = SCHEMA, key: str = "") -> Iterator[Extrem
     for name, inner in node.get("properties", {}).items():
         yield from extremes(inner, f"{key}.{name}" if key else name)
     if "anyOf" in node:
-        bounds = {name: bound for name, bound in node.items() if name in ("minimum", "maximum")}
+        bounds = {name: bound for name, bound in node.items() if name.endswith(("inimum", "aximum"))}
         for one in node["anyOf"]:
             yield from extremes({**bounds, **one}, key)
     elif "enum" in node:
