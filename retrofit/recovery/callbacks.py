@@ -102,7 +102,8 @@ class Watch(TrainerCallback):
     read_every: steps whose losses are read from the device together. They are also read before anything is measured or
     saved, so that no weights of a diverged training are kept. One that diverges stops: with the best weights so far
     where a measurement was better than the start, else with an error. world: the processes that train together: the
-    step's loss is the sum of their shares, `weights` and `held_out_loss` are called on all of them.
+    step's loss is the sum of their shares, `weights` and `held_out_loss` are called on all of them. learned: whether a
+    step learns from the text where the others distil: its loss is of another size, and compared with its own kind.
     """
 
     def __init__(
@@ -116,11 +117,12 @@ class Watch(TrainerCallback):
         progress: Progress | None,
         read_every: int = 1,
         world: World = ALONE,
+        learned: Callable[[int], bool] = lambda step: False,
     ) -> None:
         self.course, self.weights, self.held_out_loss = course, weights, held_out_loss
         self.evaluate_at, self.tokens_per_step, self.progress = evaluate_at, tokens_per_step, progress
         self.log: Callable[[dict[str, float]], None] | None = None  # to where the Trainer reports
-        self.read_every, self.world = read_every, world
+        self.read_every, self.world, self.learned = read_every, world, learned
         self.loss: Tensor | None = None  # of the step so far, on the device
         self.unread: list[tuple[int, Tensor, float]] = []  # (step, its loss, learning rate)
         self.busy = 0.0  # seconds that the unread steps took
@@ -169,12 +171,15 @@ class Watch(TrainerCallback):
 
     def _require_no_worse(self) -> None:
         """Raise DivergedError where the last steps are far worse than the start."""
-        trained = [point.loss for point in self.course.history if point.loss is not None]
+        points = [point for point in self.course.history if point.loss is not None]
+        step = points[-1].step
+        learned = self.learned(step)
+        trained = [point.loss for point in points if point.loss is not None and self.learned(point.step) == learned]
         if len(trained) <= LAST:
             return
-        start, now = max(trained[0], self.course.start_loss or 0.0), sum(trained[-LAST:]) / LAST
+        held_out = 0.0 if learned or self.course.start_loss is None else self.course.start_loss
+        start, now = max(trained[0], held_out), sum(trained[-LAST:]) / LAST
         if now > WORSE * max(start, NOISE):
-            step = self.course.history[-1].step
             raise DivergedError(
                 f"the mean loss of the {LAST} steps up to {step} is {now:.3g}, {start:.3g} at the start"
             )

@@ -10,7 +10,7 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +27,12 @@ from retrofit.recipe.recovery import distils
 from retrofit.recipe.schema import Recover
 from retrofit.recovery.adapters import about_experts, attach, default_rate, merge_and_save, save_adapter, trainable
 from retrofit.recovery.batches import MicroBatches
-from retrofit.recovery.callbacks import TrainPoint, TrainState, Watch, last_checkpoint
+from retrofit.recovery.callbacks import TrainState, Watch, last_checkpoint
 from retrofit.recovery.layout import ONE_PROCESS, Layout
 from retrofit.recovery.objectives import token_losses
 from retrofit.recovery.on_policy import Writer, marked, own_rows
 from retrofit.recovery.probe import best_rate, in_words, try_rates
+from retrofit.recovery.report import RecoverReport
 from retrofit.recovery.schedule import TrainRows, about, check_lengths, held_out_lines, training_lines
 from retrofit.recovery.sequence import PLACES, Sharing, shared_kernel, sharing_of
 from retrofit.recovery.settings import fingerprint_of, training_arguments
@@ -57,30 +58,6 @@ if TYPE_CHECKING:
     from retrofit.console import Progress
 
 TENSORBOARD = "TENSORBOARD_LOGGING_DIR"  # where transformers reads TensorBoard's folder
-
-
-@dataclass(frozen=True)
-class RecoverReport:
-    """What a recovery did. Losses are nats per token, of the objective trained on (KL for distill).
-
-    history: the start (step 0) and every step. best_step: whose weights were kept, 0 for the start. seconds and
-    peak_bytes: wall time over all sessions, and the largest memory of this process (of the GPU on CUDA).
-    """
-
-    history: tuple[TrainPoint, ...]
-    steps: int
-    tokens: int
-    best_step: int
-    start_loss: float | None
-    best_loss: float | None
-    seconds: float
-    peak_bytes: int
-    trained_parameters: int
-    kernel: str
-    compute_dtype: str
-    shared_bytes: int
-    resumed_from: int
-    notes: tuple[str, ...]
 
 
 def recover(
@@ -212,6 +189,7 @@ def recover(
         progress=progress,
         read_every=steps_between_readings(device),
         world=world,
+        learned=lambda step: any(lines.learned[(step - 1) * recipe.batch_size : step * recipe.batch_size]),
     )
     if held_out is None:
         _note(notes, progress, "nothing is held out, so the last weights are kept, not the best")

@@ -22,7 +22,7 @@ from retrofit.workflow.public import public_model, public_recipe
 from retrofit.workflow.step import Inputs
 
 if TYPE_CHECKING:
-    from retrofit.recovery.train import RecoverReport
+    from retrofit.recovery.report import RecoverReport
     from retrofit.workflow.context import ModelContext
     from retrofit.workflow.journal import Entry
 

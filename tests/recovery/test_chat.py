@@ -16,9 +16,10 @@ from retrofit.recipe.schema import Adapter, Recover, TextSource
 from retrofit.recovery.batches import MicroBatches
 from retrofit.recovery.callbacks import Watch
 from retrofit.recovery.objectives import IGNORED
+from retrofit.recovery.report import RecoverReport
 from retrofit.recovery.schedule import recovery_rows, training_lines
 from retrofit.recovery.student_teacher import load_student_teacher
-from retrofit.recovery.train import RecoverReport, recover, student_with_adapters
+from retrofit.recovery.train import recover, student_with_adapters
 from retrofit.recovery.trainer import Objective, total_loss
 from tests.dialogues import CHATML, small_talk, write_rows
 from tests.tiny import save_tiny, tiny_tokenizer

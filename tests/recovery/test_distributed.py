@@ -17,7 +17,8 @@ from retrofit.recipe.schema import Adapter, Distribute, Recover, Stage, TextSour
 from retrofit.recovery import layout
 from retrofit.recovery.callbacks import Watch
 from retrofit.recovery.layout import layout_of
-from retrofit.recovery.train import RecoverReport, recover
+from retrofit.recovery.report import RecoverReport
+from retrofit.recovery.train import recover
 from retrofit.system.world import ALONE, World
 from tests.ranks import on_ranks
 from tests.recovery.torch_context_parallel import on_cpu

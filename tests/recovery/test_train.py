@@ -21,11 +21,12 @@ from retrofit.errors import UserError
 from retrofit.recipe.schema import Adapter, Recover, Stage, TextSource
 from retrofit.recovery import train
 from retrofit.recovery.batches import MicroBatches
-from retrofit.recovery.callbacks import Watch
+from retrofit.recovery.callbacks import DivergedError, TrainState, Watch
+from retrofit.recovery.report import RecoverReport
 from retrofit.recovery.schedule import TrainRows, training_lines
 from retrofit.recovery.settings import training_arguments
 from retrofit.recovery.token_weights import text_weights
-from retrofit.recovery.train import RecoverReport, recover
+from retrofit.recovery.train import recover
 from tests.tiny import save_tiny, tiny_tokenizer
 
 RECIPE = Recover(
@@ -445,3 +446,29 @@ def test_losses_are_logged_where_the_recipe_says_and_change_no_byte(folders, row
     assert [step for _, tag, step in logged if tag == "train/loss"] == list(range(1, 9))
     assert [step for _, tag, step in logged if tag == "eval/loss"] == [0, 4, 8]
     assert "TENSORBOARD_LOGGING_DIR" not in os.environ
+
+
+def test_a_stage_that_learns_from_the_text_is_compared_with_itself() -> None:
+    """Distilling loses 0.05 nats a token and learning 3: that is another loss, and no divergence."""
+    course = TrainState("", start_loss=0.05)
+    watch = Watch(
+        course,
+        weights=dict,
+        held_out_loss=None,
+        evaluate_at=frozenset(),
+        tokens_per_step=1,
+        progress=None,
+        learned=lambda step: step > 10,
+    )
+
+    def step(number: int, loss: float) -> None:
+        watch.unread.append((number, torch.tensor(loss), 1e-3))
+        watch.read()
+
+    for number in range(1, 11):
+        step(number, 0.05)
+    for number in range(11, 31):
+        step(number, 3.0)
+    with pytest.raises(DivergedError, match=r"steps up to"):
+        for number in range(31, 50):
+            step(number, 30.0)

@@ -32,7 +32,7 @@ from retrofit.workflow.step import Inputs, Place, Step
 if TYPE_CHECKING:
     from retrofit.data.packing import Packed
     from retrofit.model.spec import AttentionSpec
-    from retrofit.recovery.train import RecoverReport
+    from retrofit.recovery.report import RecoverReport
     from retrofit.workflow.context import ModelContext
 
 UNRECORDED = {"allow_repeats", "report_to", "distribute", "sequence_engine"}  # how it was done, not what was made
@@ -196,7 +196,7 @@ class Recover(Step):
     def restored(self, stored: Mapping[str, Any]) -> RecoverReport:
         from pydantic import TypeAdapter
 
-        from retrofit.recovery.train import RecoverReport
+        from retrofit.recovery.report import RecoverReport
 
         return TypeAdapter(RecoverReport).validate_python(stored)
 

@@ -1,0 +1,31 @@
+"""What a recovery did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from retrofit.recovery.callbacks import TrainPoint
+
+
+@dataclass(frozen=True)
+class RecoverReport:
+    """What a recovery did. Losses are nats per token, of the objective trained on (KL for distill).
+
+    history: the start (step 0) and every step. best_step: whose weights were kept, 0 for the start. seconds and
+    peak_bytes: wall time over all sessions, and the largest memory of this process (of the GPU on CUDA).
+    """
+
+    history: tuple[TrainPoint, ...]
+    steps: int
+    tokens: int
+    best_step: int
+    start_loss: float | None
+    best_loss: float | None
+    seconds: float
+    peak_bytes: int
+    trained_parameters: int
+    kernel: str
+    compute_dtype: str
+    shared_bytes: int
+    resumed_from: int
+    notes: tuple[str, ...]
