@@ -51,6 +51,9 @@ VARIANTS = {
     "rows-512": Variant("rows of 512 tokens, twice the steps", {"sequence_length": 512}),
     "rows-256": Variant("rows of 256 tokens, four times the steps", {"sequence_length": 256}),
     "own": Variant("own samples alone", text={OWN: 1.0}),
+    "reverse": Variant("reverse KL", {"divergence": "reverse"}),
+    "jsd": Variant("Jensen-Shannon divergence", {"divergence": "jsd"}),
+    "on-policy": Variant("a quarter of the rows written by the student", {"on_policy": 0.25}),
     "docs-code": Variant("documentation and code alone", text={DOCS: 1.0, CODE: 1.0}),
 }
 
