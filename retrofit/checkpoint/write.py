@@ -205,7 +205,9 @@ class ShardWriter:
         if length > self.reserve:
             shift(self._file, 8 + self.reserve, self._offset, length - self.reserve)
         complete, self._file = self._file, None
-        if self._resume:  # the next shard is written while the disk takes this one
+        if self._resume:  # the next shard is written while the disk takes this one, and one at a time
+            if self._completed:
+                self._completed[-1].result()
             self._completed.append(self._completing.submit(_complete, complete, header, sync=True))
         else:
             _complete(complete, header, sync=False)

@@ -37,14 +37,15 @@ SEGMENTS = 16  # no single document makes up more than this fraction of a source
 class Packed:
     """Rows of text packed end to end: token ids, and for each token the number of its document; both int64 [N, T].
 
-    notes: what is odd about the text. counted_NT: bool, whether a loss counts what follows a token; None where it
-    counts every token.
+    notes: what is odd about the text. read: how much of each source it is. counted_NT: bool, whether a loss counts what
+    follows a token; None where it counts every token.
     """
 
     ids_NT: torch.Tensor
     documents_NT: torch.Tensor
     notes: tuple[str, ...] = ()
     counted_NT: torch.Tensor | None = None
+    read: tuple[str, ...] = ()
 
 
 def training_rows(
@@ -80,7 +81,7 @@ def training_rows(
             where=f"text source {', '.join(f'`{source.source}`' for source in sources)}",
             fix="add a second document, or a built-in source such as python-docs",
         )
-    parts, notes = [], []
+    parts, notes, read = [], [], []
     for index, (source, share) in enumerate(zip(usable, _shares(usable, count), strict=True)):
         if not share:
             continue
@@ -89,7 +90,7 @@ def training_rows(
             made = synthetic_rows(tokenizer, share, sequence_length, own, split=split)
             answers = made.counted_NT if loss_on == "assistant" else torch.ones_like(made.counted_NT)
             parts.append((made.ids_NT, torch.arange(share)[:, None].expand_as(made.ids_NT), answers))
-            notes.append(f"`{kind}`: the loss counts {int(answers.sum()):,} of {answers.numel():,} tokens")
+            read.append(f"`{kind}`: the loss counts {int(answers.sum()):,} of {answers.numel():,} tokens")
             continue
         limit = CHARS_PER_TOKEN * share * sequence_length
         reading = {"limit_chars": limit, "only": chosen[source], "progress": progress}
@@ -98,7 +99,8 @@ def training_rows(
         if loss_on and texts and texts[0].dialogue is not None:
             packed = chat_rows(texts, tokenizer, share, sequence_length, own, loss_on=loss_on, kind=kind)
             parts.append((packed.ids_NT, packed.documents_NT, packed.counted_NT))
-            notes += packed.notes
+            read.append(packed.notes[0])  # how much of it is read; the others say what is not
+            notes += packed.notes[1:]
         else:
             rows = share
             if loss_on and sequence_length >= LONG_ROW and kind != OWN_SAMPLES:
@@ -112,13 +114,13 @@ def training_rows(
                 packed_rows = stream.pack(repeat)
                 parts.append((*packed_rows, torch.ones_like(packed_rows[0], dtype=torch.bool)))
                 if loss_on and stream.read > 1:
-                    notes.append(f"`{shown(kind, 60)}`: its text is read {stream.read:.1f} times")
+                    read.append(f"`{shown(kind, 60)}`: its text is read {stream.read:.1f} times")
         if loss_on and len(usable) > 1:
-            notes.append(f"`{shown(kind, 60)}`: {share:,} of {count:,} rows")
+            read.append(f"`{shown(kind, 60)}`: {share:,} of {count:,} rows")
     ids_NT, documents_NT, counted_NT = (torch.cat(part) for part in zip(*parts, strict=True))
     order = torch.randperm(len(ids_NT), generator=torch.Generator().manual_seed(seed))
     counted = None if bool(counted_NT.all()) else counted_NT[order]
-    return Packed(ids_NT[order], documents_NT[order], tuple(notes), counted)
+    return Packed(ids_NT[order], documents_NT[order], tuple(notes), counted, tuple(read))
 
 
 def spelled_tokens(kind: str, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:

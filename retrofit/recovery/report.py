@@ -12,7 +12,8 @@ class RecoverReport:
     """What a recovery did. Losses are nats per token, of the objective trained on (KL for distill).
 
     history: the start (step 0) and every step. best_step: whose weights were kept, 0 for the start. seconds and
-    peak_bytes: wall time over all sessions, and the largest memory of this process (of the GPU on CUDA).
+    peak_bytes: wall time over all sessions, and the largest memory of this process (of the GPU on CUDA). notes: how it
+    went; cautions: those among them that its reader has to know.
     """
 
     history: tuple[TrainPoint, ...]
@@ -29,3 +30,4 @@ class RecoverReport:
     shared_bytes: int
     resumed_from: int
     notes: tuple[str, ...]
+    cautions: tuple[str, ...] = ()

@@ -221,6 +221,7 @@ def _rows(
         torch.cat([part.documents_NT for part in parts]),
         tuple(dict.fromkeys(note for one in packed.values() for note in one.notes)),
         _counted(parts),
+        tuple(dict.fromkeys(line for one in packed.values() for line in one.read)),
     )
 
 

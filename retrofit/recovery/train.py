@@ -97,6 +97,7 @@ def recover(
     skipped positions or sees across documents.
     """
     notes: list[str] = []
+    cautions: list[str] = []
     work_dir = Path(work_dir)
     student = opened(student_folder)
     taught = distils(recipe)
@@ -136,8 +137,10 @@ def recover(
     whole = training_kernel(kernel, spec, device, str(compute).removeprefix("torch."), documents=documents)
     used = shared or whole
     _note(notes, progress, f"training in {str(compute).removeprefix('torch.')} with {used.name}: {used.reason}")
-    for text in tokens.notes:
+    for text in tokens.read:
         _note(notes, progress, text)
+    for text in tokens.notes:
+        _note(cautions, progress, text)
     lines = training_lines(tokens, recipe, window, seed)
     own = own_rows(lines, recipe.on_policy)
     lines = marked(lines, own, masked=documents)
@@ -192,7 +195,7 @@ def recover(
         learned=lambda step: any(lines.learned[(step - 1) * recipe.batch_size : step * recipe.batch_size]),
     )
     if held_out is None:
-        _note(notes, progress, "nothing is held out, so the last weights are kept, not the best")
+        _note(cautions, progress, "nothing is held out, so the last weights are kept, not the best")
     if resumed_from:
         _note(notes, progress, f"resuming from step {resumed_from} of {steps}")
     if progress is not None:
@@ -222,9 +225,9 @@ def recover(
     if progress is not None:
         progress.finish()
     if course.stopped:
-        _note(notes, progress, f"stopped early: {course.stopped}; the weights of step {course.best_step} are kept")
+        _note(cautions, progress, f"stopped early: {course.stopped}; the weights of step {course.best_step} are kept")
     elif course.best_step == 0 and held_out is not None:
-        _note(notes, progress, "no measurement was better than the start; the weights are kept as they were")
+        _note(cautions, progress, "no measurement was better than the start; the weights are kept as they were")
     if world.main:
         if adapter is not None:
             save_adapter(model, adapter, course.best)
@@ -244,7 +247,8 @@ def recover(
         compute_dtype=str(compute).removeprefix("torch."),
         shared_bytes=pair.shared_bytes,
         resumed_from=resumed_from,
-        notes=tuple(notes),
+        notes=(*notes, *cautions),
+        cautions=tuple(cautions),
     )
 
 

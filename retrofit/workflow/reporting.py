@@ -34,7 +34,7 @@ def run_data(context: ModelContext, inputs: Inputs, entries: Mapping[str, Entry]
     published = inputs.reports.get("publish")
     reports = {name: _json(inputs.reports.get(name)) for name in ("convert", "extend", "recover")}
     kernel = evaluated.proof.kernel if evaluated else context.kernel.name
-    noted = [note for name in ("convert", "recover") for note in _notes(reports[name])]
+    noted = [*(reports["convert"] or {}).get("notes", ()), *(reports["recover"] or {}).get("cautions", ())]
     return RunData(
         name=recipe.name,
         recipe_yaml=dump_recipe(public_recipe(recipe, context.source)),
@@ -73,11 +73,6 @@ def _json(report: object) -> dict[str, Any] | None:
     found = jsonable(report)
     assert isinstance(found, dict)
     return found
-
-
-def _notes(report: Mapping[str, Any] | None) -> list[str]:
-    """What a step did not do as asked; how training went about it is no such thing."""
-    return [note for note in (report or {}).get("notes", ()) if not note.startswith(("training in", "resuming from"))]
 
 
 def _dicts(results: tuple[GateResult, ...]) -> list[dict[str, Any]]:

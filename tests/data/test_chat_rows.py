@@ -53,7 +53,7 @@ def test_dialogues_stay_whole_and_count_what_the_assistant_says(tmp_path: Path) 
     assert rows.counted_NT is not None
     assert not bool(rows.counted_NT[padding].any())
     assert float(padding.float().mean()) < 0.15
-    assert "a.jsonl`: 30 dialogues of" in rows.notes[0]
+    assert "a.jsonl`: 30 dialogues of" in rows.read[0]
 
 
 def test_the_same_seed_gives_the_same_rows(tmp_path: Path) -> None:
@@ -65,15 +65,15 @@ def test_few_dialogues_are_read_again_and_a_note_says_how_often(tmp_path: Path) 
     rows = packed(source(tmp_path, small_talk(3)))
     assert bool((rows.documents_NT >= 0).any(1).all())
     times = len(documents(rows)) / 3
-    assert f"read {times:.1f} times" in rows.notes[0]
+    assert f"read {times:.1f} times" in rows.read[0]
 
 
 def test_a_long_dialogue_is_cut_after_a_turn_or_left_out(tmp_path: Path) -> None:
     cut, left = says("a", "b" * 20, "c", "d" * 400), says("e" * 400, "f")
     rows = packed(source(tmp_path, [cut, left, says("g", "h")]), length=160)
     assert any(TOKENIZER.decode(ids).endswith("b<|im_end|>") for ids, _ in documents(rows))
-    assert rows.notes[1] == "`a.jsonl`: longer than 160 tokens, cut after a turn of the assistant: 1 dialogue"
-    assert rows.notes[2] == "`a.jsonl`: left out, as no turn of the assistant ends within 160 tokens: 1 dialogue"
+    assert rows.notes[0] == "`a.jsonl`: longer than 160 tokens, cut after a turn of the assistant: 1 dialogue"
+    assert rows.notes[1] == "`a.jsonl`: left out, as no turn of the assistant ends within 160 tokens: 1 dialogue"
     with pytest.raises(UserError, match="no dialogue has a turn of the assistant that ends within 160 tokens"):
         packed(source(tmp_path, [left]), length=160)
 
@@ -96,10 +96,10 @@ def test_a_mix_counts_all_of_its_prose(tmp_path: Path) -> None:
     rows = training_rows([given, prose], TOKENIZER, 3200, 320, 0, loss_on="assistant")
     assert rows.counted_NT is not None
     assert int(rows.counted_NT.all(1).sum()) == 7  # 7.5 rows by weight, the largest remainder goes to the first
-    assert {"`a.jsonl`: 3 of 10 rows", "`python-docs`: 7 of 10 rows"} <= set(rows.notes)
+    assert {"`a.jsonl`: 3 of 10 rows", "`python-docs`: 7 of 10 rows"} <= set(rows.read)
 
 
 def test_prose_that_is_read_again_is_stated(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("few words " * 20)
     rows = training_rows([TextSource(source=str(tmp_path / "a.txt"))], TOKENIZER, 600, 60, 0, loss_on="assistant")
-    assert rows.notes == ("`a.txt`: its text is read 2.9 times",)
+    assert rows.read == ("`a.txt`: its text is read 2.9 times",)

@@ -138,7 +138,7 @@ def test_the_loss_is_on_answers_or_on_everything(loss_on, share: float) -> None:
     made = counted.float().mean(1) < 0.99
     assert int(made.sum()) == (2 if loss_on == "assistant" else 0)
     assert (counted.float().mean(1)[made] < share).all()
-    assert any("`synthetic`: the loss counts" in note for note in rows.notes)
+    assert any("`synthetic`: the loss counts" in note for note in rows.read)
 
 
 def test_only_a_training_names_it() -> None:
