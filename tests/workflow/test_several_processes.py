@@ -24,7 +24,7 @@ from tests.tiny import tiny_config
 from tests.workflow.conftest import sections
 
 Recipe = Callable[..., Path]
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 FAILING = Path(__file__).with_name("failing_rank.py")
 
 
