@@ -52,7 +52,7 @@ def sample_batch(
     decide about the tokens. temperature: divides the logits. top_p: only the most probable tokens that together have
     this probability are drawn (Holtzman et al. 2020, arXiv 1904.09751). A sequence that ends goes on after its EOS with
     whatever the model writes next. stepped: called with B after each token, which a GPU may still be computing.
-    note: is told where a CUDA graph of the step could not be made, so that it is launched anew for every token.
+    note: called with a line where no CUDA graph of the step could be made.
     """
     assert all(starts)
     decode.register()

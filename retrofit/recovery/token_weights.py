@@ -82,7 +82,9 @@ def weighed(
         progress.finish()
     if kept is not None and world.main:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"weights": weights_NT}, kept)
+        partial = kept.with_suffix(".partial")  # a kill leaves no half of it under its name
+        save_file({"weights": weights_NT}, partial)
+        partial.replace(kept)
     return weights_NT
 
 

@@ -81,7 +81,7 @@ class Objective:
 
 
 class Losses(Protocol):
-    """What is told the losses of a training."""
+    """What records the losses of a training."""
 
     def add(self, loss: Tensor) -> None:
         """A part of the step's mean loss, on the device: of this process alone."""
@@ -161,7 +161,7 @@ class RecoveryTrainer(Trainer):
         """It is where it computes already, or its parts are."""
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Nothing random goes on from one step to the next."""
+        """Do nothing: no random state is carried from one step to the next."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         load_weights(self._trained(), Path(resume_from_checkpoint))

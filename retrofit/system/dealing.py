@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 def dealt(costs: Mapping[Name, float], processes: int) -> list[list[Name]]:
-    """The items of each process, in the order of `costs`: the dearest first to whoever has least to do so far.
+    """The items of each process, in the order of `costs`: the most expensive first, to the process with least so far.
 
     costs: of every item, in any unit. Processes beyond the number of items get none. The largest load is at most 4/3 of
     the best possible (Graham 1969, LPT). The same everywhere: ties go to the earlier item, and to the lower rank.

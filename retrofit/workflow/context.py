@@ -184,7 +184,7 @@ class ModelContext:
         )
         prose = [document for document in documents if document.scored is None]
         require_prose(section, prose)
-        definitions_of(section, prose, self.tokenizer)  # a text too short for one of them is told now
+        definitions_of(section, prose, self.tokenizer)  # raises for a text that is too short for one of them
         self.documents = tuple(documents)
         return (*read.values(), *left_out)
 

@@ -86,5 +86,5 @@ class JoinedPieces:
 
 
 def scratch_of(folder: Path, file: str) -> Path:
-    """Where a piece that is being made keeps what it goes on from."""
+    """Return the folder from which a piece that is being made is resumed."""
     return folder / f"{file}.scored"

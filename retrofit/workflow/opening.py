@@ -218,7 +218,7 @@ def _check_texts(context: ModelContext, *, weights: bool, sample: bool) -> None:
     from retrofit.data.samples import samples_folder
     from retrofit.data.texts import OWN_SAMPLES, own_samples
 
-    context.tokenizer  # noqa: B018  a broken one is told before its texts
+    context.tokenizer  # noqa: B018  a broken one raises before its texts are read
     for step in context.steps:
         context.notes += step.check_data(context, weights=weights, sample=sample)
     own = {text for text in context.texts() if text.source == OWN_SAMPLES} if weights else ()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from retrofit.evaluation.metrics.longppl import soft_weights
 from retrofit.recipe.load import validate
 from retrofit.recipe.problems import RecipeError
 from retrofit.recipe.schema import Recover
+from retrofit.recovery import token_weights
 from retrofit.recovery.batches import MicroBatches
 from retrofit.recovery.layout import ONE_PROCESS
 from retrofit.recovery.objectives import IGNORED, Head, lm_loss, token_losses
@@ -127,6 +131,23 @@ def test_only_rows_that_are_learned_are_weighed_once(tmp_path, model) -> None:
     before = len(calls)
     assert torch.equal(weighed(rows, losses, kept=kept), found)
     assert len(calls) == before
+
+
+def test_a_kill_while_weights_are_kept_leaves_no_half_of_them(tmp_path, model, monkeypatch) -> None:
+    rows = TrainRows(ids(1, LENGTH), None, (LENGTH,), None, (True,))
+    kept = tmp_path / "weights.safetensors"
+
+    def killed(_tensors: object, path: Path, *_: object) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_weights, "save_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            weighed(rows, lambda ids_1T: plain(model, ids_1T).float(), kept=kept)
+    assert not kept.exists()
+    found = weighed(rows, lambda ids_1T: plain(model, ids_1T).float(), kept=kept)
+    assert torch.equal(load_file(kept)["weights"], found)
 
 
 @pytest.mark.parametrize(
