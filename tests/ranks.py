@@ -12,6 +12,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from retrofit.system.world import World, from_environment, started
 
 # One server imports the heavy packages once; every rank is a fork of it, in which no thread has run yet.
@@ -36,7 +38,9 @@ def on_ranks(folder: Path, size: int, function: Callable[..., Any], *values: Any
     pipes, processes = [], []
     for rank in range(size):
         ours, theirs = _SERVER.Pipe(duplex=False)
-        process = _SERVER.Process(target=_work, args=(theirs, meeting, rank, size, function, values), daemon=True)
+        process = _SERVER.Process(
+            target=_work, args=(theirs, meeting, rank, size, torch.get_num_threads(), function, values), daemon=True
+        )
         process.start()
         theirs.close()
         pipes.append(ours)
@@ -68,12 +72,17 @@ def on_ranks(folder: Path, size: int, function: Callable[..., Any], *values: Any
 
 
 def _work(
-    pipe: Connection, meeting: Path, rank: int, size: int, function: Callable[..., Any], values: tuple[Any, ...]
+    pipe: Connection,
+    meeting: Path,
+    rank: int,
+    size: int,
+    threads: int,
+    function: Callable[..., Any],
+    values: tuple[Any, ...],
 ) -> None:
-    import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)  # those of the test, whose own numbers are compared with theirs
     every = str(size)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": every, "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": every}
     try:

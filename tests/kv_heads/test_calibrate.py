@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,15 @@ from retrofit.model.families import describe, family_of
 from retrofit.model.load import load_config
 from tests.children.sitecustomize import BFLOAT16
 from tests.tiny import save_tiny
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads of a product change its last digits, and what is read ahead."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def text(sequences: int = 8, length: int = 48) -> CalibrationText:

@@ -21,6 +21,8 @@ from tests.tiny import save_tiny
 
 PARTS = (3, 5)  # sequences of each kind: three batches of one, and three of two, two and one
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 
 def text(parts: tuple[int, ...] = PARTS) -> CalibrationText:
     ids = torch.randint(0, 256, (sum(parts), 48), generator=torch.Generator().manual_seed(1))

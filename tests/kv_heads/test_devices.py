@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from retrofit.kv_heads.convert import CalibrationText, ConvertReport, convert
 from tests.kv_heads.test_calibrate import text
 from tests.pretend_gpu import pretend_gpu
 from tests.tiny import save_tiny
+
+pytestmark = pytest.mark.usefixtures("exact_products")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads of a product change its last digits, and what is read ahead."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def converted(source: Path, out: Path, calibration: CalibrationText, repair: str, device: str) -> ConvertReport:
