@@ -83,7 +83,7 @@ def measured(rank: int, ranks: int, tokens: int, rounds: int, placed: str, windo
             elif ranks == 1:
                 out = blockwise.attention(*inputs, HEAD_DIM**-0.5, window)
             else:
-                out = ring.attention(*inputs, HEAD_DIM**-0.5, window, shared)
+                out = ring.attention(*inputs, HEAD_DIM**-0.5, window, ring=shared)
             row[name] = {"processor": time.process_time() - processor, "bytes": sent[0]}
             dist.barrier()
             row[name]["wall"] = time.perf_counter() - wall

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from retrofit.errors import UserError
 
-# (q [B, H, T, D], k [B, K, S, D], v [B, K, S, D], scale, window or None) -> [B, H, T, D]
-Attention = Callable[[Tensor, Tensor, Tensor, float, int | None], Tensor]
+# (q [B, H, T, D], k [B, K, S, D], v [B, K, S, D], scale, window or None, sinks [H] or None) -> [B, H, T, D]
+Attention = Callable[[Tensor, Tensor, Tensor, float, int | None, Tensor | None], Tensor]
 
 
 def register(kernel: str, attention: Attention) -> None:
@@ -31,8 +31,8 @@ def register(kernel: str, attention: Attention) -> None:
 def attention_function(kernel: str, attention: Attention) -> Callable[..., tuple[Tensor, None]]:
     """`attention` as transformers' AttentionInterface calls it -> (out [B, T, H, D], None).
 
-    The function raises UserError for what the kernel cannot express: a mask, dropout, softcap, sinks, a position bias,
-    bidirectional attention.
+    The function raises UserError for what the kernel cannot express: a mask, dropout, softcap, a position bias,
+    bidirectional attention, sinks that are not one logit for each query head.
     """
 
     def forward(
@@ -45,11 +45,14 @@ def attention_function(kernel: str, attention: Attention) -> Callable[..., tuple
         dropout: float = 0.0,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        s_aux: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         window = visible_window(kernel, module, attention_mask, dropout, sliding_window, softcap, **kwargs)
+        if s_aux is not None and s_aux.shape != query.shape[1:2]:
+            _refuse([f"sinks {tuple(s_aux.shape)}"], type(module).__name__, f"the {kernel} kernel")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return attention(query, key, value, scale, window).transpose(1, 2), None
+        return attention(query, key, value, scale, window, s_aux).transpose(1, 2), None
 
     return forward
 
@@ -78,7 +81,6 @@ def visible_window(
         and int(attention_mask) < 0,
         "attention dropout": dropout != 0.0,
         "softcapped scores": softcap is not None,
-        "attention sinks": kwargs.get("s_aux") is not None,
         "a position bias": kwargs.get("position_bias") is not None,
         "a paged cache": kwargs.get("cache") is not None,
         "bidirectional attention": not causal,

@@ -7,6 +7,7 @@ Attention is cut into tiles (a run of queries against a run of keys, `tiles.py`)
 mask. Each tile gives (out, lse); tiles over the same queries are merged by their log-sum-exp (Milakov & Gimelshein
 2018; Dao et al. 2022, FlashAttention, section 3.1). For the backward pass every tile is run with the merged out and
 lse, which is exact: P = exp(S - lse) and dS = P * (dP - rowsum(dO * O)) both need the whole row only through these two.
+Attention sinks (`sinks.py`) change these two and nothing else.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from retrofit.errors import UserError
 from retrofit.kernels import attention_interface, gemm_tile, tile_choice
+from retrofit.kernels.sinks import sink_gradient, with_sinks
 from retrofit.kernels.tile_choice import TileChoice
 from retrofit.kernels.tiles import Tile, tiles
 
@@ -111,10 +113,18 @@ def _choice(q: Tensor, k: Tensor) -> TileChoice:
 # ---------------------------------------------------------------------------------------------- attention
 
 
-def attention(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, window: int | None = None) -> Tensor:
-    """Causal attention of the last T of S positions -> out [B, H, T, D]; differentiable in q, k and v.
+def attention(
+    q_BHTD: Tensor,
+    k_BKSD: Tensor,
+    v_BKSD: Tensor,
+    scale: float,
+    window: int | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of the last T of S positions -> out [B, H, T, D]; differentiable in q, k, v and sinks.
 
-    window: tokens a query sees, itself included. Memory beyond the result: O(T D), never T x S.
+    window: tokens a query sees, itself included. sinks_H: one more logit for each query head, without a value. Memory
+    beyond the result: O(T D), never T x S.
 
     Raises: UserError for head dims of q, k and v that differ, or query heads that are no multiple of the KV heads.
     """
@@ -124,11 +134,12 @@ def attention(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, wind
             f"v {tuple(v_BKSD.shape)}: one head dim, query heads a multiple of KV heads",
             fix="use kernel: sdpa",
         )
-    if torch.is_grad_enabled() and (q_BHTD.requires_grad or k_BKSD.requires_grad or v_BKSD.requires_grad):
-        return _Attention.apply(q_BHTD, k_BKSD, v_BKSD, scale, window)
+    given = (q_BHTD, k_BKSD, v_BKSD, sinks_H)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
+        return _Attention.apply(q_BHTD, k_BKSD, v_BKSD, scale, window, sinks_H)
     queries, keys = q_BHTD.shape[2], k_BKSD.shape[2]
     plan = tiles(queries, keys, window, _RUN if gemm_tile.usable(q_BHTD) else None, side_by_side=many_at_once(q_BHTD))
-    return _forward(q_BHTD, k_BKSD, v_BKSD, plan, scale, fast=True)[0]
+    return _forward(q_BHTD, k_BKSD, v_BKSD, plan, scale, sinks_H, fast=True)[0]
 
 
 def many_at_once(q: Tensor) -> bool:
@@ -138,19 +149,22 @@ def many_at_once(q: Tensor) -> bool:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, sinks: Tensor | None
+    ) -> Tensor:
         plan = tiles(q.shape[2], k.shape[2], window, side_by_side=many_at_once(q))
-        out, lse = _forward(q, k, v, plan, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
+        out, lse = _forward(q, k, v, plan, scale, sinks)
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
         ctx.plan, ctx.scale = plan, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, sinks = ctx.saved_tensors
         plan: list[Tile] = ctx.plan
+        dsinks = None if sinks is None else sink_gradient(grad, out, lse, sinks)
         if len(plan) == 1 and plan[0].count == 1 and plan[0].k0 == 0:
-            return *tile_backward(plan[0], grad, q, k, v, out, lse, ctx.scale), None, None
+            return *tile_backward(plan[0], grad, q, k, v, out, lse, ctx.scale), None, None, dsinks
         wide = torch.promote_types(q.dtype, torch.float32)
         dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
         for tile in plan:
@@ -160,15 +174,15 @@ class _Attention(torch.autograd.Function):
             ):
                 runs = runs_along(total, start, stop - start, tile.count, tile.step)
                 runs += add.unflatten(0, (-1, tile.count)).movedim(1, 2)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, dsinks
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: list[Tile], scale: float, *, fast: bool = False
+    q: Tensor, k: Tensor, v: Tensor, plan: list[Tile], scale: float, sinks: Tensor | None, *, fast: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, H, T, D] in the dtype of q, lse [B, H, T]) over all tiles. fast: `gemm_tile` may be used."""
+    """(out [B, H, T, D] in the dtype of q, lse [B, H, T]) over tiles and sinks. fast: `gemm_tile` may be used."""
     if len(plan) == 1 and plan[0].count == 1:
-        return tile_forward(plan[0], q, k, v, scale)
+        return with_sinks(*tile_forward(plan[0], q, k, v, scale), sinks)
     out, lse = torch.empty_like(q), None
     start = 0
     while start < q.shape[2]:
@@ -187,6 +201,7 @@ def _forward(
             else:
                 part, part_lse = part.clone(), part_lse.clone()
                 part[:, :, :n], part_lse[:, :, :n] = merge(part[:, :, :n], part_lse[:, :, :n], add, add_lse)
+        part, part_lse = with_sinks(part, part_lse, sinks)
         if lse is None:
             lse = torch.empty(q.shape[:3], dtype=part_lse.dtype, device=q.device)
         for whole, runs in ((out, part), (lse, part_lse)):

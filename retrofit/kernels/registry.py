@@ -18,6 +18,7 @@ KERNELS = ("eager", "sdpa", *FLASH, *HUB_KERNELS, "flex_attention", "blockwise")
 # `products` is not among them: it cannot be asked for, as it serves nothing but the training that "auto" gives it to.
 
 _HALF = ("float16", "bfloat16")
+_FLASH_WITH_SINKS = ("flash_attention_4", "kernels-community/vllm-flash-attn3")
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,7 @@ def _preferences(device: str, training: bool, dtype: str | None, windows: bool) 
                 "sdpa",
                 "flash-attn is not usable here (not installed, or not half precision); PyTorch's own flash kernel",
             ),
+            ("blockwise", "attention sinks, forward and backward, over the fastest tiles that are right on this GPU"),
             ("flex_attention", "soft-capped scores or sinks, compiled by PyTorch for this GPU"),
         ]
     if device.startswith("mps"):
@@ -221,13 +223,12 @@ def _objection(
     cuda = device.startswith("cuda")
     flash = kernel in FLASH or kernel in HUB_KERNELS
     softcap = any(layer.softcap is not None for layer in spec.layers)
-    sinks = any(layer.sinks for layer in spec.layers)
     if kernel == "eager":
         return None
     if softcap and kernel in ("sdpa", "blockwise", "products"):
         return "its scores are soft-capped"
-    if sinks and kernel in ("sdpa", "blockwise", "products", "flash_attention_2", "kernels-community/flash-attn2"):
-        return "it has attention sinks"
+    if any(layer.sinks for layer in spec.layers) and (objection := _sinks_objection(kernel, cuda, training, machine)):
+        return objection
     if kernel == "products" and not training:
         return "it is for training: whole sequences, no cache"
     if kernel == "products" and not device.startswith("cpu"):
@@ -253,6 +254,22 @@ def _objection(
         if training and not cuda:
             return "on a CPU it has no backward pass, so it cannot train"
     return None
+
+
+def _sinks_objection(kernel: str, cuda: bool, training: bool, machine: Machine | None) -> str | None:
+    """Why `kernel` cannot run a model with attention sinks; None when it can, as far as sinks go.
+
+    transformers gives sinks to flex_attention and to the two builds of flash attention that take them, without a
+    gradient; to another build it gives none, and says nothing.
+    """
+    if kernel in ("blockwise", "products"):
+        return None
+    if kernel == "flex_attention":
+        return None if cuda else "it has attention sinks, which need a log-sum-exp that it gives on CUDA only"
+    build = (_status(kernel, machine).implementation or kernel) if kernel in FLASH else kernel
+    if build not in _FLASH_WITH_SINKS:
+        return "it has attention sinks"
+    return "it has attention sinks, for which this kernel has no gradient" if training else None
 
 
 def _status(kernel: str, machine: Machine | None) -> KernelStatus:

@@ -6,6 +6,8 @@ arrives. Results of steps are merged by their log-sum-exp in fp32; each step is 
 made of. In the backward pass keys and values travel again, and their gradients, summed in fp32, one step behind them.
 
 A layer with a sliding window sends each rank the keys it sees and nothing else, straight from the rank that has them.
+Attention sinks (`sinks.py`) come after the last step, and nothing of them travels: each rank adds its queries' part of
+their gradient, as it does for every parameter.
 
 Legend: B batch, H query heads, K KV heads (H = s K), n tokens of this rank, m tokens that arrive, D head dim, N ranks.
 """
@@ -23,14 +25,26 @@ from retrofit.errors import UserError
 from retrofit.kernels.blockwise import many_at_once, runs_along, tile_backward, tile_forward
 from retrofit.kernels.placement import Runs, count, seen, tiles_between
 from retrofit.kernels.ring_group import Ring
+from retrofit.kernels.sinks import sink_gradient, with_sinks
 from retrofit.kernels.tiles import Tile
 
 
-def attention(q_BHnD: Tensor, k_BKnD: Tensor, v_BKnD: Tensor, scale: float, window: int | None, ring: Ring) -> Tensor:
+def attention(
+    q_BHnD: Tensor,
+    k_BKnD: Tensor,
+    v_BKnD: Tensor,
+    scale: float,
+    window: int | None,
+    sinks_H: Tensor | None = None,
+    *,
+    ring: Ring,
+) -> Tensor:
     """Causal attention of this rank's queries over the whole sequence -> out [B, H, n, D]; differentiable.
 
     Every rank of the group calls it with its own share, and their backward passes run in the same order. window: tokens
-    a query sees, itself included. Memory beyond the result: O(n D) in fp32 and two arriving shares of keys and values.
+    a query sees, itself included. sinks_H: one more logit for each query head, without a value; the sum of the ranks'
+    gradients is that of the sequence. Memory beyond the result: O(n D) in fp32 and two arriving shares of keys and
+    values.
 
     Raises: UserError for tensors that are not this rank's share, or that the tiles cannot express.
     """
@@ -49,31 +63,41 @@ def attention(q_BHnD: Tensor, k_BKnD: Tensor, v_BKnD: Tensor, scale: float, wind
         )
     window = window if window is not None and window < tokens else None
     kv = torch.stack((k_BKnD, v_BKnD))  # one message, and contiguous
-    if torch.is_grad_enabled() and (q_BHnD.requires_grad or kv.requires_grad):
-        out: Tensor = _Attention.apply(q_BHnD, kv, scale, window, ring)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q_BHnD, kv, sinks_H)):
+        out: Tensor = _Attention.apply(q_BHnD, kv, scale, window, sinks_H, ring)
         return out
-    return _forward(q_BHnD, kv, scale, window, ring, fast=True)[0]
+    return _forward(q_BHnD, kv, scale, window, sinks_H, ring, fast=True)[0]
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, kv: Tensor, scale: float, window: int | None, ring: Ring) -> Tensor:
-        out, lse = _forward(q, kv, scale, window, ring)
-        ctx.save_for_backward(q, kv, out, lse)
+    def forward(
+        ctx: Any, q: Tensor, kv: Tensor, scale: float, window: int | None, sinks: Tensor | None, ring: Ring
+    ) -> Tensor:
+        out, lse = _forward(q, kv, scale, window, sinks, ring)
+        ctx.save_for_backward(q, kv, out, lse, sinks)
         ctx.scale, ctx.window, ctx.ring = scale, window, ring
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, kv, out, lse = ctx.saved_tensors
+        q, kv, out, lse, sinks = ctx.saved_tensors
+        dsinks = None if sinks is None else sink_gradient(grad, out, lse, sinks)
         dq, dkv = _backward(grad, q, kv, out, lse, ctx.scale, ctx.window, ctx.ring)
-        return dq, dkv, None, None, None
+        return dq, dkv, None, None, dsinks, None
 
 
 def _forward(
-    q: Tensor, kv: Tensor, scale: float, window: int | None, ring: Ring, *, fast: bool = False
+    q: Tensor,
+    kv: Tensor,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None,
+    ring: Ring,
+    *,
+    fast: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, H, n, D] in the dtype of q, lse [B, H, n]) over the keys of all ranks."""
+    """(out [B, H, n, D] in the dtype of q, lse [B, H, n]) over the keys of all ranks and the sinks."""
     wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros(q.shape, dtype=wide, device=q.device)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
@@ -85,6 +109,7 @@ def _forward(
             add, add_lse = (_beside(x, tile) for x in tile_forward(tile, q, k, v, scale, shift=shift))
             part.lerp_(add.to(wide), torch.sigmoid(add_lse - total)[..., None])
             total.copy_(torch.logaddexp(total, add_lse))
+    out, lse = with_sinks(out, lse, sinks)
     return out.to(q.dtype), lse
 
 

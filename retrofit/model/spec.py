@@ -56,7 +56,8 @@ class LayerAttention:
     tensor [heads, D] "stacked" (Cohere), or one tensor [D] per head, "separate" (StableLM), whose names are q_norm and
     k_norm with `{head}` filled in. qk_norm_eps: what the norm adds to the mean square. qk_norm_offset: what it adds to
     the stored weight (Gemma: 1). qk_norm_bias: the norm has a bias too (Phi). clip_qkv: projections are clamped to
-    [-clip_qkv, clip_qkv] (OLMo).
+    [-clip_qkv, clip_qkv] (OLMo). sinks: the tensor [query heads] with one more logit for each head's softmax, which
+    takes probability and gives no value (gpt-oss).
     """
 
     index: int
@@ -84,7 +85,7 @@ class LayerAttention:
     qk_norm_bias: bool = False
     clip_qkv: float | None = None
     softcap: float | None = None
-    sinks: bool = False
+    sinks: str | None = None
 
     @property
     def group(self) -> int:

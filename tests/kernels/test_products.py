@@ -85,7 +85,7 @@ def test_refuses_what_it_cannot_express() -> None:
         (torch.tensor(-1), {}),
         (None, {"dropout": 0.1}),
         (None, {"softcap": 1.0}),
-        (None, {"s_aux": q}),
+        (None, {"position_bias": q}),
         (None, {"is_causal": False}),
     ):
         with pytest.raises(UserError, match="products kernel cannot express"):

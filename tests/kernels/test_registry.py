@@ -15,6 +15,7 @@ from retrofit.kernels.availability import Machine, available
 from retrofit.kernels.check import prove
 from retrofit.kernels.registry import KERNELS, KernelChoice, apply, choose, scoring_kernel
 from retrofit.model.families import describe
+from retrofit.model.spec import AttentionSpec
 from tests.tiny import tiny_config, tiny_model
 
 
@@ -86,12 +87,6 @@ def test_what_products_cannot_run(family: str, device: str, training: bool, reas
     assert objection is None if reason is None else objection is not None and reason in objection
 
 
-def test_products_refuses_attention_sinks() -> None:
-    spec = describe(tiny_config("llama"))
-    sinks = replace(spec, layers=tuple(replace(layer, sinks=True) for layer in spec.layers))
-    assert choose("auto", sinks, "cpu", training=True, dtype="bfloat16").name == "eager"
-
-
 HOPPER = Machine(capability=(9, 0))
 
 
@@ -113,6 +108,59 @@ def test_blockwise_on_cuda_refuses_head_dims_without_a_kernel(head_dim: int) -> 
     odd = replace(spec, layers=tuple(replace(layer, head_dim=head_dim) for layer in spec.layers))
     with pytest.raises(UserError, match="head dim"):
         choose("blockwise", odd, "cuda", dtype="bfloat16", machine=HOPPER)
+
+
+def with_sinks(**over: Any) -> AttentionSpec:
+    spec = describe(tiny_config("llama", **over))
+    return replace(spec, layers=tuple(replace(layer, sinks="sinks") for layer in spec.layers))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "training", "reason"),
+    [
+        ("eager", True, None),
+        ("blockwise", True, None),
+        ("flex_attention", True, None),
+        ("sdpa", False, "it has attention sinks"),
+        ("flash_attention_2", False, "it has attention sinks"),
+        ("flash_attention_3", False, "it has attention sinks"),  # of its package; the build of vLLM has them
+        ("flash_attention_4", False, None),
+        ("flash_attention_4", True, "no gradient"),
+        ("kernels-community/flash-attn3", False, "it has attention sinks"),
+        ("kernels-community/vllm-flash-attn3", False, None),
+        ("kernels-community/vllm-flash-attn3", True, "no gradient"),
+    ],
+)
+def test_which_kernels_express_sinks_on_cuda(kernel: str, training: bool, reason: str | None) -> None:
+    versions = {name: "1.0" for name in ("flash-attn", "flash-attn-3", "flash-attn-4", "kernels")}
+    given = with_sinks(), "cuda", training, "bfloat16", replace(HOPPER, versions=versions)
+    objection = registry._objection(kernel, *given)
+    assert objection is None if reason is None else objection is not None and reason in objection
+
+
+def test_flash_attention_3_of_the_hub_expresses_sinks_and_4_of_the_hub_is_not_what_models_with_sinks_take() -> None:
+    machine = replace(HOPPER, versions={"kernels": "0.13.0"})
+    choice = choose("flash_attention_3", with_sinks(), "cuda", dtype="bfloat16", machine=machine)
+    assert choice.name == "kernels-community/vllm-flash-attn3"
+    with pytest.raises(UserError, match="sinks"):
+        choose("flash_attention_4", with_sinks(), "cuda", dtype="bfloat16", machine=machine)
+
+
+def test_auto_with_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++")
+    sinks = with_sinks()
+    assert choose("auto", sinks, "cpu").name == "blockwise"
+    assert choose("auto", sinks, "cpu", training=True, dtype="float32").name == "blockwise"
+    assert choose("auto", sinks, "cpu", training=True, dtype="bfloat16").name == "products"
+    for training in (False, True):
+        on_cuda = choose("auto", sinks, "cuda", training=training, dtype="bfloat16", machine=HOPPER)
+        assert on_cuda.name == "blockwise"
+        assert "sinks" in on_cuda.reason
+        assert choose("auto", sinks, "mps", training=training, machine=Machine(mps=True)).name == "eager"
+    assert choose("auto", sinks, "cuda", dtype="float32", machine=HOPPER).name == "flex_attention"
+    assert registry.split_kernel("auto", sinks, "cpu").name == "ring"
+    with pytest.raises(UserError, match="on CUDA only"):
+        choose("flex_attention", sinks, "cpu", machine=Machine(compiler=True))
 
 
 def test_soft_capped_scores_are_compiled_on_cuda() -> None:
@@ -194,7 +242,7 @@ def test_a_right_kernel_is_proven(family: str, kernel: str) -> None:
 def test_a_wrong_kernel_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Top-left causal alignment is right for a whole sequence and wrong for a cached chunk only."""
 
-    def top_left(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
+    def top_left(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *_: Any) -> torch.Tensor:
         return nn.functional.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=True)
 
     monkeypatch.setattr(blockwise, "attention", top_left)

@@ -62,11 +62,11 @@ def shares(world: World, cases: list[tuple[int, int | None]], dtype: torch.dtype
         ring, own = Ring(placement, world.rank), placement.positions(world.rank)
         inputs = [x[:, :, own].requires_grad_() for x in random_qkv(tokens, tokens, dtype=dtype)]
         sent[0] = 0
-        out = attention(*inputs, SCALE, window, ring)
+        out = attention(*inputs, SCALE, window, ring=ring)
         forward, sent[0] = sent[0], 0
         grads = torch.autograd.grad(out, inputs, upstream(tokens)[:, :, own].to(dtype))
         with torch.no_grad():
-            torch.testing.assert_close(attention(*inputs, SCALE, window, ring), out, rtol=0, atol=3e-2)
+            torch.testing.assert_close(attention(*inputs, SCALE, window, ring=ring), out, rtol=0, atol=3e-2)
         results.append(Share(out.detach(), list(grads), forward, sent[0] - forward))
     ring_module.dist.batch_isend_irecv = exchange
     return results
@@ -145,7 +145,7 @@ def test_a_window_sends_what_others_see_and_nothing_else(tmp_path: Path) -> None
 def test_a_share_of_another_length_is_refused() -> None:
     q, k, v = random_qkv(12, 12)
     with pytest.raises(UserError, match="holds 16 of 16 tokens and was given 12 queries and 12 keys"):
-        attention(q, k, v, SCALE, None, Ring(zigzag(16, 1)))
+        attention(q, k, v, SCALE, None, ring=Ring(zigzag(16, 1)))
 
 
 def test_a_group_of_another_size_is_refused() -> None:
@@ -157,7 +157,7 @@ def test_what_the_tiles_cannot_express_is_refused() -> None:
     q, k, v = random_qkv(8, 8)
     for wrong in ((q, k, v[..., :8]), (q[:, :5], k, v)):
         with pytest.raises(UserError, match="one head dim"):
-            attention(*wrong, SCALE, None, Ring(zigzag(8, 1)))
+            attention(*wrong, SCALE, None, ring=Ring(zigzag(8, 1)))
 
 
 def test_the_share_of_a_rank() -> None:
