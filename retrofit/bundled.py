@@ -1,4 +1,5 @@
-"""Where recipes and evaluation suites live: inside an installed wheel, or at the top level of a checkout."""
+"""Where recipes, evaluation suites and the pins of engines live: inside an installed wheel, or at the top level of a
+checkout."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.files import local_path, require_regular
 
-Kind = Literal["recipes", "suites"]
+Kind = Literal["recipes", "suites", "engines"]
 _PACKAGE = Path(__file__).parent
-_CHECKOUT: dict[Kind, str] = {"recipes": "recipes", "suites": "evals/suites"}
+_CHECKOUT: dict[Kind, str] = {"recipes": "recipes", "suites": "evals/suites", "engines": "constraints/engines"}
+_SUFFIX: dict[Kind, str] = {"recipes": ".yaml", "suites": ".yaml", "engines": ".txt"}
 
 
 def folder(kind: Kind) -> Path:
@@ -24,7 +26,8 @@ def folder(kind: Kind) -> Path:
 
 def names(kind: Kind) -> tuple[str, ...]:
     """Names of the bundled files, without suffix, sorted."""
-    return tuple(sorted(path.stem for path in folder(kind).glob("*.yaml")))
+    suffix = _SUFFIX[kind]
+    return tuple(sorted(path.name.removesuffix(suffix) for path in folder(kind).glob(f"*{suffix}")))
 
 
 def find(kind: Kind, name_or_path: str | Path) -> Path:

@@ -35,18 +35,29 @@ class FreshError(Exception):
     """The process did not give a result. The text says why, in one line or several."""
 
 
-def run_fresh(script: Path, job: Mapping[str, Any], *, seconds: float, memory: int, cwd: Path) -> dict[str, Any]:
+def run_fresh(
+    script: Path, job: Mapping[str, Any], *, seconds: float, memory: int, cwd: Path, python: Path | None = None
+) -> dict[str, Any]:
     """What `main(job)` of `script` returns, called in a process started with `-I`, offline, in the folder `cwd`.
 
     seconds: the time it may take. memory: bytes of data that it may hold besides what Python and torch need to start
-    (Linux enforces it). The process ends when this one does, however that ends.
+    (Linux enforces it). python: the interpreter of another environment. The process ends when this one
+    does, however that ends.
 
     Raises FreshError when it takes longer, fails or is killed.
     """
     environment = {key: value for key, value in os.environ.items() if key not in _DROPPED} | _SET
     # The process watches one end of this pipe: the other end is closed when this process is gone.
     watched, held = os.pipe()
-    command = [sys.executable, "-I", str(CHILD), str(script), str(os.getpid()), str(watched), str(memory)]
+    command = [
+        str(python or sys.executable),
+        "-I",
+        str(CHILD),
+        str(script),
+        str(os.getpid()),
+        str(watched),
+        str(memory),
+    ]
     try:
         done = subprocess.run(
             command,

@@ -46,6 +46,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     suites = {path.name for path in (ROOT / "evals" / "suites").glob("*.yaml")}
     assert {Path(name).name for name in names if name.startswith("retrofit/_bundled/recipes/")} >= recipes
     assert {Path(name).name for name in names if name.startswith("retrofit/_bundled/suites/")} == suites
+    pins = {path.name for path in (ROOT / "constraints" / "engines").glob("*.txt")}
+    assert {Path(name).name for name in names if name.startswith("retrofit/_bundled/engines/")} == pins
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "retrofit").rglob("*.py")}
     templates = {str(path.relative_to(ROOT)) for path in (ROOT / "retrofit").rglob("*.j2")}
     assert sources | templates <= set(names)
