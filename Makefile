@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt
 
-.PHONY: demo test test-slow test-eval attack fuzz lint bench bench-lengths bench-heads bench-large bench-ring bench-curve bench-extension docs install clean
+.PHONY: demo test test-slow test-eval test-downstream test-downstream-vllm attack fuzz lint bench bench-lengths bench-heads bench-large bench-ring bench-curve bench-extension docs install clean
 
 $(VENV)/.demo: pyproject.toml constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,17 @@ $(VENV)/.eval: $(VENV)/.dev
 	$(PIP) -e '.[eval]'
 	@touch $@
 
+$(VENV)/.downstream: $(VENV)/.dev constraints/downstream.txt
+	$(PIP) -c constraints/downstream.txt -e '.[downstream]'
+	@touch $@
+
+# vLLM wants a transformers of its own: an environment beside this one, two gigabytes.
+$(VENV)-vllm/.done: constraints/engines/vllm.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps -r constraints/engines/vllm.txt
+	$(VENV)-vllm/bin/python -m pip install --quiet -c constraints/engines/vllm.txt -e '.[eval]' pytest pytest-timeout
+	@touch $@
+
 install: $(VENV)/.dev
 
 demo: $(VENV)/.demo
@@ -36,6 +47,14 @@ test-slow: $(VENV)/.dev
 # Our numbers beside those of lm-evaluation-harness, and its tasks; skipped by the other targets, which do not install it.
 test-eval: $(VENV)/.eval
 	$(BIN)/python -m pytest tests/evaluation/test_harness.py tests/evaluation/test_tasks_with_harness.py -m 'slow or not slow'
+
+# What others do next with a folder of ours: peft and TRL, `transformers serve`, torchao, torch.export, lm-eval.
+test-downstream: $(VENV)/.downstream
+	$(BIN)/python -m pytest tests/downstream -m slow -rs
+
+# The same through vLLM's build for CPUs.
+test-downstream-vllm: $(VENV)-vllm/.done
+	$(VENV)-vllm/bin/python -m pytest tests/downstream/test_lm_eval.py -m slow -rs
 
 # The long form of the hostile tests: hundreds of broken recipes, broken model folders, kills. An hour of one core.
 attack: $(VENV)/.dev
@@ -89,4 +108,4 @@ bench-large: $(VENV)/.dev
 	$(BIN)/python -m evals.benchmarks.large
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(VENV)-vllm build dist
