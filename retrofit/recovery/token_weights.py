@@ -5,9 +5,11 @@ Fang et al. 2025, "What is Wrong with Perplexity for Long-context Language Model
     L = - sum_i w_i log p(x_i | l_i) / sum_i w_i,    w_i = min(p(x_i | l_i) / p(x_i | s_i), 5)
 
 l_i is all of the row before token i, s_i its last K to 1.25 K - 1 tokens, with K = 4,096 or a quarter of the row where
-that is less. Two things differ from the paper: the weights are those of the student as the training begins, not of
-every step, so that all is laid out beforehand and a step divides by the weights of all its tokens, whichever process
-has them; and it divides by their sum, where the paper divides by the number of tokens.
+that is less. Windows, alignment and the bound of 5 are those of the authors' code (github.com/PKU-ML/LongPPL,
+`loss_weight` of finetune/finetune.py, whose loop a test repeats); tokens whose whole context is short weigh 1. Three
+things differ: the authors' K is 4,096 for every row; the weights here are those of the student as the training begins,
+not of every step, so that all is laid out beforehand and a step divides by the weights of all its tokens, whichever
+process has them; and it divides by their sum, where the authors divide by the number of tokens.
 
 Legend: N rows, T tokens of a row, C model width.
 """

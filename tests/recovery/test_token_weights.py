@@ -59,6 +59,20 @@ def test_weights_are_those_of_the_formula(model) -> None:
     assert found[:first].tolist() != found[first:].tolist()
 
 
+def test_weights_are_those_of_the_authors_loop(model) -> None:
+    """github.com/PKU-ML/LongPPL, finetune/finetune.py: windows of K and a quarter of K more, whose end is scored."""
+    ids_T, k = ids(length=60)[0], short_context(60)
+    scored = k // 4
+    full_T = plain(model, ids_T[None])
+    ratio_T = torch.ones(60, dtype=torch.float64)
+    for start in range(0, 60 - k, scored):
+        end = min(start + k + scored, 60)
+        short = plain(model, ids_T[None, start:end])[k - 1 :]
+        ratio_T[start + k : end] = torch.exp(short - full_T[start + k - 1 : end - 1])
+    found = text_weights(lambda ids_1T: plain(model, ids_1T).float(), ids_T)
+    torch.testing.assert_close(found[:-1], ratio_T[1:].clamp(max=5).float(), rtol=1e-4, atol=1e-5)
+
+
 def test_five_is_the_most_and_no_weight_overflows() -> None:
     weights = soft_weights(np.array([1.0, 1.0, 900.0, 0.0]), np.array([1.0, 2.0, 0.0, 900.0]))
     np.testing.assert_allclose(weights, [1.0, np.e, 0.0, 5.0])
