@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.extensions import first_original
 from retrofit.data.documents import Document
@@ -19,6 +19,7 @@ from retrofit.evaluation.metrics.longppl import (
     ContextGain,
     LongPPL,
     context_gains,
+    half_windows,
     long_ppl,
     native_windows,
     short_windows,
@@ -40,14 +41,15 @@ if TYPE_CHECKING:
     from retrofit.evaluation.tasks.ruler import RulerResult
     from retrofit.kernels.registry import KernelChoice
 
-NATIVE, SHORT = "native", "short"
+NATIVE, HALF, SHORT = "native", "half", "short"
+LEAST_HALVED = 64  # a native length below it has no halves worth comparing
 
 STAND_FOR_ALL = 3  # samples and depths of a grid whose texts are made to see that questions have room
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What the model was needed for. passes: token losses under another context (`native`, `short`).
+    """What the model was needed for. passes: token losses under another context (`native`, `half` of it, `short`).
     continuations: what it writes after a few prompts."""
 
     passes: Mapping[str, TokenLosses]
@@ -75,11 +77,16 @@ def passes_of(section: Evaluate, native: int) -> tuple[str, ...]:
     longest = max(section.lengths)
     gain = section.context_gain and longest > native
     keys = section.long_ppl and longest > SHORT_CONTEXT
-    return (*([NATIVE] if gain else []), *([SHORT] if keys else []))
+    half = gain and native >= LEAST_HALVED
+    return (*([NATIVE] if gain else []), *([HALF] if half else []), *([SHORT] if keys else []))
 
 
 def _windows(section: Evaluate, native: int) -> dict[str, Windows]:
-    return {NATIVE: native_windows(native, section.lengths, section.tail), SHORT: short_windows()}
+    return {
+        NATIVE: native_windows(native, section.lengths, section.tail),
+        HALF: half_windows(native, section.tail),
+        SHORT: short_windows(),
+    }
 
 
 def further_reading(section: Evaluate, native: int) -> tuple[tuple[int, int], ...]:
@@ -292,17 +299,23 @@ def conclude(
     native: int,
     *,
     needle: Mapping[int, float] | None = None,
-    original: tuple[TokenLosses, TokenLosses] | None = None,
+    original: tuple[TokenLosses, Mapping[str, TokenLosses]] | None = None,
     seed: int = 0,
 ) -> LongContext:
     """What stored arrays say of one model. passes: those of `Measured`. needle: its scores by length. original: plain
-    losses of the model before it was extended, and those with the native context, where they were measured."""
+    losses and passes of the model before it was extended, where the pass with the native context was made."""
     resamples, losses = section.resamples, losses.prose()
     original = None if original is None else (original[0].prose(), original[1])
     gains: tuple[ContextGain, ...] = ()
+    within: list[ContextGain] = []
+    if HALF in passes:
+        how: dict[str, Any] = {"size": section.tail, "resamples": resamples, "seed": seed}
+        gains = tuple(context_gains(losses, passes[HALF], native // 2, (native,), **how))
+        plain, others = original or (losses, passes)
+        within = [row for row in context_gains(plain, others[HALF], native // 2, (native,), **how) if row.kind == ALL]
     keyed: tuple[LongPPL, ...] = ()
     if NATIVE in passes:
-        gains = tuple(
+        gains += tuple(
             context_gains(
                 losses, passes[NATIVE], native, section.lengths, size=section.tail, resamples=resamples, seed=seed
             )
@@ -316,9 +329,10 @@ def conclude(
             section.lengths,
             native,
             size=section.tail,
-            original=original,
+            original=None if original is None else (original[0], original[1][NATIVE]),
             gains=[row for row in gains if row.kind == ALL],
             needle=needle,
+            within=next(iter(within), None),
             resamples=resamples,
             seed=seed,
         )

@@ -87,14 +87,13 @@ def summary(
 
 def conclusion(one: Kept, section: Evaluate, native: int, original: Kept | None, seed: int) -> LongContext:
     """What the stored arrays and answers of one model say about its use of context."""
-    before = original.passes.get(NATIVE) if original else None
     found = conclude(
         one.losses,
         one.passes,
         section,
         native,
         needle=one.answers.needle.scores if one.answers.needle else None,
-        original=None if original is None or before is None else (original.losses, before),
+        original=(original.losses, original.passes) if original and NATIVE in original.passes else None,
         seed=seed,
     )
     needle, ruler = one.answers.needle, one.answers.ruler

@@ -34,7 +34,8 @@ _TEXTS: tuple[tuple[str, str], ...] = (
     ),
     (
         "Context gain",
-        "the mean of the loss with the native context less the loss with the longer one, on the same tokens.",
+        "the mean of the loss with the native context less the loss with the longer one, on the same tokens; at the "
+        "native length, against half of it.",
     ),
     (
         "LongPPL",

@@ -157,10 +157,10 @@ def _long_context(found: LongContext) -> Iterator[Part]:
         )
     if found.context_gain:
         yield Table(
-            f"Context gain: nats that context beyond {found.native:,} tokens saves on the same tokens",
-            ["text", "length", "gain", "95% interval", "tokens"],
+            "Context gain: nats that all of the context saves on the same tokens, against less of it",
+            ["text", "length", "against", "gain", "95% interval", "tokens"],
             [
-                (r.kind, r.length, f"{r.gain:+.4f}", f"{r.low:+.4f} to {r.high:+.4f}", r.tokens)
+                (r.kind, r.length, r.context, f"{r.gain:+.4f}", f"{r.low:+.4f} to {r.high:+.4f}", r.tokens)
                 for r in found.context_gain
             ],
         )

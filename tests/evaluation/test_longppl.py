@@ -14,8 +14,10 @@ from retrofit.evaluation.metrics.effective import (
     AGAINST_NATIVE,
     AGAINST_ORIGINAL,
     NEEDLE_SHARE,
+    certificate,
     effective_length,
     short_context,
+    yardstick,
 )
 from retrofit.evaluation.metrics.longppl import context_gains, key_tokens, long_ppl, native_windows, short_windows
 from retrofit.evaluation.scoring.losses import TokenLosses
@@ -55,6 +57,28 @@ def test_context_gain_is_the_mean_difference_on_the_same_tokens() -> None:
     assert rows["a", 256].tokens == 3 * 16
     expected = np.mean([s[-16:] - f[-16:] for s, f in zip(short.losses, full.losses, strict=True)])
     assert last.gain == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_what_a_text_gives_within_the_native_length_stands_beside_what_it_gives_beyond() -> None:
+    full = flat()
+    half = context_gains(full, shifted(full, 0.2, 31), NATIVE // 2, (NATIVE,), size=16)
+    within = next(row for row in half if row.kind == "all")
+    assert (within.context, within.length, within.tokens) == (32, 64, 6 * 16)
+    beyond = [row for row in context_gains(full, shifted(full, -0.3, 63), NATIVE, LENGTHS, size=16)]
+    gains = [row for row in (*half, *beyond) if row.kind == "all"]
+    found = effective_length(full, LENGTHS, NATIVE, size=16, gains=gains, within=within)
+    assert found.length == 64
+    assert "128 tokens: more context harms (-0.3000 nats" in found.stopped_by
+    assert found.tests[1].gain is None
+    said = "From 32 to 64 tokens of the same texts the model gains +0.2000 nats (+0.2000 to +0.2000)."
+    assert yardstick(found) == said
+    assert said in certificate(found)
+    nothing = replace(found, within=replace(within, gain=0.01, low=-0.01, high=0.03))
+    assert "can hardly be shown to help" in yardstick(nothing)
+    blind = [replace(row, low=-0.4, high=0.1) for row in gains]
+    unsure = effective_length(full, LENGTHS, NATIVE, size=16, gains=blind)
+    assert "128 tokens: more context is not shown to help" in unsure.stopped_by
+    assert yardstick(unsure) == ""
 
 
 def test_windows_of_the_two_passes_promise_their_context() -> None:

@@ -56,6 +56,9 @@ NATIVE = 8192
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
+WITHIN = ContextGain("all", NATIVE, NATIVE // 2, 4096, 0.052, 0.041, 0.063, UNIT)
+
+
 def effective(label: str) -> EffectiveLength:
     """The original stops at its window; the final model is certified up to the new one."""
     broken = label == "original"
@@ -80,7 +83,7 @@ def effective(label: str) -> EffectiveLength:
     certified = 8192 if broken else 16384
     why = "16384 tokens: the tail is not shown to be predicted as well as at the native length" if broken else None
     return EffectiveLength(
-        certified, NATIVE, 1024, AGAINST_ORIGINAL, UNIT, 4, tuple(tests(n) for n in LENGTHS), (), why
+        certified, NATIVE, 1024, AGAINST_ORIGINAL, UNIT, 4, tuple(tests(n) for n in LENGTHS), (), why, WITHIN
     )
 
 
@@ -103,6 +106,7 @@ def long_context(label: str) -> LongContext:
     gain = -2.1 if label == "original" else 0.041
     gains = [ContextGain(kind, 16384, NATIVE, 16384, gain, gain - 0.01, gain + 0.01, UNIT)
              for kind in ("python-docs", "python-stdlib", "all")]  # fmt: skip
+    gains.insert(0, WITHIN)
     tasks = ("niah_single", "niah_multikey", "variable_tracking", "common_words", "frequent_words")
     return LongContext(
         NATIVE,

@@ -95,8 +95,13 @@ def test_everything_at_once(extended: Path, book: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)["long_context"]
     assert found["native"] == 512 and found["long_ppl"] == [] and found["ruler"] is None
-    (gain,) = [row for row in found["context_gain"] if row["kind"] == "all"]
+    within, gain = [row for row in found["context_gain"] if row["kind"] == "all"]
     full, native = TokenLosses.load(file), TokenLosses.load(tmp_path / "l.native.npz")
+    half = TokenLosses.load(tmp_path / "l.half.npz").losses[0]
+    assert (within["length"], within["context"], within["tokens"]) == (512, 256, 256)
+    assert within["gain"] == pytest.approx(float(np.mean(half[255:511] - full.losses[0][255:511])), abs=1e-5)
+    assert np.isnan(half[:255]).all() and np.isnan(half[511:]).all()
+    assert found["effective"]["within"] == within
     assert gain["length"] == 1024 and gain["tokens"] == 512
     assert gain["gain"] == pytest.approx(float(np.mean(native.losses[0][511:] - full.losses[0][511:])), abs=1e-5)
     assert np.isnan(native.losses[0][:511]).all() and np.isfinite(native.losses[0][511:]).all()
@@ -164,7 +169,7 @@ def test_a_killed_evaluation_goes_on_with_the_same_numbers(
     asked += ["--definition", "lm-eval", "--json", "--out"]
     whole = json.loads(retrofit("evaluate", extended, *asked, tmp_path / "whole.npz").stdout)
     real, out = module.Pass.scored, tmp_path / "killed.npz"
-    for _ in range(5):  # after the plain pass, the native one, and those of the definitions at two lengths
+    for _ in range(6):  # after the plain pass, those with less context, and those of the definitions at two lengths
         calls = itertools.count()
 
         def killed(*args: object, calls: Iterator[int] = calls) -> object:
@@ -184,7 +189,7 @@ def test_a_killed_evaluation_goes_on_with_the_same_numbers(
     for found in (whole, again):
         del found["losses"], found["cost"]  # its name and clock times
     assert again == whole and not (tmp_path / "killed.npz.scored").exists()
-    for name in ("", ".native"):
+    for name in ("", ".native", ".half"):
         first, second = (TokenLosses.load(tmp_path / f"{stem}{name}.npz") for stem in ("whole", "killed"))
         np.testing.assert_array_equal(first.losses[0], second.losses[0])
         assert dict(first.meta) == dict(second.meta)
@@ -278,7 +283,9 @@ def test_a_run_keeps_the_passes_and_concludes_from_them(
 
 def test_the_plan_prices_what_is_read_besides(tmp_path: Path) -> None:
     section = Evaluate(lengths=(256, 1024), context_gain=True, definitions=("sliding", "lm-eval"), stride=64)
-    assert further_reading(section, 512) == ((8192, 512), (4096, 256), (16384, 1024), (1024, 256), (1024, 1024))
+    assert further_reading(section, 512) == (
+        (8192, 512), (4096, 256), (4096, 256), (16384, 1024), (1024, 256), (1024, 1024),
+    )  # fmt: skip
     assert further_reading(Evaluate(lengths=(256,), context_gain=True, long_ppl=True), 512) == ()
     asked = Evaluate(needle={"lengths": [100], "depths": 5}, ruler={"lengths": [1024], "samples": 2})
     assert questions_read(asked) == ((350, 100), (10240, 1024))

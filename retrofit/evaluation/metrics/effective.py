@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from retrofit.evaluation.metrics.bootstrap import MIN_DOCUMENTS, ratio_interval
+from retrofit.evaluation.metrics.longppl import ContextGain
 from retrofit.evaluation.metrics.perplexity import perplexity, tail
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from retrofit.evaluation.metrics.longppl import ContextGain
     from retrofit.evaluation.scoring.losses import TokenLosses
 
 TAIL_MARGIN = 0.05  # how much worse the tail may be predicted
@@ -74,6 +74,8 @@ class EffectiveLength:
     tail: tokens of a tail. control: what it is set against, empty where it was not tested. tests: of every measured
     length up to the longest, the certificate. not_tested: what was never looked at, in words;
     a certificate with an entry here is worth less. stopped_by: the first length that failed and its failed tests.
+    within: what the original, or the model itself where it stands alone, gains from the second half of its own native
+    context on the same documents: what there is to gain.
     """
 
     length: int
@@ -85,6 +87,7 @@ class EffectiveLength:
     tests: tuple[LengthTests, ...]
     not_tested: tuple[str, ...]
     stopped_by: str | None
+    within: ContextGain | None = None
 
 
 def effective_length(
@@ -96,6 +99,7 @@ def effective_length(
     original: tuple[TokenLosses, TokenLosses] | None = None,
     gains: Sequence[ContextGain] = (),
     needle: Mapping[int, float] | None = None,
+    within: ContextGain | None = None,
     resamples: int = 2000,
     seed: int = 0,
 ) -> EffectiveLength:
@@ -104,11 +108,11 @@ def effective_length(
     lengths: those measured. native: the original's; where it was not measured, the longest below it stands for it.
     size: tokens of a tail. original: losses of the original on the same documents, with all of the context and under
     `native_windows(native, lengths, size)`. gains: rows of all documents (kind `all`), by length. needle: score in
-    [0, 1] by length.
+    [0, 1] by length. within: as of `EffectiveLength`.
     """
     measured = sorted(set(lengths))
     reference = max((n for n in measured if n <= native), default=None)
-    by_length = {row.length: row for row in gains}
+    by_length = {row.length: row for row in gains if row.length > native}
     bound = _needle_bound(needle, native)
     tests: list[LengthTests] = []
     unit = ""
@@ -161,6 +165,7 @@ def effective_length(
         tests=tuple(tests),
         not_tested=tuple(_not_tested(tests, native, reference, needle)),
         stopped_by=_why(failed) if failed else None,
+        within=within,
     )
 
 
@@ -196,9 +201,28 @@ def certificate(found: EffectiveLength) -> str:
         sentences.append(f"Not beyond, at {found.stopped_by}.")
     elif found.tests:
         sentences.append(f"It was the longest of {len(found.tests)} measured.")
+    if found.within:
+        sentences.append(yardstick(found))
     if found.not_tested:
         sentences.append(f"Not tested: {'; '.join(found.not_tested)}.")
     return " ".join(sentences)
+
+
+def yardstick(found: EffectiveLength) -> str:
+    """What the texts give a model that reads them within its native length, in words; "" where it was not measured."""
+    row = found.within
+    if row is None:
+        return ""
+    who = "the original" if found.control == AGAINST_ORIGINAL else "the model"
+    nothing = (
+        " That is not told from nothing: on so much of these texts a longer window can hardly be shown to help."
+        if row.low <= 0
+        else ""
+    )
+    return (
+        f"From {row.context:,} to {row.length:,} tokens of the same texts {who} gains {row.gain:+.4f} nats "
+        f"({row.low:+.4f} to {row.high:+.4f}).{nothing}"
+    )
 
 
 def _passed(test: LengthTests, found: EffectiveLength) -> list[str]:
@@ -303,8 +327,10 @@ def _why(test: LengthTests) -> str:
             f"{test.tail_low:.3f} to {test.tail_high:.3f}; up to {1 + TAIL_MARGIN} passes)"
         )
     if test.gain_passed is False:
+        harms = test.gain_high is not None and test.gain_high < 0
         reasons.append(
-            f"more context does not help ({test.gain:+.4f} nats, {test.gain_low:+.4f} to {test.gain_high:+.4f})"
+            f"more context {'harms' if harms else 'is not shown to help'} "
+            f"({test.gain:+.4f} nats, {test.gain_low:+.4f} to {test.gain_high:+.4f})"
         )
     if test.needle_passed is False:
         reasons.append(f"the needle is found less often ({test.needle:.2f}, below {test.needle_bound:.2f})")

@@ -1,9 +1,9 @@
 """What a longer context gives, from two stored passes over the same tokens: all of the context, and a short one.
 
 ContextGain(L) is the mean of loss with the native context minus loss with context L, over the last tokens before L,
-which have nearly all of that context. LongPPL
-(Fang et al. 2025, "What is Wrong with Perplexity for Long-context Language Modeling?") is the perplexity of the key
-tokens alone: those that the long context makes predictable. numpy only.
+which have nearly all of that context; at the native length itself, what the second half of the native context gives.
+LongPPL (Fang et al. 2025, "What is Wrong with Perplexity for Long-context Language Modeling?") is the perplexity of the
+key tokens alone: those that the long context makes predictable. numpy only.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ MIN_KEYS = 20  # key tokens below which an interval says nothing
 
 @dataclass(frozen=True)
 class ContextGain:
-    """mean(loss with native context - loss with context L) in nats over the last tokens before L, each of which has
-    more than the native context. gain [low, high]: with its 95% interval.
+    """mean(loss with `context` tokens of context - loss with context L) in nats over the last tokens before L, each of
+    which has more than `context`: the native length, and half of it where L is the native length. gain [low, high]:
+    with its 95% interval.
     """
 
     kind: str
     length: int
-    native: int
+    context: int
     tokens: int
     gain: float
     low: float
@@ -65,6 +66,11 @@ def native_windows(native: int, lengths: Sequence[int], size: int) -> Tails:
     """Windows that give the last `size` tokens before each length beyond the native one almost the native context: at
     most a sixteenth less. With much less than that, a model that uses no more than the native would seem to gain."""
     return Tails(native, max(1, native // 16), size=size, ends=tuple(n for n in lengths if n > native))
+
+
+def half_windows(native: int, size: int) -> Tails:
+    """Windows that give the last `size` tokens before the native length about half of it."""
+    return native_windows(native // 2, (native,), size)
 
 
 def short_windows(short_context: int = SHORT_CONTEXT) -> Windows:

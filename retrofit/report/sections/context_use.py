@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from retrofit import format as fmt
-from retrofit.evaluation.metrics.effective import TAIL_MARGIN, certificate
+from retrofit.evaluation.metrics.effective import TAIL_MARGIN, certificate, yardstick
 from retrofit.evaluation.result import ModelEvaluation
 from retrofit.report.charts import plots
 from retrofit.report.data import RunData
@@ -51,7 +51,7 @@ def cautions(run: RunData) -> list[str]:
         return []
     sentences = []
     if run.claimed_length and found.length < run.claimed_length:
-        why = f" Stopped by {found.stopped_by}." if found.stopped_by else ""
+        why = f" Stopped by {found.stopped_by}. {yardstick(found)}".rstrip() if found.stopped_by else ""
         sentences.append(
             f"The effective length is {fmt.count(found.length)} tokens, less than the window of "
             f"{fmt.count(run.claimed_length)}.{why}"
@@ -145,20 +145,22 @@ def _margins(test: LengthTests) -> str:
 
 
 def _gains(models: Sequence[ModelEvaluation]) -> Iterator[Figure]:
-    rows, native, unit = [], 0, ""
+    rows, unit = [], ""
     for model in models:
         for row in model.long_context.context_gain if model.long_context else ():
-            native, unit = row.native, row.unit
+            unit = row.unit
             gain = fmt.interval(row.gain, row.low, row.high)
-            rows.append((fmt.count(row.length), row.kind, model.label, gain, fmt.count(row.tokens)))
+            lengths = fmt.count(row.length), fmt.count(row.context)
+            rows.append((*lengths, row.kind, model.label, gain, fmt.count(row.tokens)))
     if rows:
         yield Figure(
             "context",
             "Context gain",
-            f"What context beyond {fmt.count(native)} tokens saves, in nats a token: the loss with the native "
-            "context less the loss with all of the context, on the same tokens; above 0 the longer context helps. 95% "
-            f"intervals, paired, bootstrap over each {unit}.",
-            Table(("context length", "text", "model", "context gain, nats", "tokens"), tuple(rows)),
+            "What a longer context saves, in nats a token: the loss with as much context as the second column says "
+            "less the loss with all of it, on the same tokens; above 0 the longer context helps. Beyond the native "
+            "length it is set against the native context, and at that length against half of it: what the text gives a "
+            f"model within its own window. 95% intervals, paired, bootstrap over each {unit}.",
+            Table(("context length", "against", "text", "model", "context gain, nats", "tokens"), tuple(rows)),
         )
 
 
