@@ -74,6 +74,14 @@ def calibration_tokens(device: str, spec: AttentionSpec, least: int, *, memory: 
     return _filling(device, token_bytes(spec, FLOAT32), least, max(least, 65_536), share=8, memory=memory)
 
 
+def score_rows(device: str, heads: int, keys: int, *, memory: int | None = None) -> int:
+    """Queries whose float32 scores against `keys` keys exist at a time, for `heads` heads: on a CPU up to 256 that fill
+    64 MiB, 16 at least; on a GPU up to 2,048 that fill a 32nd of its memory."""
+    if not is_gpu(device):
+        return max(16, min(256, (64 << 20) // (FLOAT32 * heads * keys)))
+    return _filling(device, FLOAT32 * heads * keys, 64, 2048, share=32, memory=memory)
+
+
 def token_bytes(spec: AttentionSpec, value_bytes: int) -> int:
     """What a token takes at most inside a layer: a few tensors of every width."""
     heads = max((layer.query_heads + 2 * layer.kv_heads) * layer.head_dim for layer in spec.layers)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from retrofit.checkpoint.heap import give_back
-from retrofit.kernels import registry
+from retrofit.kernels import captured, registry
+from retrofit.kernels.captured import AttentionInputs
 from retrofit.model.families.experts import EXPERTS
 from retrofit.model.spec import AttentionSpec
 
@@ -33,7 +34,8 @@ class _Captured(Exception):  # noqa: N818 - control flow, not an error
 class LayerStream:
     """Embedding and decoder layers of one model, one layer in memory at a time, in fp32.
 
-    Matrix products run in `autocast` where that is not None; the residual stream stays in fp32.
+    Matrix products run in `autocast` where that is not None; the residual stream stays in fp32. captures: attention is
+    computed by the caller, from what `LayerRun.attention_inputs` gives, and not by a kernel.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class LayerStream:
         *,
         device: str = "cpu",
         autocast: torch.dtype | None = None,
+        captures: bool = False,
     ) -> None:
         self._spec, self._read = spec, read
         self.device, self._autocast = device, autocast
@@ -51,8 +54,13 @@ class LayerStream:
             self._model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="eager"
             ).eval()
-        compute = str(autocast or torch.float32).removeprefix("torch.")
-        registry.apply(self._model, registry.choose("auto", spec, device, training=True, dtype=compute))
+        if captures:
+            captured.register()
+            choice = registry.KernelChoice("auto", captured.NAME, "attention is computed by the caller")
+        else:
+            compute = str(autocast or torch.float32).removeprefix("torch.")
+            choice = registry.choose("auto", spec, device, training=True, dtype=compute)
+        registry.apply(self._model, choice)
         self._layers: nn.ModuleList = self._model.get_submodule(spec.layers_path)  # type: ignore[assignment]
         self._base_path = spec.layers_path.rpartition(".")[0]
         self._base = self._model.get_submodule(self._base_path)
@@ -184,6 +192,15 @@ class LayerRun:
     def attention_input(self, hidden_BTC: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """What the q, k and v projections read, [B, T, C]."""
         return self._capture(self._attention, hidden_BTC, kwargs)
+
+    def attention_inputs(self, hidden_BTC: Tensor, kwargs: dict[str, Any]) -> AttentionInputs:
+        """Queries, keys and values as the attention of a stream that captures is called with them."""
+        try:
+            with self._stream.precision():
+                self._module(hidden_BTC, **kwargs)
+        except captured.Captured as found:
+            return found.inputs
+        raise AssertionError("the layer has no attention, or the stream does not capture it")
 
     def attend(self, hidden_BTC: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The output projection's result, [B, T, C], with gradients to those of the attention's parameters that ask for

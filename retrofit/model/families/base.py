@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -159,6 +159,43 @@ class Family(ABC):
         changed = copy.deepcopy(config)
         self.set_kv_heads(changed, kv_heads)
         return changed
+
+    def with_windows(self, config: Any, size: int, windowed: Collection[int]) -> Any:
+        """A copy of the configuration in which the layers `windowed` have a sliding window of `size` tokens, and the
+        others see everything; nothing else of any layer changes.
+
+        Raises UserError, with what is possible, where the architecture cannot hold that.
+        """
+        layers = range(config.num_hidden_layers)
+        problem = self._no_windows(config, frozenset(windowed), len(layers))
+        if problem:
+            what = f"this {self.name} model cannot have these windows: {problem[0]}"
+            raise UserError(what, where="window.full_layers", fix=problem[1])
+        changed = copy.deepcopy(config)
+        if hasattr(changed, "use_sliding_window"):
+            changed.use_sliding_window = bool(windowed)
+        changed.sliding_window = size if windowed else None
+        if self.window == "layer_types":
+            changed.layer_types = ["sliding_attention" if i in windowed else "full_attention" for i in layers]
+        return changed
+
+    def _no_windows(self, config: Any, windowed: frozenset[int], layers: int) -> tuple[str, str] | None:
+        """(why not, what to do) where exactly these layers cannot have windows."""
+        if self.window == "none":
+            return "its class has no sliding window", "choose a target that has: --target granite_swa, or mistral"
+        if self.window == "all" and 0 < len(windowed) < layers:
+            why = "its class has one window for all layers or none"
+            return why, "leave no layer full (--full-layers 0), or choose another --target"
+        if self.rope_by_layer_type:
+            kinds = {
+                layer_type(config, index): config.rope_parameters[layer_type(config, index)] for index in range(layers)
+            }
+            moved = [i for i in range(layers) if (layer_type(config, i) == "sliding_attention") != (i in windowed)]
+            if moved and len({str(sorted(dict(rope or {}).items(), key=str)) for rope in kinds.values()}) > 1:
+                own = [index for index in range(layers) if layer_type(config, index) != "sliding_attention"]
+                why = "its layers with a window have another position encoding than those without"
+                return why, f"leave its own layers full: --full-layers {','.join(map(str, own))}"
+        return None
 
     def kv_heads(self, config: Any) -> int:
         """KV heads per layer."""

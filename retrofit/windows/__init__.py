@@ -1,0 +1,4 @@
+"""Sliding windows: layers that look back a fixed number of tokens, with a sink where the target has one."""
+
+VERSION = 1
+"""Of what windows compute: raise it when the same inputs would give other bytes."""
