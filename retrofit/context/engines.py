@@ -188,7 +188,7 @@ def _vllm(raw: Mapping[str, Any], view: RopeView, window: int) -> _Computed:
             truncate=truncate,
         )
         scale = spectra.yarn_attention_factor(float(got["factor"]))
-        if view.layer_type and not truncate:
+        if view.nested and not truncate:
             because = because or "it reads `truncate` inside a layer type, transformers does not"
             fix = fix or "remove `truncate`"
     if kind == "longrope":

@@ -21,8 +21,19 @@ if TYPE_CHECKING:
 
 # Rotated share of a head where the file does not say, as the model classes of transformers assume.
 DEFAULT_PARTIAL = {"phi": 0.5, "stablelm": 0.25}
-ROTARY = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor")
+LAYER_THETAS = "layer_rope_theta"
+"""A field with the base of each layer, 0 for one without RoPE (granite_swa). All else is shared by all layers."""
+ROTARY = (
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    LAYER_THETAS,
+    "rope_local_base_freq",
+    "partial_rotary_factor",
+)
+_WITH_LAYER_THETAS = ("granite_swa",)
 _MOST_HEAD_DIM = 1 << 14
+_MOST_LAYERS = 1 << 14
 _MOST = 1e15  # no factor and no theta comes near it, and products of two are still numbers
 NUMBERS = (
     "rope_theta",
@@ -50,6 +61,11 @@ class RopeView:
     @property
     def rope_type(self) -> str:
         return str(self.parameters.get("rope_type") or self.parameters.get("type") or "default")
+
+    @property
+    def nested(self) -> bool:
+        """Whether these layers have a set of their own in the file; else they share all but the base."""
+        return self.layer_type is not None and self.where != LAYER_THETAS
 
 
 def as_dict(config: object) -> dict[str, Any]:
@@ -110,9 +126,40 @@ def views(raw: Mapping[str, Any]) -> tuple[RopeView, ...]:
             for key, value in chosen.items()
             if key in LAYER_TYPES and isinstance(value, Mapping)
         )
+    if thetas := layer_thetas(raw):
+        return _by_theta(raw, thetas, _filled(raw, chosen or {}))
     if not chosen and raw.get("rope_theta") is None:
         return ()
     return (RopeView(name if chosen else "rope_theta", None, _filled(raw, chosen or {})),)
+
+
+def layer_thetas(raw: Mapping[str, Any]) -> list[float] | None:
+    """The base of each layer (0: no RoPE) in an architecture that has one for each; None in others, and without any."""
+    thetas, layers = raw.get(LAYER_THETAS), raw.get("num_hidden_layers")
+    if isinstance(thetas, list):
+        return thetas if thetas and all(map(is_number, thetas)) else None
+    if raw.get("model_type") not in _WITH_LAYER_THETAS or not is_whole(layers) or not 0 < layers <= _MOST_LAYERS:
+        return None
+    theta = _filled(raw, _object(raw.get("rope_parameters")) or {}).get("rope_theta")  # what its class gives to all
+    return [theta] * layers if is_number(theta) else None
+
+
+def kinds_of_layers(raw: Mapping[str, Any], layers: int) -> list[str]:
+    """The kind of each layer, "full_attention" where the file does not say."""
+    kinds = raw.get("layer_types")
+    if isinstance(kinds, list) and len(kinds) == layers and all(kind in LAYER_TYPES for kind in kinds):
+        return kinds
+    return ["full_attention"] * layers
+
+
+def _by_theta(raw: Mapping[str, Any], thetas: list[float], shared: Mapping[str, Any]) -> tuple[RopeView, ...]:
+    """A set for each kind of layer and each base that layers of the kind have; one for all where all are full."""
+    kinds = kinds_of_layers(raw, len(thetas))
+    found = sorted({(kind, theta) for kind, theta in zip(kinds, thetas, strict=True) if theta})
+    several = any(kind != "full_attention" for kind, _ in found)
+    return tuple(
+        RopeView(LAYER_THETAS, kind if several else None, {**shared, "rope_theta": theta}) for kind, theta in found
+    )
 
 
 def _gemma3_legacy(raw: Mapping[str, Any], scaling: Mapping[str, Any]) -> tuple[RopeView, ...]:

@@ -165,7 +165,7 @@ def compute(raw: Mapping[str, Any], view: RopeView, tokens: int | None = None) -
     if kind == "yarn":
         beta_fast, beta_slow = float(got.get("beta_fast") or 32), float(got.get("beta_slow") or 1)
         # transformers looks for `truncate` next to the layer types, never inside them.
-        truncate = bool(got.get("truncate", True)) if view.layer_type is None else True
+        truncate = True if view.nested else bool(got.get("truncate", True))
         spectrum = yarn(theta, dim, factor, original, beta_fast=beta_fast, beta_slow=beta_slow, truncate=truncate)
         return spectrum, _yarn_scale(got, factor)
     if kind == "longrope":

@@ -10,7 +10,7 @@ from typing import Any
 from retrofit.checkpoint.config import is_whole
 from retrofit.context import frequencies as spectra
 from retrofit.context import learned
-from retrofit.context.fields import RopeView, head_dim, require_numbers, rotary_dim, views
+from retrofit.context.fields import LAYER_THETAS, RopeView, head_dim, require_numbers, rotary_dim, views
 from retrofit.context.history import history, total_factor, trained_with_llama3
 from retrofit.context.longrope import LONGROPE_ONLY, as_longrope, lists
 from retrofit.context.names import rotary_fields
@@ -78,6 +78,8 @@ def extended(
             fix="leave `context` out of the recipe",
         )
     view = chosen[0]
+    if view.where == LAYER_THETAS:
+        _require_theta_alone(found, chosen, method)
     require_numbers(view)
     if not rotary_dim(text, view.parameters):
         raise UserError(
@@ -103,6 +105,23 @@ def extended(
     if text.get("model_type") in HEAD_DIM_NEEDED and text.get("head_dim") is None:
         fields["head_dim"] = head_dim(text)
     return fields, extension
+
+
+def _require_theta_alone(found: tuple[RopeView, ...], chosen: list[RopeView], method: str) -> None:
+    """UserError unless the method can be put on full-attention layers alone, where layers differ by their base only."""
+    if len(chosen) > 1:
+        raise UserError(
+            f"The full-attention layers have {len(chosen)} different RoPE bases",
+            where=f"config.json: {LAYER_THETAS}",
+            fix="start from a checkpoint whose full-attention layers share one base",
+        )
+    if len(found) > 1 and method not in ("ntk", "none"):
+        raise UserError(
+            f"`{method}` would change the sliding-window layers too: this architecture has a RoPE base for each layer, "
+            "and one scaling for all of them",
+            where="context.method",
+            fix="use `method: ntk`, which raises the base of full-attention layers, or `method: search`",
+        )
 
 
 def _require_method(method: str, settings: RopeSettings) -> None:

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.config import is_whole
 from retrofit.context.fields import (
+    LAYER_THETAS,
     ROTARY,
     RopeView,
     as_dict,
     class_thetas,
     completed,
+    kinds_of_layers,
+    layer_thetas,
     left_to_the_class,
     original_length,
     text_part,
@@ -55,7 +58,7 @@ def with_theta(raw: Mapping[str, Any], loaded: PretrainedConfig) -> Mapping[str,
     if not known or not (silent or any(map(left_to_the_class, views(text)))):
         return whole
     theta = {"rope_theta": known.get("full_attention", known.get(None))}
-    if "sliding_attention" in known:
+    if "sliding_attention" in known and not hasattr(loaded.get_text_config(), LAYER_THETAS):
         theta["rope_local_base_freq"] = known["sliding_attention"]
     filled = {**theta, **{key: value for key, value in text.items() if value is not None}}
     return {**whole, "text_config": filled} if prefix else filled
@@ -68,8 +71,10 @@ def rotary_fields(
     full = next((view for view in found if view.layer_type in (None, "full_attention")), found[0])
     parameters = {key: value for key, value in full.parameters.items() if key != "type"} | {"rope_type": full.rope_type}
     fields: dict[str, Any] = {"max_position_embeddings": length, "rope_theta": parameters.get("rope_theta")}
-    if full.layer_type is None:
+    if not full.nested:
         fields["rope_parameters"] = parameters
+        if thetas := layer_thetas(text):
+            fields[LAYER_THETAS] = _new_thetas(text, thetas, found)
     else:
         fields["rope_parameters"] = {str(view.layer_type): dict(view.parameters) for view in found}
         fields["rope_parameters"][full.layer_type] = parameters
@@ -94,6 +99,15 @@ def rotary_fields(
     if is_whole(longer) and longer < length:
         fields["max_sequence_length"] = length
     return fields
+
+
+def _new_thetas(text: Mapping[str, Any], thetas: list[float], found: tuple[RopeView, ...]) -> list[float]:
+    """The base of each layer: that of the one set for its kind; its own where there are several."""
+    result = []
+    for kind, own in zip(kinds_of_layers(text, len(thetas)), thetas, strict=True):
+        of_kind = [view.parameters["rope_theta"] for view in found if view.layer_type in (None, kind)]
+        result.append(of_kind[0] if own and len(of_kind) == 1 else own)
+    return result
 
 
 def replaced(raw: Mapping[str, Any], prefix: str, fields: Mapping[str, Any]) -> dict[str, Any]:

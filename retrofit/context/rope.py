@@ -23,7 +23,7 @@ from retrofit.checkpoint.config import is_number
 from retrofit.checkpoint.side_files import GENERATION, TOKENIZER
 from retrofit.context import learned
 from retrofit.context.engines import Reading, readings
-from retrofit.context.fields import as_dict, text_part, views
+from retrofit.context.fields import LAYER_THETAS, as_dict, text_part, views
 from retrofit.context.frequencies import frequencies
 from retrofit.context.lint import Finding, lint, lint_folder, recorded, require_clean
 from retrofit.context.methods import METHODS, Extension, extended
@@ -61,6 +61,7 @@ _SET = (
     "max_sequence_length",
     "original_max_position_embeddings",
     "rope_parameters",
+    LAYER_THETAS,
     "head_dim",
 )
 SIDE_FILES = (TOKENIZER, GENERATION)

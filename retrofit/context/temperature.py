@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from retrofit.context.fields import views
 from retrofit.model.spec import LayerAttention, TensorSlot
@@ -42,13 +42,6 @@ def query_rules(spec: AttentionSpec, text: Mapping[str, Any], scale: float) -> d
             if slot is not None:
                 rules[slot.name] = _of_slot(layer, slot, scale)
     return rules
-
-
-def scale_queries(rotary: nn.Module, scale: float) -> None:
-    """The same on a loaded model: `rotary` (transformers) multiplies the scores of extended layers by `scale` more."""
-    names = ("attention_scaling", "full_attention_attention_scaling")
-    name = next(name for name in reversed(names) if hasattr(rotary, name))
-    setattr(rotary, name, getattr(rotary, name) * scale**0.5)
 
 
 def _of_slot(layer: LayerAttention, slot: TensorSlot, scale: float) -> Rule:

@@ -36,7 +36,8 @@ class RopeSummary:
 class LayerGroup:
     """Layers whose attention is the same. indices: for example "0-4, 6-10". biases: for example ("q", "k", "v").
 
-    rope: None for layers without positions. window: tokens a sliding layer sees, None for all.
+    rope: None for layers without positions. window: tokens a sliding layer sees, None for all. sinks: each query head
+    has a learned logit that takes probability.
     """
 
     indices: str
@@ -47,6 +48,7 @@ class LayerGroup:
     scaling: float
     window: int | None
     softcap: float | None
+    sinks: bool
     qk_norm: str | None
     biases: tuple[str, ...]
     rope: RopeSummary | None
@@ -210,6 +212,7 @@ def _describe_layer(layer: LayerAttention) -> LayerGroup:
         scaling=layer.scaling,
         window=layer.window,
         softcap=layer.softcap,
+        sinks=layer.sinks is not None,
         qk_norm=None if layer.qk_norm is None else norm if layer.qk_norm == "head" else "RMS norm over all heads",
         biases=tuple(name for name, slot in biases.items() if slot is not None),
         rope=None

@@ -31,7 +31,15 @@ _OPTIONAL_SIZES = (
     "num_experts_per_tok",
     "original_max_position_embeddings",
 )
-_POSITIVE = ("attention_multiplier", "query_pre_attn_scalar", "clip_qkv", "attn_logit_softcapping")
+_POSITIVE = (
+    "attention_multiplier",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+    "query_pre_attn_scalar",
+    "clip_qkv",
+    "attn_logit_softcapping",
+)
 _NOT_NEGATIVE = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps")
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 # Switches that make another model of the same class: one that is no causal decoder, or has layers of several kinds.
@@ -124,6 +132,11 @@ def _require_layers(config: Any, refuse: Refuse) -> None:
         isinstance(without, list) and len(without) == layers and all(flag in (0, 1) for flag in without)
     ):
         raise refuse("no_rope_layers", f"`no_rope_layers` is no list of {layers} zeros and ones")
+    thetas = getattr(config, "layer_rope_theta", None)
+    if thetas is not None and not (
+        isinstance(thetas, list) and len(thetas) == layers and all(is_number(x) and (x == 0 or x > 1) for x in thetas)
+    ):
+        raise refuse("layer_rope_theta", f"`layer_rope_theta` is no list of {layers} numbers above 1, or 0 for no RoPE")
 
 
 def _require_experts(config: Any, refuse: Refuse) -> None:

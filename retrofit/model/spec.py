@@ -113,7 +113,8 @@ class AttentionSpec:
     """The attention of a whole model, and what stands beside it.
 
     module paths (`layers_path`, `attention_path`) are those of the transformers class, for hooks and layer-wise work:
-    `model.layers` + `.{i}.` + `self_attn`.
+    `model.layers` + `.{i}.` + `self_attn`. residual_scale: what the output projection's result is multiplied with
+    before it is added to the residual stream; None where a norm stands between.
     """
 
     family: str
@@ -125,6 +126,7 @@ class AttentionSpec:
     layers_path: str = "model.layers"
     attention_path: str = "self_attn"
     tied_embeddings: bool = False
+    residual_scale: float | None = 1.0
 
     @property
     def learned_positions(self) -> int | None:

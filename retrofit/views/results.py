@@ -162,7 +162,9 @@ def _described(result: Inspection) -> Iterator[Part]:
     facts += [(f"KV cache at {tokens // 1024}k", nbytes(size)) for tokens, size in result.kv_cache_bytes.items()]
     yield Table(result.model, ["", ""], facts)
     yield ""
-    yield Table("Layers", ["layers", "heads", "window", "RoPE", "q/k norm", "biases", "softcap"], _groups(result))
+    yield Table(
+        "Layers", ["layers", "heads", "window", "RoPE", "q/k norm", "biases", "softcap", "sinks"], _groups(result)
+    )
     yield ""
     yield Table("KV heads it can be converted to", ["KV heads", "possible", "KV cache at 32k", "why not"], [
         (c.kv_heads, c.possible, nbytes(c.kv_cache_bytes[32768]) if c.possible else "", c.reason or "")
@@ -211,6 +213,7 @@ def _groups(result: Inspection) -> list[tuple[object, ...]]:
                 group.qk_norm or "none",
                 ", ".join(group.biases) or "none",
                 group.softcap,
+                group.sinks,
             )
         )
     return rows

@@ -14,7 +14,7 @@ from retrofit.context.names import with_theta
 from retrofit.errors import UserError
 from retrofit.model.frequencies import varying
 from retrofit.recipe.schema import RopeSettings
-from tests.tiny import FAMILIES, save_tiny, tiny_config, tiny_model
+from tests.tiny import FAMILIES, ONE_ENCODING, save_tiny, tiny_config, tiny_model
 
 FACTOR = 4.0
 WINDOW = 512
@@ -94,7 +94,7 @@ def by_hand(method: str, theta: float, dim: int, s: float, length: int) -> tuple
 @pytest.mark.parametrize("method", rope.METHODS)
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt_bigcode"])
 def test_model_computes_the_formula(family: str, method: str) -> None:
-    before = tiny_config(family)
+    before = tiny_config(family, **ONE_ENCODING.get(family, {}))
     after = rope.extend(before, factor=FACTOR, **options(method, rotary_pairs(before)))
     assert after.max_position_embeddings == 4 * WINDOW
     assert type(after.max_position_embeddings) is int

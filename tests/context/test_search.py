@@ -15,7 +15,8 @@ from retrofit.context.methods import extended
 from retrofit.context.rope import extend
 from retrofit.context.search import halving
 from retrofit.context.search.candidates import PUBLISHED, candidates, rungs
-from retrofit.context.search.halving import encoded, search
+from retrofit.context.search.encoded import encoded
+from retrofit.context.search.halving import search
 from retrofit.context.search.text import rung_text
 from retrofit.errors import UserError
 from retrofit.evaluation.scoring.reader import Reader

@@ -13,10 +13,10 @@ from retrofit.checkpoint.read import Checkpoint
 from retrofit.context import rope
 from retrofit.context.engines import differences
 from retrofit.context.search.candidates import candidates
-from retrofit.context.search.halving import encoded
+from retrofit.context.search.encoded import encoded
 from retrofit.errors import UserError
 from retrofit.recipe.schema import RopeSettings
-from tests.tiny import FAMILIES, save_tiny, tiny_config
+from tests.tiny import FAMILIES, ONE_ENCODING, save_tiny, tiny_config
 
 WANTED = 1.31
 LEARNED = ("gpt_bigcode",)
@@ -30,7 +30,7 @@ def rotary_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
 @pytest.mark.parametrize("method", ["yarn", "ntk"])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in LEARNED])
 def test_the_weights_hold_the_factor(tmp_path, family: str, method: str) -> None:
-    source = save_tiny(tmp_path / "source", family)
+    source = save_tiny(tmp_path / "source", family, **ONE_ENCODING.get(family, {}))
     settings = RopeSettings(attention_factor=WANTED)
     done = rope.write_extended(source, tmp_path / "plain", factor=4, method=method)
     assert done.query_scale == 1

@@ -40,6 +40,12 @@ def indices(slot, count):
     return [i for i in range(count) if start <= (i % slot.every if slot.every else i) < stop]
 
 
+def rotary_by_theta(base):
+    """The rotary modules by their base where there is one for each, the only one by None."""
+    several = {one.config.rope_parameters["rope_theta"]: one for one in getattr(base, "rotary_embs", ())}
+    return several or ({None: base.rotary_emb} if hasattr(base, "rotary_emb") else {})
+
+
 def base_of(model, spec):
     return model.get_submodule(spec.layers_path.rpartition(".")[0])
 
@@ -86,6 +92,9 @@ def test_slots_and_norms_cover_every_attention_parameter_once(family, over):
             for each in stored:
                 assert tuple(parameters[each].shape) == shape
                 covered[each] += 1
+        if layer.sinks is not None:
+            assert tuple(parameters[layer.sinks].shape) == (layer.query_heads,)
+            covered[layer.sinks] += 1
     for name in parameters:
         if f".{spec.attention_path}." in name and not name.endswith("layernorm.bias"):
             assert torch.all(covered[name] == 1), name
@@ -117,7 +126,8 @@ def test_values_equal_what_the_module_holds(family, over):
     assert spec.hidden_size == model.config.hidden_size
     assert spec.vocab_size == model.get_input_embeddings().weight.shape[0]
     assert spec.tied_embeddings == (model.lm_head.weight is model.get_input_embeddings().weight)
-    rotary = getattr(base_of(model, spec), "rotary_emb", None)
+    assert spec.residual_scale in (None, getattr(model.config, "residual_multiplier", 1.0))
+    rotaries = rotary_by_theta(base_of(model, spec))
     for layer in spec.layers:
         module = attention_of(model, spec, layer.index)
         assert layer.head_dim == module.head_dim
@@ -129,8 +139,10 @@ def test_values_equal_what_the_module_holds(family, over):
         has_norm = any("norm" in name for name, _ in module.named_parameters())
         assert (layer.qk_norm is not None) == has_norm
         if layer.rope is None:
-            assert rotary is None or not module.use_rope
+            thetas = getattr(model.config, "layer_rope_theta", None)
+            assert not rotaries or not (thetas[layer.index] if thetas else module.use_rope)
             continue
+        rotary = rotaries.get(layer.rope.theta, rotaries.get(None))
         layer_types = getattr(model.config, "layer_types", None)
         buffer = f"{layer_types[layer.index]}_inv_freq" if family == "gemma3_text" else "inv_freq"
         inv_freq = getattr(rotary, buffer)
@@ -206,8 +218,12 @@ def reference_attention(x_1TC, layer, parameters):
         if layer.softcap:
             scores_TT = layer.softcap * torch.tanh(scores_TT / layer.softcap)
         scores_TT = scores_TT.masked_fill(~visible_TT, float("-inf"))
+        if layer.sinks:
+            column_T1 = parameters[layer.sinks][head].expand(len(scores_TT), 1)
+            scores_TT = torch.cat([scores_TT, column_T1], -1)
         # The eager reference of transformers takes its softmax in float32.
-        outputs.append(torch.softmax(scores_TT.float(), -1).double() @ v_KTD[head // layer.group])
+        weights_TT = torch.softmax(scores_TT.float(), -1).double()[:, : x_1TC.shape[1]]
+        outputs.append(weights_TT @ v_KTD[head // layer.group])
     y_1TC = torch.cat(outputs, -1)[None] @ rows(weights["o"], parameters).T
     return y_1TC + (rows(biases["o"], parameters) if biases["o"] else 0)
 

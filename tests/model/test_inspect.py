@@ -66,6 +66,17 @@ def test_biases_pairing_and_partial_rotary(tmp_path):
     assert (cohere.biases, cohere.rope.pairing) == ((), "interleaved")
 
 
+def test_windows_and_sinks_of_granite_swa(tmp_path):
+    folder = save_tiny(tmp_path, "granite_swa", num_key_value_heads=2, dtype="bfloat16")
+    found = inspect(folder)
+    full, sliding = found.groups
+    assert (full.window, full.sinks, full.rope.theta) == (None, True, 50_000.0)
+    assert (sliding.window, sliding.sinks, sliding.rope.theta) == (16, True, 1000.0)
+    assert full.scaling == 0.2
+    assert found.kv_cache_bytes[8192] == 2 * 2 * 16 * 2 * (8192 + 16)
+    assert not any(group.sinks for group in inspect(save_tiny(tmp_path / "llama")).groups)
+
+
 def test_unknown_architecture(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bloom"}')
     with pytest.raises(UserError, match="`bloom` is not supported"):

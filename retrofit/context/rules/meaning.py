@@ -7,7 +7,7 @@ from typing import Literal
 
 from retrofit.checkpoint.config import is_number, is_whole
 from retrofit.context.engines import differences
-from retrofit.context.fields import is_nested, left_to_the_class, original_length
+from retrofit.context.fields import LAYER_THETAS, is_nested, left_to_the_class, original_length
 from retrofit.context.rules.facts import LISTS, Facts, Finding, kind_of, quoted
 
 _NEEDS_ORIGINAL = ("yarn", "longrope", "llama3")
@@ -43,7 +43,8 @@ def _theta(facts: Facts) -> Iterator[Finding]:
 
 def _absent(facts: Facts) -> Iterator[Finding]:
     raw = facts.raw
-    if not facts.views and "hidden_size" in raw and raw.get("max_position_embeddings") is not None:
+    silent = not facts.views and not raw.get(LAYER_THETAS)
+    if silent and "hidden_size" in raw and raw.get("max_position_embeddings") is not None:
         what = "the file says nothing about RoPE: theta is the class default of whatever reads it"
         fix = 'write "rope_parameters": {"rope_type": "default", "rope_theta": ...}'
         yield Finding("warning", "rope_parameters", what, fix, "theta-implicit")
@@ -55,7 +56,7 @@ def _original(facts: Facts) -> Iterator[Finding]:
         kind, original = kind_of(facts, view), original_length(facts.raw, view.parameters)
         where = f"{view.where}.original_max_position_embeddings"
         inside, outside = (part.get("original_max_position_embeddings") for part in (view.parameters, facts.raw))
-        if view.layer_type is None and None not in (inside, outside) and inside != outside:
+        if not view.nested and None not in (inside, outside) and inside != outside:
             what = f"the original length is {quoted(outside)} at the top level, which transformers takes, and "
             what += f"{quoted(inside)} here"
             yield Finding("error", where, what, "keep one value in both places", "original-conflict")

@@ -131,7 +131,7 @@ def _keys(facts: Facts) -> Iterator[Finding]:
 
 
 def _layers(facts: Facts) -> Iterator[Finding]:
-    nested = [view for view in facts.views if view.layer_type is not None]
+    nested = [view for view in facts.views if view.nested]
     if not nested:
         return
     for view in nested:

@@ -14,20 +14,19 @@ Successive halving: Jamieson and Talwalkar 2016 (arXiv 1502.07943).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from retrofit.context.frequencies import yarn_attention_factor
 from retrofit.context.search.candidates import Candidate, candidates, rungs
+from retrofit.context.search.encoded import encoded
 from retrofit.context.search.text import RungText, rung_text
-from retrofit.context.temperature import scale_queries
 from retrofit.errors import UserError
 from retrofit.evaluation.scoring.reader import Reader
 from retrofit.evaluation.scoring.score import reading
@@ -37,7 +36,7 @@ from retrofit.system.resume import Kept
 from retrofit.system.world import ALONE, World
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from retrofit.console import Progress
     from retrofit.kernels.registry import KernelChoice
@@ -286,27 +285,3 @@ def _answer_loss(reader: Reader, question_T: Tensor, answer_T: Tensor) -> float:
     loss = float(reader.losses(answer_T.to(reader.model.device)).mean())
     reader.rewind(before)
     return loss
-
-
-@contextmanager
-def encoded(model: PreTrainedModel, config: PretrainedConfig, query_scale: float = 1.0) -> Iterator[None]:
-    """The model with the rotary encoding of another configuration, in every module that computes one.
-
-    query_scale: what scores of extended layers are multiplied with, as if the weights held it (`temperature`).
-    """
-    found: list[tuple[nn.Module, str, Any]] = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if hasattr(child, "rope_type") and hasattr(child, "config")
-    ]
-    assert found, "no rotary embedding"
-    try:
-        for parent, name, child in found:
-            rotary = type(child)(config=config).to(model.device)
-            scale_queries(rotary, query_scale)
-            setattr(parent, name, rotary)
-        yield
-    finally:
-        for parent, name, child in found:
-            setattr(parent, name, child)

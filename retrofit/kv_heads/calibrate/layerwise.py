@@ -26,7 +26,7 @@ from retrofit.kv_heads.calibrate import moments as moment_files
 from retrofit.kv_heads.calibrate.measure import layer_moments
 from retrofit.kv_heads.calibrate.moments import LayerMoments
 from retrofit.kv_heads.calibrate.residuals import STREAMS, Shapes, WorkFolder
-from retrofit.kv_heads.calibrate.settings import Settings, fits_keys, notes_on, plain_residual, require_left_out
+from retrofit.kv_heads.calibrate.settings import Settings, fits_keys, notes_on, require_left_out
 from retrofit.kv_heads.calibrate.stream import LayerRun, LayerStream
 from retrofit.kv_heads.disk import work_key
 from retrofit.kv_heads.merge.folding import RotationAverages
@@ -163,8 +163,9 @@ class CalibratedRun:
                 after, attention = original.forward(hidden, self._named(i, index))
                 work.stream("original", index + 1).write(i, after)
                 if self._settings.repairs:
-                    undone = hidden - x_converted.read(i, self._device) if plain_residual(self._spec) else 0.0
-                    work.targets.write(i, attention + undone)
+                    # The error of the layers before, as the output projection would have to make up for it.
+                    scale, undone = self._spec.residual_scale, hidden - x_converted.read(i, self._device)
+                    work.targets.write(i, attention if scale is None else attention + undone / scale)
         outcomes: tuple[RepairOutcome, ...] = ()
         with self._converted.layer(index, write_layer(merged, target_layer)) as run:
             inputs: RepairInputs | None = None

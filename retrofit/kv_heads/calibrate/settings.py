@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 TOKENS_PER_COLUMN = 50  # a fit with fewer learns its calibration text
-# Where a norm or a multiplier stands between the output projection and the residual stream, the stream's error so far
-# cannot be written into the projection's target.
-_NORM_OR_SCALE_AFTER_ATTENTION = frozenset({"gemma2", "gemma3_text", "olmo2", "granite"})
 
 
 @dataclass(frozen=True)
@@ -36,11 +33,6 @@ class Settings:
     averaged_tokens: int = AVERAGED_TOKENS
     keep_moments: bool = False
     read_with: PretrainedConfig | None = None
-
-
-def plain_residual(spec: AttentionSpec) -> bool:
-    """Whether the output projection's result is added to the residual stream as it is."""
-    return spec.family not in _NORM_OR_SCALE_AFTER_ATTENTION
 
 
 def require_left_out(fewest: int, spec: AttentionSpec, method: MergeMethod | None, *, repairs: bool) -> None:
@@ -85,10 +77,10 @@ def notes_on(spec: AttentionSpec, settings: Settings, text: CalibrationText) -> 
             "keys are mean-pooled: the norm on queries and keys takes the magnitudes that this merge of keys needs; "
             "values and output projection are merged as asked"
         )
-    if settings.repairs and not plain_residual(spec):
+    if settings.repairs and spec.residual_scale is None:
         notes.append(
-            f"{spec.family} scales or normalises the attention output: the repair restores each layer's own output, "
-            "and not the error of the layers before"
+            f"{spec.family} normalises the attention output: the repair restores each layer's own output, and not the "
+            "error of the layers before"
         )
     if any(layer.clip_qkv for layer in spec.layers):
         notes.append(

@@ -30,6 +30,7 @@ class LayerWeights:
     o_bias_C: Tensor | None = None
     q_norm_HD: Tensor | None = None
     k_norm_KD: Tensor | None = None
+    sinks_H: Tensor | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -57,6 +58,7 @@ class LayerWeights:
             v_bias_KD=rows(self.v_bias_KD, kv),
             q_norm_HD=rows(self.q_norm_HD, q),
             k_norm_KD=rows(self.k_norm_KD, kv),
+            sinks_H=rows(self.sinks_H, q),
         )
 
 
@@ -103,6 +105,7 @@ def read_layer(read: Reader, layer: LayerAttention) -> LayerWeights:
         o_bias_C=None if layer.o_bias is None else _read_slot(read, layer.o_bias),
         q_norm_HD=norm(layer.q_norm, h),
         k_norm_KD=norm(layer.k_norm, k),
+        sinks_H=None if layer.sinks is None else read(layer.sinks).float(),
     )
 
 
@@ -149,4 +152,6 @@ def write_layer(
             out[norm_name] = norm[0].contiguous()
         else:
             out[norm_name] = norm.contiguous() if layer.qk_norm_weights == "stacked" else norm.flatten()
+    if layer.sinks is not None and weights.sinks_H is not None:
+        out[layer.sinks] = weights.sinks_H.contiguous()
     return out if names is None else {name: tensor for name, tensor in out.items() if name in names}

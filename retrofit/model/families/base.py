@@ -65,7 +65,10 @@ class Family(ABC):
     "sliding_attention". window_when: a field that switches windows off altogether.
     partial_rotary: rope_parameters.partial_rotary_factor is read. own_head_dim: a head_dim field is read (else it is
     always hidden_size / query heads). rope_by_layer_type: rope_parameters hold one entry per layer type.
-    no_rope_layers: the field of that name holds 0 for layers without RoPE. learned_positions: there is no RoPE at all.
+    no_rope_layers: the field of that name holds 0 for layers without RoPE. layer_rope_theta: the field of that name
+    holds the base of each layer, 0 for one without RoPE. learned_positions: there is no RoPE at all. sinks: the tensor
+    of attention sinks, relative to the attention module. residual: what stands between the output projection and the
+    residual stream: nothing ("plain"), a factor ("residual_multiplier", that field) or a "norm".
     layers_path, attention_path: where the transformers class has its layers, and a layer its attention.
     mlp_gated: silu(gate) * up, three matrices (else two, around an activation). mlp_width, shared_expert_width: fields
     with the width of the MLP or of one expert, and of the expert that every token passes. mlp_kept: as `MLP.kept`.
@@ -82,7 +85,10 @@ class Family(ABC):
     own_head_dim: bool = True
     rope_by_layer_type: bool = False
     no_rope_layers: bool = False
+    layer_rope_theta: bool = False
     learned_positions: bool = False
+    sinks: str | None = None
+    residual: Literal["plain", "residual_multiplier", "norm"] = "plain"
     qk_norm: QKNormTable | None = None
     softcap: bool = False
     clip_qkv: bool = False
@@ -119,6 +125,7 @@ class Family(ABC):
             layers_path=self.layers_path,
             attention_path=self.attention_path,
             tied_embeddings=bool(config.tie_word_embeddings),
+            residual_scale=self._residual_scale(config),
         )
 
     def mlp(self, config: Any) -> MLP:
@@ -236,6 +243,7 @@ class Family(ABC):
             qk_norm_bias=norm.bias if norm else False,
             clip_qkv=config.clip_qkv if self.clip_qkv else None,
             softcap=config.attn_logit_softcapping if self.softcap else None,
+            sinks=None if self.sinks is None else prefix + self.sinks,
             **self.tensors(config, index, head_dim),
         )
 
@@ -246,6 +254,11 @@ class Family(ABC):
             return head_dim**-0.5 if config.scale_attn_weights else 1.0
         return (head_dim if self.scaling == "head_dim" else config.query_pre_attn_scalar) ** -0.5
 
+    def _residual_scale(self, config: Any) -> float | None:
+        if self.residual == "norm":
+            return None
+        return float(config.residual_multiplier) if self.residual == "residual_multiplier" else 1.0
+
     def _window(self, config: Any, index: int) -> int | None:
         if self.window == "none" or not switched(config, self.window_when):
             return None
@@ -254,11 +267,14 @@ class Family(ABC):
         return config.sliding_window
 
     def _rope(self, config: Any, index: int, head_dim: int) -> RopeSpec | None:
-        if self.learned_positions or (self.no_rope_layers and not config.no_rope_layers[index]):
+        switches = (self.no_rope_layers, "no_rope_layers"), (self.layer_rope_theta, "layer_rope_theta")
+        if self.learned_positions or any(has and not getattr(config, field)[index] for has, field in switches):
             return None
         parameters: Mapping[str, Any] = config.rope_parameters or {}
         if self.rope_by_layer_type:
             parameters = parameters[layer_type(config, index)] or {}
+        if self.layer_rope_theta:
+            parameters = {**parameters, "rope_theta": config.layer_rope_theta[index]}
         factor = parameters.get("partial_rotary_factor", 1.0) if self.partial_rotary else 1.0
         return RopeSpec(
             rope_type=str(parameters.get("rope_type", "default")),

@@ -29,6 +29,11 @@ class Separate(Family):
 
 _PLAIN_MLP: dict[str, Any] = {"mlp_gated": False, "mlp_kept": 2}  # before and after the activation
 _ATTENTION_BIAS: dict[str, Any] = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
+_GRANITE: dict[str, Any] = {
+    **_ATTENTION_BIAS,
+    "scaling": "attention_multiplier",
+    "residual": "residual_multiplier",
+}
 _HEAD_NORM = QKNormTable("head", "q_norm.weight", "k_norm.weight")
 
 TABLE: tuple[Separate, ...] = (
@@ -37,7 +42,14 @@ TABLE: tuple[Separate, ...] = (
     Separate("qwen2", qkv_bias=True, window="layer_types"),
     Separate("qwen3", **_ATTENTION_BIAS, window="layer_types", qk_norm=_HEAD_NORM),
     Separate("gemma", **_ATTENTION_BIAS),
-    Separate("gemma2", **_ATTENTION_BIAS, scaling="query_pre_attn_scalar", window="layer_types", softcap=True),
+    Separate(
+        "gemma2",
+        **_ATTENTION_BIAS,
+        scaling="query_pre_attn_scalar",
+        window="layer_types",
+        softcap=True,
+        residual="norm",
+    ),
     Separate(
         "gemma3_text",
         **_ATTENTION_BIAS,
@@ -45,10 +57,16 @@ TABLE: tuple[Separate, ...] = (
         window="layer_types",
         softcap=True,
         rope_by_layer_type=True,
+        residual="norm",
         qk_norm=QKNormTable("head", "q_norm.weight", "k_norm.weight", offset=1.0),
     ),
     Separate("olmo", **_ATTENTION_BIAS, clip_qkv=True),
-    Separate("olmo2", **_ATTENTION_BIAS, qk_norm=QKNormTable("full", "q_norm.weight", "k_norm.weight")),
+    Separate(
+        "olmo2",
+        **_ATTENTION_BIAS,
+        residual="norm",
+        qk_norm=QKNormTable("full", "q_norm.weight", "k_norm.weight"),
+    ),
     Separate(
         "phi",
         mlp_gated=False,
@@ -107,7 +125,8 @@ TABLE: tuple[Separate, ...] = (
     ),
     Separate("qwen3_moe", mlp_width="moe_intermediate_size", **_ATTENTION_BIAS, window="all", qk_norm=_HEAD_NORM),
     Separate("olmoe", **_ATTENTION_BIAS, clip_qkv=True, qk_norm=QKNormTable("full", "q_norm.weight", "k_norm.weight")),
-    Separate("granite", **_ATTENTION_BIAS, scaling="attention_multiplier"),
+    Separate("granite", **_GRANITE),
+    Separate("granite_swa", **_GRANITE, window="layer_types", layer_rope_theta=True, sinks="sinks"),
     Separate(
         "smollm3",
         **_ATTENTION_BIAS,
