@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from retrofit.errors import UserError
 from retrofit.evaluation.decoding import batch_costs, weights_read
 from retrofit.evaluation.running import GPU_BATCHES, BatchCost, LengthCost, RunCost
+from retrofit.evaluation.scoring.cache import growing_cache
 from retrofit.model.families import describe
 from retrofit.model.spec import AttentionSpec
 from retrofit.system.memory import Watch
@@ -120,7 +121,8 @@ def run_cost(
     batches: Sequence[int] = (),
     seed: int = 0,
 ) -> RunCost:
-    """The cost at every length, clipped to the model's window, each measured once; random tokens, a stock cache.
+    """The cost at every length, clipped to the model's window, each measured once; random tokens, a stock cache
+    whose layers with a window hold no more than that.
 
     batches: sequences that are decoded together as well, over a cache of fixed size (`decoding.batch_costs`).
     With learned positions, which end with the window, what is decoded has its place inside it. speeds: of the machine
@@ -139,13 +141,13 @@ def run_cost(
     generator = torch.Generator().manual_seed(seed)
     found = []
     with torch.inference_mode():
-        cache = DynamicCache(config=model.config)
+        cache = growing_cache(model.config)
         token = _next(model, _prompt(model, min(WARM_UP, window), generator), cache)
         if decode_tokens:
             _next(model, token, cache)
         for length in sorted({min(length, window) for length in lengths}):
             prompt = _prompt(model, length, generator)
-            cache = DynamicCache(config=model.config)
+            cache = growing_cache(model.config)
             with Watch(model.device) as watch:
                 seconds, token = _timed(model, prompt, cache)
             held = cache_bytes(cache)

@@ -139,7 +139,7 @@ def asked_once(world: World) -> tuple[NeedleResult, int]:
     model, tokenizer = tiny_model("llama", max_position_embeddings=512), tiny_tokenizer()
     read: list[Any] = []
     answers = TextReader.answers
-    TextReader.answers = lambda self, text: read.append(text) or answers(self, text)  # type: ignore[method-assign]
+    TextReader.answers = lambda self, text, *rest: read.append(text) or answers(self, text, *rest)  # type: ignore[method-assign]
     try:
         found = needle(model, tokenizer, PROSE, lengths=(200, 300), depths=depths(3), chunk=32, world=world)
     finally:

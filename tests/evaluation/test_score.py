@@ -111,20 +111,6 @@ def test_logits_exist_for_a_few_rows_only(monkeypatch: pytest.MonkeyPatch) -> No
     assert sum(rows) == 99
 
 
-def test_a_sliding_layer_keeps_its_window_and_one_chunk_only() -> None:
-    from retrofit.evaluation.scoring.cache import preallocated_cache
-
-    model = tiny_model("gemma3_text")
-    cache = preallocated_cache(model.config, 100, 8)
-    with torch.inference_mode():
-        for part in torch.arange(96)[None].split(8, dim=1):
-            model(input_ids=part, past_key_values=cache)
-    sliding, full = cache.layers
-    assert sliding.buffers[0].shape[2] == 31 + 8
-    assert full.buffers[0].shape[2] == 100
-    assert sliding.get_seq_length() == full.get_seq_length() == 96
-
-
 def test_a_loss_that_is_not_finite_names_document_and_token() -> None:
     model, doc = tiny_model("llama"), document(50, "broken.txt")
     model.get_input_embeddings().weight.data[doc.input_ids[20]] = torch.nan

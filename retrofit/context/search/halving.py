@@ -259,7 +259,7 @@ class _Rung:
         ids_T = text.ids_T.to(self.model.device)
         following_T = torch.cat([ids_T[1:], ids_T[:1]])  # after the last token anything will do
         room = max((len(question) + len(answer) for question, answer in text.questions), default=0)
-        reader = Reader(self.model, len(ids_T) + room, rewindable=True)
+        reader = Reader(self.model, len(ids_T) + room)
 
         def read(begin: int, stop: int) -> list[Tensor]:
             return [found for _, found in reader.predicted(ids_T[begin:stop], following_T[begin:stop])]
@@ -280,7 +280,7 @@ class _Rung:
 
 def _answer_loss(reader: Reader, question_T: Tensor, answer_T: Tensor) -> float:
     """Nats per token of the answer; the reader is back where it was."""
-    before = reader.position
+    before = reader.mark()
     reader.read(question_T.to(reader.model.device))
     loss = float(reader.losses(answer_T.to(reader.model.device)).mean())
     reader.rewind(before)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from retrofit.errors import UserError
-from retrofit.evaluation.scoring.cache import PreallocatedLayer, preallocated_cache, rewind
+from retrofit.evaluation.scoring.cache import PreallocatedLayer, mark, preallocated_cache, rewind
 from retrofit.model.families import describe
 from retrofit.system.device import chunks_between_readings, forward_tokens, logit_rows
 
@@ -25,7 +25,7 @@ class Reader:
     """One sequence being read. position: tokens read so far.
 
     capacity: most tokens it will ever hold. chunk, rows: tokens of a forward pass and rows of logits that exist at a
-    time, by default what suits the device. rewindable: it can go back to any token, not only to the start.
+    time, by default what suits the device. It can go back to its start and to where it was marked.
     Tokens stand at positions 0, 1, 2, ... of a static rotary encoding; `skip` lets those that follow stand later.
     """
 
@@ -36,13 +36,13 @@ class Reader:
         *,
         chunk: int | None = None,
         rows: int | None = None,
-        rewindable: bool = False,
     ) -> None:
         self.model = model
         self.rows = rows or default_rows(model)
         self.chunk = max(1, min(chunk or default_chunk(model), capacity))
         self.position = 0
-        self._cache = preallocated_cache(model.config, capacity, self.chunk, rewindable=rewindable)
+        self._cache = preallocated_cache(model.config, capacity, self.chunk)
+        self._marks = {0}
         self._end = describe(model.config).learned_positions
         self._last: dict[int, Tensor] = {}  # hidden state [1, 1, C] of the last token at positions one returns to
         self._skips: dict[int, int] = {}  # by tokens read before: positions left out there
@@ -103,10 +103,19 @@ class Reader:
                 yield read, torch.cat(losses).cpu() if losses else torch.empty(0)
                 read, losses, chunks = 0, [], 0
 
+    def mark(self) -> int:
+        """Let `rewind` come back to here, and return the position. A layer with a window keeps a copy of it for that,
+        until the reader goes back to before the mark."""
+        mark(self._cache)
+        self._marks.add(self.position)
+        return self.position
+
     def rewind(self, tokens: int) -> None:
-        """Forget all but the first `tokens` tokens."""
+        """Forget all but the first `tokens` tokens: all, or those read up to a mark."""
+        assert tokens in self._marks, f"the reader was not marked at {tokens}"
         rewind(self._cache, tokens)
         self.position = tokens
+        self._marks = {position for position in self._marks if position <= tokens}
         self._last = {position: last for position, last in self._last.items() if position <= tokens}
         self._skips = {position: skip for position, skip in self._skips.items() if position < tokens}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,9 +70,9 @@ class Answer:
 
 def ask(reader: Reader, tokenizer: PreTrainedTokenizerBase, question: Question) -> Answer:
     """Ask about what was read. The question stays unread afterwards, so that the next one finds the same text."""
-    text_read = reader.position
+    text_read = reader.mark()
     reader.read(_tensor(reader, encode(tokenizer, question.text)))
-    asked = reader.position
+    asked = reader.mark()
     answered = str(tokenizer.decode(reader.greedy(question.tokens)))
     reader.rewind(asked)
     losses, matches = [], []
@@ -112,33 +113,53 @@ class Text(Protocol):
 class TextReader:
     """Texts that end, answered, at one length, read one after another through one cache, and asked about.
 
-    The cache goes back to the end of the last chunk that a text shares with the one before.
+    The cache goes back to the end of the last chunk that a text shares with the one before. It is marked there while
+    that one is read, so a text has to be announced to those before it.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, chunk: int) -> None:
         self._model, self._tokenizer, self._length = model, tokenizer, length
-        self._reader = Reader(model, length + EXTRA_TOKENS, chunk=chunk, rewindable=True)
+        self._reader = Reader(model, length + EXTRA_TOKENS, chunk=chunk)
         self._held: list[int] = []
+        self._marks: list[int] = []
 
-    def answers(self, text: Text) -> list[Answer]:
-        """Read a text and ask its questions."""
+    def answers(self, text: Text, following: Sequence[Text] = ()) -> list[Answer]:
+        """Read a text and ask its questions. following: texts that this reader will read next, in their order."""
         shared = _shared(text.ids, self._held, self._reader.chunk)
+        start = max((mark for mark in self._marks if mark <= shared), default=0)
+        ahead = [mark for mark in _returns(text, following, self._reader.chunk) if mark > start]
         with frequencies_of(self._model, self._length):
-            self._reader.rewind(shared)
-            self._reader.read(torch.tensor(text.ids[shared:], device=self._model.device))
+            self._reader.rewind(start)
+            for begin, stop in itertools.pairwise((start, *ahead, len(text.ids))):
+                self._reader.read(torch.tensor(text.ids[begin:stop], device=self._model.device))
+                if stop in ahead:
+                    self._reader.mark()
             self._held = text.ids
+            self._marks = [mark for mark in self._marks if mark <= start] + ahead
             return [ask(self._reader, self._tokenizer, question) for question in text.questions]
 
 
+def _returns(text: Text, following: Sequence[Text], chunk: int) -> list[int]:
+    """Where the reader of `text` comes back to for those that follow, ascending; nothing is shared after a 0."""
+    found, least, before = set(), len(text.ids), text
+    for after in following:
+        least = min(least, _shared(after.ids, before.ids, chunk))
+        if not least:
+            break
+        found.add(least)
+        before = after
+    return sorted(found)
+
+
 def tokens_read(texts: Sequence[Text], chunk: int) -> int:
-    """Tokens that one `TextReader` reads for all of the texts, in this order."""
+    """Tokens that one `TextReader` reads for all of the texts, in this order, each announced to those before it."""
     before: list[list[int]] = [[], *(text.ids for text in texts)]
     return sum(len(text.ids) - _shared(text.ids, held, chunk) for text, held in zip(texts, before, strict=False))
 
 
 def answers_about(
     texts: Mapping[str, T],
-    read: Callable[[T], Sequence[Answer]],
+    read: Callable[[T, Sequence[T]], Sequence[Answer]],
     model: PreTrainedModel,
     *,
     test: str,
@@ -152,9 +173,10 @@ def answers_about(
 ) -> tuple[dict[str, tuple[Answer, ...]], str]:
     """(answers to the questions about each text, by its name; the kernel that read them).
 
-    read: gives the answers about one text. partial: a folder where those are kept until all are there, for the next
-    call with the same question; meta: what else they depend on, above all the digests of the model and its tokenizer.
-    world: the processes that make this call, each with the model; they share the texts, and all return all answers.
+    read: gives the answers about one text; its second argument are the texts that it will be given next. partial: a
+    folder where answers are kept until all are there, for the next call with the same question; meta: what else they
+    depend on, above all the digests of the model and its tokenizer. world: the processes that make this call, each with
+    the model; they share the texts, and all return all answers.
     together: texts of one value of it are read by one process, as far as there are enough values for all of them.
     progress: of the texts of this process.
     """
@@ -170,8 +192,8 @@ def answers_about(
             for name in found:
                 progress.advance(len(texts[name].ids), text=name)
         answered: dict[str, tuple[Answer, ...]] = {}
-        for name in own:
-            answered[name] = tuple(read(texts[name]))
+        for index, name in enumerate(own):
+            answered[name] = tuple(read(texts[name], [texts[later] for later in own[index + 1 :]]))
             kept.put_values(name, [asdict(answer) for answer in answered[name]])
             if progress:
                 progress.advance(len(texts[name].ids), text=name)

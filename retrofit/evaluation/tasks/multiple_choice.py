@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import DynamicCache
 
+from retrofit.evaluation.scoring.cache import growing_cache
 from retrofit.evaluation.scoring.reader import head_of, require_positions
 from retrofit.evaluation.scoring.score import reading
 from retrofit.evaluation.tasks.haystack import encode
@@ -128,7 +128,7 @@ def batches(asked: Sequence[Tokenized], tokens: int) -> Iterator[list[int]]:
 def _scored(model: PreTrainedModel, batch: Sequence[Tokenized]) -> list[tuple[float, ...]]:
     """Log-likelihoods of the options of a batch."""
     device, options = model.device, len(batch[0].rests)
-    base, cache = model.get_decoder(), DynamicCache(config=model.config)
+    base, cache = model.get_decoder(), growing_cache(model.config)
     shared_BP = torch.tensor([one.shared for one in batch], device=device)
     hidden_BPC = base(input_ids=shared_BP, past_key_values=cache, use_cache=True).last_hidden_state
     hidden_RTC = hidden_BPC[:, -1:].repeat_interleave(options, 0)

@@ -14,6 +14,7 @@ depths' needles stand together in one haystack, each with a key of its own (RULE
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -159,11 +160,12 @@ def needle(
     texts = {f"{length}-{index}": p for length, some in prompts.items() for index, p in enumerate(some)}
     readers: dict[int, TextReader] = {}
 
-    def read(prompt: _Prompt) -> list[Answer]:
+    def read(prompt: _Prompt, following: Sequence[_Prompt]) -> list[Answer]:
         if prompt.length not in readers:
             readers.clear()  # one cache at a time
             readers[prompt.length] = TextReader(model, tokenizer, prompt.length, chunk)
-        return readers[prompt.length].answers(prompt)
+        alike = itertools.takewhile(lambda later: later.length == prompt.length, following)
+        return readers[prompt.length].answers(prompt, list(alike))
 
     answers, used = answers_about(
         texts,

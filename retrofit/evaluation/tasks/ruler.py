@@ -83,7 +83,7 @@ def ruler(
     texts = {f"{task}@{length}-{sample}": found for (task, length, sample), found in problems.items()}
     found, used = answers_about(
         texts,
-        lambda text: TextReader(model, tokenizer, text.length, chunk).answers(text),
+        lambda text, _: TextReader(model, tokenizer, text.length, chunk).answers(text),
         model,
         test="ruler",
         chunk=chunk,
