@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from retrofit.errors import UserError
 from retrofit.escape import shown
+from retrofit.files import read_json
 
 GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer_config.json"
@@ -59,10 +63,33 @@ def _require_own(path: Path, source: Path) -> None:
 
 
 def copy_side_files(source: str | Path, out: str | Path) -> tuple[str, ...]:
-    """Copy what `side_files` names; returns the names copied."""
+    """Copy what `side_files` names, the tokenizer's settings under names that all releases know; returns the names."""
     source, out = Path(source), Path(out)
     copied = side_files(source)
     for name in copied:
         (out / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, out / name)
+    if TOKENIZER in copied:
+        settings = read_json(out / TOKENIZER)
+        if (known := portable_tokenizer(settings)) != settings:
+            write_tokenizer(out, known)
     return copied
+
+
+def portable_tokenizer(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json under names that transformers 4 knows as well as 5.
+
+    4 has no class `TokenizersBackend`, and fails on a list of `extra_special_tokens`; 5 reads the older names alike.
+    """
+    known = dict(settings)
+    if known.get("tokenizer_class") == "TokenizersBackend":
+        known["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(known.get("extra_special_tokens"), list):
+        known["additional_special_tokens"] = known.pop("extra_special_tokens")
+    return known
+
+
+def write_tokenizer(folder: str | Path, settings: Mapping[str, Any]) -> None:
+    """Write tokenizer_config.json, its keys in the order given."""
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
+    (Path(folder) / TOKENIZER).write_text(text + "\n", encoding="utf-8")

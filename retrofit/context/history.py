@@ -11,8 +11,11 @@ from retrofit.errors import UserError
 from retrofit.recipe.schema import ROPE_SETTINGS
 
 
-def history(text: Mapping[str, Any], view: RopeView, before: int, method: str) -> tuple[int, float]:
-    """(true original length, factor already applied) of the encoding that is there; refuses what cannot compose."""
+def history(text: Mapping[str, Any], view: RopeView, before: int, method: str, held: float = 1.0) -> tuple[int, float]:
+    """(true original length, factor already applied) of the encoding that is there; refuses what cannot compose.
+
+    held: what earlier extensions multiplied the queries with.
+    """
     kind, known = view.rope_type, original_length(text, view.parameters)
     if kind == "default":
         if known is None or known >= before:
@@ -22,8 +25,8 @@ def history(text: Mapping[str, Any], view: RopeView, before: int, method: str) -
             present = "none"
     elif kind in ("linear", "yarn", "llama3"):
         present, used = kind, float(view.parameters.get("factor") or before / (known or before))
-    elif method != "longrope" and known is not None and (found := written_as_longrope(text, view, known)):
-        present, used = found, float(view.parameters["factor"])
+    elif method != "longrope" and known is not None and (found := written_as_longrope(text, view, known, held)):
+        present, used = found
     elif kind == "longrope":  # its lists are absolute: they stand in the place of those that are there
         present, used = kind, before / (known or before)
     else:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from retrofit.checkpoint.config import is_number, is_whole, read_config
 from retrofit.checkpoint.extensions import first_original
 from retrofit.checkpoint.side_files import GENERATION, TOKENIZER
-from retrofit.context.fields import as_dict, class_thetas, completed, original_length, text_part, views
+from retrofit.context.fields import RopeView, as_dict, class_thetas, completed, original_length, text_part, views
+from retrofit.context.names import portable
 from retrofit.context.rules import meaning, structure
 from retrofit.context.rules.facts import Facts, Finding
 from retrofit.errors import UserError
@@ -46,9 +47,11 @@ def lint_folder(path: str | Path, loaded: PretrainedConfig | None = None) -> lis
     raw = read_config(path)
     whole = raw if loaded is None else completed(raw, loaded)
     tokenizer, generation = (side_file(path, name) for name in (TOKENIZER, GENERATION))
+    found = [*recorded(path, loaded), *lint(raw, loaded)]
+    sound = not any(one.severity == "error" for one in found)
     return [
-        *recorded(path, loaded),
-        *lint(raw, loaded),
+        *found,
+        *(_older_names(raw) if sound else ()),
         *_tokenizer(whole, tokenizer),
         *_generation(whole, generation),
     ]
@@ -79,6 +82,23 @@ def require_clean(findings: Sequence[Finding], where: str) -> None:
             where=where,
             fix="; ".join(dict.fromkeys(one.fix for one in errors)),
         )
+
+
+def _older_names(raw: Mapping[str, Any]) -> Iterator[Finding]:
+    """Saving with transformers 5 drops the older names: readers of them compute plain RoPE then, and say nothing."""
+    prefix, text = text_part(raw)
+    window = text.get("max_position_embeddings")
+    if not is_whole(window) or not any(_is_extended(text, view, window) for view in views(text)):
+        return
+    _, wanted = text_part(portable(raw))
+    if missing := ", ".join(sorted(wanted.keys() - text.keys())):
+        what = f"{missing}: not there, so that transformers 4 and other readers of these names compute another encoding"
+        fix = "write them beside rope_parameters, as they were before transformers 5 saved the file"
+        yield Finding("warning", f"{prefix}rope_parameters", what, fix, "older-names")
+
+
+def _is_extended(text: Mapping[str, Any], view: RopeView, window: int) -> bool:
+    return view.rope_type != "default" or (original_length(text, view.parameters) or window) < window
 
 
 def _tokenizer(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[Finding]:

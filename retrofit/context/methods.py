@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 from retrofit.checkpoint.config import is_whole
 from retrofit.context import frequencies as spectra
 from retrofit.context import learned
+from retrofit.context.extension import Extension, with_attention_factor, with_written_factor, written_factor
 from retrofit.context.fields import LAYER_THETAS, RopeView, head_dim, require_numbers, rotary_dim, views
 from retrofit.context.history import history, total_factor, trained_with_llama3
-from retrofit.context.longrope import LONGROPE_ONLY, as_longrope, lists
-from retrofit.context.names import rotary_fields
+from retrofit.context.longrope import as_longrope, folds, lists
+from retrofit.context.names import replaced, rotary_fields
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.recipe.schema import MOST_TOKENS, ROPE_SETTINGS, RopeSettings
@@ -21,24 +21,6 @@ from retrofit.recipe.schema import MOST_TOKENS, ROPE_SETTINGS, RopeSettings
 METHODS = tuple(ROPE_SETTINGS)
 HEAD_DIM_NEEDED = ("mixtral",)
 """Families whose class leaves head_dim empty and whose scaled encodings fail on that."""
-
-
-@dataclass(frozen=True)
-class Extension:
-    """What an extension does. Lengths in tokens; factor is from the true original length, step from the window before.
-
-    notes: what a person should know, for the report and the card. query_scale: what the weights that make the rotated
-    dims of the queries are multiplied with, so that an attention factor other than the encoding's own holds.
-    """
-
-    method: str
-    original: int
-    before: int
-    length: int
-    factor: float
-    step: float
-    notes: tuple[str, ...] = ()
-    query_scale: float = 1.0
 
 
 def extended(
@@ -87,7 +69,7 @@ def extended(
             where="config.json: hidden_size, num_attention_heads",
             fix="download the file again",
         )
-    original, used = history(text, view, before, method)
+    original, used = history(text, view, before, method, held)
     step = length / before
     scale = total_factor(text, view, method, before, length, used)
     trained = trained_with_llama3(text, view)
@@ -97,11 +79,15 @@ def extended(
     else:
         extension = Extension(method, original, before, length, scale, step, notes)
     new = RopeView(view.where, view.layer_type, _parameters(text, view, extension, settings, original, scale))
-    extension = _with_written_factor(text, view, extension, settings)
-    extension = _with_attention_factor(text, new, extension, settings.attention_factor, held)
+    wanted = settings.attention_factor
+    if folds(text.get("model_type"), method):
+        new, own = as_longrope(text, new)
+        wanted = own if wanted is None else wanted
     merged = tuple(new if one is view else one for one in found)
     # `none` claims the length for the model itself: nothing was extended, so there is no other original length.
     fields = rotary_fields(text, merged, length, None if method == "none" or trained else original)
+    extension = with_written_factor(text, view, extension, settings)
+    extension = with_attention_factor(replaced(text, "", fields), view.layer_type, extension, wanted, held)
     if text.get("model_type") in HEAD_DIM_NEEDED and text.get("head_dim") is None:
         fields["head_dim"] = head_dim(text)
     return fields, extension
@@ -210,13 +196,11 @@ def _parameters(
         given = ("beta_fast", "beta_slow")
         scaled |= {key: getattr(settings, key) for key in given if getattr(settings, key) is not None}
         _require_ramp("beta_slow", scaled.get("beta_slow", 1.0), "beta_fast", scaled.get("beta_fast", 32.0))
-        written = _written_factor(text, view) if view.rope_type == "yarn" else None
+        written = written_factor(text, view) if view.rope_type == "yarn" else None
         if written is not None and settings.attention_factor is None:
             scaled["attention_factor"] = written
     if method == "longrope":
         return scaled | lists(settings, dim // 2)
-    if text.get("model_type") in LONGROPE_ONLY:
-        return as_longrope(text, view, scaled, original, common)
     return scaled
 
 
@@ -228,59 +212,6 @@ def _require_ramp(low: str, least: float, high: str, most: float) -> None:
             where=f"context.{high}",
             fix="leave both out for the method's own, or raise the one or lower the other",
         )
-
-
-def _written_factor(text: Mapping[str, Any], view: RopeView) -> float | None:
-    """The attention factor that the configuration writes out, where it is not the one its encoding has by itself."""
-    written = view.parameters.get("attention_factor")
-    if written is None:
-        return None
-    bare = {key: value for key, value in view.parameters.items() if key != "attention_factor"}
-    _, own = spectra.compute(text, RopeView(view.where, view.layer_type, bare))
-    return None if math.isclose(written, own, rel_tol=1e-6) else float(written)
-
-
-def _with_written_factor(
-    text: Mapping[str, Any], view: RopeView, extension: Extension, settings: RopeSettings
-) -> Extension:
-    """The extension with a note on what becomes of an attention factor that the configuration writes out."""
-    if extension.method != view.rope_type or settings.attention_factor is not None:
-        return extension
-    written = _written_factor(text, view)
-    if written is None:
-        return extension
-    said = f"The configuration writes the attention factor {written:g} out: "
-    kept = "it is kept. vLLM and llama.cpp compute the encoding's own; to change it in all, give `attention_factor`."
-    note = said + (kept if extension.method == "yarn" else "it went with the lists that the new ones stand in for.")
-    return replace(extension, notes=(*extension.notes, note))
-
-
-def _with_attention_factor(
-    text: Mapping[str, Any], view: RopeView, extension: Extension, wanted: float | None, held: float
-) -> Extension:
-    """The extension with what the queries must be multiplied with to get the wanted factor, None for the encoding's.
-
-    held: what they are multiplied with already, which is divided out.
-    """
-    if extension.method == "none" or (wanted is None and held == 1):
-        return extension
-    if text.get("clip_qkv") is not None:
-        raise UserError(
-            "The model clamps its queries after the projection, so their weights cannot hold an attention factor",
-            where="context.attention_factor",
-            fix="leave it out",
-        )
-    _, own = spectra.compute(text, view, extension.length)
-    scale, notes = 1.0, list(extension.notes)
-    if held != 1:
-        notes.append(f"An earlier extension's attention factor is divided out of the queries, which held x {held:.4g}.")
-    if wanted is not None:
-        scale = (wanted / own) ** 2
-        notes.append(
-            f"Attention factor {wanted:g} instead of {own:.4g}: the weights that make the queries hold it "
-            f"(x {scale:.4g}), because engines compute the encoding's own whatever the configuration says."
-        )
-    return replace(extension, query_scale=scale / held, notes=tuple(notes))
 
 
 def _notes(
@@ -317,9 +248,9 @@ def _notes(
             "Up to the original length the short factors hold, beyond it the long ones: the encoding of a prefix "
             "changes with the total length, so each length is measured in a pass of its own."
         )
-    if text.get("model_type") in LONGROPE_ONLY and method not in ("ntk", "none", "longrope"):
+    if folds(text.get("model_type"), method):
         notes.append(
-            f"phi3 reads only longrope: {method} is written as longrope with equal lists. vLLM and llama.cpp compute "
-            "their own attention factor for it; `ntk` is read alike everywhere."
+            f"phi3 reads only longrope: {method} is written as longrope with equal lists, and the queries hold what "
+            "its attention factor differs from longrope's."
         )
     return tuple(notes)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.config import is_whole
+from retrofit.context import frequencies as spectra
 from retrofit.context.fields import (
     LAYER_THETAS,
     ROTARY,
@@ -26,9 +28,21 @@ from retrofit.context.fields import (
     text_part,
     views,
 )
+from retrofit.context.longrope import LONGROPE_ONLY
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+EXACT = {
+    ("phi3", "longrope"): ("short_factor", "long_factor"),
+    ("olmo", "linear"): ("factor",),
+    ("olmo2", "linear"): ("factor",),
+}
+"""{(family, rope_type): keys}: in transformers 4 their classes refuse a `rope_scaling` of other keys than `type` and
+these."""
+RENAMED_EXPERTS = ("qwen3_moe",)
+"""Families whose number of experts transformers 5 saves as `num_local_experts`, and 4 reads as `num_experts`."""
+EXPERTS = (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts"))
 
 
 def portable(config: PretrainedConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -39,7 +53,7 @@ def portable(config: PretrainedConfig | Mapping[str, Any]) -> dict[str, Any]:
     raw = dict(config) if isinstance(config, Mapping) else json.loads(config.to_json_string())
     prefix, text = text_part(raw if isinstance(config, Mapping) else as_dict(config))
     found = views(text)
-    if not found or "max_position_embeddings" not in text:
+    if not found or not is_whole(text.get("max_position_embeddings")):
         return raw
     return replaced(raw, prefix, rotary_fields(text, found, text["max_position_embeddings"]))
 
@@ -69,8 +83,11 @@ def rotary_fields(
 ) -> dict[str, Any]:
     """All rotary fields of `config.json`, under the names of transformers 5 and the older ones, in agreement."""
     full = next((view for view in found if view.layer_type in (None, "full_attention")), found[0])
-    parameters = {key: value for key, value in full.parameters.items() if key != "type"} | {"rope_type": full.rope_type}
-    fields: dict[str, Any] = {"max_position_embeddings": length, "rope_theta": parameters.get("rope_theta")}
+    known = original if original is not None else original_length(text, full.parameters)
+    parameters = _parameters(text, full, length, known)
+    fields: dict[str, Any] = {"max_position_embeddings": length}
+    if parameters.get("rope_theta") is not None:
+        fields["rope_theta"] = parameters["rope_theta"]
     if not full.nested:
         fields["rope_parameters"] = parameters
         if thetas := layer_thetas(text):
@@ -83,17 +100,9 @@ def rotary_fields(
         fields["rope_local_base_freq"] = local.parameters.get("rope_theta")
     if parameters.get("partial_rotary_factor") is not None:
         fields["partial_rotary_factor"] = parameters["partial_rotary_factor"]
-    # The older longrope of phi3 has no attention factor and allows no other key: it cannot say the same.
-    new_only = "attention_factor" in parameters or ("factor" in parameters and text.get("model_type") == "phi3")
-    if full.rope_type != "default" and not (full.rope_type == "longrope" and new_only):
-        inside = ("rope_theta", "partial_rotary_factor")
-        fields["rope_scaling"] = {key: value for key, value in parameters.items() if key not in inside}
-    known = original if original is not None else original_length(text, full.parameters)
-    # llama.cpp's converter looks for llama3's original length at the top only, and takes 8192 when it is not there. A
-    # model that was trained with llama3, as Llama 3.1, has none there: it was not extended.
-    of_all = full.rope_type in ("default", "linear") or (full.rope_type == "llama3" and original is not None)
-    at_top = "original_max_position_embeddings" in text or of_all
-    if known is not None and known < length and at_top:
+    if older := rope_scaling(text.get("model_type"), parameters):
+        fields["rope_scaling"] = older
+    if known is not None and known < length and _at_top(text, parameters, original):
         fields["original_max_position_embeddings"] = known
     longer = text.get("max_sequence_length")  # vLLM takes the least of all such fields
     if is_whole(longer) and longer < length:
@@ -110,11 +119,61 @@ def _new_thetas(text: Mapping[str, Any], thetas: list[float], found: tuple[RopeV
     return result
 
 
+def rope_scaling(family: object, parameters: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The older name's set: with theta, which CTranslate2 looks for inside, unless the family's class refuses that.
+
+    None for plain RoPE, and where those keys cannot say the same: a phi3 with an attention factor of its own.
+    """
+    kind = parameters["rope_type"]
+    if kind == "default":
+        return None
+    if keys := EXACT.get((str(family), kind)):
+        if family in LONGROPE_ONLY and not parameters.keys().isdisjoint({"factor", "attention_factor"}):
+            return None
+        return {"type": kind, **{key: parameters[key] for key in keys if key in parameters}}
+    return {key: value for key, value in parameters.items() if key != "partial_rotary_factor"}
+
+
+def _parameters(text: Mapping[str, Any], view: RopeView, length: int, original: int | None) -> dict[str, Any]:
+    """One set of `rope_parameters`, in which longrope says all that readers derive from different fields."""
+    parameters = {key: value for key, value in view.parameters.items() if key != "type"} | {"rope_type": view.rope_type}
+    if view.rope_type not in ("longrope", "su") or original is None or parameters.get("rope_theta") is None:
+        return parameters
+    parameters |= {"rope_type": "longrope", "original_max_position_embeddings": original}
+    lengths = {"max_position_embeddings": length, "original_max_position_embeddings": original}
+    _, scale = spectra.compute({**text, **lengths}, RopeView(view.where, view.layer_type, parameters))
+    if text.get("model_type") not in LONGROPE_ONLY:
+        return parameters | {"attention_factor": scale}
+    # Transformers 4 allows no key for the factor there, and every reader takes the usual one.
+    usual = math.isclose(scale, spectra.longrope_attention_factor(length / original, original), rel_tol=1e-6)
+    left_out = ("factor", "attention_factor") if usual else ()
+    return {key: value for key, value in parameters.items() if key not in left_out}
+
+
+def _at_top(text: Mapping[str, Any], parameters: Mapping[str, Any], original: int | None) -> bool:
+    """Whether the original length is written at the top level too.
+
+    Not of yarn and of longrope with equal lists, where vLLM would take it for the longest context. transformers 4 looks
+    there for the length at which longrope changes its lists. llama.cpp's converter looks for llama3's there alone, and
+    takes 8192 when it is not there; a model that was trained with llama3, as Llama 3.1, was not extended and has none.
+    """
+    kind = parameters["rope_type"]
+    if "original_max_position_embeddings" in text or kind in ("default", "linear"):
+        return True
+    if kind == "longrope":
+        return bool(parameters.get("short_factor") != parameters.get("long_factor"))
+    return kind == "llama3" and original is not None
+
+
 def replaced(raw: Mapping[str, Any], prefix: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.json` with other rotary fields, and the number of experts under both of its names."""
     names = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq")
     result = copy.deepcopy(dict(raw))
     target = result["text_config"] if prefix else result
     for name in names:
         target.pop(name, None)
     target.update(copy.deepcopy(dict(fields)))
+    for name, other in EXPERTS if target.get("model_type") in RENAMED_EXPERTS else ():
+        if name in target:
+            target.setdefault(other, target[name])
     return result

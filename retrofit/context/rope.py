@@ -23,10 +23,11 @@ from retrofit.checkpoint.config import is_number
 from retrofit.checkpoint.side_files import GENERATION, TOKENIZER
 from retrofit.context import learned
 from retrofit.context.engines import Reading, readings
+from retrofit.context.extension import Extension
 from retrofit.context.fields import LAYER_THETAS, as_dict, text_part, views
 from retrofit.context.frequencies import frequencies
 from retrofit.context.lint import Finding, lint, lint_folder, recorded, require_clean
-from retrofit.context.methods import METHODS, Extension, extended
+from retrofit.context.methods import METHODS, extended
 from retrofit.context.names import portable, replaced, with_theta
 from retrofit.model.side_files import side_file
 from retrofit.recipe.schema import RopeSettings
@@ -75,16 +76,17 @@ def extend(
     factor: float | None = None,
     method: str,
     settings: RopeSettings = DEFAULTS,
+    held: float = 1.0,
 ) -> PretrainedConfig:
     """A copy of `config` whose window is `length` tokens, or `factor` times its present window (exactly one of them).
 
     Only full-attention layers are extended where layers have their own parameters (Gemma 3); layers without rotary
     encoding (SmolLM3) have nothing to extend. Learned positions need their table rewritten as well, an attention factor
-    the weights of the queries (`write_extended`).
+    the weights of the queries (`write_extended`). held: as of `plan`.
     Raises UserError: unknown method, length not above the present window, a factor that gives no whole number of
     tokens, an encoding this method cannot be put on.
     """
-    return extend_and_plan(config, length=length, factor=factor, method=method, settings=settings)[0]
+    return extend_and_plan(config, length=length, factor=factor, method=method, settings=settings, held=held)[0]
 
 
 def extend_and_plan(
@@ -137,14 +139,16 @@ def extend_fields(
     factor: float | None = None,
     method: str,
     settings: RopeSettings = DEFAULTS,
+    held: float = 1.0,
     whole: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """`config.json` with a longer window: the position fields are replaced, new and old names; all others stay.
 
-    whole: the same configuration without gaps (`names.with_theta`), where `raw` leaves fields to the model's class.
+    held: as of `plan`. whole: the same configuration without gaps (`names.with_theta`), where `raw` leaves fields to
+    the model's class.
     """
     prefix, text = text_part(raw if whole is None else whole)
-    fields, _ = extended(text, length=length, factor=factor, method=method, settings=settings)
+    fields, _ = extended(text, length=length, factor=factor, method=method, settings=settings, held=held)
     return replaced(raw, prefix, fields)
 
 
@@ -183,8 +187,8 @@ def write_extended(
     require_clean(recorded(model.path, loaded), str(model.path))
     raw = with_theta(checkpoint.config, loaded)
     held = held_scale(model.path) if held is None else held
-    extension = plan(raw, length=length, factor=factor, method=method, settings=settings, held=held)
-    fields = extend_fields(checkpoint.config, length=length, factor=factor, method=method, settings=settings, whole=raw)
+    asked: dict[str, Any] = {"length": length, "factor": factor, "method": method, "settings": settings, "held": held}
+    extension, fields = plan(raw, **asked), extend_fields(checkpoint.config, whole=raw, **asked)
     require_clean(lint(fields, loaded), str(out))
     extension = replace(extension, notes=(*_filled_in(checkpoint.config, fields), *extension.notes))
     for name in SIDE_FILES:

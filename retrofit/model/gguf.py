@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.full import machine_error
 from retrofit.checkpoint.provenance import sha256
+from retrofit.checkpoint.side_files import TOKENIZER, portable_tokenizer, write_tokenizer
 from retrofit.checkpoint.staging import require_free_space
 from retrofit.errors import UserError
 from retrofit.escape import code_span, shown
+from retrofit.files import read_json
 from retrofit.model.cache import cache_dir, cached, sound
 from retrofit.model.families import stock_class
 from retrofit.model.gguf_file import (
@@ -225,12 +227,9 @@ def _split_text_as_stated(header: GgufFile, tokenizer: Any) -> None:
 
 def _tidy_tokenizer_config(folder: Path) -> None:
     """Drop what only says how it was loaded, and name the class that every version of transformers knows."""
-    path = folder / "tokenizer_config.json"
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = read_json(folder / TOKENIZER)
     kept = {key: value for key, value in stored.items() if key not in ("backend", "is_local", "local_files_only")}
-    if kept.get("tokenizer_class") == "TokenizersBackend":
-        kept["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_tokenizer(folder, portable_tokenizer(kept))
 
 
 def _write_card(header: GgufFile, folder: Path) -> None:

@@ -47,6 +47,8 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 """
 
 
+TRANSFORMERS = "5.9"
+"""The oldest release of transformers 5 that loads all that is written: before it, YaRN on Gemma 3 is a KeyError."""
 PROMPT = "The most useful thing about a list in Python is"
 MESSAGES = ({"role": "user", "content": "What is a list in Python?"},)
 TOKEN_TYPES = "token_type_ids"

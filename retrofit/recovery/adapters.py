@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from retrofit.checkpoint.rewrite import Rewritten, rewrite
 from retrofit.checkpoint.side_files import copy_side_files
+from retrofit.context.names import portable
 from retrofit.errors import UserError
 from retrofit.model.completeness import leftovers, tied_copy
 from retrofit.model.families.experts import EXPERTS
@@ -169,7 +170,8 @@ def merge_and_save(
     """Write the checkpoint `source` with the trained weights merged into the existing folder `out`.
 
     W + s B A is formed in float32 and rounded once to the stored dtype, tensor by tensor from the files; tensors
-    without an adapter are copied as bytes. Names, dtypes, configuration and tokenizer are the source's.
+    without an adapter are copied as bytes. Names, dtypes, configuration and tokenizer are the source's, the last two
+    under the names that other releases and engines look for as well.
     """
     folder = opened(source)
     checkpoint = folder.checkpoint
@@ -187,7 +189,7 @@ def merge_and_save(
         checkpoint,
         out,
         {**dict.fromkeys(changes, rule), **dict.fromkeys(leftovers(checkpoint, str(checkpoint.config["model_type"])))},
-        config=checkpoint.config,
+        config=portable(checkpoint.config),
         max_shard_size=max_shard_size,
         progress=progress,
     )

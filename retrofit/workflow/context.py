@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrofit.checkpoint.extensions import held_scale
 from retrofit.errors import UserError
 from retrofit.kernels.placement import zigzag
 from retrofit.kernels.registry import KernelChoice, choose, split_kernel
@@ -69,6 +72,11 @@ class ModelContext:
     def original_model(self) -> ModelFolder:
         """The folder of the model before the surgery."""
         return self.original_source.model
+
+    def held_scale(self, folder: Path) -> float:
+        """What earlier extensions multiplied the queries in `folder` with. The record of a run's own folders begins at
+        the run's original, which may have been extended before."""
+        return math.prod(held_scale(one) for one in {folder, self.original_model.path})
 
     @property
     def config(self) -> Any:

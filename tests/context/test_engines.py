@@ -12,10 +12,9 @@ from retrofit.context import rope
 from retrofit.context.engines import Reading, differences, readings
 from retrofit.context.fields import as_dict
 from retrofit.context.lint import lint
-from tests.context.test_lint import GEMMA, LINEAR, LLAMA3, LONGROPE, NESTED, YARN, raw
+from tests.context.test_lint import GEMMA, LINEAR, LLAMA3, LONGROPE, NESTED, TOP, YARN, raw
 from tests.tiny import FAMILIES, tiny_config
 
-TOP = {"original_max_position_embeddings": 512}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 TWO_LISTS = {**LONGROPE, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
 

@@ -6,8 +6,11 @@ import json
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
+from retrofit.context import rope
 from retrofit.context.lint import lint, lint_folder, require_clean
+from retrofit.context.names import portable
 from retrofit.errors import UserError
 from tests.tiny import FAMILIES, save_tiny, tiny_config
 
@@ -21,6 +24,7 @@ LONGROPE = {
     "short_factor": [2.0] * 8,
     "long_factor": [2.0] * 8,
 }
+TOP = {"original_max_position_embeddings": 512}
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
 
 
@@ -54,6 +58,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("names-conflict", "error", raw(YARN, rope_scaling={**YARN, "rope_type": "linear"})),
     ("legacy-type", "warning", raw(rope_scaling={**without(YARN, "rope_type"), "type": "yarn"})),
     ("unknown-type", "error", raw({**YARN, "rope_type": "yarm"})),
+    ("other-keys", "warning", raw(rope_scaling=LINEAR, model_type="olmo2")),
+    ("other-keys", "warning", raw(rope_scaling={**LONGROPE, "type": "longrope"}, model_type="phi3", **TOP)),
     ("phi3-type", "error", raw(YARN, model_type="phi3", original_max_position_embeddings=512)),
     ("missing-key", "error", raw(without(YARN, "factor"))),
     ("missing-key", "error", raw(without(LLAMA3, "low_freq_factor"))),
@@ -113,6 +119,24 @@ def test_every_family_as_stock_transformers_saves_it_is_clean(tmp_path, family: 
     assert lint(tiny_config(family)) == []
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "olmo2", "qwen3_moe", "gemma3_text"])
+@pytest.mark.parametrize("method", ["linear", "ntk"])
+def test_a_folder_that_transformers_5_saved_has_lost_the_older_names(tmp_path, family: str, method: str) -> None:
+    config = rope.extend(tiny_config(family), factor=4, method=method)
+    (tmp_path / "config.json").write_text(json.dumps(portable(config)))
+    ours = [one.rule for one in lint_folder(tmp_path)]
+    assert "older-names" not in ours
+    assert "legacy-type" not in ours
+    assert "other-keys" not in ours
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    found = [one for one in lint_folder(tmp_path) if one.rule == "older-names"]
+    assert [one.severity for one in found] == ["warning"]
+    names = ("rope_theta", "rope_scaling") if method == "linear" else ("rope_theta",)
+    assert all(name in found[0].what for name in (*names, *(["num_experts"] if family == "qwen3_moe" else [])))
+    (tmp_path / "config.json").write_text(json.dumps(portable(json.loads((tmp_path / "config.json").read_text()))))
+    assert [one.rule for one in lint_folder(tmp_path)] == ours
+
+
 def test_assigning_rope_scaling_loses_theta() -> None:
     config = tiny_config("llama", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     assert lint(config) == []
@@ -149,7 +173,7 @@ def test_errors_come_first() -> None:
 
 
 def test_tokenizer_limit_below_the_window(tmp_path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(raw(YARN)))
+    (tmp_path / "config.json").write_text(json.dumps(portable(raw(YARN))))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 512}))
     assert [one.rule for one in lint_folder(tmp_path)] == ["tokenizer-limit"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 2048}))
@@ -157,7 +181,7 @@ def test_tokenizer_limit_below_the_window(tmp_path) -> None:
 
 
 def test_generation_limit_left_at_the_original_window(tmp_path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(raw(YARN)))
+    (tmp_path / "config.json").write_text(json.dumps(portable(raw(YARN))))
     for limit, rules in ((512, ["generation-limit"]), (2048, []), (20, [])):
         (tmp_path / "generation_config.json").write_text(json.dumps({"max_length": limit}))
         assert [one.rule for one in lint_folder(tmp_path)] == rules

@@ -95,7 +95,7 @@ def by_hand(method: str, theta: float, dim: int, s: float, length: int) -> tuple
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt_bigcode"])
 def test_model_computes_the_formula(family: str, method: str) -> None:
     before = tiny_config(family, **ONE_ENCODING.get(family, {}))
-    after = rope.extend(before, factor=FACTOR, **options(method, rotary_pairs(before)))
+    after, done = rope.extend_and_plan(before, factor=FACTOR, **options(method, rotary_pairs(before)))
     assert after.max_position_embeddings == 4 * WINDOW
     assert type(after.max_position_embeddings) is int
     assert before.max_position_embeddings == WINDOW
@@ -106,11 +106,12 @@ def test_model_computes_the_formula(family: str, method: str) -> None:
     wanted, scale = by_hand(method, old["rope_theta"], dim, FACTOR, WINDOW)
     reference, reference_scale = rope.frequencies(after, layer_type)
     np.testing.assert_allclose(reference, wanted, rtol=1e-9)
-    assert reference_scale == pytest.approx(scale)
+    assert reference_scale * math.sqrt(done.query_scale) == pytest.approx(scale)
+    assert (done.query_scale != 1) == (family == "phi3" and method in ("linear", "yarn", "llama3"))
     model = tiny_model_from(after)
     got, got_scale = computed(model, layer_type)
     np.testing.assert_allclose(got, wanted, rtol=2e-6)
-    assert got_scale == pytest.approx(scale)
+    assert got_scale == pytest.approx(reference_scale)
     assert (method == "none") == np.allclose(wanted, plain(old["rope_theta"], dim), rtol=1e-3)
     assert not [one for one in rope.lint(after) if one.severity == "error"]
     assert not varying(after)
@@ -207,17 +208,34 @@ def test_composition_equals_one_extension(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["linear", "yarn", "llama3"])
 def test_phi3_is_extended_further_by_the_method_that_its_lists_were_written_for(method: str) -> None:
-    half = rope.extend(tiny_config("phi3"), factor=2, method=method)
-    once, twice = (rope.extend(config, length=4096, method=method) for config in (tiny_config("phi3"), half))
+    half, first = rope.extend_and_plan(tiny_config("phi3"), factor=2, method=method)
+    held = first.query_scale
+    once, at_once = rope.extend_and_plan(tiny_config("phi3"), length=4096, method=method)
+    twice, again = rope.extend_and_plan(half, length=4096, method=method, held=held)
     np.testing.assert_allclose(rope.frequencies(twice)[0], rope.frequencies(once)[0], rtol=1e-9)
     assert rope.frequencies(twice)[1] == pytest.approx(rope.frequencies(once)[1])
+    assert held * again.query_scale == pytest.approx(at_once.query_scale)
+    assert (again.factor, again.original) == (8.0, 512)
     other = "yarn" if method != "yarn" else "linear"
     with pytest.raises(UserError, match=f"already extended by `{method}`"):
-        rope.plan(half, factor=2, method=other)
+        rope.plan(half, factor=2, method=other, held=held)
+    with pytest.raises(UserError, match="already extended by `longrope`"):  # what the queries hold is not known
+        rope.plan(half, factor=2, method=method)
     half.rope_parameters["short_factor"] = half.rope_parameters["long_factor"] = [1.5] * 7 + [4.0]
     with pytest.raises(UserError, match="already extended by `longrope`") as caught:
-        rope.plan(half, factor=2, method=method)
+        rope.plan(half, factor=2, method=method, held=held)
     assert "longrope` with both lists" in caught.value.fix
+
+
+def test_phi3_whose_configuration_holds_the_attention_factor_is_extended_further() -> None:
+    """As earlier releases of this program wrote it: for transformers 5 alone."""
+    half = rope.extend(tiny_config("phi3"), factor=2, method="yarn", settings=RopeSettings(scale=4.0))
+    half.rope_parameters |= {"factor": 4.0, "attention_factor": 0.1 * math.log(4) + 1}
+    after, done = rope.extend_and_plan(half, length=4096, method="yarn")
+    assert done.factor == 8.0
+    assert rope.frequencies(after)[1] * math.sqrt(done.query_scale) == pytest.approx(0.1 * math.log(8) + 1)
+    assert "rope_scaling" not in rope.portable(half)  # its keys cannot say that
+    assert rope.portable(after)["rope_scaling"].keys() == {"type", "short_factor", "long_factor"}
 
 
 @pytest.mark.parametrize(("length", "factor"), [(65536, 2.0), (131072, 4.0), (262144, 8.0)])
@@ -304,7 +322,7 @@ def test_saved_folder_loads_the_same_frequencies(tmp_path, family: str, method: 
     raw = json.loads((out / "config.json").read_text())
     fresh = AutoConfig.from_pretrained(out)
     wanted, scale = rope.frequencies(rope.extend(tiny_config(family), length=1536, **asked), layer_type)
-    for source_of_truth in (raw, fresh, old_names_only(raw) if family != "phi3" or method in ("ntk", "none") else raw):
+    for source_of_truth in (raw, fresh, old_names_only(raw)):
         got, got_scale = rope.frequencies(source_of_truth, layer_type)
         np.testing.assert_allclose(got, wanted, rtol=1e-12)
         assert got_scale == pytest.approx(scale)
@@ -317,7 +335,8 @@ def test_saved_folder_loads_the_same_frequencies(tmp_path, family: str, method: 
     assert not [one for one in rope.lint_folder(out) if one.severity == "error"]
     assert json.loads((out / "tokenizer_config.json").read_text())["model_max_length"] == 1536
     weights = out / "model.safetensors"
-    assert weights.read_bytes() == (source / "model.safetensors").read_bytes()
+    same = weights.read_bytes() == (source / "model.safetensors").read_bytes()
+    assert same == (done.query_scale == 1)
     assert not weights.samefile(source / "model.safetensors")
 
 

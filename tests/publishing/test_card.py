@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -13,7 +14,14 @@ from retrofit.errors import UserError
 from retrofit.evaluation.tasks.answers import TaskChange, TaskScore
 from retrofit.publishing.card import render_card
 from retrofit.publishing.card_input import CardModel, require_usable_identity
-from retrofit.publishing.snippet import front_matter, load_snippet, placeholders, shows_snippet, with_model_id
+from retrofit.publishing.snippet import (
+    TRANSFORMERS,
+    front_matter,
+    load_snippet,
+    placeholders,
+    shows_snippet,
+    with_model_id,
+)
 from retrofit.recipe.schema import RopeMethod
 from tests.publishing.cards import card_input, row, rows
 from tests.report.made_up import effective, task_changes, tasks
@@ -242,6 +250,12 @@ def test_all_unknown_values_are_named_at_once() -> None:
 
 def test_the_versions_are_a_sentence() -> None:
     assert "With python 3.11.7, transformers 5.23.0.\n" in render_card(card_input())
+
+
+def test_the_oldest_release_that_a_card_names_is_the_one_that_is_installed_with() -> None:
+    assert f"Stock `transformers` {TRANSFORMERS} or newer is enough" in render_card(card_input())
+    pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    assert f'"transformers>={TRANSFORMERS}"' in pyproject.read_text(encoding="utf-8")
 
 
 def test_early_check() -> None:

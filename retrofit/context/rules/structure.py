@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from retrofit.checkpoint.config import is_number
 from retrofit.context.fields import LAYER_TYPES, is_nested, rotary_dim
+from retrofit.context.names import EXACT
 from retrofit.context.rules.facts import LISTS, Facts, Finding, kind_of, quoted
 from retrofit.escape import shown
 
@@ -93,7 +94,7 @@ def _types(facts: Facts) -> Iterator[Finding]:
         if older is not None and view.parameters.get("rope_type") not in (None, older):
             what = f"the rope type is `{kind}` for transformers 5, and `{shown(older, 60)}` under the old key `type`"
             yield Finding("error", view.where, what, 'keep one of them, as "rope_type"', "type-conflict")
-        elif older is not None:
+        elif older is not None and not _said_anew(facts, kind):
             what = f"the rope type stands under the old key `type` ({kind}): some readers look for `rope_type` only"
             yield Finding("warning", view.where, what, f'write "rope_type": "{kind}"', "legacy-type")
         if facts.raw.get("model_type") == "phi3" and kind not in ("default", "longrope", "su"):
@@ -102,6 +103,24 @@ def _types(facts: Facts) -> Iterator[Finding]:
         if kind_of(facts, view) not in REQUIRED:
             what = f"unknown rope_type `{shown(kind, 60)}`: transformers fails or ignores it"
             yield Finding("error", view.where, what, f"use one of {', '.join(REQUIRED)}", "unknown-type")
+
+
+def _said_anew(facts: Facts, kind: str) -> bool:
+    """Whether `rope_parameters` names the type as well, for readers that look for `rope_type` only."""
+    parameters = facts.raw.get("rope_parameters")
+    return isinstance(parameters, Mapping) and parameters.get("rope_type") == kind
+
+
+def _exact(facts: Facts) -> Iterator[Finding]:
+    """Some classes of transformers 4 refuse a `rope_scaling` with any other key, or without the old `type`."""
+    family, scaling = str(facts.raw.get("model_type")), facts.raw.get("rope_scaling")
+    if not isinstance(scaling, Mapping):
+        return
+    kind = str(scaling.get("rope_type") or scaling.get("type"))
+    wanted = {"type", *EXACT.get((family, kind), ())}
+    if len(wanted) > 1 and wanted != set(scaling):
+        what = f"transformers 4 refuses any other keys than {', '.join(sorted(wanted))} for {kind} on {family}"
+        yield Finding("warning", "rope_scaling", what, "leave the others out: rope_parameters hold them", "other-keys")
 
 
 def _keys(facts: Facts) -> Iterator[Finding]:
@@ -169,6 +188,7 @@ RULES: tuple[Callable[[Facts], Iterable[Finding]], ...] = (
     _partial,
     _names_agree,
     _types,
+    _exact,
     _keys,
     _layers,
     _lists,

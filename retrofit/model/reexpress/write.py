@@ -20,7 +20,13 @@ from retrofit.checkpoint.cast import narrowed
 from retrofit.checkpoint.heap import give_back
 from retrofit.checkpoint.provenance import sha256
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.checkpoint.side_files import copy_side_files, side_files
+from retrofit.checkpoint.side_files import (
+    TOKENIZER,
+    copy_side_files,
+    portable_tokenizer,
+    side_files,
+    write_tokenizer,
+)
 from retrofit.checkpoint.staging import require_free_space
 from retrofit.checkpoint.write import KEPT, ShardWriter, going_on, held, write_config
 from retrofit.errors import UserError
@@ -32,7 +38,7 @@ from retrofit.model.reexpress.base import Made, Reexpression
 if TYPE_CHECKING:
     from retrofit.console import Progress
 
-FORMAT = 1
+FORMAT = 2
 """Of what `write` writes: raised when the same source would give other bytes."""
 
 GIVE_BACK_BYTES = 16 << 20
@@ -211,12 +217,8 @@ def _keep_tokenizer_class(source: Path, out: Path) -> None:
     """Name the tokenizer's class in tokenizer_config.json: without it, it follows from the model type, now another."""
     if not any((out / name).is_file() for name in _TOKENIZERS):
         return
-    path = out / "tokenizer_config.json"
-    fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    name = type(load_tokenizer(source)).__name__
-    if name == "TokenizersBackend":
-        name = "PreTrainedTokenizerFast"  # the name that older releases and other engines know
-    if fields.get("tokenizer_class") in (name, f"{name}Fast"):
-        return
-    fields["tokenizer_class"] = name
-    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    path = out / TOKENIZER
+    fields = read_json(path) if path.is_file() else {}
+    known = portable_tokenizer({**fields, "tokenizer_class": type(load_tokenizer(source)).__name__})
+    if fields.get("tokenizer_class") not in (known["tokenizer_class"], f"{known['tokenizer_class']}Fast"):
+        write_tokenizer(out, dict(sorted(known.items())))

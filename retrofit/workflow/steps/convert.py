@@ -250,7 +250,7 @@ class Convert(Step):
                 max_shard_size=shard_size(self.recipe),
                 work=place.work,
                 moments=place.moments,
-                read_with=self._read_with(source.config),
+                read_with=self._read_with(source.config, context.held_scale(source.path)),
                 world=world,
                 progress=context.progress,
             )
@@ -260,8 +260,11 @@ class Convert(Step):
         context.note(*report.notes)
         return report
 
-    def _read_with(self, config: PretrainedConfig) -> PretrainedConfig | None:
-        """The configuration that the merged keys will be rotated by, where the recipe extends the window next."""
+    def _read_with(self, config: PretrainedConfig, held: float) -> PretrainedConfig | None:
+        """The configuration that the merged keys will be rotated by, where the recipe extends the window next.
+
+        held: what earlier extensions multiplied the queries with.
+        """
         extension = self.recipe.context
         if extension is None or not self._reads_extension:
             return None
@@ -273,6 +276,7 @@ class Convert(Step):
             factor=extension.factor,
             method=str(extension.method),
             settings=extension.settings,
+            held=held,
         )
 
     def unkept(self) -> tuple[str, ...]:

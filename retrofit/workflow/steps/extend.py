@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from retrofit.checkpoint.extensions import held_scale
-from retrofit.context.methods import Extension
+from retrofit.context.extension import Extension
+from retrofit.context.longrope import folds
 from retrofit.context.search.candidates import NEAR, TAIL, candidates, rungs
 from retrofit.data.identity import identity
 from retrofit.recipe.schema import Context, Recipe, TextSource
@@ -36,7 +35,7 @@ class Extend(Step):
     """Write the newest checkpoint with a longer window; a search resumes after its last own trial after a kill."""
 
     name = "extend"
-    version = "3"
+    version = "4"
     learns = True
     section: Context
 
@@ -61,13 +60,15 @@ class Extend(Step):
         from retrofit.model.side_files import side_file
 
         section, method = self.section, str(self.section.method)
+        held = context.held_scale(context.model.path)
         for name in rope.SIDE_FILES:
             side_file(context.model.path, name)
         if section.searches:
             rungs(context.claimed, section.searches.tokens_for(context.claimed))
             portable = section.searches.portable
-            method = candidates(context.config, length=context.claimed, count=1, portable=portable)[0].method
-        encoded, planned = rope.extend_and_plan(context.config, method=method, **self._target())
+            first = candidates(context.config, length=context.claimed, count=1, portable=portable, held=held)
+            method = first[0].method
+        encoded, planned = rope.extend_and_plan(context.config, method=method, held=held, **self._target())
         require_clean(rope.lint(encoded), "context")
         return () if section.searches else planned.notes
 
@@ -92,11 +93,12 @@ class Extend(Step):
             table = model.value_bytes * model.claimed * spec.hidden_size
             return Cost(self.name, f"{does}; the position table is interpolated", BASE_BYTES, disk + table, 2)
         search = section.searches
-        if search is None and section.attention_factor is None:
+        wanted = section.attention_factor
+        if search is None and wanted is None and not folds(spec.family, str(section.method)):
             seconds = 1.0 + model.disk_seconds(2)
             return Cost(self.name, f"{does}; only config.json changes", BASE_BYTES, disk, seconds)
         if search is None:
-            does += f"; the weights of the queries hold the attention factor {section.attention_factor:g}"
+            does += f"; the weights of the queries hold the attention factor{'' if wanted is None else f' {wanted:g}'}"
             return Cost(self.name, does, BASE_BYTES, disk, 2)
         plan = rungs(model.claimed, search.tokens_for(model.claimed))
         usual = GPU_CHUNK if model.throughput.launch_seconds else CHUNK
@@ -143,8 +145,7 @@ class Extend(Step):
 
         source, found = inputs.current.model, None
         method, settings = str(self.section.method), self.section.settings
-        # The record of a run's own folders begins at the run's original, which may have been extended before.
-        held = math.prod(held_scale(folder) for folder in {source.path, context.original_model.path})
+        held = context.held_scale(source.path)
         if self.section.searches:
             found = self._search(context, inputs, place, held)
             method, settings = found.method, found.settings

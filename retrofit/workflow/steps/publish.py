@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +54,7 @@ class Publish(Step):
     """Write `final/` of a run whose requirements are met."""
 
     name = "publish"
-    version = "2"
+    version = "3"
     gated = True
     section: Section
 
@@ -85,6 +84,7 @@ class Publish(Step):
                 factor=extension.factor,
                 method=str(extension.method),
                 settings=extension.settings,
+                held=context.held_scale(context.model.path),
             )
         varies = varying(encoded.get_text_config())
         if varies and min(recipe.evaluate.lengths) > varies[1]:
@@ -161,17 +161,18 @@ class Publish(Step):
 def copy_checkpoint(source: ModelFolder, folder: Path, max_shard_size: str, *, link: bool) -> None:
     """The checkpoint in another folder, larger files cut. link: hard links where the disk allows them."""
     from retrofit.checkpoint.rewrite import rewrite
-    from retrofit.checkpoint.write import parse_size
+    from retrofit.checkpoint.write import parse_size, write_config
+    from retrofit.context.names import portable
 
     checkpoint = source.checkpoint
-    shutil.copyfile(source.path / "config.json", folder / "config.json")
+    config = write_config(folder, portable(checkpoint.config))
     copy_side_files(source.path, folder)
     limit = parse_size(max_shard_size)
     if (
         any((source.path / shard).stat().st_size > limit + (1 << 20) for shard in checkpoint.shards)
         and len(checkpoint.names) > 1
     ):
-        rewrite(checkpoint, folder, {}, config=checkpoint.config, max_shard_size=max_shard_size)
+        rewrite(checkpoint, folder, {}, config=config, max_shard_size=max_shard_size)
         return
     for name in checkpoint.files.names:
         copy_file(source.path / name, folder / name, link=link)
