@@ -25,6 +25,10 @@ from retrofit.workflow.estimate.several_gpus import SeveralGpus, several_gpus, s
 from retrofit.workflow.steps import steps_of
 
 
+ORIGINAL = "original"
+"""The label of the model before the surgery."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """A whole run before it happens. KV bytes are per token in the source's dtype, sliding windows ignored.
@@ -71,8 +75,10 @@ class Plan:
             return None
         if task:
             return cost.task_seconds.get(task)
-        each = cost.piece_seconds + sum(cost.task_seconds.values())
-        return cost.piece_seconds if piece else cost.seconds - cost.pieces * each
+        if piece:
+            return cost.piece_seconds[0 if piece == ORIGINAL else -1]
+        asked = len(cost.piece_seconds) * sum(cost.task_seconds.values())
+        return cost.seconds - sum(cost.piece_seconds) - asked
 
     @property
     def lacking(self) -> dict[str, str]:

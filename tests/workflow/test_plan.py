@@ -78,6 +78,18 @@ def test_running_is_priced_at_each_length_up_to_the_window() -> None:
     assert beyond == pytest.approx(seconds("evaluate.cost_lengths=[16384]")), "cut to the window the recipe makes"
 
 
+def test_the_original_is_priced_at_the_lengths_that_it_is_asked() -> None:
+    def seconds(lengths: str, piece: str) -> float:
+        tests = [f"evaluate.needle.lengths={lengths}", f"evaluate.ruler.lengths={lengths}"]
+        found = make_plan(load_recipe("quickstart", tests), FACTS, SPEED).seconds_of(f"evaluate:{piece}")
+        assert found is not None
+        return found
+
+    assert seconds("[4096,16384]", "original") == seconds("[4096]", "original")
+    assert seconds("[4096,16384]", "recovered") > 4 * seconds("[4096]", "recovered")
+    assert seconds("[4096]", "recovered") == seconds("[4096]", "original")
+
+
 @pytest.mark.parametrize("tokens", ["recover.tokens", "convert.calibration.tokens"])
 def test_twice_the_tokens_take_twice_the_time(tokens: str) -> None:
     def step_of(count: int) -> float:

@@ -84,7 +84,7 @@ class TaskSize:
 class Cost:
     """One step: what it does, the most memory and disk it needs (bytes), and its seconds in all.
 
-    pieces: parts that the journal keeps for themselves (the models that are scored), piece_seconds: of each.
+    piece_seconds: of each part that the journal keeps for itself (the models that are scored, the original first).
     task_seconds: of each task that every one of these models is asked, kept for itself too.
     """
 
@@ -93,8 +93,7 @@ class Cost:
     peak_bytes: int
     disk_bytes: int
     seconds: float
-    pieces: int = 0
-    piece_seconds: float = 0.0
+    piece_seconds: tuple[float, ...] = ()
     task_seconds: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from retrofit.evaluation.long_context import further_reading, passes_of, questions_read
 from retrofit.evaluation.running import COST_ROUNDS
+from retrofit.evaluation.tasks.within import within_window
 from retrofit.recipe.schema import Evaluate, Recipe
 from retrofit.system.device import token_bytes
 from retrofit.workflow.estimate.cost import BASE_BYTES, TOKEN_BYTES, Cost, CostModel
@@ -39,12 +40,11 @@ def evaluation_cost(recipe: Recipe, evaluate: Evaluate, model: CostModel) -> Cos
     piece = share * model.seconds(documents * longest, longest, call=chunk)
     further = further_reading(evaluate, native)
     piece += share * sum(model.seconds(documents * tokens, n, call=min(chunk, n)) for tokens, n in further)
-    questions = (needle.samples * needle.depths if needle else 0) + (ruler.samples if ruler else 0)
-    piece += model.dealt(questions) * sum(
-        model.seconds(tokens, n, call=min(chunk, n)) for tokens, n in questions_read(evaluate)
-    )
     piece += PROMPTS_CONTINUED * evaluate.continuation_tokens * model.decode_seconds(0)
     running = MACHINE_SECONDS + sum(model.run_seconds(n, evaluate) for n in costed) if costed else 0.0
+    windows = (model.native, *(model.claimed,) * (models - 1))
+    asked_of = [within_window(evaluate, window) for window in windows] if models > 1 else [evaluate]
+    pieces = tuple(piece + _questions_seconds(section, model, chunk) for section in asked_of)
     turns = 2 * COST_ROUNDS if models > 1 else 1
     lengths = ", ".join(f"{length:,}" for length in evaluate.lengths)
     does = f"{models} models on {documents} documents at {lengths} tokens, one pass each"
@@ -64,6 +64,14 @@ def evaluation_cost(recipe: Recipe, evaluate: Evaluate, model: CostModel) -> Cos
         rows = batch_size * min(longest_bytes // TOKEN_BYTES, native)
         peak = max(peak, loaded + 8 * rows * spec.vocab_size)
     disk = models * documents * longest * 8 * (1 + len(passes_of(evaluate, native)))
-    seconds = models * (piece + sum(task_seconds.values())) + turns * running + PROOF_SECONDS
+    seconds = sum(pieces) + models * sum(task_seconds.values()) + turns * running + PROOF_SECONDS
     seconds += model.sampling_seconds(sampled_in(recipe, "evaluate"))
-    return Cost("evaluate", does, peak, disk, seconds, models, piece, task_seconds)
+    return Cost("evaluate", does, peak, disk, seconds, pieces, task_seconds)
+
+
+def _questions_seconds(section: Evaluate, model: CostModel, chunk: int) -> float:
+    """Of the needle and RULER tests that one model is asked."""
+    needle, ruler = section.needle, section.ruler
+    texts = (needle.samples * needle.depths if needle else 0) + (ruler.samples if ruler else 0)
+    read = (model.seconds(tokens, n, call=min(chunk, n)) for tokens, n in questions_read(section))
+    return model.dealt(texts) * sum(read)
