@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -85,6 +85,40 @@ def interval(value: float | None, low: float | None, high: float | None) -> str:
     if value is None or low is None or high is None:
         return number(value)
     return f"{number(value)} [{number(low)}, {number(high)}]"
+
+
+UNSEEN = "unseen"
+
+
+def read_in(seen: Mapping[str, Sequence[str]], kind: str) -> str:
+    """What text of a kind was read for: "calibration, training", or "unseen"; of kinds together, which `seen` does not
+    name, a dash."""
+    return NONE if kind not in seen else ", ".join(seen[kind]) or UNSEEN
+
+
+def kind(name: str, seen: Mapping[str, Sequence[str]], known_as: str = "") -> str:
+    """A kind of text with its mark: "book.txt (unseen)", "python-docs (read in calibration, training)". known_as: what
+    a reader calls it."""
+    mark, shown = read_in(seen, name), known_as or name
+    return shown if mark == NONE else f"{shown} ({mark if mark == UNSEEN else f'read in {mark}'})"
+
+
+def none_unseen(seen: Mapping[str, Sequence[str]]) -> str:
+    """A sentence that no measured kind of text is unseen; empty where one is, and where no step read any text."""
+    if not seen or not all(seen.values()):
+        return ""
+    steps = " and ".join(dict.fromkeys(purpose for purposes in seen.values() for purpose in purposes))
+    return (
+        f"No kind of text that was measured is unseen: {steps} read other documents of each, so what is lost on other "
+        "kinds of text is not shown."
+    )
+
+
+def ranks(first: int, last: int | None) -> str:
+    """A band of ranks: 1-10, 101-1,000, above 1,000; all from 1 on."""
+    if last is None:
+        return "all" if first == 1 else f"above {first - 1:,}"
+    return f"{first:,}-{last:,}"
 
 
 def same_losses(reload: Mapping[str, Any]) -> str:

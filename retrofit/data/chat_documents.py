@@ -14,7 +14,7 @@ from retrofit.data.corpora import Text
 from retrofit.data.documents import Document, token_sizes
 from retrofit.data.sources import CHAT, kind_of
 from retrofit.data.texts import measured_side, read_texts, readings_of
-from retrofit.data.unseen import Candidate, choose
+from retrofit.data.unseen import Candidate, Findings, choose
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.model.dialogues import AT_A_TIME
@@ -35,7 +35,7 @@ def chat_documents(
     trained_on: Sequence[TextSource],
     also_read: Sequence[TextSource] = (),
     read_chars: int | None = None,
-    notes: list[str],
+    findings: Findings,
 ) -> list[Document]:
     """Dialogues of about `tokens` tokens a source, none of them trained on, all of the kind `chat`.
 
@@ -75,16 +75,16 @@ def chat_documents(
                 where=f"text source `{shown(source.source)}`",
                 fix="measure on dialogues that are not trained on, or give longer `evaluate.lengths`",
             )
-        notes += found.notes(kind_of(source.source))
+        findings.add(CHAT, found, kind_of(source.source))
         if silent[index]:
-            notes.append(
+            findings.notes.append(
                 f"`{kind}`: left out, as nothing is scored within the first {min(lengths):,} tokens: "
                 f"{dialogues(silent[index])}"
             )
         documents += [_document(text, known[index, text.name], tokenizer, max(lengths)) for text in found.documents]
     read = sum(len(one.input_ids) for one in documents)
     scored = sum(int(one.scored.sum()) for one in documents if one.scored is not None)
-    notes.append(
+    findings.notes.append(
         f"`{CHAT}`: {dialogues(len(documents))} of {read:,} tokens, each read by itself; {scored:,} tokens are scored"
     )
     return documents

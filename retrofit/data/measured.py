@@ -16,6 +16,7 @@ from retrofit.data.packing import spelled_tokens
 from retrofit.data.samples import Teacher
 from retrofit.data.sources import HUB, OURS, holds_dialogues, place_of
 from retrofit.data.texts import check_sources, evaluation_texts
+from retrofit.data.unseen import Findings
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.files import local_path
@@ -28,13 +29,11 @@ if TYPE_CHECKING:
 
 def read_before(sources: Sequence[TextSource], folder: Path) -> dict[TextSource, str]:
     """Those of `sources` that steps recorded in `folder` calibrated or trained on, each with a note on that."""
-    if not (folder / FILE).is_file():
-        return {}
     found: dict[TextSource, str] = {}
     for source in sources:
         if source.source in OURS:  # only their held-out side is ever measured
             continue
-        steps = [f"`{step['step']}`" for step in _steps(folder) if _reads(step.get("config") or {}, source)]
+        steps = [f"`{step['step']}`" for step in recorded_steps(folder) if _reads(step.get("config") or {}, source)]
         if steps:
             by = " and ".join(dict.fromkeys(steps))
             name = source.source if source.source.startswith(HUB) else Path(source.source).name
@@ -49,8 +48,9 @@ def _is_at(name: str, place: Path) -> bool:
         return False
 
 
-def _steps(folder: Path) -> list[Mapping[str, Any]]:
-    return read_provenance(folder).get("steps") or []
+def recorded_steps(folder: Path) -> list[Mapping[str, Any]]:
+    """The steps that made a checkpoint, as its record has them; none where it has no record."""
+    return (read_provenance(folder).get("steps") or []) if (folder / FILE).is_file() else []
 
 
 def _reads(config: Mapping[str, Any], source: TextSource) -> bool:
@@ -64,10 +64,8 @@ def _reads(config: Mapping[str, Any], source: TextSource) -> bool:
 
 def recorded_text(folder: Path) -> tuple[TextSource, ...]:
     """Text that steps recorded in `folder` read and that is there to be read again, so that copies of it are known."""
-    if not (folder / FILE).is_file():
-        return ()
     found: list[TextSource] = []
-    for step in _steps(folder):
+    for step in recorded_steps(folder):
         for text in _recorded(step.get("config") or {}):
             source = TextSource.model_validate(text)
             if source.source in BUILT_IN or _readable(source):
@@ -114,16 +112,16 @@ def scored_documents(
     read_chars: int | None = None,
     lengths: Sequence[int] = (),
     loss_on: LossOn = "assistant",
-    notes: list[str] | None = None,
+    findings: Findings | None = None,
 ) -> list[Document]:
     """`count` documents a source, each cut to `length` tokens, none of them trained on, as `evaluation_texts` has it;
     of a source of dialogues as many as have about as many tokens (`chat_documents`), after the texts.
 
     lengths: of the contexts that are asked for, by default `length`. loss_on: the tokens of dialogues that are scored.
-    notes: gets what a person should know of what was left out.
+    findings: gets what was found of copies that were left out.
     Raises UserError when a source has no document of that length.
     """
-    found: list[str] = []
+    found = findings or Findings()
     spoken = [source for source in sources if holds_dialogues(source)]
     texts = evaluation_texts(
         [source for source in sources if source not in spoken],
@@ -134,10 +132,10 @@ def scored_documents(
         also_read=also_read,
         teacher=teacher,
         read_chars=read_chars,
-        notes=found,
+        findings=found,
     )
     for kind in dict.fromkeys(kind for _, kind, _ in texts):
-        found += spelled_tokens(kind, (text for _, own, text in texts if own == kind), tokenizer)
+        found.notes += spelled_tokens(kind, (text for _, own, text in texts if own == kind), tokenizer)
     dialogues = []
     if spoken:
         lengths = lengths or [length]
@@ -150,9 +148,7 @@ def scored_documents(
             trained_on=trained_on,
             also_read=also_read,
             read_chars=read_chars,
-            notes=found,
+            findings=found,
         )
-    if notes is not None:
-        notes += found
     documents = make_documents(texts, tokenizer, length=length, count=count) if texts or not spoken else []
     return [*documents, *dialogues]

@@ -20,8 +20,20 @@ from retrofit.data.corpora import BUILT_IN, Split, Text, built_in_texts
 from retrofit.data.folders import walk
 from retrofit.data.overlap import NEAR
 from retrofit.data.samples import OwnSamples, Teacher
-from retrofit.data.sources import HUB, MADE, OURS, OWN_SAMPLES, SYNTHETIC, Row, kind_of, place_of, rows, side
-from retrofit.data.unseen import Candidate, Chosen, Reading, choose, found_in, without_repeats
+from retrofit.data.sources import (
+    HUB,
+    MADE,
+    OURS,
+    OWN_SAMPLES,
+    SYNTHETIC,
+    Row,
+    holds_dialogues,
+    kind_of,
+    place_of,
+    rows,
+    side,
+)
+from retrofit.data.unseen import Candidate, Chosen, Findings, Reading, choose, found_in, without_repeats
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.files import local_path
@@ -57,6 +69,7 @@ def check_sources(sources: Iterable[TextSource], *, teacher: bool = True) -> tup
             next(built_in_texts("python-docs", "train"))
         elif source.source in BUILT_IN or source.source.startswith(HUB):
             next(read_texts(source, split="all"))
+            holds_dialogues(source)  # asked once, and not of the hub after hours of work
         else:
             notes += _check_files(source)
     return tuple(notes)
@@ -181,15 +194,15 @@ def evaluation_texts(
     also_read: Sequence[TextSource] = (),
     teacher: Teacher | None = None,
     read_chars: int | None = None,
-    notes: list[str] | None = None,
+    findings: Findings | None = None,
 ) -> list[tuple[str, str, str]]:
     """Up to `count` documents (name, kind, text) per source, each at least `min_tokens` tokens long, of which so many
     are scored.
 
     Built-in sources give their held-out side; user text its held-out side if it is in `trained_on` as well, else all.
     What stands in the train side of `trained_on` or `also_read`, by its content, is left out, and so are copies of what
-    is measured already. read_chars: as much as training reads of a source at most. notes: gets what a person should
-    know of that.
+    is measured already. read_chars: as much as training reads of a source at most. findings: gets what was found
+    of that.
     Raises UserError if a source has no such document, with the length of its longest, if nothing is left of it, and if
     a file or folder lies inside a folder that is trained on, or around a file that is.
     """
@@ -212,8 +225,8 @@ def evaluation_texts(
     measured = {kind for kind, one in zip(kinds, found, strict=True) if one.documents}
     for index, (source, split, one) in enumerate(zip(sources, splits, found, strict=True)):
         if one.documents or (one.repeated and kinds[index] in measured):  # a source that is named twice
-            if notes is not None:
-                notes += one.notes(kinds[index])
+            if findings is not None:
+                findings.add(kinds[index], one)
             continue
         where = f"text source `{shown(source.source)}`"
         if one.trained:

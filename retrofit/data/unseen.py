@@ -48,6 +48,11 @@ class Chosen:
     repeated: list[tuple[str, str]] = field(default_factory=list)
     partly: list[tuple[str, float, str]] = field(default_factory=list)
 
+    @property
+    def stands_in(self) -> set[str]:
+        """Kinds of read text that hold some of what is, or would be, measured."""
+        return {kind for _, _, kind in (*self.trained, *self.partly)}
+
     def notes(self, kind: str) -> list[str]:
         """What a person should know of it."""
         notes = []
@@ -71,6 +76,21 @@ class Chosen:
         """Which documents were trained on, and where they stand."""
         named = (f"{shown(name, 80)} ({share:.0%} in `{shown(by)}`)" for name, share, by in self.trained[:_NAMED])
         return f"text that was trained or calibrated on holds it: {', '.join(named)}{_more(self.trained)}"
+
+
+@dataclass
+class Findings:
+    """What was found out while documents were chosen. notes: for people. shared: by kind of measured text, the kinds of
+    read text that hold some of it."""
+
+    notes: list[str] = field(default_factory=list)
+    shared: dict[str, set[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, chosen: Chosen, source: str | None = None) -> None:
+        """Of the documents of one kind. source: what people call it, where that is not the kind."""
+        self.notes += chosen.notes(source or kind)
+        if chosen.stands_in:
+            self.shared.setdefault(kind, set()).update(chosen.stands_in)
 
 
 def choose(streams: Sequence[Iterator[Candidate]], counts: Sequence[int], readings: Sequence[Reading]) -> list[Chosen]:

@@ -11,6 +11,7 @@ import numpy as np
 from retrofit.errors import UserError
 from retrofit.evaluation.metrics.bits import ComparedBits, compare_bits
 from retrofit.evaluation.metrics.bootstrap import ratio_interval
+from retrofit.evaluation.metrics.frequency import FrequencyBand, by_frequency, shared_length
 from retrofit.evaluation.metrics.perplexity import ALL, bits_per_byte, perplexity
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.evaluation.tasks.answers import TaskAnswers, TaskChange, changes
@@ -46,17 +47,20 @@ class Compared:
 class Comparison:
     """All rows of a comparison. a, b: what was compared, as people call it.
 
-    rows: perplexities, for one tokenizer. bits: bits per byte on the same bytes, when those were asked for. tasks: of
-    those that both were asked. read: the dtype and kernel that each was read with. notes: what else than the model may
-    make a difference.
+    rows: perplexities, for one tokenizer. bands: the same by token frequency, at the longest of the lengths that both
+    windows hold. bits: bits per byte on the same bytes, when those were asked for. tasks: of those that both were
+    asked. read: the dtype and kernel that each was read with. seen: by kind of text, what each was made on text of it
+    for, as `ModelEvaluation.seen` has it. notes: what else than the model may make a difference.
     """
 
     a: str
     b: str
     rows: tuple[Compared, ...]
+    bands: tuple[FrequencyBand, ...] = ()
     bits: tuple[ComparedBits, ...] = ()
     tasks: tuple[TaskChange, ...] = ()
     read: tuple[str, str] = ("", "")
+    seen: tuple[Mapping[str, tuple[str, ...]], Mapping[str, tuple[str, ...]]] = ({}, {})
     notes: tuple[str, ...] = ()
 
 
@@ -80,6 +84,7 @@ def compare(
     """
     tasks, notes = _tasks(a.answers, b.answers, resamples, seed)
     rows: list[Compared] = []
+    bands: tuple[FrequencyBand, ...] = ()
     compared_bits: tuple[ComparedBits, ...] = ()
     if bits:
         _require_same_texts(a.losses, b.losses, where)
@@ -90,6 +95,11 @@ def compare(
         for kind in (*dict.fromkeys(a.losses.kinds), ALL):
             kind_a, kind_b = (one.losses if kind == ALL else one.losses.of_kind(kind) for one in (a, b))
             rows += [_row(kind_a, kind_b, kind, length, resamples, seed) for length in chosen]
+        shared = shared_length(chosen, (_window(a.losses), _window(b.losses)))
+        if shared is None:
+            notes = (*notes, "not compared by token frequency: no length lies within the windows of both models")
+        else:
+            bands = by_frequency(a.losses, b.losses, shared, resamples=resamples, seed=seed)
     both = [(what, str(a.losses.meta.get(what)), str(b.losses.meta.get(what))) for what in ("dtype", "kernel")]
     rounding = tuple(
         f"a was read with {what} {of_a}, b with {of_b}: part of the difference may be rounding"
@@ -97,7 +107,15 @@ def compare(
         if of_a != of_b
     )
     read_a, read_b = (", ".join(f"{one[0]} {one[i]}" for one in both) for i in (1, 2))
-    return Comparison(a.label, b.label, tuple(rows), compared_bits, tasks, (read_a, read_b), (*rounding, *notes))
+    notes = (*rounding, *notes)
+    seen = (a.losses.seen, b.losses.seen)
+    return Comparison(a.label, b.label, tuple(rows), bands, compared_bits, tasks, (read_a, read_b), seen, notes)
+
+
+def _window(losses: TokenLosses) -> int | None:
+    """Positions of the model; None where they are not recorded."""
+    positions = losses.meta.get("positions")
+    return positions if isinstance(positions, int) else None
 
 
 def _row(a: TokenLosses, b: TokenLosses, kind: str, length: int, resamples: int, seed: int) -> Compared:
@@ -198,12 +216,10 @@ def _require_same(a: TokenLosses, b: TokenLosses, where: str) -> None:
         )
     same_names = (a.documents, a.kinds) == (b.documents, b.kinds)
     cut = min((len(x) for x in (*a.losses, *b.losses)), default=0)
-    same_bytes = same_names and all(
-        (x[:cut] == y[:cut]).all() for x, y in zip(a.token_bytes, b.token_bytes, strict=True)
-    )
-    same_bytes = same_bytes and _same_marks(a, b)
+    same_tokens = same_names and all((x[:cut] == y[:cut]).all() for x, y in zip(a.token_ids, b.token_ids, strict=True))
+    same_tokens = same_tokens and _same_marks(a, b)
     texts = [losses.meta.get("texts_sha256") for losses in (a, b)]
-    if a.meta.get("documents_sha256") != b.meta.get("documents_sha256") and not (same_bytes and texts[0] == texts[1]):
+    if a.meta.get("documents_sha256") != b.meta.get("documents_sha256") and not (same_tokens and texts[0] == texts[1]):
         raise UserError(
             "these losses are of different texts, or of another revision of the same",
             where=where,

@@ -51,6 +51,7 @@ def score_folder(
     native: int | None = None,
     seed: int = 0,
     identity: Mapping[str, str] | None = None,
+    seen: Mapping[str, Sequence[str]] | None = None,
     partial: Path | None = None,
     continuation_tokens: int = 0,
     world: World = ALONE,
@@ -59,7 +60,8 @@ def score_folder(
     """Token losses of a checkpoint folder, and what else the section asks for.
 
     native: the length the original was made for; by default what the folder records. identity: digests of the
-    checkpoint, recorded with the losses. partial: where finished documents are kept until all are.
+    checkpoint, recorded with the losses. seen: by kind of text, what the model was made on text of it for, recorded as
+    well. partial: where finished documents are kept until all are.
     continuation_tokens: to write after a few prompts. world: the processes that make this call; what is read is dealt
     out to them, and all return all of it; the documents themselves are read by groups of `section.sequence_parallel`.
 
@@ -75,7 +77,12 @@ def score_folder(
         progress.note(f"{label}: kernel {reading.name}, {reading.reason}")
         if tokenizer.bos_token_id is None:
             progress.note("this tokenizer has no BOS: the first token of every document is given, not predicted")
-    meta: dict[str, object] = {"model": label, "tokenizer_sha256": tokenizer_digest(tokenizer)}
+    meta: dict[str, object] = {
+        "model": label,
+        "positions": model.spec.max_position_embeddings,
+        "tokenizer_sha256": tokenizer_digest(tokenizer),
+        "seen": {kind: list(purposes) for kind, purposes in (seen or {}).items()},
+    }
     if identity:
         meta["checkpoint"] = dict(identity)
     asked = None if choice.requested == "auto" else choice

@@ -223,7 +223,7 @@ def measure(
     for name, length, texts, moving in definitions_of(section, documents, tokenizer):
         if name == "yarn-truncated":
             found = replace(
-                losses, losses=losses.at(length), token_bytes=tuple(a[: length - 1] for a in losses.token_bytes)
+                losses, losses=losses.at(length), token_bytes=losses.bytes_at(length), token_ids=losses.ids_at(length)
             )
         else:
             found = rescore(f"{name}@{length}", texts, windows=moving)

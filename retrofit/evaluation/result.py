@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from retrofit.evaluation.continuations import Continuation
 from retrofit.evaluation.metrics.context_use import LongContext, restored
 from retrofit.evaluation.metrics.effective import EffectiveLength, ShortContext
+from retrofit.evaluation.metrics.frequency import FrequencyBand
 from retrofit.evaluation.metrics.perplexity import Row
 from retrofit.evaluation.tasks.answers import TaskChange, TaskScore
 
@@ -28,9 +29,11 @@ class ModelEvaluation:
     kv_cache_bytes: of one sequence, by tokens. claimed_length: its positions. cost: of running it; None when it was not
     measured.
     position_losses: (position in tokens, mean loss in nats). long_context: whether the context is used, as far as that
-    was asked for. short_context: what it lost against the original at or below the native length. tasks: scores of the
-    tasks asked, task_changes: against the original, on the same questions. not_asked: by task, questions whose prompt
-    its window does not hold.
+    was asked for. short_context: what it lost against the original at or below the native length. by_frequency: the
+    same by how frequent a token is. seen: by kind of text, what the steps that made the model have read other documents
+    of it for (`calibration`, `search`, `training`), () for an unseen kind; empty where no step read text. tasks: scores
+    of the tasks asked, task_changes: against the original, on the same questions. not_asked: by task, questions whose
+    prompt its window does not hold.
     continuations: what it writes after a few prompts. losses: the file of its token losses.
     """
 
@@ -47,6 +50,8 @@ class ModelEvaluation:
     position_losses: tuple[tuple[float, float], ...] = ()
     long_context: LongContext | None = None
     short_context: tuple[ShortContext, ...] = ()
+    by_frequency: tuple[FrequencyBand, ...] = ()
+    seen: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tasks: tuple[TaskScore, ...] = ()
     task_changes: tuple[TaskChange, ...] = ()
     not_asked: Mapping[str, int] = field(default_factory=dict)
@@ -92,6 +97,8 @@ class EvaluationResult:
             "cost": RunCost | None,
             "position_losses": tuple[tuple[float, float], ...],
             "short_context": tuple[ShortContext, ...],
+            "by_frequency": tuple[FrequencyBand, ...],
+            "seen": dict[str, tuple[str, ...]],
             "tasks": tuple[TaskScore, ...],
             "task_changes": tuple[TaskChange, ...],
             "not_asked": dict[str, int],

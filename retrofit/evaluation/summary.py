@@ -12,6 +12,7 @@ from retrofit.evaluation.folders import run_costs
 from retrofit.evaluation.long_context import NATIVE, conclude
 from retrofit.evaluation.metrics.context_use import LongContext
 from retrofit.evaluation.metrics.effective import short_context
+from retrofit.evaluation.metrics.frequency import FrequencyBand, by_frequency, shared_length
 from retrofit.evaluation.metrics.perplexity import loss_by_position, table
 from retrofit.evaluation.result import ModelEvaluation
 from retrofit.evaluation.scoring.losses import TokenLosses
@@ -55,6 +56,7 @@ def summary(
         folder, changed = folders[label], one is not original
         size = folder.dtype("auto").itemsize
         lengths = (*section.lengths, claimed)
+        windows = tuple(one.spec.max_position_embeddings for one in (next(iter(folders.values())), folder))
         models.append(
             ModelEvaluation(
                 label=label,
@@ -72,6 +74,8 @@ def summary(
                 short_context=tuple(short_context(original.losses, one.losses, section.lengths, native, **how))
                 if changed
                 else (),
+                by_frequency=_by_frequency(original.losses, one.losses, section, windows, how) if changed else (),
+                seen=one.losses.seen,
                 tasks=tuple(row for answers in one.tasks.values() for row in answers.rows()),
                 not_asked={name: answers.not_asked for name, answers in one.tasks.items() if answers.not_asked},
                 continuations=one.continuations,
@@ -83,6 +87,14 @@ def summary(
             )
         )
     return tuple(models)
+
+
+def _by_frequency(
+    before: TokenLosses, after: TokenLosses, section: Evaluate, windows: tuple[int, ...], how: Mapping[str, Any]
+) -> tuple[FrequencyBand, ...]:
+    """At the longest measured length that both windows hold."""
+    length = shared_length(section.lengths, windows)
+    return () if length is None else by_frequency(before, after, length, **how)
 
 
 def conclusion(one: Kept, section: Evaluate, native: int, original: Kept | None, seed: int) -> LongContext:

@@ -22,7 +22,9 @@ from retrofit.publishing.card_input import CardInput, Recovery, require_known
 from retrofit.publishing.card_tables import (
     cache_table,
     certificate_table,
+    frequency_table,
     kinds_of,
+    mark_of,
     name_of,
     quality_table,
     task_table,
@@ -71,7 +73,11 @@ def render_card(card: CardInput) -> str:
         transformers=TRANSFORMERS,
         commands=code_block("\n".join(card.commands), "sh"),
         recipe=code_block(card.recipe_yaml, "yaml"),
-        tables=[(ALL if kind == ALL else name_of(kind), quality_table(card, kind)) for kind in kinds_of(card)],
+        tables=[
+            (ALL if kind == ALL else name_of(kind), mark_of(card, kind), quality_table(card, kind))
+            for kind in kinds_of(card)
+        ],
+        frequency=frequency_table(card),
         documents=_documents(card),
         tasks=task_table(card),
         whose_tasks=_whose_tasks(card),
@@ -250,6 +256,8 @@ def _limits(card: CardInput) -> list[str]:
                 f"It is weaker than the original where the table says so; at worst its perplexity is {ratio:.2f} "
                 f"times the original's ({on}, {worst.length:,} tokens)."
             )
+        if alike := fmt.none_unseen(card.seen):
+            limits.append(alike)
         knowledge = common_knowledge.sentence(first.tasks, last.tasks, last.task_changes)
         if knowledge:
             limits.append(f"General knowledge: {knowledge}.")

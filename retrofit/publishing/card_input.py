@@ -13,6 +13,7 @@ from retrofit.recipe.hub import is_repo_id, license_problem
 
 if TYPE_CHECKING:
     from retrofit.evaluation.metrics.effective import EffectiveLength
+    from retrofit.evaluation.metrics.frequency import FrequencyBand
     from retrofit.evaluation.metrics.perplexity import Row
     from retrofit.evaluation.tasks.answers import TaskChange, TaskScore
 
@@ -35,13 +36,15 @@ class Recovery:
 @dataclass(frozen=True)
 class CardModel:
     """Perplexities of one model, its scores in tasks, and what these are against the original's; label is `original`,
-    `converted` or `recovered`. not_asked: by task, questions whose prompt its window does not hold."""
+    `converted` or `recovered`. not_asked: by task, questions whose prompt its window does not hold. by_frequency: what
+    it lost, by rank of the token."""
 
     label: str
     rows: Sequence[Row]
     tasks: Sequence[TaskScore] = ()
     task_changes: Sequence[TaskChange] = ()
     not_asked: Mapping[str, int] = field(default_factory=dict)
+    by_frequency: Sequence[FrequencyBand] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class CardInput:
     it. effective: how much of the window the published model is shown to use, None when that was not asked for.
     models: the original first, the published one last. chart: path inside the folder. snippet: what `reload` executes.
     tolerance: what `reload` allows a token's loss and the mean of 1,024 to differ by, in nats. languages, tags: of the
-    source's card. speed: what was measured of decoding on a GPU, as a sentence.
+    source's card. speed: what was measured of decoding on a GPU, as a sentence. seen: by kind of text, what it was read
+    for by the steps that made the published model.
     """
 
     title: str
@@ -88,6 +92,7 @@ class CardInput:
     tags: tuple[str, ...] = ()
     tolerance: tuple[float, float] | None = None
     speed: str = ""
+    seen: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def require_known(card: CardInput) -> None:

@@ -41,6 +41,35 @@ def quality_table(card: CardInput, kind: str) -> list[Markdown]:
     return lines
 
 
+def mark_of(card: CardInput, kind: str) -> str:
+    """What a kind of text was read for, as it stands after its name; empty for all together, and where no step read."""
+    mark = fmt.read_in(card.seen, kind)
+    if mark == fmt.NONE:
+        return ""
+    if mark == fmt.UNSEEN:
+        return "(unseen: no step read text of this kind)"
+    return f"(other documents of it were read in {mark})"
+
+
+def frequency_table(card: CardInput) -> list[Markdown]:
+    """What the last model lost as a Markdown table: a row a kind of text, a column a band of token ranks."""
+    bands = card.models[-1].by_frequency
+    if not bands:
+        return []
+    columns = list(dict.fromkeys((band.first, band.last) for band in bands))
+    marked = ["read in"] if card.seen else []
+    header = ["text", *marked, *("all tokens" if c == columns[0] else f"rank {fmt.ranks(*c)}" for c in columns)]
+    lines = [table_row(header), Markdown("|---|" + "---|" * len(marked) + "---:|" * len(columns))]
+    for kind in kinds_of(card):
+        found = {(band.first, band.last): band for band in bands if band.kind == kind}
+        cells = ["all text" if kind == ALL else name_of(kind), *([fmt.read_in(card.seen, kind)] if marked else [])]
+        for column in columns:
+            band = found.get(column)
+            cells.append(f"{band.ratio:.2f} ({band.low:.2f} to {band.high:.2f})" if band else fmt.NONE)
+        lines.append(table_row(cells))
+    return lines
+
+
 def _ppl(value: float) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
 

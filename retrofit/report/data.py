@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from retrofit.evaluation.metrics.perplexity import ALL
 from retrofit.evaluation.result import ModelEvaluation
-
-if TYPE_CHECKING:
-    pass
 
 CACHE_LENGTHS = (8192, 16384, 32768, 131072)
 """Tokens at which the KV cache is shown: keys of `ModelEvaluation.kv_cache_bytes`."""
@@ -74,6 +71,12 @@ class RunData:
         """Kinds of text in the order measured, `all` last and only when there are several."""
         kinds = list(dict.fromkeys(row.kind for model in self.models for row in model.rows if row.kind != ALL))
         return tuple([*kinds, ALL] if len(kinds) != 1 and self._has_all else kinds)
+
+    @property
+    def seen(self) -> Mapping[str, tuple[str, ...]]:
+        """By kind of text, what it was read for by the steps that made the final model."""
+        shown = self.final or self.original
+        return shown.seen if shown else {}
 
     @property
     def _has_all(self) -> bool:

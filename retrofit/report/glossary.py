@@ -18,6 +18,16 @@ _TEXTS: tuple[tuple[str, str], ...] = (
         "tokenizer can be compared.",
     ),
     (
+        "Unseen",
+        "a kind of text of which no step read anything: neither a calibration, nor a search, nor a training. A "
+        "training wins back most on the kinds of text that it reads; an unseen kind shows what is lost on others. "
+        "Documents that are measured are read by no step, of whichever kind they are.",
+    ),
+    (
+        "Rank of a token",
+        "its place among the distinct tokens of the texts that are measured, the most frequent first.",
+    ),
+    (
         "Tail perplexity",
         "the same over the last tokens before L only: the ones that have the longest context.",
     ),

@@ -18,7 +18,7 @@ from retrofit.report.charts.figures import card_picture, figures
 from retrofit.report.data import CACHE_LENGTHS, RunData, StepRecord
 from retrofit.report.glossary import definitions
 from retrofit.report.parts import Figure, Table
-from retrofit.report.sections import continuations, encodings, summary
+from retrofit.report.sections import continuations, encodings, kinds, summary
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -100,6 +100,7 @@ def _content(run: RunData, shown: tuple[Figure, ...]) -> dict[str, Any]:
         "comparisons": [summary.comparison(run, kind) for kind in run.kinds],
         "details": [summary.details(run, kind) for kind in run.kinds if kind != ALL or len(run.kinds) == 1],
         "sections": [(name, [one for one in shown if one.section == key]) for key, name in SECTIONS.items()],
+        "about_marks": kinds.about_marks(run),
         "past_native": summary.past_native(run),
         "has_chart": bool(run.kinds),
         "gate": summary.requirements(run),

@@ -19,7 +19,7 @@ import numpy as np
 from retrofit.checkpoint.provenance import versions
 from retrofit.system.world import ALONE, World
 
-VERSION = 5
+VERSION = 6
 """Of what an evaluation measures: raise it when the same model and text would give other numbers. What a stopped
 evaluation kept, and the journal of a run, know evaluations by it."""
 DISCARDED = "what was kept of an earlier evaluation answers another question"

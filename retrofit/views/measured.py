@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from retrofit.format import duration, nbytes
+from retrofit.format import duration, nbytes, none_unseen, ranks, read_in
 from retrofit.tables import NOTE, Part, Table
 
 if TYPE_CHECKING:
@@ -16,9 +16,19 @@ if TYPE_CHECKING:
     from retrofit.evaluation.tasks.answers import TaskChange, TaskScore
 
 
+def marked(table: Table, seen: Mapping[str, Sequence[str]] | Callable[[str], str]) -> Table:
+    """The table, whose first column names kinds of text, with a second one that says what text of each was read for;
+    as it is where no step read any. seen: as `ModelEvaluation.seen` has it, or what stands in the second column."""
+    if not seen:
+        return table
+    mark = seen if callable(seen) else lambda kind: read_in(seen, kind)
+    rows = [(row[0], mark(str(row[0])), *row[1:]) for row in table.rows]
+    return Table(table.title, [table.columns[0], "read in", *table.columns[1:]], rows)
+
+
 def evaluation(result: ModelEvaluation) -> Iterator[Part]:
     """`retrofit evaluate`."""
-    yield Table(
+    perplexities = Table(
         f"{result.label}: perplexity, {result.dtype}, kernel {result.kernel}",
         ["text", "length", "ppl", "95% interval", "tail ppl", "bits/byte", "tokens", "texts"],
         [
@@ -35,6 +45,9 @@ def evaluation(result: ModelEvaluation) -> Iterator[Part]:
             for row in result.rows
         ],
     )
+    yield marked(perplexities, result.seen)
+    if alike := none_unseen(result.seen):
+        yield alike
     if result.rows:
         unit, tail = result.rows[0].unit, max(row.tail for row in result.rows)
         yield f"intervals: bootstrap over each {unit}; tail ppl: the last {tail:,} tokens before the length"
@@ -47,7 +60,7 @@ def evaluation(result: ModelEvaluation) -> Iterator[Part]:
     if result.losses:
         yield f"token losses: {result.losses}"
     if result.long_context:
-        yield from _long_context(result.long_context)
+        yield from _long_context(result.long_context, result.seen)
 
 
 def tasks(rows: Sequence[TaskScore]) -> Iterator[Part]:
@@ -134,8 +147,8 @@ def _cost(found: RunCost) -> Iterator[Part]:
         )
 
 
-def _long_context(found: LongContext) -> Iterator[Part]:
-    """What was asked for beyond the plain pass."""
+def _long_context(found: LongContext, seen: Mapping[str, Sequence[str]]) -> Iterator[Part]:
+    """What was asked for beyond the plain pass. seen: as `ModelEvaluation.seen` has it."""
     for note in found.notes:
         yield f"{NOTE}{note}"
     if found.defined:
@@ -156,7 +169,7 @@ def _long_context(found: LongContext) -> Iterator[Part]:
             ],
         )
     if found.context_gain:
-        yield Table(
+        gains = Table(
             "Context gain: nats that all of the context saves on the same tokens, against less of it",
             ["text", "length", "against", "gain", "95% interval", "tokens"],
             [
@@ -164,12 +177,14 @@ def _long_context(found: LongContext) -> Iterator[Part]:
                 for r in found.context_gain
             ],
         )
+        yield marked(gains, seen)
     if found.long_ppl:
-        yield Table(
+        keyed = Table(
             "LongPPL: perplexity of the tokens that need long context",
             ["text", "length", "ppl", "key tokens", "tokens"],
             [(r.kind, r.length, f"{r.ppl:.3f}" if r.ppl else "-", r.key_tokens, r.tokens) for r in found.long_ppl],
         )
+        yield marked(keyed, seen)
     if found.needle:
         multi_key = found.needle.multi_key and len(found.needle.depths) > 1
         counts = "preferred to every other needle's answer" if multi_key else "answered exactly"
@@ -222,8 +237,9 @@ def comparison(result: Comparison) -> Iterator[Part]:
     for note in result.notes:
         yield f"{NOTE}{note}"
     yield from task_changes("Tasks: b - a on the same questions, right answers of only one", ("a", "b"), result.tasks)
+    mark = _mark(*result.seen)
     if result.bits:
-        yield Table(
+        bits = Table(
             "Bits per byte on the same bytes, and b / a with its paired 95% interval",
             ["text", "bytes", "a", "b", "b / a", "interval"],
             [
@@ -231,8 +247,9 @@ def comparison(result: Comparison) -> Iterator[Part]:
                 for row in result.bits
             ],
         )
+        yield marked(bits, mark)
         return
-    yield Table(
+    perplexities = Table(
         "Perplexity, and b / a with its paired 95% interval",
         ["text", "length", "a", "b", "b / a", "interval"],
         [
@@ -247,6 +264,48 @@ def comparison(result: Comparison) -> Iterator[Part]:
             for row in result.rows
         ],
     )
+    yield marked(perplexities, mark)
+    yield from _bands(result, mark)
+    for alike in dict.fromkeys(none_unseen(seen) for seen in result.seen):
+        if alike:
+            yield alike
+
+
+def _bands(result: Comparison, mark: Mapping[str, Sequence[str]] | Callable[[str], str]) -> Iterator[Part]:
+    """Perplexities by how frequent a token is; the band of all tokens stands in the table before."""
+    rows = [row for row in result.bands if not row.every]
+    if rows:
+        bands = Table(
+            f"The same at {rows[0].length:,} tokens, by rank of the token in the text (1: the most frequent)",
+            ["text", "rank", "tokens", "a", "b", "b / a", "interval"],
+            [
+                (
+                    row.kind,
+                    ranks(row.first, row.last),
+                    row.tokens,
+                    f"{row.before:.3f}",
+                    f"{row.after:.3f}",
+                    f"{row.ratio:.4f}",
+                    _interval(row),
+                )
+                for row in rows
+            ],
+        )
+        yield marked(bands, mark)
+
+
+def _mark(
+    a: Mapping[str, Sequence[str]], b: Mapping[str, Sequence[str]]
+) -> Mapping[str, Sequence[str]] | Callable[[str], str]:
+    """What text of a kind was read for by what made two models; by name of the model where both say something else."""
+    if not a or not b or a == b:
+        return a or b
+
+    def both(kind: str) -> str:
+        one, other = read_in(a, kind), read_in(b, kind)
+        return one if one == other else f"a: {one}; b: {other}"
+
+    return both
 
 
 def _interval(row: Any) -> str:

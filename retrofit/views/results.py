@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from retrofit.escape import python_string
-from retrofit.format import duration, heads, nbytes, same_losses
+from retrofit.format import duration, heads, nbytes, none_unseen, same_losses
 from retrofit.tables import NOTE, Part, Table
-from retrofit.views.measured import task_changes
+from retrofit.views.measured import marked, task_changes
 
 if TYPE_CHECKING:
     from retrofit.catalogue import RecipeEntry
@@ -28,9 +28,7 @@ def run(result: RunResult) -> Iterator[Part]:
     from retrofit.evaluation.tasks.common_knowledge import sentence
 
     labels = list(result.models)
-    rows = _by_length(result.models)
-    if rows:
-        yield Table("Perplexity (95% interval)", ["text", "tokens", *labels], rows)
+    yield from _by_length(result.models)
     for last in list(result.models.values())[-1:]:
         title = f"Tasks: {last.label} - {labels[0]} on the same questions, right answers of only one"
         yield from task_changes(title, (labels[0], last.label), last.task_changes)
@@ -264,8 +262,7 @@ def _search(found: Mapping[str, Any]) -> Iterator[Part]:
 
 def certified(result: Certified) -> Iterator[Part]:
     """`retrofit certify`."""
-    rows = _by_length(result.models)
-    yield Table("Perplexity (95% interval)", ["text", "tokens", *result.models], rows)
+    yield from _by_length(result.models)
     yield f"\ncard: {result.card}"
     yield f"checkpoint: {result.folder}; loaded again in a fresh process: {same_losses(vars(result.reload))}"
 
@@ -307,10 +304,16 @@ def health(result: Health) -> Iterator[Part]:
     )
 
 
-def _by_length(models: Mapping[str, ModelEvaluation]) -> list[tuple[object, ...]]:
-    """A row per kind of text and length, one cell per model."""
+def _by_length(models: Mapping[str, ModelEvaluation]) -> Iterator[Part]:
+    """A row per kind of text and length, one cell per model; what text of a kind was read for is that of the last."""
     cells: dict[tuple[str, int], list[str]] = {}
     for model in models.values():
         for row in model.rows:
             cells.setdefault((row.kind, row.length), []).append(f"{row.ppl:.2f} ({row.low:.2f} to {row.high:.2f})")
-    return [(*key, *values) for key, values in cells.items()]
+    if not cells:
+        return
+    seen = list(models.values())[-1].seen
+    rows = [(*key, *values) for key, values in cells.items()]
+    yield marked(Table("Perplexity (95% interval)", ["text", "tokens", *models], rows), seen)
+    if alike := none_unseen(seen):
+        yield alike

@@ -57,7 +57,7 @@ def card_input(
         native_length=data.native_length,
         claimed_length=data.claimed_length,
         models=tuple(
-            CardModel(model.label, model.rows, model.tasks, model.task_changes, model.not_asked)
+            CardModel(model.label, model.rows, model.tasks, model.task_changes, model.not_asked, model.by_frequency)
             for model in data.models
         ),
         kv_bytes_per_token=(before.kv_bytes_per_token(size), after.kv_bytes_per_token(size)),
@@ -80,6 +80,7 @@ def card_input(
         tags=tags,
         tolerance=(allowed.token, allowed.mean),
         speed=decoding_together(data),
+        seen=data.models[-1].seen,
     )
 
 

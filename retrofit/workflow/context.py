@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -43,7 +43,8 @@ class ModelContext:
     alone: the one step of a command. processes: of the launcher. requested: the recipe before its relative lengths
     became numbers.
 
-    documents: to measure on; empty until texts are read. harness: the tasks to ask, with their data. notes: what a
+    documents: to measure on; empty until texts are read. shared: by kind of them, the kinds of text read by steps that
+    hold some of it. harness: the tasks to ask, with their data. notes: what a
     person should know.
     """
 
@@ -60,6 +61,7 @@ class ModelContext:
     requested: Recipe | None = None
     progress: Progress | None = None
     documents: tuple[Document, ...] = ()
+    shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     harness: Harness | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -168,6 +170,7 @@ class ModelContext:
         """
         from retrofit.data.measured import read_before, recorded_text, scored_documents
         from retrofit.data.texts import OWN_SAMPLES
+        from retrofit.data.unseen import Findings
         from retrofit.evaluation.long_context import definitions_of
         from retrofit.workflow.checks import require_prose
         from retrofit.workflow.reading import most_read
@@ -176,7 +179,7 @@ class ModelContext:
         text = [one for one in section.text if sample or one.source != OWN_SAMPLES]
         if not text:
             return read.values()
-        left_out: list[str] = []
+        findings = Findings()
         documents = scored_documents(
             text,
             self.tokenizer,
@@ -188,13 +191,24 @@ class ModelContext:
             read_chars=most_read(self.recipe, self.claimed),
             lengths=section.lengths,
             loss_on=section.loss_on,
-            notes=left_out,
+            findings=findings,
         )
         prose = [document for document in documents if document.scored is None]
         require_prose(section, prose)
         definitions_of(section, prose, self.tokenizer)  # raises for a text that is too short for one of them
         self.documents = tuple(documents)
-        return (*read.values(), *left_out)
+        self.shared = {kind: tuple(sorted(kinds)) for kind, kinds in findings.shared.items()}
+        return (*read.values(), *findings.notes)
+
+    def seen_by(self, artifact: Artifact) -> dict[str, tuple[str, ...]]:
+        """What the steps that made a checkpoint have read text of each measured kind for: see `data.seen`."""
+        from retrofit.data.measured import recorded_steps
+        from retrofit.data.seen import seen
+
+        # The record of a run's own folders begins at the run's original, which may have been made by steps before.
+        folders = [artifact.path] if self.alone else dict.fromkeys((self.model.path, artifact.path))
+        steps = [step for folder in folders for step in recorded_steps(folder)]
+        return seen(dict.fromkeys(document.kind for document in self.documents), steps, self.shared)
 
     def texts(self, *, learning: bool = False) -> tuple[TextSource, ...]:
         """All text that the steps read. learning: only what they fit something to."""

@@ -39,7 +39,7 @@ def open_in(world: World, recipe: Recipe, *, progress: Progress | None = None, *
         context = open_context(recipe, processes=world.size, progress=progress, **options)
         mine.append(context)
         shared = ("recipe", "steps", "source", "original_source", "device", "processes", "throughput")
-        own = ("allow_extrapolation", "alone", "documents", "notes")
+        own = ("allow_extrapolation", "alone", "documents", "shared", "notes")
         values = {name: getattr(context, name) for name in (*shared, *own)}
         return _Opened(values, context.harness is not None)
 

@@ -79,6 +79,7 @@ def record_of(
         "recipe": public_recipe(context.recipe, context.source).model_dump(mode="json"),
         "steps": public_texts(artifact.provenance.steps),
         "metrics": dict(evaluated.metrics),
+        "seen": jsonable(evaluated.models[-1].seen),
         "effective_length": jsonable(evaluated.models[-1].effective),
         "gate": jsonable(gate),
         "reload": jsonable(reload),

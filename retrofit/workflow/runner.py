@@ -149,7 +149,7 @@ class Runner:
         own = f"{entry.artifact}/"
         files = {name: value for name, value in entry.digests.items() if name.startswith(own) and _is_model(name)}
         digests = {Path(name).name: value for name, value in files.items()}
-        after = before.provenance.after(step.name, step.record(), entry.result)
+        after = step.after(before.provenance, entry.result)
         return Artifact(ModelFolder(self.folder / entry.artifact), digests, after)
 
     def drop(self, path: str) -> None:

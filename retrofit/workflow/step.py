@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from retrofit.checkpoint.staging import staged
 from retrofit.recipe.schema import Recipe, TextSource
 from retrofit.system.resume import ResumeKey
-from retrofit.workflow.artifact import Artifact, as_json
+from retrofit.workflow.artifact import Artifact, Provenance, as_json
 from retrofit.workflow.estimate.cost import Cost, CostModel
 
 if TYPE_CHECKING:
@@ -168,6 +168,16 @@ class Step(ABC):
     def recorded(self, report: Any) -> dict[str, Any]:
         """Its report as JSON values, as the journal and a checkpoint's record keep it."""
         return as_json(report)
+
+    def after(self, provenance: Provenance, report: Mapping[str, Any]) -> Provenance:
+        """What a checkpoint that it wrote records. provenance: of the one it read; report: as `recorded` makes it."""
+        return provenance.after(self.name, self.record(), report, self.kinds_read(report))
+
+    def kinds_read(self, report: Mapping[str, Any]) -> tuple[str, ...]:
+        """The kinds of text that it has read. report: as `recorded` makes it."""
+        from retrofit.data.seen import kinds_read
+
+        return kinds_read(self.texts)
 
     def restored(self, stored: Mapping[str, Any]) -> Any:
         """Its report, from what `recorded` made of one."""

@@ -1,27 +1,55 @@
-"""What `retrofit evaluate --out` keeps: token losses, those of further passes, and answers to tasks beside them.
+"""What an evaluation keeps: token losses, those of further passes, and answers to tasks.
 
-The file of token losses comes last and says which question it answers: with it, all the others are there.
+`retrofit evaluate --out` keeps them beside each other; the file of token losses comes last and says which question it
+answers: with it, all the others are there.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from retrofit.checkpoint.staging import name_file
 from retrofit.console import jsonable
 from retrofit.errors import UserError
+from retrofit.evaluation.continuations import Continuation
 from retrofit.evaluation.files import pass_file
 from retrofit.evaluation.metrics.context_use import restored
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.evaluation.summary import Kept
-from retrofit.evaluation.tasks.answers import answers_file, beside, from_file, samples_file, to_file
+from retrofit.evaluation.tasks.answers import (
+    TaskAnswers,
+    answers_file,
+    beside,
+    from_file,
+    samples_file,
+    to_file,
+)
 from retrofit.workflow.outputs import QUESTION
 
 _CONTEXT, _REASON = "long_context", "kernel_reason"
+
+
+def kept_in_run(losses: Path, passes: Iterable[str], scored: Mapping[str, Any], answers: Iterable[Path]) -> Kept:
+    """What a run keeps of one model. losses: the file of its token losses. passes: names of its further passes. scored:
+    what stands beside the losses in the journal. answers: files of its answers to tasks."""
+    tasks: dict[str, TaskAnswers] = {}
+    for file in answers:
+        tasks |= from_file(file)
+    return Kept(
+        TokenLosses.load(losses),
+        {name: TokenLosses.load(pass_file(losses, name)) for name in passes},
+        restored(scored["answers"]),
+        scored["kernel"],
+        scored["reason"],
+        tuple(Continuation(**one) for one in scored["continuations"]),
+        tasks,
+    )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from retrofit.data import texts as data
 from retrofit.data.corpora import Text, built_in_texts
 from retrofit.data.packing import spelled_tokens
 from retrofit.data.texts import distinct_texts, evaluation_texts, unseen_held_out
-from retrofit.data.unseen import without_repeats
+from retrofit.data.unseen import Findings, without_repeats
 from retrofit.errors import UserError
 from retrofit.recipe.schema import TextSource
 from tests.data.test_overlap import prose
@@ -31,11 +31,11 @@ def chosen(
     text: object, trained: object, *, count: int = 9, tokens: int = 200, also: tuple[object, ...] = ()
 ) -> tuple[list[str], list[str]]:
     """(names of what is measured, notes)."""
-    notes: list[str] = []
+    findings = Findings()
     found = evaluation_texts(
-        [source(text), *map(source, also)], count, tokens, TOKENIZER, trained_on=[source(trained)], notes=notes
+        [source(text), *map(source, also)], count, tokens, TOKENIZER, trained_on=[source(trained)], findings=findings
     )
-    return [name for name, _, _ in found], notes
+    return [name for name, _, _ in found], findings.notes
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import torch
 from retrofit.data.chat_documents import chat_documents
 from retrofit.data.documents import Document, documents_digest
 from retrofit.data.measured import scored_documents
+from retrofit.data.unseen import Findings
 from retrofit.errors import UserError
 from retrofit.evaluation.compare import Scored, compare
 from retrofit.evaluation.metrics.perplexity import table
@@ -28,7 +29,7 @@ TOKENIZER.chat_template = CHATML
 
 
 def measured(file: Path, *, tokens: int = 2000, lengths: tuple[int, ...] = (100, 200), **how: Any) -> list[Document]:
-    options = {"loss_on": "assistant", "trained_on": (), "notes": [], **how}
+    options = {"loss_on": "assistant", "trained_on": (), "findings": Findings(), **how}
     return chat_documents([TextSource(source=str(file))], TOKENIZER, tokens=tokens, lengths=lengths, **options)
 
 
@@ -42,15 +43,15 @@ def losses_of(documents: list[Document], seed: int = 0, **how: Any) -> TokenLoss
 
 
 def test_dialogues_of_so_many_tokens_are_measured_each_by_itself(talk: Path) -> None:
-    notes: list[str] = []
-    documents = measured(talk, notes=notes)
+    findings = Findings()
+    documents = measured(talk, findings=findings)
     assert 2000 <= sum(len(one.input_ids) for one in documents) < 2400
     assert {one.kind for one in documents} == {"chat"}
     assert TOKENIZER.decode(documents[0].input_ids[:6]) == "<|im_start|>user\n"
     for one in documents:
         assert len(one.input_ids) <= 200
         assert one.nbytes == len(TOKENIZER.decode(one.input_ids).encode())
-    assert notes[-1].startswith(f"`chat`: {len(documents)} dialogues of")
+    assert findings.notes[-1].startswith(f"`chat`: {len(documents)} dialogues of")
 
 
 def test_the_losses_are_those_of_the_assistants_tokens(talk: Path) -> None:
@@ -134,14 +135,15 @@ def test_what_was_trained_on_is_not_measured(tmp_path: Path) -> None:
     trained = TextSource(source=str(write_rows(tmp_path / "train.jsonl", rows[:20])))
     prose = TextSource(source=str(tmp_path / "prose.txt"))
     (tmp_path / "prose.txt").write_text("\n".join(turn["content"] for turn in rows[25]["messages"]))
-    notes: list[str] = []
+    findings = Findings()
     other = write_rows(tmp_path / "other.jsonl", [{"conversations": row["messages"]} for row in rows[12:]])
-    documents = measured(other, tokens=10**6, trained_on=(trained, prose), notes=notes)
+    documents = measured(other, tokens=10**6, trained_on=(trained, prose), findings=findings)
     names = {one.name for one in documents}
     assert "other.jsonl:14" not in names  # prose that is trained on holds it
     assert "other.jsonl:1" not in names
     assert {"other.jsonl:9", "other.jsonl:18"} <= names
-    assert "not measured, because text that was trained or calibrated on holds it" in notes[0]
+    assert "not measured, because text that was trained or calibrated on holds it" in findings.notes[0]
+    assert findings.shared == {"chat": {"train.jsonl", "prose.txt"}}
 
 
 def test_of_dialogues_that_are_trained_on_the_held_out_side_is_measured(talk: Path) -> None:
@@ -151,9 +153,9 @@ def test_of_dialogues_that_are_trained_on_the_held_out_side_is_measured(talk: Pa
 
 def test_dialogues_that_say_nothing_early_enough_are_left_out(tmp_path: Path) -> None:
     late = says("x" * 300, "y")
-    notes: list[str] = []
-    documents = measured(write_rows(tmp_path / "a.jsonl", [late, says("a", "b")]), notes=notes)
+    findings = Findings()
+    documents = measured(write_rows(tmp_path / "a.jsonl", [late, says("a", "b")]), findings=findings)
     assert [one.name for one in documents] == ["a.jsonl:2"]
-    assert "left out, as nothing is scored within the first 100 tokens: 1 dialogue" in notes[0]
+    assert "left out, as nothing is scored within the first 100 tokens: 1 dialogue" in findings.notes[0]
     with pytest.raises(UserError, match="no dialogue is left to measure"):
         measured(write_rows(tmp_path / "b.jsonl", [late]))

@@ -14,6 +14,8 @@ from retrofit.evaluation.metrics.bootstrap import perplexity_interval, ratio_int
 from retrofit.evaluation.metrics.perplexity import bits_per_byte, prefix_ppl, table, tail_ppl
 from retrofit.evaluation.scoring.losses import TokenLosses
 
+IDS = (np.arange(7, dtype=np.int32),)
+
 
 def made_up(documents: int = 2, tokens: int = 64, *, seed: int = 0) -> TokenLosses:
     rng = np.random.default_rng(seed)
@@ -23,6 +25,7 @@ def made_up(documents: int = 2, tokens: int = 64, *, seed: int = 0) -> TokenLoss
         losses=tuple(rng.gamma(2, 1, tokens - 1).astype(np.float32) for _ in range(documents)),
         nbytes=tuple([4 * (tokens - 1)] * documents),
         token_bytes=tuple(np.full(tokens - 1, 4, np.int32) for _ in range(documents)),
+        token_ids=tuple(rng.integers(0, 50, tokens - 1, np.int32) for _ in range(documents)),
     )
 
 
@@ -42,10 +45,10 @@ def test_a_document_too_short_is_refused() -> None:
 
 def test_bits_per_byte_of_a_uniform_guess_over_bytes_is_eight() -> None:
     uniform = [np.full(7, 2 * math.log(256))]  # every token is two bytes, each one of 256
-    losses = TokenLosses(("d",), ("k",), tuple(uniform), (14,), (np.full(7, 2, np.int32),))
+    losses = TokenLosses(("d",), ("k",), tuple(uniform), (14,), (np.full(7, 2, np.int32),), IDS)
     assert bits_per_byte(losses, 8) == pytest.approx(8)
     assert bits_per_byte(losses, 3) == pytest.approx(8)
-    unknown = TokenLosses(("d",), ("k",), tuple(uniform), (14,), (np.zeros(7, np.int32),))
+    unknown = TokenLosses(("d",), ("k",), tuple(uniform), (14,), (np.zeros(7, np.int32),), IDS)
     assert bits_per_byte(unknown, 8) is None
 
 

@@ -51,6 +51,7 @@ def prepare(tmp_path: Path, family: str, *, chat: bool = False) -> tuple[Path, l
         losses=losses,
         nbytes=(60, 60),
         token_bytes=tuple(np.zeros(59, np.int32) for _ in documents),
+        token_ids=tuple(document.input_ids[1:].astype(np.int32) for document in documents),
         meta={"dtype": "float32"},
     )
     return folder, documents, recorded
@@ -173,7 +174,8 @@ def test_an_encoding_that_changes_with_the_length_is_compared_at_a_recorded_shor
 def test_a_document_is_compared_as_far_as_it_was_scored(tmp_path: Path) -> None:
     folder, documents, recorded = prepare(tmp_path, "llama")
     short = tuple(losses[:20] for losses in recorded.losses)
-    recorded = replace(recorded, losses=short, token_bytes=tuple(np.zeros(20, np.int32) for _ in short))
+    zeros = tuple(np.zeros(20, np.int32) for _ in short)
+    recorded = replace(recorded, losses=short, token_bytes=zeros, token_ids=zeros)
     report = reload_and_score(folder, documents, recorded, tokens=TOKENS, snippet=SNIPPET)
     assert report.passed
     assert report.tokens == 2 * 21
@@ -181,7 +183,7 @@ def test_a_document_is_compared_as_far_as_it_was_scored(tmp_path: Path) -> None:
 
 def test_unknown_dtype_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no tolerance"):
-        reload_and_score(tmp_path, [], TokenLosses((), (), (), (), ()), snippet=SNIPPET, dtype="int4")
+        reload_and_score(tmp_path, [], TokenLosses((), (), (), (), (), ()), snippet=SNIPPET, dtype="int4")
 
 
 def test_the_child_refuses_a_process_that_holds_retrofit() -> None:

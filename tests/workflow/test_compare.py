@@ -128,6 +128,7 @@ def text_losses(sizes: list[list[int]], nats_per_byte: float, given: int) -> Tok
         losses=tuple((part * nats_per_byte).astype(np.float32) for part in sizes),
         nbytes=tuple(int(part.sum()) + given for part in sizes),
         token_bytes=tuple(sizes),
+        token_ids=tuple(sizes),
         meta={**META},
     )
 

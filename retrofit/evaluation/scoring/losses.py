@@ -19,7 +19,10 @@ import numpy as np
 
 from retrofit.errors import UserError
 
-_FORMAT = 1
+_FORMAT = 2
+_BROKEN = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, EOFError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +30,8 @@ class TokenLosses:
     """Losses of whole documents under one model.
 
     losses: per document float32 [T - 1]. token_bytes: int32 [T - 1], the bytes of the same tokens (all 0: unknown).
-    nbytes: UTF-8 bytes of each document. meta: model label, dtype, kernel, chunk, windows, digest of the documents.
+    token_ids: int32 [T - 1], what these tokens are. nbytes: UTF-8 bytes of each document. meta: model label, its
+    positions, dtype, kernel, chunk, windows, digest of the documents, and what of its kinds of text was `seen`.
     by_length: only for a position encoding that changes with the length: the losses [L - 1] of a pass over the first L
     tokens, by L; `losses` are those of the longest. scored: of dialogues bool [T - 1], the tokens that count; None for
     a text, all of whose tokens do, and () where there are texts alone. A dialogue is as long as it is, and whole in
@@ -39,14 +43,16 @@ class TokenLosses:
     losses: tuple[np.ndarray, ...]
     nbytes: tuple[int, ...]
     token_bytes: tuple[np.ndarray, ...]
+    token_ids: tuple[np.ndarray, ...]
     meta: Mapping[str, object] = field(default_factory=dict)
     by_length: Mapping[int, tuple[np.ndarray, ...]] = field(default_factory=dict)
     scored: tuple[np.ndarray | None, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.documents)
-        assert count == len(self.kinds) == len(self.losses) == len(self.nbytes) == len(self.token_bytes)
+        assert count == len(self.kinds) == len(self.losses) == len(self.nbytes)
         assert all(a.shape == b.shape for a, b in zip(self.losses, self.token_bytes, strict=True))
+        assert all(a.shape == b.shape for a, b in zip(self.losses, self.token_ids, strict=True))
         assert not self.scored or len(self.scored) == count
         assert all(a.shape == b.shape for a, b in zip(self.losses, self.scored, strict=False) if b is not None)
 
@@ -65,6 +71,7 @@ class TokenLosses:
             losses=tuple(self.losses[i] for i in keep),
             nbytes=tuple(self.nbytes[i] for i in keep),
             token_bytes=tuple(self.token_bytes[i] for i in keep),
+            token_ids=tuple(self.token_ids[i] for i in keep),
             meta=self.meta,
             by_length={length: tuple(arrays[i] for i in keep) for length, arrays in self.by_length.items()},
             scored=tuple(self.scored[i] for i in keep) if self.scored else (),
@@ -82,6 +89,10 @@ class TokenLosses:
     def bytes_at(self, length: int) -> tuple[np.ndarray, ...]:
         """The bytes of the tokens that `at` has the losses of."""
         return self._counted(tuple(array[: length - 1] for array in self.token_bytes), length)
+
+    def ids_at(self, length: int) -> tuple[np.ndarray, ...]:
+        """The ids of the tokens that `at` has the losses of."""
+        return self._counted(tuple(array[: length - 1] for array in self.token_ids), length)
 
     def _counted(self, arrays: tuple[np.ndarray, ...], length: int) -> tuple[np.ndarray, ...]:
         if not self.scored:
@@ -111,6 +122,14 @@ class TokenLosses:
         dialogue; 0 for none."""
         every = self._prose_lengths()
         return min(every) if every else max((len(array) + 1 for array in self.losses), default=0)
+
+    @property
+    def seen(self) -> dict[str, tuple[str, ...]]:
+        """By kind of text, what the steps that made the model have read text of it for, as `data.seen` has it."""
+        stored = self.meta.get("seen")
+        if not isinstance(stored, Mapping):
+            return {}
+        return {str(kind): tuple(map(str, purposes)) for kind, purposes in stored.items()}
 
     def _prose_lengths(self) -> list[int]:
         """Tokens of each text."""
@@ -159,6 +178,7 @@ class TokenLosses:
         }
         arrays: dict[str, Any] = {f"losses_{i}": np.asarray(array, np.float32) for i, array in enumerate(self.losses)}
         arrays |= {f"token_bytes_{i}": np.asarray(array, np.int32) for i, array in enumerate(self.token_bytes)}
+        arrays |= {f"token_ids_{i}": np.asarray(array, np.int32) for i, array in enumerate(self.token_ids)}
         arrays |= {f"scored_{i}": one for i, one in enumerate(self.scored) if one is not None}
         for length, passes in self.by_length.items():
             arrays |= {f"losses_{i}@{length}": np.asarray(array, np.float32) for i, array in enumerate(passes)}
@@ -174,35 +194,32 @@ class TokenLosses:
         try:
             with np.load(path, allow_pickle=False) as stored:
                 header = json.loads(str(stored["header"][()]))
-                count = len(header["documents"])
-                losses = tuple(stored[f"losses_{i}"] for i in range(count))
-                token_bytes = tuple(stored[f"token_bytes_{i}"] for i in range(count))
-                by_length = {
-                    int(length): tuple(stored[f"losses_{i}@{length}"] for i in range(count))
-                    for length in header.get("by_length", ())
-                }
+                if header.get("format") != _FORMAT:
+                    raise UserError(
+                        f"these token losses were written by another revision of this program, in format "
+                        f"{header.get('format')}; this one reads {_FORMAT}",
+                        where=str(path),
+                        fix="score the model again",
+                    )
+                indices = range(len(header["documents"]))
                 marked = set(header.get("scored", ()))
-                scored = tuple(stored[f"scored_{i}"] if i in marked else None for i in range(count)) if marked else ()
+                return cls(
+                    documents=tuple(header["documents"]),
+                    kinds=tuple(header["kinds"]),
+                    losses=tuple(stored[f"losses_{i}"] for i in indices),
+                    nbytes=tuple(header["nbytes"]),
+                    token_bytes=tuple(stored[f"token_bytes_{i}"] for i in indices),
+                    token_ids=tuple(stored[f"token_ids_{i}"] for i in indices),
+                    meta=header["meta"],
+                    by_length={
+                        int(length): tuple(stored[f"losses_{i}@{length}"] for i in indices)
+                        for length in header.get("by_length", ())
+                    },
+                    scored=tuple(stored[f"scored_{i}"] if i in marked else None for i in indices) if marked else (),
+                )
         except FileNotFoundError:
             raise UserError("there are no token losses here", where=str(path), fix="run `retrofit evaluate`") from None
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except _BROKEN as error:
             raise UserError(
                 "this is not a whole file of token losses", where=str(path), fix="score the model again"
             ) from error
-        if header.get("format") != _FORMAT:
-            raise UserError(
-                f"these token losses were written by another revision of this program, in format "
-                f"{header.get('format')}; this one reads {_FORMAT}",
-                where=str(path),
-                fix="score the model again",
-            )
-        return cls(
-            documents=tuple(header["documents"]),
-            kinds=tuple(header["kinds"]),
-            losses=losses,
-            nbytes=tuple(header["nbytes"]),
-            token_bytes=token_bytes,
-            meta=header["meta"],
-            by_length=by_length,
-            scored=scored,
-        )

@@ -133,6 +133,10 @@ def score(
         token_bytes=tuple(
             _token_bytes(document)[: len(one[max(one)])] for document, one in zip(documents, by_document, strict=True)
         ),
+        token_ids=tuple(
+            document.input_ids[1:][: len(one[max(one)])].astype(np.int32)
+            for document, one in zip(documents, by_document, strict=True)
+        ),
         meta=facts,
         by_length={n: tuple(one[n] for one in by_document) for n in by_document[0]} if several else {},
         scored=tuple(

@@ -10,7 +10,7 @@ from retrofit.report.charts import plots
 from retrofit.report.charts.drawing import Line, Picture
 from retrofit.report.data import RunData
 from retrofit.report.parts import Figure, Table
-from retrofit.report.sections import context_use, costs, encodings, summary, tasks
+from retrofit.report.sections import context_use, costs, encodings, kinds, summary, tasks
 
 _PERPLEXITY_CAPTION = (
     "How well each model predicts text when it may read this many tokens from the start of a document. Lower is "
@@ -24,6 +24,7 @@ def figures(run: RunData) -> tuple[Figure, ...]:
         _perplexities,
         _positions,
         context_use.short_context,
+        kinds.by_frequency,
         tasks.figures,
         context_use.figures,
         encodings.figures,
@@ -51,7 +52,7 @@ def _perplexity(run: RunData, kind: str, name: str, *, alone: bool = False) -> P
             lines.append(Line(model.label, [row.length for row in rows], [row.ppl for row in rows], spans))
     if not lines:
         return None
-    title = f"Perplexity against context length, {summary.kind_name(kind)}"
+    title = f"Perplexity against context length, {kinds.kind_name(run, kind)}"
     return plots.perplexity_by_length(
         name, lines, native=run.native_length, title=title, claimed=run.claimed_length, alone=alone
     )
@@ -67,7 +68,7 @@ def _perplexities(run: RunData) -> Iterator[Figure]:
             caption += " Dotted lines: the original's window (native) and the new one."
         yield Figure(
             "quality",
-            f"Perplexity by context length: {summary.kind_name(kind)}",
+            f"Perplexity by context length: {kinds.kind_name(run, kind)}",
             caption,
             summary.comparison(run, kind),
             picture,

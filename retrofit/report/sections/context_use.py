@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,10 +26,10 @@ def figures(run: RunData) -> Iterator[Figure]:
     """The section `context`: of the original and of the final model, what was asked for."""
     models = [model for model in (run.original, run.final) if model is not None and model.long_context]
     yield from _certificates(models)
-    yield from _gains(models)
+    yield from _gains(models, run.seen)
     yield from _needles(models)
     yield from _tasks(models)
-    yield from _key_tokens(models)
+    yield from _key_tokens(models, run.seen)
     yield from _defined(models)
 
 
@@ -144,14 +144,14 @@ def _margins(test: LengthTests) -> str:
     return ", ".join(f"{name} {value:+.3f}{units[name]}" for name, value in test.margins.items()) or fmt.NONE
 
 
-def _gains(models: Sequence[ModelEvaluation]) -> Iterator[Figure]:
+def _gains(models: Sequence[ModelEvaluation], seen: Mapping[str, tuple[str, ...]]) -> Iterator[Figure]:
     rows, unit = [], ""
     for model in models:
         for row in model.long_context.context_gain if model.long_context else ():
             unit = row.unit
             gain = fmt.interval(row.gain, row.low, row.high)
             lengths = fmt.count(row.length), fmt.count(row.context)
-            rows.append((*lengths, row.kind, model.label, gain, fmt.count(row.tokens)))
+            rows.append((*lengths, fmt.kind(row.kind, seen), model.label, gain, fmt.count(row.tokens)))
     if rows:
         yield Figure(
             "context",
@@ -286,11 +286,11 @@ def _tasks(models: Sequence[ModelEvaluation]) -> Iterator[Figure]:
         )
 
 
-def _key_tokens(models: Sequence[ModelEvaluation]) -> Iterator[Figure]:
+def _key_tokens(models: Sequence[ModelEvaluation], seen: Mapping[str, tuple[str, ...]]) -> Iterator[Figure]:
     rows = [
         (
             fmt.count(row.length),
-            row.kind,
+            fmt.kind(row.kind, seen),
             model.label,
             fmt.interval(row.ppl, row.low, row.high),
             f"{fmt.count(row.key_tokens)} of {fmt.count(row.tokens)}",

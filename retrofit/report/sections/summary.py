@@ -8,9 +8,8 @@ from retrofit import format as fmt
 from retrofit.evaluation.metrics.perplexity import ALL, Row
 from retrofit.report.data import RunData
 from retrofit.report.parts import Number, Table
-from retrofit.report.sections import context_use, costs, tasks
+from retrofit.report.sections import context_use, costs, kinds, tasks
 
-FEW_DOCUMENTS = 5
 OVERFIT = 1.02
 """A last held-out loss this much above the best one is said to have risen."""
 
@@ -18,19 +17,6 @@ OVERFIT = 1.02
 def title_of(run: RunData) -> str:
     """The model's own name, without folders."""
     return run.model.rstrip("/").rsplit("/", 1)[-1] or "the model"
-
-
-def kind_name(kind: str) -> str:
-    """A kind of text as a reader sees it."""
-    return "all texts together" if kind == ALL else kind
-
-
-def ratio(run: RunData, kind: str, length: int) -> float | None:
-    """Perplexity of the final model over the original's, same kind and length."""
-    if run.original is None or run.final is None:
-        return None
-    before, after = run.original.row(kind, length), run.final.row(kind, length)
-    return after.ppl / before.ppl if before and after else None
 
 
 def kv_ratio(run: RunData) -> float | None:
@@ -93,12 +79,15 @@ def _costs(run: RunData) -> str:
     length = run.head_length
     if length is None:
         return ""
-    kinds = [kind for kind in run.kinds if kind != ALL]
-    found = [(kind, value) for kind in kinds if (value := ratio(run, kind, length)) is not None]
+    measured = [kind for kind in run.kinds if kind != ALL]
+    found = [(kind, value) for kind in measured if (value := kinds.ratio(run, kind, length)) is not None]
     if not found:
         return ""
     whose = [" the original's"] + [""] * len(found)
-    parts = [f"{fmt.times(value)}{of} on {kind}" for (kind, value), of in zip(found, whose, strict=False)]
+    parts = [
+        f"{fmt.times(value)}{of} on {kinds.unseen_name(run, kind)}"
+        for (kind, value), of in zip(found, whose, strict=False)
+    ]
     return f"its perplexity at {fmt.count(length)} tokens is {_and(parts)}"
 
 
@@ -120,7 +109,9 @@ def key_numbers(run: RunData) -> tuple[Number, ...]:
         for kind in run.kinds:
             old, new = before.row(kind, run.head_length), after.row(kind, run.head_length)
             if kind != ALL and old and new:
+                mark = fmt.read_in(run.seen, kind) if run.seen else ""
                 detail = f"{fmt.number(old.ppl)} → {fmt.number(new.ppl)} at {fmt.count(run.head_length)} tokens"
+                detail += f"; {'' if mark == fmt.UNSEEN else 'read in '}{mark}" if mark else ""
                 numbers.append(Number(f"Perplexity against the original, {kind}", fmt.times(new.ppl / old.ppl), detail))
     numbers += tasks.number(run)
     numbers += context_use.number(run)
@@ -142,7 +133,7 @@ def _beyond(run: RunData) -> list[Number]:
     before = run.original.row(kind, length) if run.original else None
     if after is None:
         return []
-    detail = f"the original, past its window: {fmt.number(before.ppl)}" if before else kind_name(kind)
+    detail = f"the original, past its window: {fmt.number(before.ppl)}" if before else kinds.kind_name(run, kind)
     return [Number(f"Perplexity at {fmt.count(length)} tokens", fmt.number(after.ppl), detail)]
 
 
@@ -171,7 +162,7 @@ def cautions(run: RunData) -> tuple[str, ...]:
     for what, proof in (("The kernel", run.kernel_proof), ("The reloaded checkpoint", run.reload)):
         if proof and not proof.get("passed"):
             sentences.append(f"{what} differs by {fmt.number(proof.get('max_difference'))}, more than the tolerance.")
-    sentences += _about_texts(run)
+    sentences += kinds.cautions(run)
     if grew(run) and not measured_to_the_end(run):
         window = fmt.count(run.claimed_length)
         sentences.append(f"The new window of {window} tokens was not measured to its end: {measured_up_to(run)}.")
@@ -186,25 +177,6 @@ def cautions(run: RunData) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*sentences, *run.notes]))
 
 
-def _about_texts(run: RunData) -> list[str]:
-    sentences = []
-    kinds = [kind for kind in run.kinds if kind != ALL]
-    if run.lengths and len(kinds) == 1:
-        sentences.append(f"Measured on one kind of text only ({kinds[0]}); other kinds can come out differently.")
-    few = sorted({row.documents for model in run.models for row in model.rows if row.kind != ALL})
-    if few and few[0] < FEW_DOCUMENTS:
-        sentences.append(
-            f"As few as {few[0]} document{'s' if few[0] > 1 else ''} per kind of text: the intervals show the spread "
-            "within these documents, not over all text of the kind."
-        )
-    if run.head_length and len(kinds) > 1:
-        found = {kind: value for kind in kinds if (value := ratio(run, kind, run.head_length)) is not None}
-        if found and max(found.values()) > 1.25 * min(found.values()):
-            worst = max(found, key=lambda kind: found[kind])
-            sentences.append(f"Quality differs by kind of text: {worst} lost most ({fmt.times(found[worst])}).")
-    return sentences
-
-
 def comparison(run: RunData, kind: str) -> Table:
     """Perplexity with its 95% interval for each length (rows) and model (columns), and the ratio final / original."""
     models = [model for model in run.models if any(row.kind == kind for row in model.rows)]
@@ -214,8 +186,10 @@ def comparison(run: RunData, kind: str) -> Table:
     for length in run.lengths:
         past = " (past native)" if run.native_length and length > run.native_length else ""
         cells = [interval_of(model.row(kind, length)) for model in models]
-        rows.append((f"{fmt.count(length)}{past}", *cells, *([fmt.times(ratio(run, kind, length))] if compare else [])))
-    return Table(tuple(headers), tuple(rows), kind_name(kind), pinned=compare)
+        rows.append(
+            (f"{fmt.count(length)}{past}", *cells, *([fmt.times(kinds.ratio(run, kind, length))] if compare else []))
+        )
+    return Table(tuple(headers), tuple(rows), kinds.kind_name(run, kind), pinned=compare)
 
 
 def interval_of(row: Row | None) -> str:
@@ -241,7 +215,7 @@ def details(run: RunData, kind: str) -> Table:
     ]
     units = {row.unit: None for model in run.models for row in model.rows if row.kind == kind and row.unit}
     over = f"; intervals over {' or '.join(units)}" if units else ""
-    return Table(headers, tuple(rows), f"{kind_name(kind)}{over}")
+    return Table(headers, tuple(rows), f"{kinds.kind_name(run, kind)}{over}")
 
 
 def steps(run: RunData) -> Table:

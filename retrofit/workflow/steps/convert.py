@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -176,6 +176,9 @@ class Convert(Step):
         unused = set() if self.section.calibrates else {"calibration", "repair"}
         return self.section.model_dump(mode="json", exclude=unused)
 
+    def kinds_read(self, report: Mapping[str, Any]) -> tuple[str, ...]:
+        return super().kinds_read(report) if report["tokens"] else ()
+
     def key(self, context: ModelContext, inputs: Inputs) -> ResumeKey:
         extension = self.recipe.context if self._reads_extension else None
         settings = {
@@ -256,7 +259,7 @@ class Convert(Step):
             )
             if world.main:
                 write_config(folder, portable(read_config(folder)))
-                inputs.current.provenance.after(self.name, self.record(), self.recorded(report)).write(folder)
+                self.after(inputs.current.provenance, self.recorded(report)).write(folder)
         context.note(*report.notes)
         return report
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,10 @@ from retrofit.errors import UserError
 from retrofit.escape import shell_word
 from retrofit.evaluation.files import losses_file, pass_file, save_losses
 from retrofit.evaluation.long_context import longest_prompt, native_length, passes_of, reading_settings
-from retrofit.evaluation.metrics.context_use import LongContext, restored
+from retrofit.evaluation.metrics.context_use import LongContext
 from retrofit.evaluation.metrics.required import metrics
 from retrofit.evaluation.result import EvaluationResult
-from retrofit.evaluation.scoring.losses import TokenLosses
-from retrofit.evaluation.tasks.answers import TaskAnswers, answers_file, from_file, samples_file, to_file
+from retrofit.evaluation.tasks.answers import answers_file, samples_file, to_file
 from retrofit.evaluation.tasks.within import within_window
 from retrofit.recipe.resolve import is_relative
 from retrofit.recipe.schema import Evaluate as Section
@@ -149,6 +148,7 @@ class Evaluate(Step):
         read = {
             "checkpoints": {label: dict(artifact.digests) for label, artifact in self.measured(inputs).items()},
             "documents": documents_digest(context.documents),
+            "seen": {label: context.seen_by(artifact) for label, artifact in self.measured(inputs).items()},
             "tasks": Questions.of(context, self.section).keys(),
         }
         return ResumeKey(self.name, self.version, settings, read)
@@ -163,7 +163,10 @@ class Evaluate(Step):
         }
         if not context.world.main:
             return None
-        kept = {label: self._kept(context, label, place.pieces.folder, *one) for label, one in asked.items()}
+        from retrofit.workflow.stored import kept_in_run
+
+        run, passes = place.pieces.folder, passes_of(self.section, context.native)
+        kept = {label: kept_in_run(losses_file(run, label), passes, *one) for label, one in asked.items()}
         result = self.result(context, models_of, kept)
         with place.staged() as folder:
             text = json.dumps(jsonable(result), indent=2, ensure_ascii=False)
@@ -230,6 +233,7 @@ class Evaluate(Step):
             native=native,
             seed=self.recipe.seed,
             identity=artifact.digests if partial is not None else None,
+            seen=context.seen_by(artifact),
             partial=partial,
             continuation_tokens=0 if context.alone else self.section.continuation_tokens,
             world=context.world,
@@ -301,31 +305,14 @@ class Evaluate(Step):
                 seed=self.recipe.seed,
             ),
         }
-        read = {"checkpoint": dict(artifact.digests), "documents": documents_digest(context.documents)}
+        read = {
+            "checkpoint": dict(artifact.digests),
+            "documents": documents_digest(context.documents),
+            "seen": context.seen_by(artifact),
+        }
         name, file = f"{self.name}:{label}", losses_file(Path(), label)
         also = tuple(str(pass_file(file, one)) for one in passes_of(self.section, context.native))
         return pieces.piece(name, str(file), ResumeKey(name, self.version, settings, read), work, also=also)
-
-    def _kept(
-        self, context: ModelContext, label: str, run: Path, scored: Mapping[str, Any], answers: Sequence[Path]
-    ) -> Kept:
-        """One model of a run, from its files. scored, answers: what `_scored` and `_asked` returned."""
-        from retrofit.evaluation.continuations import Continuation
-        from retrofit.evaluation.summary import Kept
-
-        losses = losses_file(run, label)
-        tasks: dict[str, TaskAnswers] = {}
-        for file in answers:
-            tasks |= from_file(file)
-        return Kept(
-            TokenLosses.load(losses),
-            {one: TokenLosses.load(pass_file(losses, one)) for one in passes_of(self.section, context.native)},
-            restored(scored["answers"]),
-            scored["kernel"],
-            scored["reason"],
-            tuple(Continuation(**one) for one in scored["continuations"]),
-            tasks,
-        )
 
     def _asked(self, context: ModelContext, label: str, artifact: Artifact, pieces: Pieces) -> list[Path]:
         """Ask one model of a run every task; the files of its answers, each kept for itself."""

@@ -164,7 +164,7 @@ class Extend(Step):
             )
             values = {field.name: getattr(extension, field.name) for field in fields(extension)}
             report = ExtendReport(**values, search=found)
-            inputs.current.provenance.after(self.name, self.record(), self.recorded(report)).write(folder)
+            self.after(inputs.current.provenance, self.recorded(report)).write(folder)
         return report
 
     def _search(self, context: ModelContext, inputs: Inputs, place: Place, held: float) -> Found:

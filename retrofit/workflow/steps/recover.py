@@ -247,7 +247,7 @@ class Recover(Step):
                 layout=self._layout(context, student.spec),
             )
             for written in filter(None, (folder, adapter) if context.world.main else ()):
-                provenance.after(self.name, self.record(), self.recorded(report)).write(written)
+                self.after(provenance, self.recorded(report)).write(written)
         return report
 
     def _layout(self, context: ModelContext, spec: AttentionSpec) -> Layout:
