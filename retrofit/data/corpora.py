@@ -1,8 +1,9 @@
-"""Text that every Python installation carries, split into train and held-out by whole document.
+"""Text that is always at hand, split into train and held-out by whole document.
 
-`python-docs` is the interpreter's own reference (`pydoc_data.topics`); `python-stdlib` the source of the standard
-library. Near-duplicates (a topic that is an excerpt of another, two copies of one class) fall on the same side of
-the split, and the split depends on names alone, so it is the same in every process.
+Two corpora come with every Python: `python-docs` is the interpreter's own reference (`pydoc_data.topics`),
+`python-stdlib` the source of the standard library. Near-duplicates (a topic that is an excerpt of another, two copies
+of one class) fall on the same side of the split, and the split depends on names alone, so it is the same in every
+process. `short-prose` is five short pieces written for this project. All of it is held out: no step reads any.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from typing import Literal
 
 from retrofit.data.dialogues import Dialogue
 from retrofit.errors import UserError
+from retrofit.recipe.values import SHORT_PROSE
 
 Split = Literal["train", "held_out", "all"]
 MarksOf = Callable[[str], frozenset[str]]
 
-BUILT_IN = ("python-docs", "python-stdlib")
+OF_PYTHON = ("python-docs", "python-stdlib")
+BUILT_IN = (*OF_PYTHON, SHORT_PROSE)
 DOCS_HELD_OUT = 0.36  # of the characters: one joined document of more than 16k tokens
 STDLIB_HELD_OUT = 0.10
 LONG_CHARS = 80_000  # a source file of 16k tokens or more
@@ -32,6 +35,7 @@ PHRASE = 8  # words
 OVERLAP = 0.15  # share of the shorter text's marks that makes two texts one group
 EXCERPT = 0.8  # share of a text's marks found in one longer text that makes it an excerpt of it
 COMMON = 40  # a mark that more documents than this share (a license header) says nothing
+_PROSE = Path(__file__).with_name("short_prose.txt")
 SKIPPED_PARTS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "encodings", "__pycache__"}
 )
@@ -53,9 +57,13 @@ class Text:
 def built_in_texts(source: str, split: Split) -> Iterator[Text]:
     """Documents of a built-in corpus, in a fixed order.
 
-    The held-out part of `python-docs` is one joined document, so that long contexts can be measured on it.
+    The held-out part of `python-docs` is one joined document, so that long contexts can be measured on it; so is all of
+    `short-prose`.
     """
     texts, held_out = _corpus(source)
+    if source == SHORT_PROSE:
+        yield from (Text(name, source, text) for name, text in select(texts, held_out, split).items())
+        return
     if source == "python-stdlib":
         yield from (Text(name, source, text) for name, text in select(texts, held_out, split).items())
         return
@@ -76,7 +84,9 @@ def built_in_digest(source: str) -> str:
 
 @functools.cache
 def built_in_bytes(source: str) -> int:
-    """About how many bytes a built-in corpus has to train on; 0 where this Python carries none. Files are not read."""
+    """About how many bytes a built-in corpus has to train on; 0 where there are none. Files are not read."""
+    if source == SHORT_PROSE:
+        return 0
     if source == "python-stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         files = [path for path in root.rglob("*.py") if not SKIPPED_PARTS.intersection(path.relative_to(root).parts)]
@@ -90,7 +100,10 @@ def built_in_bytes(source: str) -> int:
 
 @functools.cache
 def _corpus(source: str) -> tuple[Mapping[str, str], frozenset[str]]:
-    """(texts by name, names of those held out): nothing but this Python decides about them."""
+    """(texts by name, names of those held out): nothing but this Python and this program decides about them."""
+    if source == SHORT_PROSE:
+        name = "five pieces, joined"
+        return {name: _PROSE.read_text(encoding="utf-8")}, frozenset({name})
     if source == "python-stdlib":
         texts = stdlib_texts()
         return texts, stdlib_held_out(texts)

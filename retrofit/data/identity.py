@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 
 from retrofit.checkpoint.provenance import sha256
-from retrofit.data.corpora import BUILT_IN, built_in_digest
+from retrofit.data.corpora import BUILT_IN, OF_PYTHON, built_in_digest
 from retrofit.data.folders import text_files
 from retrofit.data.revision import commit_of
 from retrofit.data.sources import HUB, OURS, OWN_SAMPLES, SYNTHETIC, hub_dataset, kind_of, place_of
@@ -36,7 +36,7 @@ def _content(text: PromptSource) -> object:
     if source.startswith(HUB):
         return {"dataset": source, "commit": commit_of(hub_dataset(source)[0])}
     if source == SYNTHETIC:
-        return [source, VERSION, *map(built_in_digest, BUILT_IN)]
+        return [source, VERSION, *map(built_in_digest, OF_PYTHON)]
     if isinstance(text, TextSource) and source == OWN_SAMPLES:
         prompts = [[prompt.weight, prompt.field, prompt.split, _content(prompt)] for prompt in text.prompts]
         return [source, text.temperature, text.top_p, text.prompt_share, prompts]

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from retrofit.data.corpora import OF_PYTHON
 from retrofit.data.sources import CHAT, holds_dialogues, kind_of
 from retrofit.recipe.schema import TextSource
+from retrofit.recipe.values import SYNTHETIC
 
 READ = "read"
 """Key of a recorded step: the kinds of text that it has read."""
@@ -20,11 +22,12 @@ PURPOSES = {"convert": "calibration", "extend": "search", "recover": "training"}
 
 
 def kinds_read(sources: Sequence[TextSource]) -> tuple[str, ...]:
-    """The kinds of text in these sources: their names in results, those of the text that samples begin with, and `chat`
-    for dialogues. Raises UserError for a source that cannot be read."""
+    """The kinds of text in these sources: their names in results, those of the text that samples begin with and that
+    synthetic rows are filled with, and `chat` for dialogues. Raises UserError for a source that cannot be read."""
     kinds = []
     for source in sources:
         kinds += [kind_of(source.source), *(kind_of(prompt.source) for prompt in source.prompts)]
+        kinds += OF_PYTHON if source.source == SYNTHETIC else ()
         kinds += [CHAT] if holds_dialogues(source) else []
     return tuple(dict.fromkeys(kinds))
 

@@ -16,8 +16,8 @@ from retrofit.recipe.values import (
     Dtype,
     Length,
     LossOn,
+    MeasuredTexts,
     Section,
-    Texts,
     Tokens,
     Word,
     text_mix,
@@ -133,7 +133,7 @@ class Evaluate(Section):
         description="context lengths, or native, target, 1/2x: relative to the model's positions; by default those "
         "of the default that the window holds",
     )
-    text: Texts = Field(
+    text: MeasuredTexts = Field(
         default_factory=lambda: text_mix("python-docs", "python-stdlib"), description="text to measure on"
     )
     documents: int = Field(

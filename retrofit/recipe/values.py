@@ -158,9 +158,9 @@ class PromptSource(Section):
     """A body of text and its share. A plain string in YAML is short for {source: ...}."""
 
     source: Word = Field(
-        description="`python-docs`, `python-stdlib`, `self` (the original model's own samples), `synthetic` (questions "
-        "that only a far context answers, to train on), a text, JSONL or parquet file, a folder of such files, or "
-        "`hub:DATASET[:CONFIG]`; rows may be dialogues"
+        description="`python-docs`, `python-stdlib`, `short-prose` (to measure on: no step may read it), `self` (the "
+        "original model's own samples), `synthetic` (questions that only a far context answers, to train on), a text, "
+        "JSONL or parquet file, a folder of such files, or `hub:DATASET[:CONFIG]`; rows may be dialogues"
     )
     weight: float = Field(1.0, ge=1e-6, le=1e6, description="its share of a mix")
     field: Word = Field(
@@ -180,6 +180,8 @@ OWN_SAMPLES = "self"
 """The source of what the original model writes."""
 SYNTHETIC = "synthetic"
 """The source of texts that are made for a training, in rows of its length."""
+SHORT_PROSE = "short-prose"
+"""The source of short prose that is kept unseen."""
 _OF_OWN_SAMPLES = ("tokens", "temperature", "top_p", "prompts", "prompt_share")
 
 
@@ -207,6 +209,8 @@ class TextSource(PromptSource):
 
     @model_validator(mode="after")
     def _own(self) -> TextSource:
+        if any(prompt.source == SHORT_PROSE for prompt in self.prompts):
+            raise ValueError(_UNSEEN)
         if self.source == OWN_SAMPLES:
             if any(prompt.source == OWN_SAMPLES for prompt in self.prompts):
                 raise ValueError("`prompts` name other text than `self`: what the model writes begins with them")
@@ -229,11 +233,22 @@ def text_mix(*names: str) -> tuple[TextSource, ...]:
     return tuple(TextSource(source=name) for name in names)
 
 
+_UNSEEN = f"`{SHORT_PROSE}` is kept unseen, to measure on: only `evaluate.text` may name it"
+
+
 def _of_documents(sources: tuple[TextSource, ...]) -> tuple[TextSource, ...]:
     if any(source.source == SYNTHETIC for source in sources):
         raise ValueError(f"`{SYNTHETIC}` is made to train on: only `recover.text` may name it")
     return sources
 
 
-TrainingTexts = Annotated[tuple[TextSource, ...], Field(min_length=1, max_length=1000)]
+def _to_learn_from(sources: tuple[TextSource, ...]) -> tuple[TextSource, ...]:
+    if any(source.source == SHORT_PROSE for source in sources):
+        raise ValueError(_UNSEEN)
+    return sources
+
+
+_Sources = Annotated[tuple[TextSource, ...], Field(min_length=1, max_length=1000)]
+TrainingTexts = Annotated[_Sources, AfterValidator(_to_learn_from)]
 Texts = Annotated[TrainingTexts, AfterValidator(_of_documents)]
+MeasuredTexts = Annotated[_Sources, AfterValidator(_of_documents)]

@@ -24,7 +24,6 @@ from retrofit.workflow.estimate.machines import Machine, described, lacking
 from retrofit.workflow.estimate.several_gpus import SeveralGpus, several_gpus, several_gpus_lines
 from retrofit.workflow.steps import steps_of
 
-
 ORIGINAL = "original"
 """The label of the model before the surgery."""
 

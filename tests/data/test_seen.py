@@ -5,8 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+from pydantic import ValidationError
+
+from retrofit.data.corpora import built_in_texts
 from retrofit.data.seen import kinds_read, seen
-from retrofit.recipe.schema import TextSource
+from retrofit.recipe.load import load_recipe
+from retrofit.recipe.schema import Evaluate, Recipe, TextSource
 from tests.dialogues import small_talk, write_rows
 
 
@@ -19,6 +24,8 @@ def test_kinds_of_a_source_are_its_name_its_prompts_and_chat(tmp_path: Path) -> 
     (tmp_path / "a book.txt").write_text("Once upon a time.")
     own = {"source": "self", "prompts": [{"source": str(talk)}]}
     sources = [TextSource.model_validate(one) for one in ("python-docs", str(tmp_path / "a book.txt"), str(talk), own)]
+    made = kinds_read([TextSource(source="synthetic")])
+    assert made == ("synthetic", "python-docs", "python-stdlib"), "its answers stand in these"
     assert kinds_read(sources) == ("python-docs", "a-book.txt", "talk.jsonl", "chat", "self")
 
 
@@ -40,3 +47,25 @@ def test_a_kind_of_which_some_stands_in_text_that_was_read_is_seen() -> None:
 def test_nothing_is_said_where_no_step_read_text() -> None:
     assert seen(["a"], [], {}) == {}
     assert seen(["a"], [record("convert"), {"step": "recover", "config": {}, "result": {}}], {}) == {}
+
+
+def test_short_prose_is_long_enough_to_measure_and_can_only_be_measured() -> None:
+    assert list(built_in_texts("short-prose", "train")) == []
+    (text,) = built_in_texts("short-prose", "held_out")
+    assert text.kind == "short-prose"
+    assert len(text.text) > 4.2 * 4096  # characters: of a token of SmolLM2's, 4.2
+    assert Evaluate.model_validate({"text": ["short-prose"]}).text[0].source == "short-prose"
+    own = {"source": "self", "prompts": ["short-prose"]}
+    for refused in (
+        {"recover": {"text": ["short-prose"]}},
+        {"convert": {"kv_heads": 1, "calibration": {"text": [own]}}},
+    ):
+        with pytest.raises(ValidationError, match=r"only `evaluate\.text` may name it"):
+            Recipe.model_validate({"name": "x", **refused})
+
+
+@pytest.mark.parametrize("name", ["quickstart", "gqa", "mqa", "chat-gqa"])
+def test_recipes_at_short_lengths_measure_a_kind_that_no_step_reads(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.evaluate is not None
+    assert "short-prose" in {source.source for source in recipe.evaluate.text}

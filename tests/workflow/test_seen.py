@@ -20,7 +20,10 @@ def done(tmp_path_factory: pytest.TempPathFactory, model: Path, texts: Path) -> 
     folder = tmp_path_factory.mktemp("seen")
     values = sections(model, texts)
     values |= {
-        "convert": {"kv_heads": 1, "calibration": {"text": [str(texts / "train")], "tokens": 512, "sequence_length": 64}},
+        "convert": {
+            "kv_heads": 1,
+            "calibration": {"text": [str(texts / "train")], "tokens": 512, "sequence_length": 64},
+        },
         "context": None,
         "evaluate": {
             **values["evaluate"],
