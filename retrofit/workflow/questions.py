@@ -62,7 +62,8 @@ def _size(task: Task, chunk: int) -> TaskSize:
         count, each = len(task.questions), task.nbytes / len(task.questions)
         together = max(1, round(chunk * TOKEN_BYTES / each))
         return TaskSize(task.name, count, count, each, 0, 0, together)
-    return TaskSize(task.name, task.questions, task.requests, task.request_bytes, task.longest_bytes, task.generated)
+    read = (task.requests, task.request_bytes, task.longest_bytes, task.generated)
+    return TaskSize(task.name, task.questions, *read, making=task.making)
 
 
 @dataclass(frozen=True)

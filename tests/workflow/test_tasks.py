@@ -139,6 +139,10 @@ def test_tasks_are_priced_for_every_model() -> None:
     assert plan.seconds - before.seconds == pytest.approx(3 * (reading + calls))
     for name in ("evaluate", "evaluate:original"):
         assert plan.seconds_of(name) == pytest.approx(before.seconds_of(name))
+    slow = make_plan(recipe, FACTS, SPEED, [replace(size, making=19.0)]).of("evaluate")
+    assert slow is not None
+    assert slow.seconds == cost.seconds, "it is no part of the step"
+    assert "makes all prompts of some, whatever `limit` says: quiz 19 s" in slow.does
     longer = make_plan(recipe, FACTS, SPEED, [replace(size, generated=400)])
     assert longer.seconds_of("evaluate:original:quiz") == pytest.approx(reading + 2 * calls)
 

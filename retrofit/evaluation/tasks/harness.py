@@ -14,9 +14,10 @@ import itertools
 import json
 import logging
 import random
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from retrofit.errors import UserError
 from retrofit.evaluation.tasks.answers import TaskAnswers
 from retrofit.evaluation.tasks.harness_answers import answers_of, logged
 from retrofit.evaluation.tasks.harness_reader import GENERATED, Prompts, reader_of
+from retrofit.evaluation.tasks.own_prompts import makes_prompts, require_all_lengths
 from retrofit.install import install_command
 from retrofit.recipe.schema import Tasks
 from retrofit.system.world import ALONE, World
@@ -47,7 +49,7 @@ class Asked:
     given: as it was written. parts: the harness's objects. questions: of all parts. requests, request_bytes: of all
     questions and on average, generated: tokens that answers may have in all; these three are counted on the first
     `PROBED` questions of each part. longest_bytes: the longest request seen there. metrics: what the parts score.
-    digest: of tasks, questions and examples.
+    digest: of tasks, questions and examples. making: seconds that its own prompts took to make, 0 where they are read.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Asked:
     generated: int
     metrics: tuple[str, ...]
     digest: str
+    making: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -215,8 +218,12 @@ def _open(manager: Any, given: str, section: Tasks) -> Asked:
 
     try:
         with _seeded():
+            began = time.monotonic()
             loaded = manager.load([given])
-            return _examined(given, loaded, section)
+            seconds, parts = time.monotonic() - began, loaded["tasks"].values()
+            require_all_lengths(given, parts, section.limit)
+            making = seconds if any(map(makes_prompts, parts)) else 0.0
+            return replace(_examined(given, loaded, section), making=making)
     except (OSError, DatasetsError) as error:
         raise machine_error(error, HF_HOME) or UserError(
             f"the data of the task `{given}` cannot be had: {_first_line(error)}",

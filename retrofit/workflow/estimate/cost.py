@@ -69,7 +69,7 @@ class ModelFacts:
 class TaskSize:
     """What asking one task takes. requests of request_bytes each, longest_bytes: the longest, generated: most tokens of
     all answers; estimated on the task's first questions, the number of questions is known. together: requests read at a
-    time, where the task decides that itself."""
+    time, where the task decides that itself. making: seconds of making its prompts, in every command."""
 
     name: str
     questions: int
@@ -78,6 +78,7 @@ class TaskSize:
     longest_bytes: int
     generated: int
     together: int | None = None
+    making: float = 0.0
 
 
 @dataclass(frozen=True)

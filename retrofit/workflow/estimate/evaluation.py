@@ -5,6 +5,7 @@ from __future__ import annotations
 from retrofit.evaluation.long_context import further_reading, passes_of, questions_read
 from retrofit.evaluation.running import COST_ROUNDS
 from retrofit.evaluation.tasks.within import within_window
+from retrofit.format import duration
 from retrofit.recipe.schema import Evaluate, Recipe
 from retrofit.system.device import token_bytes
 from retrofit.workflow.estimate.cost import BASE_BYTES, TOKEN_BYTES, Cost, CostModel
@@ -14,6 +15,7 @@ PROMPTS_CONTINUED = 3  # short ones, by each model
 MACHINE_SECONDS = 1.0  # of measuring the machine's own speed beside a model's
 PROOF_SECONDS = 5.0  # of loading a model once more and proving its kernel
 LOGIT_ROWS = 512  # at most, and some room
+TOLD_SECONDS = 5.0  # of making prompts, from which on a plan speaks of it
 ROW_BYTES = 16  # of a token that is kept, and of what is known about it
 
 
@@ -59,6 +61,8 @@ def evaluation_cost(recipe: Recipe, evaluate: Evaluate, model: CostModel) -> Cos
             f", then {count:,} questions of {', '.join(task.name for task in tasks)}, each model: about "
             f"{requests:,} requests and {tokens:,.0f} tokens, estimated at {TOKEN_BYTES} bytes a token"
         )
+        if slow := [f"{task.name} {duration(task.making)}" for task in tasks if task.making >= TOLD_SECONDS]:
+            does += f"; every command first makes all prompts of some, whatever `limit` says: {', '.join(slow)}"
         # The harness keeps the logits of a batch and their log-probabilities, in float32 where the model is.
         longest_bytes = max((task.longest_bytes for task in tasks if task.together is None), default=0)
         rows = batch_size * min(longest_bytes // TOKEN_BYTES, native)

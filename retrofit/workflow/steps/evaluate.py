@@ -103,6 +103,10 @@ class Evaluate(Step):
                 where="evaluate.decode_tokens",
                 fix=f"use fewer than {context.native}, or cost_lengths: []",
             )
+        if section.tasks:
+            context.note(
+                "opening the tasks of lm-evaluation-harness; those that make their own prompts take their time"
+            )
         context.harness = harness_of(self.recipe, context.model)
         return ()
 
