@@ -30,7 +30,6 @@ from torch import Tensor
 
 from evals.benchmarks.scoring import RESULTS
 from retrofit.context.rope import extend_and_plan
-from retrofit.context.temperature import scale_queries
 from retrofit.evaluation.metrics.bootstrap import difference_interval
 from retrofit.kernels import attention_interface, products
 from retrofit.model.load import load_config, load_model, load_tokenizer
@@ -101,8 +100,7 @@ def loaded(method: str, settings: RopeSettings, factor: float) -> Any:
         config, done = extend_and_plan(config, factor=factor, method=method, settings=settings)
         scale = done.query_scale
     model: Any = load_model(FOLDER, dtype="bfloat16", config=config)
-    if scale != 1.0:
-        scale_queries(model.model.rotary_emb, scale)
+    model.model.rotary_emb.attention_scaling *= scale**0.5  # of cos and sin, so the scores are multiplied with scale
     model.set_attn_implementation("far_context")
     return model
 
