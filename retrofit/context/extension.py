@@ -51,7 +51,7 @@ def with_written_factor(
     if written is None:
         return extension
     said = f"The configuration writes the attention factor {written:g} out: "
-    kept = "it is kept. vLLM and llama.cpp compute the encoding's own; to change it in all, give `attention_factor`."
+    kept = "it is kept. Some engines compute the encoding's own; to change it in all, give `attention_factor`."
     note = said + (kept if extension.method == "yarn" else "it went with the lists that the new ones stand in for.")
     return replace(extension, notes=(*extension.notes, note))
 
@@ -79,6 +79,6 @@ def with_attention_factor(
         scale = (wanted / own) ** 2
         notes.append(
             f"Attention factor {wanted:g} instead of {own:.4g}: the weights that make the queries hold it "
-            f"(x {scale:.4g}), because engines compute the encoding's own whatever the configuration says."
+            f"(x {scale:.4g}), because some engines compute the encoding's own whatever the configuration says."
         )
     return replace(extension, query_scale=scale / held, notes=tuple(notes))

@@ -251,6 +251,7 @@ def _notes(
     if folds(text.get("model_type"), method):
         notes.append(
             f"phi3 reads only longrope: {method} is written as longrope with equal lists, and the queries hold what "
-            "its attention factor differs from longrope's."
+            "its attention factor differs from longrope's. vLLM starts with the original length: give it "
+            "--max-model-len, or use `ntk`, which needs neither."
         )
     return tuple(notes)

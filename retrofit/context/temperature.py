@@ -2,7 +2,7 @@
 
 YaRN multiplies cos and sin by an attention factor a = sqrt(1/t) (arXiv 2309.00071, section 3.4), and so the scores by
 a^2, t being the temperature of the softmax. Its formula was fitted on Llama models; other models want another factor,
-but vLLM and llama.cpp compute the formula whatever a configuration says. A score is linear in the query: with the
+but some engines compute the formula whatever a configuration says. A score is linear in the query: with the
 rotated dims of every query multiplied by (wanted / own)^2 all engines compute the wanted factor, exactly.
 """
 
