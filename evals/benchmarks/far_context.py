@@ -21,6 +21,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,6 @@ EARLY = 10  # layers at the beginning of the model
 PARTS = ((0, 10), (10, 20), (20, 30))
 TEMPERATURES = (0.92, 1.1, 1.2)
 YARN = ("yarn", RopeSettings(attention_factor=1.1))
-FOLDER = resolve("embedded").folder
 
 
 @dataclass
@@ -60,6 +60,12 @@ class Reading:
 
 
 reading = Reading()
+
+
+@cache
+def folder() -> Path:
+    """SmolLM2's checkpoint."""
+    return resolve("embedded").folder
 
 
 def attention(
@@ -95,11 +101,11 @@ def attention(
 
 def loaded(method: str, settings: RopeSettings, factor: float) -> Any:
     """SmolLM2 in bfloat16 with this encoding; factor 1 leaves it as it is."""
-    config, scale = load_config(FOLDER), 1.0
+    config, scale = load_config(folder()), 1.0
     if factor > 1:
         config, done = extend_and_plan(config, factor=factor, method=method, settings=settings)
         scale = done.query_scale
-    model: Any = load_model(FOLDER, dtype="bfloat16", config=config)
+    model: Any = load_model(folder(), dtype="bfloat16", config=config)
     model.model.rotary_emb.attention_scaling *= scale**0.5  # of cos and sin, so the scores are multiplied with scale
     model.set_attn_implementation("far_context")
     return model
@@ -220,7 +226,7 @@ def main() -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register("far_context", attention)
-    tokenizer = load_tokenizer(FOLDER)
+    tokenizer = load_tokenizer(folder())
     parts = {"native": native, "tail": tails, "early": early}
     rows = []
     for book in options.books:
