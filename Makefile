@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt
 
-.PHONY: demo test test-slow test-eval test-downstream test-downstream-vllm attack fuzz lint bench bench-lengths bench-heads bench-large bench-ring bench-curve bench-extension docs install clean
+.PHONY: demo engines test test-slow test-eval test-downstream test-downstream-vllm attack fuzz lint bench bench-lengths bench-heads bench-large bench-ring bench-curve bench-extension docs install clean
 
 $(VENV)/.demo: pyproject.toml constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -85,6 +85,11 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m evals.benchmarks.startup
 	$(BIN)/python -m evals.benchmarks.scoring
 	$(BIN)/python -m evals.benchmarks.recovery
+
+# Every engine that serves checkpoints, in an environment of its own, on every family and position method: 4 GB of
+# packages, 25 minutes of one core; goes on where it was stopped. ENGINE=vllm runs one.
+engines: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m evals.engines $(if $(ENGINE),--engine $(ENGINE))
 
 bench-lengths: $(VENV)/.eval
 	OMP_NUM_THREADS=1 $(BIN)/python -m evals.benchmarks.lengths

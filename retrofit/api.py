@@ -64,7 +64,7 @@ def inspect(
     """
     shown = display(progress)
     with begun(f"inspect {model}", shown, model=model, revision=revision):
-        from retrofit.context.rope import lint_folder, readings
+        from retrofit.context.rope import lint_folder, tried
         from retrofit.model.families import is_known
         from retrofit.model.inspect import Undescribed
         from retrofit.model.inspect import inspect as inspect_source
@@ -80,9 +80,9 @@ def inspect(
             config = load_config(folder)  # with the defaults of its class, which engines read too
             if is_known(config):
                 raise
-            return Undescribed(str(model), str(error), tuple(lint_folder(folder, config)), readings(config))
+            return Undescribed(str(model), str(error), tuple(lint_folder(folder, config)), tried(config))
         config = load_config(source.folder)
-        return inspect_source(source, findings=lint_folder(source.folder, config), readings=readings(config))
+        return inspect_source(source, findings=lint_folder(source.folder, config), engines=tried(config))
 
 
 @as_tables

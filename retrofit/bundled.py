@@ -1,5 +1,5 @@
-"""Where recipes, evaluation suites and the pins of engines live: inside an installed wheel, or at the top level of a
-checkout."""
+"""Where recipes, evaluation suites, the pins of engines and the table of what engines compute live: inside an installed
+wheel, or at the top level of a checkout."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.files import local_path, require_regular
 
-Kind = Literal["recipes", "suites", "engines"]
+Kind = Literal["recipes", "suites", "engines", "results"]
 _PACKAGE = Path(__file__).parent
-_CHECKOUT: dict[Kind, str] = {"recipes": "recipes", "suites": "evals/suites", "engines": "constraints/engines"}
-_SUFFIX: dict[Kind, str] = {"recipes": ".yaml", "suites": ".yaml", "engines": ".txt"}
+_CHECKOUT: dict[Kind, str] = {
+    "recipes": "recipes",
+    "suites": "evals/suites",
+    "engines": "constraints/engines",
+    "results": "evals/results",
+}
+_SUFFIX: dict[Kind, str] = {"recipes": ".yaml", "suites": ".yaml", "engines": ".txt", "results": ".json"}
 
 
 def folder(kind: Kind) -> Path:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from retrofit.console import Progress
 from retrofit.entry import begun, display
 from retrofit.files import local_path
+from retrofit.recipe.engines import Engine
 from retrofit.recipe.options import recipe_of
 from retrofit.recipe.schema import Device, Kernel
 from retrofit.views.notebook import as_tables
@@ -27,6 +28,9 @@ def certify(
     text: Sequence[str] | None = None,
     lengths: Sequence[int | str] | int | str | None = None,
     documents: int | None = None,
+    engines: Sequence[Engine] | None = None,
+    engine_tokens: int | str | None = None,
+    make_environments: bool | None = None,
     kernel: Kernel | None = None,
     device: Device | None = None,
     overwrite: bool = False,
@@ -35,7 +39,9 @@ def certify(
     """Measure a folder that `convert`, `extend` or `recover` wrote, load it again in a fresh process, and write its
     card and record, so that it can be published. Its weights stay as they are.
 
-    original: the model before the surgery, measured as well. lengths: by default the window before and after.
+    original: the model before the surgery, measured as well. lengths: by default the window before and after. engines:
+    other engines that score documents as well, each installed here, or in an environment that `make_environments`
+    makes; engine_tokens: of a document.
     overwrite: a README.md that was not written here is replaced.
     """
     measured = {"lengths": ["native", "target"], "cost_lengths": []}

@@ -20,6 +20,7 @@ def add_to(app: typer.Typer) -> None:
         "certify",
         "retrofit certify out/long --original embedded",
         "retrofit certify out/long --lengths 8k,32k --text book.txt",
+        "retrofit certify out/long --engine vllm --engine llama.cpp --make-environment",
     )
     def certify(
         folder: Annotated[
@@ -37,7 +38,8 @@ def add_to(app: typer.Typer) -> None:
     ) -> None:
         """Measure a folder, load it again in a fresh process, and write its model card, so that it can be published.
 
-        Its weights stay as they are. A run does this for its `final` folder by itself.
+        Its weights stay as they are. With --engine, other engines score the same documents. A run does this for its
+        `final` folder by itself.
         """
         console = console_for(json)
         options |= {"original": original, "overwrite": overwrite, "progress": console.progress}

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from retrofit.checkpoint.config import is_number
 from retrofit.checkpoint.side_files import GENERATION, TOKENIZER
 from retrofit.context import learned
-from retrofit.context.engines import Reading, readings
+from retrofit.context.engines import Tried, tried
 from retrofit.context.extension import Extension
 from retrofit.context.fields import LAYER_THETAS, as_dict, text_part, views
 from retrofit.context.frequencies import frequencies
@@ -41,8 +41,8 @@ __all__ = [
     "METHODS",
     "Extension",
     "Finding",
-    "Reading",
     "RopeSettings",
+    "Tried",
     "extend",
     "extend_and_plan",
     "extend_fields",
@@ -51,8 +51,8 @@ __all__ = [
     "lint_folder",
     "plan",
     "portable",
-    "readings",
     "recorded",
+    "tried",
     "write_extended",
 ]
 

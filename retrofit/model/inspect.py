@@ -69,8 +69,8 @@ class Inspection:
     """A model's attention and what can be done with it.
 
     parameters: number of values, tied matrices once. dtype: of the stored weights; cache sizes are in bytes in that
-    dtype, for one sequence. findings: what the RoPE linter says (empty: nothing wrong), as it was given; readings: what
-    transformers, vLLM and llama.cpp each make of the rotary fields.
+    dtype, for one sequence. findings: what the RoPE linter says (empty: nothing wrong), as it was given; engines: what
+    each engine that was tried makes of such a configuration.
     """
 
     model: str
@@ -95,7 +95,7 @@ class Inspection:
     kv_cache_bytes: dict[int, int]
     conversions: tuple[ConversionSummary, ...]
     findings: tuple[Any, ...]
-    readings: tuple[Any, ...] = ()
+    engines: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,13 @@ class Undescribed:
     model: str
     reason: str
     findings: tuple[Any, ...]
-    readings: tuple[Any, ...]
+    engines: tuple[Any, ...]
 
 
-def inspect(model: Source | str | Path, *, findings: Sequence[Any] = (), readings: Sequence[Any] = ()) -> Inspection:
+def inspect(model: Source | str | Path, *, findings: Sequence[Any] = (), engines: Sequence[Any] = ()) -> Inspection:
     """Describe a model: a resolved `Source`, or whatever `source.resolve` takes (its weights are not fetched then).
 
-    findings, readings: of its configuration (`retrofit.context.rope.lint`, `.readings`), shown as they are.
+    findings, engines: of its configuration (`retrofit.context.rope.lint`, `.tried`), shown as they are.
     Raises UserError as `source.resolve` does.
     """
     from retrofit.model.load import load_config
@@ -152,7 +152,7 @@ def inspect(model: Source | str | Path, *, findings: Sequence[Any] = (), reading
         kv_cache_bytes=_cache_bytes(spec, value_bytes),
         conversions=tuple(_summary(c, spec, value_bytes) for c in family_of(config).conversions(spec)),
         findings=tuple(findings),
-        readings=tuple(readings),
+        engines=tuple(engines),
     )
 
 

@@ -18,6 +18,7 @@ from retrofit.escape import Markdown, code_block, code_span, markdown, prose, vi
 from retrofit.evaluation.metrics.effective import certificate
 from retrofit.evaluation.metrics.perplexity import ALL
 from retrofit.evaluation.tasks import common_knowledge
+from retrofit.publishing.card_engines import scored_sentence, trial_table, tried_table
 from retrofit.publishing.card_input import CardInput, Recovery, require_known
 from retrofit.publishing.card_tables import (
     cache_table,
@@ -84,6 +85,9 @@ def render_card(card: CardInput) -> str:
         certificate=certificate(card.effective) if card.effective else "",
         tests=certificate_table(card.effective) if card.effective else [],
         kv_table=cache_table(card),
+        trials=trial_table(card.engines),
+        scored=scored_sentence(card.engines),
+        tried=tried_table(card.tried),
         limits=_limits(card),
         chart_alt=f"Perplexity by context length: {', '.join(model.label for model in card.models)}",
     )

@@ -12,10 +12,12 @@ from retrofit.escape import shown
 from retrofit.recipe.hub import is_repo_id, license_problem
 
 if TYPE_CHECKING:
+    from retrofit.context.engines import Tried
     from retrofit.evaluation.metrics.effective import EffectiveLength
     from retrofit.evaluation.metrics.frequency import FrequencyBand
     from retrofit.evaluation.metrics.perplexity import Row
     from retrofit.evaluation.tasks.answers import TaskChange, TaskScore
+    from retrofit.publishing.engines.trial import EngineTrial
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class CardInput:
     models: the original first, the published one last. chart: path inside the folder. snippet: what `reload` executes.
     tolerance: what `reload` allows a token's loss and the mean of 1,024 to differ by, in nats. languages, tags: of the
     source's card. speed: what was measured of decoding on a GPU, as a sentence. seen: by kind of text, what it was read
-    for by the steps that made the published model.
+    for by the steps that made the published model. engines: what others gave for this very folder; tried: what they
+    gave for tiny models of the same kind.
     """
 
     title: str
@@ -93,6 +96,8 @@ class CardInput:
     tolerance: tuple[float, float] | None = None
     speed: str = ""
     seen: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    engines: tuple[EngineTrial, ...] = ()
+    tried: tuple[Tried, ...] = ()
 
 
 def require_known(card: CardInput) -> None:

@@ -125,7 +125,8 @@ class Search(Section):
     native_weight: float = Field(1.0, ge=0, le=1e6, description="weight of the loss up to the original window")
     needle_weight: float = Field(0.1, ge=0, le=1e6, description="weight of the answers about hidden facts")
     portable: bool = Field(
-        True, description="only encodings that transformers, vLLM and llama.cpp read alike, as far as the linter knows"
+        True,
+        description="no encoding that vLLM or llama.cpp was seen to compute otherwise than transformers",
     )
     text: Texts = Field(
         default_factory=lambda: text_mix("python-docs", "python-stdlib"), description="text that a search reads"

@@ -20,6 +20,7 @@ from retrofit.recipe.attention import (
     RopeSettings,
     Search,
 )
+from retrofit.recipe.engines import ENGINES, Engine
 from retrofit.recipe.evaluation import NEEDLE_KEYS, RULER_TASKS, Definition, Evaluate, Needle, Ruler, RulerTask, Tasks
 from retrofit.recipe.hub import OTHER, is_link, is_repo_id, license_problem
 from retrofit.recipe.recovery import Adapter, Distribute, Recover, Stage
@@ -87,6 +88,7 @@ _REQUIRE_KEY = re.compile(
     r"(ppl|ppl_ratio|tail_ppl|tail_ppl_ratio|kv_ratio|kernel_max_diff|effective_length)"
     rf"(@([1-9][0-9]{{0,9}}|{LENGTH}))?(/[\w.-]+)?"
     r"|(task|task_drop)@[\w.:+-]+(/[\w.,+-]+)?"
+    r"|engine@[\w.-]+"
 )
 
 
@@ -100,6 +102,15 @@ class Publish(Section):
     license_link: str | None = Field(None, description="with the license `other`: where its text is")
     base_model: str | None = Field(None, description="hub id of the source for the card, when it cannot be known")
     max_shard_size: str = Field("5GB", description="most bytes of a weight file: 500MB, 5GB; 1KB at least")
+    engines: tuple[Engine, ...] = Field(
+        (), description="an engine that has to compute what transformers computes: it scores recorded documents"
+    )
+    engine_tokens: Length | None = Field(
+        None, description="tokens of a document that engines score; by default 256 more than the original window"
+    )
+    make_environments: bool = Field(
+        False, description="make an environment for an engine that is not installed, in the cache"
+    )
     reload_tokens: Length = Field(1024, description="tokens per document that a fresh process scores again")
 
     @field_validator("license")
@@ -184,7 +195,7 @@ class Recipe(Section):
                 raise ValueError(
                     f"`{shown(key, 60)}` is not a metric; write ppl, ppl_ratio, tail_ppl or tail_ppl_ratio with "
                     "@LENGTH and optionally /SOURCE, or task@NAME, task_drop@NAME, kv_ratio, kernel_max_diff, "
-                    "effective_length"
+                    "effective_length, engine@NAME"
                 )
             if parse_bound(bound) is None:
                 raise ValueError(f"`{shown(bound, 60)}` is not a bound; write for example '<= 1.5'")
@@ -192,6 +203,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _steps(self) -> Recipe:
+        for key in self.require:
+            name = key.partition("@")[2] if key.startswith("engine@") else None
+            if name is not None and (self.publish is None or name not in self.publish.engines):
+                fix = f"add {name} to publish.engines" if name in ENGINES else f"use one of {', '.join(ENGINES)}"
+                raise ValueError(f"nothing is tried in the engine of `{shown(key, 60)}`: {fix}")
         if self.require and self.evaluate is None:
             raise ValueError("`require` needs `evaluate`: a requirement is checked on what was measured")
         return self

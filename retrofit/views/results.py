@@ -171,28 +171,41 @@ def _described(result: Inspection) -> Iterator[Part]:
 
 
 def _positions(result: Inspection | Undescribed, known: bool) -> Iterator[Part]:
-    """What three engines make of the rotary fields, and the linter's verdict."""
-    if result.readings:
+    """What engines make of such a configuration, and the linter's verdict."""
+    if result.engines:
         yield ""
         yield Table(
-            "Rotary frequencies as three engines read them",
-            ["engine", "layers", "inverse frequencies", "digest", "attention factor", "max length"],
+            "Engines that were run with such a model, against transformers",
+            ["engine", "version", "computes", "difference (nats)", "were it ignored", "note"],
             [
                 (
                     one.engine,
-                    one.layer_type or "all",
-                    f"{one.rule}, {one.first:.4g} to {one.last:.4g}",
-                    one.digest,
-                    f"{one.attention_factor:.4g}",
-                    f"{one.max_length:,}",
+                    one.version,
+                    _VERDICTS[one.verdict],
+                    _nats(one.difference),
+                    _nats(one.control),
+                    one.message,
                 )
-                for one in result.readings
+                for one in result.engines
             ],
         )
-    if not result.findings and (result.readings or known):
+    if not result.findings and (result.engines or known):
         yield "\nRoPE linter: nothing to complain about"
     for finding in result.findings:
         yield (f"\nRoPE linter, {finding.severity}: {finding.what}\n  where: {finding.where}\n  fix:   {finding.fix}")
+
+
+_VERDICTS = {
+    "same": "the same",
+    "differs": "something else",
+    "error": "nothing: an error",
+    "proves nothing": "not known",
+    "not tried": "not tried",
+}
+
+
+def _nats(value: float | None) -> str:
+    return "" if value is None else f"{value:.1g}" if value < 0.1 else f"{value:.2f}"
 
 
 def _groups(result: Inspection) -> list[tuple[object, ...]]:
@@ -263,6 +276,22 @@ def _search(found: Mapping[str, Any]) -> Iterator[Part]:
 def certified(result: Certified) -> Iterator[Part]:
     """`retrofit certify`."""
     yield from _by_length(result.models)
+    if result.engines:
+        yield Table(
+            f"Other engines, against transformers {result.engines[0].reference} (nats; with its "
+            f"{result.engines[0].control_name}: {result.engines[0].control:.2g})",
+            ["engine", "version", "largest", "mean", "same next token", "note"],
+            [
+                (
+                    one.engine,
+                    one.version,
+                    *map(_nats, (one.largest, one.mean)),
+                    f"{one.greedy:.1%}",
+                    "; ".join(one.notes),
+                )
+                for one in result.engines
+            ],
+        )
     yield f"\ncard: {result.card}"
     yield f"checkpoint: {result.folder}; loaded again in a fresh process: {same_losses(vars(result.reload))}"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.provenance import versions
+from retrofit.context.engines import tried
 from retrofit.model.families import stock_class
 from retrofit.model.license import languages_and_tags
 from retrofit.publishing.card_input import CardInput, CardModel, Recovery
@@ -81,6 +82,7 @@ def card_input(
         tolerance=(allowed.token, allowed.mean),
         speed=decoding_together(data),
         seen=data.models[-1].seen,
+        tried=tried(config),
     )
 
 

@@ -23,6 +23,7 @@ from retrofit.errors import UserError
 from retrofit.escape import shell_word, shown
 from retrofit.evaluation.long_context import native_length
 from retrofit.evaluation.result import ModelEvaluation
+from retrofit.publishing.engines.trial import EngineTrial, require_engines
 from retrofit.publishing.reload import ReloadReport
 from retrofit.recipe.hub import OTHER, is_repo_id, license_problem
 from retrofit.recipe.schema import Publish, Recipe
@@ -50,7 +51,7 @@ _SECTIONS = {"convert": "convert", "extend": "context", "recover": "recover"}
 class Certified:
     """A folder that can be published. models: by label, what was measured. metrics: by name, as `require` knows them.
 
-    card: its README.md.
+    card: its README.md. engines: what other engines gave.
     """
 
     folder: Path
@@ -58,6 +59,7 @@ class Certified:
     models: Mapping[str, ModelEvaluation]
     metrics: Mapping[str, float]
     reload: ReloadReport
+    engines: tuple[EngineTrial, ...] = ()
 
 
 def require_certifiable(folder: Path, *, original: str | None, overwrite: bool) -> dict[str, Any]:
@@ -120,7 +122,10 @@ def certify(
     """
     record = require_certifiable(folder, original=original, overwrite=overwrite)
     steps, came = tuple(record.get("steps") or ()), record.get("source") or {}
-    section = _identity(came)
+    assert recipe.publish is not None
+    section = _identity(came, recipe.publish)
+    again = f"retrofit certify {shell_word(folder)} --make-environment"
+    require_engines(section.engines, make=section.make_environments, command=again)
     recipe = recipe.model_copy(update={"model": str(folder), "publish": section})
     with folder_lock(folder), writing(folder):
         context = open_context(recipe, original=original, alone=True, progress=progress)
@@ -154,6 +159,7 @@ def certify(
         models={model.label: model for model in result.models},
         metrics=result.metrics,
         reload=proven.reload,
+        engines=proven.engines,
     )
 
 
@@ -172,13 +178,13 @@ def _require_same_original(came: Mapping[str, Any], given: Source) -> None:
         )
 
 
-def _identity(came: Mapping[str, Any]) -> Publish:
-    """License and base model that the folder records; what the hub does not accept is left for publishing to ask."""
+def _identity(came: Mapping[str, Any], section: Publish) -> Publish:
+    """The section with the license and base model that the folder records; what the hub does not accept is left for
+    publishing to ask."""
     base, license = came.get("base_model"), came.get("license")
     usable = isinstance(license, str) and license != OTHER and license_problem(license) is None
-    return Publish(  # type: ignore[call-arg]
-        license=license if usable else None, base_model=base if isinstance(base, str) and is_repo_id(base) else None
-    )
+    known = isinstance(base, str) and is_repo_id(base)
+    return section.model_copy(update={"license": license if usable else None, "base_model": base if known else None})
 
 
 def _source(context: ModelContext, came: Mapping[str, Any]) -> Source:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from retrofit.data.sources import CHAT, HUB, holds_dialogues, kind_of
 from retrofit.errors import UserError
 from retrofit.evaluation.result import EvaluationResult
@@ -12,11 +14,21 @@ from retrofit.recipe.schema import Recipe, TextSource
 def gate_of(recipe: Recipe, found: EvaluationResult | None) -> tuple[GateResult, ...]:
     """What the recipe requires against what was measured; a kernel that was not proven never passes. Raises nothing."""
     if found is None:
-        return tuple(check(recipe.require, {}))
-    require = dict(recipe.require)
+        return tuple(check({key: bound for key, bound in recipe.require.items() if not of_engine(key)}, {}))
+    require = {key: bound for key, bound in recipe.require.items() if not of_engine(key)}
     if not found.proof.passed:
         require.setdefault("kernel_max_diff", f"<= {found.proof.tolerance}")
     return tuple(check(require, found.metrics))
+
+
+def engine_gate(recipe: Recipe, metrics: Mapping[str, float]) -> tuple[GateResult, ...]:
+    """What the recipe requires of engines against what they gave, which is known last."""
+    return tuple(check({key: bound for key, bound in recipe.require.items() if of_engine(key)}, metrics))
+
+
+def of_engine(key: str) -> bool:
+    """Whether a requirement is about an engine."""
+    return key.startswith("engine@")
 
 
 def check_require(recipe: Recipe) -> None:
@@ -25,6 +37,8 @@ def check_require(recipe: Recipe) -> None:
         return
     kinds = set().union(*map(_kinds, recipe.evaluate.text)) if any("/" in key for key in recipe.require) else set()
     for key, bound in recipe.require.items():
+        if of_engine(key):
+            continue
         metric, _, kind = key.partition("/")
         name, _, length = metric.partition("@")
         if name in ("task", "task_drop"):

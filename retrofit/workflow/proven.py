@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from retrofit.evaluation.result import EvaluationResult
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.publishing.card import render_card
 from retrofit.publishing.card_input import CardInput
+from retrofit.publishing.engines.trial import EngineTrial, try_engines
 from retrofit.publishing.gate import GateResult
 from retrofit.publishing.reload import ReloadReport, reload_and_score, tolerance_of
 from retrofit.recipe.schema import Publish
@@ -28,11 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Proven:
-    """What a card says, its text, and what the fresh process found that ran its lines."""
+    """What a card says, its text, what the fresh process found that ran its lines, and what other engines gave."""
 
     card: CardInput
     text: str
     reload: ReloadReport
+    engines: tuple[EngineTrial, ...] = ()
 
 
 def prove(
@@ -45,13 +47,15 @@ def prove(
     *,
     chart: str | None = None,
 ) -> Proven:
-    """Make the card of `folder`, a copy of `artifact` or itself, and load the folder in a fresh process. losses: of it.
+    """Make the card of `folder`, a copy of `artifact` or itself, load the folder in a fresh process, and try it in the
+    engines of `section`. losses: of it.
 
-    Nothing is written. Raises UserError for a value that the card lacks, and where the losses are not reproduced.
+    Nothing is written. Raises UserError for a value that the card lacks, where the losses are not reproduced, and for
+    an engine that cannot load the folder.
     """
     allowed = tolerance_of(str(losses.meta.get("dtype")))
     card = card_input(context, artifact, folder, section, data, allowed, chart=chart)
-    text = render_card(card)
+    render_card(card)  # what it lacks is told before the work
     reload = reload_and_score(
         folder,
         context.documents,
@@ -60,7 +64,21 @@ def prove(
         snippet=card.snippet,
         progress=context.progress,
     )
-    return Proven(card, text, reload)
+    trials: tuple[EngineTrial, ...] = ()
+    if section.engines:
+        trials = try_engines(
+            folder,
+            section.engines,
+            context.documents,
+            config=artifact.model.config,
+            spec=artifact.model.spec,
+            original=card.native_length,
+            tokens=section.engine_tokens,
+            make=section.make_environments,
+            progress=context.progress,
+        )
+        card = replace(card, engines=trials)
+    return Proven(card, render_card(card), reload, trials)
 
 
 def record_of(
@@ -83,6 +101,7 @@ def record_of(
         "effective_length": jsonable(evaluated.models[-1].effective),
         "gate": jsonable(gate),
         "reload": jsonable(reload),
+        **({"engines": jsonable(proven.engines)} if proven.engines else {}),
         "versions": versions(),
         "files": digest(folder, everything=True),
     }

@@ -111,7 +111,11 @@ def _publish(runner: Runner, inputs: Inputs) -> Inputs:
         ),
     )
     for step in steps:
-        inputs = runner.do(step, inputs)
+        try:
+            inputs = runner.do(step, inputs)
+        except GateError:  # of an engine, which is tried last
+            runner.drop(FINAL)
+            raise
     return inputs
 
 
@@ -140,7 +144,7 @@ def _result(runner: Runner, inputs: Inputs) -> RunResult:
         folder=runner.folder,
         models={model.label: model for model in evaluated.models} if evaluated else {},
         metrics=evaluated.metrics if evaluated else {},
-        gate=gate,
+        gate=published.gate if published else gate,
         reload=published.reload if published else None,
         seconds={name: entry.seconds for name, entry in runner.entries.items()},
         report=runner.folder / REPORT,

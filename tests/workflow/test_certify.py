@@ -96,6 +96,30 @@ def test_a_card_of_somebody_else_stays(folder: Path, texts: Path) -> None:
     assert "attention-retrofit" in (folder / "README.md").read_text()
 
 
+def test_another_engine_scores_the_same_documents(folder: Path, texts: Path) -> None:
+    said = certify(folder, texts, "--engine", "transformers")
+    assert "Other engines, against transformers" in said
+    [trial] = json.loads((folder / "retrofit.json").read_text())["engines"]
+    assert trial["largest"] <= 1e-4 < trial["control"]
+    assert trial["control_name"] == "scaling ignored"
+    assert trial["greedy"] == 1
+    card = (folder / "README.md").read_text()
+    assert "This folder was scored by each of these, in a process of its own" in card
+    assert f"| transformers | {trial['version']} |" in card
+    assert require_finished(folder, stated=STATED).files
+
+
+def test_an_engine_that_is_not_there_is_told_before_the_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "cache"))
+    refused = retrofit("certify", folder, "--engine", "transformers-4.51")
+    assert refused.exit_code == 2
+    assert "transformers-4.51 is not installed here" in refused.output
+    assert f"retrofit certify {folder} --make-environment" in refused.output
+    assert "vllm" in retrofit("certify", folder, "--engine", "torchserve").output
+
+
 def test_folders_that_cannot_be_certified(folder: Path, model: Path) -> None:
     assert "did not write it" in retrofit("certify", model).output
     (folder / "notes.txt").write_text("x")

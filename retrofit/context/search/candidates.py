@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from retrofit.context.engines import differences
+from retrofit.context.engines import unread
 from retrofit.context.fields import as_dict, rotary_dim, text_part, views
 from retrofit.context.frequencies import yarn_attention_factor
 from retrofit.context.rope import extend_and_plan
@@ -59,8 +59,8 @@ def candidates(
 ) -> tuple[Candidate, ...]:
     """Up to `count` different encodings of a window of `length` tokens, the published ones first.
 
-    portable: only those that transformers, vLLM and llama.cpp read alike, as far as the linter knows; otherwise yarn's
-    scale is free as well. held: what earlier extensions multiplied the queries with. The same arguments give the same
+    portable: none that vLLM or llama.cpp was seen to compute otherwise than transformers; without it yarn's scale is
+    free as well. held: what earlier extensions multiplied the queries with. The same arguments give the same
     candidates.
 
     Raises: UserError where no method can extend this model.
@@ -75,7 +75,7 @@ def candidates(
         )
     theta, dim = float(view.parameters["rope_theta"]), rotary_dim(text, view.parameters)
     stretch = length / text["max_position_embeddings"]
-    known = _strange(config)
+    known = unread(config)
     found: list[Candidate] = []
     refused: UserError | None = None
     wanted = [(method, RopeSettings()) for method in PUBLISHED]
@@ -97,11 +97,11 @@ def candidates(
             continue
         published = index < len(PUBLISHED)
         gentler = not clamped and not published and index < len(PUBLISHED) + len(GENTLER)
-        if not portable or _strange(extended) <= known:
+        if not portable or unread(extended) <= known:
             found.append(Candidate(method, settings, extended, done.query_scale, published, gentler))
     if not found:
         raise refused or UserError(
-            "no method is read alike by transformers, vLLM and llama.cpp on this model",
+            "vLLM or llama.cpp computes something else with every method on this model",
             where="context.search.portable",
             fix="write `portable: false` to search what transformers alone reads",
         )
@@ -128,11 +128,6 @@ def rungs(length: int, tokens: int) -> tuple[tuple[int, int], ...]:
             fix=f"lower it to {MOST * len(sizes) * sizes[0]} at most, or leave it out",
         )
     return plan
-
-
-def _strange(config: object) -> set[tuple[str, str]]:
-    """(engine, what it reads differently from transformers)."""
-    return {(one.engine, one.what) for one in differences(config)}
 
 
 def _points(

@@ -134,7 +134,7 @@ def _make(name: str, folder: Path) -> None:
 
 
 def _install(name: str, python: Path, words: Sequence[str]) -> None:
-    _do(name, [str(python), "-m", "pip", "install", "--quiet", "--no-deps", *words])
+    _do(name, [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--no-deps", *words])
 
 
 def _do(name: str, command: list[str]) -> None:

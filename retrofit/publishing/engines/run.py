@@ -40,15 +40,17 @@ class Passage:
 class Request:
     """A folder (a GGUF file for llama.cpp) and what is scored of it.
 
-    top: so many of the most probable tokens, None for the whole vocabulary where the engine gives it. config: fields of
-    the configuration to replace, for transformers alone. window: what the engine is started for, where not its default.
+    window: tokens that the folder claims. top: so many of the most probable tokens, None for the whole vocabulary where
+    the engine gives it. config: fields of the configuration to replace, for transformers alone. cache_bytes: of a KV
+    cache that holds the longest passage, in float32.
     """
 
     path: Path
     passages: tuple[Passage, ...]
+    window: int
     top: int | None = 20
     config: Mapping[str, Any] = field(default_factory=dict)
-    window: int | None = None
+    cache_bytes: int = 64 << 20
 
     @property
     def context(self) -> int:
@@ -68,12 +70,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class Scored:
-    """What an engine gave for one request: rows of every passage, or the message with which it refused."""
+    """What an engine gave for one request: rows of every passage, or the message with which it refused.
+
+    note: how it has to be started.
+    """
 
     version: str
     rows: tuple[Rows, ...] = ()
     error: str | None = None
-    seconds: float = 0.0
+    note: str | None = None
 
 
 def engine_of(name: str) -> str:
@@ -113,7 +118,7 @@ def score(environment: Environment, requests: Sequence[Request]) -> list[Scored]
         return [
             Scored(done["version"], error=one["error"])
             if "error" in one
-            else Scored(done["version"], _rows(out, one["greedy"]), seconds=one["seconds"])
+            else Scored(done["version"], _rows(out, one["greedy"]), note=one["note"])
             for one, out in zip(done["results"], outs, strict=True)
         ]
 
@@ -128,6 +133,7 @@ def _job(request: Request, out: Path) -> dict[str, Any]:
         "context": request.context,
         "config": dict(request.config),
         "window": request.window,
+        "cache_bytes": request.cache_bytes,
         "out": str(out),
     }
 

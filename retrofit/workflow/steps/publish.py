@@ -13,6 +13,7 @@ from retrofit.checkpoint.provenance import sha256, write_provenance
 from retrofit.checkpoint.side_files import copy_side_files
 from retrofit.checkpoint.staging import staged
 from retrofit.console import jsonable
+from retrofit.context.engines import differences
 from retrofit.data.documents import documents_digest
 from retrofit.errors import UserError
 from retrofit.evaluation.files import losses_file
@@ -20,7 +21,9 @@ from retrofit.evaluation.result import EvaluationResult
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.model.folder import ModelFolder
 from retrofit.publishing.card_input import require_usable_identity
-from retrofit.publishing.gate import GateResult
+from retrofit.publishing.engines.run import engine_of
+from retrofit.publishing.engines.trial import EngineTrial, metrics_of, require_engines
+from retrofit.publishing.gate import GateResult, enforce
 from retrofit.publishing.reload import ReloadReport, nothing_to_compare
 from retrofit.publishing.requirements import snippet_of, terms_of
 from retrofit.recipe.schema import Publish as Section
@@ -29,9 +32,9 @@ from retrofit.report.charts.figures import card_picture
 from retrofit.system.resume import ResumeKey
 from retrofit.workflow.artifact import Artifact
 from retrofit.workflow.estimate.cost import BASE_BYTES, Cost, CostModel
-from retrofit.workflow.gate import gate_of
+from retrofit.workflow.gate import engine_gate, gate_of
 from retrofit.workflow.journal import CARD, FINAL
-from retrofit.workflow.proven import prove, record_of
+from retrofit.workflow.proven import Proven, prove, record_of
 from retrofit.workflow.reporting import run_data
 from retrofit.workflow.step import Inputs, Place, Step
 
@@ -43,11 +46,12 @@ CHART = "perplexity.png"
 
 @dataclass(frozen=True)
 class PublishReport:
-    """What was proven of `final/`. card: sha256 of its card, which people may edit."""
+    """What was proven of `final/`. card: sha256 of its card, which people may edit; engines: what others gave."""
 
     gate: tuple[GateResult, ...]
     reload: ReloadReport
     card: str
+    engines: tuple[EngineTrial, ...] = ()
 
 
 class Publish(Step):
@@ -66,6 +70,7 @@ class Publish(Step):
         from retrofit.model.frequencies import varying
 
         recipe, section, source = self.recipe, self.section, context.source
+        require_engines(section.engines, make=section.make_environments, command="publish.make_environments: true")
         if recipe.evaluate is None:
             raise UserError(
                 "nothing is published without measurements",
@@ -90,7 +95,8 @@ class Publish(Step):
         if varies and min(recipe.evaluate.lengths) > varies[1]:
             raise nothing_to_compare(*varies)
         missing = {"base model": (base, "--base-model ORG/NAME"), "license": (terms.license, "--license ID")}
-        return [
+        unlike = [one.text for one in differences(encoded) if one.engine in map(engine_of, section.engines)]
+        return unlike + [
             f"the {what} is not known and is left out of the card; `retrofit publish` asks for it ({option})"
             for what, (value, option) in missing.items()
             if not value
@@ -122,16 +128,17 @@ class Publish(Step):
         return ResumeKey(self.name, self.version, settings, read)
 
     def run(self, context: ModelContext, inputs: Inputs, place: Place) -> PublishReport:
-        """Raises UserError when a fresh process does not reproduce the recorded losses; there is no `final/` then."""
+        """Raises UserError when a fresh process does not reproduce the recorded losses, or an engine cannot load the
+        checkpoint, and GateError when one is too far away; there is no `final/` then."""
         assert place.run is not None
         final, gate = place.run / FINAL, gate_of(self.recipe, inputs.reports["evaluate"])
         with staged(final, overwrite=True) as folder:
-            reload = self._write_final(context, inputs, place.run, folder, gate)
+            gate, proven = self._write_final(context, inputs, place.run, folder, gate)
         with place.staged() as folder:
-            for name, value in (("gate", gate), ("reload", reload)):
+            for name, value in (("gate", gate), ("reload", proven.reload), ("engines", proven.engines)):
                 text = json.dumps(jsonable(value), indent=2)
                 (folder / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")
-        return PublishReport(gate, reload, sha256(final / CARD))
+        return PublishReport(gate, proven.reload, sha256(final / CARD), proven.engines)
 
     def also(self, context: ModelContext, inputs: Inputs) -> tuple[str, ...]:
         return (FINAL,)
@@ -143,7 +150,7 @@ class Publish(Step):
 
     def _write_final(
         self, context: ModelContext, inputs: Inputs, run: Path, folder: Path, gate: tuple[GateResult, ...]
-    ) -> ReloadReport:
+    ) -> tuple[tuple[GateResult, ...], Proven]:
         artifact: Artifact = inputs.current
         evaluated: EvaluationResult = inputs.reports["evaluate"]
         copy_checkpoint(artifact.model, folder, self.section.max_shard_size, link=self.recipe.link)
@@ -153,9 +160,12 @@ class Publish(Step):
             (folder / CHART).write_bytes(picture.png)
         losses = TokenLosses.load(losses_file(run, inputs.label))
         proven = prove(context, artifact, folder, self.section, data, losses, chart=CHART if picture else None)
+        of_engines = engine_gate(self.recipe, metrics_of(proven.engines))
+        enforce(of_engines, where="require", kept=[f"the checkpoint that was refused, whole: {artifact.path}"])
+        gate += of_engines
         write_provenance(folder, record_of(context, artifact, folder, proven, evaluated, gate))
         (folder / CARD).write_text(proven.text, encoding="utf-8")
-        return proven.reload
+        return gate, proven
 
 
 def copy_checkpoint(source: ModelFolder, folder: Path, max_shard_size: str, *, link: bool) -> None:

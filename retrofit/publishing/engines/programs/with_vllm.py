@@ -7,7 +7,7 @@ from typing import Any
 TOP = 20
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_ALLOW_LONG_MAX_MODEL_LEN="1",
     VLLM_CPU_OMP_THREADS_BIND="nobind",
     VLLM_NO_USAGE_STATS="1",
     VLLM_LOGGING_LEVEL="ERROR",
@@ -23,29 +23,45 @@ def version() -> str:
 
 
 def score(request: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """The most probable tokens at every wanted position, from one pass over each document."""
-    from vllm import LLM, SamplingParams
+    """The most probable tokens at every wanted position, from one pass over each document.
 
-    top = request["top"] or TOP
-    model = LLM(
-        model=request["folder"],
-        dtype="float32",
-        enforce_eager=True,
-        max_logprobs=top,
-        max_num_batched_tokens=max(4096, request["context"]),
-        max_num_seqs=1,
-        disable_log_stats=True,
-        seed=0,
-        **({"max_model_len": request["window"]} if request.get("window") else {}),
-    )
+    Where vLLM takes another length by default than `window`, the request gets a note; where it takes fewer tokens than
+    there are, it is started again with as many.
+    """
+    from vllm import SamplingParams
+
+    top, window = request["top"] or TOP, request["window"]
+    model = _model(request, top)
+    accepted = model.llm_engine.model_config.max_model_len
+    if accepted != window:
+        request["note"] = f"start it with --max-model-len {window}: by default it takes {accepted} tokens"
+    if accepted < request["context"]:
+        del model
+        gc.collect()
+        model = _model(request, top, max_model_len=request["context"])
     try:
-        accepted = model.llm_engine.model_config.max_model_len
-        if accepted < request["context"]:
-            raise ValueError(f"it takes {accepted} tokens by default, not the {request['context']} asked for")
         return [_scored(model, SamplingParams, document, top) for document in request["documents"]]
     finally:
         del model
         gc.collect()
+
+
+def _model(request: dict[str, Any], top: int, **more: Any) -> Any:
+    from vllm import LLM
+
+    gc.freeze()  # vLLM collects at every start, through all modules of torch each time
+    return LLM(
+        model=request["folder"],
+        dtype="float32",
+        enforce_eager=True,
+        max_logprobs=top,
+        max_num_batched_tokens=max(2048, request["context"]),
+        max_num_seqs=1,
+        kv_cache_memory_bytes=request["cache_bytes"],
+        disable_log_stats=True,
+        seed=0,
+        **more,
+    )
 
 
 def _scored(model: Any, settings: Any, document: dict[str, Any], top: int) -> tuple[Any, Any]:
