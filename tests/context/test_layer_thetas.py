@@ -12,7 +12,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from retrofit.context import rope
-from retrofit.context.engines import readings
 from retrofit.context.fields import as_dict, views
 from retrofit.context.frequencies import base_frequencies, ntk_theta
 from retrofit.context.search.encoded import encoded
@@ -38,7 +37,6 @@ def test_each_kind_of_layer_is_a_view_and_each_layer_has_its_base() -> None:
     rotary = [layer.rope for layer in describe(config).layers]
     assert [one and one.theta for one in rotary] == [FULL, SLIDING]
     assert [one and one.parameters["rope_theta"] for one in rotary] == [FULL, SLIDING]
-    assert len(readings(config)) == 6
     one = views(as_dict(tiny_config("granite_swa", **ONE_ENCODING["granite_swa"])))
     assert [(view.layer_type, view.parameters["rope_theta"]) for view in one] == [(None, 1e4)]
     without = tiny_config("granite_swa", layer_rope_theta=[0, 1000.0])

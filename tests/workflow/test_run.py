@@ -180,6 +180,16 @@ def test_a_stricter_gate_takes_back_what_was_published(done: SimpleNamespace, co
     assert result.exit_code == 2 and not (copy / "final").exists()
 
 
+def test_an_engine_that_is_too_far_away_takes_back_what_was_published(done: SimpleNamespace, copy: Path) -> None:
+    asked = ("--set", "publish.engines=[transformers]", "--set", "require.engine@transformers=< 0")
+    result = retrofit("run", done.recipe, "--out", copy, *asked)
+    assert result.exit_code == 2
+    assert "engine@transformers is" in result.output
+    assert not (copy / "final").exists()
+    refused = retrofit("run", done.recipe, "--out", copy, "--set", "require.engine@vllm=< 1")
+    assert "add vllm to publish.engines" in refused.output
+
+
 def test_a_kernel_that_is_not_proven_is_not_published(
     done: SimpleNamespace, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
