@@ -72,9 +72,9 @@ def tried(config: object) -> tuple[Tried, ...]:
 
 
 def differences(config: object) -> tuple[Difference, ...]:
-    """Every engine that computes something else from such a configuration without saying so."""
+    """Every engine that computes something else from such an encoding of a longer window without saying so."""
     subject = subject_of(config)
-    if subject is None:
+    if subject is None or subject.method == HEADS:
         return ()
     return tuple(
         Difference(one.engine, _text(one, subject), _fix(one, subject))
