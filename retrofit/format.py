@@ -61,6 +61,11 @@ def nbytes(value: float | None) -> str:
     return f"{value:.0f} {_UNITS[power]}" if power == 0 else f"{number(value)} {_UNITS[power]}"
 
 
+def kv_per_token(first: float, beyond: float) -> str:
+    """Bytes that a token adds to a KV cache: 22.5 KiB; where layers have windows, also what it adds beyond them."""
+    return nbytes(first) if first == beyond else f"{nbytes(first)} ({nbytes(beyond)} once sliding windows are full)"
+
+
 def duration(seconds: float | None) -> str:
     """0.4 s, 12 s, 3 min 20 s, 1 h 5 min."""
     if seconds is None:

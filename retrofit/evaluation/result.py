@@ -26,8 +26,8 @@ class ModelEvaluation:
     """One model.
 
     rows: perplexities by kind of text and length. kernel, dtype: what it was read with, and reason: why.
-    kv_cache_bytes: of one sequence, by tokens. claimed_length: its positions. cost: of running it; None when it was not
-    measured.
+    kv_bytes_per_token: what each of the first tokens adds to the KV cache. kv_cache_bytes: of one sequence, by tokens.
+    claimed_length: its positions. cost: of running it; None when it was not measured.
     position_losses: (position in tokens, mean loss in nats). long_context: whether the context is used, as far as that
     was asked for. short_context: what it lost against the original at or below the native length. by_frequency: the
     same by how frequent a token is. seen: by kind of text, what the steps that made the model have read other documents

@@ -35,6 +35,7 @@ class RopeSummary:
 @dataclass(frozen=True)
 class LayerGroup:
     """Layers whose attention is the same. indices: for example "0-4, 6-10". biases: for example ("q", "k", "v").
+    kv_cache_bytes: of these layers, by tokens.
 
     rope: None for layers without positions. window: tokens a sliding layer sees, None for all. sinks: each query head
     has a learned logit that takes probability.
@@ -52,6 +53,7 @@ class LayerGroup:
     qk_norm: str | None
     biases: tuple[str, ...]
     rope: RopeSummary | None
+    kv_cache_bytes: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,9 @@ class Inspection:
     """A model's attention and what can be done with it.
 
     parameters: number of values, tied matrices once. dtype: of the stored weights; cache sizes are in bytes in that
-    dtype, for one sequence. findings: what the RoPE linter says (empty: nothing wrong), as it was given; engines: what
-    each engine that was tried makes of such a configuration.
+    dtype, for one sequence. kv_bytes_per_token: what each of the first tokens adds; kv_bytes_beyond_windows: what one
+    adds when sliding windows are full. findings: what the RoPE linter says (empty: nothing wrong), as it was given;
+    engines: what each engine that was tried makes of such a configuration.
     """
 
     model: str
@@ -92,6 +95,7 @@ class Inspection:
     base_model: str | None
     groups: tuple[LayerGroup, ...]
     kv_bytes_per_token: int
+    kv_bytes_beyond_windows: int
     kv_cache_bytes: dict[int, int]
     conversions: tuple[ConversionSummary, ...]
     findings: tuple[Any, ...]
@@ -147,8 +151,9 @@ def inspect(model: Source | str | Path, *, findings: Sequence[Any] = (), engines
         dtype=source.dtype,
         license=source.license,
         base_model=source.base_model,
-        groups=group_layers(spec),
+        groups=group_layers(spec, value_bytes),
         kv_bytes_per_token=spec.kv_bytes_per_token(value_bytes),
+        kv_bytes_beyond_windows=spec.kv_bytes_beyond_windows(value_bytes),
         kv_cache_bytes=_cache_bytes(spec, value_bytes),
         conversions=tuple(_summary(c, spec, value_bytes) for c in family_of(config).conversions(spec)),
         findings=tuple(findings),
@@ -156,8 +161,8 @@ def inspect(model: Source | str | Path, *, findings: Sequence[Any] = (), engines
     )
 
 
-def group_layers(spec: AttentionSpec) -> tuple[LayerGroup, ...]:
-    """Layers with equal attention together, in order of their first layer."""
+def group_layers(spec: AttentionSpec, value_bytes: int = 2) -> tuple[LayerGroup, ...]:
+    """Layers with equal attention together, in order of their first layer. value_bytes: of a value of the KV cache."""
     groups: list[tuple[LayerGroup, list[int]]] = []
     for layer in spec.layers:
         described = _describe_layer(layer)
@@ -167,7 +172,18 @@ def group_layers(spec: AttentionSpec) -> tuple[LayerGroup, ...]:
                 break
         else:
             groups.append((described, [layer.index]))
-    return tuple(replace(group, indices=ranges(indices), count=len(indices)) for group, indices in groups)
+    return tuple(
+        replace(
+            group,
+            indices=ranges(indices),
+            count=len(indices),
+            kv_cache_bytes={
+                tokens: sum(spec.layers[index].kv_cache_bytes(tokens, value_bytes) for index in indices)
+                for tokens in CACHE_LENGTHS
+            },
+        )
+        for group, indices in groups
+    )
 
 
 def ranges(indices: Sequence[int]) -> str:
@@ -218,6 +234,7 @@ def _describe_layer(layer: LayerAttention) -> LayerGroup:
         rope=None
         if rope is None
         else RopeSummary(rope.rope_type, rope.theta, rope.rotary_dim, rope.pairing, dict(rope.parameters)),
+        kv_cache_bytes={},
     )
 
 

@@ -92,6 +92,10 @@ class LayerAttention:
         """Query heads that read one KV head."""
         return self.query_heads // self.kv_heads
 
+    def kv_cache_bytes(self, tokens: int, bytes_per_value: int = 2) -> int:
+        """Bytes of its keys and values at `tokens` tokens, of which a window keeps the last."""
+        return 2 * self.kv_heads * self.head_dim * bytes_per_value * min(tokens, self.window or tokens)
+
 
 @dataclass(frozen=True)
 class MLP:
@@ -138,12 +142,13 @@ class AttentionSpec:
         return replace(self, layers=tuple(replace(layer, kv_heads=kv_heads) for layer in self.layers))
 
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
-        """Bytes the KV cache grows by for each token, windows ignored."""
-        return sum(2 * layer.kv_heads * layer.head_dim * bytes_per_value for layer in self.layers)
+        """Bytes the KV cache grows by for each of the first tokens, which every window has room for."""
+        return sum(layer.kv_cache_bytes(1, bytes_per_value) for layer in self.layers)
+
+    def kv_bytes_beyond_windows(self, bytes_per_value: int = 2) -> int:
+        """Bytes it grows by for each token once the windows are full."""
+        return sum(layer.kv_cache_bytes(1, bytes_per_value) for layer in self.layers if layer.window is None)
 
     def kv_cache_bytes(self, tokens: int, bytes_per_value: int = 2) -> int:
         """Bytes of the KV cache at `tokens` tokens; a sliding layer keeps its window only."""
-        return sum(
-            2 * layer.kv_heads * layer.head_dim * bytes_per_value * min(tokens, layer.window or tokens)
-            for layer in self.layers
-        )
+        return sum(layer.kv_cache_bytes(tokens, bytes_per_value) for layer in self.layers)

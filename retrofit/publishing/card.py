@@ -153,6 +153,12 @@ def _tags(card: CardInput) -> list[str]:
     return tags
 
 
+def _cache_ratio(card: CardInput) -> float:
+    """How many times smaller the KV cache is, at the longest context in the table."""
+    before, after = card.kv_cache_bytes[max(card.kv_cache_bytes)]
+    return before / after
+
+
 def _summary(card: CardInput) -> Markdown:
     """One paragraph: what was done, in the order it was done. `require_known` has seen that a base model is an id."""
     at = f" (revision {code_span(card.revision[:12])})" if card.revision else ""
@@ -163,7 +169,7 @@ def _summary(card: CardInput) -> Markdown:
         heads = "1 KV head" if after == 1 else f"{after} KV heads"
         parts.append(
             f"Each of its {card.layers} layers has {heads} instead of {before}; {_METHODS[card.conversion]}, "
-            f"so the KV cache is {card.kv_bytes_per_token[0] / card.kv_bytes_per_token[1]:.3g} times smaller."
+            f"so the KV cache is {_cache_ratio(card):.3g} times smaller."
         )
     if card.context_method:
         tried = card.encodings_tried

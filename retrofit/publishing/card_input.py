@@ -55,7 +55,7 @@ class CardInput:
 
     base_model: hub id of the source. revision: its commit, if it came from the hub. license: hub license id. A card
     without one of the two says that it is not known.
-    kv_heads, kv_bytes_per_token: (before, after). kv_cache_bytes: {tokens: (before, after)}. conversion: method, None
+    kv_heads: (before, after). kv_cache_bytes: {tokens: (before, after)}. conversion: method, None
     when the heads were left. context_method: None when the window was left; encodings_tried: by the search that found
     it. effective: how much of the window the published model is shown to use, None when that was not asked for.
     models: the original first, the published one last. chart: path inside the folder. snippet: what `reload` executes.
@@ -75,7 +75,6 @@ class CardInput:
     native_length: int
     claimed_length: int
     models: tuple[CardModel, ...]
-    kv_bytes_per_token: tuple[int, int]
     kv_cache_bytes: Mapping[int, tuple[int, int]]
     recipe_yaml: str
     commands: tuple[str, ...]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from retrofit.escape import python_string
-from retrofit.format import duration, heads, nbytes, none_unseen, same_losses
+from retrofit.format import duration, heads, kv_per_token, nbytes, none_unseen, same_losses
 from retrofit.tables import NOTE, Part, Table
 from retrofit.views.measured import marked, task_changes
 
@@ -155,13 +155,15 @@ def _described(result: Inspection) -> Iterator[Part]:
             "GPUs that can split the heads (Ulysses)",
             f"{result.kv_heads} with whole KV heads, {result.query_heads} with copies; ring attention: any number",
         ),
-        ("KV cache per token", nbytes(result.kv_bytes_per_token)),
+        ("KV cache per token", kv_per_token(result.kv_bytes_per_token, result.kv_bytes_beyond_windows)),
     ]
     facts += [(f"KV cache at {tokens // 1024}k", nbytes(size)) for tokens, size in result.kv_cache_bytes.items()]
     yield Table(result.model, ["", ""], facts)
     yield ""
     yield Table(
-        "Layers", ["layers", "heads", "window", "RoPE", "q/k norm", "biases", "softcap", "sinks"], _groups(result)
+        "Layers",
+        ["layers", "heads", "window", "RoPE", "q/k norm", "biases", "softcap", "sinks", "KV at 32k"],
+        _groups(result),
     )
     yield ""
     yield Table("KV heads it can be converted to", ["KV heads", "possible", "KV cache at 32k", "why not"], [
@@ -225,6 +227,7 @@ def _groups(result: Inspection) -> list[tuple[object, ...]]:
                 ", ".join(group.biases) or "none",
                 group.softcap,
                 group.sinks,
+                nbytes(group.kv_cache_bytes[32768]),
             )
         )
     return rows

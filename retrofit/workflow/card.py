@@ -61,7 +61,6 @@ def card_input(
             CardModel(model.label, model.rows, model.tasks, model.task_changes, model.not_asked, model.by_frequency)
             for model in data.models
         ),
-        kv_bytes_per_token=(before.kv_bytes_per_token(size), after.kv_bytes_per_token(size)),
         kv_cache_bytes={
             n: (before.kv_cache_bytes(n, size), after.kv_cache_bytes(n, size)) for n in first.kv_cache_bytes
         },

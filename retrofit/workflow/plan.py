@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from retrofit.format import nbytes
+from retrofit.format import kv_per_token, nbytes
 from retrofit.recipe.schema import Recipe
 from retrofit.workflow.estimate.cost import (
     ASSUMED,
@@ -30,8 +30,10 @@ ORIGINAL = "original"
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole run before it happens. KV bytes are per token in the source's dtype, sliding windows ignored.
+    """A whole run before it happens.
 
+    KV bytes, before and after, in the source's dtype: what each of the first tokens adds (per token), what one adds
+    when sliding windows are full (beyond windows), and all of the cache at the last of `positions`.
     machine: what the steps have to fit, where that is asked. several: what more than one GPU does for it.
     processes: of a launcher; shared: the steps that all of them take part in.
     """
@@ -41,6 +43,7 @@ class Plan:
     steps: tuple[Cost, ...]
     kv_heads: tuple[int, int]
     kv_bytes_per_token: tuple[int, int]
+    kv_bytes_beyond_windows: tuple[int, int]
     kv_cache_bytes: tuple[int, int]
     positions: tuple[int, int]
     throughput: Throughput
@@ -120,6 +123,7 @@ def make_plan(
         steps=tuple(step.estimate(model) for step in steps),
         kv_heads=(before.layers[0].kv_heads, after.layers[0].kv_heads),
         kv_bytes_per_token=(before.kv_bytes_per_token(size), after.kv_bytes_per_token(size)),
+        kv_bytes_beyond_windows=(before.kv_bytes_beyond_windows(size), after.kv_bytes_beyond_windows(size)),
         kv_cache_bytes=(before.kv_cache_bytes(claimed, size), after.kv_cache_bytes(claimed, size)),
         positions=(model.native, claimed),
         throughput=throughput,
@@ -131,10 +135,10 @@ def make_plan(
 
 def describe_plan(plan: Plan) -> list[str]:
     """Lines below the table of a plan."""
-    before, after = plan.kv_bytes_per_token
+    before, after = map(kv_per_token, plan.kv_bytes_per_token, plan.kv_bytes_beyond_windows)
     lines = [
         f"KV heads {plan.kv_heads[0]} -> {plan.kv_heads[1]}, positions {plan.positions[0]:,} -> {plan.positions[1]:,}",
-        f"KV cache {nbytes(before)} -> {nbytes(after)} per token; "
+        f"KV cache per token: {before} -> {after}; "
         f"{nbytes(plan.kv_cache_bytes[0])} -> {nbytes(plan.kv_cache_bytes[1])} at {plan.positions[1]:,} tokens",
         f"time: operations counted from the model's shape, at {EFFICIENCY:.0%} of {plan.throughput.how}",
     ]

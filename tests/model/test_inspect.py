@@ -73,7 +73,9 @@ def test_windows_and_sinks_of_granite_swa(tmp_path):
     assert (full.window, full.sinks, full.rope.theta) == (None, True, 50_000.0)
     assert (sliding.window, sliding.sinks, sliding.rope.theta) == (16, True, 1000.0)
     assert full.scaling == 0.2
-    assert found.kv_cache_bytes[8192] == 2 * 2 * 16 * 2 * (8192 + 16)
+    assert (found.kv_bytes_per_token, found.kv_bytes_beyond_windows) == (2 * 128, 128)
+    assert found.kv_cache_bytes[8192] == 128 * (8192 + 16)
+    assert [group.kv_cache_bytes[32_768] for group in found.groups] == [128 * 32_768, 128 * 16]
     assert not any(group.sinks for group in inspect(save_tiny(tmp_path / "llama")).groups)
 
 

@@ -49,7 +49,6 @@ def card_input(**over: Any) -> CardInput:
             CardModel("converted", rows(400.0)),
             CardModel("recovered", rows(1.4)),
         ),
-        kv_bytes_per_token=(23040, 7680),
         kv_cache_bytes={8192: (188743680, 62914560), 16384: (377487360, 125829120)},
         recipe_yaml="name: quickstart\nconvert:\n  kv_heads: 1\n",
         commands=("retrofit run quickstart --out runs/quickstart",),

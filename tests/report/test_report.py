@@ -43,7 +43,7 @@ def test_verdict_and_key_numbers() -> None:
         "at 8,192 tokens is 1.5× the original's on python-docs and 1.71× on python-stdlib."
     )
     shown = {number.label: (number.value, number.detail) for number in summary.key_numbers(data)}
-    assert shown["KV cache"] == ("÷ 3", "3 → 1 KV heads, 22.5 KiB → 7.50 KiB a token")
+    assert shown["KV cache"] == ("÷ 3", "3 → 1 KV heads, 360 MiB → 120 MiB at 16,384 tokens")
     assert shown["Window"] == ("16,384", "tokens, was 8,192")
     assert shown["Perplexity against the original, python-docs"] == ("1.5×", "10.4 → 15.6 at 8,192 tokens")
     assert shown["Decoding speed"] == (

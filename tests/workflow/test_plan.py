@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from retrofit.evaluation.running import COST_ROUNDS
+from retrofit.format import nbytes
 from retrofit.model.families import describe
 from retrofit.recipe.load import load_recipe
 from retrofit.recipe.resolve import resolved
@@ -114,7 +115,10 @@ def test_a_sliding_window_bounds_the_cache() -> None:
     spec = describe(tiny_config("gemma3_text"))
     plan = make_plan(load_recipe("mqa"), ModelFacts("tiny", spec, 100_000, "float32"), SPEED)
     window, full = 32, 512
-    assert plan.kv_cache_bytes[0] == 2 * 4 * 16 * 4 * (window + full)
+    each = 2 * 4 * 16 * 4
+    assert plan.kv_cache_bytes[0] == each * (window + full)
+    assert (plan.kv_bytes_per_token[0], plan.kv_bytes_beyond_windows[0]) == (2 * each, each)
+    assert f"{nbytes(2 * each)} ({nbytes(each)} once sliding windows are full)" in describe_plan(plan)[1]
 
 
 def test_planning_needs_no_torch() -> None:

@@ -24,9 +24,9 @@ def metrics(
 ) -> dict[str, float]:
     """{"ppl@2048": ..., "ppl_ratio@2048/python-docs": ..., "kv_ratio": ..., ...} of the last model against the first.
 
-    losses: by model, the original first, the result last. tail: tokens of a TailPPL. kv_bytes: per token, before and
-    after. effective_length: of the last model, in tokens; left out when it was not certified. tasks: answers by task,
-    of each model.
+    losses: by model, the original first, the result last. tail: tokens of a TailPPL. kv_bytes: of the KV cache at the
+    result's whole window, before and after. effective_length: of the last model, in tokens; left out when it was not
+    certified. tasks: answers by task, of each model.
     """
     first, *_, last = (*losses.values(), *losses.values())
     found = {"kv_ratio": kv_bytes[1] / kv_bytes[0], "kernel_max_diff": kernel_max_diff}

@@ -20,11 +20,19 @@ def title_of(run: RunData) -> str:
 
 
 def kv_ratio(run: RunData) -> float | None:
-    """How many times smaller the KV cache of a token has become."""
-    before, after = run.original, run.final
-    if before is None or after is None or not before.kv_bytes_per_token or not after.kv_bytes_per_token:
+    """How many times smaller the KV cache of the whole window has become."""
+    sizes = _kv_caches(run)
+    return sizes[1] / sizes[2] if sizes else None
+
+
+def _kv_caches(run: RunData) -> tuple[int, int, int] | None:
+    """(tokens, bytes of the original's KV cache, of the final one's) at the most tokens that both have sizes for."""
+    if run.original is None or run.final is None:
         return None
-    return before.kv_bytes_per_token / after.kv_bytes_per_token
+    before, after = run.original.kv_cache_bytes, run.final.kv_cache_bytes
+    common = before.keys() & after.keys()
+    tokens = run.claimed_length if run.claimed_length in common else max(common, default=0)
+    return (tokens, before[tokens], after[tokens]) if tokens else None
 
 
 def grew(run: RunData) -> bool:
@@ -94,10 +102,10 @@ def _costs(run: RunData) -> str:
 def key_numbers(run: RunData) -> tuple[Number, ...]:
     """The numbers at the top of the page; those that the run does not have are left out."""
     before, after, numbers = run.original, run.final, []
-    shrunk = kv_ratio(run)
-    if shrunk and before and after:
+    shrunk, sizes = kv_ratio(run), _kv_caches(run)
+    if shrunk and sizes and before and after:
         heads = f"{before.kv_heads} → {after.kv_heads} KV heads, " if before.kv_heads and after.kv_heads else ""
-        detail = f"{heads}{fmt.nbytes(before.kv_bytes_per_token)} → {fmt.nbytes(after.kv_bytes_per_token)} a token"
+        detail = f"{heads}{fmt.nbytes(sizes[1])} → {fmt.nbytes(sizes[2])} at {fmt.count(sizes[0])} tokens"
         value = f"÷ {fmt.times(shrunk).rstrip('×')}" if shrunk > 1.001 else "unchanged"
         numbers.append(Number("KV cache", value, detail))
     if run.claimed_length:

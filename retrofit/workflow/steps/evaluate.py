@@ -186,21 +186,20 @@ class Evaluate(Step):
 
         last = list(models.values())[-1]
         self.announce_costs(context)
+        how = self.how(context)
         found = summary(
             {label: artifact.model for label, artifact in models.items()},
             kept,
             self.section,
-            **self.how(context),
+            **how,
         )
         proof = prove_kernel(last.model, context.documents[0], kernel=self.recipe.kernel, device=context.device)
         first, final = found[0], found[-1]
-        assert first.kv_bytes_per_token
-        assert final.kv_bytes_per_token
         numbers = metrics(
             {label: one.losses for label, one in kept.items()},
             self.section.lengths,
             self.section.tail,
-            kv_bytes=(first.kv_bytes_per_token, final.kv_bytes_per_token),
+            kv_bytes=(first.kv_cache_bytes[how["claimed"]], final.kv_cache_bytes[how["claimed"]]),
             kernel_max_diff=proof.max_difference,
             effective_length=final.effective.length if final.effective else None,
             tasks=[one.tasks for one in kept.values()],
