@@ -1,11 +1,12 @@
-"""What a short recovery is trained on, and towards what: one table of variants that read as many tokens each.
+"""What a short recovery is trained on, and towards what: one table of variants.
 
     OMP_NUM_THREADS=1 python -m evals.benchmarks.objectives --books FOLDER --work FOLDER
 
 Converts SmolLM2 to one KV head once, then trains it by each variant in a process of its own and measures it on text of
-five kinds and on the general-knowledge task. A variant that --work already has a result of is not run again, so more
-can be added later. Writes results/objectives.json and objectives.md. --books: a folder of novels (*.txt) that nothing
-here is calibrated or trained on; no text of theirs is written anywhere.
+four kinds and on the general-knowledge task. A variant that --work already has a result of is not run again, so more
+can be added later; one that was killed resumes. `--variants no-prose` trains on 500,000 tokens, for an hour of a quiet
+core; the others read 16,384 each. Writes results/objectives.json and objectives.md. --books: a folder of novels (*.txt)
+that nothing here is calibrated or trained on; no text of theirs is written anywhere.
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from retrofit.data.samples import Teacher
     from retrofit.model.folder import ModelFolder
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -31,10 +31,27 @@ MODEL = "embedded"
 CALIBRATION = 12_288
 TOKENS = 16_384
 PIECES, LENGTH = 4, 1024  # scored of each kind of text
-SAMPLES = {"own.jsonl": "train", "own-unread.jsonl": "held_out"}  # what the original writes, to train on and to score
 KINDS = ("novels", "documentation", "code", "own samples")
-OWN, DOCS, CODE = "own.jsonl", "python-docs", "python-stdlib"
+OWN, COOLER, UNREAD, DOCS, CODE = "own.jsonl", "own-cooler.jsonl", "own-unread.jsonl", "python-docs", "python-stdlib"
+LONG = "own-cooler-long.jsonl"
 MIXED = {OWN: 2.0, DOCS: 1.0, CODE: 1.0}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the original writes, to train on or to score: how much of it, how."""
+
+    side: Literal["train", "held_out"]
+    tokens: int
+    temperature: float = 1.0
+
+
+SAMPLES = {
+    OWN: Samples("train", 2 * TOKENS),
+    UNREAD: Samples("held_out", 2 * PIECES * LENGTH),
+    COOLER: Samples("train", 2 * TOKENS, temperature=0.8),
+    LONG: Samples("train", 6 * TOKENS, temperature=0.8),
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +61,7 @@ class Variant:
     words: str
     recover: dict[str, Any] = field(default_factory=dict)
     text: dict[str, float] = field(default_factory=lambda: dict(MIXED))
+    tokens: int = TOKENS
 
 
 VARIANTS = {
@@ -55,6 +73,16 @@ VARIANTS = {
     "jsd": Variant("Jensen-Shannon divergence", {"divergence": "jsd"}),
     "on-policy": Variant("a quarter of the rows written by the student", {"on_policy": 0.25}),
     "docs-code": Variant("documentation and code alone", text={DOCS: 1.0, CODE: 1.0}),
+    "own-256": Variant("own samples alone, rows of 256 tokens", {"sequence_length": 256}, {OWN: 1.0}),
+    "cooler-256": Variant(
+        "own samples at temperature 0.8 alone, rows of 256 tokens", {"sequence_length": 256}, {COOLER: 1.0}
+    ),
+    "no-prose": Variant(
+        "own samples at temperature 0.8 (98,304 tokens, read again) and a quarter code, rows of 512 tokens",
+        {"sequence_length": 512, "checkpoints": 20, "allow_repeats": True},
+        {LONG: 3.0, CODE: 1.0},
+        500_000,
+    ),
 }
 
 
@@ -63,8 +91,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--books", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("--variants", default=",".join(VARIANTS))
+    short = [name for name, variant in VARIANTS.items() if variant.tokens == TOKENS]
+    parser.add_argument("--variants", default=",".join(short))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--child", help="one variant, `original` or `converted`, in this process")
     options = parser.parse_args()
@@ -75,8 +103,8 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     for name in ("original", "converted", *options.variants.split(",")):
         if not result_file(options, name).exists():
-            command = [sys.executable, "-m", "evals.benchmarks.objectives", "--child", name, "--tokens"]
-            command += [str(options.tokens), "--books", str(options.books), "--work", str(options.work)]
+            command = [sys.executable, "-m", "evals.benchmarks.objectives", "--child", name]
+            command += ["--books", str(options.books), "--work", str(options.work)]
             done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
             if done.returncode:
                 sys.exit(f"{' '.join(command)}: exit status {done.returncode}")
@@ -84,47 +112,47 @@ def main() -> None:
     known = [name for name in ("original", "converted", *VARIANTS) if result_file(options, name).exists()]
     rows = {name: json.loads(result_file(options, name).read_text("utf-8")) for name in known}
     (options.out / "objectives.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    (options.out / "objectives.md").write_text(table(rows, options.tokens), encoding="utf-8")
+    (options.out / "objectives.md").write_text(table(rows), encoding="utf-8")
 
 
 def result_file(options: argparse.Namespace, name: str) -> Path:
     """Where the result of a variant is kept."""
-    return Path(options.work) / f"{name}-{options.tokens}.json"
+    return Path(options.work) / f"{name}.json"
 
 
 def measured(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """Train one variant and measure it: {seconds, steps, losses by kind (nats per token), common_knowledge}."""
     import torch
 
-    from retrofit.data.samples import Teacher
     from retrofit.model.folder import opened
     from retrofit.model.source import resolve
 
     torch.set_num_threads(1)
     original = opened(resolve(MODEL).folder)
-    teacher = Teacher(original, tokens=max(20_480, 2 * options.tokens), held_out=PIECES * 2 * LENGTH)
-    write_samples(options.work, teacher)
+    write_samples(options.work, UNREAD, original)
     trained: dict[str, Any] = {}
     if name == "original":
         folder = original
     elif name == "converted":
         folder = opened(converted(options.work))
     else:
-        folder, trained = train(options, VARIANTS[name], name, original, teacher)
+        folder, trained = train(options, VARIANTS[name], name, original)
     return {**trained, **scores(folder, pieces(options.books, options.work, original))}
 
 
-def write_samples(work: Path, teacher: Teacher) -> None:
-    """The original's own samples as files in `work`, unless they are there."""
-    from retrofit.data.samples import OwnSamples
+def write_samples(work: Path, name: str, original: ModelFolder) -> None:
+    """The original's own samples as a file in `work`, unless it is there."""
+    from retrofit.data.samples import OwnSamples, Teacher
     from retrofit.recipe.schema import TextSource
 
-    for name, side in SAMPLES.items():
-        if not (work / name).exists():
-            samples = OwnSamples(teacher, TextSource(source="self"), side)
-            samples.write()
-            lines = [json.dumps({"text": text}) + "\n" for _, text in samples.documents()]
-            (work / name).write_text("".join(lines), encoding="utf-8")
+    if (work / name).exists():
+        return
+    wanted = SAMPLES[name]
+    teacher = Teacher(original, tokens=wanted.tokens, held_out=wanted.tokens)
+    samples = OwnSamples(teacher, TextSource(source="self", temperature=wanted.temperature), wanted.side)
+    samples.write()
+    lines = [json.dumps({"text": text}) + "\n" for _, text in samples.documents()]
+    (work / name).write_text("".join(lines), encoding="utf-8")
 
 
 def converted(work: Path) -> Path:
@@ -139,20 +167,23 @@ def converted(work: Path) -> Path:
 
 
 def train(
-    options: argparse.Namespace, variant: Variant, name: str, original: ModelFolder, teacher: Teacher
+    options: argparse.Namespace, variant: Variant, name: str, original: ModelFolder
 ) -> tuple[ModelFolder, dict[str, Any]]:
     """The trained checkpoint, and what the training says of itself."""
+    from retrofit.data.samples import Teacher
     from retrofit.model.folder import opened
     from retrofit.recipe.schema import Recover, TextSource
     from retrofit.recovery.schedule import recovery_rows
     from retrofit.recovery.train import recover
 
+    for source in variant.text.keys() & SAMPLES.keys():
+        write_samples(options.work, source, original)
     student = opened(converted(options.work))
-    places = {OWN: str(options.work / OWN)}
+    places = {name: str(options.work / name) for name in SAMPLES}
     text = tuple(TextSource(source=places.get(name, name), weight=weight) for name, weight in variant.text.items())
-    section = Recover(tokens=options.tokens, evals=2, eval_tokens=4096, text=text, **variant.recover)
-    rows, held_out = recovery_rows(section, student.tokenizer, 0, teacher=teacher)
-    out = options.work / f"{name}-{options.tokens}"
+    section = Recover(tokens=variant.tokens, evals=2, eval_tokens=4096, text=text, **variant.recover)
+    rows, held_out = recovery_rows(section, student.tokenizer, 0, teacher=Teacher(original))
+    out = options.work / f"{name}-trained"
     out.mkdir(exist_ok=True)
     began, cpu = time.monotonic(), time.process_time()
     report = recover(student, original, out, section, rows, held_out, work_dir=options.work / f"{name}-work")
@@ -213,29 +244,29 @@ def _piece(original: ModelFolder, text: str, place: float) -> list[int]:
     return (bos + tokenizer(text[start : start + 12 * LENGTH], add_special_tokens=False).input_ids)[:LENGTH]
 
 
-def table(rows: dict[str, dict[str, Any]], tokens: int) -> str:
+def table(rows: dict[str, dict[str, Any]]) -> str:
     """The result as Markdown; perplexities as ratios to the original's."""
     before = rows["original"]
     lines = [
         "# What a short recovery is trained on, and towards what",
         "",
-        "`OMP_NUM_THREADS=1 python -m evals.benchmarks.objectives --books FOLDER --work FOLDER"
-        + ("`" if tokens == TOKENS else f" --tokens {tokens}`"),
+        "`OMP_NUM_THREADS=1 python -m evals.benchmarks.objectives --books FOLDER --work FOLDER`",
         "",
         f"SmolLM2-135M-Instruct, 3 -> 1 KV heads (calibrated on {CALIBRATION:,} tokens of documentation and code), "
-        f"then {tokens:,} tokens of training by each variant, one thread. Perplexity as a ratio to the original's, on "
+        "then trained by each variant, one thread. Perplexity as a ratio to the original's, on "
         f"{PIECES} pieces of {LENGTH:,} tokens of each kind; the novels are read by nothing before. common_knowledge: "
         "share of 504 questions, chance 0.25; a standard error is 0.02. CPU seconds are the training's, with its "
-        "measurements, samples that it reads excluded.",
+        "measurements, samples that it reads excluded; other work beside it makes them up to twice as many.",
         "",
-        f"| variant | CPU seconds | steps | {' | '.join(KINDS)} | common_knowledge |",
-        f"|---|---:|---:|{'---:|' * len(KINDS)}---:|",
+        f"| variant | tokens | CPU seconds | steps | {' | '.join(KINDS)} | common_knowledge |",
+        f"|---|---:|---:|---:|{'---:|' * len(KINDS)}---:|",
     ]
     names = {"original": "the original", "converted": "converted, not trained"}
     names |= {name: variant.words for name, variant in VARIANTS.items()}
     for name, row in rows.items():
         ratios = [math.exp(row["losses"][kind] - before["losses"][kind]) for kind in KINDS]
-        cells = [f"{row['cpu_seconds']:,.0f}" if "steps" in row else "", f"{row.get('steps', '')}"]
+        trained = "steps" in row
+        cells = [f"{row['tokens']:,}", f"{row['cpu_seconds']:,.0f}", f"{row['steps']}"] if trained else [""] * 3
         cells += [f"{ratio:.3f}" for ratio in ratios] + [f"{row['common_knowledge']:.3f}"]
         lines.append(f"| {names[name]} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
