@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         recover,
         run,
         schema,
+        window,
     )
     from retrofit.errors import UserError
 
@@ -41,6 +42,7 @@ COMMANDS = (
     "prices",
     "inspect",
     "convert",
+    "window",
     "extend",
     "recover",
     "evaluate",
@@ -68,6 +70,7 @@ __all__ = [
     "recover",
     "run",
     "schema",
+    "window",
 ]
 
 

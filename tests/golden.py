@@ -156,7 +156,7 @@ def collected(work: Path) -> dict[str, Any]:
     (work / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     note("plan", lambda: retrofit.plan("recipe.yaml", measure=False))
     note("run", lambda: retrofit.run("recipe.yaml", out="run"), "run")
-    results["run"]["metrics"] = _settled(json.loads((work / "run/4-evaluate/metrics.json").read_text())["metrics"])
+    results["run"]["metrics"] = _settled(json.loads((work / "run/5-evaluate/metrics.json").read_text())["metrics"])
     note("compare", lambda: retrofit.compare("run/losses/original.npz", "run/losses/recovered.npz", bits=True))
     return results
 

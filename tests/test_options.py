@@ -26,7 +26,13 @@ from retrofit.views.notebook import VIEWS
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 EVERY = [(command, option) for command, options in OPTIONS.items() for option in options]
-PYTHON: dict[str, Any] = {"flag": bool, "whole": int, "number": float, "tokens": int | str}
+PYTHON: dict[str, Any] = {
+    "flag": bool,
+    "whole": int,
+    "number": float,
+    "tokens": int | str,
+    "layers": Literal["auto"] | int | str | Sequence[int],
+}
 
 
 def parameter(command: str, option: Option) -> inspect.Parameter:

@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import retrofit
-from retrofit.cli import following, publishing
+from retrofit.cli import following, publishing, surgery
 from retrofit.cli.group import Commands
-from retrofit.cli.options import Json, Overwrite, Recipe, Set, command, console_for, described
+from retrofit.cli.options import Json, Model, Overwrite, Recipe, Set, command, console_for
 from retrofit.cli.recipes import recipes_app
 from retrofit.console import Console
 from retrofit.errors import GateError, UserError
-from retrofit.recipe.options import OPTIONS
 from retrofit.system.world import from_environment
 from retrofit.views import measured, results
 
 if TYPE_CHECKING:
-    from retrofit.workflow.command import Written
+    pass
 
 app = typer.Typer(
     cls=Commands,
@@ -36,8 +35,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=described(OPTIONS["inspect"][0]))]
-Out = Annotated[str, typer.Option("--out", metavar="DIR", help="Folder to write; it must not exist.")]
 Lengths = Annotated[str | None, typer.Option("--lengths", metavar="N,N", help="Context lengths.")]
 
 
@@ -179,77 +176,7 @@ def inspect(model: Model, json: Json = False, **options: Any) -> None:
         raise typer.Exit(UserError.exit_code)
 
 
-@command(
-    app,
-    "convert",
-    "retrofit convert embedded --kv-heads 1 --out out/mqa",
-    "retrofit convert ./my-model --kv-heads 4 --method mean --out out/gqa",
-    "retrofit convert ./my-model --kv-heads 4 --calibrate notes.txt --calibrate python-docs --out out/gqa",
-    "retrofit convert EleutherAI/pythia-160m --reexpress-only --out out/phi",
-    shared=True,
-)
-def convert(
-    model: Model,
-    out: Out,
-    moments: Annotated[
-        str | None,
-        typer.Option("--moments", metavar="DIR", help="Keep what calibration measured in every layer in this folder."),
-    ] = None,
-    reexpress_only: Annotated[
-        bool,
-        typer.Option("--reexpress-only", help="Write the same function as an architecture that can share KV heads."),
-    ] = False,
-    target: Annotated[
-        str | None, typer.Option("--target", metavar="TYPE", help="With --reexpress-only: the model type to become.")
-    ] = None,
-    overwrite: Overwrite = False,
-    json: Json = False,
-    **options: Any,
-) -> None:
-    """Write the model with fewer KV heads, as the same architecture.
-
-    GPT-NeoX, GPT-J, GPT-2 and OPT cannot hold fewer KV heads and are first re-expressed, exactly, as one that can.
-    """
-    console = console_for(json)
-    options |= {"moments": moments, "reexpress_only": reexpress_only, "target": target, "overwrite": overwrite}
-    result = retrofit.convert(model, out=out, progress=console.progress, **options)
-    _written(console, result, None if options["revision"] else model)
-
-
-@command(
-    app,
-    "extend",
-    "retrofit extend embedded --length 32k --out out/long",
-    "retrofit extend ./my-model --factor 2 --method ntk --out out/long",
-    "retrofit extend ./my-model --factor 4 --attention-factor 1.1 --out out/long",
-    "retrofit extend ./my-model --factor 4 --method search --text book.txt --out out/long",
-    shared=True,
-)
-def extend(model: Model, out: Out, overwrite: Overwrite = False, json: Json = False, **options: Any) -> None:
-    """Write the model with a longer context window; only positions change, and with a factor the queries."""
-    console = console_for(json)
-    _written(console, retrofit.extend(model, out=out, overwrite=overwrite, progress=console.progress, **options))
-
-
-@command(
-    app,
-    "recover",
-    "retrofit recover out/mqa --teacher embedded --tokens 200000 --out out/recovered",
-    "retrofit recover out/long --teacher embedded --positions pose --tokens 96k --out out/used",
-    shared=True,
-)
-def recover(
-    model: Model,
-    teacher: Annotated[str, typer.Option("--teacher", metavar="ORIGINAL", help="The model before the surgery.")],
-    out: Out,
-    overwrite: Overwrite = False,
-    json: Json = False,
-    **options: Any,
-) -> None:
-    """Win quality back by a short adapter training, merged into the written checkpoint."""
-    console = console_for(json)
-    options |= {"overwrite": overwrite, "progress": console.progress}
-    _written(console, retrofit.recover(model, teacher=teacher, out=out, **options), teacher=teacher)
+surgery.add_to(app)
 
 
 @command(
@@ -332,7 +259,3 @@ def doctor(json: Json = False) -> None:
     console = console_for(json)
     result = retrofit.doctor(progress=console.progress)
     console.show(result, [*results.health(result), *following.lines("retrofit run quickstart")])
-
-
-def _written(console: Console, result: Written, original: str | None = None, *, teacher: str | None = None) -> None:
-    console.show(result, [*results.written(result), *following.after_written(result, original, teacher=teacher)])

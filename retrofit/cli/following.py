@@ -69,7 +69,7 @@ def after_written(result: Written, original: str | None = None, *, teacher: str 
     if original is not None:
         out = result.folder.with_name(f"{result.folder.name}-recovered")
         commands.append(_command("recover", result.folder, "--teacher", original, "--out", out))
-    before = original or teacher or ("MODEL" if result.step == "convert" else None)
+    before = original or teacher or ("MODEL" if result.step in ("convert", "window") else None)
     commands.append(_command("certify", result.folder, *(("--original", before) if before else ())))
     return lines(*commands)
 

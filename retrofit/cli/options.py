@@ -17,6 +17,7 @@ Recipe = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A bundled recipe's name, a .yaml file, or a run's folder.")
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one value of the recipe.")]
+Out = Annotated[str, typer.Option("--out", metavar="DIR", help="Folder to write; it must not exist.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what this program wrote there before.")]
 
 Function = TypeVar("Function", bound=Callable[..., None])
@@ -105,3 +106,6 @@ def _examples(lines: Sequence[str]) -> str:
 def console_for(json: bool) -> Console:
     """Where a command writes, for machines or for people."""
     return Console("json" if json else None)
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=described(OPTIONS["inspect"][0]))]

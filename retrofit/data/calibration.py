@@ -96,9 +96,11 @@ def calibration_text(
     *,
     seed: int,
     teacher: Teacher,
+    one_document: bool = False,
     progress: Progress | None = None,
 ) -> CalibrationText:
-    """Packed sequences of every source by its weight, each labelled with its kind.
+    """Packed sequences of every source by its weight, each labelled with its kind. one_document: each is a piece of one
+    document where one is long enough.
 
     No text is read twice: fits are checked on text that they have not seen. The model's own samples are left out,
     with a note, where the model does not fit into memory. Raises UserError for a source with too little text, and for a
@@ -109,7 +111,9 @@ def calibration_text(
     found = list(dict.fromkeys((*notes, *repeated)))
     parts, kinds = [], []
     for index, source in enumerate(sources):
-        part = _calibration_rows(calibration, sources, index, tokenizer, seed, teacher, only, progress)
+        part = _calibration_rows(
+            calibration, sources, index, tokenizer, seed, teacher, only, progress, one_document=one_document
+        )
         parts.append(part.ids_NT)
         kinds += [kind_of(source.source)] * len(part.ids_NT)
         found += part.notes
@@ -172,6 +176,8 @@ def _calibration_rows(
     teacher: Teacher,
     only: Mapping[str, frozenset[str]],
     progress: Progress | None,
+    *,
+    one_document: bool = False,
 ) -> Packed:
     """Packed sequences of the source at `index`; only: its documents that are not in another source."""
     return training_rows(
@@ -183,6 +189,7 @@ def _calibration_rows(
         teacher=teacher,
         repeat=False,
         only=only,
+        one_document=one_document,
         progress=progress,
     )
 

@@ -60,6 +60,7 @@ def training_rows(
     repeat: bool = True,
     only: Mapping[str, frozenset[str]] | None = None,
     loss_on: LossOn | None = None,
+    one_document: bool = False,
     progress: Progress | None = None,
 ) -> Packed:
     """Packed rows [N, sequence_length], N = ceil(tokens / sequence_length), mixed by the sources' weights.
@@ -70,7 +71,8 @@ def training_rows(
     much there is. A source without held-out text is left out of that split, which is announced as well.
     only: by kind of text, the names of the documents to read, where not all are. loss_on: for training on dialogues,
     which then stay whole, in rows of their own (`chat_rows`); without it they are text as the chat template writes it.
-    In training, rows of LONG_ROW tokens or more are one document each where one is long enough (`long_rows`).
+    In training, rows of LONG_ROW tokens or more are one document each where one is long enough (`long_rows`), and with
+    one_document all rows.
     """
     count = math.ceil(tokens / sequence_length)
     chosen = {source: (only or {}).get(kind_of(source.source)) for source in sources}
@@ -103,7 +105,7 @@ def training_rows(
             notes += packed.notes[1:]
         else:
             rows = share
-            if loss_on and sequence_length >= LONG_ROW and kind != OWN_SAMPLES:
+            if (one_document or (loss_on and sequence_length >= LONG_ROW)) and kind != OWN_SAMPLES:
                 long = long_rows(texts, tokenizer, share, sequence_length, own)
                 one_NT = long.documents_N[:, None].expand_as(long.ids_NT)
                 parts.append((long.ids_NT, one_NT, torch.ones_like(one_NT, dtype=torch.bool)))

@@ -142,6 +142,16 @@ def attention(
     return _forward(q_BHTD, k_BKSD, v_BKSD, plan, scale, sinks_H, fast=True)[0]
 
 
+def with_lse(
+    q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, window: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same without sinks or gradients, and the log-sum-exp of each row's scores: (out [B, H, T, D], lse [B, H, T],
+    float32 at least)."""
+    plan = tiles(q_BHTD.shape[2], k_BKSD.shape[2], window, side_by_side=many_at_once(q_BHTD))
+    with torch.no_grad():
+        return _forward(q_BHTD, k_BKSD, v_BKSD, plan, scale, None)
+
+
 def many_at_once(q: Tensor) -> bool:
     """Whether the device computes many small tiles faster at once than one after the other."""
     return q.device.type != "cpu"

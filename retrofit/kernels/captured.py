@@ -56,7 +56,8 @@ def _capture(
     """Raises `Captured`, and UserError for what is neither causal attention nor a sliding window."""
     window = visible_window(NAME, module, attention_mask, dropout, sliding_window, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    raise Captured(AttentionInputs(query, key, value, scale, window, softcap, s_aux))
+    sinks = None if s_aux is None else s_aux.detach()
+    raise Captured(AttentionInputs(query, key, value, scale, window, softcap, sinks))
 
 
 def register() -> None:

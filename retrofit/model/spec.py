@@ -141,6 +141,15 @@ class AttentionSpec:
         """The same attention with `kv_heads` KV heads in every layer."""
         return replace(self, layers=tuple(replace(layer, kv_heads=kv_heads) for layer in self.layers))
 
+    def with_windows(self, size: int, full: int | None) -> AttentionSpec:
+        """The same attention with windows of `size` tokens in all layers but `full`, a quarter where that is not known,
+        wherever they are."""
+        keep = -(-len(self.layers) // 4) if full is None else full
+        windowed = tuple(
+            replace(layer, window=size if index >= keep else layer.window) for index, layer in enumerate(self.layers)
+        )
+        return replace(self, layers=windowed)
+
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
         """Bytes the KV cache grows by for each of the first tokens, which every window has room for."""
         return sum(layer.kv_cache_bytes(1, bytes_per_value) for layer in self.layers)

@@ -1,4 +1,5 @@
-"""What changes a model's attention: fewer KV heads (`convert`) and a longer context (`context`)."""
+"""What changes a model's attention: fewer KV heads (`convert`), sliding windows (`window`) and a longer context
+(`context`)."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from retrofit.recipe.layers import FULL_LAYERS
 from retrofit.recipe.relative import RELATIVE_HEADS
 from retrofit.recipe.values import (
     MOST_READ,
@@ -68,6 +70,55 @@ class Convert(Section):
     def calibrates(self) -> bool:
         """Whether the method reads calibration text."""
         return self.method not in ("first", "mean")
+
+
+class WindowCalibration(Section):
+    """Text that windows are fitted and measured on: documents that are longer than what a window shows."""
+
+    text: Texts = Field(
+        default_factory=lambda: text_mix("python-docs", "python-stdlib"), description="text to fit windows on"
+    )
+    tokens: Tokens = Field(65_536, ge=256, le=MOST_READ, description="tokens read in all")
+    sequence_length: Length | None = Field(
+        None,
+        description="tokens per sequence, twice the window at least; by default four windows, or the model's context",
+    )
+    measured_tokens: Tokens = Field(
+        8192, ge=256, le=MOST_READ, description="tokens of other text that losses are measured on, layer by layer"
+    )
+
+    def in_sequences(self, length: int) -> Calibration:
+        """What is read, in sequences of `length` tokens."""
+        return Calibration(text=self.text, tokens=self.tokens, sequence_length=length)
+
+
+class Window(Section):
+    """Sliding windows in the layers that look back a short way only."""
+
+    size: Length = Field(1024, description="tokens that a windowed layer sees, the present one included")
+    full_layers: Annotated[Literal["auto"] | int | str | tuple[int, ...], FULL_LAYERS] = Field(
+        "auto",
+        description="layers that still see everything: their number, or their share (1/4), chosen by measuring; `auto` "
+        "measures how many; or a list of layers",
+    )
+    sinks: Literal["fitted", "none"] = Field(
+        "fitted", description="a logit for each windowed head that takes the probability of what is out of sight"
+    )
+    target: Literal["auto", "granite_swa", "mistral"] = Field(
+        "auto",
+        description="architecture that is written: `granite_swa` holds windows by layer and sinks, `mistral` windows "
+        "alone; `auto` keeps one that has windows by layer, and else chooses",
+    )
+    repair: Literal["none", "o_proj"] = Field(
+        "o_proj", description="after the windows: a closed-form output projection, where that costs no answers"
+    )
+    text_loss: float = Field(
+        0.02, gt=0, le=100, description="with `auto`: nats per token of text that one layer's window may add"
+    )
+    answer_loss: float = Field(
+        0.1, gt=0, le=100, description="with `auto`: the same of answers that lie outside of the window"
+    )
+    calibration: WindowCalibration = Field(WindowCalibration(), description="the text that windows are fitted on")
 
 
 class RopeSettings(Section):

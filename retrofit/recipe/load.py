@@ -28,7 +28,7 @@ from retrofit.yamlfile import Key
 Model = TypeVar("Model", bound=BaseModel)
 
 _KEY = re.compile(r"`([a-z_]+)`")
-_SURGERY = ("convert", "context", "recover")  # what a recipe's description is about
+_SURGERY = ("convert", "window", "context", "recover")  # what a recipe's description is about
 _INDEX = re.compile(r"[0-9]{1,9}")
 
 

@@ -12,14 +12,23 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from retrofit.errors import UserError
+from retrofit.recipe.layers import FULL_LAYERS
 from retrofit.recipe.load import validate
 from retrofit.recipe.problems import section_at
 from retrofit.recipe.relative import RELATIVE_HEADS
 from retrofit.recipe.schema import Recipe, TextSource
 from retrofit.recipe.values import LISTED, TOKEN_COUNT
 
-Kind = Literal["flag", "choice", "tokens", "whole", "number", "text"]
-METAVARS: Mapping[Kind, str] = {"flag": "", "choice": "", "tokens": "N", "whole": "N", "number": "F", "text": "TEXT"}
+Kind = Literal["flag", "choice", "layers", "tokens", "whole", "number", "text"]
+METAVARS: Mapping[Kind, str] = {
+    "flag": "",
+    "choice": "",
+    "layers": "auto|N|1/4|0,7",
+    "tokens": "N",
+    "whole": "N",
+    "number": "F",
+    "text": "TEXT",
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,8 @@ class Option:
     @property
     def choices(self) -> tuple[str, ...]:
         """The words that are allowed, where not every one is."""
+        if self.kind != "choice":
+            return ()
         return tuple(
             word for part in _parts(self.field.annotation) if get_origin(part) is Literal for word in get_args(part)
         )
@@ -62,6 +73,8 @@ class Option:
         """How several values are given on the command line; None for an option with one value."""
         if LISTED in self.field.metadata:
             return "commas"
+        if FULL_LAYERS in self.field.metadata:
+            return None
         return "repeated" if any(get_origin(part) is tuple for part in _parts(self.field.annotation)) else None
 
     @property
@@ -101,6 +114,22 @@ OPTIONS: Mapping[str, tuple[Option, ...]] = {
         _option("convert.repair"),
         _CALIBRATE,
         _option("convert.calibration.tokens"),
+        _option("dtype"),
+        *_MACHINE,
+    ),
+    "window": (
+        *_SOURCE,
+        _option("window.size"),
+        _option("window.full_layers"),
+        _option("window.sinks"),
+        _option("window.target"),
+        _option("window.repair"),
+        _option("window.text_loss"),
+        _option("window.answer_loss"),
+        _option("window.calibration.text", "calibrate"),
+        _option("window.calibration.tokens"),
+        _option("window.calibration.sequence_length"),
+        _option("window.calibration.measured_tokens"),
         _option("dtype"),
         *_MACHINE,
     ),
@@ -187,7 +216,7 @@ OPTIONS: Mapping[str, tuple[Option, ...]] = {
 }
 """The options of each command that set keys of a recipe; `prices` is `plan --kv-heads`."""
 
-SECTIONS = ("convert", "context", "recover", "evaluate", "publish")
+SECTIONS = ("convert", "window", "context", "recover", "evaluate", "publish")
 
 
 def recipe_of(command: str, given: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> Recipe:
@@ -278,6 +307,8 @@ def _parts(annotation: Any) -> Iterator[Any]:
 
 def _kind(field: FieldInfo) -> Kind:
     parts = list(_parts(field.annotation))
+    if FULL_LAYERS in field.metadata:
+        return "layers"
     if TOKEN_COUNT in (*field.metadata, *parts) or RELATIVE_HEADS in field.metadata:
         return "tokens"
     if any(get_origin(part) is Literal for part in parts):

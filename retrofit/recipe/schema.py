@@ -19,6 +19,8 @@ from retrofit.recipe.attention import (
     RopeMethod,
     RopeSettings,
     Search,
+    Window,
+    WindowCalibration,
 )
 from retrofit.recipe.engines import ENGINES, Engine
 from retrofit.recipe.evaluation import NEEDLE_KEYS, RULER_TASKS, Definition, Evaluate, Needle, Ruler, RulerTask, Tasks
@@ -74,6 +76,8 @@ __all__ = [
     "Stage",
     "Tasks",
     "TextSource",
+    "Window",
+    "WindowCalibration",
     "parse_bound",
     "parse_size",
 ]
@@ -162,7 +166,7 @@ class Publish(Section):
 
 
 class Recipe(Section):
-    """A whole run: load -> convert -> extend -> recover -> evaluate -> publish."""
+    """A whole run: load -> convert -> window -> extend -> recover -> evaluate -> publish."""
 
     name: str = Field(pattern=NAME, max_length=100, description="what the run folder is called")
     description: str = Field("", max_length=LONGEST_DESCRIPTION, description="what the recipe is for")
@@ -177,7 +181,8 @@ class Recipe(Section):
         description="hard links instead of copies of unchanged weights; who writes into one of them changes all",
     )
     convert: Convert | None = Field(None, description="fewer KV heads")
-    context: Context | None = Field(None, description="a longer window")
+    window: Window | None = Field(None, description="sliding windows in layers that look back a short way only")
+    context: Context | None = Field(None, description="a longer context")
     recover: Recover | None = Field(None, description="a short training that wins the quality back")
     evaluate: Evaluate | None = Field(Evaluate(), description="what is measured")
     publish: Publish | None = Field(Publish(), description="the checkpoint that can be published")

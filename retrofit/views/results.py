@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from retrofit.escape import python_string
 from retrofit.format import duration, heads, kv_per_token, nbytes, none_unseen, same_losses
 from retrofit.tables import NOTE, Part, Table
+from retrofit.views import windows
 from retrofit.views.measured import marked, task_changes
 
 if TYPE_CHECKING:
@@ -234,9 +235,11 @@ def _groups(result: Inspection) -> list[tuple[object, ...]]:
 
 
 def written(result: Written) -> Iterator[Part]:
-    """`retrofit convert`, `extend`, `recover`."""
+    """`retrofit convert`, `window`, `extend`, `recover`."""
     if result.report.get("search"):
         yield from _search(result.report["search"])
+    if result.step == "window":
+        yield from windows.conversion(result.report)
     by_kind = result.report.get("tokens_by_kind")
     if by_kind:
         yield "calibrated on " + ", ".join(f"{tokens:,} tokens of {kind}" for kind, tokens in by_kind.items())

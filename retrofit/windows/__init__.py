@@ -2,3 +2,11 @@
 
 VERSION = 1
 """Of what windows compute: raise it when the same inputs would give other bytes."""
+
+ROW_WINDOWS = 2
+"""Windows in a row that losses are measured on."""
+
+
+def row_length(window: int) -> int:
+    """Tokens of such a row."""
+    return ROW_WINDOWS * window

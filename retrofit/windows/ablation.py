@@ -4,7 +4,7 @@ A variant is a set of layers that have windows, all others see everything. Two v
 share their stream: windowing each of L layers alone costs half of L passes, and the weights of a layer are read once.
 Streams lie on disk; memory is one layer and a batch.
 
-Legend: V variants, N rows, R tokens of a row, B rows of a batch, H query heads.
+Legend: V variants, N rows, R tokens of a row, P positions, B rows of a batch, H query heads.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from retrofit.model.folder import ModelFolder
 from retrofit.model.load import product_dtype
 from retrofit.system.device import calibration_tokens
 from retrofit.windows.heads import as_it_is, windowed
+from retrofit.windows.rows import Repeats
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -38,9 +39,8 @@ STREAM_BYTES = 8 << 30
 
 def ablated_losses(
     model: ModelFolder,
-    input_ids_NR: Tensor,
+    rows: Repeats,
     variants: Sequence[Variant],
-    window: int,
     sinks: Mapping[int, Tensor],
     *,
     device: str = "cpu",
@@ -48,11 +48,12 @@ def ablated_losses(
     task: str = "measure windows",
     progress: Progress | None = None,
 ) -> Tensor:
-    """Loss of every token but each row's last under every variant, [V, N, R - 1], float32.
+    """Losses at the rows' `positions` under every variant, [V, N, P], float32. The windows are those that the rows are
+    made for.
 
     sinks: of windowed layers, [H] each, -inf for none. work: a folder for the streams, which are removed again.
     """
-    nbytes = 8 * input_ids_NR.numel() * model.spec.hidden_size
+    nbytes = 8 * rows.input_ids_NR.numel() * model.spec.hidden_size
     together = max(1, STREAM_BYTES // nbytes)
     parts = [variants[i : i + together] for i in range(0, len(variants), together)]
     if progress:
@@ -60,7 +61,7 @@ def ablated_losses(
     found = []
     for part in parts:
         with tempfile.TemporaryDirectory(prefix="variants-", dir=work) as folder:
-            own = _Pass(model, input_ids_NR, part, window, sinks, device, Path(folder), progress)
+            own = _Pass(model, rows, part, sinks, device, Path(folder), progress)
             found.append(own.losses())
     if progress:
         progress.finish()
@@ -73,18 +74,17 @@ class _Pass:
     def __init__(
         self,
         model: ModelFolder,
-        input_ids_NR: Tensor,
+        rows: Repeats,
         variants: Sequence[Variant],
-        window: int,
         sinks: Mapping[int, Tensor],
         device: str,
         folder: Path,
         progress: Progress | None,
     ) -> None:
-        self._model, self._variants, self._window, self._sinks = model, tuple(variants), window, sinks
+        self._model, self._rows, self._variants, self._sinks = model, rows, tuple(variants), sinks
         self._device, self._progress = device, progress
-        rows = max(1, calibration_tokens(device, model.spec, TOKENS_PER_BATCH) // input_ids_NR.shape[1])
-        self._batches = input_ids_NR.split(rows)
+        together = max(1, calibration_tokens(device, model.spec, TOKENS_PER_BATCH) // rows.length)
+        self._batches = rows.input_ids_NR.split(together)
         shapes = [(*ids.shape, model.spec.hidden_size) for ids in self._batches] * len(set(variants))
         self._files = tuple(DiskTensors(folder / f"streams-{parity}", shapes) for parity in (0, 1))
         for file in self._files:
@@ -114,7 +114,8 @@ class _Pass:
                         inputs = run.attention_inputs(hidden, named)
                         for variant in wanted:
                             new = index in variant
-                            heads = windowed(inputs, self._window, self._sinks.get(index)) if new else as_it_is(inputs)
+                            sinks_H = self._sinks.get(index)
+                            heads = windowed(inputs, self._rows.window, sinks_H) if new else as_it_is(inputs)
                             out, _ = run.forward(hidden, named, heads_BTN=heads)
                             self._files[(index + 1) % 2].write(self._place(following[variant], i), out)
                 slots = following
@@ -122,11 +123,11 @@ class _Pass:
                 self._progress.advance(1)
         del stream
         readout = Readout(model.config, spec, read, device=self._device)
-        last, found = self._files[len(spec.layers) % 2], {}
+        last, found, at_P = self._files[len(spec.layers) % 2], {}, self._rows.positions
         for variant, slot in slots.items():
-            streams = (last.read(self._place(slot, i), self._device) for i in range(len(self._batches)))
+            streams = (last.read(self._place(slot, i), self._device)[:, at_P] for i in range(len(self._batches)))
             found[variant] = torch.cat(
-                [readout.token_losses(x, ids) for x, ids in zip(streams, self._batches, strict=True)]
+                [readout.token_losses(x, ids[:, at_P + 1]) for x, ids in zip(streams, self._batches, strict=True)]
             )
         return torch.stack([found[variant] for variant in self._variants])
 

@@ -9,59 +9,13 @@ as most layers look back a short way only.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from retrofit.windows.ablation import Variant
+from retrofit.windows.outcome import Choice, Limits, Rise, Round
 
 ROUNDS = 3
 CHALLENGERS = 12
 """Windowed layers that a later round asks for what they would give back: those that cost most before."""
-
-
-@dataclass(frozen=True)
-class Rise:
-    """What the loss rises by, in nats per token: of text whose window holds everything (near), of text that it does not
-    (far), and of answers outside the window."""
-
-    near: float
-    far: float
-    answers: float
-
-    def __sub__(self, other: Rise) -> Rise:
-        return Rise(self.near - other.near, self.far - other.far, self.answers - other.answers)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the window of one layer may add, in nats per token: to far text, and to answers."""
-
-    text: float
-    answers: float
-
-    def score(self, added: Rise) -> float:
-        """What a layer's window adds, in limits; from 1 on it sees everything, where nobody says how many layers do."""
-        return max(0.0, added.far) / self.text + max(0.0, added.answers) / self.answers
-
-
-@dataclass(frozen=True)
-class Round:
-    """What was measured. windowed: layers with windows, rise: beyond the original's loss. added: what the window of one
-    more layer adds to that, or of one of these layers has added."""
-
-    windowed: tuple[int, ...]
-    rise: Rise
-    added: Mapping[int, Rise]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """full: layers that see everything. rise: of the loss, measured, with windows in all others. rounds: in order.
-    ranking: all layers that could be chosen, those that need most to see everything first."""
-
-    full: tuple[int, ...]
-    rise: Rise
-    rounds: tuple[Round, ...]
-    ranking: tuple[int, ...] = field(default=())
 
 
 Measure = Callable[[Sequence[Variant]], Sequence[Rise]]

@@ -94,11 +94,11 @@ class WindowSums:
         chunks = []
         for rows, out, lse in nested_windows(inputs, self.windows):
             full_BHRD = with_sinks(out[-1], lse[-1], inputs.sinks_H)[0]
-            self._add_rows(rows, full_BHRD, out[:-1], lse[:-1], lse[-1], weight_BT[:, rows])
+            self.add_rows(rows, full_BHRD, out[:-1], lse[:-1], lse[-1], weight_BT[:, rows])
             chunks.append(full_BHRD.transpose(1, 2).flatten(2))
         return torch.cat(chunks, 1)
 
-    def _add_rows(
+    def add_rows(
         self, rows: slice, full_BHRD: Tensor, n_WBHRD: Tensor, lse_WBHR: Tensor, all_BHR: Tensor, weight_BR: Tensor
     ) -> None:
         """Add a chunk of rows. full: what the layer gives; n, lse: under the windows. all: log-sum-exp of all keys."""

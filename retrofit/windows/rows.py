@@ -5,7 +5,7 @@ looks back only a window finds nothing of the first copy from the second one. So
 losses: of text whose window still holds everything (near), of text that a window hides something from (far), and of the
 second copy (answers), apart from its first tokens, from which the passage has to be recognised.
 
-Legend: N rows, R tokens of a row.
+Legend: N rows, R tokens of a row, P positions whose next token counts.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from retrofit.data.calibration import CalibrationText
 from retrofit.errors import UserError
+from retrofit.windows import row_length
 
-LENGTH = 2
-"""Windows in a row."""
 PASSAGE = 8
 """A passage is a row's length divided by this."""
 RECOGNISED = 8
 """After a passage's length divided by this, its second copy counts."""
+NEAR_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -44,23 +44,25 @@ class Repeats:
         return self.input_ids_NR.shape[1]
 
     @property
-    def parts(self) -> dict[str, slice]:
-        """Positions whose next token counts, by what its loss says."""
+    def parts(self) -> dict[str, Tensor]:
+        """Positions whose next token counts, by what its loss says. Of the near ones every few: there are plenty."""
         copy = self.length - self.passage
         return {
-            "near": slice(0, self.window),
-            "far": slice(self.window, copy - 1),
-            "answers": slice(copy - 1 + max(1, self.passage // RECOGNISED), self.length - 1),
+            "near": torch.arange(0, self.window, NEAR_EVERY),
+            "far": torch.arange(self.window, copy - 1),
+            "answers": torch.arange(copy - 1 + max(1, self.passage // RECOGNISED), self.length - 1),
         }
 
-    def means(self, losses_NT: Tensor) -> dict[str, float]:
-        """Mean loss of every part. losses: of all positions but the last, [N, R - 1]."""
-        return {name: float(losses_NT[:, part].double().mean()) for name, part in self.parts.items()}
+    @property
+    def positions(self) -> Tensor:
+        """All of them, [P]."""
+        return torch.cat(list(self.parts.values()))
 
-
-def row_length(window: int) -> int:
-    """Tokens of a row for a window."""
-    return LENGTH * window
+    def means(self, losses_NP: Tensor) -> dict[str, float]:
+        """Mean loss of every part. losses: at `positions`."""
+        sizes = {name: len(part) for name, part in self.parts.items()}
+        split = losses_NP.double().split(list(sizes.values()), 1)
+        return {name: float(own.mean()) for name, own in zip(sizes, split, strict=True)}
 
 
 def repeats(text: CalibrationText, window: int, rows: int, *, bos: bool) -> Repeats:

@@ -146,9 +146,10 @@ class _Survey:
             if i < self._fitted:
                 heads = text.add(inputs, weight_BT)
             else:
-                part = self._rows.parts["answers"]
-                weight_BT[:, : part.start] = weight_BT[:, part.stop :] = 0
-                heads = answers.add(inputs, weight_BT)
+                counted_BT = torch.zeros_like(weight_BT)
+                at_P = self._rows.parts["answers"]
+                counted_BT[:, at_P] = weight_BT[:, at_P]
+                heads = answers.add(inputs, counted_BT)
             after.write(i, run.forward(hidden, kwargs[i], heads_BTN=heads)[0])
         for sums in (text, answers):
             sums.together(self._world)

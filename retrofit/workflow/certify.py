@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from retrofit.model.source import Source
 
 WRITTEN = "card"  # key of the record: sha256 of the card as it was written
-_LABELS = {"convert": "converted", "extend": "extended", "recover": "recovered"}
-_SECTIONS = {"convert": "convert", "extend": "context", "recover": "recover"}
+_LABELS = {"convert": "converted", "window": "converted", "extend": "extended", "recover": "recovered"}
+_SECTIONS = {"convert": "convert", "window": "window", "extend": "context", "recover": "recover"}
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ def require_certifiable(folder: Path, *, original: str | None, overwrite: bool) 
             where=shown(card),
             fix="move it elsewhere, or add --overwrite to replace it",
         )
-    if original is None and any(step["step"] == "convert" for step in record.get("steps") or ()):
+    if original is None and any(step["step"] in ("convert", "window") for step in record.get("steps") or ()):
         raise UserError(
-            "the folder has fewer KV heads than the model it was made from, which its card compares it with",
+            "the attention of this folder is not that of the model it was made from, which its card compares it with",
             where=shown(folder),
             fix="add --original MODEL, the model before the conversion",
         )

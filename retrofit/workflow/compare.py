@@ -13,7 +13,11 @@ from retrofit.evaluation.tasks.answers import FOLDER, TaskAnswers, beside, from_
 from retrofit.workflow.journal import Entry, Journal
 
 MODELS = ("recovered", "extended", "converted", "original")
-_CHANGES = {"original": (), "converted": ("convert", "extend"), "extended": ("extend",)}  # steps that make a model
+_CHANGES = {
+    "original": (),
+    "converted": ("convert", "window", "extend"),
+    "extended": ("extend",),
+}  # steps that make a model
 
 
 def compare_stored(
@@ -97,7 +101,7 @@ def _require_current(run: Path, model: str, losses: Path) -> None:
 def _require_unchanged(run: Path, model: str, journal: Journal, entry: Entry, file: Path) -> None:
     """Nothing changed the model after this entry of the journal, which made `file`."""
     later = [other.step for other in journal.entries[journal.entries.index(entry) + 1 :]]
-    changed = [step for step in _CHANGES.get(model, ("convert", "extend", "recover")) if step in later]
+    changed = [step for step in _CHANGES.get(model, ("convert", "window", "extend", "recover")) if step in later]
     if changed:
         raise UserError(
             f"this was measured on another revision of the model: `{changed[0]}` was done again after it",

@@ -137,7 +137,9 @@ def open_context(
     require_model(recipe)
     steps = steps_of(recipe)
     if not steps:
-        raise UserError("the recipe has no step", where=recipe.name, fix="add convert, context, recover or evaluate")
+        raise UserError(
+            "the recipe has no step", where=recipe.name, fix="add convert, window, context, recover or evaluate"
+        )
     about = list(check_sources(dict.fromkeys(text for step in steps for text in step.texts)))
     for step in steps:
         about += step.check_options()
@@ -148,9 +150,9 @@ def open_context(
     context.notes += about
     require_record(context.model.path)
     here = check_model(context)
-    if recipe.dtype not in ("auto", context.source.dtype) and recipe.convert is None:
+    if recipe.dtype not in ("auto", context.source.dtype) and recipe.convert is None and recipe.window is None:
         raise UserError(
-            f"only `convert` writes weights in another dtype, and these are {context.source.dtype}",
+            f"only `convert` and `window` write weights in another dtype, and these are {context.source.dtype}",
             where="dtype",
             fix="write dtype: auto",
         )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from retrofit.format import kv_per_token, nbytes
+from retrofit.recipe.layers import how_many
 from retrofit.recipe.schema import Recipe
 from retrofit.workflow.estimate.cost import (
     ASSUMED,
@@ -113,6 +114,8 @@ def make_plan(
     the launcher."""
     before = facts.spec
     after = before.with_kv_heads(recipe.convert.kv_heads) if recipe.convert else before
+    if recipe.window:
+        after = after.with_windows(recipe.window.size, how_many(recipe.window.full_layers, len(before.layers)))
     claimed = claimed_length(recipe, before.max_position_embeddings)
     model = CostModel(facts, after, throughput, claimed, tuple(tasks), processes)
     size = model.value_bytes

@@ -32,9 +32,10 @@ def run_data(context: ModelContext, inputs: Inputs, entries: Mapping[str, Entry]
     recipe, entries = context.recipe, entries or {}
     evaluated: EvaluationResult | None = inputs.reports.get("evaluate")
     published = inputs.reports.get("publish")
-    reports = {name: _json(inputs.reports.get(name)) for name in ("convert", "extend", "recover")}
+    reports = {name: _json(inputs.reports.get(name)) for name in ("convert", "window", "extend", "recover")}
     kernel = evaluated.proof.kernel if evaluated else context.kernel.name
-    noted = [*(reports["convert"] or {}).get("notes", ()), *(reports["recover"] or {}).get("cautions", ())]
+    noted = [note for name in ("convert", "window") for note in (reports[name] or {}).get("notes", ())]
+    noted += [*(reports["recover"] or {}).get("cautions", ())]
     return RunData(
         name=recipe.name,
         recipe_yaml=dump_recipe(public_recipe(recipe, context.source)),

@@ -50,6 +50,8 @@ def train_tokens(recipe: Recipe) -> int:
     if recipe.convert and recipe.convert.calibrates:
         calibration = recipe.convert.calibration
         tokens.append(sampled_tokens(calibration.text, calibration.tokens))
+    if recipe.window:
+        tokens.append(sampled_tokens(recipe.window.calibration.text, recipe.window.calibration.tokens))
     if recipe.recover:
         tokens.append(min(MOST_SAMPLED, sampled_tokens(recipe.recover.text, recipe.recover.tokens)))
     return max(tokens)
@@ -68,12 +70,13 @@ def held_out_tokens(recipe: Recipe) -> int:
 
 
 def sampled_in(recipe: Recipe, step: str) -> int:
-    """Tokens that the original writes in this step of a recipe ("convert", "recover", "evaluate"), in a plan: whatever
-    an earlier step has not had written already."""
+    """Tokens that the original writes in this step of a recipe ("convert", "window", "recover", "evaluate"), in a plan:
+    whatever an earlier step has not had written already."""
     written: dict[tuple[object, ...], int] = {}
     done: dict[str, int] = {}
     sections = (
         ("convert", recipe.convert.calibration.text if recipe.convert and recipe.convert.calibrates else (), True),
+        ("window", recipe.window.calibration.text if recipe.window else (), True),
         ("recover", recipe.recover.text if recipe.recover else (), True),
         ("evaluate", recipe.evaluate.text if recipe.evaluate else (), False),
     )
@@ -83,7 +86,7 @@ def sampled_in(recipe: Recipe, step: str) -> int:
             own = (source.temperature, source.top_p, source.prompts, source.prompt_share)
             if trains:
                 written["train", *own] = max(written.get(("train", *own), 0), source.tokens or train_tokens(recipe))
-            if name != "convert":
+            if name not in ("convert", "window"):
                 written["held-out", *own] = held_out_tokens(recipe)
         done[name] = sum(written.values()) - before
     return done[step]

@@ -93,7 +93,9 @@ def _prices(
 ) -> PriceList:
     section = recipe.convert or Convert(kv_heads=1)
     # Which number of heads is wanted, and what is trained and measured afterwards, is not the list's business.
-    alone = recipe.model_copy(update=dict.fromkeys(("convert", "recover", "evaluate", "publish")) | {"require": {}})
+    alone = recipe.model_copy(
+        update=dict.fromkeys(("convert", "window", "recover", "evaluate", "publish")) | {"require": {}}
+    )
     context = open_model(alone, revision=revision, progress=progress)
     source, config, spec = context.source, context.config, context.spec
     alone = context.recipe

@@ -44,7 +44,7 @@ def run_in_a_child(recipe: Path, out: Path) -> int:
 def result(run: Path) -> dict[str, Any]:
     """Bytes of every weight and the metrics."""
     weights = {str(path.relative_to(run)): sha256(path) for path in sorted(run.rglob("*.safetensors"))}
-    return {**weights, "metrics": json.loads((run / "4-evaluate" / "metrics.json").read_text())["metrics"]}
+    return {**weights, "metrics": json.loads((run / "5-evaluate" / "metrics.json").read_text())["metrics"]}
 
 
 @pytest.mark.attack

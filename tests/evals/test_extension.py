@@ -74,9 +74,9 @@ def test_yarn_is_the_recipe_without_its_training(
 
     def run(recipe: Recipe, *, out: Path, progress: Any) -> None:
         runs.append(recipe)
-        for step in ("4-evaluate", "losses"):
+        for step in ("5-evaluate", "losses"):
             (out / step).mkdir(parents=True, exist_ok=True)
-        (out / "4-evaluate/metrics.json").write_text('{"models": [{"label": "extended", "rows": [3]}]}')
+        (out / "5-evaluate/metrics.json").write_text('{"models": [{"label": "extended", "rows": [3]}]}')
 
     digests = {"run": "same", "yarn-run": "same"}
 

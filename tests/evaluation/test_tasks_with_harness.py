@@ -152,7 +152,7 @@ def test_a_run_asks_every_model_and_goes_on_after_a_stop(
     assert result.exit_code == 0, result.output + repr(result.exception)
     assert asked_again == ["own_word"]  # of the converted model
 
-    found = json.loads((out / "4-evaluate" / "metrics.json").read_text())
+    found = json.loads((out / "5-evaluate" / "metrics.json").read_text())
     scores = {one["label"]: one["tasks"] for one in found["models"]}
     changes = {one["label"]: one["task_changes"] for one in found["models"]}
     assert list(scores) == ["original", "converted"]
@@ -385,7 +385,7 @@ def test_the_original_is_not_asked_prompts_that_its_window_does_not_hold(
     result = retrofit("run", recipe(recover=None, evaluate=evaluate, require={}), "--out", out)
     assert result.exit_code == 0, result.output + repr(result.exception)
     assert "original was not asked 1 questions of own_long" in result.output
-    original, converted = json.loads((out / "4-evaluate" / "metrics.json").read_text())["models"]
+    original, converted = json.loads((out / "5-evaluate" / "metrics.json").read_text())["models"]
     assert original["not_asked"] == {"own_long": 1}
     assert [(row["metric"], row["questions"]) for row in original["tasks"]] == [("acc", 3)]
     assert converted["not_asked"] == {}

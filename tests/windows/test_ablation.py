@@ -43,11 +43,12 @@ def test_every_variant_is_the_stock_model_with_those_windows(tmp_path: Path) -> 
     model = ModelFolder(save_tiny(tmp_path, "qwen2", num_hidden_layers=LAYERS))
     rows = repeats(text(), WINDOW, 3, bos=False)
     variants = [frozenset[int](), frozenset({1}), frozenset({1, 3}), frozenset(range(4)), frozenset({2, 3})]
-    found = ablated_losses(model, rows.input_ids_NR, variants, WINDOW, NO_SINKS)
+    found = ablated_losses(model, rows, variants, NO_SINKS)
     for variant, losses in zip(variants, found, strict=True):
-        torch.testing.assert_close(losses, stock_losses(rows.input_ids_NR, variant), atol=2e-5, rtol=1e-4)
+        expected = stock_losses(rows.input_ids_NR, variant)[:, rows.positions]
+        torch.testing.assert_close(losses, expected, atol=2e-5, rtol=1e-4)
     same = [variants[0], variants[0]]
-    together = ablated_losses(model, rows.input_ids_NR, same, WINDOW, NO_SINKS)
+    together = ablated_losses(model, rows, same, NO_SINKS)
     assert torch.equal(together[0], together[1])
 
 
@@ -57,9 +58,9 @@ def test_variants_that_have_no_room_together_are_measured_in_turn(
     model = ModelFolder(save_tiny(tmp_path, "qwen2", num_hidden_layers=LAYERS))
     rows = repeats(text(), WINDOW, 2, bos=False)
     variants = [frozenset({1}), frozenset[int](), frozenset({0, 3})]
-    together = ablated_losses(model, rows.input_ids_NR, variants, WINDOW, NO_SINKS)
+    together = ablated_losses(model, rows, variants, NO_SINKS)
     monkeypatch.setattr("retrofit.windows.ablation.STREAM_BYTES", 1)
-    assert torch.equal(ablated_losses(model, rows.input_ids_NR, variants, WINDOW, NO_SINKS), together)
+    assert torch.equal(ablated_losses(model, rows, variants, NO_SINKS), together)
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -72,11 +73,11 @@ def test_a_second_copy_lies_outside_the_window_of_the_first(bos: bool) -> None:
     assert torch.equal(ids[:, copy:], ids[:, int(bos) : int(bos) + passage])
     assert copy - int(bos) > WINDOW, "the token after the first copy's is hidden too"
     parts = rows.parts
-    assert parts["near"].stop == parts["far"].start == WINDOW
-    assert parts["far"].stop == copy - 1, "the last that predicts text is the last before the copy's first token"
-    assert parts["answers"] == slice(copy, rows.length - 1)
-    losses = torch.arange(rows.length - 1).float().expand(5, -1)
-    assert rows.means(losses)["near"] == pytest.approx((WINDOW - 1) / 2)
+    assert parts["near"].tolist() == list(range(0, WINDOW, 4))
+    assert parts["far"].tolist() == list(range(WINDOW, copy - 1)), "the next token is text, the copy's first is not"
+    assert parts["answers"].tolist() == list(range(copy, rows.length - 1))
+    losses = rows.positions.float().expand(5, -1)
+    assert rows.means(losses) == {name: pytest.approx(float(part.float().mean())) for name, part in parts.items()}
 
 
 def test_sequences_shorter_than_a_row_are_refused() -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from retrofit.windows.ablation import Variant
-from retrofit.windows.choice import CHALLENGERS, ROUNDS, Choice, Limits, Rise, choose
+from retrofit.windows.choice import CHALLENGERS, ROUNDS, choose
+from retrofit.windows.outcome import Choice, Limits, Rise
 
 LIMITS = Limits(text=0.02, answers=0.1)
 

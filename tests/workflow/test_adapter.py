@@ -40,15 +40,15 @@ def test_a_run_keeps_the_adapter_as_long_as_the_recipe_says(
 ) -> None:
     run, file = tmp_path / "run", recovering(keep_adapter=True)
     assert retrofit("run", file, "--out", run).exit_code == 0
-    require_equal(model, run / "3-recover-adapter", run / "3-recover")
+    require_equal(model, run / "4-recover-adapter", run / "4-recover")
     again = retrofit("run", file, "--out", run)
     assert "recover: done before, kept" in again.output
-    (run / "3-recover-adapter" / "adapter_model.safetensors").unlink()
+    (run / "4-recover-adapter" / "adapter_model.safetensors").unlink()
     repaired = retrofit("run", file, "--out", run)
     assert "done before" not in repaired.output
-    require_equal(model, run / "3-recover-adapter", run / "3-recover")
+    require_equal(model, run / "4-recover-adapter", run / "4-recover")
     assert retrofit("run", recovering(), "--out", run).exit_code == 0
-    assert not (run / "3-recover-adapter").exists()
+    assert not (run / "4-recover-adapter").exists()
     assert not list(run.glob("*.work"))
 
 
@@ -122,7 +122,7 @@ def test_logs_outlive_the_step_and_ask_no_new_training(
     monkeypatch.setattr(step, "find_spec", lambda name: object())
     monkeypatch.setattr(train, "recover", logging)
     assert retrofit("run", recovering(report_to="tensorboard"), "--out", run).exit_code == 0
-    (events,) = run.glob("3-recover-logs/*/events")
+    (events,) = run.glob("4-recover-logs/*/events")
     assert events.read_text() == "losses"
     again = retrofit("run", recovering(), "--out", run)
     assert "recover: done before, kept" in again.output

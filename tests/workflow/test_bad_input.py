@@ -204,9 +204,9 @@ def test_gate_not_met(recipe: Recipe, out: Path) -> None:
     assert "ppl_ratio@64" in (out / "report.md").read_text()
     shown = result.stdout
     assert shown.index("Perplexity (95% interval)") < shown.index("Requirements") < shown.index("report.html")
-    assert f"a requirement is not met: {out / '2-extend'}" in shown
+    assert f"a requirement is not met: {out / '3-extend'}" in shown
     assert f"report: {out / 'report.html'}" in result.stderr
-    assert (out / "2-extend" / "model.safetensors").is_file()
+    assert (out / "3-extend" / "model.safetensors").is_file()
 
 
 def test_gate_not_met_for_machines(recipe: Recipe, out: Path) -> None:

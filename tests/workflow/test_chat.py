@@ -56,7 +56,7 @@ def test_the_recipe_trains_and_measures_dialogues(instruct: Path, tmp_path: Path
     result = run(instruct, tmp_path / "out", *with_text(file, "python-docs"), bound)
     assert result.exit_code == 0, result.output + repr(result.exception)
     found = json.loads(result.stdout)
-    numbers = json.loads((tmp_path / "out" / "4-evaluate" / "metrics.json").read_text())["metrics"]
+    numbers = json.loads((tmp_path / "out" / "5-evaluate" / "metrics.json").read_text())["metrics"]
     assert {"ppl@256/chat", "ppl_ratio@256/chat", "ppl_ratio@128/python-docs"} <= set(numbers)
     assert all(one["passed"] for one in found["gate"])
     assert "the loss counts" in result.stderr

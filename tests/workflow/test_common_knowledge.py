@@ -51,7 +51,7 @@ def test_a_run_asks_every_model_and_goes_on_after_a_stop(
     assert result.exit_code == 0, result.output + repr(result.exception)
     assert len(asked) == 3, "what the original answered is kept"
 
-    found = json.loads((out / "4-evaluate" / "metrics.json").read_text())
+    found = json.loads((out / "5-evaluate" / "metrics.json").read_text())
     original, converted = found["models"]
     for stored, folder in ((original, model), (converted, out / "1-convert")):
         loaded = ModelFolder(folder)

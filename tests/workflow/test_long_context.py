@@ -80,7 +80,7 @@ def test_a_run_divides_out_the_factor_that_its_original_was_extended_with(
     assert retrofit("run", file, "--out", tmp_path / "run").exit_code == 0
     scales = [
         json.loads((folder / "retrofit.json").read_text())["steps"][-1]["result"]["query_scale"]
-        for folder in (first, tmp_path / "run" / "2-extend")
+        for folder in (first, tmp_path / "run" / "3-extend")
     ]
     assert scales[0] > 1.4 and scales[0] * scales[1] == pytest.approx(1)
 
@@ -209,7 +209,7 @@ def test_a_run_killed_while_it_asks_ends_with_the_same_answers(
     # Of two models in turn: after the first haystack of two, after both, and in RULER's only text.
     limits = ["needle:2", "needle:3", "ruler:1", "needle:2", "ruler:2"]
     assert killed_run(file, calm, hunted, limits) == [limit.partition(":")[0] for limit in limits] + ["done"]
-    found = [json.loads((run / "4-evaluate" / "metrics.json").read_text())["models"] for run in (calm, hunted)]
+    found = [json.loads((run / "5-evaluate" / "metrics.json").read_text())["models"] for run in (calm, hunted)]
     assert found[0] == found[1] and len(found[0][1]["long_context"]["needle"]["cells"]) == 2
     assert not list(hunted.rglob("*.scored"))
 
@@ -262,7 +262,7 @@ def test_a_run_keeps_the_passes_and_concludes_from_them(
     path = recipe(**less, evaluate={**section, **asked})
     out = tmp_path / "out"
     assert retrofit("run", path, "--out", out).exit_code == 0
-    found = json.loads((out / "4-evaluate" / "metrics.json").read_text())
+    found = json.loads((out / "5-evaluate" / "metrics.json").read_text())
     uses = {model["label"]: model["long_context"] for model in found["models"]}
     assert list(uses) == ["original", "extended"] and uses["extended"]["native"] == 512
     assert [one.partition(" ")[0] for one in uses["extended"]["effective"]["not_tested"]] == ["the"]  # the needle
@@ -300,7 +300,7 @@ def test_the_original_is_not_asked_what_its_window_does_not_hold(
     file = recipe(recover=None, publish=None, evaluate=evaluate)
     result = retrofit("run", file, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output + repr(result.exception)
-    found = json.loads((tmp_path / "run" / "4-evaluate" / "metrics.json").read_text())
+    found = json.loads((tmp_path / "run" / "5-evaluate" / "metrics.json").read_text())
     original, converted = (one["long_context"] for one in found["models"])
     assert original["not_asked"] == [700]
     assert original["needle"]["lengths"] == [256]

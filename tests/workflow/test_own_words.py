@@ -65,5 +65,5 @@ def test_a_run_measures_them_beside_other_text(
     path = recipe(context=None, recover=recover, evaluate=evaluate)
     result = retrofit("run", path, "--out", tmp_path / "run", "--json")
     assert result.exit_code == 0, result.output + repr(result.exception)
-    rows = json.loads((tmp_path / "run" / "4-evaluate" / "metrics.json").read_text())["models"][0]["rows"]
+    rows = json.loads((tmp_path / "run" / "5-evaluate" / "metrics.json").read_text())["models"][0]["rows"]
     assert {row["kind"] for row in rows} == {"self", "held.txt", "all"}

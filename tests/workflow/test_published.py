@@ -17,7 +17,7 @@ from tests.workflow.conftest import retrofit
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "runs" / "x"
-    for name in ("final", "3-recover"):
+    for name in ("final", "4-recover"):
         (folder / name).mkdir(parents=True)
         (folder / name / "retrofit.json").write_text("{}")
     Journal(folder).mark()
@@ -48,7 +48,7 @@ def test_a_run_without_something_to_publish_says_how_to_end_it(run: Path) -> Non
 def test_a_step_of_a_run_names_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run.parent.parent)
     with pytest.raises(UserError, match="one step of a run") as caught:
-        published_folder(Path("runs/x/3-recover"))
+        published_folder(Path("runs/x/4-recover"))
     assert caught.value.fix == f"give the folder of the run: {Path('runs/x')}"
 
 

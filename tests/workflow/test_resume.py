@@ -59,10 +59,10 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(tmp_path: Path, mod
     assert places == [*(limit.partition(":")[0] for limit in LIMITS), "done"]
 
     calm, hunted = tmp_path / "calm", tmp_path / "hunted"
-    for folder in ("1-convert", "2-extend", "3-recover"):
+    for folder in ("1-convert", "3-extend", "4-recover"):
         weights = [sha256(run / folder / "model.safetensors") for run in (calm, hunted)]
         assert weights[0] == weights[1], folder
-    metrics = [json.loads((run / "4-evaluate" / "metrics.json").read_text())["metrics"] for run in (calm, hunted)]
+    metrics = [json.loads((run / "5-evaluate" / "metrics.json").read_text())["metrics"] for run in (calm, hunted)]
     assert metrics[0] == metrics[1]
     lines = [json.loads(line) for line in (hunted / "journal.jsonl").read_text().splitlines()]
     (recovery,) = [line for line in lines if line.get("step") == "recover"]

@@ -53,7 +53,7 @@ def copy(done: SimpleNamespace, tmp_path: Path) -> Path:
 
 def test_the_run_folder_holds_what_the_design_says(done: SimpleNamespace) -> None:
     names = {path.name for path in done.folder.iterdir()}
-    steps = {"1-convert", "2-extend", "3-recover", "4-evaluate", "5-publish", "final", "losses"}
+    steps = {"1-convert", "3-extend", "4-recover", "5-evaluate", "6-publish", "final", "losses"}
     files = {"recipe.yaml", "journal.jsonl", "report.html", "report.md", "perplexity.svg", "perplexity.png"}
     assert names == steps | files, "and nothing half-written"
     assert {path.stem for path in (done.folder / "losses").iterdir()} == {"original", "converted", "recovered"}
@@ -105,7 +105,7 @@ def test_a_converted_configuration_speaks_the_older_names_as_well(done: SimpleNa
 
 def test_what_is_published_names_no_path_of_this_machine(done: SimpleNamespace, texts: Path) -> None:
     said = (done.folder / "final" / "retrofit.json").read_text()
-    assert str(texts) in (done.folder / "3-recover" / "retrofit.json").read_text()
+    assert str(texts) in (done.folder / "4-recover" / "retrofit.json").read_text()
     assert str(texts) not in said and texts.joinpath("train").name in said
 
 

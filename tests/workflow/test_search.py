@@ -80,7 +80,7 @@ def test_a_run_searches_once_and_plans_it(
     with monkeypatch.context() as patch:
         patch.setattr(rope, "write_extended", stopped)
         retrofit("run", file, "--out", tmp_path / "run")
-    kept = tmp_path / "run" / "2-extend.work"
+    kept = tmp_path / "run" / "3-extend.work"
     trials = len(list(kept.rglob("*.npy")))
     assert trials == 12 + 3 + 2  # and the model before, once a rung
     result = retrofit("run", file, "--out", tmp_path / "run")

@@ -41,7 +41,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, model: Path, texts: Path) -> 
 
 
 def test_the_result_and_the_record_have_it_by_kind(done: SimpleNamespace) -> None:
-    original, last = json.loads((done.out / "4-evaluate" / "metrics.json").read_text())["models"]
+    original, last = json.loads((done.out / "5-evaluate" / "metrics.json").read_text())["models"]
     assert original["seen"] == {}, "no step made it"
     assert last["seen"] == SEEN
     record = json.loads((done.out / "final" / "retrofit.json").read_text())
@@ -68,7 +68,7 @@ def test_losses_are_compared_by_the_rank_of_the_token(done: SimpleNamespace) -> 
     assert "text read in rank tokens a b b / a interval" in shown
     assert "held.txt unseen 1-10" in shown
     assert "train calibration, training 11-100" in shown
-    last = json.loads((done.out / "4-evaluate" / "metrics.json").read_text())["models"][-1]
+    last = json.loads((done.out / "5-evaluate" / "metrics.json").read_text())["models"][-1]
     every = {one["kind"]: one for one in last["by_frequency"] if one["first"] == 1 and one["last"] is None}
     rows = {(row["kind"], row["length"]): row["ppl"] for row in last["rows"]}
     for kind, band in every.items():

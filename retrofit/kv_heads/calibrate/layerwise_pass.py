@@ -196,21 +196,20 @@ class Readout:
         assert self._given is not None
         return self._given
 
-    def token_losses(self, hidden_BTC: Tensor, ids_BT: Tensor) -> Tensor:
-        """Next-token loss of every token but the last, [B, T - 1], float32; logits exist for a few rows at a time."""
+    def token_losses(self, hidden_BRC: Tensor, targets_BR: Tensor) -> Tensor:
+        """Loss of each row's target, [B, R], float32; logits exist for a few rows at a time."""
         step = logit_rows(self._device, self._model.config.get_text_config().vocab_size)
         found: list[Tensor] = []
         with torch.no_grad():
-            for hidden_TC, ids_T in zip(hidden_BTC, ids_BT.to(self._device), strict=True):
-                for start in range(0, len(ids_T) - 1, step):
-                    rows = slice(start, min(start + step, len(ids_T) - 1))
-                    self._given = hidden_TC[None, rows]
-                    logits_RV = self._model(input_ids=ids_T[None, rows], use_cache=False).logits[0].float()
-                    targets_R = ids_T[rows.start + 1 : rows.stop + 1]
-                    found.append(nn.functional.cross_entropy(logits_RV, targets_R, reduction="none"))
+            for hidden_RC, targets_R in zip(hidden_BRC, targets_BR.to(self._device), strict=True):
+                for rows in (slice(start, start + step) for start in range(0, len(targets_R), step)):
+                    self._given = hidden_RC[None, rows]
+                    # The layers' stand-ins look at no ids; any of that number will do.
+                    logits_RV = self._model(input_ids=targets_R[None, rows], use_cache=False).logits[0].float()
+                    found.append(nn.functional.cross_entropy(logits_RV, targets_R[rows], reduction="none"))
         self._given = None
-        return torch.cat(found).cpu().view(len(ids_BT), -1)  # read once, when all are computed
+        return torch.cat(found).cpu().view(targets_BR.shape)  # read once, when all are computed
 
     def losses(self, hidden_BTC: Tensor, ids_BT: Tensor) -> Tensor:
         """Mean next-token loss of each sequence, [B], float64."""
-        return self.token_losses(hidden_BTC, ids_BT).double().mean(1)
+        return self.token_losses(hidden_BTC[:, :-1], ids_BT[:, 1:]).double().mean(1)

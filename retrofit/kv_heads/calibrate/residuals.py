@@ -1,9 +1,9 @@
-"""The work folder of a calibrated conversion: both residual streams, and every layer that is done.
+"""The work folder of a layer-by-layer conversion: both residual streams, and every layer that is done.
 
     state.json                what the folder belongs to, how many layers are done, checksums of their streams
     original-0, original-1    residual stream of the original model, before and after the present layer by turns
     converted-0, converted-1  the same of the layers converted so far
-    targets, heads            what is per token within one layer
+    targets, heads, ...       what is per token within one layer
     layer-007.safetensors     a finished layer's changed tensors, and its report
 
 Legend: N batches, B sequences of a batch, T tokens, C width.
@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -44,54 +45,63 @@ class Shapes:
         return cls(tuple((*b, width) for b in batches), tuple((*b, heads_width) for b in batches))
 
 
-class WorkFolder(StreamFolder):
-    """Streams and finished layers of one conversion on disk. repairs: whether what they read is kept as well."""
+class Report(Protocol):
+    """What was done to one layer. index: of the layer."""
+
+    @property
+    def index(self) -> int: ...
+
+
+AnyReport = TypeVar("AnyReport", bound=Report)
+
+
+class LayerFolder(StreamFolder, Generic[AnyReport]):
+    """Streams and finished layers of one conversion on disk.
+
+    shapes: [B, T, C] of every batch. report_of: what makes a layer's report, a dataclass, of its JSON values.
+    """
 
     def __init__(
         self,
         folder: Path,
         key: str,
-        shapes: Shapes,
+        shapes: Sequence[tuple[int, ...]],
+        report_of: Callable[[Mapping[str, Any]], AnyReport],
         *,
         layers: int,
-        repairs: bool,
+        within: Sequence[DiskTensors] = (),
+        to_the_end: bool = False,
         device: str = "cpu",
         own: Sequence[int] | None = None,
         world: World = ALONE,
         say: Callable[[str], None],
     ) -> None:
-        # What only repairs read is not kept without them.
-        self.targets = DiskTensors(folder / "targets", shapes.hidden if repairs else ())
-        self.heads = DiskTensors(folder / "heads", shapes.heads if repairs else ())
+        self._report_of = report_of
         super().__init__(
             folder,
             key,
             STREAMS,
-            shapes.hidden,
+            shapes,
             layers=layers,
-            within=(self.targets, self.heads),
+            within=within,
             whole=self._report,
+            to_the_end=to_the_end,
             device=device,
             own=own,
             world=world,
             say=say,
         )
 
-    @property
-    def moments(self) -> Path:
-        """Folder of the moments of finished layers."""
-        return self.folder / "moments"
-
-    def finish_layer(self, report: LayerReport, tensors: Mapping[str, Tensor]) -> None:
+    def finish_layer(self, report: AnyReport, tensors: Mapping[str, Tensor]) -> None:
         """Keep a layer that is done; its streams into the next one are written. tensors: those of rank 0 are kept."""
         if self._world.main:
             path = self._layer(report.index)
             partial = path.with_name(f".{path.name}.partial")
-            save_file(dict(tensors), partial, metadata={"report": json.dumps(asdict(report))})
+            save_file(dict(tensors), partial, metadata={"report": json.dumps(asdict(cast(Any, report)))})
             partial.replace(path)
         self.finished(report.index)
 
-    def reports(self) -> list[LayerReport]:
+    def reports(self) -> list[AnyReport]:
         """Of every finished layer."""
         return self._world.only(lambda: [self._report(index) for index in range(self.layers_done)])
 
@@ -108,6 +118,28 @@ class WorkFolder(StreamFolder):
         with safe_open(self._layer(layer), "pt") as file:
             return file.get_tensor(name)
 
+    def _layer(self, index: int) -> Path:
+        return self.folder / f"layer-{index:03d}.safetensors"
+
+    def _report(self, index: int) -> AnyReport:
+        with safe_open(self._layer(index), "pt") as file:
+            return self._report_of(json.loads(file.metadata()["report"]))
+
+
+class WorkFolder(LayerFolder[LayerReport]):
+    """That of a conversion to fewer KV heads. repairs: whether what they read is kept as well."""
+
+    def __init__(self, folder: Path, key: str, shapes: Shapes, *, repairs: bool, **usual: Any) -> None:
+        # What only repairs read is not kept without them.
+        self.targets = DiskTensors(folder / "targets", shapes.hidden if repairs else ())
+        self.heads = DiskTensors(folder / "heads", shapes.heads if repairs else ())
+        super().__init__(folder, key, shapes.hidden, LayerReport.of, within=(self.targets, self.heads), **usual)
+
+    @property
+    def moments(self) -> Path:
+        """Folder of the moments of finished layers."""
+        return self.folder / "moments"
+
     def copy_moments(self, to: Path, origin: MomentsSource) -> None:
         """Give all layers' moments a place of their own, whole or not at all."""
         require_own(to)
@@ -115,10 +147,3 @@ class WorkFolder(StreamFolder):
             for path in sorted(self.moments.glob("layer-*.safetensors")):
                 copy_file(path, partial / path.name, link=True)  # the work folder goes when this is done
             origin.write(partial)
-
-    def _layer(self, index: int) -> Path:
-        return self.folder / f"layer-{index:03d}.safetensors"
-
-    def _report(self, index: int) -> LayerReport:
-        with safe_open(self._layer(index), "pt") as file:
-            return LayerReport.of(json.loads(file.metadata()["report"]))

@@ -16,7 +16,7 @@ Legend: T tokens, N columns (H D, and one of ones where there is a bias), C mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -136,11 +136,17 @@ def _total(parts: list[RidgeSums]) -> RidgeSums:
     return sum(parts[1:], parts[0])
 
 
-def refit(sums: Mapping[tuple[str, int], RidgeSums], start_CN: Tensor, device: str = "cpu") -> Ridge:
+def refit(
+    sums: Mapping[tuple[str, int], RidgeSums],
+    start_CN: Tensor,
+    device: str = "cpu",
+    *,
+    guards: Sequence[RidgeSums] = (),
+) -> Ridge:
     """Choose lambda on text left out, then fit on all.
 
-    sums: by (kind of text, part of it); at least two parts of each kind. device: where the arithmetic is done; the
-    result is on the CPU.
+    sums: by (kind of text, part of it); at least two parts of each kind. guards: of tokens that are never fitted to,
+    and that no lambda may make worse. device: where the arithmetic is done; the result is on the CPU.
     """
     sums, start_CN = {fold: part.to(device) for fold, part in sums.items()}, start_CN.to(device)
     kinds = list(dict.fromkeys(kind for kind, _ in sums))
@@ -157,6 +163,8 @@ def refit(sums: Mapping[tuple[str, int], RidgeSums], start_CN: Tensor, device: s
         trial = _Solution.of(_total([s for (k, _), s in sums.items() if k != kind]), start_CN)
         held_out = _total([s for (k, _), s in sums.items() if k == kind])
         unseen_kind.append(trial.on_unseen(held_out, start_CN)[1])
+    whole = _Solution.of(_total(list(sums.values())), start_CN)
+    unseen_kind += [whole.on_unseen(guard.to(device), start_CN)[1] for guard in guards]
     within = torch.stack(unseen_text)
     helps = torch.cat([within, *(r[None] for r in unseen_kind)]).amax(0) < 1.0
     share = sum(before) / len(before)
@@ -164,5 +172,4 @@ def refit(sums: Mapping[tuple[str, int], RidgeSums], start_CN: Tensor, device: s
         return Ridge(start_CN.cpu(), False, None, share, share)
     best = int(within.log().mean(0).masked_fill(~helps, torch.inf).argmin())
     after = sum(b * float(r) for b, r in zip(before, within[:, best], strict=True)) / len(before)
-    step = _Solution.of(_total(list(sums.values())), start_CN).step(LAMBDAS[best])
-    return Ridge((start_CN + step).cpu(), True, LAMBDAS[best], share, after)
+    return Ridge((start_CN + whole.step(LAMBDAS[best])).cpu(), True, LAMBDAS[best], share, after)

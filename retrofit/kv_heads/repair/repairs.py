@@ -81,11 +81,11 @@ class OutputRidge:
         device = algebra_device(inputs.device, columns)
         ridge = inputs.world.only(lambda: refit(sums, start.double(), device))
         outcome = RepairOutcome(self.name, ridge.accepted, ridge.held_out_before, ridge.held_out_after)
-        return _with_output(weights, ridge.w_CN), outcome
+        return with_output(weights, ridge.w_CN), outcome
 
 
-def _with_output(weights: LayerWeights, w_CN: Tensor) -> LayerWeights:
-    """Weights with a refitted output projection; a last column beyond the heads is the bias."""
+def with_output(weights: LayerWeights, w_CN: Tensor) -> LayerWeights:
+    """Weights with another output projection [C, N]; a last column beyond the heads is the bias."""
     heads, head_dim = weights.o_CHD.shape[1:]
     n = heads * head_dim
     bias = weights.o_bias_C if weights.o_bias_C is None else w_CN[:, n].float()

@@ -201,7 +201,7 @@ class Family(ABC):
             if moved and len({str(sorted(dict(rope or {}).items(), key=str)) for rope in kinds.values()}) > 1:
                 own = [index for index in range(layers) if layer_type(config, index) != "sliding_attention"]
                 why = "its layers with a window have another position encoding than those without"
-                return why, f"leave its own layers full: --full-layers {','.join(map(str, own))}"
+                return why, f"leave its own layers full: --full-layers {','.join(map(str, own))}{',' * (len(own) == 1)}"
         return None
 
     def kv_heads(self, config: Any) -> int:

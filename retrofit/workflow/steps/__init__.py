@@ -9,9 +9,11 @@ from retrofit.workflow.steps.evaluate import Evaluate
 from retrofit.workflow.steps.extend import Extend
 from retrofit.workflow.steps.publish import Publish
 from retrofit.workflow.steps.recover import Recover
+from retrofit.workflow.steps.window import Window
 
 STEPS: dict[str, type[Step]] = {
     "convert": Convert,
+    "window": Window,
     "context": Extend,
     "recover": Recover,
     "evaluate": Evaluate,

@@ -15,6 +15,7 @@ from retrofit.recipe.schema import Context, Recipe, TextSource
 from retrofit.system.resume import ResumeKey
 from retrofit.workflow.estimate.cost import BASE_BYTES, CHUNK, GPU_CHUNK, Cost, CostModel
 from retrofit.workflow.step import Inputs, Place, Step
+from retrofit.workflow.steps.window import after_windows
 
 if TYPE_CHECKING:
     from retrofit.context.search.halving import Found
@@ -59,16 +60,18 @@ class Extend(Step):
         from retrofit.context.lint import require_clean
         from retrofit.model.side_files import side_file
 
-        section, method = self.section, str(self.section.method)
+        section, method, config = self.section, str(self.section.method), context.config
+        if self.recipe.window is not None:  # full layers alone are extended then
+            config = after_windows(self.recipe.window, config, context.spec)
         held = context.held_scale(context.model.path)
         for name in rope.SIDE_FILES:
             side_file(context.model.path, name)
         if section.searches:
             rungs(context.claimed, section.searches.tokens_for(context.claimed))
             portable = section.searches.portable
-            first = candidates(context.config, length=context.claimed, count=1, portable=portable, held=held)
+            first = candidates(config, length=context.claimed, count=1, portable=portable, held=held)
             method = first[0].method
-        encoded, planned = rope.extend_and_plan(context.config, method=method, held=held, **self._target())
+        encoded, planned = rope.extend_and_plan(config, method=method, held=held, **self._target())
         require_clean(rope.lint(encoded), "context")
         return () if section.searches else planned.notes
 

@@ -1,0 +1,101 @@
+"""The architecture that windows are written in, and the layers that can have one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from retrofit.errors import UserError
+from retrofit.model.families import family_of
+from retrofit.model.reexpress import reexpression_of
+from retrofit.model.spec import AttentionSpec
+
+WITH_SINKS = "granite_swa"
+WITHOUT_SINKS = "ministral"
+"""Windows by layer and no sinks: the Mistral of windows in some layers. `mistral` has one window for all layers."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is written. family: its model type. reexpressed: whether that is another one than the model's. sinks:
+    whether its windowed heads get sinks. candidates: layers that may get a window; the others have one already,
+    always: those of them whose window becomes shorter."""
+
+    family: str
+    reexpressed: bool
+    sinks: bool
+    candidates: tuple[int, ...]
+    always: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+
+def target_of(config: Any, spec: AttentionSpec, size: int, *, target: str, sinks: bool, all_layers: bool) -> Target:
+    """The target of a model. target: as in the recipe. sinks: whether they are wanted. all_layers: no layer is left
+    full.
+
+    Raises UserError where the architecture holds no such windows and cannot become one that does, and for windows that
+    would be longer than those that layers have.
+    """
+    candidates = _candidates(spec, size)
+    always = tuple(layer.index for layer in spec.layers if layer.window is not None and layer.window > size)
+    name, family = str(config.model_type), family_of(config)
+    chosen = _family(name, family.window, target, sinks, all_layers)
+    if chosen != name:
+        reexpression_of(config, chosen)  # raises where it cannot become that
+    own_sinks = chosen == WITH_SINKS
+    notes = (f"`{chosen}` has no sinks: windowed heads get none",) if sinks and not own_sinks else ()
+    return Target(chosen, chosen != name, sinks and own_sinks, candidates, always, notes)
+
+
+def _family(name: str, window: str, target: str, sinks: bool, all_layers: bool) -> str:
+    by_layer = window == "layer_types" or (window == "all" and all_layers)
+    if target == "granite_swa":
+        return WITH_SINKS
+    if target == "mistral":
+        return name if name == "mistral" and all_layers else WITHOUT_SINKS
+    if by_layer:
+        return name
+    return WITH_SINKS if sinks else WITHOUT_SINKS
+
+
+def _candidates(spec: AttentionSpec, size: int) -> tuple[int, ...]:
+    """Layers without a window. Raises UserError where layers have a window that is shorter than the new one: all
+    windows of a model have one size."""
+    shorter = [layer for layer in spec.layers if layer.window is not None and layer.window < size]
+    if shorter:
+        raise UserError(
+            f"layer {shorter[0].index} already looks back {shorter[0].window:,} tokens only, and all windows of a "
+            "model have one size",
+            where=f"window.size: {size}",
+            fix=f"give a size of at most {min(layer.window or size for layer in shorter)}",
+        )
+    return tuple(layer.index for layer in spec.layers if layer.window is None)
+
+
+def require_candidates(asked: Sequence[int], candidates: Sequence[int], layers: int) -> None:
+    """UserError for a layer that is to stay full and is not there, or has a window already."""
+    for index in asked:
+        if index >= layers:
+            raise UserError(
+                f"there is no layer {index}",
+                where="window.full_layers",
+                fix=f"the model has {layers} layers, 0 to {layers - 1}",
+            )
+        if index not in candidates:
+            raise UserError(
+                f"layer {index} has a window already, and is never made a full one",
+                where="window.full_layers",
+                fix=f"choose among {', '.join(map(str, candidates)) or 'none: every layer has a window'}",
+            )
+
+
+def require_some(full: int, candidates: Sequence[int]) -> None:
+    """UserError where no layer is left to get a window."""
+    if full < len(candidates):
+        return
+    raise UserError(
+        f"no layer would get a window: {full} of {len(candidates)} stay full",
+        where="window.full_layers",
+        fix=f"leave at most {len(candidates) - 1} full" if len(candidates) > 1 else "leave `window` out",
+    )

@@ -1,0 +1,335 @@
+"""Sliding windows in the layers that look back a short way only."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from retrofit.checkpoint.config import read_config
+from retrofit.data.identity import identity, require_distinct
+from retrofit.errors import UserError
+from retrofit.recipe.layers import how_many
+from retrofit.recipe.schema import Recipe, TextSource
+from retrofit.recipe.schema import Window as Section
+from retrofit.system.resume import ResumeKey
+from retrofit.windows import VERSION, row_length
+from retrofit.workflow.artifact import shard_size
+from retrofit.workflow.estimate.cost import BASE_BYTES, Cost, CostModel
+from retrofit.workflow.step import Inputs, Place, Step
+
+if TYPE_CHECKING:
+    from retrofit.data.calibration import CalibrationText
+    from retrofit.model.folder import ModelFolder
+    from retrofit.model.spec import AttentionSpec
+    from retrofit.windows.outcome import WindowReport
+    from retrofit.windows.rows import Repeats
+    from retrofit.windows.targets import Target
+    from retrofit.workflow.context import ModelContext
+
+WINDOWS = 4
+"""In a sequence that windows are fitted on, where nobody says how long it is and the context holds as many."""
+FLOAT32 = 4
+
+
+def measured_rows(section: Section) -> int:
+    """Rows that losses are measured on."""
+    return max(2, -(-section.calibration.measured_tokens // (row_length(section.size))))
+
+
+def require_sequences(section: Section, length: int) -> None:
+    """UserError unless every kind of text leaves two sequences to fit on, beside those that are measured on: repairs
+    are checked on one that they were not fitted on."""
+    text = section.calibration.text
+    total = sum(source.weight for source in text)
+    least = 2 + -(-measured_rows(section) // len(text))
+    for source in text:
+        share = source.weight / total
+        if -(-round(section.calibration.tokens * share) // length) < least:
+            raise UserError(
+                f"too few tokens: `{source.source}` gives fewer than {least} sequences of {length:,} tokens",
+                where="window.calibration.tokens",
+                fix=f"give at least {math.ceil(least * length / share):,}, or a smaller window",
+            )
+
+
+def target_of(section: Section, config: Any, spec: AttentionSpec) -> Target:
+    """What is written. Raises UserError for a model that cannot have these windows."""
+    from retrofit.windows import targets
+
+    full = how_many(section.full_layers, len(spec.layers))
+    sinks = section.sinks == "fitted"
+    target = targets.target_of(config, spec, section.size, target=section.target, sinks=sinks, all_layers=full == 0)
+    if isinstance(section.full_layers, tuple):
+        targets.require_candidates(section.full_layers, target.candidates, len(spec.layers))
+    if full is not None and not target.always:
+        targets.require_some(full, target.candidates)
+    return target
+
+
+def after_windows(section: Section, config: Any, spec: AttentionSpec) -> Any:
+    """The configuration after the step; where layers are chosen by measuring, the first ones stand for them.
+
+    Raises UserError where the architecture cannot hold such windows.
+    """
+    from retrofit.model.families import family_of
+    from retrofit.model.reexpress import reexpression_of
+
+    target, full = target_of(section, config, spec), how_many(section.full_layers, len(spec.layers))
+    if isinstance(section.full_layers, tuple):
+        left = frozenset(section.full_layers)
+    else:
+        left = frozenset(target.candidates[: 1 if full is None else full])
+    if target.reexpressed and (reexpression := reexpression_of(config, target.family)) is not None:
+        config = reexpression.config()
+    windowed = frozenset(range(len(spec.layers))) - left
+    return family_of(config).with_windows(config, section.size, windowed)
+
+
+class Window(Step):
+    """Write the newest checkpoint with windows; it resumes from its last own layer, round and shard after a kill."""
+
+    name = "window"
+    version = f"1, windows {VERSION}"
+    learns = True
+    section: Section
+
+    def __init__(self, recipe: Recipe, section: Section) -> None:
+        super().__init__(recipe, section)
+
+    @property
+    def texts(self) -> tuple[TextSource, ...]:
+        return self.section.calibration.text
+
+    def label(self, models: Iterable[str]) -> str:
+        """A conversion before it is not measured alone: both together are the converted model."""
+        return "converted"
+
+    def reads_by_name(self, context: ModelContext) -> bool:
+        return True
+
+    def check_options(self) -> Iterable[str]:
+        from retrofit.data.calibration import check_calibration
+
+        require_distinct(self.section.calibration.text, "window.calibration.text")
+        length, shortest = self.section.calibration.sequence_length, row_length(self.section.size)
+        if length is not None and length < shortest:
+            raise UserError(
+                f"sequences of {length:,} tokens are too short to look beyond a window of {self.section.size:,}",
+                where="window.calibration.sequence_length",
+                fix=f"give at least {shortest:,}, or leave it out",
+            )
+        return check_calibration(self.section.calibration.in_sequences(length or shortest))
+
+    def check(self, context: ModelContext) -> Iterable[str]:
+        size, native = self.section.size, context.native
+        if size >= native:
+            raise UserError(
+                f"a window of {size:,} tokens holds all of the model's {native:,} positions",
+                where="window.size",
+                fix=f"give at most {native // row_length(1):,}",
+            )
+        if row_length(size) > native:
+            raise UserError(
+                f"a window of {size:,} tokens is measured on sequences of {row_length(size):,}, and the model has "
+                f"{native:,} positions",
+                where="window.size",
+                fix=f"give at most {native // row_length(1):,}",
+            )
+        target = target_of(self.section, context.config, context.spec)
+        after_windows(self.section, context.config, context.spec)
+        require_sequences(self.section, self._length(context))
+        return target.notes
+
+    def check_here(self, context: ModelContext) -> Iterable[str]:
+        """The kernel that is asked for computes windows and sinks too."""
+        from retrofit.kernels.registry import choose
+        from retrofit.model.families import describe
+
+        choose(self.recipe.kernel, describe(after_windows(self.section, context.config, context.spec)), context.device)
+        return ()
+
+    def _length(self, context: ModelContext) -> int:
+        """Tokens of a sequence that is read."""
+        return self.section.calibration.sequence_length or min(WINDOWS * self.section.size, context.native)
+
+    def check_data(self, context: ModelContext, *, weights: bool, sample: bool) -> Iterable[str]:
+        if not weights:
+            return ()
+        from retrofit.data.calibration import require_calibration_text
+
+        reading = self.section.calibration.in_sequences(self._length(context))
+        require_calibration_text(reading, context.tokenizer, seed=self.recipe.seed, teacher=context.samples)
+        return ()
+
+    def room(self, context: ModelContext) -> int:
+        """The streams of the layerwise conversion, or those of the variants that are measured together; and a
+        checkpoint that is re-expressed first."""
+        from retrofit.windows.ablation import STREAM_BYTES
+
+        section, spec = self.section, context.spec
+        tokens = section.calibration.tokens + section.calibration.measured_tokens
+        first = spec.layers[0]
+        per_token = 5 * spec.hidden_size + first.query_heads * (first.head_dim + 1)
+        variants = 2 * FLOAT32 * len(spec.layers) * section.calibration.measured_tokens * spec.hidden_size
+        reexpressed = target_of(section, context.config, spec).reexpressed
+        before = context.model.checkpoint.nbytes if reexpressed else 0
+        return before + max(FLOAT32 * per_token * tokens, min(variants, 2 * STREAM_BYTES))
+
+    def estimate(self, model: CostModel) -> Cost:
+        section, spec, facts = self.section, model.facts.spec, model.facts
+        calibration, layers = section.calibration, len(spec.layers)
+        full = how_many(section.full_layers, layers)
+        left = f"{full}" if full is not None else "so many as need it"
+        does = f"windows of {section.size:,} tokens in {layers} layers but {left}, on {calibration.tokens:,} tokens"
+        length = calibration.sequence_length or min(WINDOWS * section.size, model.native)
+        batch = min(calibration.tokens, 8192) * (24 * spec.hidden_size + 4 * model.layer_parameters // spec.hidden_size)
+        layer = max(4 * spec.vocab_size * spec.hidden_size, 16 * model.layer_parameters)
+        columns = spec.layers[0].query_heads * spec.layers[0].head_dim
+        grams = 8 * (2 * len(calibration.text) + 6) * columns * (columns + spec.hidden_size)
+        peak = BASE_BYTES + batch + layer + grams
+        # Two streams with attention in float32; the choice reads one, and its rounds half of all layers for each.
+        seconds = model.seconds(calibration.tokens, length, passes=2.5)
+        if not isinstance(section.full_layers, tuple):
+            rounds = 0.5 * layers + 12
+            seconds += model.seconds(calibration.tokens, length, passes=1.5)
+            seconds += model.seconds(calibration.measured_tokens, row_length(section.size), passes=rounds)
+        return Cost(self.name, does, peak, facts.weight_bytes, seconds + model.disk_seconds(4))
+
+    def key(self, context: ModelContext, inputs: Inputs) -> ResumeKey:
+        settings: dict[str, Any] = {
+            **self.section.model_dump(mode="json"),
+            "dtype": self.recipe.dtype,
+            "seed": self.recipe.seed,
+            "max_shard_size": shard_size(self.recipe),
+        }
+        return ResumeKey(
+            self.name, self.version, settings, {"checkpoint": inputs.digests, "text": identity(self.texts)}
+        )
+
+    def restored(self, stored: Mapping[str, Any]) -> WindowReport:
+        from pydantic import TypeAdapter
+
+        from retrofit.windows.outcome import WindowReport
+
+        return TypeAdapter(WindowReport).validate_python(stored)
+
+    def run(self, context: ModelContext, inputs: Inputs, place: Place) -> WindowReport:
+        from retrofit.checkpoint.write import write_config
+        from retrofit.context.names import portable
+        from retrofit.windows.convert import add_windows
+        from retrofit.windows.layerwise import Windows
+        from retrofit.windows.outcome import WindowReport
+
+        started, section = time.monotonic(), self.section
+        source = inputs.current.model
+        target = target_of(section, source.config, source.spec)
+        fit, rows = self._text(context, source)
+        model = self._in_target(source, target, context, place)
+        full, choice = self._full_layers(model, target, fit, rows, context, place)
+        windows = Windows(
+            section.size,
+            frozenset(target.candidates) - full | set(target.always),
+            sinks=target.sinks,
+            repair=section.repair != "none",
+        )
+        with place.staged(place.work / "checkpoint") as folder:
+            layers, rise = add_windows(
+                model,
+                folder,
+                windows,
+                fit,
+                rows,
+                work=place.work / "layers",
+                device=context.device,
+                dtype=None if self.recipe.dtype == "auto" else source.dtype(self.recipe.dtype),
+                max_shard_size=shard_size(self.recipe),
+                progress=context.progress,
+            )
+            report = WindowReport(
+                target=target.family,
+                size=section.size,
+                full_layers=tuple(sorted({layer.index for layer in source.spec.layers} - windows.windowed)),
+                rise=rise,
+                layers=tuple(layers),
+                choice=choice,
+                tokens=fit.input_ids_NT.numel(),
+                tokens_by_kind=fit.tokens_by_kind,
+                measured_tokens=rows.input_ids_NR.numel(),
+                seconds=time.monotonic() - started,
+                notes=(*target.notes, *fit.notes),
+            )
+            write_config(folder, portable(read_config(folder)))
+            inputs.current.provenance.after(self.name, self.record(), self.recorded(report)).write(folder)
+        context.note(*report.notes)
+        return report
+
+    def _text(self, context: ModelContext, model: ModelFolder) -> tuple[CalibrationText, Repeats]:
+        """Sequences to fit on, and rows of others to measure on."""
+        from retrofit.data.calibration import calibration_text
+        from retrofit.data.texts import write_samples
+        from retrofit.windows.rows import repeats, split
+
+        reading = self.section.calibration.in_sequences(self._length(context))
+        write_samples(reading.text, context.samples, ("train",), context.world, context.progress)
+        text = calibration_text(
+            reading,
+            model.tokenizer,
+            seed=self.recipe.seed,
+            teacher=context.samples,
+            one_document=True,
+            progress=context.progress,
+        )
+        count = measured_rows(self.section)
+        fit, measured = split(text, count)
+        assert row_length(self.section.size) <= text.input_ids_NT.shape[1]
+        return fit, repeats(measured, self.section.size, count, bos=model.tokenizer.bos_token_id is not None)
+
+    def _in_target(self, source: ModelFolder, target: Target, context: ModelContext, place: Place) -> ModelFolder:
+        """The model in the architecture that is written, the same function."""
+        if not target.reexpressed:
+            return source
+        from retrofit.checkpoint.staging import staged
+        from retrofit.model.folder import ModelFolder
+        from retrofit.model.reexpress import reexpress
+
+        folder = place.work / "target"
+        if not folder.is_dir():
+            with staged(folder, overwrite=True, keep=place.work / "target.partial") as partial:
+                reexpress(source, partial, target=target.family, resume=True, progress=context.progress)
+        return ModelFolder(folder)
+
+    def _full_layers(
+        self,
+        model: ModelFolder,
+        target: Target,
+        fit: CalibrationText,
+        rows: Repeats,
+        context: ModelContext,
+        place: Place,
+    ) -> tuple[frozenset[int], Any]:
+        """The layers that see everything, and how they were chosen."""
+        from retrofit.windows.outcome import Limits
+        from retrofit.windows.selection import select
+
+        section = self.section
+        full = how_many(section.full_layers, len(model.spec.layers))
+        if isinstance(section.full_layers, tuple) or full == 0:
+            return frozenset(section.full_layers if isinstance(section.full_layers, tuple) else ()), None
+        choice = select(
+            model,
+            target.candidates,
+            section.size,
+            fit,
+            rows,
+            Limits(section.text_loss, section.answer_loss),
+            always=target.always,
+            full=full,
+            sinks=target.sinks,
+            work=place.work / "choice",
+            device=context.device,
+            progress=context.progress,
+        )
+        context.note(f"layers that see everything: {', '.join(map(str, choice.full)) or 'none'}")
+        return frozenset(choice.full), choice

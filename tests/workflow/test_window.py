@@ -1,0 +1,162 @@
+"""`retrofit window` as a user meets it: on the command line, in a recipe, refused, and after an interruption."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retrofit.kv_heads.disk import StreamFolder
+from retrofit.model.folder import ModelFolder
+from retrofit.windows.ablation import _Pass
+from tests.tiny import save_tiny
+from tests.workflow.conftest import retrofit
+
+SIZE = 32
+READ = ("--size", SIZE, "--tokens", 1024, "--measured-tokens", 256, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen2, which has windows by layer: 3 layers, 512 positions."""
+    return save_tiny(tmp_path_factory.mktemp("model") / "tiny", "qwen2", num_hidden_layers=3)
+
+
+def text(texts: Path) -> tuple[object, ...]:
+    return ("--calibrate", texts / "train")
+
+
+def windows_of(folder: Path) -> list[int | None]:
+    return [layer.window for layer in ModelFolder(folder).spec.layers]
+
+
+def test_windows_are_written_and_what_was_measured_is_on_record(qwen: Path, texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = retrofit("window", qwen, *READ, *text(texts), "--full-layers", 1, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "Round 1" in result.stdout
+    assert "see everything" in result.stdout
+    assert not out.with_name("out.work").exists()
+    (step,) = json.loads((out / "retrofit.json").read_text())["steps"]
+    found = step["result"]
+    assert step["step"] == "window"
+    assert sum(window is None for window in windows_of(out)) == 1
+    assert [i for i, window in enumerate(windows_of(out)) if window is None] == found["full_layers"]
+    assert set(found["rise"]) == {"near", "far", "answers"}
+    assert found["choice"]["rounds"][0]["windowed"] == []
+    again = retrofit("window", qwen, *READ, *text(texts), "--full-layers", 1, "--out", out)
+    assert again.exit_code == 0, again.output
+
+
+def test_layers_that_are_named_are_not_measured(qwen: Path, texts: Path, tmp_path: Path) -> None:
+    result = retrofit("window", qwen, *READ, *text(texts), "--full-layers", "0,2", "--out", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)["report"]
+    assert report["choice"] is None
+    assert windows_of(tmp_path / "out") == [None, SIZE, None]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--size", 512), "holds all of the model's 512 positions"),
+        (("--size", 300), "measured on sequences of 600"),
+        (("--full-layers", 3), "no layer would get a window: 3 of 3 stay full"),
+        (("--full-layers", "0,1,2"), "no layer would get a window"),
+        (("--full-layers", "1,7"), "there is no layer 7"),
+        (("--full-layers", "some"), "must be auto, a number of layers, a share such as 1/4, or a list of layers"),
+        (("--sequence-length", 48), "sequences of 48 tokens are too short to look beyond a window of 32"),
+        (("--tokens", 512), "gives fewer than 6 sequences of 128 tokens"),
+        (("--text-loss", 0), "greater than 0"),
+        (("--calibrate", "no-such-file.txt"), "no-such-file.txt"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_read(
+    qwen: Path, texts: Path, tmp_path: Path, options: tuple[object, ...], words: str
+) -> None:
+    given: dict[object, object] = dict(zip(READ[::2], READ[1::2], strict=True))
+    given |= {"--calibrate": texts / "train", **dict(zip(options[::2], options[1::2], strict=True))}
+    values = [word for pair in given.items() for word in pair]
+    result = retrofit("window", qwen, *values, "--out", tmp_path / "out")
+    assert result.exit_code == 2, result.output
+    assert words in result.output
+    assert "fix:" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("family", "over", "options", "words"),
+    [
+        ("phi", {}, (), "cannot be re-expressed as `granite_swa`"),
+        ("mixtral", {}, ("--target", "mistral"), "cannot be re-expressed"),
+        ("gemma3_text", {}, ("--size", 16, "--full-layers", 0), "another position encoding"),
+        ("gemma2", {"sliding_window": 24}, (), "already looks back 24 tokens only"),
+        ("gemma2", {"sliding_window": 48}, ("--full-layers", "0,"), "layer 0 has a window already"),
+    ],
+)
+def test_models_without_a_target_are_refused_by_name(
+    texts: Path, tmp_path: Path, family: str, over: dict[str, Any], options: tuple[object, ...], words: str
+) -> None:
+    source = save_tiny(tmp_path / "source", family, **over)
+    result = retrofit("window", source, *READ, *text(texts), *options, "--out", tmp_path / "out")
+    assert result.exit_code == 2, result.output
+    assert words in result.output
+    assert family in result.output or family == "gemma2"
+    assert not (tmp_path / "out").exists()
+
+
+def test_windows_that_a_model_has_become_shorter_where_they_are(texts: Path, tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", "gemma2", sliding_window=48)
+    result = retrofit("window", source, *READ, *text(texts), "--full-layers", 1, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert windows_of(source) == [48, None]
+    assert windows_of(tmp_path / "out") == [SIZE, None]
+
+
+def test_a_command_that_was_stopped_again_and_again_ends_with_the_same_bytes(
+    qwen: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("window", qwen, *READ, *text(texts), "--full-layers", 1, "--out")
+    assert retrofit(*command, tmp_path / "calm").exit_code == 0
+    for owner, name, call in ((StreamFolder, "finished", 2), (_Pass, "losses", 2), (StreamFolder, "finished", 3)):
+        work, calls = getattr(owner, name), 0
+
+        def stopped(*args: Any, work: Any = work, call: int = call) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                raise KeyboardInterrupt
+            return work(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, stopped)
+            assert retrofit(*command, tmp_path / "hunted").exit_code == 130
+        assert not (tmp_path / "hunted").exists()
+    last = retrofit(*command, tmp_path / "hunted")
+    assert last.exit_code == 0, last.output
+    calm, hunted = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("calm", "hunted"))
+    assert calm == hunted
+
+
+def test_a_run_windows_then_extends_full_layers_alone(recipe: Callable[..., Path], texts: Path, tmp_path: Path) -> None:
+    source = save_tiny(
+        tmp_path / "source", "granite_swa", layer_types=["full_attention"] * 2, layer_rope_theta=[1e4] * 2
+    )
+    window = {
+        "size": SIZE,
+        "full_layers": [1],
+        "calibration": {"text": [str(texts / "train")], "tokens": 1024, "measured_tokens": 256},
+    }
+    file = recipe(model=str(source), convert=None, recover=None, publish=None, window=window, require={})
+    refused = retrofit("run", file, "--out", tmp_path / "run")
+    assert refused.exit_code == 2
+    assert "`yarn` would change the sliding-window layers too" in refused.output
+    result = retrofit("run", file, "--set", "context.method=ntk", "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    made = ModelFolder(next((tmp_path / "run").glob("*-extend")))
+    assert [layer.window for layer in made.spec.layers] == [SIZE, None]
+    assert made.config.layer_rope_theta[0] == 1e4
+    assert made.config.layer_rope_theta[1] > 1e4
