@@ -15,12 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.checkpoint.staging import staged
 from retrofit.errors import UserError
+from retrofit.kernels.registry import KernelChoice, using
 from retrofit.kv_heads.convert import CalibrationText, convert
-from retrofit.model.families import describe, family_of
+from retrofit.model.families import KNOWN, describe, family_of
 from retrofit.model.families.refused import OPTIONAL, REEXPRESSED
 from retrofit.model.load import load_config
+from retrofit.model.reexpress import granite_swa, reexpression_of
 from retrofit.model.reexpress import reexpress as write_reexpressed
-from retrofit.model.reexpress import reexpression_of
 from retrofit.model.reexpress.base import partial_factor
 from retrofit.model.source import resolve
 from tests.tiny import VOCAB_SIZE, randomise, tiny_tokenizer
@@ -30,6 +31,7 @@ _SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "
 _NEOX = {**_SIZES, "intermediate_size": 96}
 _GPT = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128, "n_inner": 96}
 _OPT = {**_SIZES, "ffn_dim": 96}
+_YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32}
 
 
 def _rope(share: float, **more: Any) -> dict[str, Any]:
@@ -72,6 +74,61 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ),
     ("qwen2", "llama", {**_NEOX, "num_key_value_heads": 4}),
     ("qwen2", "llama", {**_NEOX, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+    ("llama", "granite_swa", {**_NEOX, "num_key_value_heads": 4}),
+    (
+        "llama",
+        "granite_swa",
+        {
+            **_NEOX,
+            "num_key_value_heads": 2,
+            "head_dim": 24,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": {**_YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        },
+    ),
+    ("llama", "granite_swa", {**_NEOX, "num_key_value_heads": 4, "rope_parameters": _YARN}),
+    ("mistral", "granite_swa", {**_NEOX, "num_key_value_heads": 4, "sliding_window": None}),
+    ("mistral", "granite_swa", {**_NEOX, "num_key_value_heads": 2, "sliding_window": 16}),
+    ("qwen2", "granite_swa", {**_NEOX, "num_key_value_heads": 4}),
+    (
+        "qwen2",
+        "granite_swa",
+        {
+            **_NEOX,
+            "num_key_value_heads": 2,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "max_window_layers": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
+    ("smollm3", "granite_swa", {**_NEOX, "num_key_value_heads": 4, "no_rope_layer_interval": 2}),
+    (
+        "smollm3",
+        "granite_swa",
+        {
+            **_NEOX,
+            "num_key_value_heads": 2,
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "attention_bias": True,
+        },
+    ),
+    (
+        "granite",
+        "granite_swa",
+        {
+            **_NEOX,
+            "num_key_value_heads": 4,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.5,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+        },
+    ),
 )
 cases = pytest.mark.parametrize(
     ("source", "target", "fields"), CASES, ids=[f"{a}-{b}-{i}" for i, (a, b, _) in enumerate(CASES)]
@@ -136,6 +193,24 @@ def test_the_logits_are_the_same_with_and_without_a_cache(
     assert float((cached_logits(after, ids(), 30) - want).abs().max()) < 1e-5
     generated = [m.generate(ids(8), max_new_tokens=6, min_new_tokens=6, do_sample=False) for m in (before, after)]
     assert torch.equal(*generated)
+
+
+@pytest.mark.parametrize(
+    ("source", "fields"), [(source, fields) for source, target, fields in CASES if target == "granite_swa"]
+)
+def test_granite_swa_computes_the_same_bits(source: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    """Multipliers of 1 and sinks at -1e4 round nothing, with and without a cache; `blockwise` agrees with both."""
+    folder = save(tmp_path / "source", source, fields)
+    reexpress(folder, tmp_path / "out", target="granite_swa")
+    before, after = load(folder), load(tmp_path / "out")
+    with torch.no_grad():
+        want = before(ids()).logits
+        assert torch.equal(after(ids()).logits, want)
+        assert torch.equal(cached_logits(after, ids(), 30), cached_logits(before, ids(), 30))
+        with using(after, KernelChoice("blockwise", "blockwise", "test")):
+            assert float((after(ids()).logits - want).abs().max()) < 1e-5
+    windows = [layer.window for layer in describe(after.config).layers]
+    assert windows == [layer.window for layer in describe(before.config).layers]
 
 
 @firsts
@@ -244,7 +319,11 @@ def test_the_tokenizer_stays_the_same_class(tmp_path: Path) -> None:
 
 
 def test_every_listed_architecture_has_a_rule_that_leads_to_a_known_family() -> None:
-    assert {case[:2] for case in CASES} == {*REEXPRESSED.items(), *OPTIONAL.items(), ("gpt_neox", "starcoder2")}
+    optional = {(source, target) for source, targets in OPTIONAL.items() for target in targets}
+    assert {case[:2] for case in CASES} == {*REEXPRESSED.items(), *optional, ("gpt_neox", "starcoder2")}
+    assert {*granite_swa.REASONS, *(source for source, target in optional if target == "granite_swa")} == {*KNOWN} - {
+        "granite_swa"
+    }
     for source, target, fields in CASES:
         found = reexpression_of(AutoConfig.for_model(source, **fields), target)
         assert found is not None
@@ -292,9 +371,12 @@ def test_other_refusals_write_nothing(tmp_path: Path) -> None:
     qwen = save(tmp_path / "qwen", "qwen2", {**_NEOX, "num_key_value_heads": 4})
     with pytest.raises(UserError, match="nothing to be re-expressed") as caught:
         reexpress(qwen, out)
-    assert "llama" in caught.value.fix
+    assert "llama or granite_swa" in caught.value.fix
     with pytest.raises(UserError, match="cannot be re-expressed as `phi`"):
         reexpress(qwen, out, target="phi")
+    for family, reason in (("qwen3", "norm on queries and keys"), ("gemma2", "soft-capped"), ("mixtral", "experts")):
+        with pytest.raises(UserError, match=f"`{family}` cannot be re-expressed as `granite_swa`: .*{reason}"):
+            reexpression_of(AutoConfig.for_model(family), "granite_swa")
     folder = save(tmp_path / "source", *_case("gpt2"))
     stored = load_file(folder / "model.safetensors")
     save_file({**stored, "v_head.weight": torch.ones(1)}, folder / "model.safetensors")

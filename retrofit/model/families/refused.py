@@ -38,5 +38,11 @@ REEXPRESSED: dict[str, str] = {
 """Those of them that are the same function as a known family (`retrofit.model.reexpress`). A gpt_neox without parallel
 residual becomes starcoder2."""
 
-OPTIONAL: dict[str, str] = {"qwen2": "llama"}
-"""Known families that can also be re-expressed, on demand."""
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "granite": ("granite_swa",),
+    "llama": ("granite_swa",),
+    "mistral": ("granite_swa",),
+    "qwen2": ("llama", "granite_swa"),
+    "smollm3": ("granite_swa",),
+}
+"""Known families that can also be re-expressed, on demand, and as what."""

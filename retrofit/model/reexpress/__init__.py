@@ -1,6 +1,7 @@
 """The same function as another architecture, exactly: for models whose own class cannot hold fewer KV heads.
 
     reexpression_of(config)              # what a GPT-NeoX, GPT-J, GPT-2 or OPT configuration becomes; None for others
+    reexpression_of(config, target)      # what a known family becomes on demand: a Llama as granite_swa
     reexpress(folder, out)               # the checkpoint, written anew, tensor by tensor, into a staged folder
 
 Every target is a stock class of transformers and one of `retrofit.model.families`.
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit.errors import UserError
 from retrofit.model.families.refused import OPTIONAL, REEXPRESSED
-from retrofit.model.reexpress import gpt_bigcode, others, phi
+from retrofit.model.reexpress import gpt_bigcode, granite_swa, others, phi
 from retrofit.model.reexpress.base import Made, Reexpression
 from retrofit.model.reexpress.write import FORMAT, ReexpressReport, reexpressed, write
 
@@ -32,28 +33,33 @@ _RULES: dict[str, Callable[[Any], Reexpression]] = {
     "gptj": phi.from_gptj,
     "gpt2": gpt_bigcode.from_gpt2,
     "opt": gpt_bigcode.from_opt,
-    "qwen2": others.llama_from_qwen2,
 }
+_ON_DEMAND: dict[str, Callable[[Any], Reexpression]] = {
+    "granite_swa": granite_swa.from_llama,
+    "llama": others.llama_from_qwen2,
+}
+"""By target, for the families that `OPTIONAL` names with it."""
 
 
 def reexpression_of(config: Any, target: str | None = None) -> Reexpression | None:
     """How the model that `config` configures becomes another architecture; None where it has no need to.
 
-    target: the wanted `model_type`; needed for a model that can share KV heads as it is (Qwen2 into llama).
+    target: the wanted `model_type`; needed for a model that can share KV heads as it is (Llama into granite_swa).
     Raises UserError for a target that the architecture cannot become, and for a variant of it that none can hold.
     """
     name = str(config.model_type)
-    if name in OPTIONAL and target is None:
-        return None
+    if target in OPTIONAL.get(name, ()):
+        return _ON_DEMAND[str(target)](config)
     found = _RULES[name](config) if name in _RULES else None
     if target is not None and (found is None or found.target != target):
-        known = {**REEXPRESSED, **OPTIONAL}
+        reason = granite_swa.REASONS.get(name) if target == granite_swa.TARGET else None
+        known = sorted([*REEXPRESSED.items(), *((a, b) for a, targets in OPTIONAL.items() for b in targets)])
         raise UserError(
-            f"`{name}` cannot be re-expressed as `{target}`",
+            f"`{name}` cannot be re-expressed as `{target}`" + (f": {reason}" if reason else ""),
             where=f"target: {target}",
             fix=f"leave the target out: it becomes {found.target}"
             if found
-            else f"what can be re-expressed: {', '.join(f'{a} as {b}' for a, b in sorted(known.items()))}",
+            else f"what can be re-expressed: {', '.join(f'{a} as {b}' for a, b in known)}",
         )
     return found
 
@@ -84,7 +90,7 @@ def reexpress(
         raise UserError(
             f"`{config.model_type}` has nothing to be re-expressed for",
             where=str(folder.path),
-            fix=f"convert it as it is, or name the target: {optional}"
+            fix=f"convert it as it is, or name the target: {' or '.join(optional)}"
             if optional
             else "convert it as it is (`retrofit inspect MODEL` says whether it can be)",
         )
