@@ -50,7 +50,8 @@ def test_kv_cache_before_and_after_is_exact() -> None:
 
 def test_time_is_operations_over_throughput() -> None:
     skipped = ["evaluate.cost_lengths=[]", "evaluate.continuation_tokens=0"]
-    recipe = load_recipe("quickstart", ["evaluate.lengths=[1000]", "evaluate.intermediate=true", *skipped])
+    asked = ["evaluate.text=[python-docs, python-stdlib]", "evaluate.lengths=[1000]", "evaluate.intermediate=true"]
+    recipe = load_recipe("quickstart", [*asked, *skipped])
     assert recipe.evaluate is not None
     evaluate = make_plan(recipe, FACTS, SPEED).of("evaluate")
     assert evaluate is not None

@@ -22,7 +22,8 @@ from retrofit import bundled
 from retrofit.checkpoint.full import writing
 from retrofit.checkpoint.lock import folder_lock
 from retrofit.errors import UserError
-from retrofit.escape import shell_word, shown, visible
+from retrofit.escape import shown, visible
+from retrofit.install import install_command
 from retrofit.model.cache import cache_dir
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def _do(name: str, command: list[str]) -> None:
         raise UserError(
             f"no environment could be made for {name}; the end of what `{visible(' '.join(command[1:4]))}` said:{last}",
             where=shown(listed),
-            fix=f"install it yourself beside this package: pip install --no-deps -r {shell_word(listed)}",
+            fix=f"install it yourself beside this package: {install_command('--no-deps', '-r', str(listed))}",
         )
 
 
