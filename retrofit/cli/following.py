@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from retrofit.model.inspect import Inspection
     from retrofit.workflow.certify import Certified
     from retrofit.workflow.command import Written
+    from retrofit.workflow.repair import Repaired
     from retrofit.workflow.run import RunResult
 
 
@@ -56,6 +57,11 @@ def after_inspect(model: str, revision: str | None, result: Inspection) -> Itera
 def after_certified(result: Certified) -> Iterator[str]:
     """What is proven can be published."""
     return lines(_command("publish", result.folder, "--repo", "OWNER/NAME"))
+
+
+def after_repaired(result: Repaired) -> Iterator[str]:
+    """A folder of this program's is certified; any other is looked at."""
+    return lines(_command("certify" if result.recorded else "inspect", result.folder))
 
 
 def after_written(result: Written, original: str | None = None, *, teacher: str | None = None) -> Iterator[str]:

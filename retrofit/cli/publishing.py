@@ -1,4 +1,4 @@
-"""`retrofit certify` and `retrofit publish`: from a folder to a repository on the hub."""
+"""`retrofit certify`, `export` and `publish`: from a folder to a repository on the hub."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import typer
 
 import retrofit
 from retrofit.cli import following
-from retrofit.cli.options import Json, command, console_for
-from retrofit.views import results
+from retrofit.cli.options import Json, Overwrite, command, console_for
+from retrofit.views import releases
 
 
 def add_to(app: typer.Typer) -> None:
@@ -21,6 +21,8 @@ def add_to(app: typer.Typer) -> None:
         "retrofit certify out/long --original embedded",
         "retrofit certify out/long --lengths 8k,32k --text book.txt",
         "retrofit certify out/long --engine vllm --engine llama.cpp --make-environment",
+        "retrofit certify out/long --gguf q8_0,q4_k_m",
+        "retrofit certify my-fine-tune --repair",
     )
     def certify(
         folder: Annotated[
@@ -33,6 +35,12 @@ def add_to(app: typer.Typer) -> None:
         overwrite: Annotated[
             bool, typer.Option("--overwrite", help="Replace a README.md that was not written here.")
         ] = False,
+        repair: Annotated[
+            bool,
+            typer.Option(
+                "--repair", help="Only write the names again that saving with transformers 5 dropped from config.json."
+            ),
+        ] = False,
         json: Json = False,
         **options: Any,
     ) -> None:
@@ -43,8 +51,34 @@ def add_to(app: typer.Typer) -> None:
         """
         console = console_for(json)
         options |= {"original": original, "overwrite": overwrite, "progress": console.progress}
-        result = retrofit.certify(folder, **options)
-        console.show(result, [*results.certified(result), *following.after_certified(result)])
+        result = retrofit.certify(folder, repair=repair, **options)
+        from retrofit.workflow.repair import Repaired
+
+        if isinstance(result, Repaired):
+            console.show(result, [*releases.repaired(result), *following.after_repaired(result)])
+            return
+        console.show(result, [*releases.certified(result), *following.after_certified(result)])
+
+    @command(
+        app,
+        "export",
+        "retrofit export runs/quickstart/final --gguf f16,q8_0,q4_k_m",
+        "retrofit export out/long --gguf q8_0 --out out/long-gguf --make-environment",
+    )
+    def export(
+        folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A checkpoint folder.")],
+        out: Annotated[
+            str | None,
+            typer.Option("--out", metavar="DIR", help="Folder to write; it must not exist. [default: FOLDER-gguf]"),
+        ] = None,
+        overwrite: Overwrite = False,
+        json: Json = False,
+        **options: Any,
+    ) -> None:
+        """Write a checkpoint as GGUF files with llama.cpp's own programs, and compare each in llama.cpp with it."""
+        console = console_for(json)
+        result = retrofit.export(folder, out=out, overwrite=overwrite, progress=console.progress, **options)
+        console.show(result, [*releases.exported(result), *following.lines()])
 
     @command(
         app,
@@ -68,4 +102,4 @@ def add_to(app: typer.Typer) -> None:
         """Push a finished checkpoint to the hub. The token is that of `hf auth login` or HF_TOKEN."""
         console = console_for(json)
         result = retrofit.publish(folder, repo=repo, private=not public, progress=console.progress, **options)
-        console.show(result, results.published(result))
+        console.show(result, releases.published(result))

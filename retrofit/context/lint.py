@@ -93,7 +93,7 @@ def _older_names(raw: Mapping[str, Any]) -> Iterator[Finding]:
     _, wanted = text_part(portable(raw))
     if missing := ", ".join(sorted(wanted.keys() - text.keys())):
         what = f"{missing}: not there, so that transformers 4 and other readers of these names compute another encoding"
-        fix = "write them beside rope_parameters, as they were before transformers 5 saved the file"
+        fix = "saving with transformers 5 dropped them: retrofit certify FOLDER --repair writes them again"
         yield Finding("warning", f"{prefix}rope_parameters", what, fix, "older-names")
 
 

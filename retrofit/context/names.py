@@ -33,6 +33,8 @@ from retrofit.context.longrope import LONGROPE_ONLY
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+OLDER = ("rope_scaling", "rope_theta", "rope_local_base_freq")
+"""Names that transformers 5 reads and does not write."""
 EXACT = {
     ("phi3", "longrope"): ("short_factor", "long_factor"),
     ("olmo", "linear"): ("factor",),

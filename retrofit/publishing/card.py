@@ -24,6 +24,7 @@ from retrofit.publishing.card_tables import (
     cache_table,
     certificate_table,
     frequency_table,
+    gguf_table,
     kinds_of,
     mark_of,
     name_of,
@@ -88,6 +89,7 @@ def render_card(card: CardInput) -> str:
         trials=trial_table(card.engines),
         scored=scored_sentence(card.engines),
         tried=tried_table(card.tried),
+        gguf=gguf_table(card),
         limits=_limits(card),
         chart_alt=f"Perplexity by context length: {', '.join(model.label for model in card.models)}",
     )
@@ -280,5 +282,11 @@ def _limits(card: CardInput) -> list[str]:
         )
     if not card.effective or all(test.needle is None for test in card.effective.tests):
         limits.append("Perplexity at a long context does not show that the model finds a fact far back in its context.")
+    if card.older_names:
+        names = " and ".join(f"`{name}`" for name in card.older_names)
+        limits.append(
+            f"Saving it again with transformers 5, as a fine-tune does, drops {names} from `config.json`, which older "
+            "releases and other engines look for; `retrofit certify FOLDER --repair` writes them again."
+        )
     limits.append("Whatever the base model gets wrong, and the terms of its license, stay.")
     return limits

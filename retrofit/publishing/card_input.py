@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from retrofit.evaluation.metrics.perplexity import Row
     from retrofit.evaluation.tasks.answers import TaskChange, TaskScore
     from retrofit.publishing.engines.trial import EngineTrial
+    from retrofit.publishing.gguf.writing import GgufReport
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class CardInput:
     tolerance: what `reload` allows a token's loss and the mean of 1,024 to differ by, in nats. languages, tags: of the
     source's card. speed: what was measured of decoding on a GPU, as a sentence. seen: by kind of text, what it was read
     for by the steps that made the published model. engines: what others gave for this very folder; tried: what they
-    gave for tiny models of the same kind.
+    gave for tiny models of the same kind. gguf: files of llama.cpp's beside it. older_names: keys of config.json that
+    transformers 5 reads and does not write.
     """
 
     title: str
@@ -97,6 +99,8 @@ class CardInput:
     seen: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     engines: tuple[EngineTrial, ...] = ()
     tried: tuple[Tried, ...] = ()
+    gguf: GgufReport | None = None
+    older_names: tuple[str, ...] = ()
 
 
 def require_known(card: CardInput) -> None:

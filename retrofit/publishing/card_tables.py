@@ -74,6 +74,18 @@ def _ppl(value: float) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
 
 
+def gguf_table(card: CardInput) -> list[Markdown]:
+    """GGUF files as a Markdown table: size, perplexity of the same tokens, and how far a token's loss is."""
+    if card.gguf is None:
+        return []
+    header = ["file", "size", "perplexity", "/ this folder's", "difference of a token's loss, mean (largest)"]
+    lines = [table_row(header), Markdown("|---|---:|---:|---:|---:|")]
+    for file in card.gguf.files:
+        far = f"{file.distance.token:.2g} ({file.distance.largest:.2g})"
+        lines.append(table_row([file.name, fmt.nbytes(file.nbytes), _ppl(file.ppl), f"{file.ratio:.4f}", far]))
+    return lines
+
+
 def task_table(card: CardInput) -> list[Markdown]:
     """Scores in tasks as a Markdown table, one row a metric; the last column pairs the last model with the first."""
     last = card.models[-1]

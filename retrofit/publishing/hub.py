@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from retrofit.checkpoint.files import require_no_adapter
 from retrofit.checkpoint.full import machine_error
-from retrofit.checkpoint.provenance import sha256
+from retrofit.checkpoint.provenance import read_provenance, sha256
 from retrofit.errors import UserError
 from retrofit.publishing.snippet import with_model_id
 from retrofit.publishing.verify import CARD, PARTIAL, Finished, require_finished, require_stated
@@ -186,7 +186,13 @@ def _commit(api: HfApi, finished: Finished, repo_id: str) -> str:
 
     there = api.list_repo_files(repo_id)
     require_no_adapter(there, f"{api.endpoint}/{repo_id}")  # it would be applied to what is published
-    present = [path for path in there if path.startswith("model") and ".safetensors" in path]
+    earlier = f"{read_provenance(finished.folder).get('name') or 'model'}-"
+    present = [
+        path
+        for path in there
+        if (path.startswith("model") and ".safetensors" in path)
+        or (path.startswith(earlier) and path.endswith(".gguf"))
+    ]
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationDelete(path) for path in present if path not in finished.files
     ]

@@ -203,8 +203,18 @@ OPTIONS: Mapping[str, tuple[Option, ...]] = {
         _option("evaluate.documents"),
         _option("publish.engines", flag="--engine"),
         _option("publish.engine_tokens"),
+        _option("publish.gguf"),
         _option("publish.make_environments", flag="--make-environment"),
         _option("kernel"),
+        _option("device"),
+    ),
+    "export": (
+        _option("publish.gguf"),
+        _option("publish.make_environments", flag="--make-environment"),
+        _option("publish.reload_tokens"),
+        _option("evaluate.text"),
+        _option("evaluate.lengths"),
+        _option("evaluate.documents"),
         _option("device"),
     ),
     "publish": (

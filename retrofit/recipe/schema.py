@@ -6,8 +6,9 @@ A recipe is a YAML file with these keys; `load.py` reads it with line numbers. `
 from __future__ import annotations
 
 import re
+from typing import Annotated
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from retrofit.escape import shown, visible
 from retrofit.recipe.attention import (
@@ -28,17 +29,20 @@ from retrofit.recipe.hub import OTHER, is_link, is_repo_id, license_problem
 from retrofit.recipe.recovery import Adapter, Distribute, Recover, Stage
 from retrofit.recipe.relative import LENGTH
 from retrofit.recipe.values import (
+    LISTED,
     MOST_SEED,
     MOST_TOKENS,
     NAME,
     Device,
     Dtype,
+    GgufType,
     Kernel,
     Length,
     PromptSource,
     Section,
     TextSource,
     Word,
+    lowered,
     parse_bound,
     parse_size,
 )
@@ -60,6 +64,7 @@ __all__ = [
     "Distribute",
     "Dtype",
     "Evaluate",
+    "GgufType",
     "Kernel",
     "Method",
     "Needle",
@@ -116,6 +121,11 @@ class Publish(Section):
         False, description="make an environment for an engine that is not installed, in the cache"
     )
     reload_tokens: Length = Field(1024, description="tokens per document that a fresh process scores again")
+    gguf: Annotated[tuple[GgufType, ...], LISTED, BeforeValidator(lowered)] = Field(
+        (),
+        max_length=10,
+        description="GGUF files to write beside the checkpoint with llama.cpp's own converter and quantiser",
+    )
 
     @field_validator("license")
     @classmethod
@@ -147,6 +157,11 @@ class Publish(Section):
         if value is not None and not is_repo_id(value):
             raise ValueError(f"`{shown(value, 60)}` is not a hub id; write ORG/NAME")
         return value
+
+    @field_validator("gguf")
+    @classmethod
+    def _each_once(cls, value: tuple[GgufType, ...]) -> tuple[GgufType, ...]:
+        return tuple(dict.fromkeys(value))
 
     @field_validator("max_shard_size")
     @classmethod

@@ -77,6 +77,13 @@ def dtype_name(value: object) -> object:
     return _DTYPES.get(value.strip().lower(), value) if isinstance(value, str) else value
 
 
+def lowered(value: object) -> object:
+    """Q4_K_M as q4_k_m, alone or in a list: files are named in capitals."""
+    if isinstance(value, list | tuple):
+        return [lowered(one) for one in value]
+    return value.lower() if isinstance(value, str) else value
+
+
 def _listed(value: object) -> object:
     """The parts of "1k,4k", and a single number as a list of one."""
     if isinstance(value, str):
@@ -121,6 +128,8 @@ LossOn = Literal["assistant", "all"]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], Written(dtype_name, {"type": "string", "enum": list(_DTYPES)})
 ]
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k"]
+"""A type of GGUF files: three of floating-point weights, and llama.cpp's quantisations."""
 Tokens = Annotated[int, TOKEN_COUNT]
 """A number of tokens; 32k is 32,768."""
 Length = Annotated[int, Field(ge=16, le=MOST_TOKENS), TOKEN_COUNT]

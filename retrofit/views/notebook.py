@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from retrofit.tables import Part, as_html
-from retrofit.views import measured, results
+from retrofit.views import measured, releases, results
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -21,8 +21,10 @@ VIEWS: Mapping[str, Callable[[Any], Iterable[Part]]] = {
     "Written": results.written,
     "ModelEvaluation": measured.evaluation,
     "Comparison": measured.comparison,
-    "Certified": results.certified,
-    "Published": results.published,
+    "Certified": releases.certified,
+    "Exported": releases.exported,
+    "Published": releases.published,
+    "Repaired": releases.repaired,
     "Health": results.health,
 }
 """By the name of a result's class: importing them all would import torch."""

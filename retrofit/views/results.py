@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from retrofit.kv_heads.sweep.price_list import PriceList
     from retrofit.model.inspect import Inspection, Undescribed
     from retrofit.system.doctor import Health
-    from retrofit.workflow.certify import Certified
     from retrofit.workflow.command import Written
     from retrofit.workflow.plan import Plan
     from retrofit.workflow.run import RunResult
@@ -29,7 +28,7 @@ def run(result: RunResult) -> Iterator[Part]:
     from retrofit.evaluation.tasks.common_knowledge import sentence
 
     labels = list(result.models)
-    yield from _by_length(result.models)
+    yield from by_length(result.models)
     for last in list(result.models.values())[-1:]:
         title = f"Tasks: {last.label} - {labels[0]} on the same questions, right answers of only one"
         yield from task_changes(title, (labels[0], last.label), last.task_changes)
@@ -185,8 +184,8 @@ def _positions(result: Inspection | Undescribed, known: bool) -> Iterator[Part]:
                     one.engine,
                     one.version,
                     _VERDICTS[one.verdict],
-                    _nats(one.difference),
-                    _nats(one.control),
+                    nats(one.difference),
+                    nats(one.control),
                     one.message,
                 )
                 for one in result.engines
@@ -207,7 +206,7 @@ _VERDICTS = {
 }
 
 
-def _nats(value: float | None) -> str:
+def nats(value: float | None) -> str:
     return "" if value is None else f"{value:.1g}" if value < 0.1 else f"{value:.2f}"
 
 
@@ -279,34 +278,6 @@ def _search(found: Mapping[str, Any]) -> Iterator[Part]:
     yield f"before the extension, original window: {found['native']:.3f}"
 
 
-def certified(result: Certified) -> Iterator[Part]:
-    """`retrofit certify`."""
-    yield from _by_length(result.models)
-    if result.engines:
-        yield Table(
-            f"Other engines, against transformers {result.engines[0].reference} (nats; with its "
-            f"{result.engines[0].control_name}: {result.engines[0].control:.2g})",
-            ["engine", "version", "largest", "mean", "same next token", "note"],
-            [
-                (
-                    one.engine,
-                    one.version,
-                    *map(_nats, (one.largest, one.mean)),
-                    f"{one.greedy:.1%}",
-                    "; ".join(one.notes),
-                )
-                for one in result.engines
-            ],
-        )
-    yield f"\ncard: {result.card}"
-    yield f"checkpoint: {result.folder}; loaded again in a fresh process: {same_losses(vars(result.reload))}"
-
-
-def published(result: Any) -> Iterator[Part]:
-    """`retrofit publish`."""
-    yield f"published: {result.url}"
-
-
 def recipes(result: tuple[RecipeEntry, ...]) -> Iterator[Part]:
     """`retrofit recipes list`."""
     yield Table("", ["recipe", "what it does"], [(entry.name, entry.description) for entry in result])
@@ -339,7 +310,7 @@ def health(result: Health) -> Iterator[Part]:
     )
 
 
-def _by_length(models: Mapping[str, ModelEvaluation]) -> Iterator[Part]:
+def by_length(models: Mapping[str, ModelEvaluation]) -> Iterator[Part]:
     """A row per kind of text and length, one cell per model; what text of a kind was read for is that of the last."""
     cells: dict[tuple[str, int], list[str]] = {}
     for model in models.values():

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrofit.checkpoint.config import read_config
 from retrofit.checkpoint.provenance import versions
 from retrofit.context.engines import tried
+from retrofit.context.fields import text_part
+from retrofit.context.names import OLDER
 from retrofit.model.families import stock_class
 from retrofit.model.license import languages_and_tags
 from retrofit.publishing.card_input import CardInput, CardModel, Recovery
@@ -82,6 +85,7 @@ def card_input(
         speed=decoding_together(data),
         seen=data.models[-1].seen,
         tried=tried(config),
+        older_names=tuple(name for name in OLDER if name in text_part(read_config(folder))[1]),
     )
 
 

@@ -18,12 +18,14 @@ from pydantic import ValidationError
 from retrofit.checkpoint.full import writing
 from retrofit.checkpoint.lock import folder_lock
 from retrofit.checkpoint.provenance import FILE, digest, read_provenance, sha256, write_provenance
-from retrofit.checkpoint.staging import put_file, require_writable
+from retrofit.checkpoint.staging import name_file, put_file, require_writable
 from retrofit.errors import UserError
 from retrofit.escape import shell_word, shown
 from retrofit.evaluation.long_context import native_length
 from retrofit.evaluation.result import ModelEvaluation
+from retrofit.publishing.card import render_card
 from retrofit.publishing.engines.trial import EngineTrial, require_engines
+from retrofit.publishing.gguf.writing import report_of
 from retrofit.publishing.reload import ReloadReport
 from retrofit.recipe.hub import OTHER, is_repo_id, license_problem
 from retrofit.recipe.schema import Publish, Recipe
@@ -33,7 +35,7 @@ from retrofit.workflow.command import measured
 from retrofit.workflow.context import ModelContext
 from retrofit.workflow.journal import CARD, is_run
 from retrofit.workflow.opening import open_context
-from retrofit.workflow.proven import prove, record_of
+from retrofit.workflow.proven import Proven, prove, record_of, with_gguf
 from retrofit.workflow.public import public_model
 from retrofit.workflow.reporting import command
 from retrofit.workflow.steps.evaluate import Evaluate
@@ -150,7 +152,11 @@ def certify(
             context=(_last(steps, "extend") or {}).get("result"),
             commands=commands,
         )
-        proven = prove(made, models[last], folder, section, data, kept[last].losses)
+        proven = _with_earlier(record, section, prove(made, models[last], folder, section, data, kept[last].losses))
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.gguf.") as beside:
+            proven = with_gguf(made, folder, section, proven, Path(beside))
+            for path in sorted(Path(beside).iterdir()):
+                name_file(path, folder / path.name, overwrite=True)
         new = dict(record_of(made, models[last], folder, proven, result, ()))
         _write(folder, {**record, **new}, proven.text)
     return Certified(
@@ -176,6 +182,15 @@ def _require_same_original(came: Mapping[str, Any], given: Source) -> None:
             where="--original",
             fix=f"give {shown(came['model'])}, as it was then" if came.get("model") else "give that model",
         )
+
+
+def _with_earlier(record: Mapping[str, Any], section: Publish, proven: Proven) -> Proven:
+    """The same with the GGUF files that the folder holds already, where no others are asked for."""
+    if section.gguf or not record.get("gguf"):
+        return proven
+    report = report_of(record["gguf"])
+    card = replace(proven.card, gguf=report)
+    return replace(proven, card=card, text=render_card(card))
 
 
 def _identity(came: Mapping[str, Any], section: Publish) -> Publish:

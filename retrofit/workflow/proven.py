@@ -12,6 +12,7 @@ from retrofit.checkpoint.provenance import digest, versions
 from retrofit.console import jsonable
 from retrofit.evaluation.result import EvaluationResult
 from retrofit.evaluation.scoring.losses import TokenLosses
+from retrofit.model.folder import ModelFolder
 from retrofit.publishing.card import render_card
 from retrofit.publishing.card_input import CardInput
 from retrofit.publishing.engines.trial import EngineTrial, try_engines
@@ -21,6 +22,7 @@ from retrofit.recipe.schema import Publish
 from retrofit.report.data import RunData
 from retrofit.workflow.artifact import Artifact
 from retrofit.workflow.card import card_input
+from retrofit.workflow.gguf import write_gguf
 from retrofit.workflow.public import public_recipe, public_texts
 
 if TYPE_CHECKING:
@@ -81,6 +83,16 @@ def prove(
     return Proven(card, render_card(card), reload, trials)
 
 
+def with_gguf(context: ModelContext, folder: Path, section: Publish, proven: Proven, out: Path | None = None) -> Proven:
+    """The same with the GGUF files of `folder` that the section asks for, which are written into `out`, by default the
+    folder itself, and stand in the card then."""
+    if not section.gguf:
+        return proven
+    report = write_gguf(context, ModelFolder(folder), out or folder, section, proven.card.title)
+    card = replace(proven.card, gguf=report)
+    return replace(proven, card=card, text=render_card(card))
+
+
 def record_of(
     context: ModelContext,
     artifact: Artifact,
@@ -102,6 +114,7 @@ def record_of(
         "gate": jsonable(gate),
         "reload": jsonable(reload),
         **({"engines": jsonable(proven.engines)} if proven.engines else {}),
+        **({"gguf": jsonable(proven.card.gguf)} if proven.card.gguf else {}),
         "versions": versions(),
         "files": digest(folder, everything=True),
     }

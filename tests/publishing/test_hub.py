@@ -118,9 +118,12 @@ def test_publishing_again_sends_nothing_twice(hub: HubServer, folder: Path) -> N
 
 def test_weights_of_an_earlier_version_go(hub: HubServer, folder: Path) -> None:
     push(hub, folder)
-    hub.repos["ann/tiny"].files |= {"model.safetensors": b"old", "notes.md": b"mine"}
+    hub.repos["ann/tiny"].files |= {"model.safetensors": b"old", "notes.md": b"mine", "other-Q8_0.gguf": b"mine"}
+    hub.repos["ann/tiny"].files |= {"Tiny-Q8_0.gguf": b"old", "Tiny-F16.gguf": b"old"}
+    (folder / "Tiny-F16.gguf").write_bytes(b"new")
+    record(folder, name="Tiny")
     push(hub, folder)
-    assert hub.repos["ann/tiny"].files == files(folder) | {"notes.md": b"mine"}
+    assert hub.repos["ann/tiny"].files == files(folder) | {"notes.md": b"mine", "other-Q8_0.gguf": b"mine"}
 
 
 @pytest.mark.parametrize(

@@ -24,16 +24,18 @@ ROOM = 4 << 30  # bytes of data besides a shard
 
 @dataclass(frozen=True)
 class Conversion:
-    """A folder to convert, and the file to write. name: what the file calls the model."""
+    """A folder to convert, and the file to write. name: what the file calls the model. check: everything but the
+    weights is read and nothing is written: whether the converter knows architecture, tokenizer and tensors."""
 
     folder: Path
     out: Path
     outtype: OutType
     name: str
+    check: bool = False
 
 
 def convert(
-    folder: Path, out: Path, outtype: OutType, *, environment: Environment, name: str, program: Path = PROGRAM
+    folder: Path, out: Path, outtype: OutType, *, environment: Environment, name: str, program: Path | None = None
 ) -> None:
     """Write the checkpoint `folder` as the GGUF file `out`. environment: of the converter.
 
@@ -41,14 +43,21 @@ def convert(
     """
     [error] = convert_all([Conversion(folder, out, outtype, name)], environment=environment, program=program)
     if error is not None:
-        raise UserError(
-            f"llama.cpp's converter cannot write this folder as GGUF: {shown(error)}",
-            where=shown(folder),
-            fix="leave GGUF out; `retrofit inspect` says which engines read this architecture",
-        )
+        raise refused(error, folder)
 
 
-def convert_all(files: Sequence[Conversion], *, environment: Environment, program: Path = PROGRAM) -> list[str | None]:
+def refused(error: str, folder: Path) -> UserError:
+    """The error for a folder that the converter cannot write. error: its own words."""
+    return UserError(
+        f"llama.cpp's converter cannot write this folder as GGUF: {shown(error)}",
+        where=shown(folder),
+        fix="leave GGUF out; `retrofit inspect` says which engines read this architecture",
+    )
+
+
+def convert_all(
+    files: Sequence[Conversion], *, environment: Environment, program: Path | None = None
+) -> list[str | None]:
     """Write each GGUF file in one process; of each that failed, the converter's message. A file that is written is
     whole.
 
@@ -56,19 +65,20 @@ def convert_all(files: Sequence[Conversion], *, environment: Environment, progra
     """
     stored = [sum(path.stat().st_size for path in one.folder.glob("*.safetensors")) for one in files]
     for one, nbytes in zip(files, stored, strict=True):
-        require_free_space(one.out.parent, int(nbytes * BYTES[one.outtype] / 2))
+        require_free_space(one.out.parent, 0 if one.check else int(nbytes * BYTES[one.outtype] / 2))
     listed = [
         {
             "folder": str(one.folder.absolute()),
             "out": str(one.out.absolute()),
             "outtype": one.outtype,
             "name": one.name,
+            "check": one.check,
         }
         for one in files
     ]
     try:
         done = run_fresh(
-            program,
+            program or PROGRAM,
             {"files": listed},
             seconds=START_SECONDS + 10 * len(files) + sum(stored) / SLOW_BYTES,
             memory=ROOM + 4 * max(stored, default=0),

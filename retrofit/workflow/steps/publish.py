@@ -24,6 +24,7 @@ from retrofit.publishing.card_input import require_usable_identity
 from retrofit.publishing.engines.run import engine_of
 from retrofit.publishing.engines.trial import EngineTrial, metrics_of, require_engines
 from retrofit.publishing.gate import GateResult, enforce
+from retrofit.publishing.gguf.writing import GgufReport
 from retrofit.publishing.reload import ReloadReport, nothing_to_compare
 from retrofit.publishing.requirements import snippet_of, terms_of
 from retrofit.recipe.schema import Publish as Section
@@ -33,8 +34,9 @@ from retrofit.system.resume import ResumeKey
 from retrofit.workflow.artifact import Artifact
 from retrofit.workflow.estimate.cost import BASE_BYTES, Cost, CostModel
 from retrofit.workflow.gate import engine_gate, gate_of
+from retrofit.workflow.gguf import check_gguf, gguf_bytes, gguf_seconds
 from retrofit.workflow.journal import CARD, FINAL
-from retrofit.workflow.proven import Proven, prove, record_of
+from retrofit.workflow.proven import Proven, prove, record_of, with_gguf
 from retrofit.workflow.reporting import run_data
 from retrofit.workflow.step import Inputs, Place, Step
 
@@ -46,12 +48,14 @@ CHART = "perplexity.png"
 
 @dataclass(frozen=True)
 class PublishReport:
-    """What was proven of `final/`. card: sha256 of its card, which people may edit; engines: what others gave."""
+    """What was proven of `final/`. card: sha256 of its card, which people may edit; engines: what others gave; gguf: of
+    its files for llama.cpp."""
 
     gate: tuple[GateResult, ...]
     reload: ReloadReport
     card: str
     engines: tuple[EngineTrial, ...] = ()
+    gguf: GgufReport | None = None
 
 
 class Publish(Step):
@@ -104,7 +108,7 @@ class Publish(Step):
 
     def check_data(self, context: ModelContext, *, weights: bool, sample: bool) -> Iterable[str]:
         snippet_of(context.tokenizer, context.config, context.model.path)
-        return ()
+        return check_gguf(context, self.section, weights=weights, work=sample)
 
     @property
     def needs_tokens(self) -> bool:
@@ -116,7 +120,9 @@ class Publish(Step):
         seconds = 15 + model.seconds(tokens, self.section.reload_tokens)
         does = "check the gate, write the card, load the folder in a fresh process and compare its losses"
         weights = model.facts.weight_bytes
-        return Cost(self.name, does, BASE_BYTES + 2 * weights, weights, seconds)
+        more = gguf_bytes(self.section, model, self.recipe.dtype)
+        peak = BASE_BYTES + (4 if more else 2) * weights
+        return Cost(self.name, does, peak, weights + more, seconds + gguf_seconds(self.section, model, tokens))
 
     def key(self, context: ModelContext, inputs: Inputs) -> ResumeKey:
         settings = {**self.section.model_dump(mode="json"), "recipe": self.recipe.model_dump(mode="json")}
@@ -134,11 +140,13 @@ class Publish(Step):
         final, gate = place.run / FINAL, gate_of(self.recipe, inputs.reports["evaluate"])
         with staged(final, overwrite=True) as folder:
             gate, proven = self._write_final(context, inputs, place.run, folder, gate)
+        gguf = proven.card.gguf
+        more = (("engines", proven.engines), *([("gguf", gguf)] if gguf else []))
         with place.staged() as folder:
-            for name, value in (("gate", gate), ("reload", proven.reload), ("engines", proven.engines)):
+            for name, value in (("gate", gate), ("reload", proven.reload), *more):
                 text = json.dumps(jsonable(value), indent=2)
                 (folder / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")
-        return PublishReport(gate, proven.reload, sha256(final / CARD), proven.engines)
+        return PublishReport(gate, proven.reload, sha256(final / CARD), proven.engines, gguf)
 
     def also(self, context: ModelContext, inputs: Inputs) -> tuple[str, ...]:
         return (FINAL,)
@@ -163,6 +171,7 @@ class Publish(Step):
         of_engines = engine_gate(self.recipe, metrics_of(proven.engines))
         enforce(of_engines, where="require", kept=[f"the checkpoint that was refused, whole: {artifact.path}"])
         gate += of_engines
+        proven = with_gguf(context, folder, self.section, proven)
         write_provenance(folder, record_of(context, artifact, folder, proven, evaluated, gate))
         (folder / CARD).write_text(proven.text, encoding="utf-8")
         return gate, proven
