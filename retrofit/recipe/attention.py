@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from retrofit.recipe.layers import FULL_LAYERS
+from retrofit.recipe.layers import FULL_LAYERS, Layer
 from retrofit.recipe.relative import RELATIVE_HEADS
 from retrofit.recipe.values import (
     MOST_READ,
@@ -96,7 +96,7 @@ class Window(Section):
     """Sliding windows in the layers that look back a short way only."""
 
     size: Length = Field(1024, description="tokens that a windowed layer sees, the present one included")
-    full_layers: Annotated[Literal["auto"] | int | str | tuple[int, ...], FULL_LAYERS] = Field(
+    full_layers: Annotated[Literal["auto"] | Layer | str | tuple[Layer, ...], FULL_LAYERS] = Field(
         "auto",
         description="layers that still see everything: their number, or their share (1/4), chosen by measuring; `auto` "
         "measures how many; or a list of layers",

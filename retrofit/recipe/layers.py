@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Annotated
+
+from pydantic import Field
 
 from retrofit.escape import shown
 from retrofit.recipe.values import Written
 
 MOST = 65_535
+Layer = Annotated[int, Field(ge=0, le=MOST)]
+"""A layer, or how many."""
 _SHARE = re.compile(r"\s*([1-9][0-9]{0,5}/[1-9][0-9]{0,5})\s*")
 _LIST = re.compile(r"\s*[0-9]{1,6}(\s*,\s*[0-9]{1,6})*\s*,?\s*")
 
@@ -53,7 +58,7 @@ FULL_LAYERS = Written(
     {
         "anyOf": [
             {"type": "string", "pattern": "^(auto|[1-9][0-9]*/[1-9][0-9]*|[0-9]+(,[0-9]+)*,?)$", "examples": ["1/4"]},
-            {"type": "array", "items": {"type": "integer", "minimum": 0}},
+            {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": MOST}},
         ]
     },
 )
