@@ -33,14 +33,15 @@ def correct(setting: Setting) -> Iterator[Row]:
     heads = HEADS[:2] if setting.reduced else HEADS
     for dtype in dtypes:
         worst, wrong, count = 0.0, [], 0
-        for (queries, keys, window), (h, k), dim in itertools.product(CASES, heads, dims):
-            error = _error(setting.device, dtype, h, k, dim, queries, keys, window)
+        for (queries, keys, window), (h, k), dim, sinks in itertools.product(CASES, heads, dims, (False, True)):
+            error = _error(setting.device, dtype, h, k, dim, queries, keys, window, sinks)
             count += 1
             worst = max(worst, error)
             if not error <= LIMITS[dtype]:
-                wrong.append(f"{queries} of {keys}, window {window}, heads {h}/{k} of {dim}: {error:.2g}")
+                more = ", sinks" if sinks else ""
+                wrong.append(f"{queries} of {keys}, window {window}, heads {h}/{k} of {dim}{more}: {error:.2g}")
         name = str(dtype).removeprefix("torch.")
-        note = "; ".join(wrong[:3]) or f"{count} shapes, forward and backward"
+        note = "; ".join(wrong[:3]) or f"{count} shapes, forward and backward, half of them with attention sinks"
         yield Row(f"blockwise against fp64, {name}", worst, "relative error", passed=not wrong, note=note)
 
 
@@ -57,36 +58,45 @@ def _backends(device: torch.device) -> Iterator[Row]:
 
 
 def _error(
-    device: str, dtype: torch.dtype, heads: int, kv_heads: int, dim: int, queries: int, keys: int, window: int | None
+    device: str,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    queries: int,
+    keys: int,
+    window: int | None,
+    sinks: bool,
 ) -> float:
-    """Largest relative error of the output and of the three gradients; of one that has to be nothing, its size."""
+    """Largest relative error of the output and of every gradient; of one that has to be nothing, its size."""
     generator = torch.Generator().manual_seed(queries + keys)
     sizes = ((heads, queries), (kv_heads, keys), (kv_heads, keys), (heads, queries))
     q, k, v, grad = (torch.randn(1, h, n, dim, generator=generator).to(device, dtype) for h, n in sizes)
-    found = _with_gradients(lambda a, b, c: blockwise.attention(a, b, c, dim**-0.5, window), q, k, v, grad)
+    given = (q, k, v, torch.randn(heads, generator=generator).to(device)) if sinks else (q, k, v)
+    found = _with_gradients(lambda a, b, c, *s: blockwise.attention(a, b, c, dim**-0.5, window, *s), grad, *given)
     plain = partial(reference, window=window)
-    wanted = _with_gradients(plain, *(x.double() for x in (q, k, v, grad)))
+    wanted = _with_gradients(plain, *(x.double() for x in (grad, *given)))
     return max(
         float((a.double() - b).norm() / b.norm().clamp_min(0.01 * b.numel() ** 0.5))
         for a, b in zip(found, wanted, strict=True)
     )
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Causal attention of the last T of S positions with a mask, as the formula has it."""
+def reference(q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor | None = None, *, window: int | None) -> Tensor:
+    """Causal attention of the last T of S positions with a mask, as the formula has it; sinks are one more column."""
     queries, keys = q.shape[2], k.shape[2]
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     at = torch.arange(keys - queries, keys, device=q.device)[:, None]
     key = torch.arange(keys, device=q.device)
     visible = (key <= at) & (key > at - (window or keys))
     scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
-    return torch.softmax(scores, -1) @ v
+    if sinks_H is not None:
+        scores = torch.cat([scores, sinks_H[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+    return torch.softmax(scores, -1)[..., :keys] @ v
 
 
-def _with_gradients(
-    attention: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Tensor
-) -> tuple[Tensor, ...]:
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+def _with_gradients(attention: Callable[..., Tensor], grad: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+    leaves = [x.clone().requires_grad_() for x in given]
     out = attention(*leaves)
     return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
@@ -104,7 +114,7 @@ def speed(setting: Setting) -> Iterator[Row]:
         forward, both = {}, {}
         for name, kernel in kernels.items():
             forward[name] = flops / _seconds(partial(_forward, kernel, q, k, v), setting.device)
-            both[name] = 3.5 * flops / _seconds(partial(_with_gradients, kernel, q, k, v, q), setting.device)
+            both[name] = 3.5 * flops / _seconds(partial(_with_gradients, kernel, q, q, k, v), setting.device)
         for direction, rates in (("forward", forward), ("forward and backward", both)):
             share = rates["blockwise"] / rates["sdpa"]
             for name, rate in rates.items():

@@ -45,8 +45,8 @@ def test_a_command_runs_on_a_cpu(part: Part, setting: Setting) -> None:
 def test_the_reference_is_attention() -> None:
     q, k, v = torch.randn(3, 1, 2, 6, 4, dtype=torch.float64)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert torch.allclose(attention.reference(q, k, v, None), expected)
-    assert torch.allclose(attention.reference(q, k, v, 1), v)
+    assert torch.allclose(attention.reference(q, k, v, window=None), expected)
+    assert torch.allclose(attention.reference(q, k, v, window=1), v)
 
 
 def test_a_part_that_fails_hangs_or_dies_does_not_lose_the_others(setting: Setting) -> None:
