@@ -239,16 +239,18 @@ def _notes(
         )
     if method == "none":
         notes.append("Only the length is written: the encoding stays as it is, whether it reaches that far or not.")
-    if method == "linear":
+    folded = folds(text.get("model_type"), method)
+    if method == "linear" and not folded:
         notes.append(
             "vLLM multiplies max_position_embeddings by the linear factor once more: start it with --max-model-len."
         )
     if method == "longrope" and settings.short_factor != settings.long_factor:
         notes.append(
             "Up to the original length the short factors hold, beyond it the long ones: the encoding of a prefix "
-            "changes with the total length, so each length is measured in a pass of its own."
+            "changes with the total length, so each length is measured in a pass of its own. vLLM starts with the "
+            "original length and the short factors: give it --max-model-len."
         )
-    if folds(text.get("model_type"), method):
+    if folded:
         notes.append(
             f"phi3 reads only longrope: {method} is written as longrope with equal lists, and the queries hold what "
             "its attention factor differs from longrope's. vLLM starts with the original length: give it "
