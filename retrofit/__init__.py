@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         run,
         schema,
         window,
+        window_prices,
     )
     from retrofit.errors import UserError
 
@@ -41,6 +42,7 @@ COMMANDS = (
     "run",
     "plan",
     "prices",
+    "window_prices",
     "inspect",
     "convert",
     "window",
@@ -74,6 +76,7 @@ __all__ = [
     "run",
     "schema",
     "window",
+    "window_prices",
 ]
 
 

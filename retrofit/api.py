@@ -21,7 +21,7 @@ from retrofit.recipe.options import recipe_of
 from retrofit.recipe.relative import are_relative
 from retrofit.recipe.schema import Definition, Device, Dtype, Kernel
 from retrofit.releases import certify, export, publish
-from retrofit.runs import plan, prices, run
+from retrofit.runs import plan, prices, run, window_prices
 from retrofit.surgery import convert, extend, recover, window
 from retrofit.views.notebook import as_tables
 
@@ -52,6 +52,7 @@ __all__ = [
     "schema",
     "show_recipe",
     "window",
+    "window_prices",
 ]
 
 

@@ -24,6 +24,7 @@ from retrofit.workflow.rows import with_rows
 
 if TYPE_CHECKING:
     from retrofit.kv_heads.sweep.price_list import PriceList
+    from retrofit.windows.price_list import WindowList
     from retrofit.workflow.estimate.cost import Throughput
     from retrofit.workflow.plan import Plan
     from retrofit.workflow.run import RunResult
@@ -161,6 +162,47 @@ def prices(
             world=world,
             progress=shown,
         )
+
+
+@as_tables
+def window_prices(
+    model: str | Path | None = None,
+    *,
+    recipe: str | Path | Recipe | None = None,
+    size: int | str | None = None,
+    calibrate: Sequence[str] | None = None,
+    tokens: int | str | None = None,
+    moments: str | Path | None = None,
+    revision: str | None = None,
+    overrides: Sequence[str] = (),
+    device: Device | None = None,
+    progress: Progress | bool = True,
+) -> WindowList:
+    """What sliding windows would save and cost `model` (`retrofit plan --windows`): which layers need to see
+    everything, KV bytes at several lengths, and the loss of text and of passages out of sight.
+
+    recipe: take model, section `window`, seed and dtype from it. size: of the windows that are measured; others are
+    predicted. tokens: of the calibration text. moments: a folder that keeps what was measured; the same call then reads
+    no text. A call that was killed is resumed by the same call.
+    """
+    given, shown = locals(), display(progress)
+    folder = None if moments is None else output_path(moments, where="--moments")
+    base: dict[str, Any] = {}
+    if recipe is not None:
+        loaded = _recipe(recipe, overrides, model)
+        base = {name: getattr(loaded, name) for name in ("model", "revision", "dtype", "device", "seed")}
+        base["window"] = loaded.window.model_dump(mode="json") if loaded.window else {}
+    asked = {**given, "model": model if recipe is None else None}
+    read = recipe_of("window", asked, {"window": {}, **base})
+    name = shell_word(read.model) + ("" if revision is None else f" --revision {shell_word(revision)}")
+    options = "".join(f" --calibrate {shell_word(source)}" for source in calibrate or ())
+    size_of = read.window.size if read.window else 0
+    command = f"retrofit window {name} --size {size_of} --full-layers {{layers}}{options} --out out/windows"
+    place: Any = {"model": read.model, "revision": revision, "writes": (folder,), "recipe": read}
+    with begun(f"windows of {read.model}", shown, **place):
+        from retrofit.workflow.window_list import window_list
+
+        return window_list(read, command=command, moments=folder, revision=revision, progress=shown)
 
 
 def _usual_folder(recipe: str | Path | Recipe, loaded: Recipe) -> Path:

@@ -25,6 +25,8 @@ from retrofit.recipe.options import OPTIONS, Option, in_options, option_of, reci
 from retrofit.views.notebook import VIEWS
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+LISTS = {"prices": "plan", "window_prices": "plan"}
+"""Functions that are options of another command."""
 EVERY = [(command, option) for command, options in OPTIONS.items() for option in options]
 PYTHON: dict[str, Any] = {
     "flag": bool,
@@ -86,7 +88,7 @@ TYPED = [
 
 @pytest.mark.parametrize(("command", "option"), TYPED, ids=ids(TYPED))
 def test_an_option_is_the_key_of_the_recipe(command: str, option: Option) -> None:
-    offered = {one.name: one for one in COMMANDS["plan" if command == "prices" else command].params}
+    offered = {one.name: one for one in COMMANDS[LISTS.get(command, command)].params}
     found = offered[option.name]
     assert found.opts == [option.flag]
     assert found.default is None
@@ -103,9 +105,7 @@ def test_an_option_is_the_key_of_the_recipe(command: str, option: Option) -> Non
 @pytest.mark.parametrize("command", [name for name in retrofit.COMMANDS if name not in ("schema", "recipes")])
 def test_every_python_parameter_is_an_option(command: str) -> None:
     """But those that are for Python alone, and `private`, which is `--public` turned round."""
-    flags = {
-        flag for one in COMMANDS["plan" if command == "prices" else command].params for flag in (one.name, *one.opts)
-    }
+    flags = {flag for one in COMMANDS[LISTS.get(command, command)].params for flag in (one.name, *one.opts)}
     called = {"overrides": "--set", "budget": "--kv-budget", "bits": "--bits-per-byte", "private": "--public"}
     alone = {"progress", "measure", "token"}
     names = [name for name in inspect.signature(getattr(retrofit, command)).parameters if name not in alone]

@@ -15,12 +15,13 @@ import typer
 import retrofit
 from retrofit.cli import following, publishing, surgery
 from retrofit.cli.group import Commands
-from retrofit.cli.options import Json, Model, Overwrite, Recipe, Set, command, console_for
+from retrofit.cli.options import SIZE, Json, Model, Overwrite, Recipe, Set, command, console_for
 from retrofit.cli.recipes import recipes_app
 from retrofit.console import Console
 from retrofit.errors import GateError, UserError
 from retrofit.system.world import from_environment
 from retrofit.views import measured, results
+from retrofit.views import windows as window_views
 
 if TYPE_CHECKING:
     pass
@@ -89,6 +90,7 @@ def run(
     "retrofit plan ./my-model --kv-heads",
     "retrofit plan ./my-model --kv-budget 2GiB@32k --moments moments/my-model",
     "retrofit plan gqa --model ./my-model --kv-heads",
+    "retrofit plan ./my-model --windows --size 1024 --moments moments/my-model",
     shared=True,
 )
 def plan(
@@ -96,7 +98,7 @@ def plan(
         str,
         typer.Argument(
             metavar="RECIPE",
-            help="A bundled recipe's name, a .yaml file, a run's folder; with --kv-heads also a model.",
+            help="A bundled recipe's name, a .yaml file, a run's folder; with --kv-heads or --windows also a model.",
         ),
     ],
     set_: Set = None,
@@ -109,8 +111,13 @@ def plan(
             "--kv-budget", metavar="BYTES@TOKENS", help="With the list: the most KV heads that fit, 2GiB@32k."
         ),
     ] = None,
+    windows: Annotated[
+        bool, typer.Option("--windows", help="The list of windows: which layers need none, and what the others cost.")
+    ] = False,
+    size: Annotated[str | None, typer.Option("--size", metavar="N", help=SIZE)] = None,
     tokens: Annotated[
-        str | None, typer.Option("--tokens", metavar="N", help="For the list: tokens of text; default 16384.")
+        str | None,
+        typer.Option("--tokens", metavar="N", help="For the lists: tokens of text; by default 16384, or 65536."),
     ] = None,
     gpu: Annotated[
         str | None,
@@ -121,35 +128,46 @@ def plan(
     ] = None,
     moments: Annotated[
         str | None,
-        typer.Option("--moments", metavar="DIR", help="For the list: keep what was measured here, and read it again."),
+        typer.Option("--moments", metavar="DIR", help="For the lists: keep what was measured here, and read it again."),
     ] = None,
     json: Json = False,
     **options: Any,
 ) -> None:
-    """What each step of a recipe would do, and its memory, disk and time; or what fewer KV heads would cost.
+    """What each step of a recipe would do, and its memory, disk and time; or what fewer KV heads or windows would cost.
 
-    The same command resumes a price list that was interrupted.
+    The same command resumes a list that was interrupted.
     """
     console = console_for(json)
     model, revision = options.pop("model"), options.pop("revision")
     usual: Any = {"revision": revision, "overrides": set_ or (), "progress": console.progress}
-    if not kv_heads and kv_budget is None:
+    heads = kv_heads or kv_budget is not None
+    if heads and windows:
+        raise UserError("these are two lists", where="--kv-heads, --windows", fix="ask for one of them")
+    if size is not None and not windows:
+        raise UserError("--size belongs to the list of windows", where="retrofit plan", fix="add --windows")
+    if not heads and not windows:
         listed = {"calibrate": options["calibrate"], "tokens": tokens, "moments": moments, "device": options["device"]}
         for name, value in listed.items():
             if value:
-                raise UserError(f"--{name} belongs to the price list", where="retrofit plan", fix="add --kv-heads")
+                raise UserError(f"--{name} belongs to a list", where="retrofit plan", fix="add --kv-heads or --windows")
         if not from_environment().main:  # only the price list reads text, which processes share
             return
         result = retrofit.plan(recipe, model=model, gpu=gpu, gpus=gpus, **usual)
         _plan(console, result, recipe, {"model": model, "revision": revision}, set_)
         return
     if gpu is not None or gpus is not None:
-        raise UserError("the price list is made on this machine", where="--gpu", fix="leave out --gpu and --gpus")
+        raise UserError("the lists are made on this machine", where="--gpu", fix="leave out --gpu and --gpus")
     from retrofit.api import is_recipe
 
     named = model is not None or is_recipe(recipe)
     what = {"model": model, "recipe": recipe} if named else {"model": recipe}
-    options |= {**what, "budget": kv_budget, "tokens": tokens, "moments": moments}
+    options |= {**what, "tokens": tokens, "moments": moments}
+    if windows:
+        if from_environment().main:
+            found = retrofit.window_prices(**usual, **options, size=size)
+            console.show(found, window_views.prices(found))
+        return
+    options["budget"] = kv_budget
     prices = retrofit.prices(**usual, **options)
     console.show(prices, [*results.prices(prices), *following.after_prices(prices)])
 

@@ -109,3 +109,5 @@ def console_for(json: bool) -> Console:
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=described(OPTIONS["inspect"][0]))]
+_SIZE = next(option for option in OPTIONS["window_prices"] if option.name == "size")
+SIZE = f"With --windows: {_SIZE.field.description}. [default: {_SIZE.default}]"

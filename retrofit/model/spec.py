@@ -6,7 +6,7 @@ Everything that converts, extends, prices or checks a model asks these records, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -141,14 +141,10 @@ class AttentionSpec:
         """The same attention with `kv_heads` KV heads in every layer."""
         return replace(self, layers=tuple(replace(layer, kv_heads=kv_heads) for layer in self.layers))
 
-    def with_windows(self, size: int, full: int | None) -> AttentionSpec:
-        """The same attention with windows of `size` tokens in all layers but `full`, a quarter where that is not known,
-        wherever they are."""
-        keep = -(-len(self.layers) // 4) if full is None else full
-        windowed = tuple(
-            replace(layer, window=size if index >= keep else layer.window) for index, layer in enumerate(self.layers)
-        )
-        return replace(self, layers=windowed)
+    def with_windows(self, size: int, windowed: Collection[int]) -> AttentionSpec:
+        """The same attention with windows of `size` tokens in these layers."""
+        layers = tuple(replace(layer, window=size) if layer.index in windowed else layer for layer in self.layers)
+        return replace(self, layers=layers)
 
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
         """Bytes the KV cache grows by for each of the first tokens, which every window has room for."""

@@ -106,6 +106,7 @@ OPTIONS: Mapping[str, tuple[Option, ...]] = {
     "run": _SOURCE,
     "plan": _SOURCE,
     "prices": (*_SOURCE, _CALIBRATE, _option("device")),
+    "window_prices": (*_SOURCE, _option("window.size"), _option("device")),
     "inspect": _SOURCE,
     "convert": (
         *_SOURCE,
@@ -224,7 +225,8 @@ OPTIONS: Mapping[str, tuple[Option, ...]] = {
         _option("publish.base_model"),
     ),
 }
-"""The options of each command that set keys of a recipe; `prices` is `plan --kv-heads`."""
+"""The options of each command that set keys of a recipe; `prices` is `plan --kv-heads`, `window_prices`
+`plan --windows`."""
 
 SECTIONS = ("convert", "window", "context", "recover", "evaluate", "publish")
 

@@ -53,6 +53,15 @@ def kept(folder: Path, command: str) -> Iterator[Path]:
     _remove(folder, command)
 
 
+@contextmanager
+def held(folder: Path, command: str) -> Iterator[Path]:
+    """A folder of `command` that stays, whatever becomes of the block. Raises UserError as `require_own` does."""
+    require_own(folder, command)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{_KEY}{command}").touch()
+    yield folder
+
+
 def _remove(folder: Path, command: str) -> None:
     """The key goes last: whatever a kill leaves is known as the command's own."""
     key = folder / f"{_KEY}{command}"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from retrofit.tables import Part, as_html
-from retrofit.views import measured, releases, results
+from retrofit.views import measured, releases, results, windows
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -16,6 +16,7 @@ VIEWS: Mapping[str, Callable[[Any], Iterable[Part]]] = {
     "RunResult": results.run,
     "Plan": results.plan,
     "PriceList": results.prices,
+    "WindowList": windows.prices,
     "Inspection": results.inspection,
     "Undescribed": results.inspection,
     "Written": results.written,

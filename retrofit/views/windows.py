@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
+from retrofit.format import nbytes
 from retrofit.model.inspect import ranges
-from retrofit.tables import Part, Table
+from retrofit.tables import NOTE, Part, Table
+
+if TYPE_CHECKING:
+    from retrofit.windows.price_list import WindowList
 
 _PARTS = {"near": "text inside the window", "far": "text beyond it", "answers": "passages out of sight"}
 
@@ -20,6 +25,32 @@ def conversion(report: Mapping[str, Any]) -> Iterator[Part]:
     yield f"windows of {size:,} tokens in layers {ranges(windowed)}; layers {ranges(full) or 'none'} see everything"
     tokens = f"on {report['measured_tokens']:,} tokens that nothing was fitted on"
     yield f"nats per token before any training, {tokens}: {_rise(report['rise'])}"
+
+
+def prices(result: WindowList) -> Iterator[Part]:
+    """`retrofit plan --windows`."""
+    yield from _rounds([asdict(one) for one in result.choice.rounds])
+    lengths = list(result.prices[0].kv_cache_bytes)
+    rows = [
+        (
+            "none" if price.size is None else f"{price.size:,}",
+            "all" if price.size is None else f"{len(price.full_layers)}: {ranges(price.full_layers) or 'none'}",
+            *(nbytes(price.kv_cache_bytes[length]) for length in lengths),
+            f"{price.text:+.3f}",
+            f"{price.answers:+.3f}",
+            price.how,
+        )
+        for price in result.prices
+    ]
+    columns = ["window", "full layers", *(f"KV at {length // 1024}k" for length in lengths), "text", "answers", ""]
+    yield Table(f"{result.model} as {result.target}: what sliding windows save, and add to the loss", columns, rows)
+    yield (
+        "nats per token of text beyond the window and of passages out of sight, before repair and training; sinks "
+        f"fitted on {result.tokens:,} tokens of {', '.join(result.kinds)}, losses on {result.measured_tokens:,} others"
+    )
+    for note in result.notes:
+        yield f"{NOTE}{note}"
+    yield f"\nmeasured with windows of {result.size:,} tokens:\n  {result.command}"
 
 
 def _rise(rise: Mapping[str, float]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from retrofit.format import kv_per_token, nbytes
 from retrofit.recipe.layers import how_many
-from retrofit.recipe.schema import Recipe
+from retrofit.recipe.schema import Recipe, Window
 from retrofit.workflow.estimate.cost import (
     ASSUMED,
     EFFICIENCY,
@@ -115,7 +115,7 @@ def make_plan(
     before = facts.spec
     after = before.with_kv_heads(recipe.convert.kv_heads) if recipe.convert else before
     if recipe.window:
-        after = after.with_windows(recipe.window.size, how_many(recipe.window.full_layers, len(before.layers)))
+        after = after.with_windows(recipe.window.size, _windowed(recipe.window, len(before.layers)))
     claimed = claimed_length(recipe, before.max_position_embeddings)
     model = CostModel(facts, after, throughput, claimed, tuple(tasks), processes)
     size = model.value_bytes
@@ -134,6 +134,14 @@ def make_plan(
         processes=processes,
         shared=tuple(step.name for step in steps if step.distributed),
     )
+
+
+def _windowed(window: Window, layers: int) -> frozenset[int]:
+    """The layers that will have windows: which, or how many, where that is measured, is a guess: all but a quarter."""
+    if isinstance(window.full_layers, tuple):
+        return frozenset(range(layers)) - set(window.full_layers)
+    full = how_many(window.full_layers, layers)
+    return frozenset(range(-(-layers // 4) if full is None else full, layers))
 
 
 def describe_plan(plan: Plan) -> list[str]:

@@ -251,7 +251,7 @@ def test_bad_input_is_told_before_any_work(tmp_path: Path, eight: Path) -> None:
         assert "Traceback" not in done.output
         return done.output
 
-    assert "belongs to the price list" in error("gqa", "--model", eight, "--tokens", 4096)
+    assert "belongs to a list" in error("gqa", "--model", eight, "--tokens", 4096)
     assert "is not a KV-cache budget" in error(eight, "--kv-budget", "lots")
     assert "as it is" in error(eight, "--kv-budget", "1GiB@256")
     assert "even 1 KV head needs" in error(eight, "--kv-budget", "1KiB@256")

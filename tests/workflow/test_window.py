@@ -160,3 +160,40 @@ def test_a_run_windows_then_extends_full_layers_alone(recipe: Callable[..., Path
     assert [layer.window for layer in made.spec.layers] == [SIZE, None]
     assert made.config.layer_rope_theta[0] == 1e4
     assert made.config.layer_rope_theta[1] > 1e4
+
+
+def test_a_plan_lists_windows_before_anything_is_written(
+    recipe: Callable[..., Path], qwen: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RETROFIT_CACHE", str(tmp_path / "cache"))
+    window = {"size": 64, "calibration": {"measured_tokens": 256, "text": ["python-docs"]}}
+    file = recipe(model=str(qwen), window=window)
+    command = ("plan", file, "--windows", "--size", SIZE, "--tokens", 1024, *text(texts), "--device", "cpu", "--json")
+    listed = json.loads(retrofit(*command, "--moments", tmp_path / "moments").stdout)
+    assert listed["size"] == SIZE
+    assert listed["prices"][0]["how"] == "original"
+    measured = [row for row in listed["prices"] if row["how"] == "measured"]
+    assert len(measured) == 1
+    assert measured[0]["full_layers"] == listed["choice"]["full"]
+    assert f"retrofit window {qwen} --size {SIZE} --full-layers" in listed["command"]
+    monkeypatch.setattr(_Pass, "losses", lambda self: pytest.fail("nothing is measured again"))
+    again = json.loads(retrofit(*command, "--moments", tmp_path / "moments").stdout)
+    assert again["prices"] == listed["prices"]
+    shown = retrofit(*command[:-1], "--moments", tmp_path / "moments").stdout
+    assert "KV at 32k" in shown
+    assert not list((tmp_path / "cache").glob("windows-*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--size", 32), "--size belongs to the list of windows"),
+        (("--windows", "--kv-heads"), "these are two lists"),
+        (("--windows", "--size", 512), "holds all of the model's 512 positions"),
+        (("--windows", "--gpu", "h100"), "the lists are made on this machine"),
+    ],
+)
+def test_mistakes_in_a_list_are_told(qwen: Path, options: tuple[object, ...], words: str) -> None:
+    result = retrofit("plan", qwen, *options)
+    assert result.exit_code == 2, result.output
+    assert words in result.output

@@ -15,7 +15,7 @@ from retrofit.recipe.schema import Context, Recipe, TextSource
 from retrofit.system.resume import ResumeKey
 from retrofit.workflow.estimate.cost import BASE_BYTES, CHUNK, GPU_CHUNK, Cost, CostModel
 from retrofit.workflow.step import Inputs, Place, Step
-from retrofit.workflow.steps.window import after_windows
+from retrofit.workflow.windowing import after_windows
 
 if TYPE_CHECKING:
     from retrofit.context.search.halving import Found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -18,73 +17,22 @@ from retrofit.windows import VERSION, row_length
 from retrofit.workflow.artifact import shard_size
 from retrofit.workflow.estimate.cost import BASE_BYTES, Cost, CostModel
 from retrofit.workflow.step import Inputs, Place, Step
+from retrofit.workflow.windowing import (
+    after_windows,
+    chosen_layers,
+    length_of,
+    require_sequences,
+    target_of,
+    texts_of,
+)
 
 if TYPE_CHECKING:
-    from retrofit.data.calibration import CalibrationText
     from retrofit.model.folder import ModelFolder
-    from retrofit.model.spec import AttentionSpec
     from retrofit.windows.outcome import WindowReport
-    from retrofit.windows.rows import Repeats
     from retrofit.windows.targets import Target
     from retrofit.workflow.context import ModelContext
 
-WINDOWS = 4
-"""In a sequence that windows are fitted on, where nobody says how long it is and the context holds as many."""
 FLOAT32 = 4
-
-
-def measured_rows(section: Section) -> int:
-    """Rows that losses are measured on."""
-    return max(2, -(-section.calibration.measured_tokens // (row_length(section.size))))
-
-
-def require_sequences(section: Section, length: int) -> None:
-    """UserError unless every kind of text leaves two sequences to fit on, beside those that are measured on: repairs
-    are checked on one that they were not fitted on."""
-    text = section.calibration.text
-    total = sum(source.weight for source in text)
-    least = 2 + -(-measured_rows(section) // len(text))
-    for source in text:
-        share = source.weight / total
-        if -(-round(section.calibration.tokens * share) // length) < least:
-            raise UserError(
-                f"too few tokens: `{source.source}` gives fewer than {least} sequences of {length:,} tokens",
-                where="window.calibration.tokens",
-                fix=f"give at least {math.ceil(least * length / share):,}, or a smaller window",
-            )
-
-
-def target_of(section: Section, config: Any, spec: AttentionSpec) -> Target:
-    """What is written. Raises UserError for a model that cannot have these windows."""
-    from retrofit.windows import targets
-
-    full = how_many(section.full_layers, len(spec.layers))
-    sinks = section.sinks == "fitted"
-    target = targets.target_of(config, spec, section.size, target=section.target, sinks=sinks, all_layers=full == 0)
-    if isinstance(section.full_layers, tuple):
-        targets.require_candidates(section.full_layers, target.candidates, len(spec.layers))
-    if full is not None and not target.always:
-        targets.require_some(full, target.candidates)
-    return target
-
-
-def after_windows(section: Section, config: Any, spec: AttentionSpec) -> Any:
-    """The configuration after the step; where layers are chosen by measuring, the first ones stand for them.
-
-    Raises UserError where the architecture cannot hold such windows.
-    """
-    from retrofit.model.families import family_of
-    from retrofit.model.reexpress import reexpression_of
-
-    target, full = target_of(section, config, spec), how_many(section.full_layers, len(spec.layers))
-    if isinstance(section.full_layers, tuple):
-        left = frozenset(section.full_layers)
-    else:
-        left = frozenset(target.candidates[: 1 if full is None else full])
-    if target.reexpressed and (reexpression := reexpression_of(config, target.family)) is not None:
-        config = reexpression.config()
-    windowed = frozenset(range(len(spec.layers))) - left
-    return family_of(config).with_windows(config, section.size, windowed)
 
 
 class Window(Step):
@@ -139,7 +87,7 @@ class Window(Step):
             )
         target = target_of(self.section, context.config, context.spec)
         after_windows(self.section, context.config, context.spec)
-        require_sequences(self.section, self._length(context))
+        require_sequences(self.section, length_of(self.section, context.native))
         return target.notes
 
     def check_here(self, context: ModelContext) -> Iterable[str]:
@@ -150,16 +98,12 @@ class Window(Step):
         choose(self.recipe.kernel, describe(after_windows(self.section, context.config, context.spec)), context.device)
         return ()
 
-    def _length(self, context: ModelContext) -> int:
-        """Tokens of a sequence that is read."""
-        return self.section.calibration.sequence_length or min(WINDOWS * self.section.size, context.native)
-
     def check_data(self, context: ModelContext, *, weights: bool, sample: bool) -> Iterable[str]:
         if not weights:
             return ()
         from retrofit.data.calibration import require_calibration_text
 
-        reading = self.section.calibration.in_sequences(self._length(context))
+        reading = self.section.calibration.in_sequences(length_of(self.section, context.native))
         require_calibration_text(reading, context.tokenizer, seed=self.recipe.seed, teacher=context.samples)
         return ()
 
@@ -183,7 +127,7 @@ class Window(Step):
         full = how_many(section.full_layers, layers)
         left = f"{full}" if full is not None else "so many as need it"
         does = f"windows of {section.size:,} tokens in {layers} layers but {left}, on {calibration.tokens:,} tokens"
-        length = calibration.sequence_length or min(WINDOWS * section.size, model.native)
+        length = length_of(section, model.native)
         batch = min(calibration.tokens, 8192) * (24 * spec.hidden_size + 4 * model.layer_parameters // spec.hidden_size)
         layer = max(4 * spec.vocab_size * spec.hidden_size, 16 * model.layer_parameters)
         columns = spec.layers[0].query_heads * spec.layers[0].head_dim
@@ -225,12 +169,13 @@ class Window(Step):
         started, section = time.monotonic(), self.section
         source = inputs.current.model
         target = target_of(section, source.config, source.spec)
-        fit, rows = self._text(context, source)
+        fit, rows = texts_of(section, context, source, self.recipe.seed)
+        choice = chosen_layers(section, target, source, fit, rows, context, place.work / "choice")
+        full = section.full_layers if isinstance(section.full_layers, tuple) else choice.full if choice else ()
         model = self._in_target(source, target, context, place)
-        full, choice = self._full_layers(model, target, fit, rows, context, place)
         windows = Windows(
             section.size,
-            frozenset(target.candidates) - full | set(target.always),
+            frozenset(target.candidates) - set(full) | set(target.always),
             sinks=target.sinks,
             repair=section.repair != "none",
         )
@@ -265,27 +210,6 @@ class Window(Step):
         context.note(*report.notes)
         return report
 
-    def _text(self, context: ModelContext, model: ModelFolder) -> tuple[CalibrationText, Repeats]:
-        """Sequences to fit on, and rows of others to measure on."""
-        from retrofit.data.calibration import calibration_text
-        from retrofit.data.texts import write_samples
-        from retrofit.windows.rows import repeats, split
-
-        reading = self.section.calibration.in_sequences(self._length(context))
-        write_samples(reading.text, context.samples, ("train",), context.world, context.progress)
-        text = calibration_text(
-            reading,
-            model.tokenizer,
-            seed=self.recipe.seed,
-            teacher=context.samples,
-            one_document=True,
-            progress=context.progress,
-        )
-        count = measured_rows(self.section)
-        fit, measured = split(text, count)
-        assert row_length(self.section.size) <= text.input_ids_NT.shape[1]
-        return fit, repeats(measured, self.section.size, count, bos=model.tokenizer.bos_token_id is not None)
-
     def _in_target(self, source: ModelFolder, target: Target, context: ModelContext, place: Place) -> ModelFolder:
         """The model in the architecture that is written, the same function."""
         if not target.reexpressed:
@@ -299,37 +223,3 @@ class Window(Step):
             with staged(folder, overwrite=True, keep=place.work / "target.partial") as partial:
                 reexpress(source, partial, target=target.family, resume=True, progress=context.progress)
         return ModelFolder(folder)
-
-    def _full_layers(
-        self,
-        model: ModelFolder,
-        target: Target,
-        fit: CalibrationText,
-        rows: Repeats,
-        context: ModelContext,
-        place: Place,
-    ) -> tuple[frozenset[int], Any]:
-        """The layers that see everything, and how they were chosen."""
-        from retrofit.windows.outcome import Limits
-        from retrofit.windows.selection import select
-
-        section = self.section
-        full = how_many(section.full_layers, len(model.spec.layers))
-        if isinstance(section.full_layers, tuple) or full == 0:
-            return frozenset(section.full_layers if isinstance(section.full_layers, tuple) else ()), None
-        choice = select(
-            model,
-            target.candidates,
-            section.size,
-            fit,
-            rows,
-            Limits(section.text_loss, section.answer_loss),
-            always=target.always,
-            full=full,
-            sinks=target.sinks,
-            work=place.work / "choice",
-            device=context.device,
-            progress=context.progress,
-        )
-        context.note(f"layers that see everything: {', '.join(map(str, choice.full)) or 'none'}")
-        return frozenset(choice.full), choice

@@ -1,0 +1,123 @@
+"""What windows cost, before anything is written: KV bytes, and the loss of text and of answers, as arithmetic.
+
+Measured are the state that was chosen, every state of its rounds, and what one layer more or fewer changes there. Other
+full layers follow from these, layer by layer; other sizes from the energy that all windowed heads lose together,
+
+    text(S, w) = text(S, w0) c(S, w) / c(S, w0),   c(S, w) = sum of E over the heads of the layers S,
+
+as to first order the loss grows with the squared error that is injected. An answer is out of sight of every window that
+is shorter than its distance, so its loss does not depend on the size.
+
+Legend: W windows, H query heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from retrofit.model.spec import AttentionSpec
+from retrofit.windows.outcome import Choice, Rise
+from retrofit.windows.sinks import fit_sinks
+from retrofit.windows.store import load
+
+SIZES = (256, 512, 1024, 2048, 4096)
+CACHE_LENGTHS = (8192, 32_768, 131_072)
+"""Tokens at which the size of the KV cache is shown."""
+SHARES = (8, 4, 2)
+"""Parts of the layers that stay full, beside as many as were chosen."""
+
+
+@dataclass(frozen=True)
+class WindowPrice:
+    """One size and the layers that see everything. size: None for the model as it is. kv_cache_bytes: of one sequence,
+    by tokens. text, answers: what the loss rises by, in nats per token, before repair and training. how: "original",
+    "measured" or "predicted"."""
+
+    size: int | None
+    full_layers: tuple[int, ...]
+    kv_cache_bytes: Mapping[int, int]
+    text: float
+    answers: float
+    how: str
+
+
+@dataclass(frozen=True)
+class WindowList:
+    """Prices, the model as it is first. choice: what was measured, with windows of `size` tokens. tokens, kinds: of the
+    text that sinks were fitted on; measured_tokens: of the other. command: what writes the chosen one."""
+
+    model: str
+    target: str
+    size: int
+    prices: tuple[WindowPrice, ...]
+    choice: Choice
+    tokens: int
+    kinds: tuple[str, ...]
+    measured_tokens: int
+    command: str
+    notes: tuple[str, ...]
+
+
+def sizes_within(length: int, size: int) -> tuple[int, ...]:
+    """Sizes that are priced from sequences of `length` tokens, `size` among them: those of which two fit."""
+    return tuple(sorted({size, *(own for own in SIZES if 2 * own <= length)}))
+
+
+def lost_energy(moments: Path, layers: Collection[int], *, sinks: bool) -> dict[int, dict[int, float]]:
+    """{layer: {window: what its heads lose with the best sinks, in shares of the residual stream's energy}}."""
+    found = {}
+    for index in layers:
+        own = load(moments, index).text
+        lost_W = fit_sinks(own, sinks=sinks).lost_WH.sum(1)
+        found[index] = dict(zip(own.windows, lost_W.tolist(), strict=True))
+    return found
+
+
+def window_prices(
+    spec: AttentionSpec,
+    choice: Choice,
+    candidates: Sequence[int],
+    always: Sequence[int],
+    size: int,
+    lost: Mapping[int, Mapping[int, float]],
+    value_bytes: int,
+) -> tuple[WindowPrice, ...]:
+    """The rows of the list. candidates: layers that could be chosen. always: those that get the window in any case.
+    lost: as `lost_energy` has it, of both."""
+    counts = {len(choice.full), *(-(-len(spec.layers) // part) for part in SHARES)}
+    everyone, sizes = set(candidates) | set(always), sorted(next(iter(lost.values())))
+    rows = [WindowPrice(None, tuple(candidates), _caches(spec, value_bytes), 0.0, 0.0, "original")]
+    for own in sizes:
+        for count in sorted(count for count in counts if count < len(candidates)):
+            full = set(choice.full) if count == len(choice.full) else set(choice.ranking[:count])
+            windowed = everyone - full
+            rise, measured = _rise(choice, frozenset(windowed - set(always)), frozenset(candidates))
+            there = sum(lost[layer][size] for layer in windowed)
+            scale = sum(lost[layer][own] for layer in windowed) / there if there > 0 else 1.0
+            caches = _caches(spec.with_windows(own, windowed), value_bytes)
+            how = "measured" if measured and own == size else "predicted"
+            rows.append(WindowPrice(own, tuple(sorted(full)), caches, rise.far * scale, rise.answers, how))
+    return tuple(rows)
+
+
+def _rise(choice: Choice, windowed: frozenset[int], candidates: frozenset[int]) -> tuple[Rise, bool]:
+    """What the loss rises by with windows in these layers, and whether that was measured: by the last measured state of
+    the same layers, else from the chosen one, a layer at a time."""
+    chosen = candidates - set(choice.full)
+    states = {frozenset(one.windowed): one.rise for one in choice.rounds} | {chosen: choice.rise}
+    if windowed in states:
+        return states[windowed], True
+    added: dict[int, Rise] = {}
+    for one in choice.rounds:
+        added |= one.added
+    far, answers = choice.rise.far, choice.rise.answers
+    for layers, sign in ((windowed - chosen, 1), (chosen - windowed, -1)):
+        far += sign * sum(max(0.0, added[layer].far) for layer in layers)
+        answers += sign * sum(max(0.0, added[layer].answers) for layer in layers)
+    return Rise(choice.rise.near, max(0.0, far), max(0.0, answers)), False
+
+
+def _caches(spec: AttentionSpec, value_bytes: int) -> dict[int, int]:
+    return {tokens: spec.kv_cache_bytes(tokens, value_bytes) for tokens in CACHE_LENGTHS}
