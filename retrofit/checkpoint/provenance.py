@@ -115,13 +115,17 @@ def _require_shape(record: Mapping[str, Any], path: Path) -> None:
         for key in ("config", "result"):
             if not isinstance(step.get(key) or {}, dict):
                 raise _not_ours(f"the step `{shown(step['step'], 60)}` has a {key} that is no object", path)
-        read = step.get("read") or []
-        if not isinstance(read, list) or not all(isinstance(kind, str) for kind in read):
+        read = step.get("read") or {}
+        if not isinstance(read, dict) or not all(_are_texts(kinds) for kinds in read.values()):
             raise _not_ours(f"the step `{shown(step['step'], 60)}` has read something that is no kind of text", path)
     if not all(isinstance(result, dict) for result in record.get("gate") or ()):
         raise _not_ours("`gate` holds something that is no result", path)
     if not all(isinstance(value, str) for value in (record.get("files") or {}).values()):
         raise _not_ours("`files` holds something that is no digest", path)
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def _not_ours(what: str, path: Path) -> UserError:

@@ -8,7 +8,7 @@ shows what everything else has lost.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from retrofit.data.corpora import OF_PYTHON
 from retrofit.data.sources import CHAT, holds_dialogues, kind_of
@@ -16,9 +16,11 @@ from retrofit.recipe.schema import TextSource
 from retrofit.recipe.values import SYNTHETIC
 
 READ = "read"
-"""Key of a recorded step: the kinds of text that it has read."""
-PURPOSES = {"convert": "calibration", "extend": "search", "recover": "training"}
-"""What a step reads text for."""
+"""Key of a recorded step: by purpose, the kinds of text that it has read."""
+Read = Mapping[str, Sequence[str]]
+Purpose = Literal["calibration", "search", "training"]
+PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
+"""What steps read text for, in the order of a recipe."""
 
 
 def kinds_read(sources: Sequence[TextSource]) -> tuple[str, ...]:
@@ -40,13 +42,10 @@ def seen(
 
     steps: as a checkpoint records them. shared: by kind of measured text, the kinds of read text that hold some of it.
     """
-    read: dict[str, set[str]] = {}
-    for step in steps:
-        if step["step"] in PURPOSES and step.get(READ):
-            read.setdefault(PURPOSES[step["step"]], set()).update(step[READ])
-    if not read:
+    records = [step.get(READ) or {} for step in steps]
+    read = {purpose: {kind for one in records for kind in one.get(purpose, ())} for purpose in PURPOSES}
+    if not any(read.values()):
         return {}
-    purposes = [purpose for purpose in PURPOSES.values() if purpose in read]
     return {
-        kind: tuple(purpose for purpose in purposes if read[purpose] & {kind, *shared.get(kind, ())}) for kind in kinds
+        kind: tuple(purpose for purpose in PURPOSES if read[purpose] & {kind, *shared.get(kind, ())}) for kind in kinds
     }

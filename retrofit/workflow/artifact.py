@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from retrofit.checkpoint.provenance import FILE, digest, read_provenance, versions, write_provenance
 from retrofit.console import jsonable
-from retrofit.data.seen import READ
+from retrofit.data.seen import READ, Read
 from retrofit.model.folder import ModelFolder
 from retrofit.model.source import Source
 from retrofit.recipe.schema import Recipe
@@ -38,9 +38,9 @@ class Provenance:
             return cls(record.get("source") or source_record(source), tuple(record.get("steps") or ()), question)
         return cls(source_record(source), (), question)
 
-    def after(self, step: str, config: object, report: Mapping[str, object], read: Sequence[str] = ()) -> Provenance:
-        """The same with one more step. read: the kinds of text that it has read."""
-        record = {"step": step, "config": config, READ: list(read), "result": _timeless(report)}
+    def after(self, step: str, config: object, report: Mapping[str, object], read: Read | None = None) -> Provenance:
+        """The same with one more step. read: by purpose, the kinds of text that it has read."""
+        record = {"step": step, "config": config, READ: dict(read or {}), "result": _timeless(report)}
         return replace(self, steps=(*self.steps, record))
 
     def write(self, folder: Path) -> None:

@@ -20,6 +20,7 @@ from retrofit.workflow.artifact import Artifact, Provenance, as_json
 from retrofit.workflow.estimate.cost import Cost, CostModel
 
 if TYPE_CHECKING:
+    from retrofit.data.seen import Purpose
     from retrofit.workflow.context import ModelContext
 
 
@@ -106,6 +107,8 @@ class Step(ABC):
 
     gated: ClassVar[bool] = False
     """Whether it is done only where the recipe's requirements are met."""
+    reads_for: ClassVar[Purpose] = "calibration"
+    """What it reads text for."""
     learns: ClassVar[bool] = False
     """Whether it fits something to its text, so that nothing may be measured on it."""
 
@@ -171,7 +174,8 @@ class Step(ABC):
 
     def after(self, provenance: Provenance, report: Mapping[str, Any]) -> Provenance:
         """What a checkpoint that it wrote records. provenance: of the one it read; report: as `recorded` makes it."""
-        return provenance.after(self.name, self.record(), report, self.kinds_read(report))
+        kinds = self.kinds_read(report)
+        return provenance.after(self.name, self.record(), report, {self.reads_for: kinds} if kinds else {})
 
     def kinds_read(self, report: Mapping[str, Any]) -> tuple[str, ...]:
         """The kinds of text that it has read. report: as `recorded` makes it."""

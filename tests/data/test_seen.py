@@ -15,8 +15,8 @@ from retrofit.recipe.schema import Evaluate, Recipe, TextSource
 from tests.dialogues import small_talk, write_rows
 
 
-def record(step: str, *kinds: str) -> dict[str, Any]:
-    return {"step": step, "config": {}, "read": list(kinds), "result": {}}
+def record(purpose: str, *kinds: str) -> dict[str, Any]:
+    return {"step": "any", "config": {}, "read": {purpose: list(kinds)} if kinds else {}, "result": {}}
 
 
 def test_kinds_of_a_source_are_its_name_its_prompts_and_chat(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_kinds_of_a_source_are_its_name_its_prompts_and_chat(tmp_path: Path) -> 
 
 
 def test_each_kind_says_what_it_was_read_for_in_the_order_of_a_recipe() -> None:
-    steps = [record("recover", "a", "b"), record("convert", "b"), record("extend", "c"), record("evaluate", "d")]
+    steps = [record("training", "a", "b"), record("calibration", "b"), record("search", "c"), record("other", "d")]
     assert seen("abcd", steps, {}) == {
         "a": ("training",),
         "b": ("calibration", "training"),
@@ -40,13 +40,13 @@ def test_each_kind_says_what_it_was_read_for_in_the_order_of_a_recipe() -> None:
 
 
 def test_a_kind_of_which_some_stands_in_text_that_was_read_is_seen() -> None:
-    steps = [record("convert", "train"), record("recover", "other")]
+    steps = [record("calibration", "train"), record("training", "other")]
     assert seen(["corpus", "new"], steps, {"corpus": {"train"}}) == {"corpus": ("calibration",), "new": ()}
 
 
 def test_nothing_is_said_where_no_step_read_text() -> None:
     assert seen(["a"], [], {}) == {}
-    assert seen(["a"], [record("convert"), {"step": "recover", "config": {}, "result": {}}], {}) == {}
+    assert seen(["a"], [record("calibration"), {"step": "recover", "config": {}, "result": {}}], {}) == {}
 
 
 def test_short_prose_is_long_enough_to_measure_and_can_only_be_measured() -> None:

@@ -46,7 +46,7 @@ def test_the_result_and_the_record_have_it_by_kind(done: SimpleNamespace) -> Non
     assert last["seen"] == SEEN
     record = json.loads((done.out / "final" / "retrofit.json").read_text())
     assert record["seen"] == SEEN
-    assert [step["read"] for step in record["steps"]] == [["train"], ["train"]]
+    assert [step["read"] for step in record["steps"]] == [{"calibration": ["train"]}, {"training": ["train"]}]
 
 
 def test_report_card_and_terminal_mark_every_kind(done: SimpleNamespace) -> None:

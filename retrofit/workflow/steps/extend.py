@@ -38,6 +38,7 @@ class Extend(Step):
     name = "extend"
     version = "4"
     learns = True
+    reads_for = "search"
     section: Context
 
     def __init__(self, recipe: Recipe, section: Context) -> None:

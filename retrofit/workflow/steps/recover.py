@@ -53,6 +53,7 @@ class Recover(Step):
     distributed = True
     version = "2"
     learns = True
+    reads_for = "training"
     section: Section
 
     def __init__(self, recipe: Recipe, section: Section) -> None:

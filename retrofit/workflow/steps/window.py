@@ -206,7 +206,7 @@ class Window(Step):
                 notes=(*target.notes, *fit.notes),
             )
             write_config(folder, portable(read_config(folder)))
-            inputs.current.provenance.after(self.name, self.record(), self.recorded(report)).write(folder)
+            self.after(inputs.current.provenance, self.recorded(report)).write(folder)
         context.note(*report.notes)
         return report
 
