@@ -12,7 +12,7 @@ from retrofit.errors import UserError
 from retrofit.files import output_path
 from retrofit.recipe.options import recipe_of
 from retrofit.recipe.recovery import Divergence, Tracker
-from retrofit.recipe.schema import Device, Dtype, Kernel, Method, RopeMethod
+from retrofit.recipe.schema import Device, Dtype, Kernel, Method, Recipe, RopeMethod
 from retrofit.views.notebook import as_tables
 
 if TYPE_CHECKING:
@@ -103,12 +103,7 @@ def window(
     overwrite: `out` may hold a checkpoint that an earlier call wrote, which is replaced.
     """
     recipe, shown = recipe_of("window", {**locals()}, {"window": {}}), display(progress)
-    folder = output_path(out, where="--out")
-    place: Any = {"model": model, "revision": revision, "out": folder, "recipe": recipe}
-    with begun(f"window {model} -> {folder}", shown, **place) as world:
-        from retrofit.workflow.command import write
-
-        return write(recipe, folder, revision=revision, overwrite=overwrite, world=world, progress=shown)
+    return _written("window", recipe, model, out, revision=revision, overwrite=overwrite, progress=shown)
 
 
 @as_tables
@@ -137,12 +132,7 @@ def extend(
     where the disk allows them: a program that writes into one of the two then changes both.
     """
     recipe, shown = recipe_of("extend", {**locals()}, {"context": {}}), display(progress)
-    folder = output_path(out, where="--out")
-    place: Any = {"model": model, "revision": revision, "out": folder, "recipe": recipe}
-    with begun(f"extend {model} -> {folder}", shown, **place) as world:
-        from retrofit.workflow.command import write
-
-        return write(recipe, folder, revision=revision, overwrite=overwrite, world=world, progress=shown)
+    return _written("extend", recipe, model, out, revision=revision, overwrite=overwrite, progress=shown)
 
 
 @as_tables
@@ -191,11 +181,28 @@ def recover(
             fix="add --positions pose, or leave --short-share out",
         )
     recipe, shown = recipe_of("recover", {**locals()}, {"recover": {}}), display(progress)
+    return _written("recover", recipe, model, out, original=str(teacher), overwrite=overwrite, progress=shown)
+
+
+def _written(
+    verb: str,
+    recipe: Recipe,
+    model: str | Path,
+    out: str | Path,
+    *,
+    progress: Progress | None,
+    overwrite: bool,
+    revision: str | None = None,
+    original: str | None = None,
+) -> Written:
+    """The checkpoint that the one step of a recipe writes."""
     folder = output_path(out, where="--out")
-    with begun(f"recover {model} -> {folder}", shown, model=model, out=folder, recipe=recipe) as world:
+    place: Any = {"model": model, "revision": revision, "out": folder, "recipe": recipe}
+    with begun(f"{verb} {model} -> {folder}", progress, **place) as world:
         from retrofit.workflow.command import write
 
-        return write(recipe, folder, original=str(teacher), overwrite=overwrite, world=world, progress=shown)
+        usual: Any = {"overwrite": overwrite, "world": world, "progress": progress}
+        return write(recipe, folder, revision=revision, original=original, **usual)
 
 
 def _refuse_unread(options: Mapping[str, Any], reader: str) -> None:

@@ -37,6 +37,7 @@ _COMMON: dict[str, Any] = {
 _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": None},
+    "ministral": {"head_dim": 16, "sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]},
     "qwen2": {},
     "qwen3": {"head_dim": 16},
     "gemma": {"head_dim": 16},

@@ -51,24 +51,24 @@ def main() -> None:
         for name in chosen
     }
     work = Work(options.work)
-    written = [case for case in cases() if work.made(case) is None]
+    possible = [case for case in cases() if work.made(case) is None]
     here = require("transformers", make=False, command="")
-    references = work.references(written, here)
+    references = work.references(possible, here)
     path = options.out / "engines.json"
     before = json.loads(path.read_text())["rows"] if path.is_file() else []
     rows: list[dict[str, Any]] = []
     for name in ENGINES:
         if name in environments:
-            rows += _rows(work, name, environments[name], written, references)
+            rows += _rows(work, name, environments[name], possible, references)
         else:
             rows += [row for row in before if row["environment"] == name]
     version = next(iter(references.values())).version
     table = {"command": COMMAND, "reference": version, "rows": rows}
-    path.write_text(written(table), encoding="utf-8")
+    path.write_text(as_lines(table), encoding="utf-8")
     (options.out / "engines.md").write_text(render(table), encoding="utf-8")
 
 
-def written(table: dict[str, Any]) -> str:
+def as_lines(table: dict[str, Any]) -> str:
     """JSON with a line for each row."""
     rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in table["rows"])
     head = json.dumps({key: value for key, value in table.items() if key != "rows"})

@@ -43,7 +43,8 @@ _SHAPE: Mapping[str, Any] = {
 _PLAIN = {"rope_type": "default", "rope_theta": THETA}
 _FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "qwen3": {"head_dim": 64},
-    "qwen3_moe": {"head_dim": 64},
+    "qwen3_moe": {"head_dim": 64, "norm_topk_prob": True},  # as published ones have it, and all that llama.cpp computes
+    "ministral": {"head_dim": 64, "sliding_window": WINDOW},
     "gemma": {"head_dim": 64},
     "gemma2": {"head_dim": 64, "sliding_window": WINDOW, "query_pre_attn_scalar": 64},
     "gemma3_text": {

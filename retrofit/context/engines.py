@@ -25,7 +25,7 @@ HEADS = "heads"
 """The method of a window that nothing has lengthened."""
 TWO_LISTS = "longrope, two lists"
 WRITTEN = "yarn, written attention factor"
-ALWAYS_WINDOWED = ("gemma2", "gemma3_text", "granite_swa")
+ALWAYS_WINDOWED = ("gemma2", "gemma3_text", "granite_swa", "ministral")
 SERVED = ("vllm", "llama.cpp")
 """Engines that a search for portable encodings asks."""
 

@@ -32,7 +32,7 @@ from retrofit.publishing.card_tables import (
     task_table,
 )
 from retrofit.publishing.identity import unknown_lines
-from retrofit.publishing.snippet import TRANSFORMERS
+from retrofit.publishing.snippet import NEWER, TRANSFORMERS
 
 _METHODS = {
     "first": "the first head of each group was kept",
@@ -72,7 +72,7 @@ def render_card(card: CardInput) -> str:
         summary=_summary(card),
         unknown=unknown_lines(card.license, card.base_model),
         snippet=Markdown(card.snippet),
-        transformers=TRANSFORMERS,
+        transformers=NEWER.get(card.architecture, TRANSFORMERS),
         commands=code_block("\n".join(card.commands), "sh"),
         recipe=code_block(card.recipe_yaml, "yaml"),
         tables=[

@@ -49,6 +49,8 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 TRANSFORMERS = "5.9"
 """The oldest release of transformers 5 that loads all that is written: before it, YaRN on Gemma 3 is a KeyError."""
+NEWER = {"GraniteSWAForCausalLM": "5.23"}
+"""Classes that this release does not have, with the oldest that they were run with."""
 PROMPT = "The most useful thing about a list in Python is"
 MESSAGES = ({"role": "user", "content": "What is a list in Python?"},)
 TOKEN_TYPES = "token_type_ids"

@@ -61,9 +61,9 @@ def _rounds(rounds: list[Mapping[str, Any]]) -> Iterator[Part]:
     """What was measured, the layers whose windows cost most first."""
     for number, one in enumerate(rounds, start=1):
         before = f"with windows in {len(one['windowed'])} layers ({_rise(one['rise'])})" if one["windowed"] else "alone"
-        dearest = sorted(one["added"].items(), key=lambda item: -(item[1]["far"] + item[1]["answers"]))[:8]
+        costliest = sorted(one["added"].items(), key=lambda item: -(item[1]["far"] + item[1]["answers"]))[:8]
         yield Table(
             f"Round {number}: nats per token that the window of a layer adds, {before}",
             ["layer", *_PARTS.values()],
-            [(layer, *(f"{added[part]:+.3f}" for part in _PARTS)) for layer, added in dearest],
+            [(layer, *(f"{added[part]:+.3f}" for part in _PARTS)) for layer, added in costliest],
         )

@@ -53,12 +53,12 @@ def _round(
 ) -> Round:
     """What the windows add where all others are in place."""
     windowed = everyone - chosen
-    dearest = sorted(windowed, key=lambda layer: -limits.score(known[layer]))[:CHALLENGERS]
-    variants = [windowed | {layer} for layer in sorted(chosen)] + [windowed - {layer} for layer in dearest]
+    costliest = sorted(windowed, key=lambda layer: -limits.score(known[layer]))[:CHALLENGERS]
+    variants = [windowed | {layer} for layer in sorted(chosen)] + [windowed - {layer} for layer in costliest]
     rise, *others = measure([windowed, *variants])
     added = {
         layer: other - rise if layer in chosen else rise - other
-        for layer, other in zip([*sorted(chosen), *dearest], others, strict=True)
+        for layer, other in zip([*sorted(chosen), *costliest], others, strict=True)
     }
     return Round(tuple(sorted(windowed)), rise, added)
 

@@ -89,6 +89,20 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
         },
     ),
     ("llama", "granite_swa", {**_NEOX, "num_key_value_heads": 4, "rope_parameters": _YARN}),
+    ("llama", "ministral", {**_NEOX, "num_key_value_heads": 4, "rope_parameters": _YARN}),
+    ("llama", "ministral", {**_NEOX, "num_key_value_heads": 2, "head_dim": 24, "tie_word_embeddings": True}),
+    ("mistral", "ministral", {**_NEOX, "num_key_value_heads": 4, "sliding_window": 16}),
+    (
+        "ministral",
+        "granite_swa",
+        {
+            **_NEOX,
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "sliding_window": 16,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
     ("mistral", "granite_swa", {**_NEOX, "num_key_value_heads": 4, "sliding_window": None}),
     ("mistral", "granite_swa", {**_NEOX, "num_key_value_heads": 2, "sliding_window": 16}),
     ("qwen2", "granite_swa", {**_NEOX, "num_key_value_heads": 4}),
@@ -372,6 +386,10 @@ def test_other_refusals_write_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing to be re-expressed") as caught:
         reexpress(qwen, out)
     assert "llama or granite_swa" in caught.value.fix
+    for bias in ("attention_bias", "mlp_bias"):
+        with pytest.raises(UserError, match="ministral has no biases") as caught:
+            reexpression_of(AutoConfig.for_model("llama", **{bias: True}), "ministral")
+        assert bias in str(caught.value.where)
     with pytest.raises(UserError, match="cannot be re-expressed as `phi`"):
         reexpress(qwen, out, target="phi")
     for family, reason in (("qwen3", "norm on queries and keys"), ("gemma2", "soft-capped"), ("mixtral", "experts")):

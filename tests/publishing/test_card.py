@@ -254,6 +254,8 @@ def test_the_versions_are_a_sentence() -> None:
 
 def test_the_oldest_release_that_a_card_names_is_the_one_that_is_installed_with() -> None:
     assert f"Stock `transformers` {TRANSFORMERS} or newer is enough" in render_card(card_input())
+    newer = render_card(card_input(architecture="GraniteSWAForCausalLM"))
+    assert "Stock `transformers` 5.23 or newer is enough" in newer
     pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
     assert f'"transformers>={TRANSFORMERS}"' in pyproject.read_text(encoding="utf-8")
 

@@ -100,7 +100,8 @@ def test_everything_at_once(extended: Path, book: Path, tmp_path: Path) -> None:
     half = TokenLosses.load(tmp_path / "l.half.npz").losses[0]
     assert (within["length"], within["context"], within["tokens"]) == (512, 256, 256)
     assert within["gain"] == pytest.approx(float(np.mean(half[255:511] - full.losses[0][255:511])), abs=1e-5)
-    assert np.isnan(half[:255]).all() and np.isnan(half[511:]).all()
+    assert np.isnan(half[:255]).all()
+    assert np.isnan(half[511:]).all()
     assert found["effective"]["within"] == within
     assert gain["length"] == 1024 and gain["tokens"] == 512
     assert gain["gain"] == pytest.approx(float(np.mean(native.losses[0][511:] - full.losses[0][511:])), abs=1e-5)

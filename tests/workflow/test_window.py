@@ -43,6 +43,7 @@ def test_windows_are_written_and_what_was_measured_is_on_record(qwen: Path, text
     (step,) = json.loads((out / "retrofit.json").read_text())["steps"]
     found = step["result"]
     assert step["step"] == "window"
+    assert step["read"] == {"calibration": ["train"]}
     assert sum(window is None for window in windows_of(out)) == 1
     assert [i for i, window in enumerate(windows_of(out)) if window is None] == found["full_layers"]
     assert set(found["rise"]) == {"near", "far", "answers"}
@@ -106,6 +107,26 @@ def test_models_without_a_target_are_refused_by_name(
     assert words in result.output
     assert family in result.output or family == "gemma2"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "written"),
+    [
+        ("llama", (), "granite_swa"),
+        ("llama", ("--target", "mistral"), "ministral"),
+        ("llama", ("--sinks", "none"), "ministral"),
+        ("mistral", ("--target", "mistral"), "ministral"),
+    ],
+)
+def test_models_without_windows_by_layer_become_one_that_has_them(
+    texts: Path, tmp_path: Path, family: str, options: tuple[object, ...], written: str
+) -> None:
+    source = save_tiny(tmp_path / "source", family)
+    command = ("window", source, *READ, *text(texts), *options, "--full-layers", "1,", "--out", tmp_path / "out")
+    result = retrofit(*command)
+    assert result.exit_code == 0, result.output
+    assert ModelFolder(tmp_path / "out").config.model_type == written
+    assert windows_of(tmp_path / "out") == [SIZE, None]
 
 
 def test_windows_that_a_model_has_become_shorter_where_they_are(texts: Path, tmp_path: Path) -> None:

@@ -118,18 +118,18 @@ def fit_curve(costs: Mapping[int, float], measured: Sequence[Measured]) -> Curve
     if not usable:
         return None
     notes = [f"{heads(m.kv_heads)} lost nothing that was measurable" for m in measured if m not in usable]
-    dearest = usable[0]
-    x, y = math.log(costs[dearest.kv_heads]), math.log(dearest.increase)
+    costliest = usable[0]
+    x, y = math.log(costs[costliest.kv_heads]), math.log(costliest.increase)
     exponent = 1.0
-    points: tuple[int, ...] = (dearest.kv_heads,)
+    points: tuple[int, ...] = (costliest.kv_heads,)
     if len(usable) > 1:
         other = usable[1]
         run = x - math.log(costs[other.kv_heads])
         rise = y - math.log(other.increase)
         if run > 0 and rise > 0:
-            exponent, points = rise / run, (dearest.kv_heads, other.kv_heads)
+            exponent, points = rise / run, (costliest.kv_heads, other.kv_heads)
         else:
-            notes.append(f"{heads(other.kv_heads)} lost no less than {dearest.kv_heads}")
+            notes.append(f"{heads(other.kv_heads)} lost no less than {costliest.kv_heads}")
     return Curve(y - exponent * x, exponent, points, "; ".join(notes) or None)
 
 

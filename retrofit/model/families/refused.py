@@ -40,8 +40,9 @@ residual becomes starcoder2."""
 
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "granite": ("granite_swa",),
-    "llama": ("granite_swa",),
-    "mistral": ("granite_swa",),
+    "llama": ("granite_swa", "ministral"),
+    "ministral": ("granite_swa",),
+    "mistral": ("granite_swa", "ministral"),
     "qwen2": ("llama", "granite_swa"),
     "smollm3": ("granite_swa",),
 }

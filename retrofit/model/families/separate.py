@@ -39,6 +39,7 @@ _HEAD_NORM = QKNormTable("head", "q_norm.weight", "k_norm.weight")
 TABLE: tuple[Separate, ...] = (
     Separate("llama", **_ATTENTION_BIAS),
     Separate("mistral", window="all"),
+    Separate("ministral", window="layer_types"),
     Separate("qwen2", qkv_bias=True, window="layer_types"),
     Separate("qwen3", **_ATTENTION_BIAS, window="layer_types", qk_norm=_HEAD_NORM),
     Separate("gemma", **_ATTENTION_BIAS),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit.errors import UserError
 from retrofit.model.families.refused import OPTIONAL, REEXPRESSED
-from retrofit.model.reexpress import gpt_bigcode, granite_swa, others, phi
+from retrofit.model.reexpress import gpt_bigcode, granite_swa, ministral, others, phi
 from retrofit.model.reexpress.base import Made, Reexpression
 from retrofit.model.reexpress.write import FORMAT, ReexpressReport, reexpressed, write
 
@@ -37,6 +37,7 @@ _RULES: dict[str, Callable[[Any], Reexpression]] = {
 _ON_DEMAND: dict[str, Callable[[Any], Reexpression]] = {
     "granite_swa": granite_swa.from_llama,
     "llama": others.llama_from_qwen2,
+    "ministral": ministral.from_llama,
 }
 """By target, for the families that `OPTIONAL` names with it."""
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from retrofit.errors import UserError
 from retrofit.model.families import describe
 from retrofit.model.reexpress.base import HEADS, Made, Reexpression, common_fields, copied, zeros
+from retrofit.model.reexpress.llama_like import fields_of, names_of, require_whole_heads
 
 TARGET = "granite_swa"
 NO_SINK = -1e4
@@ -42,72 +42,39 @@ REASONS = {
 }
 """Why the other known families do not become it."""
 
-_KEPT = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "attention_dropout",
-)
-_IF_THERE = ("original_max_position_embeddings", "max_sequence_length")
 _NEUTRAL = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
 
 
 def from_llama(config: Any) -> Reexpression:
-    """Llama, and Mistral, Qwen2, SmolLM3 and Granite, whose layers differ from it by windows, biases, layers without
-    RoPE and multipliers.
+    """Llama, and Mistral, Ministral, Qwen2, SmolLM3 and Granite, whose layers differ from it by windows, biases, layers
+    without RoPE and multipliers.
 
     Raises: UserError for rotary parameters that turn a part of each head.
     """
     spec = describe(config)
+    require_whole_heads(spec, TARGET)
     first = spec.layers[0]
-    if any(layer.rope is not None and layer.rope.rotary_dim != layer.head_dim for layer in spec.layers):
-        raise UserError(
-            f"{TARGET} turns whole heads, and this model a part of each",
-            where="partial_rotary_factor of config.json",
-            fix="convert it as it is, without re-expression",
-        )
-    windows = {layer.window for layer in spec.layers if layer.window}
-    assert len(windows) <= 1, "one sliding_window for all layers"
     biases = any(bias is not None for bias in (first.q_bias, first.o_bias))
     mlp_bias = bool(getattr(config, "mlp_bias", False))
-    fields = {name: getattr(config, name) for name in _KEPT}
-    fields |= {name: value for name in _IF_THERE if (value := getattr(config, name, None)) is not None}
-    fields |= {name: getattr(config, name, neutral) for name, neutral in _NEUTRAL.items()}
+    fields = fields_of(config, spec) | {name: getattr(config, name, value) for name, value in _NEUTRAL.items()}
     fields |= {
-        "num_key_value_heads": first.kv_heads,
-        "head_dim": first.head_dim,
         "attention_multiplier": first.scaling,
         "attention_bias": biases,
         "mlp_bias": mlp_bias,
-        "rope_parameters": dict(config.rope_parameters),
         "layer_rope_theta": [layer.rope.theta if layer.rope else 0.0 for layer in spec.layers],
-        "layer_types": ["sliding_attention" if layer.window else "full_attention" for layer in spec.layers],
-        # Its class makes a mask of this size, whether a layer reads it or not.
-        "sliding_window": windows.pop() if windows else spec.max_position_embeddings,
     }
-    names, tensors = ["model.embed_tokens.weight", "model.norm.weight"], dict[str, Made]()
+    tensors = copied({name: name for name in names_of(spec, mlp_bias=mlp_bias)})
     for layer in spec.layers:
-        prefix = f"model.layers.{layer.index}"
-        names += [f"{prefix}.{name}.weight" for name in ("input_layernorm", "post_attention_layernorm")]
-        slots = (layer.q, layer.k, layer.v, layer.o, layer.q_bias, layer.k_bias, layer.v_bias, layer.o_bias)
-        names += [slot.name for slot in slots if slot is not None]
-        kinds = ("weight", "bias") if mlp_bias else ("weight",)
-        names += [f"{prefix}.mlp.{name}_proj.{kind}" for name in ("gate", "up", "down") for kind in kinds]
+        prefix = f"model.layers.{layer.index}.self_attn"
         if biases and layer.o_bias is None:
-            tensors[f"{prefix}.self_attn.o_proj.bias"] = zeros(spec.hidden_size)
-        tensors[f"{prefix}.self_attn.sinks"] = Made((), partial(torch.full, (layer.query_heads,), NO_SINK))
-    if not spec.tied_embeddings:
-        names.append("lm_head.weight")
+            tensors[f"{prefix}.o_proj.bias"] = zeros(spec.hidden_size)
+        tensors[f"{prefix}.sinks"] = Made((), partial(torch.full, (layer.query_heads,), NO_SINK))
     return Reexpression(
         source=str(config.model_type),
         target=TARGET,
         architecture="GraniteSWAForCausalLM",
         fields=common_fields(config) | fields,
-        tensors=copied({name: name for name in names}) | tensors,
+        tensors=tensors,
         ignored=(*HEADS, ".rotary_emb.inv_freq"),
         notes=(
             "transformers computes granite_swa with eager, flex_attention (on CUDA) or builds of flash attention that "

@@ -7,6 +7,7 @@ from typing import Any
 
 from retrofit.errors import UserError
 from retrofit.model.reexpress.base import HEADS, Made, Reexpression, common_fields, copied, heads_of_block, pair, zeros
+from retrofit.model.reexpress.llama_like import KEPT
 
 
 def starcoder2_from_gpt_neox(config: Any) -> Reexpression:
@@ -84,18 +85,7 @@ def llama_from_qwen2(config: Any) -> Reexpression:
         tensors[f"{layer}.self_attn.o_proj.bias"] = zeros(config.hidden_size)
     if not config.tie_word_embeddings:
         names.append("lm_head.weight")
-    kept = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "hidden_act",
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "attention_dropout",
-    )
-    fields = {name: getattr(config, name) for name in kept}
+    fields = {name: getattr(config, name) for name in (*KEPT, "num_key_value_heads")}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     fields |= {"rope_parameters": dict(config.rope_parameters), "attention_bias": True, "head_dim": head_dim}
     return Reexpression(

