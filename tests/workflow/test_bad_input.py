@@ -63,7 +63,7 @@ def test_unknown_architecture(recipe: Recipe, out: Path, model: Path, tmp_path: 
     (other / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
     text = refused(out, recipe(), "--model", other)
     assert "mamba" in text
-    assert "llama, mistral" in text
+    assert "llama, ministral, mistral" in text
 
 
 def test_missing_files(recipe: Recipe, out: Path, tmp_path: Path) -> None:
