@@ -50,7 +50,7 @@ def main() -> None:
         name: [made(one, progress=progress) for one in (name, *([CONVERTER] if name == "llama.cpp" else []))]
         for name in chosen
     }
-    work = Work(options.work)
+    work = Work(options.work, progress)
     possible = [case for case in cases() if work.made(case) is None]
     here = require("transformers", make=False, command="")
     references = work.references(possible, here)

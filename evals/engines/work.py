@@ -21,6 +21,7 @@ import numpy as np
 
 from evals.engines.cases import Case, build, controls, passage, window_of
 from retrofit.checkpoint.provenance import digest
+from retrofit.console import Progress
 from retrofit.errors import UserError
 from retrofit.publishing.engines.compare import Distance, distance, tells
 from retrofit.publishing.engines.converter import Conversion, convert_all
@@ -52,8 +53,8 @@ class Reference:
 class Work:
     """A work folder."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, progress: Progress) -> None:
+        self.root, self.progress = root, progress
         for name in ("made", "cases", "reference", "rows"):
             (root / name).mkdir(parents=True, exist_ok=True)
 
@@ -127,9 +128,13 @@ class Work:
         place = self.root / "rows" / name
         place.mkdir(exist_ok=True)
         files = {case: place / f"{case.name}-{self.key(case)}.json" for case in cases}
-        for some in _batches([case for case in cases if not files[case].is_file()]):
+        missing = [case for case in cases if not files[case].is_file()]
+        self.progress.start(f"run {name}", len(missing), "checkpoints")
+        for some in _batches(missing):
             for case, row in zip(some, self._tried(some, environments, references), strict=True):
                 files[case].write_text(json.dumps(row))
+            self.progress.advance(len(some))
+        self.progress.finish()
         for case in cases:
             yield {**asdict(case), **_judged(json.loads(files[case].read_text()))}
 

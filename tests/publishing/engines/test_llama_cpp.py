@@ -9,6 +9,7 @@ import pytest
 
 from evals.engines.cases import HEADS, Case
 from evals.engines.work import Work
+from retrofit.console import Silent
 from retrofit.publishing.engines import environments
 
 CASES = (Case("llama", HEADS), Case("llama", "yarn"), Case("qwen3", "ntk"))
@@ -20,7 +21,7 @@ def test_llama_cpp_computes_what_transformers_computes(tmp_path: Path, monkeypat
     made = [one for one in found if one is not None]
     if len(made) < len(found):
         pytest.skip("no environment of llama.cpp: make test makes it")
-    work = Work(tmp_path)
+    work = Work(tmp_path, Silent())
     assert [work.made(case) for case in CASES] == [None, None, None]
     here = environments.require("transformers", make=False, command="")
     references = work.references(CASES, here)
