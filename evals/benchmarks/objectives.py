@@ -77,6 +77,14 @@ VARIANTS = {
     "cooler-256": Variant(
         "own samples at temperature 0.8 alone, rows of 256 tokens", {"sequence_length": 256}, {COOLER: 1.0}
     ),
+    "rank-16": Variant(
+        "rows of 256 tokens, LoRA rank 16 instead of 64", {"sequence_length": 256, "adapter": {"rank": 16}}
+    ),
+    "rank-256": Variant("rows of 256 tokens, LoRA rank 256", {"sequence_length": 256, "adapter": {"rank": 256}}),
+    "whole": Variant(
+        "rows of 256 tokens, norms and embeddings as well, in full",
+        {"sequence_length": 256, "adapter": {"norms": True, "embeddings": True}},
+    ),
     "no-prose": Variant(
         "own samples at temperature 0.8 (98,304 tokens, read again) and a quarter code, rows of 512 tokens",
         {"sequence_length": 512, "checkpoints": 20, "allow_repeats": True},
