@@ -114,6 +114,7 @@ def evaluate(
     document_tokens: int | str | None = None,
     sequence_parallel: int | None = None,
     allow_extrapolation: bool = False,
+    no_cost: bool = False,
     out: str | Path | None = None,
     overwrite: bool = False,
     revision: str | None = None,
@@ -133,12 +134,13 @@ def evaluate(
     definitions: perplexities as others define them, over `document_tokens` tokens of each document.
     sequence_parallel: so many processes of a launcher read each text together.
     allow_extrapolation: lengths may lie beyond the model's positions.
+    no_cost: leave out the measurements of speed and memory.
     out: where to keep the token losses (.npz), and beside them the answers to tasks; the same call goes on after a
     stop, and measures nothing again when it has ended. overwrite: they may be there.
     """
     given, shown = locals(), display(progress)
     section = {} if suite is None else load_suite(suite).evaluation().model_dump(mode="json")
-    recipe = recipe_of("evaluate", given, {"evaluate": section})
+    recipe = recipe_of("evaluate", given, {"evaluate": section | ({"cost_lengths": []} if no_cost else {})})
     file = None if out is None else output_path(out, where="--out")
     usual: Any = {"model": model, "revision": revision, "writes": (file,), "recipe": recipe}
     with begun(f"evaluate {model}", shown, **usual) as world:

@@ -19,7 +19,7 @@ from retrofit.recipe.options import recipe_of
 from retrofit.recipe.schema import Device, Recipe
 from retrofit.system.world import from_environment
 from retrofit.views.notebook import as_tables
-from retrofit.workflow.journal import is_run
+from retrofit.workflow.journal import begun_rows, is_run
 from retrofit.workflow.rows import with_rows
 
 if TYPE_CHECKING:
@@ -39,19 +39,21 @@ def run(
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
     from_step: str | None = None,
+    no_cost: bool = False,
     dry_run: bool = False,
     progress: Progress | bool = True,
 ) -> RunResult | Plan:
     """Run a recipe (a bundled name, a .yaml file, or a `Recipe`) in the folder `out` (default `runs/<name>`).
 
     The folder of a run stands for its recipe, and the run resumes there. The same call resumes after an interruption.
-    from_step: do this step and all after it again. dry_run: check everything that is on this machine and return the
-    plan. Raises UserError for bad input, GateError when a requirement of the recipe is not met.
+    from_step: do this step and all after it again. no_cost: leave out the measurements of speed and memory. dry_run:
+    check everything that is on this machine and return the plan. Raises UserError for bad input, GateError when a
+    requirement of the recipe is not met.
     """
-    loaded, shown = _recipe(recipe, overrides, model), display(progress)
+    loaded, shown = _recipe(recipe, overrides, model, no_cost=no_cost), display(progress)
     folder = output_path(_usual_folder(recipe, loaded) if out is None else out, where="--out")
     require_run_folder(folder)
-    loaded, about_rows = with_rows(loaded, from_environment().size, folder)
+    loaded, about_rows = with_rows(loaded, from_environment().size, begun_rows(folder))
     usual: Any = {"model": loaded.model, "revision": revision, "writes": (folder,), "recipe": loaded}
     with begun(f"run {loaded.name} in {folder}", shown, **usual) as world:
         from retrofit.workflow import run as runs
@@ -77,6 +79,7 @@ def plan(
     model: str | Path | None = None,
     revision: str | None = None,
     overrides: Sequence[str] = (),
+    no_cost: bool = False,
     measure: bool = True,
     gpu: str | None = None,
     gpus: int | None = None,
@@ -85,13 +88,14 @@ def plan(
     """What each step of a recipe would do, its memory, disk and time. Reads the model's configuration, no weights.
     Raises UserError when a step is not possible on this model.
 
+    no_cost: without the measurements of speed and memory.
     measure: time a small matrix product for the estimate; otherwise a throughput is assumed, and the plan says so.
     gpu: plan for this GPU (h100, h200, a100, l40s, 4090) instead of this machine; gpus: how many of them a run is
     started on, one process each.
     """
     if gpus is not None and gpu is None:
         raise UserError("there is no GPU to have several of", where="--gpus", fix="add --gpu NAME")
-    loaded, shown = _recipe(recipe, overrides, model), display(progress)
+    loaded, shown = _recipe(recipe, overrides, model, no_cost=no_cost), display(progress)
     processes = gpus or from_environment().size
     loaded, _ = with_rows(loaded, processes)
     with begun(f"plan {loaded.name}", shown, model=loaded.model, revision=revision):
@@ -214,13 +218,20 @@ def _usual_folder(recipe: str | Path | Recipe, loaded: Recipe) -> Path:
     return Path("runs") / loaded.name
 
 
-def _recipe(recipe: str | Path | Recipe, overrides: Sequence[str], model: str | Path | None) -> Recipe:
+def _recipe(
+    recipe: str | Path | Recipe, overrides: Sequence[str], model: str | Path | None, *, no_cost: bool = False
+) -> Recipe:
     named = None if model is None else str(model)
     if not isinstance(recipe, Recipe):
-        return load_recipe(recipe, overrides, named)
-    if overrides:
+        recipe = load_recipe(recipe, overrides, named)
+    elif overrides:
         raise UserError("overrides apply to a recipe file", where="overrides", fix="change the Recipe itself")
-    return recipe.model_copy(update={"model": named}) if named else recipe
+    elif named:
+        recipe = recipe.model_copy(update={"model": named})
+    if no_cost and recipe.evaluate:
+        without = recipe.evaluate.model_copy(update={"cost_lengths": ()})
+        recipe = recipe.model_copy(update={"evaluate": without})
+    return recipe
 
 
 def _command_for_heads(

@@ -10,10 +10,12 @@ from retrofit.console import Progress
 from retrofit.entry import begun, display
 from retrofit.errors import UserError
 from retrofit.files import output_path
-from retrofit.recipe.options import recipe_of
+from retrofit.recipe.options import in_options, recipe_of
 from retrofit.recipe.recovery import Divergence, Tracker
 from retrofit.recipe.schema import Device, Dtype, Kernel, Method, Recipe, RopeMethod
+from retrofit.system.world import from_environment
 from retrofit.views.notebook import as_tables
+from retrofit.workflow.rows import begun_alone, with_rows
 
 if TYPE_CHECKING:
     from retrofit.workflow.command import Written
@@ -170,6 +172,7 @@ def recover(
 ) -> Written:
     """Train `model` to follow `teacher` (the model before the surgery) and write the merged checkpoint to `out`.
 
+    batch_size: by default that of the training which was begun in `out`, else a row for each process of the launcher.
     keep_adapter: keep the adapter for peft as well, in the folder `<out>-adapter`.
     sequence_parallel: so many processes of a launcher share every row.
     overwrite: `out` may hold a checkpoint that an earlier call wrote, which is replaced.
@@ -181,7 +184,12 @@ def recover(
             fix="add --positions pose, or leave --short-share out",
         )
     recipe, shown = recipe_of("recover", {**locals()}, {"recover": {}}), display(progress)
-    return _written("recover", recipe, model, out, original=str(teacher), overwrite=overwrite, progress=shown)
+    folder = output_path(out, where="--out")
+    recipe, notes = with_rows(recipe, from_environment().size, begun_alone(folder, overwrite=overwrite))
+    usual: Any = {"original": str(teacher), "overwrite": overwrite, "progress": shown}
+    return _written(
+        "recover", recipe, model, folder, notes=tuple(in_options("recover", note) for note in notes), **usual
+    )
 
 
 def _written(
@@ -194,13 +202,16 @@ def _written(
     overwrite: bool,
     revision: str | None = None,
     original: str | None = None,
+    notes: Sequence[str] = (),
 ) -> Written:
-    """The checkpoint that the one step of a recipe writes."""
+    """The checkpoint that the one step of a recipe writes. notes: about the recipe, for people."""
     folder = output_path(out, where="--out")
     place: Any = {"model": model, "revision": revision, "out": folder, "recipe": recipe}
     with begun(f"{verb} {model} -> {folder}", progress, **place) as world:
         from retrofit.workflow.command import write
 
+        for note in notes if progress else ():
+            progress.note(note)  # type: ignore[union-attr]
         usual: Any = {"overwrite": overwrite, "world": world, "progress": progress}
         return write(recipe, folder, revision=revision, original=original, **usual)
 

@@ -306,10 +306,11 @@ def test_what_a_checkpoint_was_trained_on_is_measured_on_its_held_out_part(tiny:
 
 
 def test_a_kernel_is_measured_without_touching_a_weight(tiny: Path, tmp_path: Path) -> None:
-    short = ["--set", "evaluate.lengths=[64,128]", "--set", "evaluate.cost_lengths=[]", "--set", "evaluate.tail=16"]
+    short = ["--set", "evaluate.lengths=[64,128]", "--no-cost", "--set", "evaluate.tail=16"]
     found = cli("run", "kernel-only", "--model", tiny, *short, "--out", tmp_path / "run", "--json")
     result = json.loads(found)
     assert list(result["models"]) == ["original"]
+    assert result["models"]["original"]["cost"] is None
     assert result["models"]["original"]["kernel"] == "blockwise"
     assert result["metrics"]["kernel_max_diff"] < 1e-3
     assert result["final"] is None
@@ -318,7 +319,8 @@ def test_a_kernel_is_measured_without_touching_a_weight(tiny: Path, tmp_path: Pa
 
 
 def test_a_suite_sets_lengths_and_options_win_over_it(tiny: Path) -> None:
-    found = json.loads(cli("evaluate", tiny, "--suite", "quick", "--lengths", "32", "--json"))
+    found = json.loads(cli("evaluate", tiny, "--suite", "quick", "--lengths", "32", "--no-cost", "--json"))
+    assert found["cost"] is None
     assert {(row["kind"], row["length"]) for row in found["rows"]} == {
         ("python-docs", 32),
         ("python-stdlib", 32),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -23,9 +23,6 @@ from retrofit.system.world import from_environment
 from retrofit.views import measured, results
 from retrofit.views import windows as window_views
 
-if TYPE_CHECKING:
-    pass
-
 app = typer.Typer(
     cls=Commands,
     name="retrofit",
@@ -36,6 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+NoCost = Annotated[bool, typer.Option("--no-cost", help="Leave out the measurements of speed and memory.")]
 Lengths = Annotated[str | None, typer.Option("--lengths", metavar="N,N", help="Context lengths.")]
 
 
@@ -62,13 +60,15 @@ def run(
     from_step: Annotated[
         str | None, typer.Option("--from", metavar="STEP", help="Do this step and those after it again.")
     ] = None,
+    no_cost: NoCost = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan, write nothing.")] = False,
     json: Json = False,
     **options: Any,
 ) -> None:
     """Run a recipe: convert, extend, recover, evaluate, publish. Run it again to go on after an interruption."""
     console = console_for(json)
-    options |= {"out": out, "from_step": from_step, "dry_run": dry_run, "progress": console.progress}
+    options |= {"out": out, "from_step": from_step, "no_cost": no_cost, "dry_run": dry_run}
+    options["progress"] = console.progress
     try:
         result: Any = retrofit.run(recipe, overrides=set_ or (), **options)
     except GateError as error:  # what was measured is shown before what it misses
@@ -119,6 +119,7 @@ def plan(
         str | None,
         typer.Option("--tokens", metavar="N", help="For the lists: tokens of text; by default 16384, or 65536."),
     ] = None,
+    no_cost: NoCost = False,
     gpu: Annotated[
         str | None,
         typer.Option("--gpu", metavar="NAME", help="Plan for a GPU that is not here: h100, h200, a100, l40s, 4090."),
@@ -152,11 +153,13 @@ def plan(
                 raise UserError(f"--{name} belongs to a list", where="retrofit plan", fix="add --kv-heads or --windows")
         if not from_environment().main:  # only the price list reads text, which processes share
             return
-        result = retrofit.plan(recipe, model=model, gpu=gpu, gpus=gpus, **usual)
-        _plan(console, result, recipe, {"model": model, "revision": revision}, set_)
+        result = retrofit.plan(recipe, model=model, no_cost=no_cost, gpu=gpu, gpus=gpus, **usual)
+        _plan(console, result, recipe, {"model": model, "revision": revision, "no_cost": no_cost}, set_)
         return
     if gpu is not None or gpus is not None:
         raise UserError("the lists are made on this machine", where="--gpu", fix="leave out --gpu and --gpus")
+    if no_cost:
+        raise UserError("the lists measure no speed", where="--no-cost", fix="leave it out")
     from retrofit.api import is_recipe
 
     named = model is not None or is_recipe(recipe)
@@ -176,6 +179,7 @@ def _plan(console: Console, plan: Any, recipe: str, options: Mapping[str, Any], 
     """A plan for people, and with its totals for machines."""
     given = [(f"--{name}", options.get(name)) for name in ("model", "revision", "out")]
     words = [word for pair in [*given, *(("--set", value) for value in values or ())] if pair[1] for word in pair]
+    words += ["--no-cost"] if options.get("no_cost") else []
     totals = {"seconds": plan.seconds, "disk_bytes": plan.disk_bytes, "peak_bytes": plan.peak_bytes}
     console.show({**vars(plan), "totals": totals}, [*results.plan(plan), *following.after_plan(recipe, *words)])
 
@@ -216,6 +220,7 @@ def evaluate(
     allow_extrapolation: Annotated[
         bool, typer.Option("--allow-extrapolation", help="Allow lengths beyond the model's positions.")
     ] = False,
+    no_cost: NoCost = False,
     out: Annotated[str | None, typer.Option("--out", metavar="FILE.npz", help="Keep the token losses.")] = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -229,6 +234,7 @@ def evaluate(
     options |= {
         "suite": suite,
         "allow_extrapolation": allow_extrapolation,
+        "no_cost": no_cost,
         "out": out,
         "overwrite": overwrite,
         "progress": console.progress,

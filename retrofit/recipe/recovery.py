@@ -138,8 +138,8 @@ class Recover(Section):
         1,
         ge=1,
         le=65_536,
-        description="sequences per optimizer step, on all processes together; a run that is begun on several processes "
-        "has one for each by default",
+        description="sequences per optimizer step, on all processes together; a training that is begun on several "
+        "processes has one for each by default",
     )
     distribute: Distribute = Field(Distribute(), description="how the processes of a launcher share the training")
     sequence_engine: Literal["auto", "torch", "ring"] = Field(

@@ -1,6 +1,7 @@
 """The folder beside an output in which a command keeps what its next call resumes from, for that command alone.
 
-An empty file in it names the command: what stands there without one is somebody's own, and is neither used nor removed.
+A file in it names the command, and may hold a line that a later call needs to know before it begins. What stands there
+without one is somebody's own, and is neither used nor removed.
 """
 
 from __future__ import annotations
@@ -34,16 +35,25 @@ def require_own(folder: Path, command: str) -> None:
         )
 
 
+def remembered(folder: Path, command: str) -> str:
+    """The line that `kept` was given by the first of the calls which have not finished; empty where there is none."""
+    key = folder / f"{_KEY}{command}"
+    if key.is_symlink() or not key.is_file():
+        return ""
+    return key.read_bytes()[:1000].decode("utf-8", "replace")
+
+
 @contextmanager
-def kept(folder: Path, command: str) -> Iterator[Path]:
+def kept(folder: Path, command: str, line: str = "") -> Iterator[Path]:
     """The folder for the unfinished work of `command`; removed when the block ends well, or leaves no file in it.
 
-    Raises UserError as `require_own` does.
+    line: what `remembered` gives as long as the folder is there. Raises UserError as `require_own` does.
     """
     require_own(folder, command)
     folder.mkdir(parents=True, exist_ok=True)
     key = folder / f"{_KEY}{command}"
-    key.touch()
+    if not key.exists():
+        key.write_text(line, encoding="utf-8")
     try:
         yield folder
     except BaseException:

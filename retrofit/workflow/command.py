@@ -156,7 +156,7 @@ def _write(
     work = work_folder(out)
     key = step.key(context, Inputs({"original": context.artifact()}, moments=moments is not None))
     inputs = Inputs({"original": context.artifact(key.digest)}, moments=moments is not None)
-    keeping = kept(work, step.name) if step.keeps_work else nullcontext()
+    keeping = kept(work, step.name, step.begun_with) if step.keeps_work else nullcontext()
     with folder_lock(out), keeping, writing(out, needed=needed):
         if finished:
             return Written(step.name, out, done_before(out, key.digest))

@@ -17,7 +17,6 @@ from retrofit.checkpoint.provenance import FILE, digest, sha256
 from retrofit.checkpoint.staging import require_writable
 from retrofit.errors import UserError
 from retrofit.escape import shown
-from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.recipe.schema import Convert
 
 QUESTION = "question"
@@ -150,11 +149,20 @@ def require_no_files(files: Iterable[Path]) -> None:
 
 def question_of(losses: Path) -> str | None:
     """The question that a file of token losses answers; None for one that does not say, and for any other file."""
+    from retrofit.evaluation.scoring.losses import TokenLosses
+
     try:
         question = TokenLosses.load(losses).meta.get(QUESTION)
     except UserError:
         return None
     return question if isinstance(question, str) else None
+
+
+def recorded_step(out: Path, step: str) -> Mapping[str, Any] | None:
+    """The settings of the last step that made the checkpoint `out`, where that is `step`."""
+    last = ((_record(out) or {}).get("steps") or [{}])[-1]
+    settings = last.get("config") if isinstance(last, dict) and last.get("step") == step else None
+    return settings if isinstance(settings, dict) else None
 
 
 def _record(out: Path) -> dict[str, Any] | None:

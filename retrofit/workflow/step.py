@@ -123,6 +123,11 @@ class Step(ABC):
         """Whether it keeps what a later attempt resumes from."""
         return True
 
+    @property
+    def begun_with(self) -> str:
+        """What its own command needs to know before it resumes: a line."""
+        return ""
+
     def label(self, models: Iterable[str]) -> str | None:
         """What the checkpoint it writes is called; None for a step that writes none. models: those before it."""
         return None

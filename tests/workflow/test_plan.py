@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import retrofit
 from retrofit.evaluation.running import COST_ROUNDS
 from retrofit.format import nbytes
 from retrofit.model.families import describe
 from retrofit.recipe.load import load_recipe
 from retrofit.recipe.resolve import resolved
+from retrofit.recipe.schema import Recipe
 from retrofit.workflow.estimate import throughput
 from retrofit.workflow.estimate.cost import CALL_SECONDS, EFFICIENCY, CostModel, ModelFacts, Throughput
 from retrofit.workflow.estimate.evaluation import MACHINE_SECONDS
@@ -58,6 +61,17 @@ def test_time_is_operations_over_throughput() -> None:
     tokens = 3 * 2 * 1000  # three models, one document of each of two sources
     flops = tokens * (2 * 134_515_008 + 30 * 4 * 9 * 64 * 1000 / 2)
     assert evaluate.seconds == pytest.approx(flops / (100e9 * EFFICIENCY) + 5)
+
+
+def test_a_plan_without_costs_is_that_of_a_recipe_without_them(model: Path) -> None:
+    def seconds(*, no_cost: bool = False, **evaluate: object) -> float:
+        section = None if "none" in evaluate else {"lengths": [64], **evaluate}
+        recipe = {"name": "mine", "convert": {"kv_heads": 1, "method": "mean"}, "evaluate": section, "publish": None}
+        asked = Recipe.model_validate(recipe)
+        return retrofit.plan(asked, model=model, no_cost=no_cost, measure=False, progress=False).seconds
+
+    assert seconds(no_cost=True) == seconds(cost_lengths=[]) < seconds()
+    assert seconds(no_cost=True, none=True) == seconds(none=True)
 
 
 def test_running_is_priced_at_each_length_up_to_the_window() -> None:

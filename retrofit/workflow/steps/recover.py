@@ -63,6 +63,11 @@ class Recover(Step):
     def texts(self) -> tuple[TextSource, ...]:
         return self.section.text
 
+    @property
+    def begun_with(self) -> str:
+        """Rows of a step: by default they follow from the number of processes, which may change."""
+        return str(self.section.batch_size)
+
     def label(self, models: Iterable[str]) -> str:
         return "recovered"
 
