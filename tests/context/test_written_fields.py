@@ -15,7 +15,7 @@ from retrofit.context import rope
 from retrofit.context.fields import as_dict, views
 from retrofit.context.names import portable
 from retrofit.model.folder import opened
-from tests.context.test_rope import by_hand, options, rotary_pairs
+from tests.context.rotary import by_hand, options, rotary_pairs
 from tests.tiny import FAMILIES, ONE_ENCODING, save_tiny, tiny_config
 
 ROPE = tuple(family for family in FAMILIES if family != "gpt_bigcode")

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from retrofit.checkpoint.read import Checkpoint
-from retrofit.checkpoint.staging import staged
 from retrofit.errors import UserError
 from retrofit.kernels.registry import KernelChoice, using
 from retrofit.kv_heads.convert import CalibrationText, convert
@@ -21,174 +20,22 @@ from retrofit.model.families import KNOWN, describe, family_of
 from retrofit.model.families.refused import OPTIONAL, REEXPRESSED
 from retrofit.model.load import load_config
 from retrofit.model.reexpress import granite_swa, reexpression_of
-from retrofit.model.reexpress import reexpress as write_reexpressed
 from retrofit.model.reexpress.base import partial_factor
 from retrofit.model.source import resolve
-from tests.tiny import VOCAB_SIZE, randomise, tiny_tokenizer
-
-_IDS = {"vocab_size": VOCAB_SIZE, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
-_SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 128}
-_NEOX = {**_SIZES, "intermediate_size": 96}
-_GPT = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128, "n_inner": 96}
-_OPT = {**_SIZES, "ffn_dim": 96}
-_YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32}
-
-
-def _rope(share: float, **more: Any) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": share, **more}
-
-
-# (source, target, fields, KV heads it can be converted to)
-CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("gpt_neox", "phi", {**_NEOX, "rope_parameters": _rope(0.25)}),
-    ("gpt_neox", "phi", {**_NEOX, "attention_bias": False, "tie_word_embeddings": True}),
-    ("gpt_neox", "phi", {**_NEOX, "rope_parameters": _rope(1.0, rope_type="linear", factor=2.0)}),
-    ("gpt_neox", "starcoder2", {**_NEOX, "use_parallel_residual": False, "rope_parameters": _rope(1.0)}),
-    (
-        "gpt_neox",
-        "starcoder2",
-        {
-            **_NEOX,
-            "use_parallel_residual": False,
-            "rope_parameters": _rope(1.0),
-            "attention_bias": False,
-            "tie_word_embeddings": True,
-        },
-    ),
-    ("gptj", "phi", {**_GPT, "rotary_dim": 8}),
-    ("gptj", "phi", {**_GPT, "rotary_dim": 16, "n_inner": None, "tie_word_embeddings": True}),
-    ("gpt2", "gpt_bigcode", _GPT),
-    ("gpt2", "gpt_bigcode", {**_GPT, "tie_word_embeddings": False, "scale_attn_by_inverse_layer_idx": True}),
-    ("gpt2", "gpt_bigcode", {**_GPT, "scale_attn_weights": False, "n_inner": None}),
-    ("opt", "gpt_bigcode", _OPT),
-    (
-        "opt",
-        "gpt_bigcode",
-        {
-            **_OPT,
-            "enable_bias": False,
-            "layer_norm_elementwise_affine": False,
-            "activation_function": "gelu",
-            "tie_word_embeddings": False,
-        },
-    ),
-    ("qwen2", "llama", {**_NEOX, "num_key_value_heads": 4}),
-    ("qwen2", "llama", {**_NEOX, "num_key_value_heads": 2, "tie_word_embeddings": True}),
-    ("llama", "granite_swa", {**_NEOX, "num_key_value_heads": 4}),
-    (
-        "llama",
-        "granite_swa",
-        {
-            **_NEOX,
-            "num_key_value_heads": 2,
-            "head_dim": 24,
-            "attention_bias": True,
-            "mlp_bias": True,
-            "tie_word_embeddings": True,
-            "rope_parameters": {**_YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0},
-        },
-    ),
-    ("llama", "granite_swa", {**_NEOX, "num_key_value_heads": 4, "rope_parameters": _YARN}),
-    ("llama", "ministral", {**_NEOX, "num_key_value_heads": 4, "rope_parameters": _YARN}),
-    ("llama", "ministral", {**_NEOX, "num_key_value_heads": 2, "head_dim": 24, "tie_word_embeddings": True}),
-    ("mistral", "ministral", {**_NEOX, "num_key_value_heads": 4, "sliding_window": 16}),
-    (
-        "ministral",
-        "granite_swa",
-        {
-            **_NEOX,
-            "num_key_value_heads": 4,
-            "head_dim": 16,
-            "sliding_window": 16,
-            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
-        },
-    ),
-    ("mistral", "granite_swa", {**_NEOX, "num_key_value_heads": 4, "sliding_window": None}),
-    ("mistral", "granite_swa", {**_NEOX, "num_key_value_heads": 2, "sliding_window": 16}),
-    ("qwen2", "granite_swa", {**_NEOX, "num_key_value_heads": 4}),
-    (
-        "qwen2",
-        "granite_swa",
-        {
-            **_NEOX,
-            "num_key_value_heads": 2,
-            "use_sliding_window": True,
-            "sliding_window": 16,
-            "max_window_layers": 1,
-            "tie_word_embeddings": True,
-        },
-    ),
-    ("smollm3", "granite_swa", {**_NEOX, "num_key_value_heads": 4, "no_rope_layer_interval": 2}),
-    (
-        "smollm3",
-        "granite_swa",
-        {
-            **_NEOX,
-            "num_key_value_heads": 2,
-            "no_rope_layer_interval": 2,
-            "use_sliding_window": True,
-            "sliding_window": 16,
-            "attention_bias": True,
-        },
-    ),
-    (
-        "granite",
-        "granite_swa",
-        {
-            **_NEOX,
-            "num_key_value_heads": 4,
-            "attention_multiplier": 0.2,
-            "residual_multiplier": 0.5,
-            "embedding_multiplier": 3.0,
-            "logits_scaling": 2.0,
-        },
-    ),
+from tests.model.reexpressed import (
+    CASES,
+    GPT,
+    NEOX,
+    OPT,
+    cached_logits,
+    cases,
+    firsts,
+    ids,
+    load,
+    reexpress,
+    rope_of,
+    save,
 )
-cases = pytest.mark.parametrize(
-    ("source", "target", "fields"), CASES, ids=[f"{a}-{b}-{i}" for i, (a, b, _) in enumerate(CASES)]
-)
-# One of each source, for what does not depend on the variant.
-FIRST = [next(case for case in CASES if case[:2] == pair) for pair in dict.fromkeys(case[:2] for case in CASES)]
-firsts = pytest.mark.parametrize(("source", "target", "fields"), FIRST, ids=[f"{a}-{b}" for a, b, _ in FIRST])
-
-
-def save(folder: Path, source: str, fields: dict[str, Any], *, dtype: str = "float32", shard: str = "5GB") -> Path:
-    """A tiny random model whose norms and biases are far from ones and zeros, with a tokenizer."""
-    config = AutoConfig.for_model(source, **{**_IDS, **fields})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    randomise(model)
-    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def reexpress(source: Path, out: Path, **options: Any) -> Any:
-    with staged(out) as folder:
-        return write_reexpressed(source, folder, **options)
-
-
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    loader: Any = AutoModelForCausalLM
-    model, info = loader.from_pretrained(folder, dtype=dtype, attn_implementation="eager", output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    assert not info["mismatched_keys"]
-    return model.eval().requires_grad_(False)
-
-
-def ids(length: int = 40) -> torch.Tensor:
-    return torch.randint(0, 256, (2, length), generator=torch.Generator().manual_seed(1))
-
-
-def cached_logits(model: Any, ids_BT: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Logits of a prompt and of the tokens after it, one at a time."""
-    with torch.no_grad():
-        out = model(ids_BT[:, :prompt], use_cache=True)
-        found = [out.logits]
-        for i in range(prompt, ids_BT.shape[1]):
-            out = model(ids_BT[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
-            found.append(out.logits)
-    return torch.cat(found, 1)
 
 
 @cases
@@ -354,11 +201,11 @@ def test_conversion_names_the_re_expression() -> None:
 @pytest.mark.parametrize(
     ("source", "fields", "where"),
     [
-        ("gpt_neox", {**_NEOX, "use_parallel_residual": False, "rope_parameters": _rope(0.25)}, "rotary_pct"),
-        ("opt", {**_OPT, "do_layer_norm_before": False}, "do_layer_norm_before"),
-        ("opt", {**_OPT, "word_embed_proj_dim": 32}, "word_embed_proj_dim"),
-        ("opt", {**_OPT, "_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
-        ("gpt2", {**_GPT, "add_cross_attention": True}, "add_cross_attention"),
+        ("gpt_neox", {**NEOX, "use_parallel_residual": False, "rope_parameters": rope_of(0.25)}, "rotary_pct"),
+        ("opt", {**OPT, "do_layer_norm_before": False}, "do_layer_norm_before"),
+        ("opt", {**OPT, "word_embed_proj_dim": 32}, "word_embed_proj_dim"),
+        ("opt", {**OPT, "_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
+        ("gpt2", {**GPT, "add_cross_attention": True}, "add_cross_attention"),
     ],
 )
 def test_variants_that_no_target_holds_are_refused(source: str, fields: dict[str, Any], where: str) -> None:
@@ -378,11 +225,11 @@ def test_matrices_decide_the_dtype_of_a_mixed_checkpoint(tmp_path: Path) -> None
 
 def test_other_refusals_write_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    windows = {**_NEOX, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+    windows = {**NEOX, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
     with pytest.raises(UserError, match="sliding windows"):
         reexpression_of(AutoConfig.for_model("qwen2", **windows), "llama")
-    assert reexpression_of(AutoConfig.for_model("qwen2", **_NEOX)) is None
-    qwen = save(tmp_path / "qwen", "qwen2", {**_NEOX, "num_key_value_heads": 4})
+    assert reexpression_of(AutoConfig.for_model("qwen2", **NEOX)) is None
+    qwen = save(tmp_path / "qwen", "qwen2", {**NEOX, "num_key_value_heads": 4})
     with pytest.raises(UserError, match="nothing to be re-expressed") as caught:
         reexpress(qwen, out)
     assert "llama or granite_swa" in caught.value.fix

@@ -17,7 +17,7 @@ from retrofit.checkpoint.write import ShardWriter
 from retrofit.model.load import load_config
 from retrofit.model.reexpress import reexpression_of
 from retrofit.model.reexpress.write import stored_names
-from tests.model.test_reexpress import FIRST, firsts, reexpress, save
+from tests.model.reexpressed import FIRST, firsts, reexpress, save
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = ["tensor:2", "tensor:9", "close:1", "config:1"]

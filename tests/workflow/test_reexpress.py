@@ -14,7 +14,7 @@ from retrofit.checkpoint.provenance import read_provenance
 from retrofit.errors import UserError
 from retrofit.model import reexpress
 from retrofit.workflow import step
-from tests.model.test_reexpress import FIRST, ids, load, save
+from tests.model.reexpressed import FIRST, ids, load, save
 
 
 @pytest.fixture
