@@ -193,12 +193,15 @@ def train(
     rows, held_out = recovery_rows(section, student.tokenizer, 0, teacher=Teacher(original))
     out = options.work / f"{name}-trained"
     out.mkdir(exist_ok=True)
+    work = options.work / f"{name}-work"
+    done = max((int(folder.name.rpartition("-")[2]) for folder in work.glob("checkpoint-*")), default=0)
     began, cpu = time.monotonic(), time.process_time()
-    report = recover(student, original, out, section, rows, held_out, work_dir=options.work / f"{name}-work")
+    report = recover(student, original, out, section, rows, held_out, work_dir=work)
     told = {
         "seconds": time.monotonic() - began,
         "cpu_seconds": time.process_time() - cpu,
         "steps": report.steps,
+        "timed_steps": report.steps - done,  # those of this process
         "tokens": report.tokens,
         "best_step": report.best_step,
         "start_loss": report.start_loss,
@@ -264,7 +267,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "then trained by each variant, one thread. Perplexity as a ratio to the original's, on "
         f"{PIECES} pieces of {LENGTH:,} tokens of each kind; the novels are read by nothing before. common_knowledge: "
         "share of 504 questions, chance 0.25; a standard error is 0.02. CPU seconds are the training's, with its "
-        "measurements, samples that it reads excluded; other work beside it makes them up to twice as many.",
+        "measurements, samples that it reads excluded; other work beside it makes them up to twice as many. Of a training "
+        "that went on after a stop they are computed from the steps after it.",
         "",
         f"| variant | tokens | CPU seconds | steps | {' | '.join(KINDS)} | common_knowledge |",
         f"|---|---:|---:|---:|{'---:|' * len(KINDS)}---:|",
@@ -273,8 +277,10 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     names |= {name: variant.words for name, variant in VARIANTS.items()}
     for name, row in rows.items():
         ratios = [math.exp(row["losses"][kind] - before["losses"][kind]) for kind in KINDS]
-        trained = "steps" in row
-        cells = [f"{row['tokens']:,}", f"{row['cpu_seconds']:,.0f}", f"{row['steps']}"] if trained else [""] * 3
+        cells = [""] * 3
+        if "steps" in row:
+            seconds = row["cpu_seconds"] * row["steps"] / row["timed_steps"]
+            cells = [f"{row['tokens']:,}", f"{seconds:,.0f}", f"{row['steps']}"]
         cells += [f"{ratio:.3f}" for ratio in ratios] + [f"{row['common_knowledge']:.3f}"]
         lines.append(f"| {names[name]} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
