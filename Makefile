@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt
 
-.PHONY: demo engines test test-slow test-eval test-downstream test-downstream-vllm attack fuzz lint bench bench-lengths bench-heads bench-large bench-ring bench-curve bench-extension docs install clean
+.PHONY: demo engines test test-slow test-eval test-downstream test-downstream-vllm attack fuzz lint bench bench-lengths bench-heads bench-large bench-ring bench-curve bench-extension bench-windows docs install clean
 
 $(VENV)/.demo: pyproject.toml constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -105,6 +105,10 @@ bench-heads: $(VENV)/.dev
 
 bench-curve: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m evals.benchmarks.head_curve
+
+# BOOKS: a folder of novels that nothing reads. Over an hour of one core; goes on where it was stopped. PARTS names rows.
+bench-windows: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m evals.benchmarks.windows --books $(BOOKS) --work runs/windows $(if $(PARTS),--parts $(PARTS))
 
 # Hours on a CPU; goes on where it was stopped.
 bench-extension: $(VENV)/.dev

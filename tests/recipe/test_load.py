@@ -228,7 +228,7 @@ def test_the_model_option_wins_over_the_file() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["chat-gqa", "extend-4x", "extend-long", "gqa", "gqa-long", "kernel-only", "mqa", "quickstart"]
+    "name", ["chat-gqa", "extend-4x", "extend-long", "gqa", "gqa-long", "kernel-only", "mqa", "quickstart", "window"]
 )
 def test_every_bundled_recipe_is_valid_and_survives_a_round_trip(name: str) -> None:
     recipe = load_recipe(name)
@@ -240,9 +240,8 @@ def test_every_bundled_recipe_is_valid_and_survives_a_round_trip(name: str) -> N
 
 
 def test_the_catalogue_is_the_folder() -> None:
-    assert {"chat-gqa", "extend-4x", "extend-long", "gqa", "gqa-long", "kernel-only", "mqa", "quickstart"} <= set(
-        bundled.names("recipes")
-    )
+    known = {"chat-gqa", "extend-4x", "extend-long", "gqa", "gqa-long", "kernel-only", "mqa", "quickstart", "window"}
+    assert known <= set(bundled.names("recipes"))
     catalogue = (bundled.folder("recipes") / "README.md").read_text()
     assert all(f"`{name}`" in catalogue for name in bundled.names("recipes"))
 

@@ -93,7 +93,17 @@ def test_a_plan_counts_it(recipe: Write, model: Path, texts: Path) -> None:
 
 
 def test_the_bundled_recipes_ask_it() -> None:
-    for name in ("quickstart", "quickstart-full", "gqa", "mqa", "gqa-long", "extend-4x", "extend-long", "kernel-only"):
+    for name in (
+        "quickstart",
+        "quickstart-full",
+        "gqa",
+        "mqa",
+        "gqa-long",
+        "extend-4x",
+        "extend-long",
+        "kernel-only",
+        "window",
+    ):
         section = load_recipe(name).evaluate
         assert section
         assert section.common_knowledge is True, name

@@ -78,6 +78,32 @@ def loss_by_kv_heads(name: str, lines: Sequence[Line], *, title: str = "", alone
     return picture(name, title, draw, alone=alone)
 
 
+def loss_by_kv_cache(
+    name: str, lines: Sequence[Line], *, least: float, title: str = "", alone: bool = False
+) -> Picture:
+    """Increase of the loss (y, nats, logarithmic) against bytes of the KV cache (x, base-2 logarithm, the most at the
+    left). least: what is smaller, or no increase, stands at it. Points of a line are not joined."""
+    palette = [*STYLES.values(), *OTHERS]
+
+    def draw(axes: Axes) -> None:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.invert_xaxis()
+        axes.xaxis.set_major_formatter(lambda value, _: fmt.nbytes(value))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: "")
+        ends = []
+        for line, style in zip(lines, palette, strict=False):
+            y = [max(value, least) for value in line.y]
+            axes.plot(line.x, y, markersize=6, color=style.colour, marker=style.marker, linestyle="none")
+            ends.append((line.label, line.x[-1], y[-1], style.colour))
+        axes.set_xlabel("KV cache")
+        axes.set_ylabel("loss beyond the original's (nats)")
+        place_labels(axes, ends)
+
+    return picture(name, title, draw, alone=alone)
+
+
 def perplexity_by_seconds(
     name: str,
     lines: Sequence[Line],

@@ -1,0 +1,344 @@
+"""Sliding windows beside fewer KV heads and smaller cache dtypes: what each costs at what size of the KV cache.
+
+    OMP_NUM_THREADS=1 python -m evals.benchmarks.windows --books DIR --work DIR
+
+Makes checkpoints of SmolLM2-135M by the commands that everybody has (`window`, `convert`, `recover` as the recipe
+`window` says, `extend`), and measures each with `evaluate`: perplexity on novels at the model's 8,192 positions, a
+passage that comes again from out of sight, needles, questions of common knowledge. --books: a folder of novels (*.txt)
+that nothing is calibrated or trained on. --parts: rows of the table, by default all but those of 32,768 positions
+(`NAME@32k`) and of further trainings. Every part is a process of its own; what --work holds of it is not done again.
+Writes results/windows.json, .md and .svg after each. Pieces of the novels are written into --work, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from evals.benchmarks.heads import cpu_seconds
+from evals.benchmarks.recovery import machine
+from evals.benchmarks.windows_table import FAR, chart, table
+from retrofit.console import to_json
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+MODEL = "embedded"
+LENGTH, FAR_LENGTH = 8192, 32_768
+PASSAGE, APART = 256, 2304  # tokens that come again, and how far after their first copy: more than any window here
+RECOGNISED = 32  # tokens of the second copy that do not count: the passage has to be recognised
+NEEDLES = {"needle": [4096], "depths": 10, "multi_key": True}
+CHARS = 16  # of a piece for each token that is read of it, more than any novel has
+BITS = {"q8_0": 8.5, "q4_0": 4.5, "fp8_e4m3": 8.0}  # of a value in the cache, with the scale of its block
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """How a checkpoint is made: what is done to which other one."""
+
+    start: str
+    verb: Literal["window", "convert", "recover"]
+    options: Mapping[str, Any]
+
+
+CHECKPOINTS: Mapping[str, Checkpoint] = {
+    "windows": Checkpoint("original", "window", {"size": 1024, "full_layers": 6}),
+    "windows-trained": Checkpoint("windows", "recover", {}),
+    "windows-512": Checkpoint("original", "window", {"size": 512, "full_layers": 6}),
+    "windows-8": Checkpoint("original", "window", {"size": 512, "full_layers": 3}),
+    "windows-8-trained": Checkpoint("windows-8", "recover", {}),
+    "heads": Checkpoint("original", "convert", {"kv_heads": 1}),
+    "heads-trained": Checkpoint("heads", "recover", {}),
+    "heads-windows-8": Checkpoint("heads", "window", {"size": 1024, "full_layers": 10}),
+    "heads-windows-12": Checkpoint("heads", "window", {"size": 1024, "full_layers": 6}),
+    "heads-windows-12-trained": Checkpoint("heads-windows-12", "recover", {}),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table. kind: what makes the cache smaller, a line of the chart. cache: dtype of the KV cache."""
+
+    words: str
+    kind: str
+    checkpoint: str
+    cache: str | None = None
+
+
+TRAINED = "150,000 tokens of distillation"
+ROWS: Mapping[str, Row] = {
+    "original": Row("original", "cache dtype", "original"),
+    "windows": Row("windows of 1,024 in 24 of 30 layers", "windows", "windows"),
+    "windows-trained": Row(f"the same after {TRAINED}", "windows, trained", "windows-trained"),
+    "original-q8_0": Row("cache in q8_0", "cache dtype", "original", "q8_0"),
+    "original-q4_0": Row("cache in q4_0", "cache dtype", "original", "q4_0"),
+    "original-fp8": Row("cache in fp8_e4m3", "cache dtype", "original", "fp8_e4m3"),
+    "heads": Row("1 of 3 KV heads", "heads", "heads"),
+    "windows-q8_0": Row("the windows, cache in q8_0", "windows + cache dtype", "windows", "q8_0"),
+    "windows-trained-q8_0": Row(
+        "the trained windows, cache in q8_0", "windows + cache dtype", "windows-trained", "q8_0"
+    ),
+    "windows-trained-q4_0": Row(
+        "the trained windows, cache in q4_0", "windows + cache dtype", "windows-trained", "q4_0"
+    ),
+    "windows-512": Row("windows of 512 in 24 of 30 layers", "windows", "windows-512"),
+    "windows-8": Row("windows of 512 in 27 of 30 layers", "windows", "windows-8"),
+    "heads-windows-8": Row("1 of 3 KV heads, windows of 1,024 in 20 layers", "heads x windows", "heads-windows-8"),
+    "heads-windows-12": Row("1 of 3 KV heads, windows of 1,024 in 24 layers", "heads x windows", "heads-windows-12"),
+}
+FURTHER: Mapping[str, Row] = {
+    "heads-trained": Row(f"1 of 3 KV heads after {TRAINED}", "heads", "heads-trained"),
+    "windows-8-trained": Row(f"windows of 512 in 27 layers after {TRAINED}", "windows, trained", "windows-8-trained"),
+    "heads-windows-12-trained": Row(
+        f"1 of 3 KV heads, windows of 1,024 in 24 layers, after {TRAINED}",
+        "heads x windows",
+        "heads-windows-12-trained",
+    ),
+}
+EVERY = {**ROWS, **FURTHER}
+PARTS = (*EVERY, *(f"{name}{FAR}" for name, row in EVERY.items() if row.cache is None))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--books", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--parts", default=",".join(ROWS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--child", help="one part, in this process")
+    return parser
+
+
+def main() -> None:
+    """Measure the parts that have no result yet, and write table and chart after each."""
+    parser = _parser()
+    options = parser.parse_args()
+    if options.child:
+        _write(result_file(options.work, options.child), measured(options.books, options.work, options.child))
+        return
+    parts = options.parts.split(",")
+    for name in parts:
+        if name not in PARTS:
+            parser.error(f"`{name}` is no part; there are: {', '.join(PARTS)}")
+    if not any(options.books.glob("*.txt")):
+        parser.error(f"{options.books} holds no *.txt")
+    first = [f"original{FAR}"] if any(name.endswith(FAR) for name in parts) else []
+    for name in dict.fromkeys(["original", *first, *parts]):  # what the others are compared with
+        row = EVERY[name.removesuffix(FAR)]
+        if row.cache and "kv_cache_dtype" not in inspect.signature(_evaluate()).parameters:
+            print(f"{name}: left out, `evaluate` has no kv_cache_dtype", flush=True)
+            continue
+        if not result_file(options.work, name).exists():
+            _in_process(options, name)
+        save(options.work, options.out)
+
+
+def _in_process(options: argparse.Namespace, name: str) -> None:
+    command = [sys.executable, "-m", "evals.benchmarks.windows", "--child", name]
+    command += ["--books", str(options.books), "--work", str(options.work)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}: exit status {done.returncode}")
+    print(f"{name}: {result_file(options.work, name).read_text('utf-8')}", flush=True)
+
+
+def result_file(work: Path, name: str) -> Path:
+    """Where the result of a part is kept."""
+    return work / "parts" / f"{name}.json"
+
+
+def measured(books: Path, work: Path, name: str) -> dict[str, Any]:
+    """Make the checkpoint of a part, measure it, and compare it with the original: what the table shows of it."""
+    row, far = EVERY[name.removesuffix(FAR)], name.endswith(FAR)
+    began, cpu = time.monotonic(), cpu_seconds()
+    folder = checkpoint(work, row.checkpoint)
+    made = cpu_seconds() - cpu
+    found = _at_32k(books, work, name, folder) if far else _at_8k(books, work, name, folder, row.cache)
+    seconds = {"made": made, "measured": cpu_seconds() - cpu - made, "elapsed": time.monotonic() - began}
+    return {**found, "cpu_seconds": seconds}
+
+
+def checkpoint(work: Path, name: str) -> str:
+    """The folder of a checkpoint, and of those that it is made from; what is there already is not made again."""
+    import retrofit
+    from retrofit.recipe.load import load_recipe
+    from retrofit.recipe.options import recipe_of
+    from retrofit.workflow.command import write
+
+    if name == "original":
+        return MODEL
+    how, out = CHECKPOINTS[name], work / name
+    start = checkpoint(work, how.start)
+    if how.verb == "recover":
+        section = load_recipe("window", model=MODEL).recover
+        assert section
+        write(recipe_of("recover", {"model": start}, {"recover": section.model_dump(mode="json")}), out, original=MODEL)
+    else:
+        {"window": retrofit.window, "convert": retrofit.convert}[how.verb](start, out=out, **how.options)
+    return str(out)
+
+
+def _at_8k(books: Path, work: Path, name: str, folder: str, cache: str | None) -> dict[str, Any]:
+    """Text, passages out of sight, needles and short prompts within the model's own positions."""
+    from retrofit.model.folder import opened
+    from retrofit.model.source import resolve
+
+    usual: dict[str, Any] = {"documents": 1, **({"kv_cache_dtype": cache} if cache else {})}
+    place = work / "losses" / name
+    place.mkdir(parents=True, exist_ok=True)
+    text = _evaluate()(
+        folder,
+        text=pieces(books, work / "text", LENGTH),
+        lengths=[LENGTH],
+        common_knowledge=True,
+        out=place / "text.npz",
+        **NEEDLES,
+        **usual,
+    )
+    again = passages(books, work / "passages")
+    _evaluate()(folder, text=again, lengths=[PASSAGE + APART], out=place / "passages.npz", **usual)
+    spec, bits = opened(resolve(folder).folder).spec, BITS[cache] if cache else 16.0
+    cells = text.long_context.needle.cells
+    return {
+        "kv_cache_bytes": {n: round(spec.kv_cache_bytes(n, 1) * bits / 8) for n in (LENGTH, FAR_LENGTH)},
+        "novels": _ratio(work, name, "text", LENGTH),
+        "passages": _copies(work, name),
+        "needles": {
+            "found": sum(cell.found for cell in cells),
+            "of": len(cells),
+            "loss": sum(cell.answer.loss for cell in cells) / len(cells),
+        },
+        "common_knowledge": _short_prompts(work, name),
+    }
+
+
+def _at_32k(books: Path, work: Path, name: str, folder: str) -> dict[str, Any]:
+    """Text at four times the positions: the base of the position encoding is raised where layers see everything."""
+    import retrofit
+
+    out, place = work / name, work / "losses" / name
+    place.mkdir(parents=True, exist_ok=True)
+    retrofit.extend(folder, length=FAR_LENGTH, method="ntk", out=out)
+    text = pieces(books, work / "text-32k", FAR_LENGTH)[:2]
+    _evaluate()(out, text=text, lengths=[LENGTH, FAR_LENGTH], documents=1, out=place / "text.npz")
+    lengths = (LENGTH, FAR_LENGTH)
+    return {"novels": {n: _ratio(work, name, "text", n, f"original{FAR}") for n in lengths}}
+
+
+def _evaluate() -> Any:
+    import retrofit
+
+    return retrofit.evaluate
+
+
+def pieces(books: Path, folder: Path, tokens: int) -> list[str]:
+    """A file for every novel that is long enough: more than `tokens` tokens of it, from its first quarter on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    for novel in sorted(books.glob("*.txt")):
+        text = novel.read_text("utf-8")
+        start = text.find("\n\n", len(text) // 4) + 2
+        if len(text) - start >= 6 * tokens:
+            found.append(folder / novel.name)
+            found[-1].write_text(text[start : start + CHARS * tokens], encoding="utf-8")
+    return [str(file) for file in found]
+
+
+def passages(books: Path, folder: Path) -> list[str]:
+    """A file for every novel: APART tokens of it, and then its beginning once more."""
+    from retrofit.model.load import load_tokenizer
+    from retrofit.model.source import resolve
+
+    tokenizer = load_tokenizer(resolve(MODEL).folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    for novel in sorted(books.glob("*.txt")):
+        text = novel.read_text("utf-8")
+        start = text.find("\n\n", len(text) // 2) + 2
+        ids = tokenizer(text[start : start + CHARS * APART], add_special_tokens=False, verbose=False)["input_ids"]
+        again = tokenizer.decode(ids[:APART]) + tokenizer.decode(ids[: 2 * PASSAGE])
+        found.append(folder / novel.name)
+        found[-1].write_text(again, encoding="utf-8")
+    return [str(file) for file in found]
+
+
+def _losses(work: Path, name: str, what: str) -> Any:
+    from retrofit.evaluation.scoring.losses import TokenLosses
+
+    return TokenLosses.load(work / "losses" / name / f"{what}.npz")
+
+
+def _ratio(work: Path, name: str, what: str, length: int, original: str = "original") -> dict[str, float]:
+    """Perplexity over that of the original on the same tokens, with its paired 95% interval over documents."""
+    from retrofit.evaluation.metrics.bootstrap import ratio_interval
+    from retrofit.evaluation.metrics.perplexity import perplexity
+
+    new, old = (_losses(work, one, what).at(length) for one in (name, original))
+    interval = ratio_interval(new, old)
+    return {
+        "perplexity": perplexity(new),
+        "ratio": interval.value,
+        "low": interval.low,
+        "high": interval.high,
+        "tokens": sum(len(one) for one in new),
+    }
+
+
+def _copies(work: Path, name: str) -> dict[str, float]:
+    """Loss of the second copies, in nats per token, and what it rises by over the original's."""
+    import numpy as np
+
+    counted = PASSAGE - RECOGNISED
+    new, old = (
+        np.concatenate([one[-counted:] for one in _losses(work, which, "passages").at(PASSAGE + APART)])
+        for which in (name, "original")
+    )
+    return {"loss": float(new.mean()), "rise": float((new - old).mean()), "tokens": len(new)}
+
+
+def _short_prompts(work: Path, name: str) -> dict[str, Any]:
+    """Questions of common knowledge, paired with the original's answers."""
+    from retrofit.evaluation.tasks.answers import beside, changes, from_file
+
+    files = [beside(work / "losses" / one / "text.npz") for one in ("original", name)]
+    [(before, after)] = zip(*(from_file(file).values() for file in files), strict=True)
+    change = changes(before, after)[0]
+    return {key: getattr(change, key) for key in ("questions", "before", "after", "lost", "gained", "p")}
+
+
+def save(work: Path, out: Path) -> None:
+    """Write the results of all parts that --work holds."""
+    rows = {name: json.loads(file.read_text("utf-8")) for name, file in _known(work)}
+    labels = {name: vars(EVERY[name.removesuffix(FAR)]) for name in rows}
+    record = {
+        "command": "OMP_NUM_THREADS=1 python -m evals.benchmarks.windows --books DIR --work DIR",
+        "machine": machine(),
+        "rows": {name: {**labels[name], **row} for name, row in rows.items()},
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / "windows.json", record)
+    record = json.loads((out / "windows.json").read_text("utf-8"))
+    (out / "windows.md").write_text(table(record), encoding="utf-8")
+    (out / "windows.svg").write_text(chart(record), encoding="utf-8")
+
+
+def _known(work: Path) -> Iterator[tuple[str, Path]]:
+    return ((name, result_file(work, name)) for name in PARTS if result_file(work, name).exists())
+
+
+def _write(path: Path, values: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(to_json(values) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    main()
