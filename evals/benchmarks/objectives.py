@@ -267,8 +267,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "then trained by each variant, one thread. Perplexity as a ratio to the original's, on "
         f"{PIECES} pieces of {LENGTH:,} tokens of each kind; the novels are read by nothing before. common_knowledge: "
         "share of 504 questions, chance 0.25; a standard error is 0.02. CPU seconds are the training's, with its "
-        "measurements, samples that it reads excluded; other work beside it makes them up to twice as many. Of a training "
-        "that went on after a stop they are computed from the steps after it.",
+        "measurements, samples that it reads excluded; other work beside it makes them up to twice as many. Of a "
+        "training that went on after a stop they are computed from the steps after it.",
         "",
         f"| variant | tokens | CPU seconds | steps | {' | '.join(KINDS)} | common_knowledge |",
         f"|---|---:|---:|---:|{'---:|' * len(KINDS)}---:|",

@@ -190,7 +190,7 @@ def _at_8k(books: Path, work: Path, name: str, folder: str, cache: str | None) -
     from retrofit.model.folder import opened
     from retrofit.model.source import resolve
 
-    usual: dict[str, Any] = {"documents": 1, **({"kv_cache_dtype": cache} if cache else {})}
+    usual: dict[str, Any] = {"documents": 1, "no_cost": True, **({"kv_cache_dtype": cache} if cache else {})}
     place = work / "losses" / name
     place.mkdir(parents=True, exist_ok=True)
     text = _evaluate()(
@@ -227,7 +227,7 @@ def _at_32k(books: Path, work: Path, name: str, folder: str) -> dict[str, Any]:
     place.mkdir(parents=True, exist_ok=True)
     retrofit.extend(folder, length=FAR_LENGTH, method="ntk", out=out)
     text = pieces(books, work / "text-32k", FAR_LENGTH)[:2]
-    _evaluate()(out, text=text, lengths=[LENGTH, FAR_LENGTH], documents=1, out=place / "text.npz")
+    _evaluate()(out, text=text, lengths=[LENGTH, FAR_LENGTH], documents=1, no_cost=True, out=place / "text.npz")
     lengths = (LENGTH, FAR_LENGTH)
     return {"novels": {n: _ratio(work, name, "text", n, f"original{FAR}") for n in lengths}}
 
