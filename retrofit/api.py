@@ -19,7 +19,7 @@ from retrofit.files import local_path, output_path
 from retrofit.recipe.load import load_suite
 from retrofit.recipe.options import recipe_of
 from retrofit.recipe.relative import are_relative
-from retrofit.recipe.schema import Definition, Device, Dtype, Kernel
+from retrofit.recipe.schema import CacheDtype, Definition, Device, Dtype, Kernel
 from retrofit.releases import certify, export, publish
 from retrofit.runs import plan, prices, run, window_prices
 from retrofit.surgery import convert, extend, recover, window
@@ -120,6 +120,7 @@ def evaluate(
     revision: str | None = None,
     kernel: Kernel | None = None,
     dtype: Dtype | str | None = None,
+    kv_cache_dtype: CacheDtype | None = None,
     device: Device | None = None,
     progress: Progress | bool = True,
 ) -> ModelEvaluation:
@@ -133,6 +134,7 @@ def evaluate(
     log_samples: keep prompts and answers beside `out`.
     definitions: perplexities as others define them, over `document_tokens` tokens of each document.
     sequence_parallel: so many processes of a launcher read each text together.
+    kv_cache_dtype: keys and values are read as a serving engine's cache of this type gives them back.
     allow_extrapolation: lengths may lie beyond the model's positions.
     no_cost: leave out the measurements of speed and memory.
     out: where to keep the token losses (.npz), and beside them the answers to tasks; the same call goes on after a

@@ -15,6 +15,7 @@ from retrofit.evaluation.metrics.frequency import FrequencyBand, by_frequency, s
 from retrofit.evaluation.metrics.perplexity import ALL, bits_per_byte, perplexity
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.evaluation.tasks.answers import TaskAnswers, TaskChange, changes
+from retrofit.model.cache_dtype import AUTO
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,9 @@ def compare(
         else:
             bands = by_frequency(a.losses, b.losses, shared, resamples=resamples, seed=seed)
     both = [(what, str(a.losses.meta.get(what)), str(b.losses.meta.get(what))) for what in ("dtype", "kernel")]
+    stored = [str(one.losses.meta.get("kv_cache_dtype", AUTO)) for one in (a, b)]
+    if set(stored) != {AUTO}:
+        both.append(("a KV cache of", stored[0], stored[1]))
     rounding = tuple(
         f"a was read with {what} {of_a}, b with {of_b}: part of the difference may be rounding"
         for what, of_a, of_b in both

@@ -17,6 +17,8 @@ from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.evaluation.scoring.reader import require_positions
 from retrofit.kernels.check import KernelCheck, prove
 from retrofit.kernels.registry import KernelChoice, apply, choose, split_kernel
+from retrofit.kernels.rounded_cache import round_cache
+from retrofit.model.cache_dtype import AUTO
 from retrofit.model.folder import ModelFolder
 from retrofit.recipe.schema import Evaluate
 from retrofit.system.sequence_groups import sequence_groups
@@ -83,6 +85,8 @@ def score_folder(
         "tokenizer_sha256": tokenizer_digest(tokenizer),
         "seen": {kind: list(purposes) for kind, purposes in (seen or {}).items()},
     }
+    if section.kv_cache_dtype != AUTO:
+        meta["kv_cache_dtype"] = section.kv_cache_dtype
     if identity:
         meta["checkpoint"] = dict(identity)
     asked = None if choice.requested == "auto" else choice
@@ -121,7 +125,13 @@ def score_folder(
 
 
 def ready(model: ModelFolder, section: Evaluate, kernel: str, device: str) -> tuple[PreTrainedModel, KernelChoice]:
-    """The model as it is evaluated, and the kernel it has."""
+    """The model as it is evaluated, with the KV cache that the section asks for, and the kernel it has."""
+    loaded, choice = _loaded(model, section, kernel, device)
+    round_cache(loaded, section.kv_cache_dtype)
+    return loaded, choice
+
+
+def _loaded(model: ModelFolder, section: Evaluate, kernel: str, device: str) -> tuple[PreTrainedModel, KernelChoice]:
     loaded = model.load(dtype=model.working_dtype(section.dtype, device), device=device)
     choice = kernel_for(loaded, model, kernel, device)
     apply(loaded, choice)
@@ -137,13 +147,13 @@ def run_costs(
     seed: int,
 ) -> Mapping[str, RunCost | None]:
     """What the first and the last checkpoint folder cost to run, measured in turn; None for those between them, and
-    where the section asks for no lengths. Nothing else should run meanwhile."""
+    where the section asks for no lengths; with their own KV cache. Nothing else should run meanwhile."""
     if not section.cost_lengths:
         return dict.fromkeys(models)
     from retrofit.evaluation.cost import side_by_side
 
     def load(model: ModelFolder) -> PreTrainedModel:
-        return ready(model, section, kernel, device)[0]
+        return _loaded(model, section, kernel, device)[0]
 
     compared = [label for i, label in enumerate(models) if i in (0, len(models) - 1)]
     loaders = {label: functools.partial(load, models[label]) for label in compared}

@@ -345,4 +345,5 @@ def conclude(
 
 def _facts(losses: TokenLosses) -> Mapping[str, object]:
     """What the caller recorded about the model, for the other passes."""
-    return {key: losses.meta[key] for key in ("model", "tokenizer_sha256", "checkpoint") if key in losses.meta}
+    recorded = ("model", "tokenizer_sha256", "checkpoint", "kv_cache_dtype")
+    return {key: losses.meta[key] for key in recorded if key in losses.meta}

@@ -18,6 +18,7 @@ from retrofit.evaluation.result import ModelEvaluation
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.evaluation.tasks.answers import TaskAnswers, changes
 from retrofit.evaluation.tasks.within import not_asked
+from retrofit.model.cache_dtype import cache_bytes
 from retrofit.model.folder import ModelFolder
 from retrofit.recipe.schema import Evaluate
 
@@ -54,7 +55,7 @@ def summary(
     models = []
     for label, one in kept.items():
         folder, changed = folders[label], one is not original
-        size = folder.dtype("auto").itemsize
+        size, stored = folder.dtype("auto").itemsize, section.kv_cache_dtype
         lengths = (*section.lengths, claimed)
         windows = tuple(one.spec.max_position_embeddings for one in (next(iter(folders.values())), folder))
         models.append(
@@ -65,8 +66,9 @@ def summary(
                 reason=one.reason,
                 dtype=str(one.losses.meta["dtype"]),
                 kv_heads=folder.spec.layers[0].kv_heads,
-                kv_bytes_per_token=folder.spec.kv_bytes_per_token(size),
-                kv_cache_bytes={length: folder.spec.kv_cache_bytes(length, size) for length in lengths},
+                kv_cache_dtype=stored,
+                kv_bytes_per_token=cache_bytes(folder.spec, 1, stored, size),
+                kv_cache_bytes={length: cache_bytes(folder.spec, length, stored, size) for length in lengths},
                 claimed_length=folder.spec.max_position_embeddings,
                 cost=costs[label],
                 position_losses=loss_by_position(one.losses.prose().losses),

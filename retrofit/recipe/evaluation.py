@@ -24,6 +24,7 @@ from retrofit.recipe.values import (
 )
 
 Definition = Literal["sliding", "transformers", "lm-eval", "yarn", "yarn-truncated", "longlora"]
+CacheDtype = Literal["auto", "fp8_e4m3", "int8", "q8_0", "q4_0"]
 RulerTask = Literal["niah_single", "niah_multikey", "variable_tracking", "common_words", "frequent_words"]
 RULER_TASKS: tuple[RulerTask, ...] = (
     "niah_single",
@@ -157,6 +158,11 @@ class Evaluate(Section):
         description="tokens per forward chunk; on a GPU, where a recipe does not name it, as many as fill it",
     )
     dtype: Dtype = Field("auto", description="dtype that models are measured in; auto is their own")
+    kv_cache_dtype: CacheDtype = Field(
+        "auto",
+        description="keys and values as a serving engine stores them: fp8_e4m3 and int8 are vLLM's, q8_0 and q4_0 "
+        "llama.cpp's; auto is the model's own dtype",
+    )
     sequence_parallel: int = Field(
         1,
         ge=1,

@@ -196,6 +196,7 @@ OPTIONS: Mapping[str, tuple[Option, ...]] = {
         _option("evaluate.sequence_parallel"),
         _option("kernel"),
         _option("evaluate.dtype"),
+        _option("evaluate.kv_cache_dtype"),
         _option("device"),
     ),
     "certify": (

@@ -24,7 +24,17 @@ from retrofit.recipe.attention import (
     WindowCalibration,
 )
 from retrofit.recipe.engines import ENGINES, Engine
-from retrofit.recipe.evaluation import NEEDLE_KEYS, RULER_TASKS, Definition, Evaluate, Needle, Ruler, RulerTask, Tasks
+from retrofit.recipe.evaluation import (
+    NEEDLE_KEYS,
+    RULER_TASKS,
+    CacheDtype,
+    Definition,
+    Evaluate,
+    Needle,
+    Ruler,
+    RulerTask,
+    Tasks,
+)
 from retrofit.recipe.hub import OTHER, is_link, is_repo_id, license_problem
 from retrofit.recipe.recovery import Adapter, Distribute, Recover, Stage
 from retrofit.recipe.relative import LENGTH
@@ -56,6 +66,7 @@ __all__ = [
     "ROPE_SETTINGS",
     "RULER_TASKS",
     "Adapter",
+    "CacheDtype",
     "Calibration",
     "Context",
     "Convert",

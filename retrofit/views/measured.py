@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from retrofit.format import duration, nbytes, none_unseen, ranks, read_in
+from retrofit.model.cache_dtype import served_with
 from retrofit.tables import NOTE, Part, Table
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def evaluation(result: ModelEvaluation) -> Iterator[Part]:
         unit, tail = result.rows[0].unit, max(row.tail for row in result.rows)
         yield f"intervals: bootstrap over each {unit}; tail ppl: the last {tail:,} tokens before the length"
     yield f"KV cache: {nbytes(result.kv_bytes_per_token)} per token, {result.kv_heads} KV heads"
+    if stored := served_with(result.kv_cache_dtype):
+        yield stored
     if result.cost:
         yield from _cost(result.cost)
     yield from tasks(result.tasks)

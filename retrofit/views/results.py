@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit.escape import python_string
 from retrofit.format import duration, heads, kv_per_token, nbytes, none_unseen, same_losses
+from retrofit.model.cache_dtype import served_with
 from retrofit.tables import NOTE, Part, Table
 from retrofit.views import windows
 from retrofit.views.measured import marked, task_changes
@@ -318,8 +319,11 @@ def by_length(models: Mapping[str, ModelEvaluation]) -> Iterator[Part]:
             cells.setdefault((row.kind, row.length), []).append(f"{row.ppl:.2f} ({row.low:.2f} to {row.high:.2f})")
     if not cells:
         return
-    seen = list(models.values())[-1].seen
+    last = list(models.values())[-1]
+    seen = last.seen
     rows = [(*key, *values) for key, values in cells.items()]
     yield marked(Table("Perplexity (95% interval)", ["text", "tokens", *models], rows), seen)
     if alike := none_unseen(seen):
         yield alike
+    if stored := served_with(last.kv_cache_dtype):
+        yield stored

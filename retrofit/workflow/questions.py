@@ -87,13 +87,13 @@ class Questions:
     def key(self, asked: Task) -> dict[str, Any]:
         """What decides about the answers to one task beside the model."""
         if isinstance(asked, CommonKnowledge):
-            version, how = common_knowledge.VERSION, self.section.model_dump(mode="json", include={"chunk", "dtype"})
-            return {**how, "task": asked.name, "digest": asked.digest, "version": version}
+            read = self.section.model_dump(mode="json", include={"chunk", "dtype", "kv_cache_dtype"})
+            return {**read, "task": asked.name, "digest": asked.digest, "version": common_knowledge.VERSION}
         assert self.section.tasks
         assert self.harness
         how = self.section.tasks.model_dump(mode="json", exclude={"names", "folder"})
-        version, dtype = self.harness.version, self.section.dtype
-        return {**how, "task": asked.name, "digest": asked.digest, "harness": version, "dtype": dtype}
+        read = {"dtype": self.section.dtype, "kv_cache_dtype": self.section.kv_cache_dtype}
+        return {**how, **read, "task": asked.name, "digest": asked.digest, "harness": self.harness.version}
 
     def keys(self) -> list[dict[str, Any]]:
         """`key` of every task."""

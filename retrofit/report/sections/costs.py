@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from retrofit import format as fmt
 from retrofit.evaluation.result import ModelEvaluation
 from retrofit.evaluation.running import decoding_change, speed_change
+from retrofit.model.cache_dtype import served_with
 from retrofit.report.charts import plots
 from retrofit.report.charts.drawing import Line
 from retrofit.report.data import RunData
@@ -54,10 +55,12 @@ def _cache(run: RunData) -> Iterator[Figure]:
     }
     title = "Memory of the KV cache"
     picture = plots.bars("cache", groups, label="bytes for one sequence", show=fmt.nbytes, title=title)
+    served = served_with(models[-1].kv_cache_dtype)
     caption = (
-        "What one sequence of this many tokens keeps in memory while text is generated, in the checkpoint's dtype. "
-        "Computed from the configuration; what was measured stands with the speed."
-    )
+        "What one sequence of this many tokens keeps in memory while text is generated"
+        f"{'' if served else ', in the checkpoint' + chr(39) + 's dtype'}. "
+        f"Computed from the configuration; what was measured stands with the speed. {served}"
+    ).strip()
     yield Figure("cost", title, caption, table, picture)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from retrofit import format as fmt
 from retrofit.evaluation.metrics.perplexity import ALL, Row
+from retrofit.model.cache_dtype import served_with
 from retrofit.report.data import RunData
 from retrofit.report.parts import Number, Table
 from retrofit.report.sections import context_use, costs, kinds, tasks
@@ -170,6 +171,8 @@ def cautions(run: RunData) -> tuple[str, ...]:
     for what, proof in (("The kernel", run.kernel_proof), ("The reloaded checkpoint", run.reload)):
         if proof and not proof.get("passed"):
             sentences.append(f"{what} differs by {fmt.number(proof.get('max_difference'))}, more than the tolerance.")
+    if run.final is not None:
+        sentences += filter(None, [served_with(run.final.kv_cache_dtype)])
     sentences += kinds.cautions(run)
     if grew(run) and not measured_to_the_end(run):
         window = fmt.count(run.claimed_length)

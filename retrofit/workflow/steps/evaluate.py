@@ -20,6 +20,7 @@ from retrofit.evaluation.metrics.required import metrics
 from retrofit.evaluation.result import EvaluationResult
 from retrofit.evaluation.tasks.answers import answers_file, samples_file, to_file
 from retrofit.evaluation.tasks.within import within_window
+from retrofit.model.cache_dtype import AUTO, require_storable
 from retrofit.recipe.resolve import is_relative
 from retrofit.recipe.schema import Evaluate as Section
 from retrofit.recipe.schema import Recipe, TextSource
@@ -69,6 +70,13 @@ class Evaluate(Step):
 
     def check_options(self) -> Iterable[str]:
         require_distinct(self.section.text, "evaluate.text")
+        if self.recipe.publish and self.section.kv_cache_dtype != AUTO:
+            raise UserError(
+                "what is published is what the checkpoint computes itself, not what an engine's KV cache makes of it",
+                where="evaluate.kv_cache_dtype",
+                fix="leave it out, or write publish: null; `retrofit evaluate FOLDER --kv-cache-dtype "
+                f"{self.section.kv_cache_dtype}` measures the result",
+            )
         if not is_relative(self.recipe):  # else when its lengths are known
             check_require(self.recipe)
         if self.section.tasks:
@@ -82,6 +90,7 @@ class Evaluate(Step):
         from retrofit.evaluation.scoring.reader import require_positions
 
         check_require(self.recipe)
+        require_storable(context.spec, self.section.kv_cache_dtype, "evaluate.kv_cache_dtype")
         section, longest = self.section, longest_prompt(self.section)
         if context.alone and longest > context.native:
             if not context.allow_extrapolation:
@@ -299,6 +308,7 @@ class Evaluate(Step):
             "chunk": self.section.chunk,
             "continuation_tokens": self.section.continuation_tokens,
             "dtype": self.section.dtype,
+            "kv_cache_dtype": self.section.kv_cache_dtype,
             "kernel": [context.kernel.name, context.kernel.requested != "auto"],
             "device": context.device_kind,
             **reading_settings(
