@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from retrofit.model.cache_dtype import AUTO, CACHE_DTYPES
+from retrofit.model.cache_dtype import AUTO, CACHE_DTYPES, PAIRED
 from retrofit.model.families import describe
 
 if TYPE_CHECKING:
@@ -44,23 +44,24 @@ def round_cache(model: PreTrainedModel, cache_dtype: str) -> None:
         attention = layers[index].get_submodule(spec.attention_path)
         parameters = inspect.signature(attention.forward).parameters
         [name] = [name for name in _CACHE_ARGUMENTS if name in parameters]
-        attention.register_forward_pre_hook(functools.partial(_through, name, cache_dtype), with_kwargs=True)
+        through = functools.partial(_through, name, cache_dtype, spec.family in PAIRED)
+        attention.register_forward_pre_hook(through, with_kwargs=True)
 
 
 def _through(
-    name: str, cache_dtype: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    name: str, cache_dtype: str, paired: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, {**kwargs, name: _Rounding(kwargs.get(name), cache_dtype)}
+    return args, {**kwargs, name: _Rounding(kwargs.get(name), cache_dtype, paired)}
 
 
 class _Rounding:
     """Stands for the cache that a layer is given, or for none."""
 
-    def __init__(self, cache: Any, cache_dtype: str) -> None:
-        self._cache, self._dtype = cache, cache_dtype
+    def __init__(self, cache: Any, cache_dtype: str, paired: bool) -> None:
+        self._cache, self._dtype, self._paired = cache, cache_dtype, paired
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        rounded = stored_keys(keys, self._dtype), stored_values(values, self._dtype)
+        rounded = stored_keys(keys, self._dtype, self._paired), stored_values(values, self._dtype)
         if self._cache is None:
             return rounded
         found: tuple[Tensor, Tensor] = self._cache.update(*rounded, *args, **kwargs)
@@ -70,9 +71,14 @@ class _Rounding:
         return getattr(self._cache, name)
 
 
-def stored_keys(keys: Tensor, cache_dtype: str) -> Tensor:
-    """Keys [..., D] as the cache gives them back, in their own dtype."""
-    return _stored(keys, cache_dtype, _largest_rotation(keys.shape[-1]))
+def stored_keys(keys: Tensor, cache_dtype: str, paired: bool) -> Tensor:
+    """Keys [..., D] as the cache gives them back, in their own dtype. paired: llama.cpp has rotary pairs side by side,
+    so that its blocks hold dims 0, D/2, 1, D/2 + 1, ..."""
+    rotation = _largest_rotation(keys.shape[-1])
+    if not paired or CACHE_DTYPES[cache_dtype].block is None:
+        return _stored(keys, cache_dtype, rotation)
+    pairs = keys.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    return _stored(pairs, cache_dtype, rotation).unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
 def stored_values(values: Tensor, cache_dtype: str) -> Tensor:

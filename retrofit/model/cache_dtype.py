@@ -40,6 +40,11 @@ CACHE_DTYPES: Mapping[str, StoredAs] = {
 }
 
 
+PAIRED = frozenset({"llama", "mistral", "ministral", "mixtral", "granite", "granite_swa", "smollm3", "olmo"})
+"""Families whose keys llama.cpp's converter reorders, the two of every rotary pair side by side: blocks are of that
+order. (Of granite_swa and ministral, which the converter on PyPI does not know, as of granite and mistral.)"""
+
+
 def served_with(cache_dtype: str) -> str:
     """What a result read under this type has to say of it; empty for "auto"."""
     if cache_dtype == AUTO:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import gguf
@@ -24,7 +25,7 @@ from retrofit.kernels.rounded_cache import (
     stored_keys,
     stored_values,
 )
-from retrofit.model.cache_dtype import CACHE_DTYPES, cache_bytes, unstorable
+from retrofit.model.cache_dtype import CACHE_DTYPES, PAIRED, cache_bytes, unstorable
 from retrofit.model.families import describe
 from retrofit.recipe.evaluation import Evaluate
 from tests.tiny import FAMILIES, tiny_config, tiny_model
@@ -91,20 +92,32 @@ def test_llama_cpp_rotates_where_the_head_dim_is_a_multiple_of_64() -> None:
     """Keys by the largest power of two that divides the head dim, values by 64: what attention makes of rotated
     queries and keys is what it makes of the keys given here."""
     states, queries = heads(8, 256), torch.randn(8, 256, generator=torch.Generator().manual_seed(2))
-    for stored, width in ((stored_keys, 256), (stored_values, 64)):
+    for stored, width in ((partial(stored_keys, paired=False), 256), (stored_values, 64)):
         matrix = torch.block_diag(*[hadamard(width, torch.device("cpu"))] * (256 // width))
         scores = (queries @ matrix) @ ROUNDED["q4_0"](states @ matrix).T
         torch.testing.assert_close(queries @ stored(states, "q4_0").T, scores, rtol=1e-4, atol=1e-3)
     plain = heads(8, 96)
-    assert torch.equal(stored_keys(plain, "q4_0"), ROUNDED["q4_0"](plain))
-    assert torch.equal(stored_keys(states, "int8"), int8(states))
+    assert torch.equal(stored_keys(plain, "q4_0", paired=False), ROUNDED["q4_0"](plain))
+    assert torch.equal(stored_keys(states, "int8", paired=True), int8(states))
+
+
+@pytest.mark.parametrize("width", [64, 96])
+def test_blocks_of_keys_are_in_the_order_of_llama_cpps_converter(width: int) -> None:
+    """Its converter reorders the rows of each head's projection: (2, D / 2) becomes (D / 2, 2)."""
+    keys = heads(8, width)
+    order = np.arange(width).reshape(2, width // 2).swapaxes(0, 1).reshape(-1)
+    expected = torch.empty_like(keys)
+    expected[:, order] = stored_keys(keys[:, order], "q4_0", paired=False)
+    assert torch.equal(stored_keys(keys, "q4_0", paired=True), expected)
+    assert not torch.equal(stored_keys(keys, "q4_0", paired=False), expected)
 
 
 def reference(model: Any, cache_dtype: str) -> torch.Tensor:
     """Logits of one pass without a cache, whose attention function rounds keys and values."""
+    paired = describe(model.config).family in PAIRED
 
     def rounding(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float | None = None, **kwargs: Any) -> Any:
-        k, v = stored_keys(k, cache_dtype), stored_values(v, cache_dtype)
+        k, v = stored_keys(k, cache_dtype, paired), stored_values(v, cache_dtype)
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         scores = q @ k.transpose(-1, -2) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
         if (cap := kwargs.get("softcap")) is not None:
