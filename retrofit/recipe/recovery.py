@@ -38,6 +38,8 @@ class Adapter(Section):
     norms: bool = Field(False, description="train the norms as well, in full")
     embeddings: bool = Field(False, description="train the embeddings, and learned positions, as well, in full")
 
+    sinks: bool = Field(True, description="train the attention sinks as well, where the model has any")
+
     @model_validator(mode="before")
     @classmethod
     def _alpha_of_rank(cls, value: object) -> object:

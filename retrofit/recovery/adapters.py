@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from retrofit.checkpoint.rewrite import Rewritten, rewrite
@@ -28,13 +29,16 @@ if TYPE_CHECKING:
     from retrofit.console import Progress
 
 RATE_BY_WIDTH = 0.576
+SINKS = "sinks.safetensors"
+"""Beside a kept adapter: the trained attention sinks."""
 
 
 def attach(model: PreTrainedModel, adapter: Adapter, spec: AttentionSpec, seed: int) -> PeftModel:
     """The model with trainable adapters in float32; everything else is frozen in its own dtype.
 
     LoRA (Hu et al. 2021, arXiv:2106.09685) on the projections that `adapter` names; B starts at zero, so that the
-    model's outputs are the same as before. Norms and embeddings, where asked for, are trained in full, in float32.
+    model's outputs are the same as before. Norms and embeddings, where asked for, are trained in full, in float32, and
+    so are attention sinks: peft wraps modules alone, and a sink is a parameter of the attention's own.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -59,6 +63,8 @@ def attach(model: PreTrainedModel, adapter: Adapter, spec: AttentionSpec, seed: 
         # `head_of` and the merge take care of a tied head, which peft warns about.
         warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*")
         peft_model = cast("PeftModel", get_peft_model(cast(Any, model), config))
+    for name in sinks(adapter, spec):
+        cast(nn.Module, peft_model.base_model.model).get_parameter(name).requires_grad_(True)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -117,6 +123,12 @@ def full_modules(model: PreTrainedModel, adapter: Adapter) -> list[str]:
     return names
 
 
+def sinks(adapter: Adapter, spec: AttentionSpec) -> list[str]:
+    """Names of the attention sinks that are trained. Those that stand for none, far below every score, have no gradient
+    and stay as they are."""
+    return [layer.sinks for layer in spec.layers if layer.sinks is not None] if adapter.sinks else []
+
+
 def trainable(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     """A copy in host memory of everything that is trained, by name: whole tensors, also where processes hold parts.
 
@@ -144,8 +156,7 @@ def changed_weights(peft_model: PeftModel, weights: Mapping[str, Tensor]) -> dic
     from peft.utils.other import ModulesToSaveWrapper
 
     changes: dict[str, Callable[[Tensor], Tensor]] = {}
-    inner = cast(nn.Module, peft_model.base_model.model)
-    prefix = next(name for name, module in peft_model.named_modules() if module is inner)
+    inner, prefix = cast(nn.Module, peft_model.base_model.model), _prefix(peft_model)
     for name, module in inner.named_modules():
         if isinstance(module, LoraLayer):
             adapter = cast(Any, module).active_adapters[0]
@@ -155,7 +166,7 @@ def changed_weights(peft_model: PeftModel, weights: Mapping[str, Tensor]) -> dic
             adapter = module.active_adapters[0]
             for key, _ in module.modules_to_save[adapter].named_parameters():
                 changes[f"{name}.{key}"] = _replace(weights[f"{prefix}.{name}.modules_to_save.{adapter}.{key}"])
-    return changes
+    return changes | {name: _replace(value) for name, value in _outside_peft(prefix, weights).items()}
 
 
 def merge_and_save(
@@ -200,12 +211,28 @@ def merge_and_save(
 def save_adapter(peft_model: PeftModel, out: str | Path, weights: Mapping[str, Tensor]) -> None:
     """Write the adapter into the existing folder `out`, for `PeftModel.from_pretrained(student, out)`.
 
-    What is trained in full is part of it. It names no base model: that lies on this machine, under a path of its own.
+    What is trained in full is part of it, but for sinks, which no adapter of peft's holds: they stand in SINKS, by the
+    names that the student has for them. It names no base model: that lies on this machine, under a path of its own.
     """
     for config in peft_model.peft_config.values():
         config.base_model_name_or_path = ""
     peft_model.save_pretrained(str(out), save_embedding_layers=False, state_dict=dict(weights))
     (Path(out) / "README.md").unlink(missing_ok=True)  # a form to fill in
+    if own := _outside_peft(_prefix(peft_model), weights):
+        save_file(own, Path(out) / SINKS)
+
+
+def _prefix(peft_model: PeftModel) -> str:
+    """What stands before the names of the model that adapters sit in."""
+    return next(name for name, module in peft_model.named_modules() if module is peft_model.base_model.model)
+
+
+def _outside_peft(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is trained in the place of the model's own, by its name in the checkpoint: sinks."""
+    parts = (".lora_", ".modules_to_save.")
+    return {
+        name.removeprefix(f"{prefix}."): value for name, value in weights.items() if not any(p in name for p in parts)
+    }
 
 
 def _add_delta(a_RI: Tensor, b_OR: Tensor, scale: float) -> Callable[[Tensor], Tensor]:

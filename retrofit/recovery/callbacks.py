@@ -34,20 +34,23 @@ NOISE = 0.1  # nats: a loss below is small, whatever it was at the start
 
 @dataclass(frozen=True)
 class TrainPoint:
-    """One optimizer step: mean training loss per token (nats), learning rate, and the held-out loss if measured."""
+    """One optimizer step: mean training loss per token (nats), learning rate, and the held-out losses if measured: of
+    text, and of passages out of sight."""
 
     step: int
     loss: float | None
     held_out_loss: float | None
     learning_rate: float
     tokens_per_second: float
+    passage_loss: float | None = None
 
 
 @dataclass
 class TrainState:
     """Where a run stands. best_loss is None while nothing is held out; seconds count every session.
 
-    stopped: why it ended before its last step; "" where it did not.
+    start_passages, best_passages: the held-out loss of passages out of sight, None where there are none. stopped: why
+    it ended before its last step; "" where it did not.
     """
 
     fingerprint: str
@@ -55,6 +58,8 @@ class TrainState:
     best_step: int = 0
     best_loss: float | None = None
     start_loss: float | None = None
+    start_passages: float | None = None
+    best_passages: float | None = None
     seconds: float = 0.0
     stopped: str = ""
     best: dict[str, Tensor] = field(default_factory=dict)
@@ -112,6 +117,7 @@ class Watch(TrainerCallback):
         *,
         weights: Callable[[], dict[str, Tensor]],
         held_out_loss: Callable[[], float] | None,
+        passage_loss: Callable[[], float] | None = None,
         evaluate_at: frozenset[int],
         tokens_per_step: int,
         progress: Progress | None,
@@ -119,7 +125,8 @@ class Watch(TrainerCallback):
         world: World = ALONE,
         learned: Callable[[int], bool] = lambda step: False,
     ) -> None:
-        self.course, self.weights, self.held_out_loss = course, weights, held_out_loss
+        self.course, self.weights = course, weights
+        self.held_out_loss, self.passage_loss = held_out_loss, passage_loss
         self.evaluate_at, self.tokens_per_step, self.progress = evaluate_at, tokens_per_step, progress
         self.log: Callable[[dict[str, float]], None] | None = None  # to where the Trainer reports
         self.read_every, self.world, self.learned = read_every, world, learned
@@ -129,17 +136,21 @@ class Watch(TrainerCallback):
         self.rate = 0.0
         self.began = self.stepped = time.monotonic()
 
-    def measure(self, step: int) -> float | None:
-        """The held-out loss now; keeps the weights if they are the best so far."""
+    def measure(self, step: int) -> tuple[float | None, float | None]:
+        """The held-out losses now, of text and of passages out of sight; keeps the weights if they are the best so far
+        by text, and no worse than at the start by passages."""
+        course = self.course
         if self.held_out_loss is None:
-            self.course.best_step, self.course.best = step, self.weights()
-            return None
-        loss = self.held_out_loss()
+            course.best_step, course.best = step, self.weights()
+            return None, None
+        loss, passages = self.held_out_loss(), None if self.passage_loss is None else self.passage_loss()
         if step == 0:
-            self.course.start_loss = loss
-        if self.course.best_loss is None or loss < self.course.best_loss:
-            self.course.best_step, self.course.best_loss, self.course.best = step, loss, self.weights()
-        return loss
+            course.start_loss, course.start_passages = loss, passages
+        no_worse = passages is None or course.start_passages is None or passages <= course.start_passages
+        if course.best_loss is None or (loss < course.best_loss and no_worse):
+            course.best_step, course.best_loss, course.best_passages = step, loss, passages
+            course.best = self.weights()
+        return loss, passages
 
     def add(self, loss: Tensor) -> None:
         """A part of the step's mean loss, on the device: of this process alone."""
@@ -163,8 +174,8 @@ class Watch(TrainerCallback):
             self.course.history.append(TrainPoint(step, loss, None, rate, tokens / max(self.busy, 1e-9)))
         self.unread, self.busy = [], 0.0
         self._require_no_worse()
-        held_out = self.measure(self.course.history[-1].step) if measure else None
-        self.course.history[-1] = replace(self.course.history[-1], held_out_loss=held_out)
+        held_out, passages = self.measure(self.course.history[-1].step) if measure else (None, None)
+        self.course.history[-1] = replace(self.course.history[-1], held_out_loss=held_out, passage_loss=passages)
         if self.progress is not None:
             fields = {"loss": losses[-1]} | ({} if held_out is None else {"held_out": held_out})
             self.progress.advance(tokens, **fields)
@@ -202,8 +213,8 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         self.began = self.stepped = time.monotonic()
         if state.global_step == 0:
-            held_out = self.measure(0)
-            self.course.history.append(TrainPoint(0, None, held_out, 0.0, 0.0))
+            held_out, passages = self.measure(0)
+            self.course.history.append(TrainPoint(0, None, held_out, 0.0, 0.0, passages))
             self.report(control, held_out)
 
     def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]

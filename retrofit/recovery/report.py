@@ -11,9 +11,10 @@ from retrofit.recovery.callbacks import TrainPoint
 class RecoverReport:
     """What a recovery did. Losses are nats per token, of the objective trained on (KL for distill).
 
-    history: the start (step 0) and every step. best_step: whose weights were kept, 0 for the start. seconds and
-    peak_bytes: wall time over all sessions, and the largest memory of this process (of the GPU on CUDA). notes: how it
-    went; cautions: those among them that its reader has to know.
+    history: the start (step 0) and every step. best_step: whose weights were kept, 0 for the start. start_passages,
+    best_passages: of held-out passages out of sight of the student's windows, which the weights that are kept may not
+    lose by; None where it has no windows. seconds and peak_bytes: wall time over all sessions, and the largest memory
+    of this process (of the GPU on CUDA). notes: how it went; cautions: those among them that its reader has to know.
     """
 
     history: tuple[TrainPoint, ...]
@@ -22,6 +23,8 @@ class RecoverReport:
     best_step: int
     start_loss: float | None
     best_loss: float | None
+    start_passages: float | None
+    best_passages: float | None
     seconds: float
     peak_bytes: int
     trained_parameters: int

@@ -31,6 +31,7 @@ from retrofit.recovery.callbacks import TrainState, Watch, last_checkpoint
 from retrofit.recovery.layout import ONE_PROCESS, Layout
 from retrofit.recovery.objectives import token_losses
 from retrofit.recovery.on_policy import Writer, marked, own_rows
+from retrofit.recovery.out_of_sight import hiding_window, passages, unmeasured
 from retrofit.recovery.probe import best_rate, in_words, try_rates
 from retrofit.recovery.report import RecoverReport
 from retrofit.recovery.schedule import TrainRows, about, check_lengths, held_out_lines, training_lines
@@ -145,6 +146,10 @@ def recover(
     own = own_rows(lines, recipe.on_policy)
     lines = marked(lines, own, masked=documents)
     measured = None if held_out is None else held_out_lines(held_out, recipe, window, seed)
+    hidden = None if measured is None else hiding_window(pair.spec, pair.teacher_spec)
+    again = None if measured is None or hidden is None else passages(measured, hidden)
+    if hidden is not None and again is None:
+        _note(cautions, progress, unmeasured(hidden))
     sharing = sharing_of(layout, world, pair, device)
     _check_sight(model, lines, recipe, compute, device, sharing)
     for text in (*about(recipe, window, pair.spec), *about_experts(recipe.adapter, pair.spec)):
@@ -181,12 +186,17 @@ def recover(
         _note(notes, progress, in_words(tries))
     arguments = training_arguments(recipe, work_dir, batches, device, seed)
     steps = arguments.max_steps
+
+    def held_out_loss(rows: TrainRows | None) -> HeldOut | None:
+        if rows is None:
+            return None
+        return HeldOut(objective, model, dealt(rows, layout.data_ranks), compute, device, world)
+
     watch = Watch(
         course,
         weights=lambda: trainable(model, keep=world.main),
-        held_out_loss=None
-        if measured is None
-        else HeldOut(objective, model, dealt(measured, layout.data_ranks), compute, device, world),
+        held_out_loss=held_out_loss(measured),
+        passage_loss=held_out_loss(again),
         evaluate_at=frozenset(round(steps * (i + 1) / recipe.evals) for i in range(recipe.evals)) | {steps},
         tokens_per_step=recipe.batch_size * lines.ids_NT.shape[1],
         progress=progress,
@@ -240,6 +250,8 @@ def recover(
         best_step=course.best_step,
         start_loss=course.start_loss,
         best_loss=course.best_loss,
+        start_passages=course.start_passages,
+        best_passages=course.best_passages,
         seconds=course.seconds,
         peak_bytes=max(world.gather(peak_bytes(device))),
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
 
 from retrofit.recipe.schema import Recover
+from retrofit.recovery.adapters import sinks
 from retrofit.recovery.batches import LEARNED, WEIGHTS, MicroBatches
 from retrofit.recovery.callbacks import DivergedError
 from retrofit.recovery.checkpoints import load_optimizer, load_weights, save_optimizer, save_weights
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 SCHEDULER = "scheduler.pt"
+SINK_RATE = 10.0
+"""The learning rate of sinks over that of the adapters. Adam moves a number by about its rate in a step; adapters
+change scores by products of two matrices, and a sink is one score alone."""
 
 
 class Objective:
@@ -39,6 +43,7 @@ class Objective:
 
     def __init__(self, pair: StudentTeacher, recipe: Recover, sharing: Sharing | None = None) -> None:
         self.pair, self.recipe, self.sharing = pair, recipe, sharing or Whole()
+        self.sinks = tuple(f".{name}" for name in sinks(recipe.adapter, pair.spec))
 
     @torch.no_grad()
     def target(
@@ -137,6 +142,20 @@ class RecoveryTrainer(Trainer):
         share = sharing.share(inputs)
         with sharing.attention(inputs["input_ids"].shape[1]):
             return super().training_step(model, share, num_items_in_batch)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW, in which sinks have a rate of their own and do not decay: they are logits, not weights."""
+        again = self.optimizer is not None
+        made: torch.optim.Optimizer = super().create_optimizer(model)
+        trained = self._trained() if model is None else model
+        own = [p for name, p in trained.named_parameters() if p.requires_grad and name.endswith(self.objective.sinks)]
+        if own and not again:
+            taken = set(map(id, own))
+            for group in made.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in taken]
+            rate = SINK_RATE * self.args.learning_rate
+            made.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
+        return made
 
     def _prepare_context_parallel_inputs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Any, Any]:
         """Rows are shared out already, whatever accelerate is configured to do."""

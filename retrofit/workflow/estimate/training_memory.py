@@ -114,6 +114,8 @@ def trained_parameters(spec: AttentionSpec, adapter: Adapter) -> int:
     count *= adapter.rank
     if adapter.embeddings:
         count += ((1 if spec.tied_embeddings else 2) * spec.vocab_size + (spec.learned_positions or 0)) * width
+    if adapter.sinks:
+        count += sum(layer.query_heads for layer in spec.layers if layer.sinks is not None)
     return count
 
 
