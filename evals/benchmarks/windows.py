@@ -13,7 +13,6 @@ Writes results/windows.json, .md and .svg after each. Pieces of the novels are w
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import os
 import subprocess
@@ -36,28 +35,30 @@ PASSAGE, APART = 256, 2304  # tokens that come again, and how far after their fi
 RECOGNISED = 32  # tokens of the second copy that do not count: the passage has to be recognised
 NEEDLES = {"needle": [4096], "depths": 10, "multi_key": True}
 CHARS = 16  # of a piece for each token that is read of it, more than any novel has
-BITS = {"q8_0": 8.5, "q4_0": 4.5, "fp8_e4m3": 8.0}  # of a value in the cache, with the scale of its block
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """How a checkpoint is made: what is done to which other one."""
+    """How a checkpoint is made: what is done to which other one. full: so many layers keep full attention, those that
+    need it most by what was measured for RANKED: measured once, not for every row."""
 
     start: str
     verb: Literal["window", "convert", "recover"]
     options: Mapping[str, Any]
+    full: int | None = None
 
 
+RANKED = "windows"
 CHECKPOINTS: Mapping[str, Checkpoint] = {
     "windows": Checkpoint("original", "window", {"size": 1024, "full_layers": 6}),
     "windows-trained": Checkpoint("windows", "recover", {}),
-    "windows-512": Checkpoint("original", "window", {"size": 512, "full_layers": 6}),
-    "windows-8": Checkpoint("original", "window", {"size": 512, "full_layers": 3}),
+    "windows-512": Checkpoint("original", "window", {"size": 512}, 6),
+    "windows-8": Checkpoint("original", "window", {"size": 512}, 3),
     "windows-8-trained": Checkpoint("windows-8", "recover", {}),
     "heads": Checkpoint("original", "convert", {"kv_heads": 1}),
     "heads-trained": Checkpoint("heads", "recover", {}),
-    "heads-windows-8": Checkpoint("heads", "window", {"size": 1024, "full_layers": 10}),
-    "heads-windows-12": Checkpoint("heads", "window", {"size": 1024, "full_layers": 6}),
+    "heads-windows-8": Checkpoint("heads", "window", {"size": 1024}, 10),
+    "heads-windows-12": Checkpoint("heads", "window", {"size": 1024}, 6),
     "heads-windows-12-trained": Checkpoint("heads-windows-12", "recover", {}),
 }
 
@@ -131,10 +132,6 @@ def main() -> None:
         parser.error(f"{options.books} holds no *.txt")
     first = [f"original{FAR}"] if any(name.endswith(FAR) for name in parts) else []
     for name in dict.fromkeys(["original", *first, *parts]):  # what the others are compared with
-        row = EVERY[name.removesuffix(FAR)]
-        if row.cache and "kv_cache_dtype" not in inspect.signature(_evaluate()).parameters:
-            print(f"{name}: left out, `evaluate` has no kv_cache_dtype", flush=True)
-            continue
         if not result_file(options.work, name).exists():
             _in_process(options, name)
         save(options.work, options.out)
@@ -181,12 +178,22 @@ def checkpoint(work: Path, name: str) -> str:
         assert section
         write(recipe_of("recover", {"model": start}, {"recover": section.model_dump(mode="json")}), out, original=MODEL)
     else:
-        {"window": retrofit.window, "convert": retrofit.convert}[how.verb](start, out=out, **how.options)
+        full = {} if how.full is None else {"full_layers": ranked(work, how.full)}
+        {"window": retrofit.window, "convert": retrofit.convert}[how.verb](start, out=out, **how.options, **full)
     return str(out)
+
+
+def ranked(work: Path, count: int) -> list[int]:
+    """The layers that need full attention most."""
+    from retrofit.checkpoint.provenance import read_provenance
+
+    (step,) = read_provenance(Path(checkpoint(work, RANKED)))["steps"]
+    return sorted(step["result"]["choice"]["ranking"][:count])
 
 
 def _at_8k(books: Path, work: Path, name: str, folder: str, cache: str | None) -> dict[str, Any]:
     """Text, passages out of sight, needles and short prompts within the model's own positions."""
+    from retrofit.model.cache_dtype import AUTO, cache_bytes
     from retrofit.model.folder import opened
     from retrofit.model.source import resolve
 
@@ -204,10 +211,10 @@ def _at_8k(books: Path, work: Path, name: str, folder: str, cache: str | None) -
     )
     again = passages(books, work / "passages")
     _evaluate()(folder, text=again, lengths=[PASSAGE + APART], out=place / "passages.npz", **usual)
-    spec, bits = opened(resolve(folder).folder).spec, BITS[cache] if cache else 16.0
+    spec = opened(resolve(folder).folder).spec
     cells = text.long_context.needle.cells
     return {
-        "kv_cache_bytes": {n: round(spec.kv_cache_bytes(n, 1) * bits / 8) for n in (LENGTH, FAR_LENGTH)},
+        "kv_cache_bytes": {n: cache_bytes(spec, n, cache or AUTO, value_bytes=2) for n in (LENGTH, FAR_LENGTH)},
         "novels": _ratio(work, name, "text", LENGTH),
         "passages": _copies(work, name),
         "needles": {

@@ -10,6 +10,7 @@ import pytest
 
 from evals.benchmarks import windows
 from evals.benchmarks.windows import Checkpoint, Row
+from retrofit.model.cache_dtype import CACHE_DTYPES
 from retrofit.model.load import load_tokenizer
 from tests.tiny import save_tiny
 
@@ -76,8 +77,8 @@ def test_a_passage_comes_again_where_the_document_ends(run: Any, tmp_path: Path)
         assert ids[apart : apart + passage] == ids[:passage]
 
 
-def test_rows_of_a_cache_dtype_say_how_many_bits_it_takes() -> None:
-    assert {row.cache for row in windows.EVERY.values()} - {None} <= windows.BITS.keys()
+def test_every_row_is_of_a_checkpoint_and_a_cache_that_there_are() -> None:
+    assert {row.cache for row in windows.EVERY.values()} - {None} <= CACHE_DTYPES.keys()
     assert {row.checkpoint for row in windows.EVERY.values()} <= {"original", *windows.CHECKPOINTS}
     assert len({row.kind for row in windows.EVERY.values()}) <= 6  # styles of the chart
     assert all(isinstance(row, Row) for row in windows.EVERY.values())

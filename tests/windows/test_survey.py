@@ -39,10 +39,12 @@ def same(one: LayerMoments, other: LayerMoments) -> bool:
     )
 
 
+@pytest.mark.parametrize("windows", [WINDOWS, (16,)])
 @pytest.mark.usefixtures("exact_products")
-def test_moments_are_those_of_each_layer_on_the_stream_that_enters_it(tmp_path: Path) -> None:
+def test_moments_are_those_of_each_layer_on_the_stream_that_enters_it(tmp_path: Path, windows: tuple[int, ...]) -> None:
+    """Also with one window, which flash attention computes."""
     folder, (text, rows) = save_tiny(tmp_path / "model"), given()
-    survey(ModelFolder(folder), text, rows, WINDOWS, tmp_path / "moments", work=tmp_path / "work")
+    survey(ModelFolder(folder), text, rows, windows, tmp_path / "moments", work=tmp_path / "work")
     assert saved(tmp_path / "moments") == (0, 1)
     assert not list((tmp_path / "work").glob("original-*")), "the streams are gone"
     model = ModelFolder(folder)
@@ -51,7 +53,7 @@ def test_moments_are_those_of_each_layer_on_the_stream_that_enters_it(tmp_path: 
         hidden = tiny_model("llama")(text.input_ids_NT, output_hidden_states=True).hidden_states[1]
     _, kwargs = stream.embed(text.input_ids_NT)
     with stream.layer(1) as run:
-        sums = WindowSums(WINDOWS, read_layer(model.checkpoint.tensor, model.spec.layers[1]).o_CHD)
+        sums = WindowSums(windows, read_layer(model.checkpoint.tensor, model.spec.layers[1]).o_CHD)
         sums.add(run.attention_inputs(hidden, kwargs[1]), token_weights(hidden))
     expected, found = sums.finish(1), load(tmp_path / "moments", 1)
     assert found.text.tokens == 6 * 64
