@@ -172,6 +172,8 @@ def checkpoint(work: Path, name: str) -> str:
     if name == "original":
         return MODEL
     how, out = CHECKPOINTS[name], work / name
+    if out.is_dir():  # whole, as a command leaves it, and the same for all rows that are made from it
+        return str(out)
     start = checkpoint(work, how.start)
     if how.verb == "recover":
         section = load_recipe("window", model=MODEL).recover
