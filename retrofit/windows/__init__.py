@@ -1,6 +1,6 @@
 """Sliding windows: layers that look back a fixed number of tokens, with a sink where the target has one."""
 
-VERSION = 1
+VERSION = 2
 """Of what windows compute: raise it when the same inputs would give other bytes."""
 
 ROW_WINDOWS = 2

@@ -33,7 +33,7 @@ from retrofit.kv_heads.repair.refit import RidgeSums, refit
 from retrofit.kv_heads.repair.repairs import with_output
 from retrofit.model.folder import ModelFolder
 from retrofit.model.load import product_dtype
-from retrofit.model.spec import LayerAttention
+from retrofit.model.spec import LayerAttention, TensorSlot
 from retrofit.system.dealing import collected, own_share
 from retrofit.system.device import algebra_device, calibration_tokens
 from retrofit.system.world import ALONE, World
@@ -42,7 +42,7 @@ from retrofit.windows.heads import as_it_is, joined, under
 from retrofit.windows.moments import WindowSums
 from retrofit.windows.outcome import Rise, WindowLayerReport
 from retrofit.windows.rows import Repeats
-from retrofit.windows.sinks import fit_sinks
+from retrofit.windows.sinks import fit_sinks, given_back
 from retrofit.windows.survey import token_weights
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class WindowedRun:
                 scale, undone = self._model.spec.residual_scale, hidden - x_converted.read(i, self._device)
                 self._targets.write(i, attention if scale is None else attention + undone / scale)
         if index in self._windows.windowed:
-            sinks_H, report = self._window(run, layer, weights)
+            sinks_H, weights, report = self._window(run, layer, weights)
         else:
             sinks_H, report = None, WindowLayerReport(index, layer.window)
             for i in self._own:
@@ -178,8 +178,9 @@ class WindowedRun:
         # The output projection of a full layer is left alone: a refit would make it give what text misses elsewhere, at
         # the cost of what it finds far away.
         repairs = self._windows.repair and index in self._windows.windowed
-        names = [slot.name for slot in (layer.o, layer.o_bias) if slot is not None] if repairs else []
+        names = _names(layer.o_bias) if index in self._windows.windowed else []
         if repairs:
+            names = _names(layer.o, layer.o_bias)
             weights, outcome = self._repaired(weights, sinks_H, index)
             report = replace(report, repairs=(outcome,))
             if outcome.accepted:
@@ -192,8 +193,11 @@ class WindowedRun:
             weights, names = replace(weights, sinks_H=sinks_H.clamp_min(NO_SINK)), [*names, layer.sinks]
         return write_layer(weights, layer, names), report
 
-    def _window(self, run: LayerRun, layer: LayerAttention, weights: LayerWeights) -> tuple[Tensor, WindowLayerReport]:
-        """The sinks of a layer, [H]; leaves what its heads give under the window on disk, without sinks."""
+    def _window(
+        self, run: LayerRun, layer: LayerAttention, weights: LayerWeights
+    ) -> tuple[Tensor, LayerWeights, WindowLayerReport]:
+        """The sinks of a layer, [H], and its weights, whose output projection's bias, where it has one, gives back the
+        mean of what is lost. Leaves what the heads give under the window on disk, without sinks."""
         size, stream = self._windows.size, self.work.stream("converted", layer.index)
         sums = WindowSums((size,), weights.o_CHD, self._device)
         for i in self._own:
@@ -208,7 +212,11 @@ class WindowedRun:
             self._lse.write(i, lse)
         sums.together(self._world)
         moments, sinks = sums.finish(layer.index), self._windows.sinks and layer.sinks is not None
-        fit = fit_sinks(moments, sinks=sinks, centred=self._windows.repair and weights.o_bias_C is not None)
+        fit = fit_sinks(moments, sinks=sinks, centred=weights.o_bias_C is not None)
+        if weights.o_bias_C is not None:
+            mean_C = given_back(moments, fit, weights.o_CHD.cpu()).to(weights.o_bias_C)
+            weights = replace(weights, o_bias_C=weights.o_bias_C + mean_C)
+            run.load(write_layer(weights, layer, _names(layer.o_bias)))
         energy = float(fit.full_WH.sum())
         report = WindowLayerReport(
             layer.index,
@@ -218,7 +226,7 @@ class WindowedRun:
             bare=float(fit.bare_WH.sum()) / energy,
             lost=float(fit.lost_WH.sum()) / energy,
         )
-        return fit.sinks_WH[0].float(), report
+        return fit.sinks_WH[0].float(), weights, report
 
     def _z(self, batch: int, sinks_H: Tensor | None) -> Tensor:
         """What the output projection reads, [B, T, N]."""
@@ -276,3 +284,7 @@ class WindowedRun:
             found.append(self._rows.means(torch.cat([losses[i] for i in range(first, len(self._batches))])))
         before, after = found
         return Rise(**{part: after[part] - before[part] for part in after})
+
+
+def _names(*slots: TensorSlot | None) -> list[str]:
+    return [slot.name for slot in slots if slot is not None]

@@ -73,6 +73,13 @@ def evaluate_sinks(moments: WindowMoments, sinks_WH: Tensor, *, centred: bool = 
     )
 
 
+def given_back(moments: WindowMoments, fit: SinkFit, o_CHD: Tensor) -> Tensor:
+    """What the output projection makes of the mean of what is lost under the only window, [C], float64: with it in a
+    bias the error has no mean any more. The mean is by the tokens' weights, as the error is."""
+    [mean_HD] = fit.mean_WHD
+    return torch.einsum("chd,hd->c", o_CHD.double(), mean_HD / moments.weight_2W.sum())
+
+
 def _left(sinks_WH: Tensor) -> Tensor:
     """What of the output a sink leaves at each node, [W, H, N]."""
     return torch.sigmoid(nodes() - sinks_WH[..., None])
