@@ -19,6 +19,7 @@ from retrofit.checkpoint.config import is_number, is_whole
 from retrofit.context import frequencies as spectra
 from retrofit.context.fields import RopeView, as_dict, original_length, text_part, views
 from retrofit.context.learned import has_table
+from retrofit.context.longrope import written_as_longrope
 
 Verdict = Literal["same", "differs", "error", "proves nothing", "not tried"]
 HEADS = "heads"
@@ -121,6 +122,10 @@ def _method(text: Mapping[str, Any]) -> str:
         return WRITTEN if _writes_factor(text, full) else "yarn"
     if full.rope_type != "longrope":
         return full.rope_type
+    # What the queries hold changes no reader's encoding: the lists alone say which method was run.
+    folded = written_as_longrope(text, full, known, held=math.nan) if known is not None else None
+    if folded is not None:
+        return folded[0]
     return "longrope" if got.get("short_factor") == got.get("long_factor") else TWO_LISTS
 
 
