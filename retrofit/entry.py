@@ -52,19 +52,21 @@ def begun(
     revision: str | None = None,
     out: Path | None = None,
     writes: tuple[Path | None, ...] = (),
+    options: str | None = None,
     torch: bool = True,
     recipe: Recipe | None = None,
 ) -> Iterator[World]:
     """The block that does a command's work, when its surroundings are right.
 
     what: the line that says what happens. model: has to be there. out: a new folder, or one that this program wrote.
-    writes: other places that it writes. torch: whether the work needs it. recipe: of work that the processes of a
+    writes: other places that it writes. options: of which command errors are told in, by default the first word of
+    `what`. torch: whether the work needs it. recipe: of work that the processes of a
     launcher share; the block gets their world, else that of one process. In the block failures of the machine become a
     UserError, other libraries print neither progress bars nor warnings, and torch leaves busy cores to other work.
     """
     require_usable()
     launched = ALONE if recipe is None else from_environment()
-    command = what.partition(" ")[0]
+    command = options or what.partition(" ")[0]
     with _worded(command):
         if recipe is not None and recipe.evaluate is not None:
             require_groups(launched, recipe.evaluate.sequence_parallel, command)

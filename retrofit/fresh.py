@@ -19,16 +19,16 @@ from retrofit.escape import visible
 
 CHILD = Path(__file__).with_name("fresh_child.py")
 SHOWN_LINES = 12
-# What may leak a setting of this process into the fresh one; the token has no business there either. It computes on the
-# CPU: a GPU's driver would reserve more address space than any limit allows.
+# What may leak a setting of this process into the fresh one; the token has no business there either.
 _DROPPED = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT", "PYTHONPATH", "PYTHONSTARTUP")
 _SET = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
 }
+# By default it computes on the CPU: a GPU's driver reserves more address space than any limit allows.
+_ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "ROCR_VISIBLE_DEVICES": ""}
 
 
 class FreshError(Exception):
@@ -36,17 +36,18 @@ class FreshError(Exception):
 
 
 def run_fresh(
-    script: Path, job: Mapping[str, Any], *, seconds: float, memory: int, cwd: Path, python: Path | None = None
+    script: Path, job: Mapping[str, Any], *, seconds: float, memory: int | None, cwd: Path, python: Path | None = None
 ) -> dict[str, Any]:
     """What `main(job)` of `script` returns, called in a process started with `-I`, offline, in the folder `cwd`.
 
     seconds: the time it may take. memory: bytes of data that it may hold besides what Python and torch need to start
-    (Linux enforces it). python: the interpreter of another environment. The process ends when this one
-    does, however that ends.
+    (Linux enforces it); it sees no GPU then. None: without a limit, and with the GPUs that this process may use.
+    python: the interpreter of another environment. The process ends when this one does, however that ends.
 
     Raises FreshError when it takes longer, fails or is killed.
     """
     environment = {key: value for key, value in os.environ.items() if key not in _DROPPED} | _SET
+    environment |= {} if memory is None else _ON_CPU
     # The process watches one end of this pipe: the other end is closed when this process is gone.
     watched, held = os.pipe()
     command = [
@@ -56,7 +57,7 @@ def run_fresh(
         str(script),
         str(os.getpid()),
         str(watched),
-        str(memory),
+        str(-1 if memory is None else memory),
     ]
     try:
         done = subprocess.run(
@@ -76,7 +77,8 @@ def run_fresh(
         os.close(held)
     if done.returncode:
         lines = [visible(line) for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
-        ended = f"it ended with code {done.returncode}; it may hold {memory / 2**30:.1f} GiB"
+        limit = "" if memory is None else f"; it may hold {memory / 2**30:.1f} GiB"
+        ended = f"it ended with code {done.returncode}{limit}"
         raise FreshError("\n  ".join([*lines[-SHOWN_LINES:], ended]))
     result = json.loads(done.stdout)
     assert isinstance(result, dict)

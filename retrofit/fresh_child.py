@@ -1,7 +1,7 @@
 """The first lines of a fresh process: it binds itself to its parent and to its limits, then calls a script's `main`.
 
-Run by `fresh.py` as a file (`python -I fresh_child.py SCRIPT PARENT PIPE MEMORY`), never imported: the script may have
-to show that it works without this package.
+Run by `fresh.py` as a file (`python -I fresh_child.py SCRIPT PARENT PIPE MEMORY`, -1 for no limit), never imported: the
+script may have to show that it works without this package.
 """
 
 import ctypes
@@ -50,7 +50,8 @@ def main() -> None:
     """Set up, read the job, answer."""
     script, parent, pipe, memory = sys.argv[1], *map(int, sys.argv[2:5])
     die_with_parent(parent, pipe)
-    limit_memory(memory)
+    if memory >= 0:
+        limit_memory(memory)
     # What libraries print goes to stderr; stdout is for the answer.
     answer = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

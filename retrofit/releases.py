@@ -56,9 +56,15 @@ def certify(
             "--text": text,
             "--lengths": lengths,
             "--documents": documents,
+            "--engine": engines,
+            "--engine-tokens": engine_tokens,
             "--gguf": gguf,
+            "--make-environment": make_environments,
+            "--kernel": kernel,
+            "--device": device,
+            "--overwrite": overwrite or None,
         }
-        return _repaired(folder, {**others, "--overwrite": overwrite or None}, display(progress))
+        return _repaired(folder, others, display(progress))
     measured = {"lengths": ["native", "target"], "cost_lengths": []}
     recipe, shown = recipe_of("certify", {**locals()}, {"evaluate": measured, "publish": {}}), display(progress)
     place = local_path(folder, where="FOLDER")
@@ -109,7 +115,7 @@ def export(
     place = local_path(folder, where="FOLDER")
     into = place.absolute().with_name(f"{place.absolute().name}-gguf") if out is None else out
     target = output_path(into, where="--out")
-    with begun(f"export {place} -> {target}", shown, out=target):
+    with begun(f"export {place} -> {target}", shown, writes=(target,)):  # what stands there is named there
         from retrofit.workflow.export import export as write
 
         return write(recipe, place, target, overwrite=overwrite, progress=shown)

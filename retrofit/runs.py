@@ -152,7 +152,8 @@ def prices(
     read = recipe_of("convert", {"kv_heads": 1, "tokens": tokens}).convert
     command = _command_for_heads(model, recipe, loaded.name, calibrate or (), revision, overrides)
     place: Any = {"model": loaded.model, "revision": revision, "writes": (folder,), "recipe": loaded}
-    with begun(f"price list of {loaded.model}", shown, **place) as world:
+    words = "prices" if recipe is None else "plan"
+    with begun(f"price list of {loaded.model}", shown, options=words, **place) as world:
         from retrofit.workflow.sweep import prices as price
 
         return price(
@@ -203,7 +204,8 @@ def window_prices(
     size_of = read.window.size if read.window else 0
     command = f"retrofit window {name} --size {size_of} --full-layers {{layers}}{options} --out out/windows"
     place: Any = {"model": read.model, "revision": revision, "writes": (folder,), "recipe": read}
-    with begun(f"windows of {read.model}", shown, **place):
+    words = "window_prices" if recipe is None else "plan"
+    with begun(f"windows of {read.model}", shown, options=words, **place):
         from retrofit.workflow.window_list import window_list
 
         return window_list(read, command=command, moments=folder, revision=revision, progress=shown)

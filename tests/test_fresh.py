@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import subprocess
 import sys
@@ -46,6 +47,21 @@ def test_what_goes_wrong_is_told(tmp_path: Path, body: str, seconds: int, said: 
 def test_memory_is_limited(tmp_path: Path) -> None:
     with pytest.raises(FreshError, match="MemoryError"):
         run_fresh(script(tmp_path, "return {'x': len('a' * (1 << 50))}"), {}, seconds=600, memory=GIB, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(("memory", "seen"), [(GIB, ""), (None, "3")])
+def test_gpus_are_seen_without_a_limit_of_memory_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int | None, seen: str
+) -> None:
+    """A GPU's driver reserves more address space than any limit allows."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    limits = "*__import__('resource').getrlimit(__import__('resource').RLIMIT_DATA)"
+    body = f"return {{'found': [os.environ['CUDA_VISIBLE_DEVICES'], {limits}]}}"
+    result = run_fresh(script(tmp_path, body), {}, seconds=600, memory=memory, cwd=tmp_path)
+    now = list(resource.getrlimit(resource.RLIMIT_DATA))
+    assert result["found"][0] == seen
+    if sys.platform == "linux":
+        assert (result["found"][1:] == now) == (memory is None)
 
 
 PARENT = """

@@ -168,6 +168,7 @@ def test_an_error_about_several_options_names_them(command: str, values: dict[st
         ("recover", "recover.positions: pose", "--positions pose"),
         ("recover", "or set allow_repeats: true", "or set --allow-repeats"),
         ("convert", "convert.calibration.text: self", "--calibrate self"),
+        ("certify", "made in /tmp/engines: retrofit certify x", "made in /tmp/engines: retrofit certify x"),
     ],
 )
 def test_a_command_speaks_of_its_options(command: str, text: str, said: str) -> None:

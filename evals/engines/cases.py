@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from retrofit.context.engines import HEADS, TWO_LISTS, WRITTEN
+from retrofit.context.engines import EXPERTS, HEADS, NORMALISED, TWO_LISTS, WRITTEN
 from retrofit.context.methods import METHODS
 from retrofit.model.families import KNOWN
 from retrofit.model.families.refused import REEXPRESSED as REQUIRED
@@ -43,7 +43,7 @@ _SHAPE: Mapping[str, Any] = {
 _PLAIN = {"rope_type": "default", "rope_theta": THETA}
 _FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "qwen3": {"head_dim": 64},
-    "qwen3_moe": {"head_dim": 64, "norm_topk_prob": True},  # as published ones have it, and all that llama.cpp computes
+    "qwen3_moe": {"head_dim": 64, "norm_topk_prob": NORMALISED["qwen3_moe"]},
     "ministral": {"head_dim": 64, "sliding_window": WINDOW},
     "gemma": {"head_dim": 64},
     "gemma2": {"head_dim": 64, "sliding_window": WINDOW, "query_pre_attn_scalar": 64},
@@ -108,6 +108,8 @@ def _cases() -> Iterator[Case]:
     for family in WINDOWED:
         yield Case(family, HEADS, window=True)
         yield Case(family, "yarn", window=True)
+    for family in NORMALISED:
+        yield Case(family, EXPERTS)
     for source, family in REEXPRESSED:
         yield Case(family, HEADS, source=source)
     yield Case("llama", WRITTEN)
@@ -132,18 +134,25 @@ def build(case: Case, folder: Path, work: Path) -> None:
             retrofit.convert(source, out=work / f"{heads.name}-all", reexpress_only=True, target=case.family)
             source = work / f"{heads.name}-all"
         retrofit.convert(source, out=heads, kv_heads=1 if case.family == "gpt_bigcode" else 2, method="mean")
-    if case.method == HEADS:
+    if case.method in (HEADS, EXPERTS):
         folder.mkdir(parents=True)
         for path in heads.iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
+        if case.method == EXPERTS:
+            _change(folder, {"norm_topk_prob": not NORMALISED[case.family]})
         return
     method = case.method.partition(",")[0]
     write_extended(heads, folder, length=LENGTH, method=method, settings=_settings(case, heads))
     if case.method == WRITTEN:
         config = json.loads((folder / "config.json").read_text())
-        for name in ("rope_parameters", "rope_scaling"):
-            config[name]["attention_factor"] = 1.4
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        names = ("rope_parameters", "rope_scaling")
+        _change(folder, {name: {**config[name], "attention_factor": 1.4} for name in names})
+
+
+def _change(folder: Path, fields: Mapping[str, Any]) -> None:
+    """Other fields of a configuration."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}, indent=2))
 
 
 def _settings(case: Case, heads: Path) -> RopeSettings:

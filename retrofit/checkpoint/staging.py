@@ -166,6 +166,25 @@ def staged(
             _remove(replaced)
 
 
+@contextmanager
+def beside(path: Path, name: str) -> Iterator[Path]:
+    """Yield the empty folder `<path>.<name>.partial`, for what is needed for a while on the same disk, and remove it.
+
+    After a kill it stays and the next call empties it: a mark beside it says that it is ours. The caller has `path` for
+    itself. Raises UserError for a folder of that name that is somebody else's.
+    """
+    place = path.resolve()
+    place = place.with_name(f"{place.name}.{name}.partial")
+    _require_ours(place)
+    _remove(place)
+    place.mkdir()
+    _mark(place).write_text(_inode(place), "utf-8")
+    try:
+        yield place
+    finally:
+        _remove(place)
+
+
 def _holds_something(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 

@@ -26,18 +26,26 @@ HEADS = "heads"
 """The method of a window that nothing has lengthened."""
 TWO_LISTS = "longrope, two lists"
 WRITTEN = "yarn, written attention factor"
+EXPERTS = "heads, norm_topk_prob turned round"
+"""The row of experts whose weights are normalised where the family's usually are not, or the other way round."""
+NORMALISED = {"qwen2_moe": False, "qwen3_moe": True, "olmoe": False}
+"""`norm_topk_prob` of the checkpoints that the other rows are of, as the published ones of a family have it. All their
+classes take false where a file does not say."""
 ALWAYS_WINDOWED = ("gemma2", "gemma3_text", "granite_swa", "ministral")
+_WORSE: tuple[Verdict, ...] = ("same", "not tried", "proves nothing", "differs", "error")
 SERVED = ("vllm", "llama.cpp")
 """Engines that a search for portable encodings asks."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What the table knows a configuration by. family: model_type; window: sliding layers that the family may lack."""
+    """What the table knows a configuration by. family: model_type; window: sliding layers that the family may lack;
+    experts: their weights are normalised otherwise than the family's usually are."""
 
     family: str
     method: str
     window: bool
+    experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,13 +81,16 @@ def tried(config: object) -> tuple[Tried, ...]:
 
 
 def differences(config: object) -> tuple[Difference, ...]:
-    """Every engine that computes something else from such an encoding of a longer window without saying so."""
+    """Every engine that computes something else from such an encoding of a longer window, or from such experts, without
+    saying so."""
     subject = subject_of(config)
-    if subject is None or subject.method == HEADS:
+    if subject is None:
         return ()
+    asked = [method for method in _methods(subject) if method != HEADS]
+    found = [(_row(*release, subject, method), method) for release in releases() for method in asked]
     return tuple(
-        Difference(one.engine, _text(one, subject), _fix(one, subject))
-        for one in tried(config)
+        Difference(one.engine, _text(one, subject, method), _fix(one, subject, method))
+        for one, method in found
         if one.verdict == "differs"
     )
 
@@ -87,6 +98,36 @@ def differences(config: object) -> tuple[Difference, ...]:
 def unread(config: object) -> set[str]:
     """Those of `SERVED` that do not compute such a configuration, or refuse it."""
     return {one.engine for one in tried(config) if one.engine in SERVED and one.verdict in ("differs", "error")}
+
+
+def of_environment(config: object, environment: str) -> Tried | None:
+    """What the engine in an environment of this name gave for models like this one; None for names and models that the
+    table does not have."""
+    subject, release = subject_of(config), _release(environment)
+    return None if subject is None or release is None else _look_up(*release, subject)
+
+
+def does_not_know(config: object, environment: str) -> str | None:
+    """The words with which the engine of an environment refused every model of this family, by the family's name; None
+    where it loaded one, or refused something else about it."""
+    subject, release = subject_of(config), _release(environment)
+    if subject is None or release is None:
+        return None
+    found = [row for key, row in _rows().items() if key[:3] == (*release, subject.family)]
+    name = _letters(subject.family)
+    if not found or not all(row["verdict"] == "error" and name in _letters(row["message"]) for row in found):
+        return None
+    return str(found[0]["message"])
+
+
+def _letters(text: str) -> str:
+    """For names that are written `granite_swa` in one place and `GraniteSWA` in another."""
+    return "".join(letter for letter in text.lower() if letter.isalnum())
+
+
+def _release(environment: str) -> tuple[str, str] | None:
+    rows = table()["rows"]
+    return next(((row["engine"], row["version"]) for row in rows if row["environment"] == environment), None)
 
 
 def releases() -> tuple[tuple[str, str], ...]:
@@ -107,7 +148,9 @@ def subject_of(config: object) -> Subject | None:
     if not isinstance(family, str) or not (views(text) or has_table(text)):
         return None
     slides = bool(text.get("sliding_window")) and text.get("use_sliding_window", True) is not False
-    return Subject(family, _method(text), slides and family not in ALWAYS_WINDOWED)
+    normalises = text.get("norm_topk_prob") is True
+    experts = NORMALISED.get(family, normalises) != normalises
+    return Subject(family, _method(text), slides and family not in ALWAYS_WINDOWED, experts)
 
 
 def _method(text: Mapping[str, Any]) -> str:
@@ -150,26 +193,39 @@ def _rows() -> dict[tuple[str, str, str, str, bool], dict[str, Any]]:
 
 
 def _look_up(engine: str, version: str, subject: Subject) -> Tried:
-    row = _rows().get((engine, version, subject.family, subject.method, subject.window))
+    """The worst of the rows that are about a subject; not tried where one of them is missing."""
+    found = [_row(engine, version, subject, method) for method in _methods(subject)]
+    return max(found, key=lambda one: _WORSE.index(one.verdict))
+
+
+def _methods(subject: Subject) -> tuple[str, ...]:
+    """Of the rows that are about a subject."""
+    return (subject.method, *([EXPERTS] if subject.experts else []))
+
+
+def _row(engine: str, version: str, subject: Subject, method: str) -> Tried:
+    row = _rows().get((engine, version, subject.family, method, subject.window and method != EXPERTS))
     if row is None:
         return Tried(engine, version, "not tried")
     return Tried(engine, version, row["verdict"], row["difference"], row["control"], row["message"])
 
 
-def _text(one: Tried, subject: Subject) -> str:
-    what = f" ({one.message})" if one.message else ""
+def _text(one: Tried, subject: Subject, method: str) -> str:
+    message = f" ({one.message})" if one.message else ""
+    what = f"norm_topk_prob {str(not NORMALISED[subject.family]).lower()}" if method == EXPERTS else method
     return (
-        f"{one.engine} {one.version} computes something else{what}: on a tiny {subject.family} with {subject.method} a "
+        f"{one.engine} {one.version} computes something else{message}: on a tiny {subject.family} with {what} a "
         f"log-probability is {one.difference:.2g} nats away from transformers'"
     )
 
 
-def _fix(one: Tried, subject: Subject) -> str:
+def _fix(one: Tried, subject: Subject, method: str) -> str:
     methods = dict.fromkeys(row[3] for row in _rows() if row[2] == subject.family and row[4] == subject.window)
-    same = [
-        method
-        for method in methods
-        if _look_up(one.engine, one.version, Subject(subject.family, method, subject.window)).verdict == "same"
+    longer = [
+        other
+        for other in methods
+        if other not in (HEADS, EXPERTS) and _row(one.engine, one.version, subject, other).verdict == "same"
     ]
-    longer = [method for method in same if method != HEADS]
-    return f"for {one.engine} use {', '.join(longer)}" if longer else "serve it with another engine"
+    if method == EXPERTS or not longer:
+        return "serve it with another engine"
+    return f"for {one.engine} use {', '.join(longer)}"

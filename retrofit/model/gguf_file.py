@@ -144,6 +144,11 @@ def read_header(path: str | Path) -> GgufFile:
     return found
 
 
+def header_of(path: Path) -> gguf_header.Header:
+    """What the header of a GGUF file of any architecture says. Raises UserError for what is no whole file."""
+    return gguf_header.read(path, _kinds(path))
+
+
 def _kinds(path: Path) -> dict[int, tuple[str, int, int]]:
     """{number of a GGML type: its name, values of a block, bytes of a block}."""
     try:

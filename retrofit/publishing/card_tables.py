@@ -75,14 +75,17 @@ def _ppl(value: float) -> str:
 
 
 def gguf_table(card: CardInput) -> list[Markdown]:
-    """GGUF files as a Markdown table: size, perplexity of the same tokens, and how far a token's loss is."""
+    """GGUF files as a Markdown table: size, perplexity of the same tokens, how far a token's loss is, and how often the
+    most probable token is the same."""
     if card.gguf is None:
         return []
-    header = ["file", "size", "perplexity", "/ this folder's", "difference of a token's loss, mean (largest)"]
-    lines = [table_row(header), Markdown("|---|---:|---:|---:|---:|")]
+    far = "difference of a token's loss, mean (largest)"
+    header = ["file", "size", "perplexity", "/ this folder's", far, "same next token"]
+    lines = [table_row(header), Markdown("|---|---:|---:|---:|---:|---:|")]
     for file in card.gguf.files:
         far = f"{file.distance.token:.2g} ({file.distance.largest:.2g})"
-        lines.append(table_row([file.name, fmt.nbytes(file.nbytes), _ppl(file.ppl), f"{file.ratio:.4f}", far]))
+        cells = [file.name, fmt.nbytes(file.nbytes), _ppl(file.ppl), f"{file.ratio:.4f}", far]
+        lines.append(table_row([*cells, f"{file.distance.greedy:.1%}"]))
     return lines
 
 

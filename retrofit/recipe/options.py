@@ -279,9 +279,9 @@ def in_options(command: str, text: str) -> str:
     `--loss lm` for `loss: lm`."""
     for option in sorted(OPTIONS[command], key=lambda option: -len(option.path)):
         if len(option.key) > 1:
-            text = re.sub(rf"(?<![\w.-])(`?){re.escape(option.path)}(?![\w.])\1", option.flag, text)
+            text = re.sub(rf"(?<![\w./-])(`?){re.escape(option.path)}(?![\w.])\1", option.flag, text)
         if option.path not in ("model", "revision"):
-            written = rf"(?<![\w.-])(?:{re.escape(option.key[-1])}|{option.flag}): (?=[\w\[])"
+            written = rf"(?<![\w./-])(?:{re.escape(option.key[-1])}|{option.flag}): (?=[\w\[])"
             if option.kind == "flag":
                 text = re.sub(rf"{written}true\b", option.flag, text)
             else:

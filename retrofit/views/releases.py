@@ -53,18 +53,25 @@ def exported(result: Exported) -> Iterator[Part]:
     """`retrofit export`."""
     yield from gguf_files(result.report)
     yield f"\nfiles: {result.folder}"
+    yield from result.notes
 
 
 def gguf_files(report: GgufReport) -> Iterator[Part]:
     """GGUF files beside the folder that they were made from."""
-    rows: list[tuple[object, ...]] = [
-        (file.name, nbytes(file.nbytes), f"{file.ppl:.4g}", f"{file.ratio:.4f}", f"{file.distance.token:.2g}")
-        for file in report.files
-    ]
     yield Table(
         f"GGUF files in llama.cpp, {report.tokens:,} tokens; the folder itself has perplexity {report.ppl:.4g}",
-        ["file", "size", "perplexity", "/ the folder's", "difference of a token's loss, mean"],
-        rows,
+        ["file", "size", "perplexity", "/ the folder's", "difference of a token's loss, mean", "same next token"],
+        [
+            (
+                file.name,
+                nbytes(file.nbytes),
+                f"{file.ppl:.4g}",
+                f"{file.ratio:.4f}",
+                f"{file.distance.token:.2g}",
+                f"{file.distance.greedy:.1%}",
+            )
+            for file in report.files
+        ],
     )
 
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from retrofit.checkpoint.full import writing
 from retrofit.checkpoint.lock import folder_lock
 from retrofit.checkpoint.provenance import FILE, digest, read_provenance, sha256, write_provenance
-from retrofit.checkpoint.staging import name_file, put_file, require_writable
+from retrofit.checkpoint.staging import beside, name_file, put_file, require_writable
 from retrofit.errors import UserError
 from retrofit.escape import shell_word, shown
 from retrofit.evaluation.long_context import native_length
@@ -126,8 +126,8 @@ def certify(
     steps, came = tuple(record.get("steps") or ()), record.get("source") or {}
     assert recipe.publish is not None
     section = _identity(came, recipe.publish)
-    again = f"retrofit certify {shell_word(folder)} --make-environment"
-    require_engines(section.engines, make=section.make_environments, command=again)
+    again = " ".join([f"retrofit certify {shell_word(folder)}", *(f"--engine {name}" for name in section.engines)])
+    require_engines(section.engines, make=section.make_environments, command=f"{again} --make-environment")
     recipe = recipe.model_copy(update={"model": str(folder), "publish": section})
     with folder_lock(folder), writing(folder):
         context = open_context(recipe, original=original, alone=True, progress=progress)
@@ -153,10 +153,10 @@ def certify(
             commands=commands,
         )
         proven = _with_earlier(record, section, prove(made, models[last], folder, section, data, kept[last].losses))
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.gguf.") as beside:
-            proven = with_gguf(made, folder, section, proven, Path(beside))
-            for path in sorted(Path(beside).iterdir()):
-                name_file(path, folder / path.name, overwrite=True)
+        with beside(folder, "gguf") as place:
+            proven = with_gguf(made, folder, section, proven, place)
+            for path in sorted(place.iterdir()):
+                name_file(path, folder / path.name, overwrite=path.name in (record.get("files") or ()))
         new = dict(record_of(made, models[last], folder, proven, result, ()))
         _write(folder, {**record, **new}, proven.text)
     return Certified(

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.config import read_config
 from retrofit.context import rope
-from retrofit.context.engines import differences
 from retrofit.context.names import with_theta
 from retrofit.errors import UserError
 from retrofit.model.families import stock_class
 from retrofit.publishing.gguf.checking import BEYOND
 from retrofit.publishing.gguf.kinds import most_bytes
-from retrofit.publishing.gguf.writing import LLAMA_CPP, GgufReport, Tools, require_convertible, tools_for, write
+from retrofit.publishing.gguf.writing import GgufReport, Tools, require_convertible, tools_for, write
 from retrofit.publishing.requirements import terms_of
 from retrofit.recipe.schema import Publish
 from retrofit.workflow.estimate.cost import CostModel
@@ -33,20 +32,13 @@ def check_gguf(context: ModelContext, section: Publish, *, weights: bool, work: 
     """
     if not section.gguf:
         return ()
-    tools, config = _tools(context, section, make=section.make_environments and work), published_config(context)
-    notes = [
-        f"{one.text}; the files are compared, and refused if so"
-        for one in differences(config)
-        if one.engine == LLAMA_CPP
-    ]
+    config = published_config(context)
+    tools = _tools(context, section, make=section.make_environments and work)
     if tools is None:
-        return (
-            *notes,
-            "environments are made for llama.cpp's programs, which are asked then whether they know this model",
-        )
+        return ("environments are made for llama.cpp's programs, which are asked then whether they know this model",)
     if weights:
         require_convertible(context.model, tools, config=config, dtype=_written_dtype(context))
-    return notes
+    return ()
 
 
 def published_config(context: ModelContext) -> Mapping[str, Any]:
@@ -66,6 +58,7 @@ def published_config(context: ModelContext) -> Mapping[str, Any]:
         factor=extension.factor,
         method=str(extension.method),
         settings=extension.settings,
+        held=context.held_scale(context.model.path),
         whole=with_theta(raw, loaded),
     )
 

@@ -55,23 +55,29 @@ def require_new(out: Path, *, overwrite: bool) -> bool:
 def done_before(out: Path, question: str) -> dict[str, Any]:
     """What the last step of the finished checkpoint `out` recorded. UserError unless `question` was asked, and where
     its configuration or weights are not what was written."""
-    record = _record(out)
-    if record is None or record.get(QUESTION) != question:
-        raise _taken(out)
     from retrofit.checkpoint.read import Checkpoint
 
     Checkpoint.open(out)
-    written = record.get(FILES)
-    if not isinstance(written, dict):
+    record = answer_of(out, question)
+    return {**record["steps"][-1]["result"], "notes": [f"done before: {shown(out)} is this command's, and is kept"]}
+
+
+def answer_of(out: Path, question: str, *, everything: bool = False) -> dict[str, Any]:
+    """The record of the folder `out`. UserError unless `question` was asked, and where configuration or weights
+    (everything: any file) are not what was written."""
+    record = _record(out)
+    written = record.get(FILES) if record is not None and record.get(QUESTION) == question else None
+    if record is None or not isinstance(written, dict):
         raise _taken(out)
-    for name, now in digest(out).items():
-        if written.get(name) != now:
+    found = digest(out, everything=everything)
+    for name in sorted(found.keys() | (written.keys() if everything else set())):
+        if written.get(name) != found.get(name):
             raise UserError(
                 f"this command wrote the output folder, and `{shown(name)}` was changed since",
                 where=shown(out),
                 fix="move the folder elsewhere to write it again, or give another --out",
             )
-    return {**record["steps"][-1]["result"], "notes": [f"done before: {shown(out)} is this command's, and is kept"]}
+    return record
 
 
 def require_same_or_new(out: Path, question: str | None, *, overwrite: bool) -> bool:
@@ -174,8 +180,9 @@ def _record(out: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return None
-    ours = isinstance(record, dict) and isinstance(record.get("steps"), list) and bool(record["steps"])
-    return record if ours else None
+    if not isinstance(record, dict) or not isinstance(record.get("steps"), list):
+        return None
+    return record if record["steps"] or QUESTION in record else None  # GGUF files of a model that no step has changed
 
 
 def _require_only_ours(out: Path, record: Mapping[str, Any]) -> None:

@@ -16,8 +16,9 @@ import pytest
 from retrofit.checkpoint import staging
 from retrofit.checkpoint.full import writing
 from retrofit.checkpoint.lock import folder_lock
-from retrofit.checkpoint.staging import require_free_space, require_writable, staged
+from retrofit.checkpoint.staging import beside, require_free_space, require_writable, staged
 from retrofit.errors import UserError
+from tests.killing import dying, hunted, nothing
 
 
 def test_staged_renames_when_whole(tmp_path: Path) -> None:
@@ -191,3 +192,25 @@ def test_no_write_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(UserError, match="no permission"), staged(tmp_path / "out"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_beside_is_emptied_after_a_kill_and_never_taken_from_somebody(tmp_path: Path) -> None:
+    left = tmp_path / "long.gguf.partial"
+    with pytest.raises(KeyError), beside(tmp_path / "long", "gguf") as place:
+        assert place == left
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    hunted(lambda limit: _killed_inside(tmp_path / "long", limit), ["inside:1"])
+    assert list(tmp_path.iterdir()) == []
+    left.mkdir()
+    (left / "mine").write_text("x")
+    with pytest.raises(UserError, match="was not made for that"), beside(tmp_path / "long", "gguf"):
+        pass
+    assert (left / "mine").read_text() == "x"
+
+
+def _killed_inside(path: Path, limit: str) -> None:
+    with beside(path, "gguf") as place:
+        assert not list(place.iterdir())
+        (place / "half").write_text("x")
+        dying("inside", limit, nothing, nothing)()

@@ -11,7 +11,19 @@ from evals.engines.cases import ONLY, REAL, cases
 from evals.engines.table import render
 from retrofit import bundled
 from retrofit.context import engines, rope
-from retrofit.context.engines import HEADS, TWO_LISTS, WRITTEN, Subject, Tried, differences, subject_of, tried, unread
+from retrofit.context.engines import (
+    EXPERTS,
+    HEADS,
+    NORMALISED,
+    TWO_LISTS,
+    WRITTEN,
+    Subject,
+    Tried,
+    differences,
+    subject_of,
+    tried,
+    unread,
+)
 from retrofit.context.fields import as_dict
 from retrofit.context.lint import lint
 from retrofit.recipe.engines import ENGINES as NAMES
@@ -19,9 +31,9 @@ from retrofit.recipe.schema import RopeSettings
 from tests.tiny import FAMILIES, tiny_config
 
 INCOMPLETE = ("vllm", "ctranslate2")
-"""Environments that may lack rows: the page and every reader say `not tried` there. `make engines` gives all of them."""
-NEW_FAMILIES = ("ministral",)
-"""Families that came after the table was last written whole."""
+"""Environments that may lack rows: the page and every reader say `not tried` there. `make engines` gives all rows."""
+NEW = ("ministral", EXPERTS)
+"""Families and methods that came after the table was last written whole."""
 ROW = {
     "environment": "vllm",
     "engine": "vllm",
@@ -89,7 +101,7 @@ def test_the_table_is_about_the_families_and_methods_that_there_are() -> None:
     every = {(case.family, case.method, case.window, case.source) for case in cases()}
     assert set(found) <= set(ENGINES)
     assert set().union(*found.values()) - every == set()
-    wanted = {place for place in every if place[0] not in NEW_FAMILIES and place[3] != REAL}
+    wanted = {place for place in every if not {*NEW} & {*place[:2]} and place[3] != REAL}
     for name in set(ENGINES) - set(INCOMPLETE):
         assert wanted - found[name] == set(), name
 
@@ -121,7 +133,7 @@ def test_every_engine_of_a_recipe_can_be_made() -> None:
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ONLY])
 @pytest.mark.parametrize("method", ["ntk", "yarn", "llama3", "linear"])
 def test_an_extended_configuration_is_known_by_its_method(family: str, method: str) -> None:
-    config = tiny_config(family)
+    config = tiny_config(family, **({"norm_topk_prob": NORMALISED[family]} if family in NORMALISED else {}))
     assert subject_of(config) == Subject(family, HEADS, False)
     longer = rope.extend_fields(as_dict(config), factor=4, method=method)
     assert subject_of(longer) == Subject(family, method, False)
@@ -153,6 +165,34 @@ def test_sliding_windows_are_told_apart_where_a_family_may_lack_them() -> None:
     assert subject_of(tiny_config("mistral", sliding_window=16)) == Subject("mistral", HEADS, True)
     assert subject_of(tiny_config("gemma2")) == Subject("gemma2", HEADS, False)
     assert subject_of(tiny_config("qwen2", sliding_window=16)) == Subject("qwen2", HEADS, False)
+
+
+@pytest.mark.parametrize(("family", "usual"), [("qwen2_moe", False), ("qwen3_moe", True), ("olmoe", False)])
+def test_experts_whose_weights_are_normalised_otherwise_than_usual_are_known(family: str, usual: bool) -> None:
+    for norm in (True, False):
+        assert subject_of(tiny_config(family, norm_topk_prob=norm)) == Subject(family, HEADS, False, norm != usual)
+    silent = {key: value for key, value in as_dict(tiny_config(family)).items() if key != "norm_topk_prob"}
+    assert subject_of(silent) == Subject(family, HEADS, False, usual)
+
+
+def test_experts_are_a_row_beside_the_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    same = {**ROW, "family": "qwen3_moe", "verdict": "same", "difference": 1e-6, "control": 2.0, "message": ""}
+    other = {**same, "verdict": "differs", "difference": 0.4, "message": "expert weights normalised"}
+    rows = [{**same, "method": HEADS}, {**same, "method": "yarn"}, {**other, "method": EXPERTS}]
+    monkeypatch.setattr(engines, "table", lambda: {"rows": rows})
+    engines._rows.cache_clear()
+    try:
+        usual, unusual = (tiny_config("qwen3_moe", norm_topk_prob=norm) for norm in (True, False))
+        assert [one.verdict for one in tried(usual)] == ["same"]
+        assert tried(unusual) == (Tried("vllm", "1", "differs", 0.4, 2.0, "expert weights normalised"),)
+        longer = rope.extend_fields(as_dict(unusual), factor=4, method="yarn")
+        for config in (unusual, longer):
+            [one] = differences(config)
+            assert "on a tiny qwen3_moe with norm_topk_prob false a log-probability is 0.4 nats away" in one.text
+            assert one.fix == "serve it with another engine"
+        assert not differences(rope.extend_fields(as_dict(usual), factor=4, method="yarn"))
+    finally:
+        engines._rows.cache_clear()
 
 
 @pytest.mark.usefixtures("made_up")

@@ -116,7 +116,9 @@ def test_an_engine_that_is_not_there_is_told_before_the_work(
     refused = retrofit("certify", folder, "--engine", "transformers-4.51")
     assert refused.exit_code == 2
     assert "transformers-4.51 is not installed here" in refused.output
-    assert f"retrofit certify {folder} --make-environment" in refused.output
+    where = tmp_path / "cache" / "engines"
+    command = f"retrofit certify {folder} --engine transformers-4.51 --make-environment"
+    assert f"let one be made, in {where}: {command}" in " ".join(refused.output.split())
     assert "vllm" in retrofit("certify", folder, "--engine", "torchserve").output
 
 

@@ -11,7 +11,9 @@ import pytest
 
 from retrofit.checkpoint.provenance import digest
 from retrofit.errors import UserError
+from retrofit.publishing.engines.converter import Conversion
 from retrofit.publishing.verify import require_finished
+from tests.killing import dying, hunted
 from tests.publishing.gguf.stand_ins import llama_cpp
 from tests.workflow.conftest import model, recipe, retrofit, texts
 
@@ -50,9 +52,20 @@ def test_export_writes_a_folder_of_its_own(folder: Path, texts: Path, llama_cpp:
     assert [one["kind"] for one in record["gguf"]["files"]] == ["f16", "q4_k_m"]
     assert [step["step"] for step in record["steps"]] == ["extend"]
 
+    (llama_cpp / "quantise.py").write_text("raise SystemExit('asked again')")
+    (folder / "README.md").write_text("a card")
+    same = retrofit("export", folder, "--gguf", "F16,q4_k_m", *asked(texts), "--reload-tokens", 64)
+    assert same.exit_code == 0, same.output
+    assert "done before" in same.output
     again = retrofit("export", folder, "--gguf", "f16", *asked(texts))
     assert again.exit_code == 2
     assert "give another --out" in again.output
+    whole = (out / "long-F16.gguf").read_bytes()
+    (out / "long-F16.gguf").write_bytes(whole[:-1])
+    changed = retrofit("export", folder, "--gguf", "F16,q4_k_m", *asked(texts), "--reload-tokens", 64)
+    assert changed.exit_code == 2
+    assert "`long-F16.gguf` was changed since" in changed.output
+    (out / "long-F16.gguf").write_bytes(whole)
     replaced = retrofit("export", folder, "--gguf", "f16", *asked(texts), "--overwrite")
     assert replaced.exit_code == 0, replaced.output
     assert {path.name for path in out.iterdir()} == {"long-F16.gguf", "retrofit.json"}
@@ -73,11 +86,36 @@ def test_export_refuses_what_is_no_type(folder: Path, options: tuple[str, ...], 
 
 def test_export_refuses_before_work(folder: Path, texts: Path, llama_cpp: Path, tmp_path: Path) -> None:
     assert "no safetensors weights" in retrofit("export", texts, "--gguf", "f16").output
+    for place in (folder, folder / "inside"):
+        inside = retrofit("export", folder, "--gguf", "q8_0", "--out", place, *asked(texts))
+        assert inside.exit_code == 2
+        assert f"retrofit certify {folder} --gguf q8_0" in " ".join(inside.output.split())
     (llama_cpp / "convert.py").write_text((llama_cpp / "convert.py").read_text().replace('{"LlamaForCausalLM"}', "{}"))
     found = retrofit("export", folder, "--gguf", "q8_0", *asked(texts))
     assert found.exit_code == 2
     assert "Model LlamaForCausalLM is not supported" in found.output
     assert not folder.with_name("long-gguf").exists()
+
+
+def test_a_file_of_somebody_else_is_neither_trusted_nor_replaced(folder: Path, texts: Path, llama_cpp: Path) -> None:
+    out = folder.with_name("long-gguf")
+    out.mkdir()
+    (out / "long-Q8_0.gguf").write_bytes(b"hours of work")
+    for more in ((), ("--overwrite",)):
+        found = retrofit("export", folder, "--gguf", "q8_0", *asked(texts), *more)
+        assert found.exit_code == 2
+        said = " ".join(found.output.split())
+        assert "`long-Q8_0.gguf` is there already, and this program did not write it: it cannot be read" in said
+    assert (out / "long-Q8_0.gguf").read_bytes() == b"hours of work"
+
+
+def test_an_export_of_a_model_that_no_step_changed_can_be_replaced(model: Path, texts: Path, llama_cpp: Path) -> None:
+    out = model.with_name("plain-gguf")
+    for kinds, more in (("f16", ()), ("q8_0", ("--overwrite",))):
+        options = ("--gguf", kinds, "--text", texts / "held.txt", "--lengths", 64, "--documents", 1, "--out", out)
+        found = retrofit("export", model, *options, *more)
+        assert found.exit_code == 0, found.output
+    assert sorted(path.name for path in out.iterdir()) == ["retrofit.json", "tiny-Q8_0.gguf"]
 
 
 def test_programs_that_are_not_there_name_the_option(
@@ -107,6 +145,27 @@ def test_a_certified_folder_holds_them_and_can_be_published(folder: Path, texts:
     again = require_finished(folder, stated=STATED)
     assert again.files == finished.files
     assert "## GGUF" in again.card
+
+
+def test_a_killed_call_leaves_nothing_that_the_next_one_keeps(
+    folder: Path, texts: Path, llama_cpp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retrofit.publishing.gguf import writing
+
+    known = writing.convert_all
+
+    def half(files: list[Conversion], **_: object) -> None:
+        if not files[0].check:
+            files[0].out.write_bytes(b"half")
+
+    def attempt(limit: str) -> None:
+        monkeypatch.setattr(writing, "convert_all", dying("convert", limit, known, half))
+        found = retrofit("certify", folder, "--gguf", "q8_0", *asked(texts))
+        assert found.exit_code == 0, found.output + repr(found.exception)
+
+    hunted(attempt, ["convert:2"])  # after the check before the work
+    assert {path.name for path in folder.parent.iterdir()} == {"long", llama_cpp.name}
+    assert [path.name for path in folder.glob("*.gguf")] == ["long-Q8_0.gguf"]
 
 
 def test_a_run_publishes_them(

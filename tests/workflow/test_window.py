@@ -218,3 +218,11 @@ def test_mistakes_in_a_list_are_told(qwen: Path, options: tuple[object, ...], wo
     result = retrofit("plan", qwen, *options)
     assert result.exit_code == 2, result.output
     assert words in result.output
+
+
+def test_a_list_of_windows_that_hold_everything_names_its_option(qwen: Path) -> None:
+    for options in ((), ("--size", 9999)):
+        result = retrofit("plan", qwen, "--windows", *options)
+        assert result.exit_code == 2, result.output
+        assert "holds all of the model's 512 positions" in result.output
+        assert "where: --size" in result.output

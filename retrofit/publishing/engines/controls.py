@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from retrofit.context.engines import NORMALISED
 from retrofit.context.fields import LAYER_THETAS, RopeView, as_dict, layer_thetas, text_part, views
 from retrofit.context.learned import has_table
 
@@ -17,7 +18,8 @@ def controls_of(config: object) -> dict[str, dict[str, Any]]:
     """By name, the fields of the (text) configuration that are replaced. config: as transformers 5 loads it.
 
     The scaling of positions is ignored; where there is none, the base is lost. Sliding windows are ignored where all
-    layers have them by one field. Learned positions have neither: the scale of attention is ignored.
+    layers have them by one field, and so is `norm_topk_prob` where it is another than the family's usual one. Learned
+    positions have neither: the scale of attention is ignored.
     """
     _, text = text_part(as_dict(config))
     if has_table(text):
@@ -36,6 +38,9 @@ def controls_of(config: object) -> dict[str, dict[str, Any]]:
             found["theta lost"] = {"rope_parameters": _plain(read, full, theta)}
     if text.get("sliding_window") and text.get("use_sliding_window", True) and len(read) == 1:
         found["window ignored"] = {"sliding_window": UNLIMITED}
+    usual = NORMALISED.get(str(text.get("model_type")))
+    if usual is not None and (text.get("norm_topk_prob") is True) != usual:
+        found[f"expert weights {'' if usual else 'not '}normalised"] = {"norm_topk_prob": usual}
     return found
 
 

@@ -51,7 +51,7 @@ def refused(error: str, folder: Path) -> UserError:
     return UserError(
         f"llama.cpp's converter cannot write this folder as GGUF: {shown(error)}",
         where=shown(folder),
-        fix="leave GGUF out; `retrofit inspect` says which engines read this architecture",
+        fix="leave GGUF out: these are the converter's own words for what it does not know",
     )
 
 

@@ -22,6 +22,9 @@ SCRIPTS = {
     "mlx": "with_mlx",
     "ctranslate2": "with_ctranslate2",
 }
+ON_GPUS = ("vllm", "llama.cpp")
+"""Engines that compute on this machine's GPUs where somebody installed a build for them; the environments that are made
+here are for CPUs."""
 START_SECONDS = 600.0
 SECONDS_PER_REQUEST = 120.0
 SLOW_FLOPS = 1e9  # of a machine that this is tried on
@@ -86,6 +89,11 @@ def engine_of(name: str) -> str:
     return next(engine for engine in SCRIPTS if name == engine or name.startswith(f"{engine}-"))
 
 
+def computes_on_gpus(environment: Environment) -> bool:
+    """Whether the engine of an environment sees the GPUs that this process may use, if there are any."""
+    return not environment.pinned and engine_of(environment.name) in ON_GPUS
+
+
 def score(environment: Environment, requests: Sequence[Request]) -> list[Scored]:
     """Score every request in one process, one after the other.
 
@@ -105,7 +113,7 @@ def score(environment: Environment, requests: Sequence[Request]) -> list[Scored]
                 PROGRAM,
                 job,
                 seconds=START_SECONDS + SECONDS_PER_REQUEST * len(requests) + stored * tokens / SLOW_FLOPS,
-                memory=ROOM + 8 * longest,
+                memory=None if computes_on_gpus(environment) else ROOM + 8 * longest,
                 cwd=Path(place),
                 python=environment.python,
             )

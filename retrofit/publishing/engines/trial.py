@@ -7,12 +7,12 @@ ignored (its base, where it has none). An engine that cannot load the folder is 
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from retrofit.checkpoint.staging import beside
 from retrofit.context.engines import releases
 from retrofit.errors import UserError
 from retrofit.escape import shown
@@ -63,9 +63,14 @@ class EngineTrial:
         return f"engine@{self.engine}"
 
 
+def environments_of(engine: str) -> tuple[str, ...]:
+    """Names of the environments that an engine needs."""
+    return (engine, CONVERTER) if engine == "llama.cpp" else (engine,)
+
+
 def require_engines(names: Sequence[str], *, make: bool, command: str) -> None:
     """UserError where an engine is not there and none is to be made. command: with which one is made. Makes nothing."""
-    for name in (needed for engine in names for needed in _needed(engine)):
+    for name in (needed for engine in names for needed in environments_of(engine)):
         if not make:
             require(name, make=False, command=command)
 
@@ -89,7 +94,7 @@ def try_engines(
     """
     window = int(spec.max_position_embeddings)
     passages = passages_of(documents, original, window, tokens)
-    environments = {name: [_environment(one, make, progress) for one in _needed(name)] for name in names}
+    environments = {name: [_environment(one, make, progress) for one in environments_of(name)] for name in names}
     needs = spec.kv_cache_bytes(1 + max(len(one.input_ids) for one in passages), 4)
     request = Request(folder, passages, window, cache_bytes=CACHE_BYTES + 2 * needs)
     if progress:
@@ -103,12 +108,14 @@ def try_engines(
             raise _refused(folder, "transformers", one)
     far = {name: distance(reference.rows, one.rows) for name, one in zip(controls, others, strict=True)}
     nearest = min(far, key=lambda name: far[name].largest)
+    read = max(len(one.input_ids) for one in passages)
+    within = [f"within the original window alone, {read:,} tokens"] if read <= original < window else []
     trials = []
     for name, found in environments.items():
         if progress:
             progress.start(f"score in {name}", None, "")
         scored = _scored(folder, request, name, found)
-        trials.append(_trial(name, scored, reference, passages, (nearest, far[nearest])))
+        trials.append(_trial(name, scored, reference, passages, (nearest, far[nearest]), within))
     if progress:
         progress.finish()
         for trial in trials:
@@ -145,8 +152,8 @@ def _scored(folder: Path, request: Request, name: str, environments: Sequence[En
     if not converter:
         [scored] = score(environment, [request])
     else:
-        with tempfile.TemporaryDirectory() as place:
-            path = Path(place) / "model.gguf"
+        with beside(folder, "gguf") as place:
+            path = place / "model.gguf"
             convert(folder, path, "f32", environment=converter[0], name=folder.name)
             [scored] = score(environment, [_at(request, path)])
     if scored.error is not None:
@@ -164,10 +171,11 @@ def _trial(
     reference: Scored,
     passages: Sequence[Passage],
     control: tuple[str, Distance],
+    more: Sequence[str],
 ) -> EngineTrial:
     far = distance(reference.rows, scored.rows)
     known = [version for engine, version in releases() if engine == engine_of(name)]
-    notes = [scored.note] if scored.note else []
+    notes = [*([scored.note] if scored.note else []), *more]
     if scored.version not in known:
         notes.append(f"the table of engines knows {', '.join(known) or 'no release of it'}, not this one")
     return EngineTrial(
@@ -183,11 +191,6 @@ def _trial(
         reference=reference.version,
         notes=tuple(notes),
     )
-
-
-def _needed(engine: str) -> tuple[str, ...]:
-    """Environments that an engine needs."""
-    return (engine, CONVERTER) if engine == "llama.cpp" else (engine,)
 
 
 def _environment(name: str, make: bool, progress: Progress | None) -> Environment:

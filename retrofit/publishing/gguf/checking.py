@@ -18,10 +18,12 @@ from retrofit.data.documents import Document
 from retrofit.errors import UserError
 from retrofit.escape import shown
 from retrofit.evaluation.long_context import native_length
-from retrofit.publishing.gguf.reading import GgufReading, Passage
+from retrofit.publishing.gguf.reading import GgufReading, Passage, Scored
 from retrofit.recipe.values import GgufType
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from retrofit.console import Progress
     from retrofit.model.folder import ModelFolder
 
@@ -39,12 +41,13 @@ differ from the folder's. SmolLM2-135M: 4e-5 and 2e-3 in f16; past its original 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the folder itself gives: a loss for every token of passages in nats, its vocabulary, how it splits TEXTS."""
+    """What the folder itself gives: losses and most probable tokens of passages, its vocabulary, how it splits
+    TEXTS."""
 
     passages: tuple[Passage, ...]
     beyond: Passage | None
-    losses: tuple[np.ndarray, ...]
-    beyond_losses: np.ndarray | None
+    scored: tuple[Scored, ...]
+    beyond_scored: Scored | None
     vocabulary: Mapping[str, int]
     added: frozenset[str]
     texts: tuple[tuple[int, ...], ...]
@@ -56,17 +59,18 @@ class Reference:
     @property
     def ppl(self) -> float:
         """Perplexity of the passages."""
-        return math.exp(float(np.concatenate(self.losses).mean()))
+        return math.exp(float(np.concatenate([one.losses for one in self.scored]).mean()))
 
 
 @dataclass(frozen=True)
 class Distance:
     """Differences of losses (that is, of the log-probabilities of the tokens that follow) in nats: of their mean, and
-    on average and at most of a token."""
+    on average and at most of a token. greedy: share of positions with the same most probable token."""
 
     mean: float
     token: float
     largest: float
+    greedy: float
 
 
 @dataclass(frozen=True)
@@ -87,24 +91,22 @@ def reference_of(
     model: ModelFolder, documents: Sequence[Document], tokens: int, *, device: str, progress: Progress | None = None
 ) -> Reference:
     """Score the first `tokens` tokens of every document, and what lies past the original window, in float32."""
-    from retrofit.evaluation.scoring.score import score
     from retrofit.model.load import load_model
 
     passages = tuple(Passage(tuple(one.input_ids[:tokens].tolist())) for one in documents)
     beyond = _beyond(model, documents)
     asked = [*passages, *([beyond] if beyond else [])]
-    scored = score(
-        load_model(model.path, device=device, dtype="float32"),
-        [Document(f"passage {i}", "gguf", np.asarray(one.ids, np.int64), 0) for i, one in enumerate(asked)],
-        progress=progress,
-    )
-    losses = [np.asarray(one, np.float64) for one in scored.losses]
+    scored = _scored(load_model(model.path, device=device, dtype="float32"), asked, progress)
+    if not all(np.isfinite(one.losses).all() for one in scored):
+        raise UserError(
+            "this folder's own losses are not numbers", where=shown(model.path), fix="retrofit inspect says why"
+        )
     tokenizer = model.tokenizer
     return Reference(
         passages=passages,
         beyond=beyond,
-        losses=tuple(losses[: len(passages)]),
-        beyond_losses=losses[-1][beyond.first :] if beyond else None,
+        scored=tuple(scored[: len(passages)]),
+        beyond_scored=scored[-1] if beyond else None,
         vocabulary=tokenizer.get_vocab(),
         added=frozenset(tokenizer.get_added_vocab()),
         texts=tuple(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in TEXTS),
@@ -113,6 +115,37 @@ def reference_of(
         window=model.spec.max_position_embeddings,
         folder=model.path,
     )
+
+
+def _scored(model: PreTrainedModel, passages: Sequence[Passage], progress: Progress | None) -> list[Scored]:
+    """Every passage in one pass of its own."""
+    import torch
+
+    from retrofit.evaluation.scoring.reader import Reader
+    from retrofit.evaluation.scoring.score import reading
+    from retrofit.model.frequencies import frequencies_of
+
+    found = []
+    with reading(model, None, progress):
+        if progress:
+            progress.start("score the folder itself", sum(len(one.ids) for one in passages), "tokens")
+        for one in passages:
+            reader, losses, greedy = Reader(model, len(one.ids)), [], []
+            ids_T = torch.tensor(one.ids, device=model.device)
+            with frequencies_of(model, len(one.ids)):
+                for offset, hidden_1TC in reader.hidden(ids_T[:-1]):
+                    for row in range(0, hidden_1TC.shape[1], reader.rows):
+                        logits_RV = reader.logits(hidden_1TC[:, row : row + reader.rows])
+                        next_R = ids_T[offset + row + 1 :][: len(logits_RV)]
+                        losses.append(torch.nn.functional.cross_entropy(logits_RV, next_R, reduction="none").cpu())
+                        greedy.append(logits_RV.argmax(-1).cpu())
+                    if progress:
+                        progress.advance(hidden_1TC.shape[1])
+            ours = Scored(torch.cat(losses).double().numpy(), torch.cat(greedy).numpy())
+            found.append(Scored(ours.losses[one.first :], ours.greedy[one.first :]))
+        if progress:
+            progress.finish()
+    return found
 
 
 def _beyond(model: ModelFolder, documents: Sequence[Document]) -> Passage | None:
@@ -145,19 +178,26 @@ def require_same_model(reading: GgufReading, reference: Reference, name: str) ->
 
 
 def _require_same_tokenizer(reading: GgufReading, reference: Reference, name: str) -> None:
-    if len(reading.vocabulary) != reference.rows:
-        raise _another(
-            f"{len(reading.vocabulary):,} tokens, and the folder {reference.rows:,}: another tokenizer", name
-        )
-    for text, index in sorted(reference.vocabulary.items(), key=lambda item: item[1]):
-        # Added tokens may stand there as they are shown, with plain spaces.
-        if text not in reference.added and index < reference.rows and reading.vocabulary[index] != text:
-            found = shown(reading.vocabulary[index], 40)
-            raise _another(f"`{found}` as token {index}, and the folder `{shown(text, 40)}`: another tokenizer", name)
+    other = other_vocabulary(reading.vocabulary, reference.vocabulary, reference.added, reference.rows)
+    if other is not None:
+        raise _another(f"{other}: another tokenizer", name)
     for text, ours, theirs in zip(TEXTS, reference.texts, reading.texts, strict=True):
         if ours != theirs:
             at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(theirs))
             raise _another(f"a tokenizer that splits {text[:30]!r}... differently from token {at} on", name)
+
+
+def other_vocabulary(
+    tokens: Sequence[str], vocabulary: Mapping[str, int], added: frozenset[str], rows: int
+) -> str | None:
+    """Where the tokens of a file are not those of a folder with `rows` of them; None where they are."""
+    if len(tokens) != rows:
+        return f"{len(tokens):,} tokens, and the folder {rows:,}"
+    for text, index in sorted(vocabulary.items(), key=lambda item: item[1]):
+        # Added tokens may stand there as they are shown, with plain spaces.
+        if text not in added and index < rows and tokens[index] != text:
+            return f"`{shown(tokens[index], 40)}` as token {index}, and the folder `{shown(text, 40)}`"
+    return None
 
 
 def _another(what: str, name: str) -> UserError:
@@ -174,26 +214,26 @@ def compared(
     """How far a file is from its folder. stored: it holds the folder's own weights, so that it has to be the same
     function. Raises UserError where it is not, and for losses that are not numbers."""
     name = name or path.name
-    found = np.concatenate(reading.losses[: len(reference.passages)])
-    wanted = np.concatenate(reference.losses)
-    if not np.isfinite(found).all():
+    found = reading.scored[: len(reference.passages)]
+    if not all(np.isfinite(one.losses).all() for one in found):
         raise UserError("llama.cpp computes losses that are not numbers", where=shown(name), fix="ask for another type")
-    distance = distance_of(found, wanted)
+    distance = distance_of(found, reference.scored)
     if stored:
         require_same_function(distance, name, "in its first tokens")
-        if reference.beyond is not None and reference.beyond_losses is not None:
-            far = distance_of(reading.losses[-1], reference.beyond_losses)
+        if reference.beyond is not None and reference.beyond_scored is not None:
+            far = distance_of(reading.scored[-1:], [reference.beyond_scored])
             require_same_function(far, name, f"after {len(reference.beyond.ids) - BEYOND:,} tokens")
     nbytes = path.stat().st_size
-    ppl = math.exp(float(found.mean()))
+    ppl = math.exp(float(np.concatenate([one.losses for one in found]).mean()))
     return GgufFile(kind, name, nbytes, 8 * nbytes / reading.parameters, ppl, ppl / reference.ppl, distance)
 
 
-def distance_of(found: np.ndarray, wanted: np.ndarray) -> Distance:
-    """How far losses are from those that are wanted."""
-    assert found.shape == wanted.shape, f"{found.shape} losses for {wanted.shape}"
-    difference = found - wanted
-    return Distance(float(difference.mean()), float(np.abs(difference).mean()), float(np.abs(difference).max()))
+def distance_of(found: Sequence[Scored], wanted: Sequence[Scored]) -> Distance:
+    """How far passages are from those that are wanted."""
+    difference = np.concatenate([a.losses - b.losses for a, b in zip(found, wanted, strict=True)])
+    same = np.concatenate([a.greedy == b.greedy for a, b in zip(found, wanted, strict=True)])
+    size = np.abs(difference)
+    return Distance(float(difference.mean()), float(size.mean()), float(size.max()), float(same.mean()))
 
 
 def require_same_function(distance: Distance, name: str, place: str) -> None:
@@ -204,6 +244,6 @@ def require_same_function(distance: Distance, name: str, place: str) -> None:
         f"llama.cpp computes something else than this folder {place}: the mean loss differs by {distance.mean:+.3g} "
         f"nats, a token's by {distance.token:.3g} on average and {distance.largest:.3g} at most",
         where=shown(name),
-        fix="leave GGUF out, or extend with --method ntk, which every engine reads; `retrofit inspect` says what "
-        "llama.cpp reads",
+        fix="leave GGUF out; `retrofit inspect` says what llama.cpp computes otherwise, and which method it reads "
+        "(ntk reaches most engines)",
     )

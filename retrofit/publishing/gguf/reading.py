@@ -27,12 +27,21 @@ class Passage:
     first: int = 0
 
 
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Of the tokens after position `first` of a passage: losses: [T - 1 - first] in nats; greedy: int, the most
+    probable token in the place of each."""
+
+    losses: np.ndarray
+    greedy: np.ndarray
+
+
 @dataclass(frozen=True)
 class GgufReading:
     """What llama.cpp made of a file.
 
     metadata: keys of the header with their values as text, without arrays. vocabulary: the text of every token. texts:
-    ids of each text that was asked about. losses: [T - 1 - first] of each passage, in nats.
+    ids of each text that was asked about. scored: every passage.
     """
 
     version: str
@@ -40,7 +49,7 @@ class GgufReading:
     parameters: int
     vocabulary: tuple[str, ...]
     texts: tuple[tuple[int, ...], ...]
-    losses: tuple[np.ndarray, ...]
+    scored: tuple[Scored, ...]
 
 
 def read(
@@ -86,5 +95,8 @@ def read(
         parameters=int(done["parameters"]),
         vocabulary=tuple(done["vocabulary"]),
         texts=tuple(tuple(ids) for ids in done["texts"]),
-        losses=tuple(np.asarray(found, np.float64) for found in done["losses"]),
+        scored=tuple(
+            Scored(np.asarray(losses, np.float64), np.asarray(greedy, np.int64))
+            for losses, greedy in zip(done["losses"], done["greedy"], strict=True)
+        ),
     )

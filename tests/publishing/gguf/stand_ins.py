@@ -72,13 +72,14 @@ def main(job):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.02 * torch.randn(parameter.shape))
-    losses = []
+    losses, greedy = [], []
     for one in job["passages"]:
         ids = torch.tensor([one["ids"]])
         with torch.no_grad():
             logits = model(ids).logits[0, :-1]
         found = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
         losses.append(found[one["first"]:].tolist())
+        greedy.append(logits.argmax(-1)[one["first"]:].tolist())
     tokens = [tokenizer.convert_ids_to_tokens(i) or "" for i in range(model.config.vocab_size)]
     return {
         "version": "b1",
@@ -91,6 +92,7 @@ def main(job):
         "vocabulary": tokens,
         "texts": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in job["texts"]],
         "losses": losses,
+        "greedy": greedy,
     }
 """
 

@@ -14,9 +14,16 @@ import torch
 from retrofit.data.documents import Document
 from retrofit.errors import UserError
 from retrofit.model.folder import ModelFolder
-from retrofit.publishing.gguf.checking import BEYOND, TEXTS, compared, reference_of, require_same_model
+from retrofit.publishing.gguf.checking import (
+    BEYOND,
+    TEXTS,
+    compared,
+    distance_of,
+    reference_of,
+    require_same_model,
+)
 from retrofit.publishing.gguf.kinds import CONVERTED, FTYPES, converted, file_name, most_bytes
-from retrofit.publishing.gguf.reading import GgufReading
+from retrofit.publishing.gguf.reading import GgufReading, Scored
 from retrofit.publishing.gguf.writing import GgufReport, readable, report_of, require_convertible, write
 from retrofit.recipe.schema import Publish
 from tests.publishing.gguf.stand_ins import TOOLS, llama_cpp
@@ -84,16 +91,23 @@ def test_files_stand_beside_their_folder(
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    losses = []
+    losses, best = [], []
     for document in documents:
         ids = torch.from_numpy(document.input_ids[:TOKENS])[None]
         with torch.no_grad():
-            losses.append(torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none"))
+            logits = model(ids).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+        best.append(logits.argmax(-1))
+    found = reference_of(ModelFolder(folder), documents, TOKENS, device="cpu").scored
+    assert np.concatenate([one.greedy for one in found]).tolist() == torch.cat(best).tolist()
+    assert np.concatenate([one.losses for one in found]) == pytest.approx(torch.cat(losses).numpy(), abs=1e-4)
     assert report.ppl == pytest.approx(math.exp(torch.cat(losses).mean()), rel=1e-4)
     same, lossy = report.files
     assert (same.kind, lossy.kind) == ("f16", "q4_k_m")
     assert same.ratio == pytest.approx(1, abs=1e-5)
     assert same.distance.largest < 1e-4
+    assert same.distance.greedy == 1
+    assert 0 < lossy.distance.greedy < 1
     assert lossy.distance.token > 0.01
     assert lossy.ppl / report.ppl == pytest.approx(lossy.ratio)
     assert report.tokens == 2 * TOKENS
@@ -167,7 +181,7 @@ def pair(folder: Path, documents: list[Document]) -> tuple[object, GgufReading]:
         parameters=1000,
         vocabulary=tuple(tokenizer.convert_ids_to_tokens(i) or f"[PAD{i}]" for i in range(reference.rows)),
         texts=tuple(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in TEXTS),
-        losses=(*reference.losses, np.asarray(reference.beyond_losses)),
+        scored=(*reference.scored, reference.beyond_scored),
     )
     return reference, reading
 
@@ -175,7 +189,8 @@ def pair(folder: Path, documents: list[Document]) -> tuple[object, GgufReading]:
 def test_a_passage_ends_past_the_original_window(pair: tuple, documents: list[Document]) -> None:
     reference, _ = pair
     assert len(reference.beyond.ids) == 512 + BEYOND
-    assert len(reference.beyond_losses) == BEYOND
+    assert len(reference.beyond_scored.losses) == BEYOND
+    assert len(reference.beyond_scored.greedy) == BEYOND
     ids = [token for document in documents for token in document.input_ids.tolist()]
     assert list(reference.beyond.ids) == ids[: 512 + BEYOND]
 
@@ -204,17 +219,26 @@ def test_losses_that_differ_are_refused_of_the_stored_weights_alone(pair: tuple,
     file = compared(path, "f32", reading, reference, stored=True)
     assert file.bits == 4
     assert file.ratio == 1
-    near = tuple(one + 0.01 for one in reading.losses)
-    assert compared(path, "f32", replace(reading, losses=near), reference, stored=True).distance.mean > 0.009
-    far = (*reading.losses[:-1], reading.losses[-1] + 0.1)
+    near = shifted(reading, 0.01)
+    assert compared(path, "f32", near, reference, stored=True).distance.mean > 0.009
+    far = replace(reading, scored=(*reading.scored[:-1], shifted(reading, 0.1).scored[-1]))
     with pytest.raises(UserError, match="something else than this folder after 512 tokens"):
-        compared(path, "f32", replace(reading, losses=far), reference, stored=True)
-    off = tuple(one + 0.1 for one in reading.losses)
+        compared(path, "f32", far, reference, stored=True)
+    off = shifted(reading, 0.1)
     with pytest.raises(UserError, match="in its first tokens: the mean loss differs by"):
-        compared(path, "f32", replace(reading, losses=off), reference, stored=True)
-    assert compared(path, "q4_0", replace(reading, losses=off), reference, stored=False).ratio == pytest.approx(
-        math.exp(0.1)
-    )
-    nan = (np.full_like(reading.losses[0], np.nan), *reading.losses[1:])
+        compared(path, "f32", off, reference, stored=True)
+    assert compared(path, "q4_0", off, reference, stored=False).ratio == pytest.approx(math.exp(0.1))
     with pytest.raises(UserError, match="not numbers"):
-        compared(path, "q4_0", replace(reading, losses=nan), reference, stored=False)
+        compared(path, "q4_0", shifted(reading, math.nan), reference, stored=False)
+
+
+def shifted(reading: GgufReading, nats: float) -> GgufReading:
+    """The same with larger losses."""
+    return replace(reading, scored=tuple(Scored(one.losses + nats, one.greedy) for one in reading.scored))
+
+
+def test_the_share_of_positions_with_the_same_most_probable_token() -> None:
+    losses = np.zeros(2)
+    ours = [Scored(losses, np.array([3, 5])), Scored(losses, np.array([7, 1]))]
+    theirs = [Scored(losses, np.array([3, 4])), Scored(losses, np.array([7, 1]))]
+    assert distance_of(theirs, ours).greedy == 0.75

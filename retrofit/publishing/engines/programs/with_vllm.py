@@ -1,4 +1,4 @@
-"""Scores with vLLM on a CPU. Opened by `scoring.py`."""
+"""Scores with vLLM, on a GPU where it is built for one and sees it. Opened by `scoring.py`."""
 
 import gc
 import os
@@ -33,8 +33,8 @@ def score(request: dict[str, Any]) -> list[tuple[Any, Any]]:
     top, window = request["top"] or TOP, request["window"]
     model = _model(request, top)
     accepted = model.llm_engine.model_config.max_model_len
-    if accepted != window:
-        request["note"] = f"start it with --max-model-len {window}: by default it takes {accepted} tokens"
+    notes = [f"start it with --max-model-len {window}: by default it takes {accepted} tokens"] * (accepted != window)
+    request["note"] = "; ".join([*notes, *_device()]) or None
     if accepted < request["context"]:
         del model
         gc.collect()
@@ -44,6 +44,13 @@ def score(request: dict[str, Any]) -> list[tuple[Any, Any]]:
     finally:
         del model
         gc.collect()
+
+
+def _device() -> list[str]:
+    """What it computed on, where that is no CPU."""
+    from vllm.platforms import current_platform
+
+    return [] if current_platform.is_cpu() else [f"on {current_platform.get_device_name()}"]
 
 
 def _model(request: dict[str, Any], top: int, **more: Any) -> Any:

@@ -1,4 +1,5 @@
-"""Reads a GGUF file with llama.cpp: what its header says, how it splits texts, and the loss of every token of passages.
+"""Reads a GGUF file with llama.cpp: what its header says, how it splits texts, and the losses and most probable tokens
+of passages.
 
 Run in the environment of `xllamacpp`, whose extension module exports the functions of llama.h. They are called through
 that C interface; of structures that are given by value only the first fields are set, which `_defaults` looks at first.
@@ -72,8 +73,8 @@ _SIGNATURES = {
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
     """Read `job["file"]`: its metadata, the texts of its tokens, `job["texts"]` as its tokenizer splits them, and the
-    losses of `job["passages"]` (ids, first: the first position whose loss counts), with `threads`. losses: a list for
-    each passage, of the tokens after `first`."""
+    losses of `job["passages"]` (ids, first: the first position whose loss counts), with `threads`. losses, greedy: a
+    list for each passage, of the tokens after `first` and of the most probable token in the place of each."""
     library = _library()
     messages: list[bytes] = []
     quiet = _LOG(lambda level, text, data: messages.append(text) if level >= 4 else None)
@@ -85,6 +86,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         return {"version": _version(), "error": words[-600:] or "no reason is given"}
     vocabulary = library.llama_model_get_vocab(model)
     size = library.llama_vocab_n_tokens(vocabulary)
+    scored = [_scored(library, model, size, one, job["threads"]) for one in job["passages"]]
     return {
         "version": _version(),
         "metadata": dict(_metadata(library, model)),
@@ -93,7 +95,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
             library.llama_vocab_get_text(vocabulary, i).decode("utf-8", errors="replace") for i in range(size)
         ],
         "texts": [_tokens(library, vocabulary, text) for text in job["texts"]],
-        "losses": [_losses(library, model, size, one, job["threads"]) for one in job["passages"]],
+        "losses": [losses for losses, _ in scored],
+        "greedy": [greedy for _, greedy in scored],
     }
 
 
@@ -132,8 +135,10 @@ def _tokens(library: Any, vocabulary: int, text: str) -> list[int]:
     return list(ids[: max(count, 0)])
 
 
-def _losses(library: Any, model: int, size: int, passage: dict[str, Any], threads: int) -> list[float]:
-    """-log p of every token after position `first`, from logits in float32."""
+def _scored(
+    library: Any, model: int, size: int, passage: dict[str, Any], threads: int
+) -> tuple[list[float], list[int]]:
+    """(-log p of every token after position `first`, the most probable token there), from logits in float32."""
     import numpy as np
 
     ids, first = passage["ids"], passage["first"]
@@ -145,7 +150,7 @@ def _losses(library: Any, model: int, size: int, passage: dict[str, Any], thread
     if not context or library.llama_n_ctx(context) < len(ids):
         raise MemoryError(f"llama.cpp makes no context of {len(ids)} tokens")
     library.llama_set_n_threads(context, threads, threads)
-    batch, losses = library.llama_batch_init(BATCH, 0, 1), []
+    batch, losses, greedy = library.llama_batch_init(BATCH, 0, 1), [], []
     for start in range(0, len(ids) - 1, BATCH):
         part = ids[start : start + BATCH]
         wanted = [first <= start + i < len(ids) - 1 for i in range(len(part))]
@@ -159,5 +164,6 @@ def _losses(library: Any, model: int, size: int, passage: dict[str, Any], thread
             row = np.ctypeslib.as_array(library.llama_get_logits_ith(context, i), (size,)).astype(np.float64)
             highest = row.max()
             losses.append(float(highest + np.log(np.exp(row - highest).sum()) - row[ids[start + i + 1]]))
+            greedy.append(int(row.argmax()))
     library.llama_free(context)
-    return losses
+    return losses, greedy
