@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from retrofit.api import (
+        budget_prices,
         certify,
         compare,
         convert,
@@ -43,6 +44,7 @@ COMMANDS = (
     "plan",
     "prices",
     "window_prices",
+    "budget_prices",
     "inspect",
     "convert",
     "window",
@@ -60,6 +62,7 @@ COMMANDS = (
 __all__ = [
     "UserError",
     "__version__",
+    "budget_prices",
     "certify",
     "compare",
     "convert",

@@ -21,7 +21,7 @@ from retrofit.recipe.options import recipe_of
 from retrofit.recipe.relative import are_relative
 from retrofit.recipe.schema import CacheDtype, Definition, Device, Dtype, Kernel
 from retrofit.releases import certify, export, publish
-from retrofit.runs import plan, prices, run, window_prices
+from retrofit.runs import budget_prices, plan, prices, run, window_prices
 from retrofit.surgery import convert, extend, recover, window
 from retrofit.views.notebook import as_tables
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RecipeEntry",
+    "budget_prices",
     "certify",
     "compare",
     "convert",

@@ -23,6 +23,7 @@ from retrofit.workflow.journal import begun_rows, is_run
 from retrofit.workflow.rows import with_rows
 
 if TYPE_CHECKING:
+    from retrofit.budget.rows import BudgetList
     from retrofit.kv_heads.sweep.price_list import PriceList
     from retrofit.windows.price_list import WindowList
     from retrofit.workflow.estimate.cost import Throughput
@@ -156,6 +157,7 @@ def prices(
     with begun(f"price list of {loaded.model}", shown, options=words, **place) as world:
         from retrofit.workflow.sweep import prices as price
 
+        usual: dict[str, Any] = {"throughput": lambda: _measured(loaded)} if measure else {}
         return price(
             loaded,
             command=command,
@@ -163,7 +165,7 @@ def prices(
             tokens=read.calibration.tokens if tokens is not None and read else None,
             moments=folder,
             revision=revision,
-            **({"throughput": lambda: _measured(loaded)} if measure else {}),
+            **usual,
             world=world,
             progress=shown,
         )
@@ -209,6 +211,65 @@ def window_prices(
         from retrofit.workflow.window_list import window_list
 
         return window_list(read, command=command, moments=folder, revision=revision, progress=shown)
+
+
+@as_tables
+def budget_prices(
+    model: str | Path | None = None,
+    *,
+    budget: str,
+    recipe: str | Path | Recipe | None = None,
+    size: int | str | None = None,
+    calibrate: Sequence[str] | None = None,
+    tokens: int | str | None = None,
+    pilots: bool = True,
+    moments: str | Path | None = None,
+    revision: str | None = None,
+    overrides: Sequence[str] = (),
+    device: Device | None = None,
+    progress: Progress | bool = True,
+) -> BudgetList:
+    """What meets a budget for the KV cache of one sequence (`retrofit plan --kv-budget`, `2GiB@128k`): numbers of KV
+    heads, sliding windows and an engine's cache types side by side, with the loss of text and of passages out of sight.
+
+    recipe: take model, sections `convert` and `window`, seed and dtype from it. size: of the windows that are measured.
+    calibrate, tokens: of the calibration text. pilots: the three best rows are converted and measured, and one is
+    recommended. moments: a folder that keeps what was measured; a call that was killed is resumed by the same call.
+    """
+    from retrofit.kv_heads.sweep.budget import parse_budget
+
+    limit, given, shown = parse_budget(budget), locals(), display(progress)
+    folder = None if moments is None else output_path(moments, where="--moments")
+    base: dict[str, Any] = {"convert": {"kv_heads": 1}, "window": {}}
+    if recipe is not None:
+        loaded = _recipe(recipe, overrides, model)
+        base |= {name: getattr(loaded, name) for name in ("model", "revision", "dtype", "device", "seed")}
+        for section in ("convert", "window"):
+            if (own := getattr(loaded, section)) is not None:
+                base[section] = own.model_dump(mode="json", exclude_unset=True)
+    for section in ("convert", "window"):
+        if calibrate:
+            base[section] = {**base[section], "calibration": {**base[section].get("calibration", {})}}
+            base[section]["calibration"]["text"] = list(calibrate)
+    read = recipe_of("budget_prices", {**given, "model": model if recipe is None else None}, base)
+    counted = recipe_of("convert", {"kv_heads": 1, "tokens": tokens}).convert
+    name = shell_word(read.model) + ("" if revision is None else f" --revision {shell_word(revision)}")
+    options = "".join(f" --calibrate {shell_word(source)}" for source in calibrate or ())
+    place: Any = {"model": read.model, "revision": revision, "writes": (folder,), "recipe": read}
+    with begun(f"{budget} for {read.model}", shown, **place):
+        from retrofit.workflow.budgeting import budget_list
+
+        return budget_list(
+            read,
+            limit,
+            name=name,
+            options=options,
+            measure=pilots,
+            tokens=counted.calibration.tokens if tokens is not None and counted else None,
+            moments=folder,
+            revision=revision,
+            progress=shown,
+        )
 
 
 def _usual_folder(recipe: str | Path | Recipe, loaded: Recipe) -> Path:

@@ -25,7 +25,7 @@ from retrofit.recipe.options import OPTIONS, Option, in_options, option_of, reci
 from retrofit.views.notebook import VIEWS
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-LISTS = {"prices": "plan", "window_prices": "plan"}
+LISTS = {"prices": "plan", "window_prices": "plan", "budget_prices": "plan"}
 """Functions that are options of another command."""
 EVERY = [(command, option) for command, options in OPTIONS.items() for option in options]
 PYTHON: dict[str, Any] = {

@@ -20,6 +20,7 @@ from retrofit.cli.recipes import recipes_app
 from retrofit.console import Console
 from retrofit.errors import GateError, UserError
 from retrofit.system.world import from_environment
+from retrofit.views import budget as budget_views
 from retrofit.views import measured, results
 from retrofit.views import windows as window_views
 
@@ -88,9 +89,10 @@ def run(
     "retrofit plan gqa --model meta-llama/Llama-2-7b-hf --gpu h100",
     "retrofit plan my.yaml --json",
     "retrofit plan ./my-model --kv-heads",
-    "retrofit plan ./my-model --kv-budget 2GiB@32k --moments moments/my-model",
+    "retrofit plan ./my-model --kv-heads --kv-budget 2GiB@32k --moments moments/my-model",
     "retrofit plan gqa --model ./my-model --kv-heads",
     "retrofit plan ./my-model --windows --size 1024 --moments moments/my-model",
+    "retrofit plan ./my-model --kv-budget 2GiB@128k --moments moments/my-model",
     shared=True,
 )
 def plan(
@@ -98,7 +100,7 @@ def plan(
         str,
         typer.Argument(
             metavar="RECIPE",
-            help="A bundled recipe's name, a .yaml file, a run's folder; with --kv-heads or --windows also a model.",
+            help="A bundled recipe's name, a .yaml file, a run's folder; for the lists also a model.",
         ),
     ],
     set_: Set = None,
@@ -108,9 +110,15 @@ def plan(
     kv_budget: Annotated[
         str | None,
         typer.Option(
-            "--kv-budget", metavar="BYTES@TOKENS", help="With the list: the most KV heads that fit, 2GiB@32k."
+            "--kv-budget",
+            metavar="BYTES@TOKENS",
+            help="What meets a budget, 2GiB@128k: KV heads, windows and cache types; with --kv-heads, heads alone.",
         ),
     ] = None,
+    pilots: Annotated[
+        bool,
+        typer.Option("--pilots/--no-pilots", help="With --kv-budget: measure the best rows, and recommend one."),
+    ] = True,
     windows: Annotated[
         bool, typer.Option("--windows", help="The list of windows: which layers need none, and what the others cost.")
     ] = False,
@@ -134,23 +142,27 @@ def plan(
     json: Json = False,
     **options: Any,
 ) -> None:
-    """What each step of a recipe would do, and its memory, disk and time; or what fewer KV heads or windows would cost.
+    """What each step of a recipe would do, and its memory, disk and time; or what fewer KV heads, windows and smaller
+    cache types would save and cost.
 
     The same command resumes a list that was interrupted.
     """
     console = console_for(json)
     model, revision = options.pop("model"), options.pop("revision")
     usual: Any = {"revision": revision, "overrides": set_ or (), "progress": console.progress}
-    heads = kv_heads or kv_budget is not None
-    if heads and windows:
-        raise UserError("these are two lists", where="--kv-heads, --windows", fix="ask for one of them")
-    if size is not None and not windows:
-        raise UserError("--size belongs to the list of windows", where="retrofit plan", fix="add --windows")
-    if not heads and not windows:
-        listed = {"calibrate": options["calibrate"], "tokens": tokens, "moments": moments, "device": options["device"]}
-        for name, value in listed.items():
+    listed = kv_heads or windows or kv_budget is not None
+    if windows and (kv_heads or kv_budget is not None):
+        raise UserError("these are two lists", where="--windows", fix="leave it out, or ask for it alone")
+    if size is not None and (kv_heads or not listed):
+        raise UserError("--size belongs to windows", where="retrofit plan", fix="add --windows or --kv-budget")
+    if not pilots and (kv_heads or kv_budget is None):
+        raise UserError("only --kv-budget has pilots", where="--no-pilots", fix="leave it out")
+    if not listed:
+        unread = {"calibrate": options["calibrate"], "tokens": tokens, "moments": moments, "device": options["device"]}
+        for name, value in unread.items():
             if value:
-                raise UserError(f"--{name} belongs to a list", where="retrofit plan", fix="add --kv-heads or --windows")
+                fix = "add --kv-heads, --windows or --kv-budget"
+                raise UserError(f"--{name} belongs to a list", where="retrofit plan", fix=fix)
         if not from_environment().main:  # only the price list reads text, which processes share
             return
         result = retrofit.plan(recipe, model=model, no_cost=no_cost, gpu=gpu, gpus=gpus, **usual)
@@ -164,15 +176,17 @@ def plan(
 
     named = model is not None or is_recipe(recipe)
     what = {"model": model, "recipe": recipe} if named else {"model": recipe}
-    options |= {**what, "tokens": tokens, "moments": moments}
-    if windows:
-        if from_environment().main:
-            found = retrofit.window_prices(**usual, **options, size=size)
+    options |= {**what, "tokens": tokens, "moments": moments, **usual}
+    if kv_heads:
+        prices = retrofit.prices(**options, budget=kv_budget)
+        console.show(prices, [*results.prices(prices), *following.after_prices(prices)])
+    elif from_environment().main:
+        if windows:
+            found = retrofit.window_prices(**options, size=size)
             console.show(found, window_views.prices(found))
-        return
-    options["budget"] = kv_budget
-    prices = retrofit.prices(**usual, **options)
-    console.show(prices, [*results.prices(prices), *following.after_prices(prices)])
+        else:
+            met = retrofit.budget_prices(**options, size=size, budget=str(kv_budget), pilots=pilots)
+            console.show(met, budget_views.budget(met))
 
 
 def _plan(console: Console, plan: Any, recipe: str, options: Mapping[str, Any], values: list[str] | None) -> None:

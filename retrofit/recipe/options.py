@@ -107,6 +107,7 @@ OPTIONS: Mapping[str, tuple[Option, ...]] = {
     "plan": _SOURCE,
     "prices": (*_SOURCE, _CALIBRATE, _option("device")),
     "window_prices": (*_SOURCE, _option("window.size"), _option("device")),
+    "budget_prices": (*_SOURCE, _option("window.size"), _option("device")),
     "inspect": _SOURCE,
     "convert": (
         *_SOURCE,
@@ -227,7 +228,7 @@ OPTIONS: Mapping[str, tuple[Option, ...]] = {
     ),
 }
 """The options of each command that set keys of a recipe; `prices` is `plan --kv-heads`, `window_prices`
-`plan --windows`."""
+`plan --windows`, `budget_prices` `plan --kv-budget`."""
 
 SECTIONS = ("convert", "window", "context", "recover", "evaluate", "publish")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from retrofit.tables import Part, as_html
-from retrofit.views import measured, releases, results, windows
+from retrofit.views import budget, measured, releases, results, windows
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -17,6 +17,7 @@ VIEWS: Mapping[str, Callable[[Any], Iterable[Part]]] = {
     "Plan": results.plan,
     "PriceList": results.prices,
     "WindowList": windows.prices,
+    "BudgetList": budget.budget,
     "Inspection": results.inspection,
     "Undescribed": results.inspection,
     "Written": results.written,

@@ -57,6 +57,7 @@ def prices(
     moments: Path | None = None,
     revision: str | None = None,
     throughput: Callable[[], Throughput] = lambda: ASSUMED,
+    also: pilot.Also | None = None,
     world: World = ALONE,
     progress: Progress | None = None,
 ) -> PriceList:
@@ -65,13 +66,15 @@ def prices(
     command: what to type for `{kv_heads}` KV heads. tokens: of the calibration text, a third of it for scoring.
     moments: a folder of moments; they are read if it holds them and written otherwise, and so is what was measured. A
     call that was killed is resumed, in the folder `<moments>.work` or, without one, in the cache.
-    throughput: asked only when there is an estimate to make. world: the processes that make this call and share the
+    throughput: asked only when there is an estimate to make. also: a further loss of the probes, in one process.
+    world: the processes that make this call and share the
     passes over text.
     Raises UserError, before any long work, for a model or a budget with nothing to choose from.
     """
 
     def lead(others: Others) -> PriceList:
-        return _prices(recipe, command, budget, tokens, moments, revision, throughput, world, others, progress)
+        usual: Any = {"revision": revision, "throughput": throughput, "also": also, "progress": progress}
+        return _prices(recipe, command, budget, tokens, moments, world=world, others=others, **usual)
 
     def take_part(part: dict[str, Any]) -> None:
         pilot.measure(**{**part, "device": world.device(part["device"])}, world=world, progress=None)
@@ -85,8 +88,10 @@ def _prices(
     budget: Budget | None,
     tokens: int | None,
     moments: Path | None,
+    *,
     revision: str | None,
     throughput: Callable[[], Throughput],
+    also: pilot.Also | None,
     world: World,
     others: Others,
     progress: Progress | None,
@@ -163,6 +168,7 @@ def _prices(
             device=context.device,
             world=world,
             others=others,
+            also=also,
             progress=progress,
         )
         notes += calibrated.notes

@@ -45,12 +45,13 @@ def measured(
     device: str,
     world: World,
     others: Others,
+    also: pilot.Also | None = None,
     progress: Progress | None,
 ) -> tuple[pilot.Calibrated, list[Mapping[int, LayerCost]]]:
     """What was measured under `section`, and what `price` makes of the folder of the original's moments.
 
     counts: possible numbers of KV heads, the model's own last. moments: where moments and measurements are kept.
-    others: the other processes of `world`, which take part in `pilot.measure`.
+    others: the other processes of `world`, which take part in `pilot.measure`. also: a further loss of the probes.
     Raises UserError, before anything is read or sampled, where the disk has no room for what lies there meanwhile.
     """
     folder, work = source.folder, work_folder(moments, source)
@@ -79,6 +80,7 @@ def measured(
             "seed": recipe.seed,
             "device": device,
             "identity": dict(source.digests),
+            **({"also": also} if also else {}),
         }
         with others.join(part):
             calibrated = pilot.measure(**part, world=world, progress=progress)

@@ -35,7 +35,7 @@ def require_sequences(section: Section, length: int) -> None:
     are checked on one that they were not fitted on."""
     text = section.calibration.text
     total = sum(source.weight for source in text)
-    least = 2 + -(-measured_rows(section) // len(text))
+    least = _least_sequences(section)
     for source in text:
         share = source.weight / total
         if -(-round(section.calibration.tokens * share) // length) < least:
@@ -44,6 +44,18 @@ def require_sequences(section: Section, length: int) -> None:
                 where="window.calibration.tokens",
                 fix=f"give at least {math.ceil(least * length / share):,}, or a smaller window",
             )
+
+
+def _least_sequences(section: Section) -> int:
+    """Of each kind of text."""
+    return 2 + -(-measured_rows(section) // len(section.calibration.text))
+
+
+def least_tokens(section: Section, length: int) -> int:
+    """Tokens of calibration text that give every kind as many sequences as it needs."""
+    text = section.calibration.text
+    total = sum(source.weight for source in text)
+    return max(math.ceil(_least_sequences(section) * length * total / source.weight) for source in text)
 
 
 def target_of(section: Section, config: Any, spec: AttentionSpec) -> Target:

@@ -252,9 +252,9 @@ def test_bad_input_is_told_before_any_work(tmp_path: Path, eight: Path) -> None:
         return done.output
 
     assert "belongs to a list" in error("gqa", "--model", eight, "--tokens", 4096)
-    assert "is not a KV-cache budget" in error(eight, "--kv-budget", "lots")
-    assert "as it is" in error(eight, "--kv-budget", "1GiB@256")
-    assert "even 1 KV head needs" in error(eight, "--kv-budget", "1KiB@256")
+    assert "is not a KV-cache budget" in error(eight, "--kv-heads", "--kv-budget", "lots")
+    assert "as it is" in error(eight, "--kv-heads", "--kv-budget", "1GiB@256")
+    assert "even 1 KV head needs" in error(eight, "--kv-heads", "--kv-budget", "1KiB@256")
     assert "too few tokens" in error(eight, "--kv-heads", "--tokens", 512)
     single = save_tiny(tmp_path / "single", "llama", num_key_value_heads=1)
     assert "nothing to choose" in error(single, "--kv-heads")

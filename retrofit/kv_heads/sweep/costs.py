@@ -48,11 +48,12 @@ class LayerCost:
 @dataclass(frozen=True)
 class Measured:
     """The loss of a probe at `kv_heads` beyond the original's, in nats per token, and its standard error over
-    sequences."""
+    sequences. also: the same of a further loss, where one was asked for."""
 
     kv_heads: int
     increase: float
     error: float
+    also: float | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,14 @@ class Calibrated:
     kinds: tuple[str, ...]
     options: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Also:
+    """A further loss of the original and of every probe. digest: of what it is measured on."""
+
+    digest: str
+    loss: Callable[[ModelFolder], float]
 
 
 def options(section: Convert, seed: int) -> dict[str, Any]:
@@ -121,17 +129,20 @@ def measure(
     seed: int,
     device: str,
     identity: Mapping[str, str],
+    also: Also | None = None,
     world: World = ALONE,
     progress: Progress | None,
 ) -> Calibrated:
     """Moments of the original into `moments`, and the loss of the probes beyond its own.
 
     work: a folder from which the next call with the same question resumes, layer by layer; the caller removes it.
-    identity: digests of the weights, part of that question. world: the processes that make this call, with the same
+    identity: digests of the weights, part of that question. also: measured of the original and the probes too.
+    world: the processes that make this call, with the same
     arguments; passes over text are dealt out to them, and rank 0 alone writes checkpoints.
     """
     texts = {"fit": fit.digest(), "scored": scored.digest()}
     question = {"weights": identity, "device": torch.device(device).type, **texts, **options(section, seed)}
+    question |= {"also": also.digest} if also else {}
     kept = Kept(work / "losses", question, world)
     if kept.discarded and progress:
         progress.note("what was kept of an earlier price list answers another question; measured anew")
@@ -150,7 +161,7 @@ def measure(
             task="moments of the original",
             progress=progress,
         )
-        original = {"losses": losses_N.tolist()}
+        original = {"losses": losses_N.tolist(), "also": also.loss(folder) if also else None}
         if world.main:
             kept.put_values(ORIGINAL, original)
     _remove(work / ORIGINAL, world)
@@ -160,7 +171,7 @@ def measure(
         probe, name = work / f"probe-{count}", f"probe-{count}"
         found = kept.values([name]).get(name)
         if found is None:
-            found = _probe(folder, section, fit, ids_NT, count, probe, device, world, progress)
+            found = _probe(folder, section, fit, ids_NT, count, probe, device, also, world, progress)
             if world.main:
                 kept.put_values(name, found)
         _remove(probe, world)
@@ -169,7 +180,8 @@ def measure(
         notes |= dict.fromkeys(f"the probe with {heads(count)}, on two thirds of the text: {note}" for note in warned)
         increase_N = after_N - before_N
         error = float(increase_N.std() / math.sqrt(len(increase_N))) if len(increase_N) > 1 else math.nan
-        probes.append(Measured(count, float(increase_N.mean()), error))
+        further = found["also"] - original["also"] if also else None
+        probes.append(Measured(count, float(increase_N.mean()), error, further))
     return Calibrated(
         original_loss=float(before_N.mean()),
         probes=tuple(probes),
@@ -190,10 +202,12 @@ def _probe(
     count: int,
     work: Path,
     device: str,
+    also: Also | None,
     world: World,
     progress: Progress | None,
-) -> dict[str, list[Any]]:
-    """{"losses": of each scored sequence after a conversion to `count` KV heads, "notes": on that conversion}."""
+) -> dict[str, Any]:
+    """{"losses": of each scored sequence after a conversion to `count` KV heads, "notes": on that conversion, "also":
+    the further loss}."""
     made = work / "checkpoint"
     if world.main:
         made.mkdir(parents=True, exist_ok=True)
@@ -219,7 +233,8 @@ def _probe(
         task=f"score {count} KV heads",
         progress=progress,
     )
-    return {"losses": after_N.tolist(), "notes": list(report.notes)}
+    further = also.loss(ModelFolder(made)) if also else None
+    return {"losses": after_N.tolist(), "notes": list(report.notes), "also": further}
 
 
 def _remove(folder: Path, world: World) -> None:
