@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -58,12 +59,20 @@ def run(
     usual: Any = {"model": loaded.model, "revision": revision, "writes": (folder,), "recipe": loaded}
     with begun(f"run {loaded.name} in {folder}", shown, **usual) as world:
         from retrofit.workflow import run as runs
+        from retrofit.workflow.budgeted import UNDECIDED, with_budget
         from retrofit.workflow.estimate.machines import this_machine
         from retrofit.workflow.opening_in_world import open_in
 
+        about: tuple[str, ...] = ()
+        if loaded.budget and not dry_run:
+            how: Any = {"revision": revision, "processes": world.size, "progress": shown}
+            loaded, about = world.only(functools.partial(with_budget, loaded, folder, **how))
+        elif loaded.budget and shown:
+            shown.note(UNDECIDED)
         runs.check_from_step(from_step, loaded)
         speed = _measured(loaded, world.size) if world.main else None
         context = open_in(world, loaded, revision=revision, out=folder, dry=dry_run, throughput=speed, progress=shown)
+        about_rows = (*about, *about_rows)
         context.notes += about_rows
         if not dry_run:
             context.note(*about_rows)
@@ -100,10 +109,13 @@ def plan(
     processes = gpus or from_environment().size
     loaded, _ = with_rows(loaded, processes)
     with begun(f"plan {loaded.name}", shown, model=loaded.model, revision=revision):
+        from retrofit.workflow.budgeted import UNDECIDED
         from retrofit.workflow.estimate.cost import ASSUMED
         from retrofit.workflow.estimate.machines import planned_for, this_machine
         from retrofit.workflow.opening import check_model, open_model, sized
 
+        if loaded.budget and shown:
+            shown.note(UNDECIDED)
         context = open_model(loaded, revision=revision, progress=shown)
         context.processes = processes
         check_model(context)
@@ -140,7 +152,7 @@ def prices(
     killed is resumed by the same call.
     Raises UserError for bad input, before any long work.
     """
-    from retrofit.kv_heads.sweep.budget import parse_budget
+    from retrofit.recipe.kv_budget import parse_budget
 
     given, shown = locals(), display(progress)
     limit = None if budget is None else parse_budget(budget)
@@ -236,7 +248,7 @@ def budget_prices(
     calibrate, tokens: of the calibration text. pilots: the three best rows are converted and measured, and one is
     recommended. moments: a folder that keeps what was measured; a call that was killed is resumed by the same call.
     """
-    from retrofit.kv_heads.sweep.budget import parse_budget
+    from retrofit.recipe.kv_budget import parse_budget
 
     limit, given, shown = parse_budget(budget), locals(), display(progress)
     folder = None if moments is None else output_path(moments, where="--moments")

@@ -11,9 +11,9 @@ import itertools
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from retrofit.kv_heads.sweep.budget import Budget
 from retrofit.model.cache_dtype import AUTO, cache_bytes
 from retrofit.model.spec import AttentionSpec
+from retrofit.recipe.kv_budget import Budget
 
 ORIGINAL, MEASURED, PREDICTED = "original", "measured", "predicted"
 PILOTS = 3

@@ -36,6 +36,7 @@ from retrofit.recipe.evaluation import (
     Tasks,
 )
 from retrofit.recipe.hub import OTHER, is_link, is_repo_id, license_problem
+from retrofit.recipe.kv_budget import KvBudget
 from retrofit.recipe.recovery import Adapter, Distribute, Recover, Stage
 from retrofit.recipe.relative import LENGTH
 from retrofit.recipe.values import (
@@ -77,6 +78,7 @@ __all__ = [
     "Evaluate",
     "GgufType",
     "Kernel",
+    "KvBudget",
     "Method",
     "Needle",
     "PromptSource",
@@ -206,6 +208,7 @@ class Recipe(Section):
         False,
         description="hard links instead of copies of unchanged weights; who writes into one of them changes all",
     )
+    budget: KvBudget | None = Field(None, description="a KV cache to meet, by what loses least")
     convert: Convert | None = Field(None, description="fewer KV heads")
     window: Window | None = Field(None, description="sliding windows in layers that look back a short way only")
     context: Context | None = Field(None, description="a longer context")

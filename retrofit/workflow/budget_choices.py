@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from retrofit.budget.rows import ORIGINAL, BudgetRow, best
 from retrofit.errors import UserError
 from retrofit.format import nbytes
-from retrofit.kv_heads.sweep.budget import Budget
 from retrofit.model.cache_dtype import AUTO, CACHE_DTYPES, cache_bytes, unstorable
 from retrofit.model.families import family_of
 from retrofit.model.spec import AttentionSpec
+from retrofit.recipe.kv_budget import Budget
 from retrofit.recipe.schema import Window
 from retrofit.workflow.windowing import target_of
 

@@ -36,12 +36,12 @@ from retrofit.checkpoint.full import writing
 from retrofit.checkpoint.lock import folder_lock
 from retrofit.console import jsonable
 from retrofit.data.calibration import CalibrationText
-from retrofit.kv_heads.sweep.budget import Budget
 from retrofit.kv_heads.sweep.costs import Measured, fit_curve
 from retrofit.kv_heads.sweep.pilot import Also
 from retrofit.model.cache import cache_dir
 from retrofit.model.cache_dtype import AUTO
 from retrofit.model.source import with_weights
+from retrofit.recipe.kv_budget import Budget
 from retrofit.recipe.schema import Recipe, Window
 from retrofit.system.resume import Kept
 from retrofit.system.work_folder import held, kept, require_own

@@ -26,13 +26,14 @@ from retrofit.format import duration, heads, nbytes
 from retrofit.kv_heads.calibrate import moments as stored_moments
 from retrofit.kv_heads.merge.folding import RotationAverages
 from retrofit.kv_heads.sweep import pilot
-from retrofit.kv_heads.sweep.budget import Budget, within
+from retrofit.kv_heads.sweep.budget import within
 from retrofit.kv_heads.sweep.costs import LayerCost, probe_counts
 from retrofit.kv_heads.sweep.price_list import PriceList, layerwise_costs, price_list
 from retrofit.model.completeness import require_complete, require_sound
 from retrofit.model.families import family_of
 from retrofit.model.source import with_weights
 from retrofit.model.spec import AttentionSpec
+from retrofit.recipe.kv_budget import Budget
 from retrofit.recipe.schema import Calibration, Convert, Recipe, TextSource
 from retrofit.system.world import ALONE, Others, World, led
 from retrofit.workflow.checks import check_positions

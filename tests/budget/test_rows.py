@@ -24,8 +24,8 @@ from retrofit.budget.rows import (
     pareto,
 )
 from retrofit.errors import UserError
-from retrofit.kv_heads.sweep.budget import Budget
 from retrofit.model.families import describe
+from retrofit.recipe.kv_budget import Budget
 from retrofit.recipe.schema import Window
 from retrofit.workflow.budget_choices import choices, commands, meeting, require_possible
 from tests.tiny import tiny_config

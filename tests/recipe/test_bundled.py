@@ -32,7 +32,7 @@ def test_every_bundled_recipe_plans_on_any_model(native: int, kv_heads: int, tmp
             continue
         plan = retrofit.plan(name, model=tmp_path, measure=False, progress=False)
         assert plan.positions[1] == native * {"extend-4x": 4, "extend-long": 4, "gqa-long": 2}.get(name, 1)
-        if name not in ("kernel-only", "extend-4x", "extend-long", "window"):
+        if name not in ("kernel-only", "extend-4x", "extend-long", "window", "budget"):
             fewer = 1 if name == "mqa" else max(1, kv_heads // 4)
             assert plan.kv_heads == (kv_heads, fewer)
 

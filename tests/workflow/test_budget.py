@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from retrofit.budget.measure import losses_on
 from retrofit.budget.rows import MEASURED, NOTHING, ORIGINAL, BudgetList, BudgetRow, Heads, Loss, Stored, Windows
 from retrofit.kernels.rounded_cache import round_cache
-from retrofit.kv_heads.sweep.budget import Budget
 from retrofit.model.folder import ModelFolder
+from retrofit.recipe.kv_budget import Budget
 from retrofit.recipe.schema import Window
 from retrofit.views.budget import budget
 from retrofit.windows.rows import Repeats
 from retrofit.workflow import budgeting, pilots
 from tests.tiny import save_tiny
-from tests.workflow.conftest import retrofit
+from tests.workflow.conftest import retrofit, sections
 
 PER_TOKEN = 2 * 2 * 4 * 16 * 4  # keys and values, layers, heads, head dim, float32
 
@@ -134,3 +135,91 @@ def test_bad_input_is_told_before_any_work(qwen: Path, texts: Path) -> None:
     assert "these are two lists" in error(qwen, "--windows", "--kv-budget", "1MiB@512")
     assert "only --kv-budget has pilots" in error(qwen, "--kv-heads", "--no-pilots")
     assert "too few tokens" in error(qwen, *reading, "--tokens", 300, "--kv-budget", "100KiB@512")
+
+
+@pytest.fixture
+def decided(monkeypatch: pytest.MonkeyPatch) -> list[BudgetRow]:
+    """A run with a budget gets the last of these rows as recommended."""
+    rows: list[BudgetRow] = []
+
+    def listed_as(recipe: Any, asked: Budget, **_: object) -> BudgetList:
+        assert asked == Budget(100 << 10, 512)
+        assert recipe.convert.calibration.tokens > 0
+        return BudgetList("m", asked, tuple(rows), rows[-1], 0.2, 512, ("a",))
+
+    monkeypatch.setattr(budgeting, "budget_list", listed_as)
+    return rows
+
+
+def row(heads: int | None, windowed: bool, stored: str) -> BudgetRow:
+    lost = Loss(0.1, 0.2)
+    return BudgetRow(
+        Heads(4, NOTHING, ORIGINAL) if heads is None else Heads(heads, lost, MEASURED),
+        Windows(32, (1,), lost, MEASURED) if windowed else Windows(None, (), NOTHING, ORIGINAL),
+        Stored(stored, NOTHING if stored == "auto" else lost, ORIGINAL if stored == "auto" else MEASURED),
+        1000,
+        lost,
+        lost,
+    )
+
+
+def small(qwen: Path, texts: Path, **changed: object) -> dict[str, Any]:
+    """A recipe with a budget that takes seconds."""
+    values = sections(qwen, texts)
+    reading = {"text": [str(texts / "train")], "tokens": 2048}
+    return {
+        **values,
+        "budget": {"kv_cache": "100KiB@512"},
+        "convert": {"kv_heads": 1, "calibration": {**reading, "sequence_length": 128}, "repair": "none"},
+        "window": {"size": 64, "calibration": {**reading, "measured_tokens": 256}, "repair": "none"},
+        "context": None,
+        "evaluate": {**values["evaluate"], "lengths": [64], "cost_lengths": [], "continuation_tokens": 0},
+        **changed,
+    }
+
+
+def test_a_run_does_what_the_list_recommends_and_is_decided_once(
+    qwen: Path, texts: Path, tmp_path: Path, decided: list[BudgetRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = tmp_path / "recipe.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(small(qwen, texts)))
+    decided.append(row(2, True, "int8"))
+    done = retrofit("run", path, "--out", out)
+    assert done.exit_code == 0, done.output
+    final = ModelFolder(out / "final").spec
+    assert [layer.kv_heads for layer in final.layers] == [2, 2]
+    assert [layer.window for layer in final.layers] == [32, None]
+    kept = json.loads((out / "budget.json").read_text())
+    assert kept["list"]["recommended"]["heads"]["kv_heads"] == 2
+    written = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert (written["convert"]["kv_heads"], written["window"]["size"]) == (2, 32)
+    assert written["convert"]["repair"] == "none", "how it is converted is the recipe's"
+    report = " ".join((out / "report.md").read_text().split())
+    assert "the budget counts on a KV cache of int8" in report
+    monkeypatch.setattr(budgeting, "budget_list", None)  # it is not asked again
+    again = retrofit("run", out, "--json")
+    assert again.exit_code == 0, again.output
+    assert "publish" in json.loads(again.stdout)["reused"]
+
+
+def test_a_cache_type_alone_is_measured_and_nothing_is_published(
+    qwen: Path, texts: Path, tmp_path: Path, decided: list[BudgetRow]
+) -> None:
+    path, out = tmp_path / "recipe.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(small(qwen, texts)))
+    decided.append(row(None, False, "int8"))
+    done = retrofit("run", path, "--out", out, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["final"] is None
+    assert [model["kv_cache_dtype"] for model in found["models"].values()] == ["int8"]
+
+
+def test_a_recipe_with_a_budget_is_planned_without_it_and_says_so(qwen: Path, texts: Path, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(small(qwen, texts)))
+    assert "the budget decides when the run starts" in " ".join(retrofit("plan", path).output.split())
+    path.write_text(yaml.safe_dump(small(qwen, texts, budget={"kv_cache": "some"})))
+    refused = retrofit("plan", path)
+    assert refused.exit_code == 2
+    assert "is not a KV-cache budget" in " ".join(refused.output.split())

@@ -18,11 +18,12 @@ from retrofit.errors import UserError
 from retrofit.kv_heads.disk import StreamFolder
 from retrofit.kv_heads.room import held
 from retrofit.kv_heads.sweep import pilot
-from retrofit.kv_heads.sweep.budget import Budget, parse_budget, within
+from retrofit.kv_heads.sweep.budget import within
 from retrofit.kv_heads.sweep.costs import LayerCost, Measured
 from retrofit.kv_heads.sweep.price_list import price_list
 from retrofit.model.families import describe
 from retrofit.model.folder import ModelFolder
+from retrofit.recipe.kv_budget import Budget, parse_budget
 from retrofit.recipe.schema import Calibration, Convert, TextSource
 from retrofit.workflow import sweep as module
 from retrofit.workflow import sweep_cache

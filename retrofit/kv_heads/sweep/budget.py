@@ -1,44 +1,12 @@
-"""A KV-cache budget, `2GiB@32k`: so many bytes for one sequence of so many tokens. Torch-free."""
+"""The most KV heads that meet a budget. Torch-free."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from retrofit.errors import UserError
 from retrofit.format import heads, nbytes
-
-_BUDGET = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(B|[KMGT]i?B)\s*@\s*(\d+(?:\.\d+)?)\s*([kKmM]?)\s*")
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-_TOKENS = {"": 1, "k": 1024, "m": 1 << 20}
-
-
-@dataclass(frozen=True)
-class Budget:
-    """`nbytes` bytes of KV cache for one sequence of `length` tokens."""
-
-    nbytes: int
-    length: int
-
-
-def parse_budget(text: str) -> Budget:
-    """`2GiB@32k`: decimal (GB) or binary (GiB) bytes, tokens with k for 1,024. Raises UserError for anything else."""
-    match = _BUDGET.fullmatch(text)
-    if match is None:
-        raise UserError(
-            f"`{text}` is not a KV-cache budget", where="--kv-budget", fix="write BYTES@TOKENS, for example 2GiB@32k"
-        )
-    size, unit, tokens, factor = match.groups()
-    budget = Budget(int(float(size) * _UNITS[unit]), int(float(tokens) * _TOKENS[factor.lower()]))
-    if not budget.nbytes or not budget.length:
-        raise UserError(
-            "a budget of no bytes, or for no tokens, fits nothing",
-            where=f"--kv-budget {text}",
-            fix="write for example 2GiB@32k",
-        )
-    return budget
+from retrofit.recipe.kv_budget import Budget
 
 
 def within(budget: Budget, caches: Mapping[int, int]) -> int:

@@ -12,10 +12,10 @@ from retrofit.kv_heads.calibrate import moments as stored_moments
 from retrofit.kv_heads.merge.folding import RotationAverages
 from retrofit.kv_heads.merge.weights import read_layer
 from retrofit.kv_heads.sweep import pilot
-from retrofit.kv_heads.sweep.budget import Budget
 from retrofit.kv_heads.sweep.costs import Curve, LayerCost, fit_curve, layer_costs
 from retrofit.model.folder import ModelFolder
 from retrofit.model.spec import AttentionSpec
+from retrofit.recipe.kv_budget import Budget
 
 if TYPE_CHECKING:
     from retrofit.console import Progress

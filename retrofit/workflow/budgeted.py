@@ -1,0 +1,132 @@
+"""A recipe with a budget, made one with numbers: the list decides when the run starts, and its decision is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit.budget import VERSION
+from retrofit.checkpoint.lock import folder_lock
+from retrofit.console import jsonable
+from retrofit.errors import UserError
+from retrofit.escape import shell_word
+from retrofit.files import read_json
+from retrofit.format import nbytes
+from retrofit.model.cache_dtype import AUTO, CACHE_DTYPES
+from retrofit.recipe.schema import Convert, Recipe, Window
+from retrofit.workflow.journal import Journal
+from retrofit.workflow.rows import default_rows
+
+if TYPE_CHECKING:
+    from retrofit.console import Progress
+
+FILE = "budget.json"
+UNDECIDED = "the budget decides when the run starts which conversions are done; this is the rest of the recipe"
+
+
+def with_budget(
+    recipe: Recipe, out: Path, *, revision: str | None, processes: int, progress: Progress | None
+) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with the row that the list recommends, and notes on it. out: the run's folder, which keeps the list in
+    `budget.json`: a run that is resumed is decided once. processes: that share the run.
+
+    A row without surgery leaves nothing to train or to publish: the run measures the model with its cache type.
+    Raises UserError as the list does.
+    """
+    section = recipe.budget
+    assert section is not None
+    asked = [VERSION, recipe.model, revision or recipe.revision, section.model_dump(mode="json"), recipe.seed]
+    question = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    with folder_lock(out):
+        row = _decided(out / FILE, question)
+        if row is None:
+            row = _decide(recipe, out, question, revision, processes, progress)
+    return _applied(recipe, row), _notes(row, section.kv_cache)
+
+
+def _decided(file: Path, question: str) -> Mapping[str, Any] | None:
+    """The row of an earlier call with the same question."""
+    if not file.is_file():
+        return None
+    stored = read_json(file)
+    if stored.get("question") != question:
+        return None
+    row: Mapping[str, Any] = stored["list"]["recommended"]
+    return row
+
+
+def _decide(
+    recipe: Recipe, out: Path, question: str, revision: str | None, processes: int, progress: Progress | None
+) -> Mapping[str, Any]:
+    from retrofit.workflow.budgeting import budget_list
+
+    assert recipe.budget
+    assert recipe.model
+    parts = {"convert": recipe.convert or Convert(kv_heads=1), "window": recipe.window or Window()}
+    found = budget_list(
+        recipe.model_copy(update={**parts, "require": {}}),
+        recipe.budget.budget,
+        name=shell_word(recipe.model),
+        tokens=recipe.budget.tokens,
+        revision=revision,
+        progress=progress,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    stored: Any = jsonable({"question": question, "list": found})
+    journal = Journal(out)
+    journal.mark(default_rows(recipe, processes))
+    journal.write_own(FILE, f"{json.dumps(stored, indent=2, ensure_ascii=False)}\n".encode())
+    row: Mapping[str, Any] = stored["list"]["recommended"]
+    return row
+
+
+def _applied(recipe: Recipe, row: Mapping[str, Any]) -> Recipe:
+    """The recipe that makes a row, from its JSON values. Raises UserError for a file that somebody changed."""
+    from pydantic import ValidationError
+
+    try:
+        return _made(recipe, row)
+    except (ValidationError, KeyError, TypeError) as error:
+        raise UserError(
+            f"it is not what this program wrote there: {error}", where=FILE, fix="remove it to decide again"
+        ) from error
+
+
+def _made(recipe: Recipe, row: Mapping[str, Any]) -> Recipe:
+    heads, windows, stored = row["heads"], row["windows"], str(row["stored"]["cache_dtype"])
+    values = recipe.model_dump()
+    values["convert"] = values["window"] = None
+    if heads["how"] != "original":
+        section = recipe.convert or Convert(kv_heads=1)
+        values["convert"] = {**section.model_dump(), "kv_heads": heads["kv_heads"]}
+    if windows["how"] != "original":
+        section_of = recipe.window or Window()
+        full = list(windows["full_layers"]) or 0
+        values["window"] = {**section_of.model_dump(), "size": windows["size"], "full_layers": full}
+    if values["convert"] is None and values["window"] is None:
+        values["recover"] = values["publish"] = None
+        values["require"] = {}
+        if values["evaluate"] is not None:
+            values["evaluate"]["kv_cache_dtype"] = stored
+    return Recipe.model_validate(values)
+
+
+def _notes(row: Mapping[str, Any], asked: str) -> tuple[str, ...]:
+    heads, windows, stored = row["heads"], row["windows"], row["stored"]["cache_dtype"]
+    what = [f"{heads['kv_heads']} KV heads"] if heads["how"] != "original" else []
+    what += [f"windows of {windows['size']:,} tokens"] if windows["how"] != "original" else []
+    lost = row["measured"]
+    notes = [
+        f"budget {asked}: {', '.join(what) or 'no surgery'}, cache {stored}, {nbytes(row['nbytes'])}; measured by a "
+        f"pilot before any training: text {lost['text']:+.3f}, answers out of sight {lost['answers']:+.3f} nats per "
+        f"token ({FILE} has the whole list)"
+    ]
+    if stored != AUTO:
+        notes.append(
+            f"the budget counts on a KV cache of {stored}, which the engine makes: serve it by "
+            f"{CACHE_DTYPES[stored].engine}; `retrofit evaluate FOLDER --kv-cache-dtype {stored}` measures it"
+        )
+    return tuple(notes)
