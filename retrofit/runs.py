@@ -234,7 +234,7 @@ def budget_prices(
     size: int | str | None = None,
     calibrate: Sequence[str] | None = None,
     tokens: int | str | None = None,
-    pilots: bool = True,
+    no_pilots: bool = False,
     moments: str | Path | None = None,
     revision: str | None = None,
     overrides: Sequence[str] = (),
@@ -245,8 +245,8 @@ def budget_prices(
     heads, sliding windows and an engine's cache types side by side, with the loss of text and of passages out of sight.
 
     recipe: take model, sections `convert` and `window`, seed and dtype from it. size: of the windows that are measured.
-    calibrate, tokens: of the calibration text. pilots: the three best rows are converted and measured, and one is
-    recommended. moments: a folder that keeps what was measured; a call that was killed is resumed by the same call.
+    calibrate, tokens: of the calibration text. no_pilots: the three best rows are not converted and measured, and none
+    is recommended. moments: a folder that keeps what was measured. A call that was killed is resumed by the same call.
     """
     from retrofit.recipe.kv_budget import parse_budget
 
@@ -276,7 +276,7 @@ def budget_prices(
             limit,
             name=name,
             options=options,
-            measure=pilots,
+            measure=not no_pilots,
             tokens=counted.calibration.tokens if tokens is not None and counted else None,
             moments=folder,
             revision=revision,

@@ -115,10 +115,10 @@ def plan(
             help="What meets a budget, 2GiB@128k: KV heads, windows and cache types; with --kv-heads, heads alone.",
         ),
     ] = None,
-    pilots: Annotated[
+    no_pilots: Annotated[
         bool,
-        typer.Option("--pilots/--no-pilots", help="With --kv-budget: measure the best rows, and recommend one."),
-    ] = True,
+        typer.Option("--no-pilots", help="With --kv-budget: the list alone, without measuring and recommending rows."),
+    ] = False,
     windows: Annotated[
         bool, typer.Option("--windows", help="The list of windows: which layers need none, and what the others cost.")
     ] = False,
@@ -155,7 +155,7 @@ def plan(
         raise UserError("these are two lists", where="--windows", fix="leave it out, or ask for it alone")
     if size is not None and (kv_heads or not listed):
         raise UserError("--size belongs to windows", where="retrofit plan", fix="add --windows or --kv-budget")
-    if not pilots and (kv_heads or kv_budget is None):
+    if no_pilots and (kv_heads or kv_budget is None):
         raise UserError("only --kv-budget has pilots", where="--no-pilots", fix="leave it out")
     if not listed:
         unread = {"calibrate": options["calibrate"], "tokens": tokens, "moments": moments, "device": options["device"]}
@@ -185,7 +185,7 @@ def plan(
             found = retrofit.window_prices(**options, size=size)
             console.show(found, window_views.prices(found))
         else:
-            met = retrofit.budget_prices(**options, size=size, budget=str(kv_budget), pilots=pilots)
+            met = retrofit.budget_prices(**options, size=size, budget=str(kv_budget), no_pilots=no_pilots)
             console.show(met, budget_views.budget(met))
 
 
