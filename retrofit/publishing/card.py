@@ -150,6 +150,8 @@ def _tags(card: CardInput) -> list[str]:
     tags = ["attention-retrofit", "text-generation"]
     if after < before:
         tags.append("multi-query-attention" if after == 1 else "grouped-query-attention")
+    if card.windows:
+        tags.append("sliding-window-attention")
     if card.claimed_length > card.native_length:
         tags.append("long-context")
     return tags
@@ -173,6 +175,10 @@ def _summary(card: CardInput) -> Markdown:
             f"Each of its {card.layers} layers has {heads} instead of {before}; {_METHODS[card.conversion]}, "
             f"so the KV cache is {_cache_ratio(card):.3g} times smaller."
         )
+    if card.windows:
+        smaller = f", so the KV cache is {_cache_ratio(card):.3g} times smaller at {max(card.kv_cache_bytes):,} tokens"
+        limited = f"{card.windows.count} of its {card.layers} layers look back a fixed number of tokens only"
+        parts.append(f"{limited}{'' if parts else smaller}.")
     if card.context_method:
         tried = card.encodings_tried
         searched = f", the best of {tried} position encodings measured on this model" if tried else ""
@@ -199,6 +205,9 @@ def _training(done: Recovery) -> Markdown:
         f"To win quality back it was {_LOSSES[done.loss]} for {done.tokens:,} tokens of {' and '.join(named)}, "
         f"through LoRA adapters of rank {done.rank}{merged}{', at ' if how else ''}{' and '.join(how)}."
     )
+    if done.passages:
+        before, after = map(fmt.number, done.passages)
+        text += f" The loss of passages that come again from out of sight went from {before} to {after} nats per token."
     if step == steps:
         return Markdown(text)
     if not step:

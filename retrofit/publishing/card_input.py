@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Recovery:
     """The training behind the card: loss (`distill` | `lm`), tokens in all, LoRA rank, names of the text sources, the
-    highest learning rate of the schedule and the speed it ran at. kept: of how many steps the weights are after which,
+    highest learning rate of the schedule and the speed it ran at. passages: the held-out loss of passages out of sight
+    before and after, None where no window hides them. kept: of how many steps the weights are after which,
     (0, n) where no step was better than the start; None where that is not recorded."""
 
     loss: str
@@ -34,6 +35,17 @@ class Recovery:
     learning_rate: float | None = None
     tokens_per_second: float | None = None
     kept: tuple[int, int] | None = None
+    passages: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Sliding windows behind the card: in how many layers, and in words which, with which sinks and at what loss."""
+
+    count: int
+    layers: str
+    sinks: str
+    losses: str
 
 
 @dataclass(frozen=True)
@@ -56,9 +68,10 @@ class CardInput:
 
     base_model: hub id of the source. revision: its commit, if it came from the hub. license: hub license id. A card
     without one of the two says that it is not known.
-    kv_heads: (before, after). kv_cache_bytes: {tokens: (before, after)}. conversion: method, None
-    when the heads were left. context_method: None when the window was left; encodings_tried: by the search that found
-    it. effective: how much of the window the published model is shown to use, None when that was not asked for.
+    kv_heads: (before, after). kv_cache_bytes: {tokens: (before, after)}. conversion: method, None when the heads were
+    left. windows: None when none were made. context_method: None when the context was left; encodings_tried: by the
+    search that found it. effective: how much of the context the published model is shown to use, None when that was not
+    asked for.
     models: the original first, the published one last. chart: path inside the folder. snippet: what `reload` executes.
     tolerance: what `reload` allows a token's loss and the mean of 1,024 to differ by, in nats. languages, tags: of the
     source's card. speed: what was measured of decoding on a GPU, as a sentence. seen: by kind of text, what it was read
@@ -83,6 +96,7 @@ class CardInput:
     versions: Mapping[str, str]
     snippet: str
     conversion: str | None = None
+    windows: Windows | None = None
     context_method: str | None = None
     encodings_tried: int = 0
     effective: EffectiveLength | None = None

@@ -29,8 +29,10 @@ class RunData:
     """Everything the report shows.
 
     training: (step, training loss or None, held-out loss or None). recovery: of the training, `loss`, `steps`,
-    `best_step` (that was kept), `tokens`, `tokens_per_second`, `rank` and `learning_rate`. kernel_proof: the fields of
-    `kernels.registry.Proof`; conversion: of `kv_heads.convert.ConvertReport`; context: of `context.rope.Extension`, and
+    `best_step` (that was kept), `tokens`, `tokens_per_second`, `rank`, `learning_rate`, and `passages`, the loss of
+    passages out of sight (before, after). kernel_proof: the fields of
+    `kernels.registry.Proof`; conversion: of `kv_heads.convert.ConvertReport`; windows: of
+    `windows.outcome.WindowReport`; context: of `context.rope.Extension`, and
     under `search`, where the encoding was searched for, of `context.search.Found`; reload: of
     `publish.reload.ReloadReport`. gate: one dict per requirement (metric, bound, value, passed, reason).
     """
@@ -50,6 +52,7 @@ class RunData:
     kernel: str | None = None
     kernel_proof: Mapping[str, Any] | None = None
     conversion: Mapping[str, Any] | None = None
+    windows: Mapping[str, Any] | None = None
     context: Mapping[str, Any] | None = None
     gate: tuple[Mapping[str, Any], ...] = ()
     reload: Mapping[str, Any] | None = None

@@ -19,6 +19,7 @@ from retrofit.report.data import CACHE_LENGTHS, RunData, StepRecord
 from retrofit.report.glossary import definitions
 from retrofit.report.parts import Figure, Table
 from retrofit.report.sections import continuations, encodings, kinds, summary
+from retrofit.windows import sentences
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -122,6 +123,9 @@ def _changes(run: RunData) -> tuple[tuple[str, str], ...]:
         kinds = f" ({', '.join(f'{kind} {fmt.count(n)}' for kind, n in by_kind.items())})" if by_kind else ""
         how = f"{got.get('kv_heads_before')} → {got.get('kv_heads_after')} KV heads in every layer"
         rows.append(("KV heads", f"{how} by method `{got.get('method')}`{calibration}{kinds}"))
+    if run.windows:
+        parts = (part(run.windows) for part in (sentences.layers, sentences.sinks, sentences.losses))
+        rows.append(("Sliding windows", "; ".join(parts)))
     got = run.context or {}
     if got:
         how = f"{fmt.count(got.get('before'))} → {fmt.count(got.get('length'))} tokens by `{got.get('method')}`"
@@ -144,6 +148,7 @@ def _recovery(got: Mapping[str, Any]) -> str:
         f"learning rate {rate:.2g}" if rate else "",
         f"{fmt.count(speed)} tokens/s" if speed else "",
         _kept(got),
+        _passages(got),
     ]
     return ", ".join(filter(None, parts))
 
@@ -156,6 +161,14 @@ def _kept(got: Mapping[str, Any]) -> str:
     if step == 0:
         return "no step was better on held-out text, and the weights from before it are kept"
     return f"the weights after step {fmt.count(step)} are kept, the best on held-out text"
+
+
+def _passages(got: Mapping[str, Any]) -> str:
+    """What the training did to passages out of the windows' sight."""
+    before, after = got.get("passages") or (None, None)
+    if before is None or after is None:
+        return ""
+    return f"loss of passages out of sight {fmt.number(before)} → {fmt.number(after)}"
 
 
 def _proof(proof: Mapping[str, Any] | None) -> str:

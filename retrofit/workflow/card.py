@@ -14,13 +14,14 @@ from retrofit.context.fields import text_part
 from retrofit.context.names import OLDER
 from retrofit.model.families import stock_class
 from retrofit.model.license import languages_and_tags
-from retrofit.publishing.card_input import CardInput, CardModel, Recovery
+from retrofit.publishing.card_input import CardInput, CardModel, Recovery, Windows
 from retrofit.publishing.reload import Tolerance
 from retrofit.publishing.requirements import snippet_of, terms_of
 from retrofit.recipe.load import dump_recipe
 from retrofit.recipe.schema import Publish, Recipe
 from retrofit.report.data import RunData
 from retrofit.report.sections.costs import decoding_together
+from retrofit.windows import sentences
 from retrofit.workflow.artifact import Artifact
 from retrofit.workflow.public import public_model, public_recipe
 
@@ -72,6 +73,7 @@ def card_input(
         versions=versions(),
         snippet=snippet_of(artifact.model.tokenizer, config, folder),
         conversion=recipe.convert.method if recipe.convert else (data.conversion or {}).get("method"),
+        windows=_windows(data),
         context_method=extension.get("method"),
         encodings_tried=len({trial["label"] for trial in (extension.get("search") or {}).get("trials", ())}),
         effective=data.models[-1].effective,
@@ -89,13 +91,24 @@ def card_input(
     )
 
 
+def _windows(data: RunData) -> Windows | None:
+    if data.windows is None:
+        return None
+    found = data.windows
+    return Windows(
+        len(sentences.windowed(found)), *(part(found) for part in (sentences.layers, sentences.sinks, sentences.losses))
+    )
+
+
 def _recovery(recipe: Recipe, done: Mapping[str, Any] | None) -> Recovery | None:
     if done is None:
         return None
     sources = done.get("sources") or [one.source for one in (recipe.recover.text if recipe.recover else ())]
     numbers = {name: done[name] for name in ("loss", "tokens", "rank", "learning_rate", "tokens_per_second")}
     kept = (done["best_step"], done["steps"]) if done.get("steps") else None
-    return Recovery(sources=tuple(sources), kept=kept, **numbers)
+    before, after = done.get("passages") or (None, None)
+    passages = (float(before), float(after)) if isinstance(before, float) and isinstance(after, float) else None
+    return Recovery(sources=tuple(sources), kept=kept, passages=passages, **numbers)
 
 
 def title(recipe: Recipe, base_model: str, claimed: int) -> str:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from retrofit.checkpoint.full import writing
 from retrofit.checkpoint.lock import folder_lock
@@ -30,6 +30,7 @@ from retrofit.publishing.reload import ReloadReport
 from retrofit.recipe.hub import OTHER, is_repo_id, license_problem
 from retrofit.recipe.schema import Publish, Recipe
 from retrofit.report.data import RunData
+from retrofit.windows.outcome import WindowReport
 from retrofit.workflow.artifact import Artifact, Provenance
 from retrofit.workflow.command import measured
 from retrofit.workflow.context import ModelContext
@@ -149,6 +150,7 @@ def certify(
             recovery=_recovery(steps),
             kernel=result.proof.kernel,
             conversion=(_last(steps, "convert") or {}).get("config"),
+            windows=_windows(steps),
             context=(_last(steps, "extend") or {}).get("result"),
             commands=commands,
         )
@@ -249,7 +251,18 @@ def _recovery(steps: tuple[Mapping[str, Any], ...]) -> dict[str, Any] | None:
         "rank": (config.get("adapter") or {}).get("rank"),
         "learning_rate": max(rates, default=None),
         "tokens_per_second": None,
+        "passages": (found.get("start_passages"), found.get("best_passages")),
     }
+
+
+def _windows(steps: tuple[Mapping[str, Any], ...]) -> dict[str, Any] | None:
+    """What the card says of sliding windows, from their record; None where it is none of this version."""
+    step = _last(steps, "window")
+    try:
+        found = TypeAdapter(WindowReport).validate_python((step or {}).get("result"))
+    except ValidationError:
+        return None
+    return asdict(found)
 
 
 def _last(steps: tuple[Mapping[str, Any], ...], name: str) -> Mapping[str, Any] | None:

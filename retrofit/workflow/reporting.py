@@ -52,6 +52,7 @@ def run_data(context: ModelContext, inputs: Inputs, entries: Mapping[str, Entry]
         kernel=kernel,
         kernel_proof=_json(evaluated.proof) if evaluated else None,
         conversion=reports["convert"],
+        windows=reports["window"],
         context=reports["extend"],
         gate=tuple(_dicts(gate_of(recipe, evaluated))),
         reload=_json(published.reload) if published else None,
@@ -99,6 +100,7 @@ def _recovery(recipe: Recipe, report: RecoverReport | None) -> dict[str, Any] | 
         "rank": recipe.recover.adapter.rank,
         "learning_rate": max((point.learning_rate for point in points), default=None),
         "tokens_per_second": median(point.tokens_per_second for point in points) if points else None,
+        "passages": (report.start_passages, report.best_passages),
     }
 
 

@@ -31,6 +31,7 @@ def figures(run: RunData) -> tuple[Figure, ...]:
         _training,
         costs.figures,
         _layers,
+        _windows,
     )
     return tuple(figure for maker in makers for figure in maker(run))
 
@@ -120,3 +121,22 @@ def _layers(run: RunData) -> Iterator[Figure]:
         f"Layers that lost most: {worst}. The table has the costliest first."
     )
     yield Figure("conversion", title, caption, table, plots.layer_costs("layers", costs, title=title))
+
+
+def _windows(run: RunData) -> Iterator[Figure]:
+    if run.windows is None:
+        return
+    rows = []
+    for layer in run.windows["layers"]:
+        [repair] = layer["repairs"] or [None]
+        refit = "–" if repair is None else "kept" if repair["accepted"] else "not kept"
+        cells = [fmt.number(100 * layer[name]) for name in ("mass", "bare", "lost")]
+        seen = fmt.count(layer["window"]) if layer["window"] else "everything"
+        rows.append((str(layer["index"]), seen, fmt.count(layer["sinks"]), *cells, refit))
+    caption = (
+        "Of each layer: the tokens it sees, its query heads with an attention sink, what its softmax puts outside of "
+        "the window, what of its output's energy is lost without sinks and with them (all in %, before repair), and "
+        "whether its output projection was refitted."
+    )
+    headers = ("layer", "sees", "sinks", "mass outside", "lost without sinks", "lost with sinks", "refit")
+    yield Figure("conversion", "Sliding windows, layer by layer", caption, Table(headers, tuple(rows)))

@@ -1,0 +1,45 @@
+"""What terminal, report and card say of a model's windows. found: the fields of a `WindowReport` as JSON values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from retrofit.model.inspect import ranges
+
+PARTS = {"near": "text inside the window", "far": "text beyond it", "answers": "passages out of sight"}
+
+
+def layers(found: Mapping[str, Any]) -> str:
+    """Which layers have windows and which see everything."""
+    full = ranges(found["full_layers"]) or "none"
+    return f"windows of {found['size']:,} tokens in layers {ranges(windowed(found))}; layers {full} see everything"
+
+
+def windowed(found: Mapping[str, Any]) -> list[int]:
+    """Layers that have windows."""
+    return [layer["index"] for layer in found["layers"] if layer["index"] not in found["full_layers"]]
+
+
+def sinks(found: Mapping[str, Any]) -> str:
+    """How many heads have a sink, and what became of the repairs."""
+    heads, chosen = sum(layer["sinks"] for layer in found["layers"]), windowed(found)
+    repairs = [repair for layer in found["layers"] for repair in layer["repairs"]]
+    kept = sum(repair["accepted"] for repair in repairs)
+    text = f"{heads:,} of their query heads have an attention sink" if heads else "none has an attention sink"
+    return f"{text}, {kept} of {len(chosen)} output projections are refitted" if repairs else text
+
+
+def losses(found: Mapping[str, Any]) -> str:
+    """What the loss rises by: when the layers were chosen, and as written."""
+    tokens = f"on {found['measured_tokens']:,} tokens that nothing was fitted on"
+    text = f"nats per token before any training, {tokens}: {rise(found['rise'])}"
+    choice = found["choice"]
+    return (
+        text if choice is None else f"{text} (when the layers were chosen, before any repair: {rise(choice['rise'])})"
+    )
+
+
+def rise(found: Mapping[str, float]) -> str:
+    """The parts of a `Rise`."""
+    return ", ".join(f"{what} {found[part]:+.3f}" for part, what in PARTS.items())

@@ -1,0 +1,67 @@
+"""What report and card say of sliding windows: which layers, which sinks, and what was lost."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from retrofit.kv_heads.repair.outcome import RepairOutcome
+from retrofit.publishing.card import render_card
+from retrofit.publishing.card_input import Recovery, Windows
+from retrofit.report.render import html, markdown
+from retrofit.windows import sentences
+from retrofit.windows.outcome import Choice, Rise, WindowLayerReport, WindowReport
+from retrofit.workflow.certify import _windows
+from tests.publishing.cards import card_input
+from tests.report.made_up import run
+
+LAYERS = (
+    WindowLayerReport(0, 1024, 7, 0.25, 0.5, 0.125, (RepairOutcome("o_proj", True, 0.5, 0.25),)),
+    WindowLayerReport(1, 1024, 9, 0.1, 0.2, 0.05, (RepairOutcome("o_proj", False, 0.5, 0.5),)),
+    WindowLayerReport(2, None),
+)
+REPORT = WindowReport(
+    "granite_swa", 1024, (2,), Rise(0.0, 0.025, 0.34), LAYERS, Choice((2,), Rise(0.01, 0.119, 0.6), ()), 65_536,
+    {"python-docs": 65_536}, 8192, 1.0,
+)  # fmt: skip
+FOUND = asdict(REPORT)
+
+
+def test_sentences_name_layers_sinks_and_losses_before_and_after_the_repair() -> None:
+    assert sentences.layers(FOUND) == "windows of 1,024 tokens in layers 0-1; layers 2 see everything"
+    assert sentences.sinks(FOUND) == (
+        "16 of their query heads have an attention sink, 1 of 2 output projections are refitted"
+    )
+    text = sentences.losses(FOUND)
+    assert "on 8,192 tokens that nothing was fitted on: text inside the window +0.000, text beyond it +0.025" in text
+    assert (
+        "before any repair: text inside the window +0.010, text beyond it +0.119, passages out of sight +0.600" in text
+    )
+
+
+def test_a_report_shows_every_layer_and_what_the_training_did() -> None:
+    made = run(windows=FOUND, recovery={**(run().recovery or {}), "passages": (0.34, 0.12)})
+    for text in (markdown(made), html(made)):
+        assert "windows of 1,024 tokens in layers 0-1" in text
+        assert "Sliding windows, layer by layer" in text
+        assert "loss of passages out of sight 0.340 → 0.120" in text
+    assert "Sliding windows" not in markdown(run())
+
+
+def test_a_card_says_which_layers_and_what_was_lost() -> None:
+    windows = Windows(2, sentences.layers(FOUND), sentences.sinks(FOUND), sentences.losses(FOUND))
+    trained = Recovery("distill", 150_000, 64, ("self",), 1e-3, 150.0, (70, 75), (0.34, 0.12))
+    card = render_card(card_input(conversion=None, kv_heads=(3, 3), windows=windows, recovery=trained))
+    assert "2 of its 30 layers look back a fixed number of tokens only, so the KV cache is 3 times smaller" in card
+    assert "## Sliding windows" in card
+    assert "- windows of 1,024 tokens in layers 0-1; layers 2 see everything." in card
+    assert "sliding-window-attention" in card
+    assert "The loss of passages that come again from out of sight went from 0.340 to 0.120 nats per token." in card
+    assert "Sliding windows" not in render_card(card_input())
+
+
+def test_a_record_that_is_none_of_windows_is_not_shown() -> None:
+    step = {"step": "window", "result": FOUND}
+    assert _windows((step,)) == FOUND
+    assert _windows(({**step, "result": {**FOUND, "size": "<script>"}},)) is None
+    assert _windows(({"step": "window"},)) is None
+    assert _windows(()) is None
