@@ -26,10 +26,11 @@ $(VENV)/.downstream: $(VENV)/.dev constraints/downstream.txt
 	$(PIP) -c constraints/downstream.txt -e '.[downstream]'
 	@touch $@
 
-# vLLM wants a transformers of its own: an environment beside this one, two gigabytes.
+# vLLM wants a transformers of its own: an environment beside this one, two gigabytes. Without dependencies PyPI's torch
+# would lack CUDA's libraries.
 $(VENV)-vllm/.done: constraints/engines/vllm.txt
 	$(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps -r constraints/engines/vllm.txt
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --extra-index-url https://download.pytorch.org/whl/cpu -r constraints/engines/vllm.txt
 	$(VENV)-vllm/bin/python -m pip install --quiet -c constraints/engines/vllm.txt -e '.[eval]' pytest pytest-timeout
 	@touch $@
 

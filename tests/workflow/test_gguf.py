@@ -165,7 +165,7 @@ def test_a_killed_call_leaves_nothing_that_the_next_one_keeps(
 
     hunted(attempt, ["convert:2"])  # after the check before the work
     assert {path.name for path in folder.parent.iterdir()} == {"long", llama_cpp.name}
-    assert [path.name for path in folder.glob("*.gguf")] == ["long-Q8_0.gguf"]
+    assert [path.name for path in folder.glob("*.gguf")] == ["tiny-1k-Q8_0.gguf"]
 
 
 def test_a_run_publishes_them(
