@@ -1,7 +1,8 @@
 """Run the parts of the check one after another, each within its time, and write what they found.
 
 Parts run in a process of their own, several in one as long as none fails: importing transformers takes 14 s on a slow
-core. A part that fails, hangs or kills its process is recorded as failed, and the next ones run in a new process.
+core. A part that fails, hangs or kills its process is recorded as failed, and the next ones run in a new process. Each
+may take its share of the time that is left, so that all of them begin, and what one does not use the next ones have.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from typing import Any
 
 from evals.gpu.parts import Part, Setting
 
-# name: (where it is, seconds it may take)
+# name: (where it is, its share of the time)
 Parts = Mapping[str, tuple[str, float]]
 PARTS: Parts = {
-    "kernels": ("evals.gpu.attention:correct", 90),
-    "families": ("evals.gpu.models:families", 90),
-    "speed": ("evals.gpu.attention:speed", 60),
-    "decoding": ("evals.gpu.models:decoding", 100),
-    "scoring": ("evals.gpu.models:scoring", 40),
-    "training": ("evals.gpu.commands:training", 60),
-    "large": ("evals.gpu.commands:large", 200),
-    "demo": ("evals.gpu.commands:demo", 150),
-    "search": ("evals.gpu.commands:search", 120),
+    "kernels": ("evals.gpu.attention:correct", 9),
+    "families": ("evals.gpu.models:families", 9),
+    "speed": ("evals.gpu.attention:speed", 6),
+    "decoding": ("evals.gpu.models:decoding", 10),
+    "scoring": ("evals.gpu.models:scoring", 4),
+    "training": ("evals.gpu.commands:training", 6),
+    "large": ("evals.gpu.commands:large", 20),
+    "demo": ("evals.gpu.commands:demo", 15),
+    "search": ("evals.gpu.commands:search", 12),
 }
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "flash-attn", "flash-attn-3", "flash-attn-4")
 
@@ -63,10 +64,16 @@ def run_parts(names: Sequence[str], setting: Setting, results: Path, parts: Part
 
 def check(names: Sequence[str], setting: Setting, minutes: float, parts: Parts = PARTS) -> dict[str, dict[str, Any]]:
     """Results of all parts, by name. None of them runs past `minutes`."""
-    results, until = setting.work / "results", time.monotonic() + 60 * minutes
+    results, until = setting.work / "results", time.time() + 60 * minutes
     results.mkdir(parents=True)
     left = list(names)
-    while left and time.monotonic() < until:
+
+    def limit(name: str, began: float) -> float:
+        """When a part has to have ended that began then: what is left is shared with those that come after it."""
+        rest = sum(parts[one][1] for one in left[left.index(name) :])
+        return began + (until - began) * parts[name][1] / rest
+
+    while left and time.time() < until:
         command = [
             sys.executable,
             "-m",
@@ -80,17 +87,15 @@ def check(names: Sequence[str], setting: Setting, minutes: float, parts: Parts =
             time.sleep(0.05)
             name = next((name for name in left if not (results / f"{name}.json").exists()), None)
             started = results / f"{name}.started"
-            if name is None or not started.exists():
-                over = time.monotonic() > until
-            else:
-                over = time.time() > _read(started)["at"] + parts[name][1] or time.monotonic() > until
-            if over:
+            if time.time() > (until if name is None or not started.exists() else limit(name, _read(started)["at"])):
                 child.kill()
                 child.wait()
         for name in left:
             if not (results / f"{name}.json").exists() and (results / f"{name}.started").exists():
                 rows = _read(results / f"{name}.rows") if (results / f"{name}.rows").exists() else []
-                said = f"its process ended with {child.returncode}, or it took more than {parts[name][1]:.0f} s"
+                began = _read(results / f"{name}.started")["at"]
+                allowed = limit(name, began) - began
+                said = f"its process ended with {child.returncode}, or it took more than {allowed:.0f} s"
                 _write(results / f"{name}.json", {"seconds": None, "rows": rows, "error": said, "failed": []})
         before, left = left, [name for name in left if not (results / f"{name}.json").exists()]
         if left == before:  # the child died before its first part began
