@@ -95,8 +95,8 @@ def check(names: Sequence[str], setting: Setting, minutes: float, parts: Parts =
                 rows = _read(results / f"{name}.rows") if (results / f"{name}.rows").exists() else []
                 began = _read(results / f"{name}.started")["at"]
                 allowed = limit(name, began) - began
-                said = f"its process ended with {child.returncode}, or it took more than {allowed:.0f} s"
-                _write(results / f"{name}.json", {"seconds": None, "rows": rows, "error": said, "failed": []})
+                error = f"its process ended with {child.returncode}, or it took more than {allowed:.0f} s"
+                _write(results / f"{name}.json", {"seconds": None, "rows": rows, "error": error, "failed": []})
         before, left = left, [name for name in left if not (results / f"{name}.json").exists()]
         if left == before:  # the child died before its first part began
             break

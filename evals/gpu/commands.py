@@ -1,4 +1,4 @@
-"""Whole steps on this device, as a person runs them: what each took beside what its plan said."""
+"""Whole steps on this device, as a person runs them: what each took beside what its plan gave."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """One number. predicted: what the plan said, in the same unit. passed: None where nothing is required of it."""
+    """One number. predicted: what the plan gave, in the same unit. passed: None where nothing is required of it."""
 
     what: str
     value: float | str

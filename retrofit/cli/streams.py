@@ -1,7 +1,8 @@
 """Standard streams as a shell may hand them over: closed, on a full disk, at a pipe whose reader has gone, in ASCII.
 
-Work of hours does not end because nobody reads what it says: what a stream does not take is dropped, and told at the
-end. A closed descriptor is not left to the next file that is opened, which C libraries would then write their words to.
+Work of hours does not end because nobody reads what it says: what a stream does not take is dropped, and reported at
+the end. A closed descriptor is not left to the next file that is opened, which C libraries would then write their words
+to.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def failing() -> TextIO:
 
 
 def finish() -> int | None:
-    """Flush both streams. The exit code that a failure of stdout calls for, None without one; it is told on stderr."""
+    """Flush both streams. The exit code that a failure of stdout calls for, None without one; stderr reports it."""
     failure = None
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

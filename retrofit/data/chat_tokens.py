@@ -53,8 +53,9 @@ def chat_tokens(
 ) -> list[ChatTokens]:
     """The dialogues of some texts as tokens. loss_on: the assistant's turns, or every token but the first.
 
-    Raises UserError, with file and line, for a dialogue that the template cannot write, for one of whose assistant's
-    turns nothing can be told where the loss is on them, and for a tokenizer that cannot say which text a token is.
+    Raises UserError, with file and line, for a dialogue that the template cannot write, for one whose assistant's turns
+    cannot be found among the tokens where the loss is on them, and for a tokenizer that cannot say which text a token
+    is.
     """
     given = [(text, text.dialogue) for text in texts if text.dialogue is not None]
     if given and not tokenizer.is_fast:

@@ -45,7 +45,7 @@ SKIPPED_PARTS = frozenset(
 class Text:
     """One document. name: unique within its source. kind: the source's name as it stands in metrics.
 
-    dialogue: where it is one; `text` is then what is said in it.
+    dialogue: where it is one; `text` is then what its turns say.
     """
 
     name: str

@@ -44,7 +44,7 @@ class Dialogue:
 
     @property
     def transcript(self) -> str:
-        """What is said, without roles and system turns: by this copies of a dialogue are known, whatever their form."""
+        """The words of its turns, without roles and system turns: by these copies are known, whatever their form."""
         return "\n\n".join(
             [str(turn.get("content", "")) for turn in self.turns if turn["role"] not in ("system", "developer")]
         )

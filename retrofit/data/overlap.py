@@ -1,4 +1,4 @@
-"""Which texts stand in others: copies, excerpts and near-duplicates, told by content alone.
+"""Which texts stand in others: copies, excerpts and near-duplicates, recognised by content alone.
 
 A text is its letters and digits without case, white space and punctuation, so that line breaks, quotes, encodings and
 HTML's names of characters do not matter. It is known by the hashes of its windows of WINDOW bytes, shingles of about

@@ -24,7 +24,7 @@ def commit_of(dataset: str) -> str | None:
             return HfApi().dataset_info(dataset, timeout=_SECONDS).sha
         except HFValidationError:
             return None
-        except (HTTPError, OSError):  # what is wrong with the dataset is said when it is read
+        except (HTTPError, OSError):  # what is wrong with the dataset is reported when it is read
             pass
     return _cached(dataset)
 

@@ -41,7 +41,7 @@ _LONGEST_KIND = 80
 
 
 class Row(NamedTuple):
-    """One document. name: within its source. text: all of it, of a dialogue what is said in it."""
+    """One document. name: within its source. text: all of it, of a dialogue what its turns say."""
 
     name: str
     text: str

@@ -1,8 +1,8 @@
-"""Documents that are measured and were not trained on, told by their content, whatever they are called.
+"""Documents that are measured and were not trained on, recognised by their content, whatever they are called.
 
 What stands in training text as well, as a copy, an excerpt or with small changes, is not measured, and a document is
-measured once. Both are told. The built-in corpora have been split with the same care (`corpora`): their held-out side
-is not compared with their own train side again.
+measured once. Both are reported. The built-in corpora have been split with the same care (`corpora`): their held-out
+side is not compared with their own train side again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from retrofit.errors import UserError
 from retrofit.escape import shown
 
 TOLD = 0.1
-"""Share of what is measured of a document that is told where it was trained on."""
+"""Share of what is measured of a document from which on it is reported as trained on."""
 _GROWTH = 16  # where documents fall away, so many times more are looked at next
 _NAMED = 3  # documents that a note names
 

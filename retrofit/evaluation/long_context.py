@@ -158,7 +158,7 @@ def require_room(section: Evaluate, tokenizer: PreTrainedTokenizerBase, seed: in
     """UserError where a question of the synthetic tests has no room in a length they are asked at.
 
     A few samples and depths stand for all: the others differ in words and numbers of the same kind, and to make every
-    text of a large grid takes minutes in which nothing is said.
+    text of a large grid takes minutes without any progress.
     """
     if not section.needle and not section.ruler:
         return

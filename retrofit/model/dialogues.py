@@ -53,7 +53,7 @@ def write_dialogues(
 
     The assistant's characters are those of the template's own `{% generation %}` blocks. Without such blocks they are
     what the template adds for a turn to the turns before it and the start of an answer, without white space after an
-    end-of-turn token; they are told only where what it writes for those stands unchanged at the start of the whole.
+    end-of-turn token; they are known only where what it writes for those stands unchanged at the start of the whole.
 
     Raises UserError without a template, for a dialogue that it cannot write, with where that stands, and for a template
     that leaves out a system turn or a tool, takes too long or writes too much.

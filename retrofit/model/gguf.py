@@ -141,7 +141,7 @@ def _reading(header: GgufFile) -> Iterator[None]:
         TypeError,
         ValueError,
     ) as error:
-        if machine_error(error) is not None:  # told by whoever knows where was written
+        if machine_error(error) is not None:  # reported by the caller, who knows where was written
             raise
         raise UserError(
             f"transformers cannot read the GGUF file: {shown(error, 200)}",

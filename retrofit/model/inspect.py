@@ -106,7 +106,7 @@ class Inspection:
 class Undescribed:
     """A folder whose architecture is not known here: what the RoPE linter says of it all the same.
 
-    reason: why nothing else can be said.
+    reason: why nothing else is known.
     """
 
     model: str

@@ -1,7 +1,7 @@
 """Where a model comes from: a hub id, a folder, a GGUF file or the embedded one; always a local folder in the end.
 
-Everything that can be wrong with a source is said before any work, each with a text of its own. Only safetensors and
-GGUF are read, and no code that comes with a model is ever run.
+Everything that can be wrong with a source is reported before any work, each with a message of its own. Only safetensors
+and GGUF are read, and no code that comes with a model is ever run.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _resolve(model: str | Path, revision: str | None, weights: bool, progress: P
 
 def require_there(model: str | Path, revision: str | None = None) -> None:
     """UserError where a model is neither on this machine nor on the hub. Nothing of it is read, so that a wrong name is
-    told before torch and transformers are imported."""
+    reported before torch and transformers are imported."""
     name, path = str(model), local_path(model, where="model")
     if name == EMBEDDED and not path.exists():
         embedded_file()

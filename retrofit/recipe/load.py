@@ -1,7 +1,7 @@
 """YAML to a validated recipe. Every problem is reported at once, each with its line and the key that was meant.
 
 Each value keeps its line; `--set a.b=c` is laid over the values before they are validated; errors of pydantic are then
-told in the words of the file.
+reported in the words of the file.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def validate(
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        problems: dict[str | Key, Problem] = {}  # an option that sets two keys is told once
+        problems: dict[str | Key, Problem] = {}  # an option that sets two keys is reported once
         for details in _without_consequences(error):
             problem = _problem(document, kind, details)
             key: Key = tuple(details["loc"])

@@ -46,7 +46,7 @@ class Adapter(Section):
         if not isinstance(value, dict) or "alpha" in value:
             return value
         rank = str(value.get("rank", 64))
-        known = rank.isascii() and rank.isdigit() and 1 <= int(rank[:9]) <= 65_536  # else the rank is told
+        known = rank.isascii() and rank.isdigit() and 1 <= int(rank[:9]) <= 65_536  # else the rank is refused itself
         return {**value, "alpha": 2 * int(rank)} if known else value
 
     @model_validator(mode="after")
@@ -208,7 +208,7 @@ class Recover(Section):
         try:
             total = sum(Stage.model_validate(stage).tokens for stage in stages)
         except (ValidationError, TypeError):
-            return value  # told with its line when the stages themselves are validated
+            return value  # reported with its line when the stages themselves are validated
         return {**value, "tokens": total}  # type: ignore[dict-item]
 
     @model_validator(mode="after")

@@ -22,6 +22,9 @@ OPTIONAL = {
     "pyarrow": ("parquet files as text", partial(install_command, "pyarrow")),
     "lm_eval": ("tasks of lm-evaluation-harness (evaluate --task)", partial(install_command, extra="eval")),
     "datasets": ("hub datasets as text (hub:DATASET)", partial(install_command, "datasets")),
+    "tensorboard": ("losses of a training (recover --report-to tensorboard)", partial(install_command, "tensorboard")),
+    "wandb": ("the same (--report-to wandb)", partial(install_command, "wandb")),
+    "trackio": ("the same (--report-to trackio)", partial(install_command, "trackio")),
 }
 
 

@@ -82,8 +82,8 @@ def tell_launcher(message: str) -> None:
     """Give torchrun, where it started this process, the message for its own report of what failed."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
-        told = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
-        Path(file).write_text(json.dumps({"message": told}), encoding="utf-8")
+        report = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": report}), encoding="utf-8")
 
 
 def _gone(world: World) -> PeerError:

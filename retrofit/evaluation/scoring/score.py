@@ -186,8 +186,10 @@ def _kernel(model: PreTrainedModel, asked: KernelChoice | None, progress: Progre
         yield choice.name
 
 
-def _require_scorable(model: PreTrainedModel, documents: Sequence[Document], plans: Sequence[Plan], told: bool) -> None:
-    """told: the lengths are known, so that an encoding that changes with them can be scored."""
+def _require_scorable(
+    model: PreTrainedModel, documents: Sequence[Document], plans: Sequence[Plan], lengths_known: bool
+) -> None:
+    """lengths_known: of the whole sequences, so that an encoding that changes with them can be scored."""
     config = model.config
     longest = max(documents, key=lambda document: len(document.input_ids), default=None)
     if longest is None:
@@ -213,7 +215,7 @@ def _require_scorable(model: PreTrainedModel, documents: Sequence[Document], pla
             )
     _require_positions(model, documents, plans)
     varies = varying(config)
-    if varies is not None and not told and len(longest.input_ids) > varies[1]:
+    if varies is not None and not lengths_known and len(longest.input_ids) > varies[1]:
         raise UserError(
             f"this position encoding changes with the length beyond {varies[1]} tokens, so one pass cannot score "
             f"the {len(longest.input_ids)} tokens of `{longest.name}`",

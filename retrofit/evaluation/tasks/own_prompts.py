@@ -22,7 +22,7 @@ def makes_prompts(task: Any) -> bool:
 
 
 def require_all_lengths(name: str, tasks: Iterable[Any], limit: int | None) -> None:
-    """UserError where a limit leaves only some of the lengths that a task was told to make."""
+    """UserError where a limit leaves only some of the lengths that a task has to make."""
     for task in tasks:
         if limit is None or not makes_prompts(task):
             continue
