@@ -45,7 +45,7 @@ class Request:
 
     window: tokens that the folder claims. top: so many of the most probable tokens, None for the whole vocabulary where
     the engine gives it. config: fields of the configuration to replace, for transformers alone. cache_bytes: of a KV
-    cache that holds the longest passage, in float32.
+    cache that holds the longest passage, in float32. cache_type: of llama.cpp's KV cache.
     """
 
     path: Path
@@ -54,6 +54,7 @@ class Request:
     top: int | None = 20
     config: Mapping[str, Any] = field(default_factory=dict)
     cache_bytes: int = 64 << 20
+    cache_type: str = "f32"
 
     @property
     def context(self) -> int:
@@ -142,6 +143,7 @@ def _job(request: Request, out: Path) -> dict[str, Any]:
         "config": dict(request.config),
         "window": request.window,
         "cache_bytes": request.cache_bytes,
+        "cache_type": request.cache_type,
         "out": str(out),
     }
 

@@ -7,7 +7,8 @@ every document of the request. A request that an engine cannot load gets the eng
 A request: folder (a GGUF file for llama.cpp); documents: token ids and the positions at which the next token's
 distribution is wanted, ascending; top: so many of the most probable tokens, None for all; context: tokens of the
 longest document and one more; window: tokens that the folder claims; config: fields of the configuration that are
-replaced (transformers only); cache_bytes: for a KV cache (vLLM only); out: the .npz that is written. A script may add a
+replaced (transformers only); cache_bytes: for a KV cache (vLLM only); cache_type: of the KV
+cache (llama.cpp only); out: the .npz that is written. A script may add a
 `note` to the request.
 """
 

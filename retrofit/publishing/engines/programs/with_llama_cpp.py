@@ -18,7 +18,7 @@ def version() -> str:
 
 def score(request: dict[str, Any]) -> list[tuple[Any, Any]]:
     """The most probable tokens after every prefix that ends at a wanted position."""
-    server = _server(request["folder"], request["context"])
+    server = _server(request["folder"], request["context"], request["cache_type"])
     top = request["top"] or TOP
     sampled = _text_token(server, request["documents"][0]["ids"])
     found = []
@@ -62,10 +62,12 @@ def _next(server: Any, ids: list[int], top: int, sampled: int) -> Any:
     return logprobs["content"][0]["top_logprobs"] if logprobs and logprobs["content"] else None
 
 
-def _server(path: str, context: int) -> Any:
+def _server(path: str, context: int, cache_type: str) -> Any:
+    """cache_type: of keys and values; llama.cpp computes blocks of values in its flash attention alone."""
     import xllamacpp
 
-    options = xllamacpp.CommonParams()
+    options, kinds = xllamacpp.CommonParams(), xllamacpp.llama_flash_attn_type
+    blocks = cache_type not in ("f32", "f16")
     options.model.path = path
     options.n_ctx = context
     options.n_parallel = 1
@@ -73,8 +75,8 @@ def _server(path: str, context: int) -> Any:
     options.n_predict = 1
     options.warmup = False
     options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
-    options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    options.cache_type_k = options.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{cache_type.upper()}")
+    options.flash_attn_type = kinds.LLAMA_FLASH_ATTN_TYPE_ENABLED if blocks else kinds.LLAMA_FLASH_ATTN_TYPE_DISABLED
     with tempfile.TemporaryFile() as log:
         shown = os.dup(2)
         os.dup2(log.fileno(), 2)  # why a file is refused stands in the log alone
