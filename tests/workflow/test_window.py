@@ -208,7 +208,7 @@ def test_a_plan_lists_windows_before_anything_is_written(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--size", 32), "--size belongs to the list of windows"),
+        (("--size", 32), "--size belongs to windows"),
         (("--windows", "--kv-heads"), "these are two lists"),
         (("--windows", "--size", 512), "holds all of the model's 512 positions"),
         (("--windows", "--gpu", "h100"), "the lists are made on this machine"),
