@@ -215,6 +215,11 @@ class _Pricing:
         self.notes += listed.notes
         probes = listed.calibrated.probes if listed.calibrated else ()
         answers = {probe.kv_heads: probe.also for probe in probes if probe.also is not None}
+        if not answers:
+            self.notes.append(
+                f"no fewer KV heads in the list: what is kept in {self.work / 'heads'} was measured by another list, "
+                "without the loss of answers; name another folder"
+            )
         costs = {price.kv_heads: price.cost for price in listed.prices}
         curve = fit_curve(costs, [Measured(count, rise, 0.0) for count, rise in answers.items()])
         for price in listed.prices:
