@@ -31,6 +31,8 @@ from retrofit.publishing.engines.run import Request, Rows, Scored, score
 AT_ONCE = 60
 """Requests of one process: what a kill loses."""
 TO_GGUF = Path(__file__).with_name("to_gguf.py")
+CACHE_BYTES = 1 << 30
+"""What vLLM may take for its cache: enough for the real model's passage in float32."""
 MAX_MESSAGE = 200
 NEAR = 0.01
 """Nats: an engine that computes the same function in float32 is no further away."""
@@ -167,7 +169,10 @@ class Work:
 
     def _each(self, cases: Sequence[Case], paths: dict[Case, Path], environment: Environment) -> list[Scored]:
         """In one process; one by one where that died, so that the others have a result."""
-        requests = [Request(paths[case], (passage(self.folder(case)),), window_of(self.folder(case))) for case in cases]
+        requests = [
+            Request(paths[case], (passage(self.folder(case)),), window_of(self.folder(case)), cache_bytes=CACHE_BYTES)
+            for case in cases
+        ]
         if not requests:
             return []
         try:

@@ -16,11 +16,10 @@ def score(request: dict[str, Any]) -> list[tuple[Any, Any]]:
     """Log-probabilities over the vocabulary, in float32."""
     import ctranslate2
     import numpy as np
-    from ctranslate2.converters import TransformersConverter
 
     with tempfile.TemporaryDirectory() as place:
         out = str(Path(place) / "model")
-        TransformersConverter(request["folder"]).convert(out)
+        _converter()(request["folder"]).convert(out)
         model = ctranslate2.Generator(out, device="cpu", compute_type="float32", intra_threads=1)
         found = []
         for document in request["documents"]:
@@ -32,3 +31,16 @@ def score(request: dict[str, Any]) -> list[tuple[Any, Any]]:
                 logprobs = np.take_along_axis(logprobs, tokens, 1)
             found.append((tokens, logprobs))
         return found
+
+
+def _converter() -> Any:
+    from ctranslate2.converters import TransformersConverter
+
+    class Converter(TransformersConverter):  # type: ignore[misc]
+        def load_tokenizer(self, *args: Any, **kwargs: Any) -> Any:
+            """With an unknown token: where there is none some of its loaders write null, which its engine refuses."""
+            tokenizer = super().load_tokenizer(*args, **kwargs)
+            tokenizer.unk_token = tokenizer.unk_token or tokenizer.eos_token
+            return tokenizer
+
+    return Converter

@@ -25,20 +25,16 @@ def version() -> str:
 def score(request: dict[str, Any]) -> list[tuple[Any, Any]]:
     """The most probable tokens at every wanted position, from one pass over each document.
 
-    Where vLLM takes another length by default than `window`, the request gets a note; where it takes fewer tokens than
-    there are, it is started again with as many.
+    It is started with the tokens that there are, for which its cache has room. Where it takes another length by default
+    than `window`, the request gets a note.
     """
-    from vllm import SamplingParams
+    from vllm import EngineArgs, SamplingParams
 
     top, window = request["top"] or TOP, request["window"]
-    model = _model(request, top)
-    accepted = model.llm_engine.model_config.max_model_len
+    accepted = EngineArgs(model=request["folder"], dtype="float32").create_model_config().max_model_len
     notes = [f"start it with --max-model-len {window}: by default it takes {accepted} tokens"] * (accepted != window)
     request["note"] = "; ".join([*notes, *_device()]) or None
-    if accepted < request["context"]:
-        del model
-        gc.collect()
-        model = _model(request, top, max_model_len=request["context"])
+    model = _model(request, top)
     try:
         return [_scored(model, SamplingParams, document, top) for document in request["documents"]]
     finally:
@@ -53,7 +49,7 @@ def _device() -> list[str]:
     return [] if current_platform.is_cpu() else [f"on {current_platform.get_device_name()}"]
 
 
-def _model(request: dict[str, Any], top: int, **more: Any) -> Any:
+def _model(request: dict[str, Any], top: int) -> Any:
     from vllm import LLM
 
     gc.freeze()  # vLLM collects at every start, through all modules of torch each time
@@ -61,13 +57,13 @@ def _model(request: dict[str, Any], top: int, **more: Any) -> Any:
         model=request["folder"],
         dtype="float32",
         enforce_eager=True,
+        max_model_len=request["context"],
         max_logprobs=top,
         max_num_batched_tokens=max(2048, request["context"]),
         max_num_seqs=1,
         kv_cache_memory_bytes=request["cache_bytes"],
         disable_log_stats=True,
         seed=0,
-        **more,
     )
 
 
