@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 NONE = "–"
@@ -126,8 +125,7 @@ def ranks(first: int, last: int | None) -> str:
     return f"{first:,}-{last:,}"
 
 
-def same_losses(reload: Mapping[str, Any]) -> str:
-    """How near the losses of a reloaded checkpoint are, beside the tolerance; of the fields of a ReloadReport."""
-    found, allowed = number(reload.get("max_difference")), plain(reload.get("tolerance_token"))
-    what = "same losses" if reload.get("passed") else "OTHER LOSSES"
-    return f"{what} (a token's differs by at most {found} nats, tolerance {allowed})"
+def same_losses(difference: float, tolerance: float, *, passed: bool) -> str:
+    """How near a token's loss of a reloaded checkpoint is, beside the tolerance."""
+    what = "same losses" if passed else "OTHER LOSSES"
+    return f"{what} (a token's differs by at most {number(difference)} nats, tolerance {plain(tolerance)})"

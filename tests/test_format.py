@@ -46,6 +46,6 @@ def test_numbers_as_people_read_them(said: str, expected: str) -> None:
 
 
 def test_same_losses_stand_beside_their_tolerance() -> None:
-    found = {"passed": True, "max_difference": 2.4e-7, "tolerance_token": 2e-3}
-    assert fmt.same_losses(found) == "same losses (a token's differs by at most 2.40e-07 nats, tolerance 0.002)"
-    assert fmt.same_losses({**found, "passed": False}).startswith("OTHER LOSSES")
+    said = "same losses (a token's differs by at most 2.40e-07 nats, tolerance 0.002)"
+    assert fmt.same_losses(2.4e-7, 2e-3, passed=True) == said
+    assert fmt.same_losses(2.4e-7, 2e-3, passed=False).startswith("OTHER LOSSES")

@@ -9,6 +9,7 @@ from typing import Any
 
 from retrofit.context import frequencies as spectra
 from retrofit.context.fields import RopeView
+from retrofit.context.search.outcome import SearchResult
 from retrofit.errors import UserError
 from retrofit.recipe.schema import RopeSettings
 
@@ -31,6 +32,13 @@ class Extension:
     query_scale: float = 1.0
 
 
+@dataclass(frozen=True)
+class ExtendReport(Extension):
+    """What was done, and how the encoding was searched for; None where it was named."""
+
+    search: SearchResult | None = None
+
+
 def written_factor(text: Mapping[str, Any], view: RopeView) -> float | None:
     """The attention factor that the configuration writes out, where it is not the one its encoding has by itself."""
     written = view.parameters.get("attention_factor")
@@ -50,9 +58,9 @@ def with_written_factor(
     written = written_factor(text, view)
     if written is None:
         return extension
-    said = f"The configuration writes the attention factor {written:g} out: "
+    start = f"The configuration writes the attention factor {written:g} out: "
     kept = "it is kept. Some engines compute the encoding's own; to change it in all, give `attention_factor`."
-    note = said + (kept if extension.method == "yarn" else "it went with the lists that the new ones stand in for.")
+    note = start + (kept if extension.method == "yarn" else "it went with the lists that the new ones stand in for.")
     return replace(extension, notes=(*extension.notes, note))
 
 

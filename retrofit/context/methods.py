@@ -225,10 +225,10 @@ def _notes(
 ) -> tuple[str, ...]:
     notes = []
     if used != 1 and method not in ("none", "longrope"):
-        told = f"The model was already extended by {method} x {used:g}; "
+        note = f"The model was already extended by {method} x {used:g}; "
         composed = math.isclose(total, used * step)
         notes.append(
-            told + (f"composed with x {step:g} from its original length." if composed else f"it is x {total:g} now.")
+            note + (f"composed with x {step:g} from its original length." if composed else f"it is x {total:g} now.")
         )
     if len(found) > 1:
         notes.append("Sliding-window layers keep their own encoding; only full-attention layers are extended.")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from retrofit.errors import UserError
+from retrofit.format import same_losses
 from retrofit.fresh import FreshError, run_fresh
 
 if TYPE_CHECKING:
@@ -87,6 +88,11 @@ class ReloadReport:
     new_tokens: int
     seconds: float
     versions: dict[str, str]
+
+    @property
+    def in_words(self) -> str:
+        """How near the losses are, beside the tolerance."""
+        return same_losses(self.max_difference, self.tolerance_token, passed=self.passed)
 
 
 def reload_and_score(

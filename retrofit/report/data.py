@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retrofit.evaluation.metrics.perplexity import ALL
 from retrofit.evaluation.result import ModelEvaluation
+
+if TYPE_CHECKING:
+    from retrofit.context.extension import ExtendReport
+    from retrofit.kernels.check import KernelCheck
+    from retrofit.kv_heads.repair.outcome import ConvertReport
+    from retrofit.publishing.gate import GateResult
+    from retrofit.publishing.reload import ReloadReport
 
 CACHE_LENGTHS = (8192, 16384, 32768, 131072)
 """Tokens at which the KV cache is shown: keys of `ModelEvaluation.kv_cache_bytes`."""
@@ -25,16 +32,27 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
+class Training:
+    """What a training was. best_step: whose weights were kept, 0 for the start. learning_rate: the highest of the
+    schedule; tokens_per_second: the median of the steps. passages: the loss of passages out of the windows' sight,
+    before and after, where it was measured."""
+
+    loss: str
+    steps: int
+    best_step: int
+    tokens: int
+    rank: int
+    learning_rate: float | None = None
+    tokens_per_second: float | None = None
+    passages: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
 class RunData:
     """Everything the report shows.
 
-    training: (step, training loss or None, held-out loss or None). recovery: of the training, `loss`, `steps`,
-    `best_step` (that was kept), `tokens`, `tokens_per_second`, `rank`, `learning_rate`, and `passages`, the loss of
-    passages out of sight (before, after). kernel_proof: the fields of
-    `kernels.registry.Proof`; conversion: of `kv_heads.convert.ConvertReport`; windows: of
-    `windows.outcome.WindowReport`; context: of `context.rope.Extension`, and
-    under `search`, where the encoding was searched for, of `context.search.Found`; reload: of
-    `publish.reload.ReloadReport`. gate: one dict per requirement (metric, bound, value, passed, reason).
+    training: (step, training loss or None, held-out loss or None). recovery: what that training was.
+    windows: the fields of `windows.outcome.WindowReport` as JSON values.
     """
 
     name: str
@@ -47,15 +65,15 @@ class RunData:
     native_length: int | None = None
     claimed_length: int | None = None
     training: tuple[tuple[int, float | None, float | None], ...] = ()
-    recovery: Mapping[str, Any] | None = None
+    recovery: Training | None = None
     steps: tuple[StepRecord, ...] = ()
     kernel: str | None = None
-    kernel_proof: Mapping[str, Any] | None = None
-    conversion: Mapping[str, Any] | None = None
+    kernel_proof: KernelCheck | None = None
+    conversion: ConvertReport | None = None
     windows: Mapping[str, Any] | None = None
-    context: Mapping[str, Any] | None = None
-    gate: tuple[Mapping[str, Any], ...] = ()
-    reload: Mapping[str, Any] | None = None
+    context: ExtendReport | None = None
+    gate: tuple[GateResult, ...] = ()
+    reload: ReloadReport | None = None
     notes: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
 

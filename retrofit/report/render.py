@@ -6,7 +6,7 @@ Names in them are foreign: whatever a template writes is escaped, for HTML by ji
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from retrofit import format as fmt
 from retrofit.evaluation.metrics.perplexity import ALL
 from retrofit.evaluation.result import ModelEvaluation
 from retrofit.report.charts.figures import card_picture, figures
-from retrofit.report.data import CACHE_LENGTHS, RunData, StepRecord
+from retrofit.report.data import CACHE_LENGTHS, RunData, StepRecord, Training
 from retrofit.report.glossary import definitions
 from retrofit.report.parts import Figure, Table
 from retrofit.report.sections import continuations, encodings, kinds, summary
@@ -23,6 +23,9 @@ from retrofit.windows import sentences
 
 if TYPE_CHECKING:
     from markupsafe import Markup
+
+    from retrofit.kernels.check import KernelCheck
+    from retrofit.publishing.reload import ReloadReport
 
 __all__ = [
     "CACHE_LENGTHS",
@@ -116,20 +119,17 @@ def _content(run: RunData, shown: tuple[Figure, ...]) -> dict[str, Any]:
 def _changes(run: RunData) -> tuple[tuple[str, str], ...]:
     """(what, how) of every step that changed the model."""
     rows = []
-    got: Mapping[str, Any] = run.conversion or {}
-    if got:
-        calibration = f", calibrated on {fmt.count(got.get('tokens'))} tokens" if got.get("tokens") else ""
-        by_kind = got.get("tokens_by_kind") or {}
-        kinds = f" ({', '.join(f'{kind} {fmt.count(n)}' for kind, n in by_kind.items())})" if by_kind else ""
-        how = f"{got.get('kv_heads_before')} → {got.get('kv_heads_after')} KV heads in every layer"
-        rows.append(("KV heads", f"{how} by method `{got.get('method')}`{calibration}{kinds}"))
+    if done := run.conversion:
+        calibration = f", calibrated on {fmt.count(done.tokens)} tokens" if done.tokens else ""
+        by_kind = ", ".join(f"{kind} {fmt.count(n)}" for kind, n in done.tokens_by_kind.items())
+        how = f"{done.kv_heads_before} → {done.kv_heads_after} KV heads in every layer by method `{done.method}`"
+        rows.append(("KV heads", f"{how}{calibration}{f' ({by_kind})' if by_kind else ''}"))
     if run.windows:
         parts = (part(run.windows) for part in (sentences.layers, sentences.sinks, sentences.losses))
         rows.append(("Sliding windows", "; ".join(parts)))
-    got = run.context or {}
-    if got:
-        how = f"{fmt.count(got.get('before'))} → {fmt.count(got.get('length'))} tokens by `{got.get('method')}`"
-        rows.append(("Window", f"{how}, factor {fmt.plain(got.get('factor'))}"))
+    if longer := run.context:
+        how = f"{fmt.count(longer.before)} → {fmt.count(longer.length)} tokens by `{longer.method}`"
+        rows.append(("Window", f"{how}, factor {fmt.plain(longer.factor)}"))
     if encodings.search_of(run):
         rows.append(("Position encoding", encodings.described(run)))
     if run.recovery:
@@ -139,66 +139,58 @@ def _changes(run: RunData) -> tuple[tuple[str, str], ...]:
     return tuple(rows)
 
 
-def _recovery(got: Mapping[str, Any]) -> str:
+def _recovery(training: Training) -> str:
     """How the training went, in numbers."""
-    speed, rate = got.get("tokens_per_second"), got.get("learning_rate")
+    rate, speed = training.learning_rate, training.tokens_per_second
     parts = [
-        f"loss `{got.get('loss')}` on {fmt.count(got.get('tokens'))} tokens in {fmt.count(got.get('steps'))} steps",
-        f"LoRA rank {fmt.count(got.get('rank'))}",
+        f"loss `{training.loss}` on {fmt.count(training.tokens)} tokens in {fmt.count(training.steps)} steps",
+        f"LoRA rank {fmt.count(training.rank)}",
         f"learning rate {rate:.2g}" if rate else "",
         f"{fmt.count(speed)} tokens/s" if speed else "",
-        _kept(got),
-        _passages(got),
+        _kept(training),
+        _passages(training),
     ]
     return ", ".join(filter(None, parts))
 
 
-def _kept(got: Mapping[str, Any]) -> str:
+def _kept(training: Training) -> str:
     """Which weights of the training are the model's, where they are not the last."""
-    step, steps = got.get("best_step"), got.get("steps")
-    if step is None or step == steps:
+    if training.best_step == training.steps:
         return ""
-    if step == 0:
+    if training.best_step == 0:
         return "no step was better on held-out text, and the weights from before it are kept"
-    return f"the weights after step {fmt.count(step)} are kept, the best on held-out text"
+    return f"the weights after step {fmt.count(training.best_step)} are kept, the best on held-out text"
 
 
-def _passages(got: Mapping[str, Any]) -> str:
+def _passages(training: Training) -> str:
     """What the training did to passages out of the windows' sight."""
-    before, after = got.get("passages") or (None, None)
-    if before is None or after is None:
+    if training.passages is None:
         return ""
+    before, after = training.passages
     return f"loss of passages out of sight {fmt.number(before)} → {fmt.number(after)}"
 
 
-def _proof(proof: Mapping[str, Any] | None) -> str:
-    if not proof:
+def _proof(proof: KernelCheck | None) -> str:
+    if proof is None:
         return ""
-    result = "within" if proof.get("passed") else "MORE THAN"
     return (
-        f"Kernel `{proof.get('kernel')}` against `{proof.get('reference', 'eager')}` on "
-        f"{fmt.count(proof.get('tokens'))} tokens: "
-        f"the logits differ by at most {fmt.number(proof.get('max_difference'))}, {result} the tolerance of "
-        f"{fmt.plain(proof.get('tolerance'))}." + (f" It computes {tiles}." if (tiles := proof.get("tiles")) else "")
+        f"Kernel `{proof.kernel}` against `{proof.reference}` on {fmt.count(proof.tokens)} tokens: the logits differ "
+        f"by at most {fmt.number(proof.max_difference)}, {'within' if proof.passed else 'MORE THAN'} the tolerance of "
+        f"{fmt.plain(proof.tolerance)} (rounding alone moves those of `{proof.reference}` by "
+        f"{fmt.number(proof.rounding)}).{f' It computes {proof.tiles}.' if proof.tiles else ''}"
     )
 
 
-def _reload(report: Mapping[str, Any] | None) -> str:
-    if not report:
+def _reload(report: ReloadReport | None) -> str:
+    if report is None:
         return ""
-    result = "within" if report.get("passed") else "MORE THAN"
-    mean = report.get("mean_difference")
     return (
         "A fresh process with stock transformers, without this package, loaded the written checkpoint and scored the "
-        f"same tokens again: losses differ by at most {fmt.number(report.get('max_difference'))}"
-        f"{'' if mean is None else f' (mean {fmt.number(mean)})'}, {result} the tolerance of "
-        f"{fmt.plain(report.get('tolerance_token'))} for a token{_mean_tolerance(report)}."
+        f"same tokens again: losses differ by at most {fmt.number(report.max_difference)} (mean "
+        f"{fmt.number(report.mean_difference)}), {'within' if report.passed else 'MORE THAN'} the tolerance of "
+        f"{fmt.plain(report.tolerance_token)} for a token and of {fmt.plain(report.tolerance_mean)} for the mean of "
+        "1,024."
     )
-
-
-def _mean_tolerance(report: Mapping[str, Any]) -> str:
-    allowed = report.get("tolerance_mean")
-    return "" if allowed is None else f" and of {fmt.plain(allowed)} for the mean of 1,024"
 
 
 def _template(name: str, *, autoescape: bool, finalize: Callable[[Any], Any]) -> Any:

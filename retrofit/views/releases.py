@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from retrofit.format import nbytes, same_losses
+from retrofit.format import nbytes
 from retrofit.tables import Part, Table
 from retrofit.views.results import by_length, nats
 
@@ -36,7 +36,7 @@ def certified(result: Certified) -> Iterator[Part]:
             ],
         )
     yield f"\ncard: {result.card}"
-    yield f"checkpoint: {result.folder}; loaded again in a fresh process: {same_losses(vars(result.reload))}"
+    yield f"checkpoint: {result.folder}; loaded again in a fresh process: {result.reload.in_words}"
 
 
 def repaired(result: Repaired) -> Iterator[Part]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from retrofit.escape import python_string
-from retrofit.format import duration, heads, kv_per_token, nbytes, none_unseen, same_losses
+from retrofit.format import duration, heads, kv_per_token, nbytes, none_unseen
 from retrofit.model.cache_dtype import served_with
 from retrofit.tables import NOTE, Part, Table
 from retrofit.views import windows
@@ -50,7 +50,7 @@ def run(result: RunResult) -> Iterator[Part]:
         )
     yield f"\nreport: {result.report}"
     if result.final:
-        reloaded = f"; loaded again in a fresh process: {same_losses(vars(result.reload))}" if result.reload else ""
+        reloaded = f"; loaded again in a fresh process: {result.reload.in_words}" if result.reload else ""
         yield f"checkpoint: {result.final}{reloaded}"
     if result.refused:
         yield f"checkpoint, not published because a requirement is not met: {result.refused}"

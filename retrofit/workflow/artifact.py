@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from retrofit.checkpoint.provenance import FILE, digest, read_provenance, versions, write_provenance
 from retrofit.console import jsonable
@@ -14,6 +14,8 @@ from retrofit.model.folder import ModelFolder
 from retrofit.model.source import Source
 from retrofit.recipe.schema import Recipe
 from retrofit.workflow.public import source_record
+
+T = TypeVar("T")
 
 _OF_THE_MOMENT = ("seconds", "peak_bytes", "tokens_per_second", "resumed_from", "notes")
 
@@ -69,6 +71,13 @@ def as_json(report: object) -> dict[str, Any]:
     found = jsonable(report)
     assert isinstance(found, dict)
     return found
+
+
+def from_json(kind: type[T], values: Mapping[str, Any]) -> T:
+    """The report that `as_json` made these values of. Raises pydantic.ValidationError for anything else."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind).validate_python(values)
 
 
 def shard_size(recipe: Recipe) -> str:

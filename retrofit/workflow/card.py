@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +30,24 @@ if TYPE_CHECKING:
     from retrofit.workflow.context import ModelContext
 
 
+@dataclass(frozen=True)
+class Changes:
+    """How a model was changed: the method that merged its heads, the one that lengthened its context, of how many
+    encodings that were tried, and its training; None for what was left as it was."""
+
+    conversion: str | None = None
+    context_method: str | None = None
+    encodings_tried: int = 0
+    recovery: Recovery | None = None
+
+
 def card_input(
     context: ModelContext,
     artifact: Artifact,
     folder: Path,
     section: Publish,
     data: RunData,
+    changes: Changes,
     allowed: Tolerance,
     *,
     chart: str | None,
@@ -43,7 +56,7 @@ def card_input(
     the folder."""
     recipe, source = context.recipe, context.source
     config, before, after = artifact.model.config, context.spec, artifact.model.spec
-    first, extension = data.models[0], data.context or {}
+    first = data.models[0]
     assert data.native_length
     assert data.claimed_length
     base, terms = section.base_model or source.base_model, terms_of(section, source)
@@ -72,12 +85,12 @@ def card_input(
         commands=data.commands,
         versions=versions(),
         snippet=snippet_of(artifact.model.tokenizer, config, folder),
-        conversion=recipe.convert.method if recipe.convert else (data.conversion or {}).get("method"),
+        conversion=recipe.convert.method if recipe.convert else changes.conversion,
         windows=_windows(data),
-        context_method=extension.get("method"),
-        encodings_tried=len({trial["label"] for trial in (extension.get("search") or {}).get("trials", ())}),
+        context_method=changes.context_method,
+        encodings_tried=changes.encodings_tried,
         effective=data.models[-1].effective,
-        recovery=_recovery(recipe, data.recovery),
+        recovery=changes.recovery,
         revision=source.revision,
         chart=chart,
         kernel=data.kernel,
@@ -100,15 +113,48 @@ def _windows(data: RunData) -> Windows | None:
     )
 
 
-def _recovery(recipe: Recipe, done: Mapping[str, Any] | None) -> Recovery | None:
-    if done is None:
-        return None
-    sources = done.get("sources") or [one.source for one in (recipe.recover.text if recipe.recover else ())]
-    numbers = {name: done[name] for name in ("loss", "tokens", "rank", "learning_rate", "tokens_per_second")}
-    kept = (done["best_step"], done["steps"]) if done.get("steps") else None
-    before, after = done.get("passages") or (None, None)
-    passages = (float(before), float(after)) if isinstance(before, float) and isinstance(after, float) else None
-    return Recovery(sources=tuple(sources), kept=kept, passages=passages, **numbers)
+def changes_of(recipe: Recipe, data: RunData) -> Changes:
+    """What a run changed."""
+    longer, training = data.context, None
+    if data.recovery and recipe.recover:
+        done, sources = data.recovery, tuple(one.source for one in recipe.recover.text)
+        kept = (done.best_step, done.steps) if done.steps else None
+        numbers: Any = {"learning_rate": done.learning_rate, "tokens_per_second": done.tokens_per_second}
+        training = Recovery(done.loss, done.tokens, done.rank, sources, kept=kept, passages=done.passages, **numbers)
+    return Changes(
+        data.conversion.method if data.conversion else None,
+        longer.method if longer else None,
+        len({trial.label for trial in longer.search.trials}) if longer and longer.search else 0,
+        training,
+    )
+
+
+def recorded_changes(steps: Sequence[Mapping[str, Any]]) -> Changes:
+    """What the steps of a folder changed, as its record has it, which may be of another version."""
+    last = {step["step"]: step for step in steps}
+    converted, extended, trained = (last.get(name, {}) for name in ("convert", "extend", "recover"))
+    longer = extended.get("result") or {}
+    return Changes(
+        (converted.get("config") or {}).get("method"),
+        longer.get("method"),
+        len({trial.get("label") for trial in (longer.get("search") or {}).get("trials") or ()}),
+        _recorded_training(trained.get("config") or {}, trained.get("result") or {}) if trained else None,
+    )
+
+
+def _recorded_training(config: Mapping[str, Any], found: Mapping[str, Any]) -> Recovery:
+    """The card refuses to be without what is not recorded."""
+    before, after = found.get("start_passages"), found.get("best_passages")
+    rates = [point.get("learning_rate") or 0.0 for point in found.get("history") or ()]
+    known: Any = {
+        "loss": config.get("loss"),
+        "tokens": found.get("tokens"),
+        "rank": (config.get("adapter") or {}).get("rank"),
+        "sources": tuple(text.get("source") for text in config.get("text") or () if isinstance(text, dict)),
+        "kept": (found.get("best_step"), found["steps"]) if found.get("steps") else None,
+        "passages": (before, after) if isinstance(before, float) and isinstance(after, float) else None,
+    }
+    return Recovery(learning_rate=max(rates, default=None), **known)
 
 
 def title(recipe: Recipe, base_model: str, claimed: int) -> str:

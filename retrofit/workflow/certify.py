@@ -32,6 +32,7 @@ from retrofit.recipe.schema import Publish, Recipe
 from retrofit.report.data import RunData
 from retrofit.windows.outcome import WindowReport
 from retrofit.workflow.artifact import Artifact, Provenance
+from retrofit.workflow.card import recorded_changes
 from retrofit.workflow.command import measured
 from retrofit.workflow.context import ModelContext
 from retrofit.workflow.journal import CARD, is_run
@@ -147,14 +148,13 @@ def certify(
             models=result.models,
             native_length=native_length(context.model),
             claimed_length=context.native,
-            recovery=_recovery(steps),
             kernel=result.proof.kernel,
-            conversion=(_last(steps, "convert") or {}).get("config"),
             windows=_windows(steps),
-            context=(_last(steps, "extend") or {}).get("result"),
             commands=commands,
         )
-        proven = _with_earlier(record, section, prove(made, models[last], folder, section, data, kept[last].losses))
+        changes = recorded_changes(steps)
+        proven = prove(made, models[last], folder, section, data, changes, kept[last].losses)
+        proven = _with_earlier(record, section, proven)
         with beside(folder, "gguf") as place:
             proven = with_gguf(made, folder, section, proven, place)
             for path in sorted(place.iterdir()):
@@ -233,26 +233,6 @@ def _made(
         else:
             return replace(here, recipe=recipe), (command(recipe, source),)
     return here, (f"retrofit certify {shell_word(Path(context.source.requested).name)}",)
-
-
-def _recovery(steps: tuple[Mapping[str, Any], ...]) -> dict[str, Any] | None:
-    """What the card says of the training, from its record."""
-    step = _last(steps, "recover")
-    if step is None:
-        return None
-    config, found = step.get("config") or {}, step.get("result") or {}
-    rates = [point.get("learning_rate") or 0.0 for point in found.get("history") or ()]
-    return {
-        "loss": config.get("loss"),
-        "sources": [text.get("source") for text in config.get("text") or () if isinstance(text, dict)],
-        "steps": found.get("steps"),
-        "best_step": found.get("best_step"),
-        "tokens": found.get("tokens"),
-        "rank": (config.get("adapter") or {}).get("rank"),
-        "learning_rate": max(rates, default=None),
-        "tokens_per_second": None,
-        "passages": (found.get("start_passages"), found.get("best_passages")),
-    }
 
 
 def _windows(steps: tuple[Mapping[str, Any], ...]) -> dict[str, Any] | None:

@@ -85,5 +85,5 @@ def _kinds(source: TextSource) -> set[str]:
         return either
     try:
         return {CHAT if holds_dialogues(source) else kind_of(source.source)}
-    except UserError:  # told where texts are checked
+    except UserError:  # reported where texts are checked
         return either

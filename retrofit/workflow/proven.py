@@ -21,7 +21,7 @@ from retrofit.publishing.reload import ReloadReport, reload_and_score, tolerance
 from retrofit.recipe.schema import Publish
 from retrofit.report.data import RunData
 from retrofit.workflow.artifact import Artifact
-from retrofit.workflow.card import card_input
+from retrofit.workflow.card import Changes, card_input
 from retrofit.workflow.gguf import write_gguf
 from retrofit.workflow.public import public_recipe, public_texts
 
@@ -45,6 +45,7 @@ def prove(
     folder: Path,
     section: Publish,
     data: RunData,
+    changes: Changes,
     losses: TokenLosses,
     *,
     chart: str | None = None,
@@ -56,8 +57,8 @@ def prove(
     an engine that cannot load the folder.
     """
     allowed = tolerance_of(str(losses.meta.get("dtype")))
-    card = card_input(context, artifact, folder, section, data, allowed, chart=chart)
-    render_card(card)  # what it lacks is told before the work
+    card = card_input(context, artifact, folder, section, data, changes, allowed, chart=chart)
+    render_card(card)  # what it lacks is reported before the work
     reload = reload_and_score(
         folder,
         context.documents,

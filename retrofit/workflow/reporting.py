@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from retrofit import bundled
 from retrofit.checkpoint.provenance import versions
@@ -13,10 +13,9 @@ from retrofit.console import jsonable
 from retrofit.escape import shell_word
 from retrofit.evaluation.result import EvaluationResult
 from retrofit.model.source import Source
-from retrofit.publishing.gate import GateResult
 from retrofit.recipe.load import dump_recipe, load_recipe
 from retrofit.recipe.schema import Recipe
-from retrofit.report.data import RunData, StepRecord
+from retrofit.report.data import RunData, StepRecord, Training
 from retrofit.workflow.gate import gate_of
 from retrofit.workflow.public import public_model, public_recipe
 from retrofit.workflow.step import Inputs
@@ -32,10 +31,10 @@ def run_data(context: ModelContext, inputs: Inputs, entries: Mapping[str, Entry]
     recipe, entries = context.recipe, entries or {}
     evaluated: EvaluationResult | None = inputs.reports.get("evaluate")
     published = inputs.reports.get("publish")
-    reports = {name: _json(inputs.reports.get(name)) for name in ("convert", "window", "extend", "recover")}
+    converted, windowed, extended, recovered = map(inputs.reports.get, ("convert", "window", "extend", "recover"))
     kernel = evaluated.proof.kernel if evaluated else context.kernel.name
-    noted = [note for name in ("convert", "window") for note in (reports[name] or {}).get("notes", ())]
-    noted += [*(reports["recover"] or {}).get("cautions", ())]
+    noted = [note for report in (converted, windowed) if report for note in report.notes]
+    noted += recovered.cautions if recovered else ()
     return RunData(
         name=recipe.name,
         recipe_yaml=dump_recipe(public_recipe(recipe, context.source)),
@@ -46,16 +45,16 @@ def run_data(context: ModelContext, inputs: Inputs, entries: Mapping[str, Entry]
         models=evaluated.models if evaluated else (),
         native_length=context.native,
         claimed_length=context.claimed,
-        training=_training(reports["recover"] or {}),
-        recovery=_recovery(recipe, inputs.reports.get("recover")),
+        training=tuple((at.step, at.loss, at.held_out_loss) for at in (recovered.history if recovered else ())),
+        recovery=_training(recipe, recovered),
         steps=tuple(_steps(context, entries)),
         kernel=kernel,
-        kernel_proof=_json(evaluated.proof) if evaluated else None,
-        conversion=reports["convert"],
-        windows=reports["window"],
-        context=reports["extend"],
-        gate=tuple(_dicts(gate_of(recipe, evaluated))),
-        reload=_json(published.reload) if published else None,
+        kernel_proof=evaluated.proof if evaluated else None,
+        conversion=converted,
+        windows=jsonable(windowed) if windowed else None,  # type: ignore[arg-type]
+        context=extended,
+        gate=gate_of(recipe, evaluated),
+        reload=published.reload if published else None,
         notes=tuple(dict.fromkeys((*context.notes, *noted))),
         commands=(command(context.requested or recipe, context.source),),
     )
@@ -68,40 +67,25 @@ def command(recipe: Recipe, source: Source) -> str:
     return f"retrofit run {name} --model {shell_word(public_model(source))}"
 
 
-def _json(report: object) -> dict[str, Any] | None:
-    """A report as the sections of the page read it."""
-    if report is None:
-        return None
-    found = jsonable(report)
-    assert isinstance(found, dict)
-    return found
-
-
-def _dicts(results: tuple[GateResult, ...]) -> list[dict[str, Any]]:
-    listed = jsonable(results)
-    assert isinstance(listed, list)
-    return listed
-
-
-def _training(report: Mapping[str, Any]) -> tuple[tuple[int, float | None, float | None], ...]:
-    return tuple((point["step"], point.get("loss"), point.get("held_out_loss")) for point in report.get("history", ()))
-
-
-def _recovery(recipe: Recipe, report: RecoverReport | None) -> dict[str, Any] | None:
-    """What the training was, which step was kept, its highest learning rate, and the median tokens/s."""
+def _training(recipe: Recipe, report: RecoverReport | None) -> Training | None:
+    """What the training was."""
     if report is None or recipe.recover is None:
         return None
     points = [point for point in report.history if point.step > 0]
-    return {
-        "loss": recipe.recover.loss,
-        "steps": report.steps,
-        "best_step": report.best_step,
-        "tokens": report.tokens,
-        "rank": recipe.recover.adapter.rank,
-        "learning_rate": max((point.learning_rate for point in points), default=None),
-        "tokens_per_second": median(point.tokens_per_second for point in points) if points else None,
-        "passages": (report.start_passages, report.best_passages),
-    }
+    return Training(
+        loss=recipe.recover.loss,
+        steps=report.steps,
+        best_step=report.best_step,
+        tokens=report.tokens,
+        rank=recipe.recover.adapter.rank,
+        learning_rate=max((point.learning_rate for point in points), default=None),
+        tokens_per_second=median(point.tokens_per_second for point in points) if points else None,
+        passages=_both(report.start_passages, report.best_passages),
+    )
+
+
+def _both(before: float | None, after: float | None) -> tuple[float, float] | None:
+    return None if before is None or after is None else (before, after)
 
 
 def _steps(context: ModelContext, entries: Mapping[str, Entry]) -> list[StepRecord]:

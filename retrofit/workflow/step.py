@@ -188,9 +188,9 @@ class Step(ABC):
 
         return kinds_read(self.texts)
 
+    @abstractmethod
     def restored(self, stored: Mapping[str, Any]) -> Any:
         """Its report, from what `recorded` made of one."""
-        return stored
 
     @property
     def needs_tokens(self) -> bool:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from retrofit.context.search.halving import Found, search
+from retrofit.context.search.halving import search
+from retrofit.context.search.outcome import SearchResult
 from retrofit.system.world import ALONE, World
 from tests.context.test_search import SECTION, text
 from tests.ranks import on_ranks
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
-def searched(world: World, partial: Path) -> tuple[Found, int]:
+def searched(world: World, partial: Path) -> tuple[SearchResult, int]:
     """What is found, and the passes over a whole text that this process made."""
     model, passes = tiny_model("llama", max_position_embeddings=512), []
     model.get_decoder().register_forward_hook(lambda *_: passes.append(1))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from retrofit.context.extension import ExtendReport
+from retrofit.context.search.outcome import SearchResult, Trial
 from retrofit.evaluation.continuations import Continuation
 from retrofit.evaluation.metrics.context_use import LongContext
 from retrofit.evaluation.metrics.effective import AGAINST_ORIGINAL, EffectiveLength, LengthTests, ShortContext
@@ -17,7 +19,12 @@ from retrofit.evaluation.tasks.asking import Answer
 from retrofit.evaluation.tasks.needle import Cell, NeedleResult
 from retrofit.evaluation.tasks.ruler import Row as Task
 from retrofit.evaluation.tasks.ruler import RulerResult
-from retrofit.report.data import RunData, StepRecord
+from retrofit.kernels.check import KernelCheck
+from retrofit.kv_heads.repair.outcome import ConvertReport, LayerReport, RepairOutcome
+from retrofit.publishing.gate import GateResult
+from retrofit.publishing.reload import ReloadReport
+from retrofit.recipe.schema import RopeSettings
+from retrofit.report.data import RunData, StepRecord, Training
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 PERPLEXITIES = {
@@ -158,7 +165,7 @@ def short_context(label: str) -> tuple[ShortContext, ...]:
     )  # fmt: skip
 
 
-def search() -> dict[str, object]:
+def search() -> SearchResult:
     """Three rounds: 24, 8 and 4 encodings."""
     trials = []
     for rung, count in ((1, 24), (2, 8), (3, 4)):
@@ -166,18 +173,23 @@ def search() -> dict[str, object]:
             x, y = 0.02 + 0.012 * i, 2.41 + 0.3 / (1 + i) + 0.011 * i
             label = "yarn" if i == 0 else f"ntk theta x{2 + i}"
             trials.append(
-                {
-                    "rung": rung, "label": label, "method": label.split()[0], "settings": {}, "tokens": 2048 * rung**2,
-                    "native": 2.3 + x + 0.1 / rung, "excess": x, "tail": y + 0.2 / rung, "needle": 1.1 + y / 10,
-                    "objective": x + y + 0.2 / rung,
-                }
+                Trial(rung, label, label.split()[0], {}, 2048 * rung**2, 2.3 + x + 0.1 / rung, x, y + 0.2 / rung,
+                      1.1 + y / 10, x + y + 0.2 / rung)
             )  # fmt: skip
-    last = [trial for trial in trials if trial["rung"] == 3]
-    winner = min(last, key=lambda trial: trial["objective"])  # type: ignore[arg-type, return-value]
-    return {
-        "method": winner["method"], "settings": {}, "trials": trials, "winner": winner, "reference": last[0],
-        "native": 2.333, "read": 187_392,
-    }  # fmt: skip
+    last = [trial for trial in trials if trial.rung == 3]
+    winner = min(last, key=lambda trial: trial.objective)
+    return SearchResult(
+        winner.method,
+        RopeSettings(),
+        tuple(trials),
+        winner,
+        last[0],
+        2.333,
+        187_392,
+        201_728,
+        "python-docs",
+        (2.3, 2.31),
+    )
 
 
 def cost(label: str, per_token: int) -> RunCost | None:
@@ -228,35 +240,26 @@ def model(label: str, heads: int) -> ModelEvaluation:
     )
 
 
-def conversion() -> dict[str, object]:
-    layers = [
-        {
-            "index": i,
-            "groups": [[0, 1, 2]],
-            "keys": 0.08 + 0.05 * math.sin(i) ** 2 + (0.2 if i in (3, 17) else 0),
-            "values": 0.22 + 0.08 * math.cos(i / 3) ** 2,
-            "repairs": [
-                {
-                    "name": "o_proj",
-                    "accepted": i % 7 != 0,
-                    "held_out_before": 0.31 + 0.01 * i,
-                    "held_out_after": 0.22 + 0.008 * i,
-                }
-            ],
-        }
+def conversion() -> ConvertReport:
+    layers = tuple(
+        LayerReport(
+            i,
+            ((0, 1, 2),),
+            keys=0.08 + 0.05 * math.sin(i) ** 2 + (0.2 if i in (3, 17) else 0),
+            values=0.22 + 0.08 * math.cos(i / 3) ** 2,
+            repairs=(RepairOutcome("o_proj", i % 7 != 0, 0.31 + 0.01 * i, 0.22 + 0.008 * i),),
+        )
         for i in range(30)
-    ]
-    return {
-        "method": "calibrated",
-        "kv_heads_before": 3,
-        "kv_heads_after": 1,
-        "layers": layers,
-        "tokens": 49152,
-        "kinds": ["python-docs", "python-stdlib"],
-        "tokens_by_kind": {"python-docs": 24576, "python-stdlib": 24576},
-        "seconds": 201.0,
-        "notes": ["Layers 0, 7, 14, 21, 28 keep the merged output projection: repair did not help."],
-    }
+    )
+    by_kind = {"python-docs": 24576, "python-stdlib": 24576}
+    notes = ("Layers 0, 7, 14, 21, 28 keep the merged output projection: repair did not help.",)
+    return ConvertReport("calibrated", 3, 1, layers, 49152, tuple(by_kind), by_kind, 201.0, notes)
+
+
+def reload() -> ReloadReport:
+    return ReloadReport(
+        True, (), "float32", 2, 2048, 2e-3, 1e-4, 2.4e-7, 1.1e-8, "topics", "LlamaForCausalLM", "it boils", 16, 12.0, {}
+    )
 
 
 def run(**over: object) -> RunData:
@@ -268,7 +271,7 @@ def run(**over: object) -> RunData:
     )
     fields: dict[str, object] = {
         "name": "quickstart",
-        "description": "SmolLM2-135M with one KV head per layer and twice the window, recovered by distillation.",
+        "description": "SmolLM2-135M with one KV head per layer and twice the context, recovered by distillation.",
         "recipe_yaml": "name: quickstart\nmodel: embedded\nconvert:\n  kv_heads: 1\n  method: calibrated\n",
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "created": "2026-01-05 12:00 UTC",
@@ -277,14 +280,7 @@ def run(**over: object) -> RunData:
         "native_length": 8192,
         "claimed_length": 16384,
         "training": training,
-        "recovery": {
-            "loss": "distill",
-            "steps": 200,
-            "tokens": 204_800,
-            "tokens_per_second": 498.2,
-            "rank": 16,
-            "learning_rate": 1e-3,
-        },
+        "recovery": Training("distill", 200, 200, 204_800, 16, 1e-3, 498.2),
         "steps": (
             StepRecord("load", 4.1, 800 << 20, 6.0, 700 << 20),
             StepRecord("convert", 201.0, 1900 << 20, 240.0, 2100 << 20),
@@ -294,36 +290,14 @@ def run(**over: object) -> RunData:
             StepRecord("publish", 31.0, 1400 << 20, None, None),
         ),
         "kernel": "blockwise (auto: exact, bounded memory on CPU)",
-        "kernel_proof": {
-            "kernel": "blockwise",
-            "reference": "eager",
-            "max_difference": 3.1e-5,
-            "tolerance": 1e-3,
-            "tokens": 512,
-            "passed": True,
-        },
+        "kernel_proof": KernelCheck("blockwise", "eager", 3.1e-5, 1e-3, 512, True, rounding=2.6e-5),
         "conversion": conversion(),
-        "context": {
-            "method": "yarn",
-            "original": 8192,
-            "before": 8192,
-            "length": 16384,
-            "factor": 2.0,
-            "step": 2.0,
-            "notes": (),
-            "search": search(),
-        },
+        "context": ExtendReport("yarn", 8192, 8192, 16384, 2.0, 2.0, search=search()),
         "gate": (
-            {"metric": "ppl_ratio@8192", "bound": "<= 2.0", "value": 1.6, "passed": True, "reason": ""},
-            {"metric": "kv_ratio", "bound": ">= 3", "value": 3.0, "passed": True, "reason": ""},
+            GateResult("ppl_ratio@8192", "<= 2.0", 1.6, True, ""),
+            GateResult("kv_ratio", ">= 3", 3.0, True, ""),
         ),
-        "reload": {
-            "max_difference": 2.4e-7,
-            "mean_difference": 1.1e-8,
-            "tolerance_token": 2e-3,
-            "tolerance_mean": 1e-4,
-            "passed": True,
-        },
+        "reload": reload(),
         "notes": (),
         "commands": ("retrofit run quickstart --model HuggingFaceTB/SmolLM2-135M-Instruct --out runs/quickstart",),
     }

@@ -10,6 +10,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from retrofit.escape import visible
+from retrofit.publishing.gate import GateResult
 from retrofit.report.charts import plots
 from retrofit.report.charts.drawing import Line
 from retrofit.report.data import RunData
@@ -41,8 +42,8 @@ def named(name: str) -> RunData:
         created=f"2026 {name}",
         description=name,
         models=models,
-        conversion={**(data.conversion or {}), "method": name, "notes": [f"note {name}"]},
-        gate=({"metric": f"ppl@64/{name}", "bound": name, "value": 1.0, "passed": False, "reason": name},),
+        conversion=replace(data.conversion, method=name, notes=(f"note {name}",)),  # type: ignore[type-var]
+        gate=(GateResult(f"ppl@64/{name}", name, 1.0, False, name),),
         notes=(name, f"`{name}` was read by {name}"),
         recipe_yaml=name,
         commands=(name.replace("\n", " "),),

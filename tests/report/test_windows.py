@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from retrofit.kv_heads.repair.outcome import RepairOutcome
 from retrofit.publishing.card import render_card
@@ -39,7 +39,7 @@ def test_sentences_name_layers_sinks_and_losses_before_and_after_the_repair() ->
 
 
 def test_a_report_shows_every_layer_and_what_the_training_did() -> None:
-    made = run(windows=FOUND, recovery={**(run().recovery or {}), "passages": (0.34, 0.12)})
+    made = run(windows=FOUND, recovery=replace(run().recovery, passages=(0.34, 0.12)))  # type: ignore[type-var]
     for text in (markdown(made), html(made)):
         assert "windows of 1,024 tokens in layers 0-1" in text
         assert "Sliding windows, layer by layer" in text

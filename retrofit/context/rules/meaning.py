@@ -15,7 +15,7 @@ _NEEDS_ORIGINAL = ("yarn", "longrope", "llama3")
 
 def _theta(facts: Facts) -> Iterator[Finding]:
     """transformers fills a class default in for a missing theta. Of a file older than the field, that is the base it
-    was trained with; where theta was lost, perplexity explodes and nothing is said."""
+    was trained with; where theta was lost, perplexity explodes without a message."""
     for view in facts.views:
         if view.parameters.get("rope_theta") is not None:
             continue

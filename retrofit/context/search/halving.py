@@ -26,11 +26,12 @@ from torch import Tensor
 from retrofit.context.frequencies import yarn_attention_factor
 from retrofit.context.search.candidates import Candidate, candidates, rungs
 from retrofit.context.search.encoded import encoded
+from retrofit.context.search.outcome import SearchResult, Trial
 from retrofit.context.search.text import RungText, rung_text
 from retrofit.errors import UserError
 from retrofit.evaluation.scoring.reader import Reader
 from retrofit.evaluation.scoring.score import reading
-from retrofit.recipe.schema import RopeSettings, Search
+from retrofit.recipe.schema import Search
 from retrofit.system.dealing import collected, own_share
 from retrofit.system.resume import Kept
 from retrofit.system.world import ALONE, World
@@ -42,46 +43,6 @@ if TYPE_CHECKING:
     from retrofit.kernels.registry import KernelChoice
 
 ORIGINAL = "original"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One pass with one encoding. tokens: what it costs, those of a whole pass; native: loss of the first tokens, up to
-    the original window; excess: how much more than before the extension, below 0 if less; tail: loss of the last
-    tokens; needle: of the right answers; all in nats per token. objective: what is minimised."""
-
-    rung: int
-    label: str
-    method: str
-    settings: Mapping[str, float]
-    tokens: int
-    native: float
-    excess: float
-    tail: float
-    needle: float
-    objective: float
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search chose. native: loss of the unextended model on what the last rung calls native.
-
-    reference: YaRN's defaults, or the first published method the model can hold, in the last rung. read: tokens of the
-    budget that the trials took, by the weights of their rungs; tokens_read: those that passes read, each counted once a
-    pass, with the questions and the passes of the unextended model. text: what they read, and whether that was joined
-    or repeated. baselines: as native, of every rung.
-    """
-
-    method: str
-    settings: RopeSettings
-    trials: tuple[Trial, ...]
-    winner: Trial
-    reference: Trial
-    native: float
-    read: int
-    tokens_read: int
-    text: str
-    baselines: tuple[float, ...]
 
 
 def search(
@@ -98,7 +59,7 @@ def search(
     partial: Path | None = None,
     world: World = ALONE,
     progress: Progress | None = None,
-) -> Found:
+) -> SearchResult:
     """The best encoding of a window of T tokens for `model`, whose own is put back afterwards.
 
     ids_T: a text as long as the window, BOS included; name: what it is, for the record. held: what earlier extensions
@@ -135,7 +96,7 @@ def search(
     winner = min(last.values(), key=lambda trial: trial.objective)
     chosen = next(candidate for candidate in survivors if candidate.label == winner.label)
     read = sum(trial.tokens for trial in trials)
-    return Found(
+    return SearchResult(
         method=chosen.method,
         settings=chosen.settings,
         trials=tuple(trials),

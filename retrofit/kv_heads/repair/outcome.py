@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from retrofit.kv_heads.merge.joint import Groups
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class LayerReport:
     """
 
     index: int
-    groups: Groups
+    groups: tuple[tuple[int, ...], ...]
     keys: float | None = None
     keys_fitted: bool | None = None
     values: float | None = None

@@ -108,8 +108,8 @@ def _training(run: RunData) -> Iterator[Figure]:
 
 
 def _layers(run: RunData) -> Iterator[Figure]:
-    found = sorted((run.conversion or {}).get("layers") or (), key=lambda one: one.get("index", 0))
-    costs = {name: [one.get(name) for one in found] for name in ("keys", "values")}
+    found = sorted(run.conversion.layers if run.conversion else (), key=lambda one: one.index)
+    costs = {"keys": [one.keys for one in found], "values": [one.values for one in found]}
     costs = {name: values for name, values in costs.items() if any(value is not None for value in values)}
     if not costs:
         return

@@ -81,7 +81,7 @@ def number(run: RunData) -> list[Number]:
 
 
 def decoding(run: RunData) -> str:
-    """A sentence for every length at which both models decoded: how much faster, or that nothing can be said."""
+    """A sentence for every length at which both models decoded: how much faster, or that no difference was measured."""
     sentences = []
     for before, after in _decoded(run):
         change = decoding_change(before, after)

@@ -1,4 +1,4 @@
-"""From a run's data to what is said about it: the verdict, the key numbers, what to watch out for, the tables."""
+"""From a run's data to the words about it: the verdict, the key numbers, what to watch out for, the tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from retrofit.report.parts import Number, Table
 from retrofit.report.sections import context_use, costs, kinds, tasks
 
 OVERFIT = 1.02
-"""A last held-out loss this much above the best one is said to have risen."""
+"""A last held-out loss this much above the best one is called risen."""
 
 
 def title_of(run: RunData) -> str:
@@ -148,29 +148,25 @@ def _beyond(run: RunData) -> list[Number]:
 
 def checks(run: RunData) -> tuple[tuple[str, bool | None], ...]:
     """(what was checked, passed; None when it was not checked) for the line under the verdict."""
-    unmet = [one for one in run.gate if not one.get("passed")]
+    unmet = [one for one in run.gate if not one.passed]
     gate = f"{len(run.gate) - len(unmet)} of {len(run.gate)} requirements met" if run.gate else "no requirements set"
     proof, reload = run.kernel_proof, run.reload
     return (
         (gate, not unmet if run.gate else None),
-        ("kernel proven against eager" if proof else "kernel not proven", bool(proof["passed"]) if proof else None),
+        ("kernel proven against eager" if proof else "kernel not proven", proof.passed if proof else None),
         (
-            f"reloaded in a fresh process with stock transformers: {fmt.same_losses(reload)}"
-            if reload
-            else "not reloaded",
-            bool(reload["passed"]) if reload else None,
+            f"reloaded in a fresh process with stock transformers: {reload.in_words}" if reload else "not reloaded",
+            reload.passed if reload else None,
         ),
     )
 
 
 def cautions(run: RunData) -> tuple[str, ...]:
     """What to watch out for, from the data alone, then the notes of the steps."""
-    sentences = [
-        f"Requirement not met: {one.get('metric')} {one.get('bound')}." for one in run.gate if not one.get("passed")
-    ]
+    sentences = [f"Requirement not met: {one.metric} {one.bound}." for one in run.gate if not one.passed]
     for what, proof in (("The kernel", run.kernel_proof), ("The reloaded checkpoint", run.reload)):
-        if proof and not proof.get("passed"):
-            sentences.append(f"{what} differs by {fmt.number(proof.get('max_difference'))}, more than the tolerance.")
+        if proof and not proof.passed:
+            sentences.append(f"{what} differs by {fmt.number(proof.max_difference)}, more than the tolerance.")
     if run.final is not None:
         sentences += filter(None, [served_with(run.final.kv_cache_dtype)])
     sentences += kinds.cautions(run)
@@ -180,11 +176,11 @@ def cautions(run: RunData) -> tuple[str, ...]:
     sentences += tasks.cautions(run)
     sentences += context_use.cautions(run)
     held = [loss for _, _, loss in run.training if loss is not None]
-    unchanged = (run.recovery or {}).get("best_step") == 0  # which a note says
+    unchanged = run.recovery is not None and run.recovery.best_step == 0  # which a note says
     if len(held) > 1 and held[-1] > OVERFIT * min(held) and not unchanged:
         sentences.append("The held-out loss rose again before training ended; the best state was kept, not the last.")
     for part in (run.conversion, run.context):
-        sentences += [str(note) for note in (part or {}).get("notes") or ()]
+        sentences += part.notes if part else ()
     return tuple(dict.fromkeys([*sentences, *run.notes]))
 
 
@@ -260,22 +256,19 @@ def steps(run: RunData) -> Table:
 
 def layers(run: RunData) -> Table:
     """What the conversion cost in each layer, the costliest first."""
-    found = list((run.conversion or {}).get("layers") or ())
-    found.sort(key=lambda one: -((one.get("keys") or 0) + (one.get("values") or 0)))
-    rows = []
-    for one in found:
-        repairs = one.get("repairs") or ()
-        rows.append(
-            (
-                str(one.get("index")),
-                percent(one.get("keys")),
-                percent(one.get("values")),
-                ", ".join(f"{r.get('name')} {'kept' if r.get('accepted') else 'not kept'}" for r in repairs)
-                or fmt.NONE,
-                percent(repairs[0].get("held_out_before") if repairs else None),
-                percent(repairs[-1].get("held_out_after") if repairs else None),
-            )
+    converted = run.conversion.layers if run.conversion else ()
+    found = sorted(converted, key=lambda one: -((one.keys or 0) + (one.values or 0)))
+    rows = [
+        (
+            str(one.index),
+            percent(one.keys),
+            percent(one.values),
+            ", ".join(f"{r.name} {'kept' if r.accepted else 'not kept'}" for r in one.repairs) or fmt.NONE,
+            percent(one.repairs[0].held_out_before if one.repairs else None),
+            percent(one.repairs[-1].held_out_after if one.repairs else None),
         )
+        for one in found
+    ]
     headers = ("layer", "keys lost", "values lost", "repairs", "held-out error before repairs", "after")
     return Table(headers, tuple(rows))
 
@@ -289,10 +282,10 @@ def requirements(run: RunData) -> Table:
     """What the recipe requires, what was measured, and whether it is met."""
     rows = [
         (
-            str(one.get("metric")),
-            str(one.get("bound")),
-            fmt.number(one.get("value")),
-            "met" if one.get("passed") else f"NOT MET {one.get('reason') or ''}".strip(),
+            one.metric,
+            one.bound,
+            fmt.number(one.value),
+            "met" if one.passed else f"NOT MET {one.reason}".strip(),
         )
         for one in run.gate
     ]

@@ -33,7 +33,7 @@ def source_tokens(source: TextSource) -> int | None:
             return None
         return -(-sum(Path(file).stat().st_size for file in files) // BYTES_PER_TOKEN)  # 0 for empty files alone
     except (UserError, OSError):
-        return None  # told where texts are checked
+        return None  # reported where texts are checked
 
 
 def passes(recover: Recover) -> Mapping[str, float]:

@@ -154,9 +154,9 @@ def several_gpus_lines(found: SeveralGpus) -> list[str]:
         f"tokens on (backward {backward}) at {found.link / 1e9:,.0f} GB/s"
     )
     after, before = found.kv_heads
-    said = [_split(count, copies, gpus) for count, copies in zip(found.kv_heads, found.copies, strict=True)]
-    line = f"splitting heads over {gpus} GPUs instead (Ulysses): with {after} KV heads {said[0]}"
-    lines.append(line if after == before else f"{line}; with {before}, as before, {said[1]}")
+    splits = [_split(count, copies, gpus) for count, copies in zip(found.kv_heads, found.copies, strict=True)]
+    line = f"splitting heads over {gpus} GPUs instead (Ulysses): with {after} KV heads {splits[0]}"
+    lines.append(line if after == before else f"{line}; with {before}, as before, {splits[1]}")
     return lines
 
 

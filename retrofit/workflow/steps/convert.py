@@ -14,7 +14,7 @@ from retrofit.kv_heads import VERSION
 from retrofit.recipe.schema import Convert as Section
 from retrofit.recipe.schema import Recipe, TextSource
 from retrofit.system.resume import ResumeKey
-from retrofit.workflow.artifact import shard_size
+from retrofit.workflow.artifact import from_json, shard_size
 from retrofit.workflow.checks import require_within
 from retrofit.workflow.estimate.cost import BASE_BYTES, EFFICIENCY, SOLVE_LAUNCHES, Cost, CostModel
 from retrofit.workflow.samples import sampled_in
@@ -200,6 +200,11 @@ class Convert(Step):
         """Whether keys are merged for the rotations that the recipe ends with; what a search finds is not known yet."""
         context = self.recipe.context
         return self.section.calibrates and context is not None and not context.searches
+
+    def restored(self, stored: Mapping[str, Any]) -> ConvertReport:
+        from retrofit.kv_heads.repair.outcome import ConvertReport
+
+        return from_json(ConvertReport, stored)
 
     def run(self, context: ModelContext, inputs: Inputs, place: Place) -> ConvertReport:
         """Where text is read, each process has its share of it; rank 0 alone chooses the text, and writes."""

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from retrofit.context.extension import Extension
+from retrofit.context.extension import ExtendReport
 from retrofit.context.longrope import folds
 from retrofit.context.search.candidates import NEAR, TAIL, candidates, rungs
 from retrofit.data.identity import identity
 from retrofit.recipe.schema import Context, Recipe, TextSource
 from retrofit.system.resume import ResumeKey
+from retrofit.workflow.artifact import from_json
 from retrofit.workflow.estimate.cost import BASE_BYTES, CHUNK, GPU_CHUNK, Cost, CostModel
 from retrofit.workflow.step import Inputs, Place, Step
 from retrofit.workflow.windowing import after_windows
 
 if TYPE_CHECKING:
-    from retrofit.context.search.halving import Found
+    from retrofit.context.search.outcome import SearchResult
     from retrofit.workflow.context import ModelContext
-
-
-@dataclass(frozen=True)
-class ExtendReport(Extension):
-    """The extension, and how its encoding was searched for."""
-
-    search: Any = None
 
 
 NEAR_LAUNCHES = 4  # how many times as long a pass takes to launch whose attention sees nearby tokens only
@@ -131,6 +125,9 @@ class Extend(Step):
         found = super().recorded(report)
         return found if report.search else {key: value for key, value in found.items() if key != "search"}
 
+    def restored(self, stored: Mapping[str, Any]) -> ExtendReport:
+        return from_json(ExtendReport, stored)
+
     def key(self, context: ModelContext, inputs: Inputs) -> ResumeKey:
         settings = self.record()
         read: dict[str, object] = {"checkpoint": inputs.digests}
@@ -171,7 +168,7 @@ class Extend(Step):
             self.after(inputs.current.provenance, self.recorded(report)).write(folder)
         return report
 
-    def _search(self, context: ModelContext, inputs: Inputs, place: Place, held: float) -> Found:
+    def _search(self, context: ModelContext, inputs: Inputs, place: Place, held: float) -> SearchResult:
         from retrofit.context.search.halving import search
         from retrofit.data.search_text import searched_text
         from retrofit.evaluation.folders import kernel_for

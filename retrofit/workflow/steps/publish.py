@@ -29,7 +29,8 @@ from retrofit.recipe.schema import Publish as Section
 from retrofit.recipe.schema import Recipe
 from retrofit.report.charts.figures import card_picture
 from retrofit.system.resume import ResumeKey
-from retrofit.workflow.artifact import Artifact
+from retrofit.workflow.artifact import Artifact, from_json
+from retrofit.workflow.card import changes_of
 from retrofit.workflow.checks import require_within
 from retrofit.workflow.engines import check_engines, engine_bytes, engine_seconds
 from retrofit.workflow.estimate.cost import BASE_BYTES, Cost, CostModel
@@ -169,9 +170,7 @@ class Publish(Step):
         return (FINAL,)
 
     def restored(self, stored: Mapping[str, Any]) -> PublishReport:
-        from pydantic import TypeAdapter
-
-        return TypeAdapter(PublishReport).validate_python(stored)
+        return from_json(PublishReport, stored)
 
     def _write_final(
         self, context: ModelContext, inputs: Inputs, run: Path, folder: Path, gate: tuple[GateResult, ...]
@@ -184,7 +183,8 @@ class Publish(Step):
         if picture is not None:
             (folder / CHART).write_bytes(picture.png)
         losses = TokenLosses.load(losses_file(run, inputs.label))
-        proven = prove(context, artifact, folder, self.section, data, losses, chart=CHART if picture else None)
+        changes, chart = changes_of(self.recipe, data), CHART if picture else None
+        proven = prove(context, artifact, folder, self.section, data, changes, losses, chart=chart)
         of_engines = engine_gate(self.recipe, metrics_of(proven.engines))
         enforce(of_engines, where="require", kept=[f"the checkpoint that was refused, whole: {artifact.path}"])
         gate += of_engines

@@ -18,7 +18,7 @@ from retrofit.recipe.schema import Recover as Section
 from retrofit.recovery.layout import Layout, layout_of, sequence_engine, sizes_of, ulysses_note
 from retrofit.system.resume import ResumeKey
 from retrofit.system.world import World
-from retrofit.workflow.artifact import shard_size
+from retrofit.workflow.artifact import from_json, shard_size
 from retrofit.workflow.checks import require_within
 from retrofit.workflow.estimate.cost import BASE_BYTES, Cost, CostModel
 from retrofit.workflow.estimate.distributed import fits_one, memory_of_one, planned_memory
@@ -200,11 +200,9 @@ class Recover(Step):
         return ResumeKey(self.name, self.version, settings, read)
 
     def restored(self, stored: Mapping[str, Any]) -> RecoverReport:
-        from pydantic import TypeAdapter
-
         from retrofit.recovery.report import RecoverReport
 
-        return TypeAdapter(RecoverReport).validate_python(stored)
+        return from_json(RecoverReport, stored)
 
     def run(self, context: ModelContext, inputs: Inputs, place: Place) -> RecoverReport:
         from retrofit.data.texts import require_known, write_samples

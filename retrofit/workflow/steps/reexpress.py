@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from retrofit.checkpoint.write import write_config
 from retrofit.model.reexpress import FORMAT
 from retrofit.recipe.schema import Recipe
 from retrofit.system.resume import ResumeKey
+from retrofit.workflow.artifact import from_json
 from retrofit.workflow.estimate.cost import BASE_BYTES, Cost, CostModel
 from retrofit.workflow.step import Inputs, Place, Step
 
@@ -47,6 +48,11 @@ class Reexpress(Step):
     def key(self, context: ModelContext, inputs: Inputs) -> ResumeKey:
         settings = [self.section.target, self.recipe.dtype]
         return ResumeKey(self.name, self.version, settings, {"checkpoint": inputs.digests})
+
+    def restored(self, stored: Mapping[str, Any]) -> ReexpressReport:
+        from retrofit.model.reexpress import ReexpressReport
+
+        return from_json(ReexpressReport, stored)
 
     def run(self, context: ModelContext, inputs: Inputs, place: Place) -> ReexpressReport:
         from retrofit.context.names import portable

@@ -14,7 +14,7 @@ from retrofit.recipe.schema import Recipe, TextSource
 from retrofit.recipe.schema import Window as Section
 from retrofit.system.resume import ResumeKey
 from retrofit.windows import VERSION, row_length
-from retrofit.workflow.artifact import shard_size
+from retrofit.workflow.artifact import from_json, shard_size
 from retrofit.workflow.estimate.cost import BASE_BYTES, Cost, CostModel
 from retrofit.workflow.step import Inputs, Place, Step
 from retrofit.workflow.windowing import (
@@ -153,11 +153,9 @@ class Window(Step):
         )
 
     def restored(self, stored: Mapping[str, Any]) -> WindowReport:
-        from pydantic import TypeAdapter
-
         from retrofit.windows.outcome import WindowReport
 
-        return TypeAdapter(WindowReport).validate_python(stored)
+        return from_json(WindowReport, stored)
 
     def run(self, context: ModelContext, inputs: Inputs, place: Place) -> WindowReport:
         from retrofit.checkpoint.write import write_config
