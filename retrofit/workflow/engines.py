@@ -16,10 +16,10 @@ from retrofit.workflow.estimate.cost import CostModel
 START = {"transformers": 5.0, "vllm": 20.0, "llama.cpp": 1.5, "mlx": 2.0, "ctranslate2": 10.0, CONVERTER: 5.5}
 """Seconds until an engine has loaded a tiny model, or the converter has written one: of one core, measured but
 for CTranslate2's, which is a guess."""
-PASSES = {"transformers": 1.0, "vllm": 1.5, "llama.cpp": 2.0, "mlx": 20.0, "ctranslate2": 1.0}
+PASSES = {"transformers": 1.0, "vllm": 1.2, "llama.cpp": 2.0, "mlx": 20.0, "ctranslate2": 1.0}
 """What scoring takes in an engine, over one pass of transformers in float32 (1,024 tokens of SmolLM2-135M: 5.2 seconds
-of one core): llama.cpp 9.7 seconds, mlx-lm more than 68 on a CPU, where it was stopped; vLLM's and
-CTranslate2's are guesses."""
+of one core): vLLM 6.1, llama.cpp 9.7, mlx-lm more than 68 on a CPU, where it was stopped;
+CTranslate2's is a guess."""
 FLOAT32 = 4
 
 
