@@ -30,10 +30,6 @@ from retrofit.recipe.engines import ENGINES as NAMES
 from retrofit.recipe.schema import RopeSettings
 from tests.tiny import FAMILIES, tiny_config
 
-INCOMPLETE: tuple[str, ...] = ()
-"""Environments that may lack rows: the page and every reader say `not tried` there. `make engines` gives all rows."""
-NEW = (EXPERTS,)
-"""Families and methods that came after the table was last written whole."""
 ROW = {
     "environment": "vllm",
     "engine": "vllm",
@@ -101,8 +97,8 @@ def test_the_table_is_about_the_families_and_methods_that_there_are() -> None:
     every = {(case.family, case.method, case.window, case.source) for case in cases()}
     assert set(found) <= set(ENGINES)
     assert set().union(*found.values()) - every == set()
-    wanted = {place for place in every if not {*NEW} & {*place[:2]} and place[3] != REAL}
-    for name in set(ENGINES) - set(INCOMPLETE):
+    wanted = {place for place in every if place[3] != REAL}
+    for name in ENGINES:
         assert wanted - found[name] == set(), name
 
 
