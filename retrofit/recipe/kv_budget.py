@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Annotated
 
 from pydantic import Field, field_validator
 
 from retrofit.errors import UserError
 from retrofit.escape import shown
-from retrofit.recipe.values import MOST_READ, Section, Tokens
+from retrofit.recipe.values import MOST_READ, TOKEN_COUNT, Section
 
 _BUDGET = re.compile(r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*(B|[KMGT]i?B)\s*@\s*(\d{1,12}(?:\.\d{1,6})?)\s*([kKmM]?)\s*")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -51,8 +52,8 @@ class KvBudget(Section):
     replaced."""
 
     kv_cache: str = Field(description="bytes for one sequence of so many tokens: 2GiB@32k")
-    tokens: Tokens | None = Field(
-        None, ge=256, le=MOST_READ, description="tokens of calibration text that the list reads; by default its own"
+    tokens: Annotated[int, Field(ge=256, le=MOST_READ), TOKEN_COUNT] | None = Field(
+        None, description="tokens of calibration text that the list reads; by default its own"
     )
 
     @field_validator("kv_cache")
