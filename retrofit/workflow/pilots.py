@@ -82,8 +82,10 @@ def _converted(
         window = recipe.window.model_copy(
             update={"size": row.windows.size, "full_layers": row.windows.full_layers or 0}
         )
-        least = least_tokens(window, length_of(window, context.native))
-        reading = window.calibration.model_copy(update={"tokens": min(least, window.calibration.tokens)})
+        # As long as the list's own sequences, of which every size that it prices fits twice.
+        length = length_of(recipe.window, context.native)
+        update = {"sequence_length": length, "tokens": least_tokens(window, length)}
+        reading = window.calibration.model_copy(update=update)
         given: dict[str, Any] = {"window": window.model_copy(update={"calibration": reading})}
         # What was made here has no revision.
         given |= {"model": str(made), "revision": None} if made else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,14 +12,28 @@ import torch
 import yaml
 
 from retrofit.budget.measure import losses_on
-from retrofit.budget.rows import MEASURED, NOTHING, ORIGINAL, BudgetList, BudgetRow, Heads, Loss, Stored, Windows
+from retrofit.budget.rows import (
+    MEASURED,
+    NOTHING,
+    ORIGINAL,
+    PREDICTED,
+    BudgetList,
+    BudgetRow,
+    Heads,
+    Loss,
+    Stored,
+    Windows,
+)
 from retrofit.kernels.rounded_cache import round_cache
 from retrofit.model.folder import ModelFolder
 from retrofit.recipe.kv_budget import Budget
-from retrofit.recipe.schema import Window
+from retrofit.recipe.schema import Recipe, Window
 from retrofit.views.budget import budget
+from retrofit.windows import row_length
+from retrofit.windows.price_list import sizes_within
 from retrofit.windows.rows import Repeats
 from retrofit.workflow import budgeting, pilots
+from retrofit.workflow.windowing import length_of, require_sequences
 from tests.tiny import save_tiny
 from tests.workflow.conftest import retrofit, sections
 
@@ -102,6 +117,27 @@ def test_a_cache_type_alone_can_be_the_best_answer() -> None:
     found = BudgetList("m", Budget(100, 1024), (row,), row, 0.2, 512, ("a",))
     said = str(list(budget(found))[-1])
     assert "4 KV heads, a cache of q8_0, 100 B, +0.001 / +0.002 measured; no surgery is the best answer" in said
+
+
+def test_pilots_of_every_size_that_is_priced_have_enough_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    written: list[Recipe] = []
+    monkeypatch.setattr(pilots, "write", lambda recipe, out, **_: written.append(recipe))
+    window = Window(size=512, calibration={"tokens": 16_384, "measured_tokens": 2048})
+    recipe, native = Recipe(name="x", model="m", window=window), 8192
+    for size in sizes_within(length_of(window, native), window.size):
+        one = BudgetRow(*_parts(size), 1, NOTHING)
+        pilots._converted(one, recipe, SimpleNamespace(native=native), tmp_path, 1, None, None)  # type: ignore[arg-type]
+        section = written[-1].window
+        assert section is not None
+        assert section.size == size
+        require_sequences(section, length_of(section, native))
+        assert length_of(section, native) >= row_length(size)
+    assert len(written) == 3
+
+
+def _parts(size: int) -> tuple[Heads, Windows, Stored]:
+    windows = Windows(size, (1,), NOTHING, PREDICTED)
+    return Heads(4, NOTHING, ORIGINAL), windows, Stored("auto", NOTHING, ORIGINAL)
 
 
 def test_losses_are_those_of_one_pass_over_each_row(qwen: Path) -> None:
