@@ -126,15 +126,19 @@ def test_python_without_docstrings_is_refused(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_end_unwinds(number: signal.Signals) -> None:
     undone = []
-    with pytest.raises(surroundings.Stopped) as caught, surroundings.stopping():
-        try:
-            os.kill(os.getpid(), number)
-            signal.pause()
-        finally:
-            undone.append(number)
+    before = signal.signal(number, signal.SIG_DFL)  # ignored where the tests themselves run under nohup
+    try:
+        with pytest.raises(surroundings.Stopped) as caught, surroundings.stopping():
+            try:
+                os.kill(os.getpid(), number)
+                signal.pause()
+            finally:
+                undone.append(number)
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
     assert undone == [number]
     assert caught.value.exit_code == 128 + number
-    assert signal.getsignal(number) == signal.SIG_DFL
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
