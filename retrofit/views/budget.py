@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from retrofit.budget.rows import best
 from retrofit.format import heads, nbytes
 from retrofit.model.inspect import ranges
 from retrofit.tables import NOTE, Part, Table
 
 if TYPE_CHECKING:
     from retrofit.budget.rows import BudgetList, BudgetRow, Loss
+
+SHOWN = 3
+"""Rows that lose least and meet the budget, whose commands are shown; there can be fifty rows."""
 
 
 def budget(result: BudgetList) -> Iterator[Part]:
@@ -44,9 +48,11 @@ def budget(result: BudgetList) -> Iterator[Part]:
     )
     for note in result.notes:
         yield f"{NOTE}{note}"
+    first = best(result.rows, result.budget, result.answer_weight)[:SHOWN]
     for number, row in enumerate(result.rows):
-        if row.nbytes <= limit and row.commands and row is not result.recommended:
+        if row in first and row.commands and row != result.recommended:
             yield f"row {number}:\n" + "\n".join(f"  {line}" for line in row.commands)
+    yield "the commands of every row: --json"
     yield _recommendation(result)
 
 
