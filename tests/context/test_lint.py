@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from retrofit.context import rope
 from retrofit.context.lint import lint, lint_folder, require_clean
 from retrofit.context.names import portable
+from retrofit.context.rules.facts import Finding
 from retrofit.errors import UserError
 from tests.tiny import FAMILIES, save_tiny, tiny_config
 
@@ -86,6 +87,11 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
+def _of_fields(found: list[Finding]) -> list[Finding]:
+    """Without what an engine makes of a configuration in which nothing is wrong: that changes with its releases."""
+    return [one for one in found if one.rule != "engine-differs"]
+
+
 @pytest.mark.parametrize(("rule", "severity", "config"), CASES)
 def test_silent_failure_is_found(rule: str, severity: str, config: dict[str, Any]) -> None:
     found = [one for one in lint(config) if one.rule == rule]
@@ -109,14 +115,14 @@ def test_silent_failure_is_found(rule: str, severity: str, config: dict[str, Any
     ],
 )
 def test_a_good_configuration_has_no_finding(config: dict[str, Any]) -> None:
-    assert lint(config) == []
+    assert _of_fields(lint(config)) == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_as_stock_transformers_saves_it_is_clean(tmp_path, family: str) -> None:
     folder = save_tiny(tmp_path, family)
-    assert lint_folder(folder) == []
-    assert lint(tiny_config(family)) == []
+    assert _of_fields(lint_folder(folder)) == []
+    assert _of_fields(lint(tiny_config(family))) == []
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "olmo2", "qwen3_moe", "gemma3_text"])

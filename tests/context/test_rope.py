@@ -175,4 +175,4 @@ def test_settings_that_cannot_be_meant(method: str, over, what: str) -> None:
 def test_llama3_writes_the_original_length_where_the_converter_of_llama_cpp_looks() -> None:
     fields = rope.extend_fields(as_dict(tiny_config("llama")), factor=2, method="llama3")
     assert fields["original_max_position_embeddings"] == 512
-    assert not rope.lint(fields)
+    assert {one.rule for one in rope.lint(fields)} <= {"engine-differs"}

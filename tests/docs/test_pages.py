@@ -138,7 +138,8 @@ def test_every_result_file_is_listed_with_its_command() -> None:
     for path in generate.RESULTS.glob("*.md"):
         title, command = generate.title_and_command(path.read_text())
         assert f"[{title}](../evals/results/{path.name})" in page
-        assert re.search(r"retrofit (run|evaluate|extend)|python -m evals\.(benchmarks\.|engines)", command), path.name
+        measured = r"retrofit (run|plan|evaluate|extend)|python -m evals\.(benchmarks\.|engines)"
+        assert re.search(measured, command), path.name
 
 
 def test_what_a_result_file_says_in_a_comment_is_shown_on_its_page() -> None:
