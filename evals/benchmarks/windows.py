@@ -195,6 +195,7 @@ def ranked(work: Path, count: int) -> list[int]:
 
 def _at_8k(books: Path, work: Path, name: str, folder: str, cache: str | None) -> dict[str, Any]:
     """Text, passages out of sight, needles and short prompts within the model's own positions."""
+    import retrofit
     from retrofit.model.cache_dtype import AUTO, cache_bytes
     from retrofit.model.folder import opened
     from retrofit.model.source import resolve
@@ -202,7 +203,7 @@ def _at_8k(books: Path, work: Path, name: str, folder: str, cache: str | None) -
     usual: dict[str, Any] = {"documents": 1, "no_cost": True, **({"kv_cache_dtype": cache} if cache else {})}
     place = work / "losses" / name
     place.mkdir(parents=True, exist_ok=True)
-    text = _evaluate()(
+    text = retrofit.evaluate(
         folder,
         text=pieces(books, work / "text", LENGTH),
         lengths=[LENGTH],
@@ -212,7 +213,7 @@ def _at_8k(books: Path, work: Path, name: str, folder: str, cache: str | None) -
         **usual,
     )
     again = passages(books, work / "passages")
-    _evaluate()(folder, text=again, lengths=[PASSAGE + APART], out=place / "passages.npz", **usual)
+    retrofit.evaluate(folder, text=again, lengths=[PASSAGE + APART], out=place / "passages.npz", **usual)
     spec = opened(resolve(folder).folder).spec
     cells = text.long_context.needle.cells
     return {
@@ -236,15 +237,9 @@ def _at_32k(books: Path, work: Path, name: str, folder: str) -> dict[str, Any]:
     place.mkdir(parents=True, exist_ok=True)
     retrofit.extend(folder, length=FAR_LENGTH, method="ntk", out=out)
     text = pieces(books, work / "text-32k", FAR_LENGTH)[:2]
-    _evaluate()(out, text=text, lengths=[LENGTH, FAR_LENGTH], documents=1, no_cost=True, out=place / "text.npz")
+    retrofit.evaluate(out, text=text, lengths=[LENGTH, FAR_LENGTH], documents=1, no_cost=True, out=place / "text.npz")
     lengths = (LENGTH, FAR_LENGTH)
     return {"novels": {n: _ratio(work, name, "text", n, f"original{FAR}") for n in lengths}}
-
-
-def _evaluate() -> Any:
-    import retrofit
-
-    return retrofit.evaluate
 
 
 def pieces(books: Path, folder: Path, tokens: int) -> list[str]:

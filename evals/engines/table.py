@@ -15,7 +15,8 @@ Tiny random models of every family ({original} positions, lengthened to {length}
 transformers {reference}, in nats, over positions in all of the window, its first and last among them (of the 20 most
 probable tokens for vLLM and llama.cpp, of the whole vocabulary elsewhere). In brackets the control: how far a model is
 whose scaling is ignored, or its base where there is no scaling, or its sliding windows. **Bold** differs; `?` is no
-twentieth of its control, and proves nothing; `*` has a note below; what says `not tried` was not run."""
+twentieth of its control, and proves nothing; `*` has a note below; what says `not tried` was not run.
+CTranslate2 is given an unknown token where a tokenizer has none, without which some of its loaders fail."""
 
 
 def render(table: Mapping[str, Any]) -> str:

@@ -153,7 +153,8 @@ class Recover(Section):
         None,
         ge=1e-9,
         le=1,
-        description="the highest one of the schedule; by default 0.576 / hidden size, 1e-3 for 576 channels",
+        description="the highest one of the schedule; by default 0.576 / hidden size, 1e-3 for 576 channels; "
+        "a fifth of it where sliding windows are all that changed",
     )
     find_learning_rate: bool = Field(
         False,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from retrofit.console import Progress
 
 RATE_BY_WIDTH = 0.576
+WINDOWS_SHARE = 0.2
 SINKS = "sinks.safetensors"
 """Beside a kept adapter: the trained attention sinks."""
 
@@ -72,13 +73,25 @@ def attach(model: PreTrainedModel, adapter: Adapter, spec: AttentionSpec, seed: 
     return peft_model
 
 
-def default_rate(width: int) -> float:
+def default_rate(student: AttentionSpec, teacher: AttentionSpec | None) -> float:
     """Adam's learning rate for adapters where a recipe names none: RATE_BY_WIDTH / width, 1e-3 for 576 channels.
 
+    It is a fifth of that where sliding windows are all that tells the student from its teacher.
+
     It falls as 1 / width like that of hidden weights in Yang et al. 2022 (arXiv:2203.03466). The constant was measured
-    on SmolLM2-135M with converted heads, where a third of it recovers far less in as many steps.
+    on SmolLM2-135M with converted heads, where a third of it recovers far less in as many steps; the fifth on the same
+    model with windows, which lose so little that the whole of it makes them worse (docs/windows.md).
     """
-    return RATE_BY_WIDTH / width
+    rate = RATE_BY_WIDTH / student.hidden_size
+    return WINDOWS_SHARE * rate if teacher is not None and _windows_alone(student, teacher) else rate
+
+
+def _windows_alone(student: AttentionSpec, teacher: AttentionSpec) -> bool:
+    specs = student, teacher
+    heads, other_heads = ([layer.kv_heads for layer in spec.layers] for spec in specs)
+    windows, other_windows = ([layer.window for layer in spec.layers] for spec in specs)
+    same_length = student.max_position_embeddings == teacher.max_position_embeddings
+    return same_length and heads == other_heads and windows != other_windows
 
 
 def target_modules(model: nn.Module, adapter: Adapter, spec: AttentionSpec) -> list[str]:

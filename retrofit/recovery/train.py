@@ -109,8 +109,9 @@ def recover(
     spec = student.spec
     window = spec.max_position_embeddings
     if recipe.learning_rate is None:
-        recipe = recipe.model_copy(update={"learning_rate": default_rate(spec.hidden_size)})
-        _note(notes, progress, f"learning rate {recipe.learning_rate:.2g}, for a width of {spec.hidden_size}")
+        rate = default_rate(spec, None if teacher is None else teacher.spec)
+        recipe = recipe.model_copy(update={"learning_rate": rate})
+        _note(notes, progress, f"learning rate {rate:.2g}, for a width of {spec.hidden_size}")
     native = window if teacher is None else teacher.spec.max_position_embeddings
     check_lengths(recipe, native, window)
     documents = recipe.document_masking

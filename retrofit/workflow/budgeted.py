@@ -41,21 +41,20 @@ def with_budget(
     asked = [VERSION, recipe.model, revision or recipe.revision, section.model_dump(mode="json"), recipe.seed]
     question = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     with folder_lock(out):
-        row = _decided(out / FILE, question)
-        if row is None:
-            row = _decide(recipe, out, question, revision, processes, progress)
-    return _applied(recipe, row), _notes(row, section.kv_cache)
+        kept = _kept(out / FILE, question) or _decide(recipe, out, question, revision, processes, progress)
+    try:
+        row = kept["list"]["recommended"]
+        return _made(recipe, row), _notes(row, section.kv_cache)
+    except (ValueError, KeyError, TypeError) as error:  # somebody changed it
+        raise UserError(
+            f"it is not what this program wrote there: {error!r}", where=FILE, fix="remove it to decide again"
+        ) from error
 
 
-def _decided(file: Path, question: str) -> Mapping[str, Any] | None:
-    """The row of an earlier call with the same question."""
-    if not file.is_file():
-        return None
-    stored = read_json(file)
-    if stored.get("question") != question:
-        return None
-    row: Mapping[str, Any] = stored["list"]["recommended"]
-    return row
+def _kept(file: Path, question: str) -> Mapping[str, Any] | None:
+    """What an earlier call with the same question decided."""
+    stored = read_json(file) if file.is_file() else {}
+    return stored if stored.get("question") == question else None
 
 
 def _decide(
@@ -79,23 +78,12 @@ def _decide(
     journal = Journal(out)
     journal.mark(default_rows(recipe, processes))
     journal.write_own(FILE, f"{json.dumps(stored, indent=2, ensure_ascii=False)}\n".encode())
-    row: Mapping[str, Any] = stored["list"]["recommended"]
-    return row
-
-
-def _applied(recipe: Recipe, row: Mapping[str, Any]) -> Recipe:
-    """The recipe that makes a row, from its JSON values. Raises UserError for a file that somebody changed."""
-    from pydantic import ValidationError
-
-    try:
-        return _made(recipe, row)
-    except (ValidationError, KeyError, TypeError) as error:
-        raise UserError(
-            f"it is not what this program wrote there: {error}", where=FILE, fix="remove it to decide again"
-        ) from error
+    decided: Mapping[str, Any] = stored
+    return decided
 
 
 def _made(recipe: Recipe, row: Mapping[str, Any]) -> Recipe:
+    """The recipe that makes a row, from its JSON values."""
     heads, windows, stored = row["heads"], row["windows"], str(row["stored"]["cache_dtype"])
     values = recipe.model_dump()
     values["convert"] = values["window"] = None

@@ -1,4 +1,4 @@
-"""Engines that a recipe tries what it publishes in: what is refused or told before any work, and what it takes."""
+"""Engines that a recipe tries what it publishes in: what is refused or warned of before any work, what it takes."""
 
 from __future__ import annotations
 

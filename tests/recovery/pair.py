@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,9 +45,13 @@ def digest(folder: Path) -> str:
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(student, teacher): the student is the teacher with other values in its attention."""
-    root = tmp_path_factory.mktemp("pair")
-    teacher = save_tiny(root / "teacher", "llama")
-    student = save_tiny(root / "student", "llama")
+    return pair_in(tmp_path_factory.mktemp("pair"))
+
+
+def pair_in(root: Path, **config: Any) -> tuple[Path, Path]:
+    """Such a pair, of this configuration."""
+    teacher = save_tiny(root / "teacher", "llama", **config)
+    student = save_tiny(root / "student", "llama", **config)
     model = AutoModelForCausalLM.from_pretrained(student)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

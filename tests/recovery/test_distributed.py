@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.data.packing import Packed, training_rows
@@ -21,6 +20,7 @@ from retrofit.recovery.report import RecoverReport
 from retrofit.recovery.train import recover
 from retrofit.system.world import ALONE, World
 from tests.ranks import on_ranks
+from tests.recovery.pair import pair_in
 from tests.recovery.torch_context_parallel import on_cpu
 from tests.tiny import save_tiny, tiny_tokenizer
 
@@ -47,18 +47,8 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """(student, teacher): the student is the teacher with fewer tensors of its own."""
-    root = tmp_path_factory.mktemp("pair")
-    teacher = save_tiny(root / "teacher", "llama", num_key_value_heads=2)
-    student = save_tiny(root / "student", "llama", num_key_value_heads=2)
-    model = AutoModelForCausalLM.from_pretrained(student)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            weight = layer.self_attn.v_proj.weight
-            weight.add_(0.5 * weight.std() * torch.randn(weight.shape, generator=generator))
-    model.save_pretrained(student)
-    return student, teacher
+    """(student, teacher): the student is the teacher with other values in its attention."""
+    return pair_in(tmp_path_factory.mktemp("pair"), num_key_value_heads=2)
 
 
 @pytest.fixture(scope="module")

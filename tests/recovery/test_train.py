@@ -16,14 +16,16 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from retrofit.checkpoint.read import Checkpoint
 from retrofit.console import Silent
 from retrofit.errors import UserError
+from retrofit.model.families import describe
 from retrofit.recipe.schema import Adapter
 from retrofit.recovery import train
+from retrofit.recovery.adapters import default_rate
 from retrofit.recovery.batches import MicroBatches
 from retrofit.recovery.callbacks import Watch
 from retrofit.recovery.schedule import TrainRows
 from retrofit.recovery.settings import training_arguments
 from tests.recovery.pair import MIXED, RECIPE, STAGES, digest, folders, rows, run
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_config
 
 __all__ = ["folders", "rows"]  # fixtures
 
@@ -72,6 +74,17 @@ def test_without_a_learning_rate_it_follows_from_the_width(folders, rows, tmp_pa
     width = AutoModelForCausalLM.from_pretrained(folders[0]).config.hidden_size
     assert report.history[1].learning_rate == pytest.approx(0.576 / width)
     assert any(f"width of {width}" in note for note in report.notes)
+
+
+def test_windows_alone_are_trained_at_a_fifth_of_the_rate() -> None:
+    teacher = describe(tiny_config("qwen2"))
+    windowed = teacher.with_windows(32, {0})
+    usual = 0.576 / teacher.hidden_size
+    assert default_rate(windowed, teacher) == pytest.approx(usual / 5)
+    assert default_rate(windowed, None) == usual
+    assert default_rate(teacher, teacher) == usual
+    assert default_rate(windowed.with_kv_heads(1), teacher) == usual
+    assert default_rate(replace(windowed, max_position_embeddings=2048), teacher) == usual
 
 
 def test_more_gpus_than_one_do_not_split_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from retrofit.budget.rows import (
     Stored,
     Windows,
 )
+from retrofit.errors import UserError
 from retrofit.kernels.rounded_cache import round_cache
 from retrofit.model.folder import ModelFolder
 from retrofit.recipe.kv_budget import Budget
@@ -32,7 +33,7 @@ from retrofit.views.budget import budget
 from retrofit.windows import row_length
 from retrofit.windows.price_list import sizes_within
 from retrofit.windows.rows import Repeats
-from retrofit.workflow import budgeting, pilots
+from retrofit.workflow import budgeted, budgeting, pilots
 from retrofit.workflow.windowing import length_of, require_sequences
 from tests.tiny import save_tiny
 from tests.workflow.conftest import retrofit, sections
@@ -236,6 +237,21 @@ def test_a_run_does_what_the_list_recommends_and_is_decided_once(
     again = retrofit("run", out, "--json")
     assert again.exit_code == 0, again.output
     assert "publish" in json.loads(again.stdout)["reused"]
+
+
+@pytest.mark.parametrize("changed", [{}, {"list": None}, {"list": {"recommended": {"heads": 3}}}, {"list": [1]}])
+def test_a_decision_that_somebody_changed_is_refused(
+    qwen: Path, texts: Path, tmp_path: Path, decided: list[BudgetRow], changed: dict[str, Any]
+) -> None:
+    recipe = Recipe.model_validate({**small(qwen, texts), "model": str(qwen)})
+    decided.append(row(2, True, "int8"))
+    usual: dict[str, Any] = {"revision": None, "processes": 1, "progress": None}
+    budgeted.with_budget(recipe, tmp_path / "run", **usual)
+    file = tmp_path / "run/budget.json"
+    file.write_text(json.dumps({"question": json.loads(file.read_text())["question"], **changed}))
+    with pytest.raises(UserError, match="not what this program wrote") as caught:
+        budgeted.with_budget(recipe, tmp_path / "run", **usual)
+    assert caught.value.where == "budget.json"
 
 
 def test_a_cache_type_alone_is_measured_and_nothing_is_published(

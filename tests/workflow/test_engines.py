@@ -1,4 +1,4 @@
-"""Engines of a recipe: what does not know the architecture is refused before any work, what differs is told."""
+"""Engines of a recipe: what does not know the architecture is refused, what computes otherwise is warned of."""
 
 from __future__ import annotations
 
