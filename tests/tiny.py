@@ -63,6 +63,23 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "sliding_attention"],
         "layer_rope_theta": [50000.0, 1000.0],
     },
+    "granitemoe": {
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.5,
+        "embedding_multiplier": 2.0,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+    },
+    "granitemoe_swa": {
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.5,
+        "embedding_multiplier": 2.0,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "layer_rope_theta": [50000.0, 1000.0],
+    },
     "smollm3": {"no_rope_layer_interval": 2},
     "phi3": {"original_max_position_embeddings": 512},
     "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
@@ -95,6 +112,7 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("cohere", {"use_qk_norm": True}),
     ("granite_swa", {"attention_bias": True, "layer_types": ["sliding_attention"] * 2, "layer_rope_theta": [0, 1e4]}),
     ("granite_swa", {"head_dim": 24, "layer_types": ["full_attention"] * 2, "layer_rope_theta": [1e4, 1e4]}),
+    ("granitemoe_swa", {"attention_bias": True, "shared_intermediate_size": 48, "layer_rope_theta": [0, 1e4]}),
     ("smollm3", {"use_sliding_window": True, "sliding_window": 16, "no_rope_layer_interval": 2}),
     ("phi3", {"sliding_window": 16, "partial_rotary_factor": 0.5}),
     ("mixtral", {"sliding_window": 16}),
@@ -108,7 +126,8 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 ONE_ENCODING: dict[str, dict[str, Any]] = {
-    "granite_swa": {"layer_types": ["full_attention"] * 2, "layer_rope_theta": [1e4, 1e4]},
+    name: {"layer_types": ["full_attention"] * 2, "layer_rope_theta": [1e4, 1e4]}
+    for name in ("granite_swa", "granitemoe_swa")
 }
 """Settings with which all layers of a family share one rotary encoding, where its own show several."""
 

@@ -25,13 +25,13 @@ from retrofit.recipe.schema import RopeSettings
 from tests.tiny import save_tiny, tiny_tokenizer
 
 ORIGINAL, LENGTH, THETA = 128, 512, 50_000.0
-ONLY = {"gpt_bigcode": ("linear",), "granite_swa": ("ntk",)}
+ONLY = {"gpt_bigcode": ("linear",), "granite_swa": ("ntk",), "granitemoe_swa": ("ntk",)}
 """Families that other methods cannot be put on."""
 REAL = "SmolLM2-135M"
 REAL_TOKENS = 8_392  # 200 more than its own window
 WINDOW = 96
 WINDOWED = ("mistral", "qwen2", "qwen3", "starcoder2", "phi3", "mixtral", "qwen2_moe", "qwen3_moe")
-REEXPRESSED = (*REQUIRED.items(), ("qwen2", "llama"))  # what becomes granite_swa is tried as that family
+REEXPRESSED = (*REQUIRED.items(), ("qwen2", "llama"))  # what becomes granite_swa or granitemoe_swa is tried as that
 _AT = (0, 1, 7, 63, 100, 127, 128, 191, 255, 319, 383, 447, 503, 504)
 
 _SHAPE: Mapping[str, Any] = {
@@ -58,7 +58,10 @@ _FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "phi": {"rope_parameters": {**_PLAIN, "partial_rotary_factor": 0.5}},
     "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 4},  # as llama.cpp has it
     "gpt_bigcode": {"n_inner": 1024},
-    "granite_swa": {"sliding_window": WINDOW, "layer_rope_theta": [THETA, 20_000.0]},
+    **{
+        name: {"sliding_window": WINDOW, "layer_rope_theta": [THETA, 20_000.0]}
+        for name in ("granite_swa", "granitemoe_swa")
+    },
     "stablelm": {"rope_parameters": {**_PLAIN, "partial_rotary_factor": 0.5}},
     "phi3": {
         "rope_parameters": {**_PLAIN, "partial_rotary_factor": 1.0},

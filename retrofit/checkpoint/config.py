@@ -59,13 +59,20 @@ _MOST = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), 1 << 12),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "rotary_dim"), 1 << 20),
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"), 1 << 24),
-    **dict.fromkeys(("ffn_dim", "n_inner"), 1 << 24),
+    **dict.fromkeys(("ffn_dim", "n_inner", "shared_intermediate_size"), 1 << 24),
     "vocab_size": 1 << 24,
     "num_labels": 1 << 17,
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "original_max_position_embeddings"), 2**31 - 1),
     **dict.fromkeys(("sliding_window", "max_window_layers", "max_sequence_length"), 2**31 - 1),
 }
-_MAY_BE_ZERO = ("max_window_layers", "sliding_window", "shared_expert_intermediate_size", "num_labels", "rotary_dim")
+_MAY_BE_ZERO = (
+    "max_window_layers",
+    "sliding_window",
+    "shared_expert_intermediate_size",
+    "shared_intermediate_size",
+    "num_labels",
+    "rotary_dim",
+)
 _QUANTISED = ("quantization_config", "compression_config")
 _CLASS_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 

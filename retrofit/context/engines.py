@@ -31,7 +31,7 @@ EXPERTS = "heads, norm_topk_prob turned round"
 NORMALISED = {"qwen2_moe": False, "qwen3_moe": True, "olmoe": False}
 """`norm_topk_prob` of the checkpoints that the other rows are of, as the published ones of a family have it. All their
 classes take false where a file does not say."""
-ALWAYS_WINDOWED = ("gemma2", "gemma3_text", "granite_swa", "ministral")
+ALWAYS_WINDOWED = ("gemma2", "gemma3_text", "granite_swa", "granitemoe_swa", "ministral")
 _WORSE: tuple[Verdict, ...] = ("same", "not tried", "proves nothing", "differs", "error")
 SERVED = ("vllm", "llama.cpp")
 """Engines that a search for portable encodings asks."""

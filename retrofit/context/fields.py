@@ -31,7 +31,7 @@ ROTARY = (
     "rope_local_base_freq",
     "partial_rotary_factor",
 )
-_WITH_LAYER_THETAS = ("granite_swa",)
+_WITH_LAYER_THETAS = ("granite_swa", "granitemoe_swa")
 _MOST_HEAD_DIM = 1 << 14
 _MOST_LAYERS = 1 << 14
 _MOST = 1e15  # no factor and no theta comes near it, and products of two are still numbers

@@ -40,9 +40,22 @@ CACHE_DTYPES: Mapping[str, StoredAs] = {
 }
 
 
-PAIRED = frozenset({"llama", "mistral", "ministral", "mixtral", "granite", "granite_swa", "smollm3", "olmo"})
+PAIRED = frozenset(
+    {
+        "llama",
+        "mistral",
+        "ministral",
+        "mixtral",
+        "granite",
+        "granite_swa",
+        "granitemoe",
+        "granitemoe_swa",
+        "smollm3",
+        "olmo",
+    }
+)
 """Families whose keys llama.cpp's converter reorders, the two of every rotary pair side by side: blocks are of that
-order. (Of granite_swa and ministral, which the converter on PyPI does not know, as of granite and mistral.)"""
+order. (Of ministral and those with `_swa`, which the converter on PyPI does not know, as of mistral and granite.)"""
 
 
 def served_with(cache_dtype: str) -> str:

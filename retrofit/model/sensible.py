@@ -140,7 +140,8 @@ def _require_layers(config: Any, refuse: Refuse) -> None:
 
 
 def _require_experts(config: Any, refuse: Refuse) -> None:
-    chosen, experts = getattr(config, "num_experts_per_tok", None), getattr(config, "num_experts", None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     if chosen is not None and experts is not None and chosen > experts:
         raise refuse("num_experts_per_tok", f"a token cannot pass {chosen} of {experts} experts")
     dense = getattr(config, "mlp_only_layers", None)

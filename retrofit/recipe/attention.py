@@ -106,8 +106,8 @@ class Window(Section):
     )
     target: Literal["auto", "granite_swa", "mistral"] = Field(
         "auto",
-        description="architecture that is written: `granite_swa` holds windows by layer and sinks, `mistral` windows "
-        "alone; `auto` keeps one that has windows by layer, and else chooses",
+        description="architecture that is written: `granite_swa` (of experts: `granitemoe_swa`) holds windows by "
+        "layer and sinks, `mistral` windows alone; `auto` keeps one that has windows by layer, and else chooses",
     )
     repair: Literal["none", "o_proj"] = Field(
         "o_proj", description="after the windows: a closed-form output projection, where that costs no answers"

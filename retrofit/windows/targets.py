@@ -8,10 +8,12 @@ from typing import Any
 
 from retrofit.errors import UserError
 from retrofit.model.families import family_of
+from retrofit.model.families.experts import EXPERTS
 from retrofit.model.reexpress import reexpression_of
 from retrofit.model.spec import AttentionSpec
 
 WITH_SINKS = "granite_swa"
+EXPERTS_WITH_SINKS = "granitemoe_swa"
 WITHOUT_SINKS = "ministral"
 """Windows by layer and no sinks: the Mistral of windows in some layers. `mistral` has one window for all layers."""
 
@@ -43,20 +45,21 @@ def target_of(config: Any, spec: AttentionSpec, size: int, *, target: str, sinks
     chosen = _family(name, family.window, target, sinks, all_layers)
     if chosen != name:
         reexpression_of(config, chosen)  # raises where it cannot become that
-    own_sinks = chosen == WITH_SINKS
+    own_sinks = chosen in (WITH_SINKS, EXPERTS_WITH_SINKS)
     notes = (f"`{chosen}` has no sinks: windowed heads get none",) if sinks and not own_sinks else ()
     return Target(chosen, chosen != name, sinks and own_sinks, candidates, always, notes)
 
 
 def _family(name: str, window: str, target: str, sinks: bool, all_layers: bool) -> str:
     by_layer = window == "layer_types" or (window == "all" and all_layers)
+    with_sinks = EXPERTS_WITH_SINKS if name in EXPERTS else WITH_SINKS
     if target == "granite_swa":
-        return WITH_SINKS
+        return with_sinks
     if target == "mistral":
         return name if name == "mistral" and all_layers else WITHOUT_SINKS
     if by_layer:
         return name
-    return WITH_SINKS if sinks else WITHOUT_SINKS
+    return with_sinks if sinks or name in EXPERTS else WITHOUT_SINKS
 
 
 def _candidates(spec: AttentionSpec, size: int) -> tuple[int, ...]:

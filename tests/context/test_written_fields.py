@@ -59,8 +59,11 @@ OLDER: dict[tuple[str, str], tuple[str, ...]] = {
     ("olmo2", "linear"): ("type", "factor"),
 }
 """Families and methods of which transformers 4 takes exactly these keys of `rope_scaling`."""
-EXPERTS = {"mixtral": {"num_local_experts": 3}, "qwen2_moe": {"num_experts": 4}, "olmoe": {"num_experts": 4}}
-EXPERTS["qwen3_moe"] = {"num_experts": 4, "num_local_experts": 4}
+EXPERTS = {
+    **{name: {"num_local_experts": 3} for name in ("mixtral", "granitemoe", "granitemoe_swa")},
+    **{name: {"num_experts": 4} for name in ("qwen2_moe", "olmoe")},
+    "qwen3_moe": {"num_experts": 4, "num_local_experts": 4},
+}
 
 
 def expected(family: str, method: str) -> dict[str, Any]:
@@ -81,7 +84,7 @@ def expected(family: str, method: str) -> dict[str, Any]:
         fields |= {"rope_local_base_freq": 1e4}
     else:
         fields |= {"rope_parameters": parameters}
-    if family == "granite_swa":
+    if family.endswith("_swa"):
         fields["layer_rope_theta"] = [pytest.approx(theta)] * 2
     if method not in ("none", "ntk"):
         exact = OLDER.get((family, method))

@@ -16,6 +16,7 @@ from tests.tiny import VOCAB_SIZE, randomise, tiny_tokenizer
 IDS = {"vocab_size": VOCAB_SIZE, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
 SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 128}
 NEOX = {**SIZES, "intermediate_size": 96}
+MOE = {**NEOX, "num_local_experts": 3, "num_experts_per_tok": 2}
 GPT = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128, "n_inner": 96}
 OPT = {**SIZES, "ffn_dim": 96}
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32}
@@ -130,6 +131,25 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
             "logits_scaling": 2.0,
         },
     ),
+    ("mixtral", "granitemoe_swa", {**MOE, "num_key_value_heads": 4, "rope_parameters": YARN, "head_dim": 16}),
+    (
+        "mixtral",
+        "granitemoe_swa",
+        {**MOE, "num_key_value_heads": 2, "head_dim": 24, "sliding_window": 16, "tie_word_embeddings": True},
+    ),
+    (
+        "granitemoe",
+        "granitemoe_swa",
+        {
+            **MOE,
+            "num_key_value_heads": 4,
+            "attention_bias": True,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.5,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+        },
+    ),
 )
 cases = pytest.mark.parametrize(
     ("source", "target", "fields"), CASES, ids=[f"{a}-{b}-{i}" for i, (a, b, _) in enumerate(CASES)]
@@ -160,6 +180,8 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
+    if hasattr(model.config, "num_experts_per_tok"):
+        model.set_experts_implementation("eager")  # the default one has no float64
     return model.eval().requires_grad_(False)
 
 

@@ -54,11 +54,11 @@ def losses(folder: Path, ids_NT: Tensor) -> Tensor:
 
 @pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("repair", [False, True])
-@pytest.mark.parametrize("family", ["granite_swa", "qwen2", "gemma2"])
+@pytest.mark.parametrize("family", ["granite_swa", "granitemoe_swa", "qwen2", "gemma2"])
 def test_the_stock_model_has_the_loss_that_was_measured_layer_by_layer(
     tmp_path: Path, family: str, repair: bool
 ) -> None:
-    given_thetas = {"layer_rope_theta": THREE["layer_rope_theta"]} if family == "granite_swa" else {}
+    given_thetas = {"layer_rope_theta": THREE["layer_rope_theta"]} if family.endswith("_swa") else {}
     three = {"num_hidden_layers": 3, "layer_types": THREE["layer_types"], **given_thetas}
     over: dict[str, Any] = {} if family == "gemma2" else three
     source = save_tiny(tmp_path / "source", family, **over)

@@ -116,6 +116,8 @@ def test_models_without_a_target_are_refused_by_name(
         ("llama", ("--target", "mistral"), "ministral"),
         ("llama", ("--sinks", "none"), "ministral"),
         ("mistral", ("--target", "mistral"), "ministral"),
+        ("mixtral", (), "granitemoe_swa"),
+        ("granitemoe", ("--sinks", "none"), "granitemoe_swa"),
     ],
 )
 def test_models_without_windows_by_layer_become_one_that_has_them(

@@ -40,9 +40,11 @@ residual becomes starcoder2."""
 
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "granite": ("granite_swa",),
+    "granitemoe": ("granitemoe_swa",),
     "llama": ("granite_swa", "ministral"),
     "ministral": ("granite_swa",),
     "mistral": ("granite_swa", "ministral"),
+    "mixtral": ("granitemoe_swa",),
     "qwen2": ("llama", "granite_swa"),
     "smollm3": ("granite_swa",),
 }

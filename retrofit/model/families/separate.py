@@ -34,6 +34,7 @@ _GRANITE: dict[str, Any] = {
     "scaling": "attention_multiplier",
     "residual": "residual_multiplier",
 }
+_SWA: dict[str, Any] = {"window": "layer_types", "layer_rope_theta": True, "sinks": "sinks"}
 _HEAD_NORM = QKNormTable("head", "q_norm.weight", "k_norm.weight")
 
 TABLE: tuple[Separate, ...] = (
@@ -127,7 +128,9 @@ TABLE: tuple[Separate, ...] = (
     Separate("qwen3_moe", mlp_width="moe_intermediate_size", **_ATTENTION_BIAS, window="all", qk_norm=_HEAD_NORM),
     Separate("olmoe", **_ATTENTION_BIAS, clip_qkv=True, qk_norm=QKNormTable("full", "q_norm.weight", "k_norm.weight")),
     Separate("granite", **_GRANITE),
-    Separate("granite_swa", **_GRANITE, window="layer_types", layer_rope_theta=True, sinks="sinks"),
+    Separate("granite_swa", **_GRANITE, **_SWA),
+    Separate("granitemoe", **_GRANITE),
+    Separate("granitemoe_swa", **_GRANITE, **_SWA, shared_expert_width="shared_intermediate_size"),
     Separate(
         "smollm3",
         **_ATTENTION_BIAS,

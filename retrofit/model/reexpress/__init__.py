@@ -36,6 +36,7 @@ _RULES: dict[str, Callable[[Any], Reexpression]] = {
 }
 _ON_DEMAND: dict[str, Callable[[Any], Reexpression]] = {
     "granite_swa": granite_swa.from_llama,
+    "granitemoe_swa": granite_swa.from_experts,
     "llama": others.llama_from_qwen2,
     "ministral": ministral.from_llama,
 }
@@ -53,7 +54,7 @@ def reexpression_of(config: Any, target: str | None = None) -> Reexpression | No
         return _ON_DEMAND[str(target)](config)
     found = _RULES[name](config) if name in _RULES else None
     if target is not None and (found is None or found.target != target):
-        reason = granite_swa.REASONS.get(name) if target == granite_swa.TARGET else None
+        reason = granite_swa.REASONS.get(name) if target in granite_swa.TARGETS else None
         known = sorted([*REEXPRESSED.items(), *((a, b) for a, targets in OPTIONAL.items() for b in targets)])
         raise UserError(
             f"`{name}` cannot be re-expressed as `{target}`" + (f": {reason}" if reason else ""),

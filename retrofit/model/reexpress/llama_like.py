@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from retrofit.errors import UserError
@@ -37,17 +38,24 @@ def fields_of(config: Any, spec: AttentionSpec) -> dict[str, Any]:
     }
 
 
-def names_of(spec: AttentionSpec, *, mlp_bias: bool = False) -> list[str]:
-    """Every tensor of the source, by its name, which is the target's as well."""
+def names_of(spec: AttentionSpec, mlp: Sequence[str]) -> list[str]:
+    """Every tensor of the source that the target has under the same name.
+
+    mlp: those of an MLP, relative to it.
+    """
     names = ["model.embed_tokens.weight", "model.norm.weight"]
-    kinds = ("weight", "bias") if mlp_bias else ("weight",)
     for layer in spec.layers:
         prefix = f"model.layers.{layer.index}"
         names += [f"{prefix}.{name}.weight" for name in ("input_layernorm", "post_attention_layernorm")]
         slots = (layer.q, layer.k, layer.v, layer.o, layer.q_bias, layer.k_bias, layer.v_bias, layer.o_bias)
         names += [slot.name for slot in slots if slot is not None]
-        names += [f"{prefix}.mlp.{name}_proj.{kind}" for name in ("gate", "up", "down") for kind in kinds]
+        names += [f"{prefix}.mlp.{name}" for name in mlp]
     return names if spec.tied_embeddings else [*names, "lm_head.weight"]
+
+
+def gated_mlp(*, bias: bool = False) -> list[str]:
+    """Names of the tensors of a gated MLP."""
+    return [f"{name}_proj.{kind}" for name in ("gate", "up", "down") for kind in ("weight", "bias")[: 1 + bias]]
 
 
 def require_whole_heads(spec: AttentionSpec, target: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from retrofit.errors import UserError
 from retrofit.model.families import describe
 from retrofit.model.reexpress.base import HEADS, Reexpression, common_fields, copied
-from retrofit.model.reexpress.llama_like import fields_of, names_of, require_whole_heads
+from retrofit.model.reexpress.llama_like import fields_of, gated_mlp, names_of, require_whole_heads
 
 TARGET = "ministral"
 
@@ -31,6 +31,6 @@ def from_llama(config: Any) -> Reexpression:
         target=TARGET,
         architecture="MinistralForCausalLM",
         fields=common_fields(config) | fields_of(config, spec),
-        tensors=copied({name: name for name in names_of(spec)}),
+        tensors=copied({name: name for name in names_of(spec, gated_mlp())}),
         ignored=(*HEADS, ".rotary_emb.inv_freq"),
     )
