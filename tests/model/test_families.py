@@ -300,7 +300,7 @@ def test_unknown_architecture_is_refused_with_the_list():
     assert all(name in caught.value.fix for name in KNOWN)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "gptj", "opt", "bloom", "falcon", "mpt"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "gptj", "opt", "bloom", "falcon", "mpt", "gpt_oss"])
 def test_known_refusals_give_their_reason(name):
     with pytest.raises(UserError) as caught:
         describe(SimpleNamespace(model_type=name))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from retrofit.kv_heads.disk import StreamFolder
 from retrofit.model.folder import ModelFolder
@@ -107,6 +108,27 @@ def test_models_without_a_target_are_refused_by_name(
     assert words in result.output
     assert family in result.output or family == "gemma2"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "`gpt_oss` is not supported: its published weights are MXFP4, which is not read"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
+    ],
+)
+@pytest.mark.parametrize("command", ["window", "plan"])
+def test_gpt_oss_which_has_windows_and_sinks_of_its_own_is_refused_by_name(
+    tmp_path: Path, command: str, fields: dict[str, Any], words: str
+) -> None:
+    source = save_tiny(tmp_path / "source", "llama")
+    raw = AutoConfig.for_model("gpt_oss", hidden_size=64, num_hidden_layers=2).to_dict()
+    (source / "config.json").write_text(json.dumps({**raw, **fields}))
+    options = ("--windows",) if command == "plan" else ("--out", tmp_path / "out")
+    result = retrofit(command, source, "--size", SIZE, *options)
+    assert result.exit_code == 2, result.output
+    assert words in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ REASONS: dict[str, str] = {
     "gpt2": f"{_FUSED_EQUAL} (stored transposed, as Conv1D)",
     "gpt_neo": _ONE_KV_PER_QUERY,
     "gpt_neox": f"{_FUSED_EQUAL} (interleaved by head)",
-    "gpt_oss": "its attention sinks are not carried through a conversion yet",
+    "gpt_oss": "its published weights are MXFP4, which is not read, and its experts have biases",
     "gptj": _ONE_KV_PER_QUERY,
     "llama4": _VISION,
     "mamba": _NO_ATTENTION,
