@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -65,8 +64,7 @@ def run(
 
         about: tuple[str, ...] = ()
         if loaded.budget and not dry_run:
-            how: Any = {"revision": revision, "processes": world.size, "progress": shown}
-            loaded, about = world.only(functools.partial(with_budget, loaded, folder, **how))
+            loaded, about = with_budget(loaded, folder, revision=revision, world=world, progress=shown)
         elif loaded.budget and shown:
             shown.note(UNDECIDED)
         runs.check_from_step(from_step, loaded)
@@ -219,10 +217,11 @@ def window_prices(
     command = f"retrofit window {name} --size {size_of} --full-layers {{layers}}{options} --out out/windows"
     place: Any = {"model": read.model, "revision": revision, "writes": (folder,), "recipe": read}
     words = "window_prices" if recipe is None else "plan"
-    with begun(f"windows of {read.model}", shown, options=words, **place):
+    with begun(f"windows of {read.model}", shown, options=words, **place) as world:
         from retrofit.workflow.window_list import window_list
 
-        return window_list(read, command=command, moments=folder, revision=revision, progress=shown)
+        usual: Any = {"moments": folder, "revision": revision, "world": world, "progress": shown}
+        return window_list(read, command=command, **usual)
 
 
 @as_tables
@@ -268,7 +267,7 @@ def budget_prices(
     name = shell_word(read.model) + ("" if revision is None else f" --revision {shell_word(revision)}")
     options = "".join(f" --calibrate {shell_word(source)}" for source in calibrate or ())
     place: Any = {"model": read.model, "revision": revision, "writes": (folder,), "recipe": read}
-    with begun(f"{budget} for {read.model}", shown, **place):
+    with begun(f"{budget} for {read.model}", shown, **place) as world:
         from retrofit.workflow.budgeting import budget_list
 
         return budget_list(
@@ -280,6 +279,7 @@ def budget_prices(
             tokens=counted.calibration.tokens if tokens is not None and counted else None,
             moments=folder,
             revision=revision,
+            world=world,
             progress=shown,
         )
 

@@ -163,7 +163,7 @@ def plan(
             if value:
                 fix = "add --kv-heads, --windows or --kv-budget"
                 raise UserError(f"--{name} belongs to a list", where="retrofit plan", fix=fix)
-        if not from_environment().main:  # only the price list reads text, which processes share
+        if not from_environment().main:  # only the lists read text, which processes share
             return
         result = retrofit.plan(recipe, model=model, no_cost=no_cost, gpu=gpu, gpus=gpus, **usual)
         _plan(console, result, recipe, {"model": model, "revision": revision, "no_cost": no_cost}, set_)
@@ -180,13 +180,12 @@ def plan(
     if kv_heads:
         prices = retrofit.prices(**options, budget=kv_budget)
         console.show(prices, [*results.prices(prices), *following.after_prices(prices)])
-    elif from_environment().main:
-        if windows:
-            found = retrofit.window_prices(**options, size=size)
-            console.show(found, window_views.prices(found))
-        else:
-            met = retrofit.budget_prices(**options, size=size, budget=str(kv_budget), no_pilots=no_pilots)
-            console.show(met, budget_views.budget(met))
+    elif windows:
+        found = retrofit.window_prices(**options, size=size)
+        console.show(found, window_views.prices(found))
+    else:
+        met = retrofit.budget_prices(**options, size=size, budget=str(kv_budget), no_pilots=no_pilots)
+        console.show(met, budget_views.budget(met))
 
 
 def _plan(console: Console, plan: Any, recipe: str, options: Mapping[str, Any], values: list[str] | None) -> None:

@@ -7,11 +7,12 @@ without one is somebody's own, and is neither used nor removed.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from retrofit.errors import UserError
+from retrofit.system.world import World
 
 _KEY = ".retrofit-"
 
@@ -70,6 +71,21 @@ def held(folder: Path, command: str) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{_KEY}{command}").touch()
     yield folder
+
+
+@contextmanager
+def led_by_main(world: World, *contexts: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+    """Rank 0 alone is in these contexts (locks, kept folders), the first one outermost, from before any process enters
+    the block until all have left it. Their UserError is raised in every process."""
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            for context in contexts:
+                stack.enter_context(context())
+
+        world.only(enter)
+        yield
+        world.wait()
 
 
 def _remove(folder: Path, command: str) -> None:

@@ -23,7 +23,9 @@ from retrofit.kv_heads.calibrate.stream import LayerStream
 from retrofit.kv_heads.disk_tensors import DiskTensors
 from retrofit.model.folder import ModelFolder
 from retrofit.model.load import product_dtype
+from retrofit.system.dealing import collected, own_share
 from retrofit.system.device import calibration_tokens
+from retrofit.system.world import ALONE, World
 from retrofit.windows.heads import as_it_is, windowed
 from retrofit.windows.rows import Repeats
 
@@ -45,13 +47,15 @@ def ablated_losses(
     *,
     device: str = "cpu",
     work: Path | None = None,
+    world: World = ALONE,
     task: str = "measure windows",
     progress: Progress | None = None,
 ) -> Tensor:
     """Losses at the rows' `positions` under every variant, [V, N, P], float32. The windows are those that the rows are
     made for.
 
-    sinks: of windowed layers, [H] each, -inf for none. work: a folder for the streams, which are removed again.
+    sinks: of windowed layers, [H] each, -inf for none. work: a folder for the streams, which are removed again. world:
+    the processes that make this call; batches of rows are dealt out to them, and all return all losses.
     """
     nbytes = 8 * rows.input_ids_NR.numel() * model.spec.hidden_size
     together = max(1, STREAM_BYTES // nbytes)
@@ -61,7 +65,7 @@ def ablated_losses(
     found = []
     for part in parts:
         with tempfile.TemporaryDirectory(prefix="variants-", dir=work) as folder:
-            own = _Pass(model, rows, part, sinks, device, Path(folder), progress)
+            own = _Pass(model, rows, part, sinks, device, Path(folder), world, progress)
             found.append(own.losses())
     if progress:
         progress.finish()
@@ -69,7 +73,7 @@ def ablated_losses(
 
 
 class _Pass:
-    """The streams of some variants through all layers."""
+    """The streams of some variants through all layers; of several processes each has those of its own batches."""
 
     def __init__(
         self,
@@ -79,12 +83,15 @@ class _Pass:
         sinks: Mapping[int, Tensor],
         device: str,
         folder: Path,
+        world: World,
         progress: Progress | None,
     ) -> None:
         self._model, self._rows, self._variants, self._sinks = model, rows, tuple(variants), sinks
-        self._device, self._progress = device, progress
+        self._device, self._world, self._progress = device, world, progress
         together = max(1, calibration_tokens(device, model.spec, TOKENS_PER_BATCH) // rows.length)
-        self._batches = rows.input_ids_NR.split(together)
+        batches = dict(enumerate(rows.input_ids_NR.split(together)))
+        self._own = own_share({i: ids.numel() for i, ids in batches.items()}, world)
+        self._batches = [batches[i] for i in self._own]
         shapes = [(*ids.shape, model.spec.hidden_size) for ids in self._batches] * len(set(variants))
         self._files = tuple(DiskTensors(folder / f"streams-{parity}", shapes) for parity in (0, 1))
         for file in self._files:
@@ -126,9 +133,9 @@ class _Pass:
         last, found, at_P = self._files[len(spec.layers) % 2], {}, self._rows.positions
         for variant, slot in slots.items():
             streams = (last.read(self._place(slot, i), self._device)[:, at_P] for i in range(len(self._batches)))
-            found[variant] = torch.cat(
-                [readout.token_losses(x, ids[:, at_P + 1]) for x, ids in zip(streams, self._batches, strict=True)]
-            )
+            losses = [readout.token_losses(x, ids[:, at_P + 1]) for x, ids in zip(streams, self._batches, strict=True)]
+            every = collected(dict(zip(self._own, losses, strict=True)), self._world)
+            found[variant] = torch.cat([every[i] for i in sorted(every)])
         return torch.stack([found[variant] for variant in self._variants])
 
     def _place(self, slot: int, batch: int) -> int:

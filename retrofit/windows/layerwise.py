@@ -212,7 +212,8 @@ class WindowedRun:
             self._lse.write(i, lse)
         sums.together(self._world)
         moments, sinks = sums.finish(layer.index), self._windows.sinks and layer.sinks is not None
-        fit = fit_sinks(moments, sinks=sinks, centred=weights.o_bias_C is not None)
+        centred = weights.o_bias_C is not None
+        fit = self._world.only(lambda: fit_sinks(moments, sinks=sinks, centred=centred))
         if weights.o_bias_C is not None:
             mean_C = given_back(moments, fit, weights.o_CHD.cpu()).to(weights.o_bias_C)
             weights = replace(weights, o_bias_C=weights.o_bias_C + mean_C)
@@ -246,8 +247,8 @@ class WindowedRun:
         if weights.o_bias_C is not None:
             start_CN = torch.cat([start_CN, weights.o_bias_C[:, None]], 1)
         width, columns = start_CN.shape
-        nothing = RidgeSums.of(start_CN.new_empty(0, columns), start_CN.new_empty(0, width), start_CN.new_empty(0))
-        sums, guard = dict.fromkeys(self._folds, nothing), nothing
+        sums = {fold: RidgeSums.nothing(columns, width) for fold in self._folds}
+        guard = RidgeSums.nothing(columns, width)
         for i in self._own:
             z_BTN, target_BTC = self._z(i, sinks_H), self._targets.read(i, self._device)
             weight_BT = token_weights(self.work.stream("original", index).read(i, self._device)) * width
@@ -260,9 +261,9 @@ class WindowedRun:
                 z_TN, target_TC, weight_T = (x[:, at_P].flatten(0, 1) for x in (z_BTN, target_BTC, weight_BT))
                 guard += RidgeSums.of(z_TN, target_TC, weight_T)
         sums = {fold: part.together(self._world) for fold, part in sums.items()}
-        guards = [guard.together(self._world)]
+        guard = guard.together(self._world)
         device = algebra_device(self._device, columns)
-        ridge = self._world.only(lambda: refit(sums, start_CN.double(), device, guards=guards))
+        ridge = self._world.only(lambda: refit(sums, start_CN.double(), device, guards=[guard]))
         outcome = RepairOutcome("o_proj", ridge.accepted, ridge.held_out_before, ridge.held_out_after)
         return with_output(weights, ridge.w_CN), outcome
 

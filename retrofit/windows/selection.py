@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -54,16 +54,17 @@ def select(
 
     text: to fit sinks on. rows: of other text, to measure on. always: layers that get the window whatever is chosen.
     full: how many, by default those that need it. sinks: whether the architecture has any. windows: further sizes whose
-    moments are kept. work: a folder with the moments (in
-    `moments`) and what was measured; the caller removes it. world: the processes that make this call.
+    moments are kept. work: a folder with the moments (in `moments`) and what was measured; the caller removes it.
+    world: the processes that make this call, with the same arguments; what is read is dealt out to them, and all choose
+    by the same numbers.
     """
-    sizes = tuple(sorted({size, *windows}))
+    sizes, work = tuple(sorted({size, *windows})), world.share(work)
     survey(
         model, text, rows, sizes, work / MOMENTS, work=work / "survey", device=device, world=world, progress=progress
     )
-    fitted = fitted_sinks(work / MOMENTS, [*candidates, *always], size, sinks=sinks)
-    measured = _Measured(model, rows, frozenset(always), fitted, text.digest(), work, device, progress)
-    return world.only(lambda: choose(candidates, measured, limits, full=full))
+    fitted = world.only(lambda: fitted_sinks(work / MOMENTS, [*candidates, *always], size, sinks=sinks))
+    measured = _Measured(model, rows, frozenset(always), fitted, text.digest(), work, device, world, progress)
+    return choose(candidates, measured, limits, full=full)
 
 
 def fitted_sinks(moments: Path, layers: Sequence[int], size: int, *, sinks: bool) -> dict[int, Tensor]:
@@ -76,7 +77,7 @@ def fitted_sinks(moments: Path, layers: Sequence[int], size: int, *, sinks: bool
 
 
 class _Measured:
-    """What the loss rises by under variants; each call's results are kept."""
+    """What the loss rises by under variants; each call's results are kept. All processes of `world` make each call."""
 
     def __init__(
         self,
@@ -87,26 +88,28 @@ class _Measured:
         fitted_on: str,
         work: Path,
         device: str,
+        world: World,
         progress: Progress | None,
     ) -> None:
         self._model, self._rows, self._always, self._sinks = model, rows, always, sinks
-        self._work, self._device, self._progress = work, device, progress
+        self._work, self._device, self._world, self._progress = work, device, world, progress
         text = CalibrationText(rows.input_ids_NR, rows.kinds).digest()
         question = work_key(model.checkpoint, [VERSION, rows.window, fitted_on, text, torch.device(device).type])
-        self._kept = Kept(work / "rounds", {"question": question})
+        self._kept = Kept(work / "rounds", {"question": question}, world)
         self._calls = 0
 
     def __call__(self, variants: Sequence[Variant]) -> list[Rise]:
         name = f"round-{self._calls}"
         self._calls += 1
         asked = [sorted(variant) for variant in variants]
-        known = self._kept.get_values(name)
+        known: Any = self._kept.values([name]).get(name)
         if known is None or known["variants"] != asked:
             task = f"measure windows, round {self._calls}"
             first = [frozenset[int]()] if self._calls == 1 else []  # what the loss rises from
             losses = self._losses([*first, *(variant | self._always for variant in variants)], task)
-            known = {"variants": asked, "losses": losses}
-            self._kept.put_values(name, known)
+            known = self._world.share({"variants": asked, "losses": losses})
+            if self._world.main:
+                self._kept.put_values(name, known)
         rises = [Rise(**losses) for losses in known["losses"]]
         if self._calls == 1:
             self._before, *rises = rises
@@ -114,8 +117,10 @@ class _Measured:
 
     def _losses(self, variants: Sequence[Variant], task: str) -> list[dict[str, float]]:
         scratch = self._work / "variants"
-        shutil.rmtree(scratch, ignore_errors=True)  # of a call that was killed
-        scratch.mkdir(parents=True)
+        if self._world.main:
+            shutil.rmtree(scratch, ignore_errors=True)  # of a call that was killed
+            scratch.mkdir(parents=True)
+        self._world.wait()
         losses = ablated_losses(
             self._model,
             self._rows,
@@ -123,8 +128,11 @@ class _Measured:
             self._sinks,
             device=self._device,
             work=scratch,
+            world=self._world,
             task=task,
             progress=self._progress,
         )
-        shutil.rmtree(scratch)
+        self._world.wait()
+        if self._world.main:
+            shutil.rmtree(scratch)
         return [self._rows.means(own) for own in losses]

@@ -17,6 +17,8 @@ from retrofit.files import read_json
 from retrofit.format import nbytes
 from retrofit.model.cache_dtype import AUTO, CACHE_DTYPES
 from retrofit.recipe.schema import Convert, Recipe, Window
+from retrofit.system.work_folder import led_by_main
+from retrofit.system.world import ALONE, World
 from retrofit.workflow.journal import Journal
 from retrofit.workflow.rows import default_rows
 
@@ -28,10 +30,10 @@ UNDECIDED = "the budget decides when the run starts which conversions are done; 
 
 
 def with_budget(
-    recipe: Recipe, out: Path, *, revision: str | None, processes: int, progress: Progress | None
+    recipe: Recipe, out: Path, *, revision: str | None, world: World = ALONE, progress: Progress | None
 ) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe with the row that the list recommends, and notes on it. out: the run's folder, which keeps the list in
-    `budget.json`: a run that is resumed is decided once. processes: that share the run.
+    `budget.json`: a run that is resumed is decided once. world: the processes that make this call and share the run.
 
     A row without surgery leaves nothing to train or to publish: the run measures the model with its cache type.
     Raises UserError as the list does.
@@ -40,8 +42,9 @@ def with_budget(
     assert section is not None
     asked = [VERSION, recipe.model, revision or recipe.revision, section.model_dump(mode="json"), recipe.seed]
     question = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-    with folder_lock(out):
-        kept = _kept(out / FILE, question) or _decide(recipe, out, question, revision, processes, progress)
+    with led_by_main(world, lambda: folder_lock(out)):
+        kept = world.only(lambda: _kept(out / FILE, question))
+        kept = kept or _decide(recipe, out, question, revision, world, progress)
     try:
         row = kept["list"]["recommended"]
         return _made(recipe, row), _notes(row, section.kv_cache)
@@ -58,7 +61,7 @@ def _kept(file: Path, question: str) -> Mapping[str, Any] | None:
 
 
 def _decide(
-    recipe: Recipe, out: Path, question: str, revision: str | None, processes: int, progress: Progress | None
+    recipe: Recipe, out: Path, question: str, revision: str | None, world: World, progress: Progress | None
 ) -> Mapping[str, Any]:
     from retrofit.workflow.budgeting import budget_list
 
@@ -71,13 +74,18 @@ def _decide(
         name=shell_word(recipe.model),
         tokens=recipe.budget.tokens,
         revision=revision,
+        world=world,
         progress=progress,
     )
-    out.mkdir(parents=True, exist_ok=True)
     stored: Any = jsonable({"question": question, "list": found})
-    journal = Journal(out)
-    journal.mark(default_rows(recipe, processes))
-    journal.write_own(FILE, f"{json.dumps(stored, indent=2, ensure_ascii=False)}\n".encode())
+
+    def keep() -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        journal = Journal(out)
+        journal.mark(default_rows(recipe, world.size))
+        journal.write_own(FILE, f"{json.dumps(stored, indent=2, ensure_ascii=False)}\n".encode())
+
+    world.only(keep)
     decided: Mapping[str, Any] = stored
     return decided
 

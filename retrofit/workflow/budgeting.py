@@ -10,11 +10,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.budget import VERSION
-from retrofit.budget.measure import losses_on
+from retrofit.budget.measure import answers_on, losses_on
 from retrofit.budget.rows import (
     MEASURED,
     NOTHING,
@@ -44,11 +45,13 @@ from retrofit.model.source import with_weights
 from retrofit.recipe.kv_budget import Budget
 from retrofit.recipe.schema import Recipe, Window
 from retrofit.system.resume import Kept
-from retrofit.system.work_folder import held, kept, require_own
+from retrofit.system.work_folder import held, kept, led_by_main, require_own
+from retrofit.system.world import ALONE, World
 from retrofit.workflow import pilots
 from retrofit.workflow.budget_choices import Choices, choices, commands, meeting, require_possible
 from retrofit.workflow.estimate.cost import DTYPE_BYTES
 from retrofit.workflow.opening import open_model
+from retrofit.workflow.opening_in_world import shared_context
 from retrofit.workflow.sweep import TOKENS, prices
 from retrofit.workflow.window_list import window_list
 from retrofit.workflow.windowing import length_of, require_sequences, texts_of
@@ -73,30 +76,25 @@ def budget_list(
     tokens: int | None = None,
     moments: Path | None = None,
     revision: str | None = None,
+    world: World = ALONE,
     progress: Progress | None = None,
 ) -> BudgetList:
     """The list for the recipe's model. recipe: its sections `convert` and `window` say how heads and windows are made.
 
     name, options: of the model, and of both conversions, in the commands. measure: the best rows, by pilot conversions,
     so that one is recommended. tokens: of the calibration text. moments: a folder that keeps what was measured; a call
-    that was killed is resumed there, or in the cache.
+    that was killed is resumed there, or in the cache. world: the processes that make this call and share what is read.
     Raises UserError, before any long work, for a budget that nothing can meet.
     """
-    assert recipe.window
-    alone = recipe.model_copy(update=dict.fromkeys(("convert", "window", "context", "recover", "evaluate", "publish")))
-    context = open_model(alone, revision=revision, progress=progress)
-    spec, window = context.spec, _fitting(recipe.window, context.native, tokens)
-    recipe = recipe.model_copy(update={"window": window})
-    require_sequences(window, length_of(window, context.native))
-    found = choices(window, context.config, spec)
-    value_bytes = DTYPE_BYTES[context.source.dtype if recipe.dtype == "auto" else recipe.dtype]
-    require_possible(budget, spec, found, value_bytes)
-    context.source = with_weights(context.source, revision=revision or recipe.revision, progress=progress)
+    context = shared_context(world, lambda: _opened(recipe, budget, tokens, revision, progress))
+    window, found, value_bytes = _asked(recipe, context, tokens)
+    spec, recipe = context.spec, recipe.model_copy(update={"window": window})
     asked = [VERSION, context.source.digests, recipe.model_dump(mode="json"), tokens]
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     work, weight = moments or cache_dir() / f"budget-{key[:24]}.work", window.text_loss / window.answer_loss
-    require_own(work, COMMAND)
-    with folder_lock(work), (held if moments else kept)(work, COMMAND), writing(work):
+    work, keeping = world.share(work), held if moments else kept
+    world.only(lambda: require_own(work, COMMAND))
+    with led_by_main(world, lambda: folder_lock(work), lambda: keeping(work, COMMAND)), writing(work):
         _, text = texts_of(window, context, context.model, recipe.seed)
         pricing = _Pricing(recipe, context, found, text, tokens, work, revision, progress)
         every = [
@@ -129,6 +127,27 @@ def budget_list(
         kinds=tuple(dict.fromkeys(text.kinds)),
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _opened(
+    recipe: Recipe, budget: Budget, tokens: int | None, revision: str | None, progress: Progress | None
+) -> ModelContext:
+    """The model with its weights, which are fetched once the budget can be met."""
+    alone = recipe.model_copy(update=dict.fromkeys(("convert", "window", "context", "recover", "evaluate", "publish")))
+    context = open_model(alone, revision=revision, progress=progress)
+    window, found, value_bytes = _asked(recipe, context, tokens)
+    require_sequences(window, length_of(window, context.native))
+    require_possible(budget, context.spec, found, value_bytes)
+    context.source = with_weights(context.source, revision=revision or recipe.revision, progress=progress)
+    return context
+
+
+def _asked(recipe: Recipe, context: ModelContext, tokens: int | None) -> tuple[Window, Choices, int]:
+    """How windows are made, what there is to choose from, and the bytes of a value of the cache."""
+    assert recipe.window
+    window = _fitting(recipe.window, context.native, tokens)
+    dtype = context.source.dtype if recipe.dtype == "auto" else recipe.dtype
+    return window, choices(window, context.config, context.spec), DTYPE_BYTES[dtype]
 
 
 def _fitting(window: Window, native: int, tokens: int | None) -> Window:
@@ -174,11 +193,17 @@ class _Pricing:
         self.notes: list[str] = []
         self._digest = CalibrationText(self.text.input_ids_NR, self.text.kinds).digest()
         question = {"digests": dict(self.context.source.digests), "text": self._digest}
-        self._store = Kept(self.work / "measured", {**question, "device": self.context.device_kind})
+        question["device"] = self.context.device_kind
+        self._store = Kept(self.work / "measured", question, self.context.world)
 
     @property
     def _usual(self) -> dict[str, Any]:
-        return {"command": "", "revision": self.revision, "progress": self.progress}
+        return {
+            "command": "",
+            "revision": self.revision,
+            "world": self.context.world,
+            "progress": self.progress,
+        }
 
     def stored(self) -> list[Stored]:
         """What every cache type loses."""
@@ -197,8 +222,10 @@ class _Pricing:
         """Of the original under a cache type."""
         known: Any = self._store.values([name]).get(name)
         if known is None:
-            known = jsonable(losses_on(self.context.model, self.text, name, device=self.context.device))
-            self._store.put_values(name, known)
+            device, world = self.context.device, self.context.world
+            known = jsonable(losses_on(self.context.model, self.text, name, device=device, world=world))
+            if world.main:
+                self._store.put_values(name, known)
         return Loss(**known)
 
     def heads(self) -> list[Heads]:
@@ -208,8 +235,7 @@ class _Pricing:
         heads = [Heads(own, NOTHING, ORIGINAL)]
         if len(self.found.counts) < 2:
             return heads
-        device = self.context.device
-        also = Also(self._digest, lambda folder: losses_on(folder, self.text, AUTO, device=device).answers)
+        also = Also(self._digest, partial(answers_on, self.text))
         recipe = self.recipe.model_copy(update={"window": None})
         listed = prices(recipe, tokens=self.tokens, moments=self.work / "heads", also=also, **self._usual)
         self.notes += listed.notes

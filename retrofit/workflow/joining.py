@@ -43,14 +43,14 @@ def taking_part(context: ModelContext) -> Callable[[Part], None]:
     def take(part: Part) -> None:
         [step] = [step for step in context.steps if step.name == part.name]
         for model in part.inputs.models.values():
-            _await_folder(model.path)
+            await_folder(model.path)
         pieces = None if part.place.run is None else JoinedPieces(part.place.run, context.world)
         step.run(context, part.inputs, replace(part.place, pieces=pieces))
 
     return take
 
 
-def _await_folder(folder: Path) -> None:
+def await_folder(folder: Path) -> None:
     """Return when a checkpoint that rank 0 has written is seen here: a network file system may show it some seconds
     later. Raises UserError where it is not."""
     until = time.monotonic() + _SEEN_WITHIN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +32,18 @@ def open_in(world: World, recipe: Recipe, *, progress: Progress | None = None, *
     folders. Raises UserError, in every process, for what `open_context` refuses and where a process sees another model
     or other text.
     """
+    return shared_context(world, lambda: open_context(recipe, processes=world.size, progress=progress, **options))
+
+
+def shared_context(world: World, open_one: Callable[[], ModelContext]) -> ModelContext:
+    """What `open_one` opens in rank 0, which alone calls it, in every process of `world`. Raises UserError as `open_in`
+    does."""
     if world.size == 1:
-        return open_context(recipe, progress=progress, **options)
+        return open_one()
     mine: list[ModelContext] = []
 
     def opened() -> _Opened:
-        context = open_context(recipe, processes=world.size, progress=progress, **options)
+        context = open_one()
         mine.append(context)
         shared = ("recipe", "steps", "source", "original_source", "device", "processes", "throughput")
         own = ("allow_extrapolation", "alone", "documents", "shared", "notes")

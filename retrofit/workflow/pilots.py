@@ -15,6 +15,7 @@ from retrofit.model.folder import ModelFolder
 from retrofit.recipe.schema import Recipe
 from retrofit.system.resume import Kept
 from retrofit.workflow.command import write
+from retrofit.workflow.joining import await_folder
 from retrofit.workflow.windowing import least_tokens, length_of
 
 if TYPE_CHECKING:
@@ -36,12 +37,13 @@ def measured(
     revision: str | None,
     progress: Progress | None,
 ) -> list[BudgetRow]:
-    """The rows with what they lose together; those that were measured are as they were.
+    """The rows with what they lose together; those that were measured are as they were. All processes of the context
+    make this call.
 
     text: rows to measure on, before: the original's losses on them. store: where results are kept. work: a folder for
     the checkpoints; the caller removes it. tokens: of the heads' calibration; windows read as few as they can.
     """
-    found = []
+    found, world = [], context.world
     for row in rows:
         if row.measured is None:
             full = "-".join(map(str, row.windows.full_layers))
@@ -50,11 +52,15 @@ def measured(
             known: Any = store.values([key]).get(key)
             if known is None:
                 folder = _converted(row, recipe, context, work / name, tokens, revision, progress)
-                known = jsonable(losses_on(folder, text, row.stored.cache_dtype, device=context.device))
-                store.put_values(key, known)
+                cache, device = row.stored.cache_dtype, context.device
+                known = jsonable(losses_on(folder, text, cache, device=device, world=world))
+                if world.main:
+                    store.put_values(key, known)
             row = replace(row, measured=Loss(**known) - before)
         found.append(row)
-    shutil.rmtree(work, ignore_errors=True)
+    world.wait()
+    if world.main:
+        shutil.rmtree(work, ignore_errors=True)
     return found
 
 
@@ -68,7 +74,9 @@ def _converted(
     progress: Progress | None,
 ) -> ModelFolder:
     """The checkpoint of a row: heads first, as in a recipe; what was written before is kept."""
-    work.mkdir(parents=True, exist_ok=True)
+    usual: Any = {"world": context.world, "progress": progress}
+    if context.world.main:
+        work.mkdir(parents=True, exist_ok=True)
     alone = recipe.model_copy(update=dict.fromkeys(("convert", "window", "context", "recover", "evaluate", "publish")))
     made: Path | None = None
     if row.heads.how != ORIGINAL:
@@ -76,7 +84,7 @@ def _converted(
         calibration = recipe.convert.calibration.model_copy(update={"tokens": tokens})
         section = recipe.convert.model_copy(update={"kv_heads": row.heads.kv_heads, "calibration": calibration})
         made = work / "heads"
-        write(alone.model_copy(update={"convert": section}), made, revision=revision, progress=progress)
+        write(alone.model_copy(update={"convert": section}), made, revision=revision, **usual)
     if row.windows.how != ORIGINAL:
         assert recipe.window
         window = recipe.window.model_copy(
@@ -90,6 +98,7 @@ def _converted(
         # What was made here has no revision.
         given |= {"model": str(made), "revision": None} if made else {}
         pinned, made = (None if made else revision), work / "windows"
-        write(alone.model_copy(update=given), made, revision=pinned, progress=progress)
+        write(alone.model_copy(update=given), made, revision=pinned, **usual)
     assert made is not None
+    await_folder(made)
     return ModelFolder(made)

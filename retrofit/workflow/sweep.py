@@ -67,9 +67,8 @@ def prices(
     command: what to type for `{kv_heads}` KV heads. tokens: of the calibration text, a third of it for scoring.
     moments: a folder of moments; they are read if it holds them and written otherwise, and so is what was measured. A
     call that was killed is resumed, in the folder `<moments>.work` or, without one, in the cache.
-    throughput: asked only when there is an estimate to make. also: a further loss of the probes, in one process.
-    world: the processes that make this call and share the
-    passes over text.
+    throughput: asked only when there is an estimate to make. also: a further loss of the probes. world: the processes
+    that make this call and share the passes over text.
     Raises UserError, before any long work, for a model or a budget with nothing to choose from.
     """
 

@@ -12,11 +12,12 @@ from retrofit.checkpoint.lock import folder_lock
 from retrofit.errors import UserError
 from retrofit.model.cache import cache_dir
 from retrofit.recipe.schema import Recipe
-from retrofit.system.work_folder import held, kept, require_own
+from retrofit.system.work_folder import held, kept, led_by_main, require_own
+from retrofit.system.world import ALONE, World
 from retrofit.windows.price_list import WindowList, lost_energy, sizes_within, window_prices
 from retrofit.windows.selection import MOMENTS
 from retrofit.workflow.estimate.cost import DTYPE_BYTES
-from retrofit.workflow.opening import open_context
+from retrofit.workflow.opening_in_world import open_in
 from retrofit.workflow.windowing import chosen_layers, length_of, target_of, texts_of
 
 if TYPE_CHECKING:
@@ -31,12 +32,14 @@ def window_list(
     command: str,
     moments: Path | None = None,
     revision: str | None = None,
+    world: World = ALONE,
     progress: Progress | None = None,
 ) -> WindowList:
     """What windows cost the model of `recipe`, whose section `window` says of which size, fitted and measured how.
 
     command: what to type for `{layers}`, those that see everything. moments: a folder that keeps what was measured; the
-    same call then reads no text. A call that was killed is resumed by the next one, there or in the cache.
+    same call then reads no text. A call that was killed is resumed by the next one, there or in the cache. world: the
+    processes that make this call and share the passes over text.
     Raises UserError, before any long work, for what `retrofit window` would refuse, and for layers that are named:
     there is nothing to choose then.
     """
@@ -48,13 +51,14 @@ def window_list(
             where="window.full_layers",
             fix="give their number, or leave it out",
         )
-    context = open_context(recipe, revision=revision, alone=True, progress=progress)
+    context = open_in(world, recipe, revision=revision, alone=True, progress=progress)
     source, spec = context.model, context.spec
     target = target_of(section, context.config, spec)
     asked = json.dumps([context.source.digests, section.model_dump(mode="json"), recipe.seed], sort_keys=True)
     work = moments or cache_dir() / f"windows-{hashlib.sha256(asked.encode()).hexdigest()[:24]}.work"
-    require_own(work, COMMAND)
-    with folder_lock(work), (held if moments else kept)(work, COMMAND), writing(work):
+    work, keeping = world.share(work), held if moments else kept
+    world.only(lambda: require_own(work, COMMAND))
+    with led_by_main(world, lambda: folder_lock(work), lambda: keeping(work, COMMAND)), writing(work):
         fit, rows = texts_of(section, context, source, recipe.seed)
         sizes = sizes_within(length_of(section, context.native), section.size)
         choice = chosen_layers(section, target, source, fit, rows, context, work, sizes)
@@ -64,9 +68,10 @@ def window_list(
                 where="sliding_window of config.json",
                 fix="make them shorter: retrofit window MODEL --size N --out DIR",
             )
-        lost = lost_energy(work / MOMENTS, [*target.candidates, *target.always], sinks=target.sinks)
+        layers = [*target.candidates, *target.always]
+        lost = world.only(lambda: lost_energy(work / MOMENTS, layers, sinks=target.sinks))
     value_bytes = DTYPE_BYTES[context.source.dtype if recipe.dtype == "auto" else recipe.dtype]
-    layers = ",".join(map(str, choice.full)) + ("," if len(choice.full) == 1 else "")
+    full = ",".join(map(str, choice.full)) + ("," if len(choice.full) == 1 else "")
     return WindowList(
         model=context.source.requested,
         target=target.family,
@@ -76,6 +81,6 @@ def window_list(
         tokens=fit.input_ids_NT.numel(),
         kinds=tuple(fit.tokens_by_kind),
         measured_tokens=rows.input_ids_NR.numel(),
-        command=command.replace("{layers}", layers or "0"),
+        command=command.replace("{layers}", full or "0"),
         notes=tuple(dict.fromkeys((*context.notes, *fit.notes))),
     )

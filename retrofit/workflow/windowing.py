@@ -97,15 +97,16 @@ def length_of(section: Section, native: int) -> int:
 
 
 def texts_of(section: Section, context: ModelContext, model: ModelFolder, seed: int) -> tuple[CalibrationText, Repeats]:
-    """Sequences to fit on, and rows of others to measure on."""
-    from retrofit.data.calibration import calibration_text
+    """Sequences to fit on, and rows of others to measure on; rank 0 chooses for all processes."""
+    from retrofit.data.calibration import calibration_text, sampled_sources
     from retrofit.data.texts import write_samples
     from retrofit.windows.rows import repeats, split
 
-    reading = section.calibration.in_sequences(length_of(section, context.native))
-    write_samples(reading.text, context.samples, ("train",), context.world, context.progress)
+    reading, world = section.calibration.in_sequences(length_of(section, context.native)), context.world
+    wanted = world.only(lambda: sampled_sources(reading, context.samples))
+    write_samples(wanted, context.samples, ("train",), world, context.progress)
     usual: Any = {"seed": seed, "teacher": context.samples, "progress": context.progress}
-    text = calibration_text(reading, model.tokenizer, one_document=True, **usual)
+    text = world.only(lambda: calibration_text(reading, model.tokenizer, one_document=True, **usual))
     count = measured_rows(section)
     fit, measured = split(text, count)
     return fit, repeats(measured, section.size, count, bos=model.tokenizer.bos_token_id is not None)
@@ -142,6 +143,7 @@ def chosen_layers(
         windows=windows,
         work=work,
         device=context.device,
+        world=context.world,
         progress=context.progress,
     )
     context.note(f"layers that see everything: {', '.join(map(str, choice.full)) or 'none'}")

@@ -29,6 +29,7 @@ from retrofit.kernels.rounded_cache import round_cache
 from retrofit.model.folder import ModelFolder
 from retrofit.recipe.kv_budget import Budget
 from retrofit.recipe.schema import Recipe, Window
+from retrofit.system.world import ALONE
 from retrofit.views.budget import budget
 from retrofit.windows import row_length
 from retrofit.windows.price_list import sizes_within
@@ -123,11 +124,13 @@ def test_a_cache_type_alone_can_be_the_best_answer() -> None:
 def test_pilots_of_every_size_that_is_priced_have_enough_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     written: list[Recipe] = []
     monkeypatch.setattr(pilots, "write", lambda recipe, out, **_: written.append(recipe))
+    monkeypatch.setattr(pilots, "await_folder", lambda folder: None)
+    context: Any = SimpleNamespace(native=8192, world=ALONE)
     window = Window(size=512, calibration={"tokens": 16_384, "measured_tokens": 2048})
-    recipe, native = Recipe(name="x", model="m", window=window), 8192
+    recipe, native = Recipe(name="x", model="m", window=window), context.native
     for size in sizes_within(length_of(window, native), window.size):
         one = BudgetRow(*_parts(size), 1, NOTHING)
-        pilots._converted(one, recipe, SimpleNamespace(native=native), tmp_path, 1, None, None)  # type: ignore[arg-type]
+        pilots._converted(one, recipe, context, tmp_path, 1, None, None)
         section = written[-1].window
         assert section is not None
         assert section.size == size
@@ -245,7 +248,7 @@ def test_a_decision_that_somebody_changed_is_refused(
 ) -> None:
     recipe = Recipe.model_validate({**small(qwen, texts), "model": str(qwen)})
     decided.append(row(2, True, "int8"))
-    usual: dict[str, Any] = {"revision": None, "processes": 1, "progress": None}
+    usual: dict[str, Any] = {"revision": None, "progress": None}
     budgeted.with_budget(recipe, tmp_path / "run", **usual)
     file = tmp_path / "run/budget.json"
     file.write_text(json.dumps({"question": json.loads(file.read_text())["question"], **changed}))

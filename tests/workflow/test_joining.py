@@ -16,9 +16,9 @@ def test_a_checkpoint_that_is_seen_late_is_waited_for(tmp_path: Path, monkeypatc
     began = time.monotonic()
     timer = threading.Timer(0.3, lambda: (tmp_path / "config.json").write_text("{}"))
     timer.start()
-    joining._await_folder(tmp_path)
+    joining.await_folder(tmp_path)
     assert time.monotonic() - began > 0.25
     timer.join()
     monkeypatch.setattr(joining, "_SEEN_WITHIN", 0.1)
     with pytest.raises(UserError, match="not seen by every process"):
-        joining._await_folder(tmp_path / "none")
+        joining.await_folder(tmp_path / "none")

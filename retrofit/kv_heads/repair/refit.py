@@ -45,8 +45,14 @@ class RidgeSums:
             self.weight + other.weight,
         )
 
+    @classmethod
+    def nothing(cls, columns: int, width: int) -> RidgeSums:
+        """Sums of no tokens, N columns and C wide."""
+        gram_NN, cross_NC = (torch.zeros(columns, size, dtype=torch.float64) for size in (columns, width))
+        return cls(gram_NN, cross_NC.T, 0.0, 0.0)  # laid out as in `of`: memory is added up over processes as it lies
+
     def together(self, world: World) -> RidgeSums:
-        """Those of all processes, each of which has sums of its own tokens."""
+        """Those of all processes, each of which has sums of its own tokens; these are used up."""
         scalars = world.gather((self.energy, self.weight))
         energy, weight = (sum(values) for values in zip(*scalars, strict=True))
         return RidgeSums(world.sum_(self.gram_NN), world.sum_(self.cross_CN), energy, weight)

@@ -64,10 +64,8 @@ class OutputRidge:
     def __call__(self, inputs: RepairInputs, weights: LayerWeights) -> tuple[LayerWeights, RepairOutcome]:
         bias = weights.o_bias_C
         width, heads, head_dim = weights.o_CHD.shape
-        columns, nothing = self.columns(heads, head_dim, bias is not None), weights.o_CHD.new_empty
-        sums: dict[Fold, RidgeSums] = {
-            fold: RidgeSums.of(nothing(0, columns), nothing(0, width), nothing(0)) for fold in inputs.folds
-        }
+        columns = self.columns(heads, head_dim, bias is not None)
+        sums: dict[Fold, RidgeSums] = {fold: RidgeSums.nothing(columns, width) for fold in inputs.folds}
         for i in inputs.own:
             z_TN = inputs.heads(i).flatten(0, 1)
             if bias is not None:

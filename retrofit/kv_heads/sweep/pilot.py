@@ -55,10 +55,11 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class Also:
-    """A further loss of the original and of every probe. digest: of what it is measured on."""
+    """A further loss of the original and of every probe. digest: of what it is measured on. loss: of a checkpoint, on a
+    device; all processes make the call, which is pickled for them."""
 
     digest: str
-    loss: Callable[[ModelFolder], float]
+    loss: Callable[[ModelFolder, str, World], float]
 
 
 def options(section: Convert, seed: int) -> dict[str, Any]:
@@ -136,9 +137,9 @@ def measure(
     """Moments of the original into `moments`, and the loss of the probes beyond its own.
 
     work: a folder from which the next call with the same question resumes, layer by layer; the caller removes it.
-    identity: digests of the weights, part of that question. also: measured of the original and the probes too.
-    world: the processes that make this call, with the same
-    arguments; passes over text are dealt out to them, and rank 0 alone writes checkpoints.
+    identity: digests of the weights, part of that question. also: measured of the original and the probes too. world:
+    the processes that make this call, with the same arguments; passes over text are dealt out to them, and rank 0 alone
+    writes checkpoints.
     """
     texts = {"fit": fit.digest(), "scored": scored.digest()}
     question = {"weights": identity, "device": torch.device(device).type, **texts, **options(section, seed)}
@@ -161,7 +162,7 @@ def measure(
             task="moments of the original",
             progress=progress,
         )
-        original = {"losses": losses_N.tolist(), "also": also.loss(folder) if also else None}
+        original = {"losses": losses_N.tolist(), "also": also.loss(folder, device, world) if also else None}
         if world.main:
             kept.put_values(ORIGINAL, original)
     _remove(work / ORIGINAL, world)
@@ -233,7 +234,7 @@ def _probe(
         task=f"score {count} KV heads",
         progress=progress,
     )
-    further = also.loss(ModelFolder(made)) if also else None
+    further = also.loss(ModelFolder(made), device, world) if also else None
     return {"losses": after_N.tolist(), "notes": list(report.notes), "also": further}
 
 

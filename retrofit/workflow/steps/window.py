@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.config import read_config
@@ -40,6 +41,7 @@ class Window(Step):
 
     name = "window"
     version = f"1, windows {VERSION}"
+    distributed = True
     learns = True
     section: Section
 
@@ -135,10 +137,14 @@ class Window(Step):
         peak = BASE_BYTES + batch + layer + grams
         # Two streams with attention in float32; the choice reads one, and its rounds half of all layers for each.
         seconds = model.seconds(calibration.tokens, length, passes=2.5)
+        fitted = model.dealt(-(-calibration.tokens // length))
+        seconds *= fitted
         if not isinstance(section.full_layers, tuple):
             rounds = 0.5 * layers + 12
-            seconds += model.seconds(calibration.tokens, length, passes=1.5)
-            seconds += model.seconds(calibration.measured_tokens, row_length(section.size), passes=rounds)
+            seconds += fitted * model.seconds(calibration.tokens, length, passes=1.5)
+            row = row_length(section.size)
+            measured = model.seconds(calibration.measured_tokens, row, passes=rounds)
+            seconds += model.dealt(-(-calibration.measured_tokens // row)) * measured
         return Cost(self.name, does, peak, facts.weight_bytes, seconds + model.disk_seconds(4))
 
     def key(self, context: ModelContext, inputs: Inputs) -> ResumeKey:
@@ -158,13 +164,14 @@ class Window(Step):
         return from_json(WindowReport, stored)
 
     def run(self, context: ModelContext, inputs: Inputs, place: Place) -> WindowReport:
+        """Each process has its share of the text; rank 0 alone chooses the text, and writes."""
         from retrofit.checkpoint.write import write_config
         from retrofit.context.names import portable
         from retrofit.windows.convert import add_windows
         from retrofit.windows.layerwise import Windows
         from retrofit.windows.outcome import WindowReport
 
-        started, section = time.monotonic(), self.section
+        started, section, world = time.monotonic(), self.section, context.world
         source = inputs.current.model
         target = target_of(section, source.config, source.spec)
         fit, rows = texts_of(section, context, source, self.recipe.seed)
@@ -177,7 +184,8 @@ class Window(Step):
             sinks=target.sinks,
             repair=section.repair != "none",
         )
-        with place.staged(place.work / "checkpoint") as folder:
+        checkpoint = place.work / "checkpoint"
+        with place.staged(checkpoint) if world.main else nullcontext(checkpoint) as folder:
             layers, rise = add_windows(
                 model,
                 folder,
@@ -188,6 +196,7 @@ class Window(Step):
                 device=context.device,
                 dtype=None if self.recipe.dtype == "auto" else source.dtype(self.recipe.dtype),
                 max_shard_size=shard_size(self.recipe),
+                world=world,
                 progress=context.progress,
             )
             report = WindowReport(
@@ -203,8 +212,9 @@ class Window(Step):
                 seconds=time.monotonic() - started,
                 notes=(*target.notes, *fit.notes),
             )
-            write_config(folder, portable(read_config(folder)))
-            self.after(inputs.current.provenance, self.recorded(report)).write(folder)
+            if world.main:
+                write_config(folder, portable(read_config(folder)))
+                self.after(inputs.current.provenance, self.recorded(report)).write(folder)
         context.note(*report.notes)
         return report
 
@@ -215,9 +225,15 @@ class Window(Step):
         from retrofit.checkpoint.staging import staged
         from retrofit.model.folder import ModelFolder
         from retrofit.model.reexpress import reexpress
+        from retrofit.workflow.joining import await_folder
 
         folder = place.work / "target"
-        if not folder.is_dir():
-            with staged(folder, overwrite=True, keep=place.work / "target.partial") as partial:
-                reexpress(source, partial, target=target.family, resume=True, progress=context.progress)
+
+        def write() -> None:
+            if not folder.is_dir():
+                with staged(folder, overwrite=True, keep=place.work / "target.partial") as partial:
+                    reexpress(source, partial, target=target.family, resume=True, progress=context.progress)
+
+        context.world.only(write)
+        await_folder(folder)
         return ModelFolder(folder)
