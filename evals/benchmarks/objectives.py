@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from retrofit.data.packing import Packed
     from retrofit.model.folder import ModelFolder
+    from retrofit.recipe.schema import Recover
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 MODEL = "embedded"
@@ -178,19 +180,11 @@ def train(
     options: argparse.Namespace, variant: Variant, name: str, original: ModelFolder
 ) -> tuple[ModelFolder, dict[str, Any]]:
     """The trained checkpoint, and what the training says of itself."""
-    from retrofit.data.samples import Teacher
     from retrofit.model.folder import opened
-    from retrofit.recipe.schema import Recover, TextSource
-    from retrofit.recovery.schedule import recovery_rows
     from retrofit.recovery.train import recover
 
-    for source in variant.text.keys() & SAMPLES.keys():
-        write_samples(options.work, source, original)
+    section, rows, held_out = rows_of(options.work, variant, original)
     student = opened(converted(options.work))
-    places = {name: str(options.work / name) for name in SAMPLES}
-    text = tuple(TextSource(source=places.get(name, name), weight=weight) for name, weight in variant.text.items())
-    section = Recover(tokens=variant.tokens, evals=2, eval_tokens=4096, text=text, **variant.recover)
-    rows, held_out = recovery_rows(section, student.tokenizer, 0, teacher=Teacher(original))
     out = options.work / f"{name}-trained"
     out.mkdir(exist_ok=True)
     work = options.work / f"{name}-work"
@@ -211,22 +205,49 @@ def train(
     return opened(out), told
 
 
+def rows_of(work: Path, variant: Variant, original: ModelFolder) -> tuple[Recover, Packed, Packed | None]:
+    """The recipe's section of a variant, and the rows that it trains on and is judged by; samples are made where they
+    are missing."""
+    from retrofit.data.samples import Teacher
+    from retrofit.recipe.schema import Recover, TextSource
+    from retrofit.recovery.schedule import recovery_rows
+
+    for source in variant.text.keys() & SAMPLES.keys():
+        write_samples(work, source, original)
+    places = {name: str(work / name) for name in SAMPLES}
+    text = tuple(TextSource(source=places.get(name, name), weight=weight) for name, weight in variant.text.items())
+    section = Recover(tokens=variant.tokens, evals=2, eval_tokens=4096, text=text, **variant.recover)
+    rows, held_out = recovery_rows(section, original.tokenizer, 0, teacher=Teacher(original))
+    return section, rows, held_out
+
+
 def scores(folder: ModelFolder, read: Iterator[tuple[str, list[int]]]) -> dict[str, Any]:
     """Mean loss by kind of text of what is read, and the share of general-knowledge questions that are answered."""
+    model = folder.load(dtype="float32", device="cpu").eval()
+    return {"losses": losses_of(model, read), "common_knowledge": answered(model, folder)}
+
+
+def losses_of(model: Any, read: Iterator[tuple[str, list[int]]]) -> dict[str, float]:
+    """Mean loss by kind of text, nats a token."""
     import torch
 
-    from retrofit.evaluation.tasks.common_knowledge import CommonKnowledge, ask
-
-    model = folder.load(dtype="float32", device="cpu").eval()
     losses: dict[str, list[float]] = {}
     with torch.no_grad():
         for kind, ids in read:
             logits_TV = model(input_ids=torch.tensor([ids])).logits[0, :-1]
             loss = torch.nn.functional.cross_entropy(logits_TV, torch.tensor(ids[1:]))
             losses.setdefault(kind, []).append(float(loss))
-        answers = ask(CommonKnowledge.of(True), model, folder.tokenizer)
-    means = {kind: sum(values) / len(values) for kind, values in losses.items()}
-    return {"losses": means, "common_knowledge": answers.scores[0].value}
+    return {kind: sum(values) / len(values) for kind, values in losses.items()}
+
+
+def answered(model: Any, folder: ModelFolder) -> float:
+    """The share of general-knowledge questions that are answered rightly."""
+    import torch
+
+    from retrofit.evaluation.tasks.common_knowledge import CommonKnowledge, ask
+
+    with torch.no_grad():
+        return ask(CommonKnowledge.of(True), model, folder.tokenizer).scores[0].value
 
 
 def pieces(books: Path, work: Path, original: ModelFolder) -> Iterator[tuple[str, list[int]]]:
