@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def conversion(report: Mapping[str, Any]) -> Iterator[Part]:
     """What `retrofit window` did, from its report as JSON values."""
     if report["choice"]:
-        yield from _rounds(report["choice"]["rounds"])
+        yield from _rounds(report["choice"])
     yield sentences.layers(report)
     yield sentences.sinks(report)
     yield sentences.losses(report)
@@ -26,8 +26,9 @@ def conversion(report: Mapping[str, Any]) -> Iterator[Part]:
 
 def prices(result: WindowList) -> Iterator[Part]:
     """`retrofit plan --windows`."""
-    yield from _rounds([asdict(one) for one in result.choice.rounds])
+    yield from _rounds(asdict(result.choice))
     lengths = list(result.prices[0].kv_cache_bytes)
+    further = [part for part in ("needles", "keys") if getattr(result.choice.rise, part) is not None]
     rows = [
         (
             "none" if price.size is None else f"{price.size:,}",
@@ -35,32 +36,44 @@ def prices(result: WindowList) -> Iterator[Part]:
             *(nbytes(price.kv_cache_bytes[length]) for length in lengths),
             f"{price.text:+.3f}",
             f"{price.answers:+.3f}",
+            *(f"{getattr(price, part) or 0.0:+.3f}" for part in further),
             price.how,
         )
         for price in result.prices
     ]
-    columns = ["window", "full layers", *(f"KV at {length // 1024}k" for length in lengths), "text", "answers", ""]
+    columns = [
+        "window",
+        "full layers",
+        *(f"KV at {length // 1024}k" for length in lengths),
+        "text",
+        "answers",
+        *further,
+        "",
+    ]
     yield Table(f"{result.model} as {result.target}: what sliding windows save, and add to the loss", columns, rows)
     yield (
-        "nats per token of text beyond the window and of passages out of sight, before repair and training; sinks "
-        f"fitted on {result.tokens:,} tokens of {', '.join(result.kinds)}, losses on {result.measured_tokens:,} others"
+        "nats per token of text beyond the window, and of passages, numbers and key tokens out of sight, before repair "
+        f"and training; sinks fitted on {result.tokens:,} tokens of {', '.join(result.kinds)}, losses on "
+        f"{result.measured_tokens:,} others"
     )
     for note in result.notes:
         yield f"{NOTE}{note}"
     yield f"\nmeasured with windows of {result.size:,} tokens:\n  {result.command}"
 
 
-def _rounds(rounds: list[Mapping[str, Any]]) -> Iterator[Part]:
-    """What was measured, the layers whose windows cost most first."""
-    for number, one in enumerate(rounds, start=1):
+def _rounds(choice: Mapping[str, Any]) -> Iterator[Part]:
+    """What was measured, and on how many tokens, the layers whose windows cost most first."""
+    tokens = choice["tokens"]
+    for number, one in enumerate(choice["rounds"], start=1):
         before = (
             f"with windows in {len(one['windowed'])} layers ({sentences.rise(one['rise'])})"
             if one["windowed"]
             else "alone"
         )
         costliest = sorted(one["added"].items(), key=lambda item: -(item[1]["far"] + item[1]["answers"]))[:8]
+        parts = sentences.measured(one["rise"])
         yield Table(
             f"Round {number}: nats per token that the window of a layer adds, {before}",
-            ["layer", *sentences.PARTS.values()],
-            [(layer, *(f"{added[part]:+.3f}" for part in sentences.PARTS)) for layer, added in costliest],
+            ["layer", *(f"{sentences.PARTS[part]} ({tokens[part]:,})" for part in parts)],
+            [(layer, *(f"{added[part]:+.3f}" for part in parts)) for layer, added in costliest],
         )

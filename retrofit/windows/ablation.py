@@ -13,7 +13,7 @@ import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,10 +27,22 @@ from retrofit.system.dealing import collected, own_share
 from retrofit.system.device import calibration_tokens
 from retrofit.system.world import ALONE, World
 from retrofit.windows.heads import as_it_is, windowed
-from retrofit.windows.rows import Repeats
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
+
+
+class Rows(Protocol):
+    """What is measured. ids [N, R]; positions [P], in every row, whose next token's loss is wanted; window: tokens that
+    a windowed layer sees."""
+
+    @property
+    def input_ids_NR(self) -> Tensor: ...
+    @property
+    def positions(self) -> Tensor: ...
+    @property
+    def window(self) -> int: ...
+
 
 Variant = frozenset[int]
 """Layers that have windows."""
@@ -41,7 +53,7 @@ STREAM_BYTES = 8 << 30
 
 def ablated_losses(
     model: ModelFolder,
-    rows: Repeats,
+    rows: Rows,
     variants: Sequence[Variant],
     sinks: Mapping[int, Tensor],
     *,
@@ -51,8 +63,7 @@ def ablated_losses(
     task: str = "measure windows",
     progress: Progress | None = None,
 ) -> Tensor:
-    """Losses at the rows' `positions` under every variant, [V, N, P], float32. The windows are those that the rows are
-    made for.
+    """Losses at the rows' `positions` under every variant, [V, N, P], float32.
 
     sinks: of windowed layers, [H] each, -inf for none. work: a folder for the streams, which are removed again. world:
     the processes that make this call; batches of rows are dealt out to them, and all return all losses.
@@ -78,7 +89,7 @@ class _Pass:
     def __init__(
         self,
         model: ModelFolder,
-        rows: Repeats,
+        rows: Rows,
         variants: Sequence[Variant],
         sinks: Mapping[int, Tensor],
         device: str,
@@ -88,7 +99,8 @@ class _Pass:
     ) -> None:
         self._model, self._rows, self._variants, self._sinks = model, rows, tuple(variants), sinks
         self._device, self._world, self._progress = device, world, progress
-        together = max(1, calibration_tokens(device, model.spec, TOKENS_PER_BATCH) // rows.length)
+        length = rows.input_ids_NR.shape[1]
+        together = max(1, calibration_tokens(device, model.spec, TOKENS_PER_BATCH) // length)
         batches = dict(enumerate(rows.input_ids_NR.split(together)))
         self._own = own_share({i: ids.numel() for i, ids in batches.items()}, world)
         self._batches = [batches[i] for i in self._own]

@@ -12,14 +12,27 @@ from retrofit.kv_heads.repair.outcome import RepairOutcome
 @dataclass(frozen=True)
 class Rise:
     """What the loss rises by, in nats per token: of text whose window holds everything (near), of text that it does not
-    (far), and of answers outside the window."""
+    (far), and of what lies outside of the window: passages that come again (answers), numbers that are asked for
+    (needles), tokens that need the far context (keys); None where that is not measured."""
 
     near: float
     far: float
     answers: float
+    needles: float | None = None
+    keys: float | None = None
 
     def __sub__(self, other: Rise) -> Rise:
-        return Rise(self.near - other.near, self.far - other.far, self.answers - other.answers)
+        return Rise(
+            self.near - other.near,
+            self.far - other.far,
+            self.answers - other.answers,
+            _less(self.needles, other.needles),
+            _less(self.keys, other.keys),
+        )
+
+
+def _less(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one - other
 
 
 @dataclass(frozen=True)
@@ -47,12 +60,14 @@ class Round:
 @dataclass(frozen=True)
 class Choice:
     """full: layers that see everything. rise: of the loss, measured, with windows in all others. rounds: in order.
-    ranking: all layers that could be chosen, those that need most to see everything first."""
+    ranking: all layers that could be chosen, those that need most to see everything first. tokens: that every part of a
+    `Rise` is a mean over."""
 
     full: tuple[int, ...]
     rise: Rise
     rounds: tuple[Round, ...]
     ranking: tuple[int, ...] = field(default=())
+    tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

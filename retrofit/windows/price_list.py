@@ -5,8 +5,8 @@ full layers follow from these, layer by layer; other sizes from the energy that 
 
     text(S, w) = text(S, w0) c(S, w) / c(S, w0),   c(S, w) = sum of E over the heads of the layers S,
 
-as to first order the loss grows with the squared error that is injected. An answer is out of sight of every window that
-is shorter than its distance, so its loss does not depend on the size.
+as to first order the loss grows with the squared error that is injected. What is out of sight is so of every window
+that is shorter than its distance, so the loss of answers, needles and keys does not depend on the size.
 
 Legend: W windows, H query heads.
 """
@@ -32,8 +32,8 @@ SHARES = (8, 4, 2)
 @dataclass(frozen=True)
 class WindowPrice:
     """One size and the layers that see everything. size: None for the model as it is. kv_cache_bytes: of one sequence,
-    by tokens. text, answers: what the loss rises by, in nats per token, before repair and training. how: "original",
-    "measured" or "predicted"."""
+    by tokens. text, answers, needles, keys: what the loss rises by, in nats per token, before repair and training, the
+    last two None where they were not measured. how: "original", "measured" or "predicted"."""
 
     size: int | None
     full_layers: tuple[int, ...]
@@ -41,6 +41,8 @@ class WindowPrice:
     text: float
     answers: float
     how: str
+    needles: float | None = None
+    keys: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def window_prices(
             scale = sum(lost[layer][own] for layer in windowed) / there if there > 0 else 1.0
             caches = _caches(spec.with_windows(own, windowed), value_bytes)
             how = "measured" if measured and own == size else "predicted"
-            rows.append(WindowPrice(own, tuple(sorted(full)), caches, rise.far * scale, rise.answers, how))
+            layers, text = tuple(sorted(full)), rise.far * scale
+            rows.append(WindowPrice(own, layers, caches, text, rise.answers, how, rise.needles, rise.keys))
     return tuple(rows)
 
 
@@ -112,11 +115,13 @@ def _rise(choice: Choice, windowed: frozenset[int], candidates: frozenset[int]) 
     added: dict[int, Rise] = {}
     for one in choice.rounds:
         added |= one.added
-    far, answers = choice.rise.far, choice.rise.answers
-    for layers, sign in ((windowed - chosen, 1), (chosen - windowed, -1)):
-        far += sign * sum(max(0.0, added[layer].far) for layer in layers)
-        answers += sign * sum(max(0.0, added[layer].answers) for layer in layers)
-    return Rise(choice.rise.near, max(0.0, far), max(0.0, answers)), False
+    found: dict[str, float] = {}
+    for part in ("far", "answers", "needles", "keys"):
+        if (total := getattr(choice.rise, part)) is not None:
+            for layers, sign in ((windowed - chosen, 1), (chosen - windowed, -1)):
+                total += sign * sum(max(0.0, getattr(added[layer], part)) for layer in layers)
+            found[part] = max(0.0, total)
+    return Rise(choice.rise.near, **found), False
 
 
 def _caches(spec: AttentionSpec, value_bytes: int) -> dict[int, int]:

@@ -7,7 +7,13 @@ from typing import Any
 
 from retrofit.model.inspect import ranges
 
-PARTS = {"near": "text inside the window", "far": "text beyond it", "answers": "passages out of sight"}
+PARTS = {
+    "near": "text inside the window",
+    "far": "text beyond it",
+    "answers": "passages out of sight",
+    "needles": "numbers out of sight",
+    "keys": "key tokens",
+}
 
 
 def layers(found: Mapping[str, Any]) -> str:
@@ -41,5 +47,10 @@ def losses(found: Mapping[str, Any]) -> str:
 
 
 def rise(found: Mapping[str, float]) -> str:
-    """The parts of a `Rise`."""
-    return ", ".join(f"{what} {found[part]:+.3f}" for part, what in PARTS.items())
+    """The parts of a `Rise` that were measured."""
+    return ", ".join(f"{PARTS[part]} {found[part]:+.3f}" for part in measured(found))
+
+
+def measured(found: Mapping[str, float | None]) -> list[str]:
+    """Parts of a `Rise` that are there."""
+    return [part for part in PARTS if found.get(part) is not None]

@@ -95,7 +95,7 @@ def budget_list(
     work, keeping = world.share(work), held if moments else kept
     world.only(lambda: require_own(work, COMMAND))
     with led_by_main(world, lambda: folder_lock(work), lambda: keeping(work, COMMAND)), writing(work):
-        _, text = texts_of(window, context, context.model, recipe.seed)
+        text = texts_of(window, context, context.model, recipe.seed).rows
         pricing = _Pricing(recipe, context, found, text, tokens, work, revision, progress)
         every = [
             replace(row, commands=commands(row, name, options))

@@ -59,9 +59,9 @@ def window_list(
     work, keeping = world.share(work), held if moments else kept
     world.only(lambda: require_own(work, COMMAND))
     with led_by_main(world, lambda: folder_lock(work), lambda: keeping(work, COMMAND)), writing(work):
-        fit, rows = texts_of(section, context, source, recipe.seed)
+        texts = texts_of(section, context, source, recipe.seed)
         sizes = sizes_within(length_of(section, context.native), section.size)
-        choice = chosen_layers(section, target, source, fit, rows, context, work, sizes)
+        choice = chosen_layers(section, target, source, texts, context, work, sizes)
         if choice is None:
             raise UserError(
                 "there is nothing to choose: every layer has a window already",
@@ -78,9 +78,9 @@ def window_list(
         size=section.size,
         prices=window_prices(spec, choice, target.candidates, target.always, section.size, lost, value_bytes),
         choice=choice,
-        tokens=fit.input_ids_NT.numel(),
-        kinds=tuple(fit.tokens_by_kind),
-        measured_tokens=rows.input_ids_NR.numel(),
+        tokens=texts.fit.input_ids_NT.numel(),
+        kinds=tuple(texts.fit.tokens_by_kind),
+        measured_tokens=texts.rows.input_ids_NR.numel(),
         command=command.replace("{layers}", full or "0"),
-        notes=tuple(dict.fromkeys((*context.notes, *fit.notes))),
+        notes=tuple(dict.fromkeys((*context.notes, *texts.fit.notes))),
     )

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.errors import UserError
 from retrofit.recipe.layers import how_many
 from retrofit.recipe.schema import Window as Section
-from retrofit.windows import row_length
+from retrofit.windows import NEEDLE_ROWS, row_length
 
 if TYPE_CHECKING:
     from retrofit.data.calibration import CalibrationText
     from retrofit.model.folder import ModelFolder
     from retrofit.model.spec import AttentionSpec
     from retrofit.windows.outcome import Choice
+    from retrofit.windows.probes import Needles
     from retrofit.windows.rows import Repeats
     from retrofit.windows.targets import Target
     from retrofit.workflow.context import ModelContext
@@ -25,9 +27,24 @@ WINDOWS = 4
 """In a sequence that windows are fitted on, where nobody says how long it is and the context holds as many."""
 
 
+@dataclass(frozen=True)
+class Texts:
+    """fit: what sinks and repairs are fitted on. rows: of other text, what losses are measured on; hidden: of the same,
+    needles, None where a window has no room for one."""
+
+    fit: CalibrationText
+    rows: Repeats
+    hidden: Needles | None
+
+
 def measured_rows(section: Section) -> int:
     """Rows that losses are measured on."""
     return max(2, -(-section.calibration.measured_tokens // (row_length(section.size))))
+
+
+def probed_tokens(section: Section) -> int:
+    """Tokens that a choice is measured on: of the rows with passages, and of those with needles."""
+    return (measured_rows(section) + NEEDLE_ROWS) * row_length(section.size)
 
 
 def require_sequences(section: Section, length: int) -> None:
@@ -96,10 +113,11 @@ def length_of(section: Section, native: int) -> int:
     return section.calibration.sequence_length or min(WINDOWS * section.size, native)
 
 
-def texts_of(section: Section, context: ModelContext, model: ModelFolder, seed: int) -> tuple[CalibrationText, Repeats]:
+def texts_of(section: Section, context: ModelContext, model: ModelFolder, seed: int) -> Texts:
     """Sequences to fit on, and rows of others to measure on; rank 0 chooses for all processes."""
     from retrofit.data.calibration import calibration_text, sampled_sources
     from retrofit.data.texts import write_samples
+    from retrofit.windows.probes import needles
     from retrofit.windows.rows import repeats, split
 
     reading, world = section.calibration.in_sequences(length_of(section, context.native)), context.world
@@ -109,15 +127,15 @@ def texts_of(section: Section, context: ModelContext, model: ModelFolder, seed: 
     text = world.only(lambda: calibration_text(reading, model.tokenizer, one_document=True, **usual))
     count = measured_rows(section)
     fit, measured = split(text, count)
-    return fit, repeats(measured, section.size, count, bos=model.tokenizer.bos_token_id is not None)
+    rows = repeats(measured, section.size, count, bos=model.tokenizer.bos_token_id is not None)
+    return Texts(fit, rows, needles(model.tokenizer, measured, rows))
 
 
 def chosen_layers(
     section: Section,
     target: Target,
     model: ModelFolder,
-    fit: CalibrationText,
-    rows: Repeats,
+    texts: Texts,
     context: ModelContext,
     work: Path,
     windows: Sequence[int] = (),
@@ -134,8 +152,9 @@ def chosen_layers(
         model,
         target.candidates,
         section.size,
-        fit,
-        rows,
+        texts.fit,
+        texts.rows,
+        texts.hidden,
         Limits(section.text_loss, section.answer_loss),
         always=target.always,
         full=full,

@@ -128,7 +128,7 @@ def chosen(world: World, source: Path, work: Path, rows: int = 10, stop: int | N
         _fail_after(stop)
     usual: dict[str, Any] = {"full": None, "sinks": False, "work": work, "world": world, "progress": notes}
     with patch.object(survey, "TOKENS_PER_BATCH", 256), patch.object(ablation, "TOKENS_PER_BATCH", 256):
-        return select(ModelFolder(source), range(LAYERS), window, fit, measured, Limits(0.1, 0.1), **usual)
+        return select(ModelFolder(source), range(LAYERS), window, fit, measured, None, Limits(0.1, 0.1), **usual)
 
 
 @pytest.mark.parametrize(("ranks", "rows"), [(2, 10), pytest.param(3, 2, marks=pytest.mark.slow)])

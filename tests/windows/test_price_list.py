@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from retrofit.model.families import describe
@@ -46,6 +48,22 @@ def test_every_row_is_the_measured_state_or_follows_from_it() -> None:
     assert found[1024, 2].text == pytest.approx(0.1 * 0.5 * 6 / lost)
     assert found[1024, 2].answers == 0.25, "out of sight is out of sight"
     assert {row.how for row in rows if row.size not in (None, 512)} == {"predicted"}
+
+
+def test_needles_and_keys_follow_as_answers_do() -> None:
+    def also(rise: Rise, needles: float, keys: float) -> Rise:
+        return replace(rise, needles=needles, keys=keys)
+
+    first, second = CHOICE.rounds
+    added = {layer: also(rise, 0.1 * layer, 0.2 * layer) for layer, rise in first.added.items()}
+    rise = also(CHOICE.rise, 1.0, 2.0)
+    rounds = replace(first, added=added), replace(second, rise=rise, added={6: also(second.added[6], 0.6, 1.2)})
+    rows = window_prices(SPEC, replace(CHOICE, rise=rise, rounds=rounds), ALL, (), 512, LOST, 2)
+    found = {(row.size, len(row.full_layers)): row for row in rows}
+    assert (found[512, 2].needles, found[512, 2].keys) == (1.0, 2.0)
+    assert found[256, 1].needles == pytest.approx(1.0 + 0.3)
+    assert found[512, 4].keys == pytest.approx(max(0.0, 2.0 - 1.2 - 1.0))
+    assert window_prices(SPEC, CHOICE, ALL, (), 512, LOST, 2)[1].keys is None
 
 
 def test_caches_grow_in_full_layers_alone() -> None:

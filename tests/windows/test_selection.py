@@ -29,7 +29,7 @@ def given() -> tuple[CalibrationText, Repeats]:
 def chosen(model: ModelFolder, work: Path, **over: Any) -> Choice:
     fit, rows = given()
     usual: dict[str, Any] = {"full": None, "sinks": False, **over}
-    return select(model, range(LAYERS), WINDOW, fit, rows, Limits(0.1, 0.1), work=work, **usual)
+    return select(model, range(LAYERS), WINDOW, fit, rows, None, Limits(0.1, 0.1), work=work, **usual)
 
 
 def test_the_layer_that_retrieves_is_the_one_that_sees_everything(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_it_is_the_one_where_one_is_asked_for(tmp_path: Path) -> None:
 def test_layers_that_always_have_windows_are_part_of_every_measurement(tmp_path: Path) -> None:
     model, (fit, rows) = ModelFolder(save_planted(tmp_path / "model")), given()
     usual: dict[str, Any] = {"full": None, "sinks": False, "work": tmp_path / "work"}
-    found = select(model, (0, 1, 2), WINDOW, fit, rows, Limits(0.1, 0.1), always=(RETRIEVES,), **usual)
+    found = select(model, (0, 1, 2), WINDOW, fit, rows, None, Limits(0.1, 0.1), always=(RETRIEVES,), **usual)
     assert found.rounds[0].rise.answers > 2
     assert found.rise.answers > 2
     assert found.full == ()
@@ -64,7 +64,7 @@ def test_a_choice_that_was_stopped_measures_nothing_twice(tmp_path: Path, monkey
 
     def counted(self: ablation._Pass) -> torch.Tensor:
         passes.append(len(self._variants))
-        if len(passes) == 2:
+        if len(passes) == 3:
             raise KeyboardInterrupt
         return losses(self)
 
@@ -72,7 +72,7 @@ def test_a_choice_that_was_stopped_measures_nothing_twice(tmp_path: Path, monkey
     with pytest.raises(KeyboardInterrupt):
         chosen(model, tmp_path / "work")
     assert chosen(model, tmp_path / "work") == calm
-    assert len(passes) == 3, "the first round is measured once"
+    assert len(passes) == 4, "the first round is measured once"
     notes = Silent()
     assert chosen(model, tmp_path / "work", progress=notes) == calm
-    assert len(passes) == 3
+    assert len(passes) == 4

@@ -47,7 +47,9 @@ def test_windows_are_written_and_what_was_measured_is_on_record(qwen: Path, text
     assert step["read"] == {"calibration": ["train"]}
     assert sum(window is None for window in windows_of(out)) == 1
     assert [i for i, window in enumerate(windows_of(out)) if window is None] == found["full_layers"]
-    assert set(found["rise"]) == {"near", "far", "answers"}
+    assert {part for part, value in found["rise"].items() if value is not None} == {"near", "far", "answers"}
+    assert set(found["choice"]["tokens"]) == {"near", "far", "answers", "needles", "keys"}
+    assert found["choice"]["tokens"]["needles"] == 0, "a window of 32 bytes has no room for one"
     assert found["choice"]["rounds"][0]["windowed"] == []
     again = retrofit("window", qwen, *READ, *text(texts), "--full-layers", 1, "--out", out)
     assert again.exit_code == 0, again.output

@@ -22,6 +22,7 @@ from retrofit.workflow.windowing import (
     after_windows,
     chosen_layers,
     length_of,
+    probed_tokens,
     require_sequences,
     target_of,
     texts_of,
@@ -118,7 +119,7 @@ class Window(Step):
         tokens = section.calibration.tokens + section.calibration.measured_tokens
         first = spec.layers[0]
         per_token = 5 * spec.hidden_size + first.query_heads * (first.head_dim + 1)
-        variants = 2 * FLOAT32 * len(spec.layers) * section.calibration.measured_tokens * spec.hidden_size
+        variants = 2 * FLOAT32 * len(spec.layers) * probed_tokens(section) * spec.hidden_size
         reexpressed = target_of(section, context.config, spec).reexpressed
         before = context.model.checkpoint.nbytes if reexpressed else 0
         return before + max(FLOAT32 * per_token * tokens, min(variants, 2 * STREAM_BYTES))
@@ -143,8 +144,8 @@ class Window(Step):
             rounds = 0.5 * layers + 12
             seconds += fitted * model.seconds(calibration.tokens, length, passes=1.5)
             row = row_length(section.size)
-            measured = model.seconds(calibration.measured_tokens, row, passes=rounds)
-            seconds += model.dealt(-(-calibration.measured_tokens // row)) * measured
+            measured = probed_tokens(section)
+            seconds += model.dealt(measured // row) * model.seconds(measured, row, passes=rounds)
         return Cost(self.name, does, peak, facts.weight_bytes, seconds + model.disk_seconds(4))
 
     def key(self, context: ModelContext, inputs: Inputs) -> ResumeKey:
@@ -174,8 +175,8 @@ class Window(Step):
         started, section, world = time.monotonic(), self.section, context.world
         source = inputs.current.model
         target = target_of(section, source.config, source.spec)
-        fit, rows = texts_of(section, context, source, self.recipe.seed)
-        choice = chosen_layers(section, target, source, fit, rows, context, place.work / "choice")
+        texts = texts_of(section, context, source, self.recipe.seed)
+        fit, choice = texts.fit, chosen_layers(section, target, source, texts, context, place.work / "choice")
         full = section.full_layers if isinstance(section.full_layers, tuple) else choice.full if choice else ()
         model = self._in_target(source, target, context, place)
         windows = Windows(
@@ -191,7 +192,7 @@ class Window(Step):
                 folder,
                 windows,
                 fit,
-                rows,
+                texts.rows,
                 work=place.work / "layers",
                 device=context.device,
                 dtype=None if self.recipe.dtype == "auto" else source.dtype(self.recipe.dtype),
@@ -208,7 +209,7 @@ class Window(Step):
                 choice=choice,
                 tokens=fit.input_ids_NT.numel(),
                 tokens_by_kind=fit.tokens_by_kind,
-                measured_tokens=rows.input_ids_NR.numel(),
+                measured_tokens=texts.rows.input_ids_NR.numel(),
                 seconds=time.monotonic() - started,
                 notes=(*target.notes, *fit.notes),
             )
