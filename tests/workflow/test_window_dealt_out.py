@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest.mock import patch
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import retrofit
@@ -14,11 +16,14 @@ from retrofit.budget.rows import BudgetList
 from retrofit.errors import PeerError, UserError
 from retrofit.kv_heads.disk import StreamFolder
 from retrofit.model.folder import ModelFolder
+from retrofit.recipe.kv_budget import Budget
 from retrofit.recipe.schema import Recipe
 from retrofit.system.world import World
 from retrofit.windows.price_list import WindowList
+from retrofit.workflow import budgeting
 from tests.ranks import on_ranks
 from tests.tiny import save_tiny
+from tests.workflow.test_budget import row, small
 
 SIZE = 32
 READ: dict[str, Any] = {"size": SIZE, "tokens": 2048, "device": "cpu", "progress": False}
@@ -133,3 +138,28 @@ def test_a_budget_is_met_as_one_process_meets_it(qwen: Path, texts: Path, tmp_pa
     assert alone.recommended is not None
     assert found[0].recommended is not None
     assert found[0].recommended.commands == alone.recommended.commands
+
+
+def run_within(world: World, recipe: Path, out: Path) -> Any:
+    """A run whose list recommends 2 KV heads and windows in layer 0."""
+
+    def recommended(*_: object, **__: object) -> BudgetList:
+        found = row(2, True, "int8")
+        return BudgetList("m", Budget(100 << 10, 512), (found,), found, 0.2, 512, ("a",))
+
+    with patch.object(budgeting, "budget_list", recommended):
+        return retrofit.run(recipe, out=out, progress=False)
+
+
+@pytest.mark.slow
+def test_a_run_within_a_budget_is_that_of_one_process(qwen: Path, texts: Path, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(small(qwen, texts, recover=None)))
+    alone = run_within(World(), path, tmp_path / "one")
+    found = on_ranks(tmp_path, 2, run_within, path, tmp_path / "many", seconds=300)
+    assert found[0] == found[1]
+    assert found[0].metrics == pytest.approx(alone.metrics, rel=1e-4)
+    first, second = (load_file(tmp_path / name / "final/model.safetensors") for name in ("one", "many"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-5, msg=name)
+    assert [layer.window for layer in ModelFolder(tmp_path / "many/final").spec.layers] == [SIZE, None]
