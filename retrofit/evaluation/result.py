@@ -28,7 +28,7 @@ class ModelEvaluation:
     rows: perplexities by kind of text and length. kernel, dtype: what it was read with, and reason: why.
     kv_cache_dtype: what a serving engine stores keys and values as, "auto" as they are: it was read so, and is no
     property of the checkpoint. kv_bytes_per_token: what each of the first tokens adds to that KV cache. kv_cache_bytes:
-    of one sequence, by tokens.
+    of one sequence, by tokens: the lengths that were measured, those that are always shown, and all positions.
     claimed_length: its positions. cost: of running it; None when it was not measured.
     position_losses: (position in tokens, mean loss in nats). long_context: whether the context is used, as far as that
     was asked for. short_context: what it lost against the original at or below the native length. by_frequency: the

@@ -20,6 +20,7 @@ from retrofit.evaluation.tasks.answers import TaskAnswers, changes
 from retrofit.evaluation.tasks.within import not_asked
 from retrofit.model.cache_dtype import cache_bytes
 from retrofit.model.folder import ModelFolder
+from retrofit.model.spec import cache_lengths
 from retrofit.recipe.schema import Evaluate
 
 
@@ -56,7 +57,7 @@ def summary(
     for label, one in kept.items():
         folder, changed = folders[label], one is not original
         size, stored = folder.dtype("auto").itemsize, section.kv_cache_dtype
-        lengths = (*section.lengths, claimed)
+        lengths = sorted({*section.lengths, *cache_lengths(claimed)})
         windows = tuple(one.spec.max_position_embeddings for one in (next(iter(folders.values())), folder))
         models.append(
             ModelEvaluation(

@@ -10,13 +10,10 @@ from typing import TYPE_CHECKING, Any
 from retrofit.checkpoint.files import holds_weights
 from retrofit.model.families import Conversion, describe, family_of, stock_class
 from retrofit.model.source import Source, resolve
-from retrofit.model.spec import AttentionSpec, LayerAttention
+from retrofit.model.spec import CACHE_LENGTHS, AttentionSpec, LayerAttention
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-CACHE_LENGTHS = (8192, 32_768, 131_072)
-"""Tokens at which the size of the KV cache is shown."""
 
 _VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -112,6 +112,15 @@ class MLP:
     kept: int
 
 
+CACHE_LENGTHS = (8192, 32_768, 131_072)
+"""Tokens at which the size of a KV cache is shown."""
+
+
+def cache_lengths(positions: int) -> tuple[int, ...]:
+    """Those that a model of so many positions holds, and all of its positions."""
+    return (*(length for length in CACHE_LENGTHS if length < positions), positions)
+
+
 @dataclass(frozen=True)
 class AttentionSpec:
     """The attention of a whole model, and what stands beside it.

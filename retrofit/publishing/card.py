@@ -15,6 +15,7 @@ import jinja2
 from retrofit import format as fmt
 from retrofit.data.corpora import BUILT_IN
 from retrofit.escape import Markdown, code_block, code_span, markdown, prose, visible
+from retrofit.evaluation.cache_change import cache_change
 from retrofit.evaluation.metrics.effective import certificate
 from retrofit.evaluation.metrics.perplexity import ALL
 from retrofit.evaluation.tasks import common_knowledge
@@ -157,10 +158,12 @@ def _tags(card: CardInput) -> list[str]:
     return tags
 
 
-def _cache_ratio(card: CardInput) -> float:
-    """How many times smaller the KV cache is, at the longest context in the table."""
-    before, after = card.kv_cache_bytes[max(card.kv_cache_bytes)]
-    return before / after
+def _smaller(card: CardInput) -> str:
+    """How many times smaller the KV cache is, at the longest context in the table where that decides, and by what."""
+    tokens = max(card.kv_cache_bytes)
+    change = cache_change(tokens, card.kv_cache_bytes[tokens], card.kv_heads)
+    at = f" at {tokens:,} tokens" if change.windowed else ""
+    return f"{fmt.plain(change.ratio)} times smaller{at}{f' ({change.parts})' if change.parts else ''}"
 
 
 def _summary(card: CardInput) -> Markdown:
@@ -171,14 +174,11 @@ def _summary(card: CardInput) -> Markdown:
     before, after = card.kv_heads
     if card.conversion and after < before:
         heads = "1 KV head" if after == 1 else f"{after} KV heads"
-        parts.append(
-            f"Each of its {card.layers} layers has {heads} instead of {before}; {_METHODS[card.conversion]}, "
-            f"so the KV cache is {_cache_ratio(card):.3g} times smaller."
-        )
+        parts.append(f"Each of its {card.layers} layers has {heads} instead of {before}; {_METHODS[card.conversion]}")
     if card.windows:
-        smaller = f", so the KV cache is {_cache_ratio(card):.3g} times smaller at {max(card.kv_cache_bytes):,} tokens"
-        limited = f"{card.windows.count} of its {card.layers} layers look back a fixed number of tokens only"
-        parts.append(f"{limited}{'' if parts else smaller}.")
+        parts.append(f"{card.windows.count} of its {card.layers} layers look back a fixed number of tokens only")
+    if parts:
+        parts = [f"{'. '.join(parts)}, so the KV cache is {_smaller(card)}."]
     if card.context_method:
         tried = card.encodings_tried
         searched = f", the best of {tried} position encodings measured on this model" if tried else ""

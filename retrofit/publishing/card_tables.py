@@ -6,6 +6,7 @@ from pathlib import PurePath
 
 from retrofit import format as fmt
 from retrofit.escape import Markdown, table_row, visible
+from retrofit.evaluation.cache_change import divided
 from retrofit.evaluation.metrics.effective import EffectiveLength
 from retrofit.evaluation.metrics.perplexity import ALL
 from retrofit.publishing.card_input import CardInput
@@ -151,7 +152,8 @@ def certificate_table(effective: EffectiveLength) -> list[Markdown]:
 
 
 def cache_table(card: CardInput) -> list[Markdown]:
-    lines = [table_row(("context (tokens)", "before", "after")), Markdown("|---:|---:|---:|")]
+    """Bytes before and after at every length, and how many times smaller they became."""
+    lines = [table_row(("context (tokens)", "before", "after", "smaller")), Markdown("|---:|---:|---:|---:|")]
     for tokens, (before, after) in sorted(card.kv_cache_bytes.items()):
-        lines.append(table_row((f"{tokens:,}", fmt.nbytes(before), fmt.nbytes(after))))
+        lines.append(table_row((f"{tokens:,}", fmt.nbytes(before), fmt.nbytes(after), divided(before / after))))
     return lines

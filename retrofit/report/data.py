@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from retrofit.publishing.gate import GateResult
     from retrofit.publishing.reload import ReloadReport
 
-CACHE_LENGTHS = (8192, 16384, 32768, 131072)
-"""Tokens at which the KV cache is shown: keys of `ModelEvaluation.kv_cache_bytes`."""
-
 
 @dataclass(frozen=True)
 class StepRecord:

@@ -15,7 +15,7 @@ from retrofit import format as fmt
 from retrofit.evaluation.metrics.perplexity import ALL
 from retrofit.evaluation.result import ModelEvaluation
 from retrofit.report.charts.figures import card_picture, figures
-from retrofit.report.data import CACHE_LENGTHS, RunData, StepRecord, Training
+from retrofit.report.data import RunData, StepRecord, Training
 from retrofit.report.glossary import definitions
 from retrofit.report.parts import Figure, Table
 from retrofit.report.sections import continuations, encodings, kinds, summary
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from retrofit.publishing.reload import ReloadReport
 
 __all__ = [
-    "CACHE_LENGTHS",
     "ModelEvaluation",
     "RunData",
     "StepRecord",

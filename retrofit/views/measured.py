@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from retrofit.evaluation.cache_change import cache_change_of, divided
 from retrofit.format import duration, nbytes, none_unseen, ranks, read_in
 from retrofit.model.cache_dtype import served_with
 from retrofit.tables import NOTE, Part, Table
@@ -52,7 +53,9 @@ def evaluation(result: ModelEvaluation) -> Iterator[Part]:
     if result.rows:
         unit, tail = result.rows[0].unit, max(row.tail for row in result.rows)
         yield f"intervals: bootstrap over each {unit}; tail ppl: the last {tail:,} tokens before the length"
-    yield f"KV cache: {nbytes(result.kv_bytes_per_token)} per token, {result.kv_heads} KV heads"
+    sizes = ", ".join(f"{nbytes(size)} at {tokens:,}" for tokens, size in sorted(result.kv_cache_bytes.items()))
+    each = f"KV cache: {nbytes(result.kv_bytes_per_token)} for each of the first tokens, {result.kv_heads} KV heads"
+    yield f"{each}; {sizes} tokens" if sizes else each
     if stored := served_with(result.kv_cache_dtype):
         yield stored
     if result.cost:
@@ -111,6 +114,24 @@ def task_changes(title: str, names: tuple[str, str], rows: Sequence[TaskChange])
                 for row in rows
             ],
         )
+
+
+def cache_sizes(models: Mapping[str, ModelEvaluation]) -> Iterator[Part]:
+    """The KV cache of the first and the last model at every length, and what made it smaller."""
+    if len(models) < 2:
+        return
+    (first, before), *_, (last, after) = models.items()
+    change = cache_change_of(before, after, after.claimed_length)
+    if change is None:
+        return
+    rows = [
+        (tokens, nbytes(size), nbytes(after.kv_cache_bytes[tokens]), divided(size / after.kv_cache_bytes[tokens]))
+        for tokens, size in sorted(before.kv_cache_bytes.items())
+        if tokens in after.kv_cache_bytes
+    ]
+    yield Table("KV cache of one sequence", ["tokens", first, last, "smaller"], rows)
+    if change.parts:
+        yield f"KV cache {divided(change.ratio)} at {change.tokens:,} tokens: {change.parts}"
 
 
 def _cost(found: RunCost) -> Iterator[Part]:

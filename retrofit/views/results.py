@@ -11,7 +11,7 @@ from retrofit.format import duration, heads, kv_per_token, nbytes, none_unseen
 from retrofit.model.cache_dtype import served_with
 from retrofit.tables import NOTE, Part, Table
 from retrofit.views import windows
-from retrofit.views.measured import marked, task_changes
+from retrofit.views.measured import cache_sizes, marked, task_changes
 
 if TYPE_CHECKING:
     from retrofit.catalogue import RecipeEntry
@@ -39,6 +39,7 @@ def run(result: RunResult) -> Iterator[Part]:
         knowledge = sentence(next(iter(result.models.values())).tasks, last.tasks, last.task_changes)
         if knowledge and last.task_changes:
             yield f"general knowledge: {knowledge}"
+    yield from cache_sizes(result.models)
     if result.gate:
         yield Table(
             "Requirements",

@@ -17,14 +17,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from retrofit.model.spec import AttentionSpec
+from retrofit.model.spec import CACHE_LENGTHS, AttentionSpec
 from retrofit.windows.outcome import Choice, Rise
 from retrofit.windows.sinks import fit_sinks
 from retrofit.windows.store import load
 
 SIZES = (256, 512, 1024, 2048, 4096)
-CACHE_LENGTHS = (8192, 32_768, 131_072)
-"""Tokens at which the size of the KV cache is shown."""
 SHARES = (8, 4, 2)
 """Parts of the layers that stay full, beside as many as were chosen."""
 

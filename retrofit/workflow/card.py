@@ -158,10 +158,12 @@ def _recorded_training(config: Mapping[str, Any], found: Mapping[str, Any]) -> R
 
 
 def title(recipe: Recipe, base_model: str, claimed: int) -> str:
-    """A name that says what was done: SmolLM2-135M-Instruct-kv1-16k."""
+    """A name that says what was done: SmolLM2-135M-Instruct-kv1-w1024-16k."""
     parts = [re.sub(r"\.gguf$", "", base_model.rpartition("/")[2], flags=re.IGNORECASE)]
     if recipe.convert:
         parts.append(f"kv{recipe.convert.kv_heads}")
+    if recipe.window:
+        parts.append(f"w{recipe.window.size}")
     if recipe.context:
         parts.append(f"{claimed // 1024}k" if claimed >= 1024 else str(claimed))
     return "-".join(parts)

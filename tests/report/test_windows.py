@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from typing import Any
 
+from retrofit.evaluation.cache_change import cache_change
 from retrofit.kv_heads.repair.outcome import RepairOutcome
+from retrofit.model.spec import cache_lengths
 from retrofit.publishing.card import render_card
 from retrofit.publishing.card_input import Recovery, Windows
 from retrofit.report.render import html, markdown
+from retrofit.report.sections import costs, summary
+from retrofit.views.measured import cache_sizes
 from retrofit.windows import sentences
 from retrofit.windows.outcome import Choice, Rise, WindowLayerReport, WindowReport
 from retrofit.workflow.certify import _windows
@@ -57,6 +62,44 @@ def test_a_card_says_which_layers_and_what_was_lost() -> None:
     assert "sliding-window-attention" in card
     assert "The loss of passages that come again from out of sight went from 0.340 to 0.120 nats per token." in card
     assert "Sliding windows" not in render_card(card_input())
+
+
+def test_heads_and_windows_share_the_credit() -> None:
+    """3 to 1 heads, and 24 of 30 layers with windows of 1,024 tokens: 30 / (6 + 24 / 8) at 8,192 tokens."""
+    before, after = 8192 * 23040, (6 * 8192 + 24 * 1024) * 256
+    windows = Windows(24, sentences.layers(FOUND), sentences.sinks(FOUND), sentences.losses(FOUND))
+    both: Any = {"kv_heads": (3, 1), "claimed_length": 8192, "context_method": None, "windows": windows}
+    card = render_card(card_input(kv_cache_bytes={1024: (23_592_960, 7_864_320), 8192: (before, after)}, **both))
+    assert "1 KV head instead of 3; the heads of each group were merged" in card
+    assert "so the KV cache is 10 times smaller at 8,192 tokens (KV heads ÷ 3, windows ÷ 3.33)." in card
+    assert "| 1,024 | 22.5 MiB | 7.50 MiB | ÷ 3 |" in card
+    assert "| 8,192 | 180 MiB | 18.0 MiB | ÷ 10 |" in card
+    sizes = {8192: (before, after), 32_768: (32_768 * 23040, (6 * 32_768 + 24 * 1024) * 256)}
+    models = tuple(
+        replace(one, kv_cache_bytes={tokens: size[one.label != "original"] for tokens, size in sizes.items()})
+        for one in run().models
+    )
+    made = run(models=models, claimed_length=32_768, native_length=32_768, windows=FOUND)
+    assert "now has a 13.3× smaller KV cache at 32,768 tokens (KV heads ÷ 3, windows ÷ 4.44);" in summary.verdict(made)
+    number = next(one for one in summary.key_numbers(made) if one.label == "KV cache")
+    assert number.value == "÷ 13.3"
+    assert number.detail.endswith("at 32,768 tokens; KV heads ÷ 3, windows ÷ 4.44")
+    assert [row[-1] for row in costs.memory(made).rows] == ["÷ 10", "÷ 13.3"]
+    lines = [part for part in cache_sizes({one.label: one for one in models}) if isinstance(part, str)]
+    assert lines == ["KV cache ÷ 13.3 at 32,768 tokens: KV heads ÷ 3, windows ÷ 4.44"]
+
+
+def test_the_parts_of_a_smaller_cache_multiply_to_all_of_it() -> None:
+    found = cache_change(8192, (1200, 25), (6, 2), (40, 5))  # half as wide values, too
+    assert (found.heads, found.dtype, found.windows) == (3, 8 / 3, 6)
+    assert found.heads * found.dtype * found.windows == found.ratio
+    only = cache_change(8192, (300, 100), (3, 1))
+    assert (only.parts, only.windowed, only.ratio) == ("", False, 3)
+    alone = cache_change(8192, (300, 100), (3, 3))
+    assert (alone.parts, alone.windowed, alone.windows) == ("", True, 3)
+    assert cache_lengths(8192) == (8192,)
+    assert cache_lengths(40_000) == (8192, 32_768, 40_000)
+    assert cache_lengths(512) == (512,)
 
 
 def test_a_record_that_is_none_of_windows_is_not_shown() -> None:

@@ -95,6 +95,7 @@ def test_metrics_are_those_of_the_stored_losses(done: SimpleNamespace) -> None:
     assert [(one["length"], one["decode_tokens"]) for one in cost["original"]] == [(32, 2), (64, 2)]
     assert cost["recovered"][1]["kv_bytes"] * 4 == cost["original"][1]["kv_bytes"]
     cache = done.result.models["recovered"]["kv_cache_bytes"]
+    assert list(cache) == ["64", "128", "600", "1024"]
     assert cache["1024"] == 1024 * done.result.models["recovered"]["kv_bytes_per_token"], "of the whole window"
 
 

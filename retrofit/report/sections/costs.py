@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from retrofit import format as fmt
+from retrofit.evaluation.cache_change import divided
 from retrofit.evaluation.result import ModelEvaluation
 from retrofit.evaluation.running import decoding_change, speed_change
 from retrofit.model.cache_dtype import served_with
@@ -26,13 +27,17 @@ def figures(run: RunData) -> Iterator[Figure]:
 
 
 def memory(run: RunData) -> Table:
-    """KV-cache bytes at each number of tokens."""
+    """KV-cache bytes at each number of tokens, and how many times smaller they became."""
     models = _with_cache(run)
     lengths = sorted({tokens for model in models for tokens in model.kv_cache_bytes})
-    rows = [
-        (_named(run, length), *(fmt.nbytes(model.kv_cache_bytes.get(length)) for model in models)) for length in lengths
-    ]
-    return Table(("tokens in the cache", *(model.label for model in models)), tuple(rows))
+    rows = []
+    for length in lengths:
+        sizes = [model.kv_cache_bytes.get(length) for model in models]
+        before, *after = sizes
+        smaller = [divided(before / last) if before and last else fmt.NONE for last in after]
+        rows.append((_named(run, length), *map(fmt.nbytes, sizes), *smaller))
+    more = ("smaller",) if len(models) > 1 else ()
+    return Table(("tokens in the cache", *(model.label for model in models), *more), tuple(rows))
 
 
 def _named(run: RunData, length: int) -> str:

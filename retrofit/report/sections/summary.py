@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from retrofit import format as fmt
+from retrofit.evaluation.cache_change import CacheChange, cache_change_of, divided
 from retrofit.evaluation.metrics.perplexity import ALL, Row
 from retrofit.model.cache_dtype import served_with
 from retrofit.report.data import RunData
@@ -20,20 +21,11 @@ def title_of(run: RunData) -> str:
     return run.model.rstrip("/").rsplit("/", 1)[-1] or "the model"
 
 
-def kv_ratio(run: RunData) -> float | None:
-    """How many times smaller the KV cache of the whole window has become."""
-    sizes = _kv_caches(run)
-    return sizes[1] / sizes[2] if sizes else None
-
-
-def _kv_caches(run: RunData) -> tuple[int, int, int] | None:
-    """(tokens, bytes of the original's KV cache, of the final one's) at the most tokens that both have sizes for."""
+def cache(run: RunData) -> CacheChange | None:
+    """How much smaller the KV cache of the whole window has become, and by what."""
     if run.original is None or run.final is None:
         return None
-    before, after = run.original.kv_cache_bytes, run.final.kv_cache_bytes
-    common = before.keys() & after.keys()
-    tokens = run.claimed_length if run.claimed_length in common else max(common, default=0)
-    return (tokens, before[tokens], after[tokens]) if tokens else None
+    return cache_change_of(run.original, run.final, run.claimed_length)
 
 
 def grew(run: RunData) -> bool:
@@ -44,9 +36,11 @@ def grew(run: RunData) -> bool:
 def verdict(run: RunData) -> str:
     """One sentence: what changed and what it cost."""
     changes = []
-    shrunk = kv_ratio(run)
-    if shrunk and shrunk > 1.001:
-        changes.append(f"has a {fmt.times(shrunk)} smaller KV cache")
+    shrunk = cache(run)
+    if shrunk and shrunk.smaller:
+        parts = f" ({shrunk.parts})" if shrunk.parts else ""
+        at = f" at {fmt.count(shrunk.tokens)} tokens" if shrunk.windowed else ""
+        changes.append(f"has a {fmt.times(shrunk.ratio)} smaller KV cache{at}{parts}")
     if grew(run):
         changes.append(_window(run))
     changed = " and ".join(changes) if changes else "keeps its KV cache and its window"
@@ -103,12 +97,11 @@ def _costs(run: RunData) -> str:
 def key_numbers(run: RunData) -> tuple[Number, ...]:
     """The numbers at the top of the page; those that the run does not have are left out."""
     before, after, numbers = run.original, run.final, []
-    shrunk, sizes = kv_ratio(run), _kv_caches(run)
-    if shrunk and sizes and before and after:
+    if (shrunk := cache(run)) and before and after:
         heads = f"{before.kv_heads} → {after.kv_heads} KV heads, " if before.kv_heads and after.kv_heads else ""
-        detail = f"{heads}{fmt.nbytes(sizes[1])} → {fmt.nbytes(sizes[2])} at {fmt.count(sizes[0])} tokens"
-        value = f"÷ {fmt.times(shrunk).rstrip('×')}" if shrunk > 1.001 else "unchanged"
-        numbers.append(Number("KV cache", value, detail))
+        detail = f"{heads}{fmt.nbytes(shrunk.before)} → {fmt.nbytes(shrunk.after)} at {fmt.count(shrunk.tokens)} tokens"
+        detail += f"; {shrunk.parts}" if shrunk.parts else ""
+        numbers.append(Number("KV cache", divided(shrunk.ratio) if shrunk.smaller else "unchanged", detail))
     if run.claimed_length:
         detail = f"tokens, was {fmt.count(run.native_length)}" if grew(run) else "tokens, unchanged"
         if grew(run) and not measured_to_the_end(run):
