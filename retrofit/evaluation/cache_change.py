@@ -1,11 +1,17 @@
-"""How much smaller a KV cache has become, and by what: fewer KV heads, sliding windows, values of fewer bytes."""
+"""How much smaller a KV cache has become, and by what: fewer KV heads, sliding windows, values of fewer bytes.
+
+Imports nothing heavy: help is instant.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from retrofit import format as fmt
-from retrofit.evaluation.result import ModelEvaluation
+
+if TYPE_CHECKING:
+    from retrofit.evaluation.result import ModelEvaluation
 
 SAME = 1e-3
 """A ratio this near to 1 is no change."""
