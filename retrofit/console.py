@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -71,6 +72,7 @@ class PlainProgress:
         self._began = self._last = 0.0
         self._fields: Mapping[str, float | str] = {}
         self._open = False
+        self.noted: set[str] = set()
 
     def start(self, task: str, total: int | None, unit: str) -> None:
         self.finish()
@@ -91,6 +93,7 @@ class PlainProgress:
             self._write(f"{self._line()} in {duration(self._clock() - self._began)}")
 
     def note(self, text: str) -> None:
+        self.noted.add(text)
         self._write(f"  {text}")
 
     def _line(self) -> str:
@@ -179,7 +182,9 @@ class Console:
     def __init__(self, mode: Mode | None = None, *, out: TextIO | None = None, err: TextIO | None = None) -> None:
         self.out, self.err = out or sys.stdout, err or sys.stderr
         self.mode: Mode = mode or ("rich" if self.out.isatty() else "plain")
-        self.progress: Progress = RichProgress(self.err) if self.err.isatty() else PlainProgress(self.err)
+        self.progress: RichProgress | PlainProgress
+        self.progress = RichProgress(self.err) if self.err.isatty() else PlainProgress(self.err)
+        self._together = (self.mode == "rich" and self.err.isatty()) or _one_place(self.out, self.err)
 
     def say(self, text: str) -> None:
         """A line of the result for people; machines get `result` alone."""
@@ -201,15 +206,22 @@ class Console:
                 self.say(plain_text(part))
 
     def _seen(self, line: str) -> bool:
-        """Whether a line is a note that stands further up in the same terminal."""
-        progress = self.progress if self.mode == "rich" else None  # both streams are a terminal
-        return isinstance(progress, RichProgress) and line.removeprefix(NOTE) in progress.noted
+        """Whether a line is a note that stands further up in the same terminal, file or pipe."""
+        return self._together and line.removeprefix(NOTE) in self.progress.noted
 
     def result(self, value: object) -> None:
         """The whole result for machines: one JSON document."""
         if self.mode == "json":
             ascii_only = not (getattr(self.out, "encoding", None) or "utf-8").lower().startswith("utf")
             self.out.write(to_json(value, ascii_only=ascii_only) + "\n")
+
+
+def _one_place(out: TextIO, err: TextIO) -> bool:
+    """Whether both streams are one terminal, file or pipe, as in `> log 2>&1`."""
+    try:
+        return os.path.sameopenfile(out.fileno(), err.fileno())
+    except (OSError, ValueError):  # not those of a process, or closed
+        return out is err
 
 
 def jsonable(value: object) -> object:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,8 @@ from retrofit import bundled
 from retrofit.console import Progress
 from retrofit.entry import begun, display, require_run_folder
 from retrofit.errors import UserError
-from retrofit.escape import shell_word
 from retrofit.files import local_path, output_path
-from retrofit.recipe.load import load_recipe
+from retrofit.listing import command_for_heads, given_recipe, listed_with, of_recipe
 from retrofit.recipe.options import recipe_of
 from retrofit.recipe.schema import Device, Recipe
 from retrofit.system.world import from_environment
@@ -51,7 +49,7 @@ def run(
     check everything that is on this machine and return the plan. Raises UserError for bad input, GateError when a
     requirement of the recipe is not met.
     """
-    loaded, shown = _recipe(recipe, overrides, model, no_cost=no_cost), display(progress)
+    loaded, shown = given_recipe(recipe, overrides, model, no_cost=no_cost), display(progress)
     folder = output_path(_usual_folder(recipe, loaded) if out is None else out, where="--out")
     require_run_folder(folder)
     loaded, about_rows = with_rows(loaded, from_environment().size, begun_rows(folder))
@@ -103,7 +101,7 @@ def plan(
     """
     if gpus is not None and gpu is None:
         raise UserError("there is no GPU to have several of", where="--gpus", fix="add --gpu NAME")
-    loaded, shown = _recipe(recipe, overrides, model, no_cost=no_cost), display(progress)
+    loaded, shown = given_recipe(recipe, overrides, model, no_cost=no_cost), display(progress)
     processes = gpus or from_environment().size
     loaded, _ = with_rows(loaded, processes)
     with begun(f"plan {loaded.name}", shown, model=loaded.model, revision=revision):
@@ -154,17 +152,16 @@ def prices(
 
     given, shown = locals(), display(progress)
     limit = None if budget is None else parse_budget(budget)
-    folder = None if moments is None else output_path(moments, where="--moments")
     base: dict[str, Any] = {"convert": {"kv_heads": 1}}
     if recipe is not None:
-        base = _recipe(recipe, overrides, model).model_dump(mode="json")
+        base = given_recipe(recipe, overrides, model).model_dump(mode="json")
         base["convert"] = base["convert"] or ({"kv_heads": 1} if calibrate else None)
     loaded = recipe_of("prices", {**given, "model": model if recipe is None else None}, base)
     read = recipe_of("convert", {"kv_heads": 1, "tokens": tokens}).convert
-    command = _command_for_heads(model, recipe, loaded.name, calibrate or (), revision, overrides)
-    place: Any = {"model": loaded.model, "revision": revision, "writes": (folder,), "recipe": loaded}
+    listed = listed_with(loaded, given)
+    command = command_for_heads(model, recipe, loaded.name, listed, calibrate or (), overrides)
     words = "prices" if recipe is None else "plan"
-    with begun(f"price list of {loaded.model}", shown, options=words, **place) as world:
+    with begun(f"price list of {loaded.model}", shown, options=words, **listed.place) as world:
         from retrofit.workflow.sweep import prices as price
 
         usual: dict[str, Any] = {"throughput": lambda: _measured(loaded)} if measure else {}
@@ -173,7 +170,7 @@ def prices(
             command=command,
             budget=limit,
             tokens=read.calibration.tokens if tokens is not None and read else None,
-            moments=folder,
+            moments=listed.folder,
             revision=revision,
             **usual,
             world=world,
@@ -203,24 +200,16 @@ def window_prices(
     no text. A call that was killed is resumed by the same call.
     """
     given, shown = locals(), display(progress)
-    folder = None if moments is None else output_path(moments, where="--moments")
-    base: dict[str, Any] = {}
-    if recipe is not None:
-        loaded = _recipe(recipe, overrides, model)
-        base = {name: getattr(loaded, name) for name in ("model", "revision", "dtype", "device", "seed")}
-        base["window"] = loaded.window.model_dump(mode="json") if loaded.window else {}
-    asked = {**given, "model": model if recipe is None else None}
-    read = recipe_of("window", asked, {"window": {}, **base})
-    name = shell_word(read.model) + ("" if revision is None else f" --revision {shell_word(revision)}")
-    options = "".join(f" --calibrate {shell_word(source)}" for source in calibrate or ())
-    size_of = read.window.size if read.window else 0
-    command = f"retrofit window {name} --size {size_of} --full-layers {{layers}}{options} --out out/windows"
-    place: Any = {"model": read.model, "revision": revision, "writes": (folder,), "recipe": read}
+    base = {"window": {}, **of_recipe(recipe, overrides, model, "window")}
+    read = recipe_of("window", {**given, "model": model if recipe is None else None}, base)
+    listed, size_of = listed_with(read, given), read.window.size if read.window else 0
+    layers = f"--size {size_of} --full-layers {{layers}}{listed.options}"
+    command = f"retrofit window {listed.model} {layers} --out out/windows"
     words = "window_prices" if recipe is None else "plan"
-    with begun(f"windows of {read.model}", shown, options=words, **place) as world:
+    with begun(f"windows of {read.model}", shown, options=words, **listed.place) as world:
         from retrofit.workflow.window_list import window_list
 
-        usual: Any = {"moments": folder, "revision": revision, "world": world, "progress": shown}
+        usual: Any = {"moments": listed.folder, "revision": revision, "world": world, "progress": shown}
         return window_list(read, command=command, **usual)
 
 
@@ -250,34 +239,26 @@ def budget_prices(
     from retrofit.recipe.kv_budget import parse_budget
 
     limit, given, shown = parse_budget(budget), locals(), display(progress)
-    folder = None if moments is None else output_path(moments, where="--moments")
     base: dict[str, Any] = {"convert": {"kv_heads": 1}, "window": {}}
-    if recipe is not None:
-        loaded = _recipe(recipe, overrides, model)
-        base |= {name: getattr(loaded, name) for name in ("model", "revision", "dtype", "device", "seed")}
-        for section in ("convert", "window"):
-            if (own := getattr(loaded, section)) is not None:
-                base[section] = own.model_dump(mode="json", exclude_unset=True)
+    base |= of_recipe(recipe, overrides, model, "convert", "window")
     for section in ("convert", "window"):
         if calibrate:
             base[section] = {**base[section], "calibration": {**base[section].get("calibration", {})}}
             base[section]["calibration"]["text"] = list(calibrate)
     read = recipe_of("budget_prices", {**given, "model": model if recipe is None else None}, base)
     counted = recipe_of("convert", {"kv_heads": 1, "tokens": tokens}).convert
-    name = shell_word(read.model) + ("" if revision is None else f" --revision {shell_word(revision)}")
-    options = "".join(f" --calibrate {shell_word(source)}" for source in calibrate or ())
-    place: Any = {"model": read.model, "revision": revision, "writes": (folder,), "recipe": read}
-    with begun(f"{budget} for {read.model}", shown, **place) as world:
+    listed = listed_with(read, given)
+    with begun(f"{budget} for {read.model}", shown, **listed.place) as world:
         from retrofit.workflow.budgeting import budget_list
 
         return budget_list(
             read,
             limit,
-            name=name,
-            options=options,
+            name=listed.model,
+            options=listed.options,
             measure=not no_pilots,
             tokens=counted.calibration.tokens if tokens is not None and counted else None,
-            moments=folder,
+            moments=listed.folder,
             revision=revision,
             world=world,
             progress=shown,
@@ -291,42 +272,6 @@ def _usual_folder(recipe: str | Path | Recipe, loaded: Recipe) -> Path:
         if folder == local_path(recipe) and is_run(folder):
             return folder
     return Path("runs") / loaded.name
-
-
-def _recipe(
-    recipe: str | Path | Recipe, overrides: Sequence[str], model: str | Path | None, *, no_cost: bool = False
-) -> Recipe:
-    named = None if model is None else str(model)
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe, overrides, named)
-    elif overrides:
-        raise UserError("overrides apply to a recipe file", where="overrides", fix="change the Recipe itself")
-    elif named:
-        recipe = recipe.model_copy(update={"model": named})
-    if no_cost and recipe.evaluate:
-        without = recipe.evaluate.model_copy(update={"cost_lengths": ()})
-        recipe = recipe.model_copy(update={"evaluate": without})
-    return recipe
-
-
-def _command_for_heads(
-    model: str | Path | None,
-    recipe: str | Path | Recipe | None,
-    name: str,
-    calibrate: Sequence[str],
-    revision: str | None,
-    overrides: Sequence[str],
-) -> str:
-    """What to type to get `{kv_heads}` KV heads, chosen from a price list."""
-    pinned = "" if revision is None else f" --revision {shell_word(revision)}"
-    if recipe is None:
-        options = "".join(f" --calibrate {shell_word(source)}" for source in calibrate)
-        return f"retrofit convert {shell_word(model)}{pinned} --kv-heads {{kv_heads}}{options} --out out/kv{{kv_heads}}"
-    named = "" if model is None else f" --model {shell_word(model)}"
-    values = [*overrides, *([f"convert.calibration.text={json.dumps(list(calibrate))}"] if calibrate else [])]
-    options = "".join(f" --set {shell_word(value)}" for value in values)
-    recipe_word = name if isinstance(recipe, Recipe) else shell_word(recipe)
-    return f"retrofit run {recipe_word}{named}{pinned}{options} --set convert.kv_heads={{kv_heads}}"
 
 
 def _measured(recipe: Recipe, processes: int = 1) -> Throughput:

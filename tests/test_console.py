@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -61,6 +62,20 @@ def test_a_note_stands_once_in_a_terminal(out: io.StringIO, shown: str) -> None:
     console.progress.note("read twice")
     console.show(None, ["note: read twice", "written"])
     assert out.getvalue() == shown
+
+
+def test_a_note_stands_once_in_a_log_that_both_streams_go_to(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as out, os.fdopen(os.dup(out.fileno()), "w") as err:
+        console = Console(out=out, err=err)
+        console.progress.note("read twice")
+        out.flush()
+        console.show(None, ["note: read twice", "note: read once"])
+    assert (tmp_path / "log").read_text() == "  read twice\nnote: read once\n"
+    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+        console = Console(out=out, err=err)
+        console.progress.note("read twice")
+        console.show(None, ["note: read twice"])
+    assert (tmp_path / "out").read_text() == "note: read twice\n", "who reads one of them misses nothing"
 
 
 def test_a_note_that_was_not_shown_on_the_way_is_shown_with_the_result() -> None:

@@ -21,7 +21,7 @@ def die(*_: object, **__: object) -> NoReturn:
 
 
 def prepare(how: str) -> None:
-    from retrofit import runs
+    from retrofit import listing
     from retrofit.data import identity
     from retrofit.evaluation import folders
     from retrofit.workflow import opening_in_world
@@ -46,7 +46,7 @@ def prepare(how: str) -> None:
     elif how == "bug":
         opening_in_world.folder_digest = bug
     elif how == "early":
-        runs.load_recipe = wrong
+        listing.load_recipe = wrong
     elif how == "killed":
         opening_in_world.folder_digest = die
     elif how == "killed-later":
