@@ -156,7 +156,7 @@ def table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
         f"original's, on {PIECES} pieces of {LENGTH:,} tokens of each kind; the novels are read by nothing before. "
         "common_knowledge: share of 504 questions, chance 0.25; a standard error is 0.02. CPU seconds are the "
         "training's; other work beside it makes them up to twice as many. Again: without what the teacher computes "
-        "for the logits, as in another pass over the same rows when that is kept.",
+        "for the logits, as in another pass over the same rows when that is kept. An empty cell was not measured.",
         "",
         f"A trial pays where novels are at {BETTER} times the control's perplexity or less, no other kind of text is "
         f"worse by as much, and it takes at most {AS_LONG} times the seconds.",
