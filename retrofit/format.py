@@ -50,6 +50,14 @@ def heads(count: int) -> str:
     return f"{count} KV head{'' if count == 1 else 's'}"
 
 
+def nbytes_at_least(value: int) -> str:
+    """Bytes as a budget is written, rounded up, so that it holds them: 32.2KiB for 32,900."""
+    power = min((value.bit_length() - 1) // 10, len(_UNITS) - 1) if value else 0
+    scaled = value / 1024**power
+    digits = 0 if power == 0 else max(3 - len(str(int(scaled))), 0)
+    return f"{math.ceil(scaled * 10**digits) / 10**digits:.{digits}f}{_UNITS[power]}"
+
+
 def nbytes(value: float | None) -> str:
     """Bytes: 22.5 KiB, 1.41 GiB."""
     if value is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from retrofit.errors import UserError
-from retrofit.escape import shell_word
+from retrofit.escape import shell_word, shown
 from retrofit.files import output_path
 from retrofit.recipe.load import load_recipe
 from retrofit.recipe.schema import Recipe
@@ -47,8 +47,17 @@ class Listed:
 
 
 def listed_with(read: Recipe, given: Mapping[str, Any]) -> Listed:
-    """Those of one list. read: the recipe of a list. given: the arguments of its function."""
-    moments, revision = given["moments"], given["revision"]
+    """Those of one list. read: the recipe of a list. given: the arguments of its function.
+
+    Raises UserError for values of a recipe where none is named.
+    """
+    moments, revision, overrides = given["moments"], given["revision"], given["overrides"]
+    if overrides and given["recipe"] is None:
+        raise UserError(
+            "--set changes a value of a recipe, and a model is named alone",
+            where=f"--set {shown(overrides[0], 60)}",
+            fix="name a recipe and --model MODEL, or use the command's own options",
+        )
     folder = None if moments is None else output_path(moments, where="--moments")
     place = {"model": read.model, "revision": revision, "writes": (folder,), "recipe": read}
     options = "".join(f" --calibrate {shell_word(source)}" for source in given["calibrate"] or ())

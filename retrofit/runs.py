@@ -248,7 +248,8 @@ def budget_prices(
     read = recipe_of("budget_prices", {**given, "model": model if recipe is None else None}, base)
     counted = recipe_of("convert", {"kv_heads": 1, "tokens": tokens}).convert
     listed = listed_with(read, given)
-    with begun(f"{budget} for {read.model}", shown, **listed.place) as world:
+    words = "budget_prices" if recipe is None else "plan"
+    with begun(f"{budget} for {read.model}", shown, options=words, **listed.place) as world:
         from retrofit.workflow.budgeting import budget_list
 
         return budget_list(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from retrofit import format as fmt
+from retrofit.recipe.kv_budget import parse_budget
 
 
 @pytest.mark.parametrize(
@@ -49,3 +50,11 @@ def test_same_losses_stand_beside_their_tolerance() -> None:
     said = "same losses (a token's differs by at most 2.40e-07 nats, tolerance 0.002)"
     assert fmt.same_losses(2.4e-7, 2e-3, passed=True) == said
     assert fmt.same_losses(2.4e-7, 2e-3, passed=False).startswith("OTHER LOSSES")
+
+
+def test_a_budget_that_is_written_holds_the_bytes() -> None:
+    assert fmt.nbytes_at_least(32_900) == "32.2KiB"
+    assert fmt.nbytes_at_least(1 << 20) == "1.00MiB"
+    for value in (1, 999, 1023, 1024, 1025, 33_685, 1_046_000, (1 << 20) - 1, 5_368_709_121, 3 << 42):
+        held = parse_budget(f"{fmt.nbytes_at_least(value)}@1").nbytes
+        assert value <= held <= 1.01 * value

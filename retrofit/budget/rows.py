@@ -131,17 +131,17 @@ def combinations(
     heads: Sequence[Heads],
     windows: Sequence[Windows],
     stored: Sequence[Stored],
-    candidates: Collection[int],
+    able: Collection[int],
     tokens: int,
     value_bytes: int,
 ) -> list[BudgetRow]:
-    """All of them, each with its bytes at `tokens` tokens. candidates: layers that get a window unless they are full
+    """All of them, each with its bytes at `tokens` tokens. able: layers that get a window unless they are full
     ones. value_bytes: of a value as the model computes it."""
     rows = []
     for one, own, kind in itertools.product(heads, windows, stored):
         changed = spec.with_kv_heads(one.kv_heads)
         if own.size is not None:
-            changed = changed.with_windows(own.size, set(candidates) - set(own.full_layers))
+            changed = changed.with_windows(own.size, set(able) - set(own.full_layers))
         nbytes = cache_bytes(changed, tokens, kind.cache_dtype, value_bytes)
         row = BudgetRow(one, own, kind, nbytes, one.loss + own.loss + kind.loss)
         exact = not row.surgery and row.stored.how in (ORIGINAL, MEASURED)

@@ -101,6 +101,10 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
             fix=f"update: {update_command()}",
         )
     _require_shape(record, path)
+    try:
+        json.dumps(record, allow_nan=False)
+    except ValueError:  # Python reads NaN and Infinity, which are no JSON
+        raise _not_ours("it holds a number that is not finite", path) from None
     return record
 
 

@@ -17,8 +17,8 @@ from retrofit.system.world import World
 _KEY = ".retrofit-"
 
 
-def require_own(folder: Path, command: str) -> None:
-    """UserError when `folder` holds anything but what `command` kept there."""
+def require_own(folder: Path, command: str, *, option: str = "--out") -> None:
+    """UserError when `folder` holds anything but what `command` kept there. option: what names another one."""
     if not folder.exists() or (folder / f"{_KEY}{command}").is_file():
         return
     other = next((path.name.removeprefix(_KEY) for path in folder.glob(f"{_KEY}*")), None) if folder.is_dir() else None
@@ -26,13 +26,14 @@ def require_own(folder: Path, command: str) -> None:
         raise UserError(
             f"an interrupted `retrofit {other}` keeps its work there",
             where=str(folder),
-            fix=f"finish it with the same `retrofit {other}`, or give another --out; remove the folder to give it up",
+            fix=f"finish it with the same `retrofit {other}`, or give another {option}; remove the folder to give it "
+            "up",
         )
     if not folder.is_dir() or any(folder.iterdir()):
         raise UserError(
             f"`retrofit {command}` keeps unfinished work there, and it holds something else",
             where=str(folder),
-            fix="give another --out, or move what is there",
+            fix=f"give another {option}, or move what is there",
         )
 
 

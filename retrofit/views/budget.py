@@ -75,8 +75,8 @@ def _recommendation(result: BudgetList) -> str:
 def _named(row: BudgetRow) -> str:
     parts = [heads(row.heads.kv_heads)]
     if row.windows.size is not None:
-        full = ranges(row.windows.full_layers) or "none"
-        parts.append(f"windows of {row.windows.size:,} tokens in all layers but {full}")
+        but = f" but {ranges(row.windows.full_layers)}" if row.windows.full_layers else ""
+        parts.append(f"windows of {row.windows.size:,} tokens in all layers{but}")
     if row.stored.how != "original":
         parts.append(f"a cache of {row.stored.cache_dtype}")
     return ", ".join(parts)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from retrofit.escape import python_string
 from retrofit.format import duration, heads, kv_per_token, nbytes, none_unseen
 from retrofit.model.cache_dtype import served_with
+from retrofit.model.inspect import ranges
 from retrofit.tables import NOTE, Part, Table
 from retrofit.views import windows
 from retrofit.views.measured import cache_sizes, marked, task_changes
@@ -244,25 +245,27 @@ def written(result: Written) -> Iterator[Part]:
     by_kind = result.report.get("tokens_by_kind")
     if by_kind:
         yield "calibrated on " + ", ".join(f"{tokens:,} tokens of {kind}" for kind, tokens in by_kind.items())
-    yield from _kept_out(result.report.get("layers", ()))
+    or_else = " or worse for passages out of sight" if result.step == "window" else ""
+    yield from _kept_out(result.report.get("layers", ()), or_else)
     for note in result.report.get("notes", ()):
         yield f"{NOTE}{note}"
     yield f"written: {result.folder}"
     yield f"load it with AutoModelForCausalLM.from_pretrained({python_string(str(result.folder))})"
 
 
-def _kept_out(layers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each repair that some layers did without."""
-    out: dict[str, list[str]] = {}
-    for layer in layers:
-        for repair in layer["repairs"]:
-            out.setdefault(repair["name"], []).extend([] if repair["accepted"] else [str(layer["index"])])
-    return [
-        f"the repair {name} was kept out of {len(indices)} of {len(layers)} layers, no better on text it had not seen: "
-        f"{', '.join(indices)}"
-        for name, indices in out.items()
-        if indices
-    ]
+def _kept_out(layers: Sequence[Mapping[str, Any]], or_else: str = "") -> list[str]:
+    """A line for each repair that some of the layers in which it was tried did without. or_else: another reason."""
+    tried = [(repair["name"], layer["index"], repair["accepted"]) for layer in layers for repair in layer["repairs"]]
+    lines = []
+    for name in dict.fromkeys(name for name, _, _ in tried):
+        accepted = {index: kept for own, index, kept in tried if own == name}
+        out = [index for index, kept in accepted.items() if not kept]
+        if out:
+            lines.append(
+                f"the repair {name} was kept out of {len(out)} of {len(accepted)} layers, no better on text it had not "
+                f"seen{or_else}: {ranges(out)}"
+            )
+    return lines
 
 
 def _search(found: Mapping[str, Any]) -> Iterator[Part]:

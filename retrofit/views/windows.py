@@ -66,7 +66,7 @@ def _rounds(choice: Mapping[str, Any]) -> Iterator[Part]:
     tokens = choice["tokens"]
     for number, one in enumerate(choice["rounds"], start=1):
         before = (
-            f"with windows in {len(one['windowed'])} layers ({sentences.rise(one['rise'])})"
+            f"with windows in {sentences.counted(one['windowed'])} ({sentences.rise(one['rise'])})"
             if one["windowed"]
             else "alone"
         )

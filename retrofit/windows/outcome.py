@@ -98,7 +98,8 @@ class WindowReport:
     """What was done. target: the architecture written. full_layers: those that see everything. rise: of the loss on
     text that nothing was fitted on, in nats per token, before any training. choice: how the layers were found, None
     where they were named. tokens: of the text that was fitted on, and of each kind; measured_tokens: of the other.
-    notes: everything that was not done as asked, and why."""
+    seconds: that it took; 0 in a checkpoint's record, which keeps no times. notes: everything that was not done as
+    asked, and why."""
 
     target: str
     size: int
@@ -109,5 +110,5 @@ class WindowReport:
     tokens: int
     tokens_by_kind: Mapping[str, int]
     measured_tokens: int
-    seconds: float
+    seconds: float = 0.0
     notes: tuple[str, ...] = ()

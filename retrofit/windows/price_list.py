@@ -60,9 +60,17 @@ class WindowList:
     notes: tuple[str, ...]
 
 
-def sizes_within(length: int, size: int) -> tuple[int, ...]:
-    """Sizes that are priced from sequences of `length` tokens, `size` among them: those of which two fit."""
-    return tuple(sorted({size, *(own for own in SIZES if 2 * own <= length)}))
+def sizes_within(length: int, size: int, spec: AttentionSpec) -> tuple[int, ...]:
+    """Sizes that are priced from sequences of `length` tokens, `size` among them: those of which two fit, and that make
+    no window longer that a layer has already."""
+    longest = min((length // 2, *(layer.window for layer in spec.layers if layer.window is not None)))
+    return tuple(sorted({size, *(own for own in SIZES if own <= longest)}))
+
+
+def fewest_full(layers: int, full: int | None) -> int:
+    """The smallest number of full layers in a list for a model of `layers` layers. full: how many are asked for, None
+    where measuring says it, which may leave none."""
+    return 0 if full is None else min(full, -(-layers // max(SHARES)))
 
 
 def lost_energy(moments: Path, layers: Collection[int], *, sinks: bool) -> dict[int, dict[int, float]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from retrofit.model.inspect import ranges
@@ -18,8 +18,24 @@ PARTS = {
 
 def layers(found: Mapping[str, Any]) -> str:
     """Which layers have windows and which see everything."""
-    full = ranges(found["full_layers"]) or "none"
-    return f"windows of {found['size']:,} tokens in layers {ranges(windowed(found))}; layers {full} see everything"
+    return f"windows of {found['size']:,} tokens in {numbered(windowed(found))}; {full(found['full_layers'])}"
+
+
+def numbered(indices: Sequence[int]) -> str:
+    """Layers by their numbers: "layer 3", "layers 0-2, 5"."""
+    return f"layer{'' if len(indices) == 1 else 's'} {ranges(indices)}"
+
+
+def counted(indices: Sequence[int]) -> str:
+    """How many layers: "1 layer", "12 layers"."""
+    return f"{len(indices)} layer{'' if len(indices) == 1 else 's'}"
+
+
+def full(indices: Sequence[int]) -> str:
+    """Which layers see everything, as a clause."""
+    if not indices:
+        return "no layer sees everything"
+    return f"{numbered(indices)} see{'s' if len(indices) == 1 else ''} everything"
 
 
 def windowed(found: Mapping[str, Any]) -> list[int]:
@@ -29,11 +45,11 @@ def windowed(found: Mapping[str, Any]) -> list[int]:
 
 def sinks(found: Mapping[str, Any]) -> str:
     """How many heads have a sink, and what became of the repairs."""
-    heads, chosen = sum(layer["sinks"] for layer in found["layers"]), windowed(found)
+    heads = sum(layer["sinks"] for layer in found["layers"])
     repairs = [repair for layer in found["layers"] for repair in layer["repairs"]]
     kept = sum(repair["accepted"] for repair in repairs)
-    text = f"{heads:,} of their query heads have an attention sink" if heads else "none has an attention sink"
-    return f"{text}, {kept} of {len(chosen)} output projections are refitted" if repairs else text
+    text = f"{f'{heads:,}' if heads else 'none'} of their query heads ha{'s' if heads < 2 else 've'} an attention sink"
+    return f"{text}, {kept} of {len(repairs)} output projections are refitted" if repairs else text
 
 
 def losses(found: Mapping[str, Any]) -> str:

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from retrofit.errors import UserError
-from retrofit.model.families import family_of
+from retrofit.model.families import family_of, with_windows
 from retrofit.model.families.experts import EXPERTS
+from retrofit.model.families.refused import OPTIONAL
 from retrofit.model.reexpress import reexpression_of
+from retrofit.model.reexpress.granite_swa import REASONS
 from retrofit.model.spec import AttentionSpec
 
 WITH_SINKS = "granite_swa"
 EXPERTS_WITH_SINKS = "granitemoe_swa"
 WITHOUT_SINKS = "ministral"
 """Windows by layer and no sinks: the Mistral of windows in some layers. `mistral` has one window for all layers."""
+TARGETS = frozenset((WITH_SINKS, EXPERTS_WITH_SINKS, WITHOUT_SINKS))
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,18 @@ def target_of(config: Any, spec: AttentionSpec, size: int, *, target: str, sinks
     """
     candidates = _candidates(spec, size)
     always = tuple(layer.index for layer in spec.layers if layer.window is not None and layer.window > size)
+    if not candidates and not always:
+        raise UserError(
+            f"every layer has a window of {size:,} tokens already",
+            where=f"window.size: {size}",
+            fix="give a smaller size, which makes them shorter, or leave `window` out",
+        )
     name, family = str(config.model_type), family_of(config)
     chosen = _family(name, family.window, target, sinks, all_layers)
     if chosen != name:
-        reexpression_of(config, chosen)  # raises where it cannot become that
+        if chosen not in OPTIONAL.get(name, ()):
+            raise _no_target(name, family.window, chosen, target)
+        reexpression_of(config, chosen)  # raises where this model cannot become that
     own_sinks = chosen in (WITH_SINKS, EXPERTS_WITH_SINKS)
     notes = (f"`{chosen}` has no sinks: windowed heads get none",) if sinks and not own_sinks else ()
     return Target(chosen, chosen != name, sinks and own_sinks, candidates, always, notes)
@@ -60,6 +71,27 @@ def _family(name: str, window: str, target: str, sinks: bool, all_layers: bool) 
     if by_layer:
         return name
     return with_sinks if sinks or name in EXPERTS else WITHOUT_SINKS
+
+
+def _no_target(name: str, window: str, chosen: str, asked: str) -> UserError:
+    """For an architecture that holds no such windows and cannot become `chosen`. window: which it holds."""
+    become = (name for name, targets in OPTIONAL.items() if TARGETS & {*targets})
+    holds = {
+        "none": "has no sliding windows",
+        "all": "has windows in all of its layers or in none",
+        "layer_types": "has windows by layer without sinks",
+    }
+    fixes = {
+        "none": f"choose a model that can have windows: {', '.join(sorted({*with_windows(), *become}))}",
+        "all": "give every layer a window: --full-layers 0, without --target",
+        "layer_types": "leave --target out: it keeps its own architecture then",
+    }
+    reason = None if chosen == WITHOUT_SINKS else REASONS.get(name)
+    return UserError(
+        f"`{name}` {holds[window]}, and cannot become `{chosen}`" + (f": {reason}" if reason else ""),
+        where=f"window.target: {asked}",
+        fix=fixes[window],
+    )
 
 
 def _candidates(spec: AttentionSpec, size: int) -> tuple[int, ...]:
@@ -93,12 +125,16 @@ def require_candidates(asked: Sequence[int], candidates: Sequence[int], layers: 
             )
 
 
-def require_some(full: int, candidates: Sequence[int]) -> None:
-    """UserError where no layer is left to get a window."""
-    if full < len(candidates):
+def require_some(full: int, target: Target) -> None:
+    """UserError where no layer is left to get a window, and where more are to stay full than can."""
+    able, least = len(target.candidates), 0 if target.always else 1
+    if full <= able - least:
         return
+    others = "; the others have a window already" if target.always or not able else ""
     raise UserError(
-        f"no layer would get a window: {full} of {len(candidates)} stay full",
+        f"at most {able} of the layers can stay full, not {full}{others}"
+        if full > able
+        else f"no layer would get a window: {full} of {able} stay full",
         where="window.full_layers",
-        fix=f"leave at most {len(candidates) - 1} full" if len(candidates) > 1 else "leave `window` out",
+        fix=f"leave at most {able - least} full" if able >= least else "leave `window` out",
     )

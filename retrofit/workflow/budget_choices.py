@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from retrofit.budget.rows import ORIGINAL, BudgetRow, best
 from retrofit.errors import UserError
-from retrofit.format import nbytes
+from retrofit.format import nbytes, nbytes_at_least
 from retrofit.model.cache_dtype import AUTO, CACHE_DTYPES, cache_bytes, unstorable
 from retrofit.model.families import family_of
 from retrofit.model.spec import AttentionSpec
 from retrofit.recipe.kv_budget import Budget
+from retrofit.recipe.layers import how_many
 from retrofit.recipe.schema import Window
-from retrofit.workflow.windowing import target_of
+from retrofit.windows.price_list import fewest_full, sizes_within
+from retrofit.workflow.windowing import length_of, target_of
 
 if TYPE_CHECKING:
     from retrofit.windows.targets import Target
@@ -32,8 +35,13 @@ class Choices:
 
     @property
     def candidates(self) -> tuple[int, ...]:
-        """Layers that can get a window."""
+        """Layers that can get a window, and have none."""
         return self.target.candidates if self.target else ()
+
+    def windowed(self, full: Collection[int]) -> frozenset[int]:
+        """Layers that get a window where the layers `full` see everything: those whose window becomes shorter too."""
+        always = self.target.always if self.target else ()
+        return frozenset((*self.candidates, *always)) - frozenset(full)
 
 
 def choices(section: Window, config: Any, spec: AttentionSpec) -> Choices:
@@ -56,14 +64,24 @@ def choices(section: Window, config: Any, spec: AttentionSpec) -> Choices:
     return Choices(counts or (spec.layers[0].kv_heads,), target, dtypes, tuple(notes))
 
 
-def require_possible(budget: Budget, spec: AttentionSpec, found: Choices, value_bytes: int) -> None:
-    """UserError where the fewest heads, one full layer and the smallest type together do not meet the budget."""
+def require_possible(
+    budget: Budget, section: Window, native: int, spec: AttentionSpec, found: Choices, value_bytes: int
+) -> None:
+    """UserError where the fewest heads, the shortest windows in as many layers as the list could have, and the smallest
+    type together do not meet the budget. section: of the windows. native: the model's positions."""
     least = spec.with_kv_heads(min(found.counts))
-    if found.candidates:
-        least = least.with_windows(1, set(found.candidates[1:]))
-    size = min(cache_bytes(least, budget.length, name, value_bytes) for name in found.dtypes)
-    if size > budget.nbytes:
-        raise _unmet(budget, size, "nothing in the list can be so small")
+    if found.target is not None:
+        few = fewest_full(len(spec.layers), how_many(section.full_layers, len(spec.layers)))
+        sizes = sizes_within(length_of(section, native), section.size, spec)
+        least = least.with_windows(sizes[0], found.windowed(found.candidates[:few]))
+
+    def size(tokens: int) -> int:
+        return min(cache_bytes(least, tokens, name, value_bytes) for name in found.dtypes)
+
+    if size(budget.length) > budget.nbytes:
+        tokens = bisect.bisect_right(range(budget.length), budget.nbytes, key=size) - 1
+        shorter = f", or ask for at most {tokens:,} tokens" if tokens > 0 else ""
+        raise _unmet(budget, size(budget.length), "nothing in the list can be so small", shorter)
 
 
 def meeting(budget: Budget, rows: Sequence[BudgetRow], answer_weight: float) -> list[BudgetRow]:
@@ -74,12 +92,11 @@ def meeting(budget: Budget, rows: Sequence[BudgetRow], answer_weight: float) -> 
     return found
 
 
-def _unmet(budget: Budget, least: int, why: str) -> UserError:
-    tokens = budget.length * budget.nbytes // least
+def _unmet(budget: Budget, least: int, why: str, shorter: str = "") -> UserError:
     return UserError(
         f"{why}: the smallest KV cache is {nbytes(least)} at {budget.length:,} tokens",
-        where=f"--kv-budget {nbytes(budget.nbytes)} at {budget.length:,} tokens",
-        fix=f"allow {nbytes(least)}" + (f", or about {tokens:,} tokens" if tokens else ""),
+        where=f"the budget of {nbytes(budget.nbytes)} at {budget.length:,} tokens",
+        fix=f"allow {nbytes_at_least(least)}@{budget.length}{shorter}",
     )
 
 

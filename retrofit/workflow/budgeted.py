@@ -67,6 +67,7 @@ def _decide(
 
     assert recipe.budget
     assert recipe.model
+    world.only(lambda: _require_rest(recipe, out, revision))
     parts = {"convert": recipe.convert or Convert(kv_heads=1), "window": recipe.window or Window()}
     found = budget_list(
         recipe.model_copy(update={**parts, "require": {}}),
@@ -88,6 +89,16 @@ def _decide(
     world.only(keep)
     decided: Mapping[str, Any] = stored
     return decided
+
+
+def _require_rest(recipe: Recipe, out: Path, revision: str | None) -> None:
+    """UserError where what follows the decision would be refused, as far as that is known before it."""
+    from retrofit.workflow.opening import open_context
+    from retrofit.workflow.steps import steps_of
+
+    rest = recipe.model_copy(update=dict.fromkeys(("budget", "convert", "window")))
+    if steps_of(rest):
+        open_context(rest, revision=revision, out=out, dry=True)
 
 
 def _made(recipe: Recipe, row: Mapping[str, Any]) -> Recipe:

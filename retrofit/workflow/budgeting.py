@@ -54,7 +54,7 @@ from retrofit.workflow.opening import open_model
 from retrofit.workflow.opening_in_world import shared_context
 from retrofit.workflow.sweep import TOKENS, prices
 from retrofit.workflow.window_list import window_list
-from retrofit.workflow.windowing import length_of, require_sequences, texts_of
+from retrofit.workflow.windowing import length_of, require_sequences, require_size, texts_of
 
 if TYPE_CHECKING:
     from retrofit.console import Progress
@@ -93,7 +93,7 @@ def budget_list(
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     work, weight = moments or cache_dir() / f"budget-{key[:24]}.work", window.text_loss / window.answer_loss
     work, keeping = world.share(work), held if moments else kept
-    world.only(lambda: require_own(work, COMMAND))
+    world.only(lambda: require_own(work, COMMAND, option="--moments"))
     with led_by_main(world, lambda: folder_lock(work), lambda: keeping(work, COMMAND)), writing(work):
         text = texts_of(window, context, context.model, recipe.seed).rows
         pricing = _Pricing(recipe, context, found, text, tokens, work, revision, progress)
@@ -104,7 +104,7 @@ def budget_list(
                 pricing.heads(),
                 pricing.windows(),
                 pricing.stored(),
-                found.candidates,
+                found.windowed(()),
                 budget.length,
                 value_bytes,
             )
@@ -136,8 +136,9 @@ def _opened(
     alone = recipe.model_copy(update=dict.fromkeys(("convert", "window", "context", "recover", "evaluate", "publish")))
     context = open_model(alone, revision=revision, progress=progress)
     window, found, value_bytes = _asked(recipe, context, tokens)
+    require_size(window.size, context.native)
     require_sequences(window, length_of(window, context.native))
-    require_possible(budget, context.spec, found, value_bytes)
+    require_possible(budget, window, context.native, context.spec, found, value_bytes)
     context.source = with_weights(context.source, revision=revision or recipe.revision, progress=progress)
     return context
 
@@ -151,13 +152,16 @@ def _asked(recipe: Recipe, context: ModelContext, tokens: int | None) -> tuple[W
 
 
 def _fitting(window: Window, native: int, tokens: int | None) -> Window:
-    """The section with windows of which four fit the model's context, and as many tokens as were asked for."""
+    """The section with windows of which four fit the model's context, and as many tokens as were asked for. Layers that
+    it names are left open: the list says which see everything."""
     size = window.size if "size" in window.model_fields_set else min(window.size, max(1, native // 4))
     calibration = window.calibration
     if tokens is not None:
         measured = min(calibration.measured_tokens, tokens // MEASURED_SHARE)
         calibration = calibration.model_copy(update={"tokens": tokens, "measured_tokens": measured})
-    return window.model_copy(update={"size": size, "calibration": calibration})
+    named = isinstance(window.full_layers, tuple) or window.full_layers == 0
+    full = "auto" if named else window.full_layers
+    return window.model_copy(update={"size": size, "full_layers": full, "calibration": calibration})
 
 
 def _shown(every: Sequence[BudgetRow], chosen: Sequence[BudgetRow], original: BudgetRow) -> tuple[BudgetRow, ...]:

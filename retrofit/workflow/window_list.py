@@ -57,10 +57,10 @@ def window_list(
     asked = json.dumps([context.source.digests, section.model_dump(mode="json"), recipe.seed], sort_keys=True)
     work = moments or cache_dir() / f"windows-{hashlib.sha256(asked.encode()).hexdigest()[:24]}.work"
     work, keeping = world.share(work), held if moments else kept
-    world.only(lambda: require_own(work, COMMAND))
+    world.only(lambda: require_own(work, COMMAND, option="--moments"))
     with led_by_main(world, lambda: folder_lock(work), lambda: keeping(work, COMMAND)), writing(work):
         texts = texts_of(section, context, source, recipe.seed)
-        sizes = sizes_within(length_of(section, context.native), section.size)
+        sizes = sizes_within(length_of(section, context.native), section.size, spec)
         choice = chosen_layers(section, target, source, texts, context, work, sizes)
         if choice is None:
             raise UserError(

@@ -47,6 +47,20 @@ def probed_tokens(section: Section) -> int:
     return (measured_rows(section) + NEEDLE_ROWS) * row_length(section.size)
 
 
+def require_size(size: int, native: int) -> None:
+    """UserError unless what a window of `size` tokens hides can be measured within the model's `native` positions."""
+    if row_length(size) <= native:
+        return
+    raise UserError(
+        f"a window of {size:,} tokens holds all of the model's {native:,} positions"
+        if size >= native
+        else f"a window of {size:,} tokens is measured on sequences of {row_length(size):,}, and the model has "
+        f"{native:,} positions",
+        where=f"window.size: {size}",
+        fix=f"give at most {native // row_length(1):,}",
+    )
+
+
 def require_sequences(section: Section, length: int) -> None:
     """UserError unless every kind of text leaves two sequences to fit on, beside those that are measured on: repairs
     are checked on one that they were not fitted on."""
@@ -84,8 +98,8 @@ def target_of(section: Section, config: Any, spec: AttentionSpec) -> Target:
     target = targets.target_of(config, spec, section.size, target=section.target, sinks=sinks, all_layers=full == 0)
     if isinstance(section.full_layers, tuple):
         targets.require_candidates(section.full_layers, target.candidates, len(spec.layers))
-    if full is not None and not target.always:
-        targets.require_some(full, target.candidates)
+    if full is not None:
+        targets.require_some(full, target)
     return target
 
 

@@ -25,7 +25,7 @@ from retrofit.budget.rows import (
 )
 from retrofit.errors import UserError
 from retrofit.model.families import describe
-from retrofit.recipe.kv_budget import Budget
+from retrofit.recipe.kv_budget import Budget, parse_budget
 from retrofit.recipe.schema import Window
 from retrofit.workflow.budget_choices import choices, commands, meeting, require_possible
 from tests.tiny import tiny_config
@@ -96,15 +96,38 @@ def test_a_budget_that_nothing_meets_names_the_smallest() -> None:
     found = choices(Window(size=64), tiny_config("llama", num_hidden_layers=4, head_dim=32), SPEC)
     assert set(found.counts) == {4, 2, 1}
     assert found.candidates == (0, 1, 2, 3)
-    least = 2 * 18 * (1000 + 3)  # one head, one full layer, windows of one token, q4_0
-    require_possible(Budget(least, 1000), SPEC, found, 2)
-    with pytest.raises(UserError, match=r"the smallest KV cache is 35\.3 KiB at 1,000 tokens"):
-        require_possible(Budget(least - 1, 1000), SPEC, found, 2)
+    for full, tokens in (("auto", 4 * 64), (1, 1000 + 3 * 64)):  # one head, q4_0; measuring may leave no layer full
+        section, least = Window(size=64, full_layers=full), 2 * 18 * tokens
+
+        def require(budget: Budget, section: Window = section) -> None:
+            require_possible(budget, section, 512, SPEC, found, 2)
+
+        require(Budget(least, 1000))
+        with pytest.raises(UserError, match="the smallest KV cache is") as caught:
+            require(Budget(least - 1, 1000))
+        allowed, _, shorter = str(caught.value.fix).removeprefix("allow ").partition(", or ask for at most ")
+        require(parse_budget(allowed))
+        assert parse_budget(allowed).length == 1000
+        most = int(shorter.removesuffix(" tokens").replace(",", ""))
+        require(Budget(least - 1, most))
+        with pytest.raises(UserError):
+            require(Budget(least - 1, most + 1))
     smallest = min(one.nbytes for one in rows())
     assert meeting(Budget(smallest, 1000), rows(), 0.2)[0].nbytes == smallest
     with pytest.raises(UserError, match=r"no row of the list meets it") as caught:
         meeting(Budget(smallest - 1, 1000), rows(), 0.2)
-    assert "about 999 tokens" in str(caught.value.fix)
+    assert meeting(parse_budget(str(caught.value.fix).removeprefix("allow ")), rows(), 0.2)
+
+
+def test_windows_that_become_shorter_are_counted() -> None:
+    config = tiny_config("gemma2", sliding_window=200, num_hidden_layers=4)
+    spec = describe(config)
+    found = choices(Window(size=64), config, spec)
+    assert found.candidates == (1, 3)
+    assert found.windowed({3}) == {0, 1, 2}
+    whole, windows = Heads(4, NOTHING, ORIGINAL), [Windows(64, (3,), NOTHING, MEASURED)]
+    [made] = combinations(spec, [whole], windows, STORED[:1], found.windowed(()), 1000, 2)
+    assert made.nbytes == spec.with_windows(64, {0, 1, 2}).kv_cache_bytes(1000, 2)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ def test_reading_refuses_none_and_newer(tmp_path: Path) -> None:
         *({"steps": 5}, {"steps": [5]}, {"steps": [{}]}, {"source": 5}, {"gate": [1]}, {"files": {"a": 1}}),
         *({"steps": [{"step": "convert", "config": [1]}]}, {"steps": [{"step": "extend", "result": "x"}]}),
         *({"steps": [{"step": "x", "read": read}]} for read in (["a"], {"training": "a"}, {"training": [1]})),
+        *({"metrics": {"ppl": float("nan")}}, {"steps": [{"step": "window", "result": {"rise": float("inf")}}]}),
     ],
 )
 def test_records_of_something_else_are_refused(tmp_path: Path, record: dict) -> None:

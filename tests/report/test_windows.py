@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from retrofit.report.sections import costs, summary
 from retrofit.views.measured import cache_sizes
 from retrofit.windows import sentences
 from retrofit.windows.outcome import Choice, Rise, WindowLayerReport, WindowReport
+from retrofit.workflow.artifact import Provenance, as_json
 from retrofit.workflow.certify import _windows
 from tests.publishing.cards import card_input
 from tests.report.made_up import run
@@ -32,10 +34,13 @@ FOUND = asdict(REPORT)
 
 
 def test_sentences_name_layers_sinks_and_losses_before_and_after_the_repair() -> None:
-    assert sentences.layers(FOUND) == "windows of 1,024 tokens in layers 0-1; layers 2 see everything"
+    assert sentences.layers(FOUND) == "windows of 1,024 tokens in layers 0-1; layer 2 sees everything"
     assert sentences.sinks(FOUND) == (
         "16 of their query heads have an attention sink, 1 of 2 output projections are refitted"
     )
+    everywhere = {**FOUND, "full_layers": (), "layers": [{**layer, "sinks": 0} for layer in FOUND["layers"]]}
+    assert sentences.layers(everywhere) == "windows of 1,024 tokens in layers 0-2; no layer sees everything"
+    assert sentences.sinks(everywhere).startswith("none of their query heads has an attention sink")
     text = sentences.losses(FOUND)
     assert "on 8,192 tokens that nothing was fitted on: text inside the window +0.000, text beyond it +0.025" in text
     assert (
@@ -58,7 +63,7 @@ def test_a_card_says_which_layers_and_what_was_lost() -> None:
     card = render_card(card_input(conversion=None, kv_heads=(3, 3), windows=windows, recovery=trained))
     assert "2 of its 30 layers look back a fixed number of tokens only, so the KV cache is 3 times smaller" in card
     assert "## Sliding windows" in card
-    assert "- windows of 1,024 tokens in layers 0-1; layers 2 see everything." in card
+    assert "- windows of 1,024 tokens in layers 0-1; layer 2 sees everything." in card
     assert "sliding-window-attention" in card
     assert "The loss of passages that come again from out of sight went from 0.340 to 0.120 nats per token." in card
     assert "Sliding windows" not in render_card(card_input())
@@ -103,8 +108,10 @@ def test_the_parts_of_a_smaller_cache_multiply_to_all_of_it() -> None:
 
 
 def test_a_record_that_is_none_of_windows_is_not_shown() -> None:
-    step = {"step": "window", "result": FOUND}
-    assert _windows((step,)) == FOUND
+    recorded: Any = Provenance({}).after("window", {}, as_json(REPORT)).steps
+    [step] = json.loads(json.dumps(recorded))
+    assert "seconds" not in step["result"]
+    assert _windows((step,)) == {**FOUND, "seconds": 0.0}
     assert _windows(({**step, "result": {**FOUND, "size": "<script>"}},)) is None
     assert _windows(({"step": "window"},)) is None
     assert _windows(()) is None

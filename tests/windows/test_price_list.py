@@ -85,6 +85,7 @@ def test_layers_that_have_windows_in_any_case_are_part_of_what_is_lost() -> None
 
 
 def test_sizes_are_those_that_the_sequences_show() -> None:
-    assert sizes_within(2048, 512) == (256, 512, 1024)
-    assert sizes_within(400, 100) == (100,)
-    assert sizes_within(16_384, 768) == (256, 512, 768, 1024, 2048, 4096)
+    assert sizes_within(2048, 512, SPEC) == (256, 512, 1024)
+    assert sizes_within(400, 100, SPEC) == (100,)
+    assert sizes_within(16_384, 768, SPEC) == (256, 512, 768, 1024, 2048, 4096)
+    assert sizes_within(16_384, 256, SPEC.with_windows(600, {1})) == (256, 512), "no window becomes longer"

@@ -26,6 +26,7 @@ from retrofit.budget.rows import (
 )
 from retrofit.errors import UserError
 from retrofit.kernels.rounded_cache import round_cache
+from retrofit.model.families import describe
 from retrofit.model.folder import ModelFolder
 from retrofit.recipe.kv_budget import Budget
 from retrofit.recipe.schema import Recipe, Window
@@ -36,7 +37,7 @@ from retrofit.windows.price_list import sizes_within
 from retrofit.windows.rows import Repeats
 from retrofit.workflow import budgeted, budgeting, pilots
 from retrofit.workflow.windowing import length_of, require_sequences
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_config
 from tests.workflow.conftest import retrofit, sections
 
 PER_TOKEN = 2 * 2 * 4 * 16 * 4  # keys and values, layers, heads, head dim, float32
@@ -128,7 +129,7 @@ def test_pilots_of_every_size_that_is_priced_have_enough_text(monkeypatch: pytes
     context: Any = SimpleNamespace(native=8192, world=ALONE)
     window = Window(size=512, calibration={"tokens": 16_384, "measured_tokens": 2048})
     recipe, native = Recipe(name="x", model="m", window=window), context.native
-    for size in sizes_within(length_of(window, native), window.size):
+    for size in sizes_within(length_of(window, native), window.size, describe(tiny_config("qwen2"))):
         one = BudgetRow(*_parts(size), 1, NOTHING)
         pilots._converted(one, recipe, context, tmp_path, 1, None, None)
         section = written[-1].window
@@ -175,6 +176,13 @@ def test_bad_input_is_told_before_any_work(qwen: Path, texts: Path) -> None:
     assert "these are two lists" in error(qwen, "--windows", "--kv-budget", "1MiB@512")
     assert "only --kv-budget has pilots" in error(qwen, "--kv-heads", "--no-pilots")
     assert "too few tokens" in error(qwen, *reading, "--tokens", 300, "--kv-budget", "100KiB@512")
+    for list_ in (("--kv-budget", "100KiB@512"), ("--windows",), ("--kv-heads",)):
+        assert "--set changes a value of a recipe" in error(qwen, *list_, "--set", "window.size=32")
+    said = error(qwen, *reading[2:], "--size", 300, "--kv-budget", "100KiB@512")
+    assert "is measured on sequences of 600" in said
+    assert "where: --size 300 fix: give at most 256" in said
+    said = error(qwen, *reading, "--tokens", 2048, "--kv-budget", "100KiB@512", "--moments", texts)
+    assert "give another --moments" in said
 
 
 @pytest.fixture
@@ -255,6 +263,26 @@ def test_a_decision_that_somebody_changed_is_refused(
     with pytest.raises(UserError, match="not what this program wrote") as caught:
         budgeted.with_budget(recipe, tmp_path / "run", **usual)
     assert caught.value.where == "budget.json"
+
+
+def test_what_follows_the_decision_is_checked_before_it(
+    qwen: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budgeting, "budget_list", lambda *_, **__: pytest.fail("long work"))
+    values = small(qwen, texts)
+    values["evaluate"]["lengths"], values["require"] = [4096], {}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    refused = retrofit("run", path, "--out", tmp_path / "run")
+    assert refused.exit_code == 2, refused.output
+    assert "4096 tokens are more than the 512 positions" in " ".join(refused.output.split())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("given", "left"), [([1], "auto"), (0, "auto"), (1, 1), ("1/4", "1/4")])
+def test_layers_that_a_recipe_names_are_left_to_the_list(given: object, left: object) -> None:
+    window = Window(size=32, full_layers=given)  # type: ignore[arg-type]
+    assert budgeting._fitting(window, 512, None).full_layers == left
 
 
 def test_a_cache_type_alone_is_measured_and_nothing_is_published(

@@ -86,6 +86,20 @@ def test_a_converted_folder_is_compared_with_its_original(model: Path, texts: Pa
     assert require_finished(out, stated=STATED).files
 
 
+def test_windows_are_on_the_card(model: Path, texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    reading = ("--calibrate", texts / "train", "--tokens", 1024, "--measured-tokens", 256, "--full-layers", "0,")
+    written = retrofit("window", model, "--size", 32, *reading, "--out", out)
+    assert written.exit_code == 0, written.output
+    certify(out, texts, "--original", model)
+    card = " ".join((out / "README.md").read_text().split())
+    assert f"# {model.name}-w32" in card
+    assert "1 of its 2 layers look back a fixed number of tokens only" in card
+    assert "- windows of 32 tokens in layer 1; layer 0 sees everything." in card
+    assert "sliding-window-attention" in card
+    assert "unchanged" not in card
+
+
 def test_a_card_of_somebody_else_stays(folder: Path, texts: Path) -> None:
     (folder / "README.md").write_text("mine")
     refused = retrofit("certify", folder)

@@ -39,7 +39,7 @@ def test_windows_are_written_and_what_was_measured_is_on_record(qwen: Path, text
     result = retrofit("window", qwen, *READ, *text(texts), "--full-layers", 1, "--out", out)
     assert result.exit_code == 0, result.output
     assert "Round 1" in result.stdout
-    assert "see everything" in result.stdout
+    assert "sees everything" in result.stdout
     assert not out.with_name("out.work").exists()
     (step,) = json.loads((out / "retrofit.json").read_text())["steps"]
     found = step["result"]
@@ -94,8 +94,24 @@ def test_mistakes_are_told_before_anything_is_read(
 @pytest.mark.parametrize(
     ("family", "over", "options", "words"),
     [
-        ("phi", {}, (), "cannot be re-expressed as `granite_swa`"),
-        ("mixtral", {}, ("--target", "mistral"), "cannot be re-expressed"),
+        ("phi", {}, (), "has no sliding windows, and cannot become `granite_swa`: its norms subtract the mean"),
+        ("phi", {}, (), "choose a model that can have windows: gemma2, gemma3_text, granite, granite_swa, llama"),
+        ("mixtral", {}, ("--target", "mistral"), "in all of its layers or in none, and cannot become `ministral`"),
+        ("phi3", {}, (), "give every layer a window: --full-layers 0"),
+        ("qwen3", {}, ("--target", "granite_swa"), "leave --target out: it keeps its own architecture then"),
+        ("mistral", {"sliding_window": 32}, (), "every layer has a window of 32 tokens already"),
+        (
+            "mistral",
+            {"sliding_window": 48},
+            ("--full-layers", 1),
+            "at most 0 of the layers can stay full, not 1",
+        ),
+        (
+            "gemma2",
+            {"sliding_window": 48},
+            ("--full-layers", 2),
+            "not 2; the others have a window already",
+        ),
         ("gemma3_text", {}, ("--size", 16, "--full-layers", 0), "another position encoding"),
         ("gemma2", {"sliding_window": 24}, (), "already looks back 24 tokens only"),
         ("gemma2", {"sliding_window": 48}, ("--full-layers", "0,"), "layer 0 has a window already"),
@@ -108,7 +124,7 @@ def test_models_without_a_target_are_refused_by_name(
     result = retrofit("window", source, *READ, *text(texts), *options, "--out", tmp_path / "out")
     assert result.exit_code == 2, result.output
     assert words in result.output
-    assert family in result.output or family == "gemma2"
+    assert family in result.output or family in ("gemma2", "mistral")
     assert not (tmp_path / "out").exists()
 
 
@@ -161,6 +177,17 @@ def test_windows_that_a_model_has_become_shorter_where_they_are(texts: Path, tmp
     assert result.exit_code == 0, result.output
     assert windows_of(source) == [48, None]
     assert windows_of(tmp_path / "out") == [SIZE, None]
+
+
+def test_a_window_that_a_layer_has_already_is_no_full_layer(texts: Path, tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", "gemma2", num_hidden_layers=4, sliding_window=SIZE)
+    command = ("window", source, *READ, *text(texts), "--full-layers", "3,", "--out", tmp_path / "out")
+    result = retrofit(*command)
+    assert result.exit_code == 0, result.output
+    assert windows_of(tmp_path / "out") == [SIZE, SIZE, SIZE, None]
+    assert f"windows of {SIZE} tokens in layers 0-2; layer 3 sees everything" in result.stdout
+    assert "of 1 output projections" in result.stdout
+    assert result.output.count("`gemma2` has no sinks") == 2, "while it works, and with what was done"
 
 
 def test_a_command_that_was_stopped_again_and_again_ends_with_the_same_bytes(

@@ -22,6 +22,11 @@ KNOWN: tuple[str, ...] = tuple(sorted(_FAMILIES))
 """The supported `model_type`s."""
 
 
+def with_windows() -> tuple[str, ...]:
+    """The families whose own class holds sliding windows, in all of its layers or in some."""
+    return tuple(name for name in KNOWN if _FAMILIES[name].window != "none")
+
+
 def family_of(config: Any) -> Family:
     """The family of a configuration; raises UserError with the reason and the list of known ones when there is none."""
     name = str(getattr(config, "model_type", None) or "(no model_type)")

@@ -45,7 +45,7 @@ REASONS = {
     "olmo2": f"{_NORMED}, and norms behind its branches",
     "olmoe": f"{_NORMED}, and the weights of its experts do not add up to one",
     "phi": f"{_LAYER_NORM}, and attention and MLP stand side by side",
-    "phi3": "its query, key and value matrices are one, and only longrope lengthens its window",
+    "phi3": "its query, key and value matrices are one, and only longrope lengthens its context",
     "qwen2": _NO_EXPERTS,
     "qwen2_moe": "the weights of its experts do not add up to one, and a gate scales its shared expert",
     "qwen3": _NORMED,

@@ -24,6 +24,7 @@ from retrofit.workflow.windowing import (
     length_of,
     probed_tokens,
     require_sequences,
+    require_size,
     target_of,
     texts_of,
 )
@@ -74,20 +75,7 @@ class Window(Step):
         return check_calibration(self.section.calibration.in_sequences(length or shortest))
 
     def check(self, context: ModelContext) -> Iterable[str]:
-        size, native = self.section.size, context.native
-        if size >= native:
-            raise UserError(
-                f"a window of {size:,} tokens holds all of the model's {native:,} positions",
-                where="window.size",
-                fix=f"give at most {native // row_length(1):,}",
-            )
-        if row_length(size) > native:
-            raise UserError(
-                f"a window of {size:,} tokens is measured on sequences of {row_length(size):,}, and the model has "
-                f"{native:,} positions",
-                where="window.size",
-                fix=f"give at most {native // row_length(1):,}",
-            )
+        require_size(self.section.size, context.native)
         target = target_of(self.section, context.config, context.spec)
         after_windows(self.section, context.config, context.spec)
         require_sequences(self.section, length_of(self.section, context.native))
@@ -203,7 +191,7 @@ class Window(Step):
             report = WindowReport(
                 target=target.family,
                 size=section.size,
-                full_layers=tuple(sorted({layer.index for layer in source.spec.layers} - windows.windowed)),
+                full_layers=tuple(layer.index for layer in layers if layer.window is None),
                 rise=rise,
                 layers=tuple(layers),
                 choice=choice,
@@ -216,7 +204,7 @@ class Window(Step):
             if world.main:
                 write_config(folder, portable(read_config(folder)))
                 self.after(inputs.current.provenance, self.recorded(report)).write(folder)
-        context.note(*report.notes)
+        context.note(*fit.notes)  # the others were shown before
         return report
 
     def _in_target(self, source: ModelFolder, target: Target, context: ModelContext, place: Place) -> ModelFolder:
