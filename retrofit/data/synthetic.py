@@ -86,6 +86,11 @@ def synthetic_rows(
     return SyntheticRows(ids_NT, counted_NT)
 
 
+def require_room(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> None:
+    """UserError where rows of `length` tokens are too short for one of the tasks, found on a few rows of each."""
+    synthetic_rows(tokenizer, 4 * len(TASKS), length, seed)
+
+
 class _Filler:
     """Prose and code of one side of the built-in texts, as tokens."""
 
@@ -237,7 +242,7 @@ def _require_room(left: int, room: int) -> None:
         raise UserError(
             f"rows of {room + 1} tokens have no room for synthetic text",
             where="text source `synthetic`",
-            fix="use a longer sequence_length (512 tokens suffice)",
+            fix=f"use longer ones, for example sequence_length: {max(512, 2 * (room + 1))}, or leave `synthetic` out",
         )
 
 

@@ -55,6 +55,12 @@ def test_an_encoding_that_contradicts_itself(
     assert said in refused(recipe(context={"length": 1024, **context}))
 
 
+def test_rows_that_are_too_short_for_synthetic_text(recipe: Recipe, refused: Callable[..., str]) -> None:
+    said = " ".join(refused(recipe(), "--set", "recover.text=[synthetic]").split())
+    assert "rows of 64 tokens have no room for synthetic text" in said
+    assert "sequence_length: 512" in said
+
+
 def test_an_adapter_larger_than_the_layers(recipe: Recipe, refused: Callable[..., str]) -> None:
     assert "larger than the layers, which are 64 wide" in refused(recipe(), "--set", "recover.adapter.rank=65")
 

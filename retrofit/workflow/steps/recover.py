@@ -12,9 +12,10 @@ from retrofit.data.identity import identity, merged, require_distinct
 from retrofit.errors import UserError
 from retrofit.install import install_command
 from retrofit.model.families.experts import EXPERTS
-from retrofit.recipe.recovery import PROBE_MOST, PROBE_SHARE, TRIES, Tracker, distils, stages_of
+from retrofit.recipe.recovery import PROBE_MOST, PROBE_SHARE, TRIES, Tracker, distils, stages_of, text_lengths
 from retrofit.recipe.schema import Recipe, TextSource
 from retrofit.recipe.schema import Recover as Section
+from retrofit.recipe.values import SYNTHETIC
 from retrofit.recovery.layout import Layout, layout_of, sequence_engine, sizes_of, ulysses_note
 from retrofit.system.resume import ResumeKey
 from retrofit.system.world import World
@@ -123,6 +124,7 @@ class Recover(Step):
         from retrofit.data.long_rows import LONG_ROW, require_long_documents
         from retrofit.data.packing import CHARS_PER_TOKEN, training_rows
         from retrofit.data.sources import OURS
+        from retrofit.data.synthetic import require_room
         from retrofit.data.texts import require_known
 
         section, length = self.section, self.section.sequence_length
@@ -130,6 +132,9 @@ class Recover(Step):
         if length > max(context.original_model.spec.max_position_embeddings, LONG_ROW):
             require_long_documents(section.text, context.tokenizer, length, limit_chars=most)
         for source in section.text:
+            if source.source == SYNTHETIC:
+                for rows_of in sorted(text_lengths(section)):
+                    require_room(context.tokenizer, rows_of, self.recipe.seed)
             if source.source not in OURS:
                 check_dialogues(source, context.tokenizer, section.loss_on, limit_chars=most)
                 rows = training_rows(

@@ -116,8 +116,8 @@ class Window(Step):
         section, spec, facts = self.section, model.facts.spec, model.facts
         calibration, layers = section.calibration, len(spec.layers)
         full = how_many(section.full_layers, layers)
-        left = f"{full}" if full is not None else "so many as need it"
-        does = f"windows of {section.size:,} tokens in {layers} layers but {left}, on {calibration.tokens:,} tokens"
+        where = f"in {layers - full} of {layers} layers" if full is not None else "in layers that look back a short way"
+        does = f"windows of {section.size:,} tokens {where}, on {calibration.tokens:,} tokens"
         length = length_of(section, model.native)
         batch = min(calibration.tokens, 8192) * (24 * spec.hidden_size + 4 * model.layer_parameters // spec.hidden_size)
         layer = max(4 * spec.vocab_size * spec.hidden_size, 16 * model.layer_parameters)
