@@ -66,7 +66,10 @@ def run(
     json: Json = False,
     **options: Any,
 ) -> None:
-    """Run a recipe: convert, extend, recover, evaluate, publish. Run it again to go on after an interruption."""
+    """Run a recipe: convert, window, extend, recover, evaluate, publish.
+
+    Run it again to go on after an interruption.
+    """
     console = console_for(json)
     options |= {"out": out, "from_step": from_step, "no_cost": no_cost, "dry_run": dry_run}
     options["progress"] = console.progress

@@ -26,7 +26,7 @@ def add_to(app: typer.Typer) -> None:
     )
     def certify(
         folder: Annotated[
-            str, typer.Argument(metavar="FOLDER", help="What retrofit convert, extend or recover wrote.")
+            str, typer.Argument(metavar="FOLDER", help="What retrofit convert, window, extend or recover wrote.")
         ],
         original: Annotated[
             str | None,

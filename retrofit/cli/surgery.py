@@ -87,7 +87,7 @@ def add_to(app: typer.Typer) -> None:
         shared=True,
     )
     def extend(model: Model, out: Out, overwrite: Overwrite = False, json: Json = False, **options: Any) -> None:
-        """Write the model with a longer context window; only positions change, and with a factor the queries."""
+        """Write the model with a longer context; only positions change, and with a factor the queries."""
         console = console_for(json)
         _written(console, retrofit.extend(model, out=out, overwrite=overwrite, progress=console.progress, **options))
 

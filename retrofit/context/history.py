@@ -36,7 +36,7 @@ def history(text: Mapping[str, Any], view: RopeView, before: int, method: str, h
         if present == "longrope":
             fix += " with both lists"
         raise UserError(
-            f"The model's window is already extended by `{present}`; `{method}` on top would undo that",
+            f"The model's context is already extended by `{present}`; `{method}` on top would undo that",
             where=f"config.json: {view.where}",
             fix=f"{fix}, or start from the checkpoint before that extension",
         )
@@ -44,7 +44,7 @@ def history(text: Mapping[str, Any], view: RopeView, before: int, method: str, h
         raise UserError(
             f"The model is extended by `{kind}` but its original length is not recorded",
             where=f"config.json: {view.where}.original_max_position_embeddings",
-            fix="write the window it had before that extension there",
+            fix="write the context length it had before that extension there",
         )
     return (round(before / used) if known is None else known), used
 

@@ -116,6 +116,6 @@ def _generation(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator
     window, limit = text.get("max_position_embeddings"), settings.get("max_length")
     originals = [original_length(text, view.parameters) for view in views(text)]
     if is_whole(window) and is_number(limit) and limit < window and limit in originals:
-        what = f"generation stops at the {limit} tokens of the original window; the model claims {window}"
+        what = f"generation stops at the {limit} tokens of the original context length; the model claims {window}"
         fix = f'write "max_length": {window}'
         yield Finding("warning", "generation_config.json: max_length", what, fix, "generation-limit")

@@ -40,7 +40,7 @@ def extended(
     before = text.get("max_position_embeddings", text.get("n_positions"))
     if not is_whole(before) or not 1 <= before <= MOST_TOKENS:
         raise UserError(
-            f"The model's window is not a whole number of tokens: {shown(repr(before), 60)}",
+            f"The model's context length is not a whole number of tokens: {shown(repr(before), 60)}",
             where="config.json: max_position_embeddings",
             fix="write the number of tokens the model was trained with",
         )

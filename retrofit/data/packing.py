@@ -137,7 +137,7 @@ def spelled_tokens(kind: str, texts: Iterable[str], tokenizer: PreTrainedTokeniz
     found = Counter(match for text in texts for match in pattern.findall(text))
     if not found:
         return []
-    named = ", ".join(f"{shown(token, 40)} {count:,} times" for token, count in found.most_common(3))
+    named = ", ".join(f"{shown(token, 40)} {_times(count)}" for token, count in found.most_common(3))
     return [f"`{shown(kind)}` spells special tokens, which are read as such and not as text: {named}"]
 
 
@@ -254,3 +254,7 @@ def is_bare(
     if progress is not None and only is None:
         progress.note(f"{source.source}: a single document, used for training only; nothing of it is held out")
     return True
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count:,} times"

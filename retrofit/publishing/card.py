@@ -183,13 +183,13 @@ def _summary(card: CardInput) -> Markdown:
         tried = card.encodings_tried
         searched = f", the best of {tried} position encodings measured on this model" if tried else ""
         parts.append(
-            f"Its context window went from {card.native_length:,} to {card.claimed_length:,} tokens by "
+            f"Its context length went from {card.native_length:,} to {card.claimed_length:,} tokens by "
             f"{_ROPE[card.context_method]}{searched}{'' if _to_the_end(card) else f'; it was {_measured(card)}'}."
         )
     if card.recovery:
         parts.append(_training(card.recovery))
     changed = f"This is {base} after attention surgery." if base else "This checkpoint was made by attention surgery."
-    same = f"This is {base or 'a checkpoint'} with its weights and its context window unchanged."
+    same = f"This is {base or 'a checkpoint'} with its weights and its context length unchanged."
     plain = f"It is a plain {code_span(card.architecture)} checkpoint."
     return Markdown(" ".join([changed if parts else same, *parts, plain]))
 
@@ -222,7 +222,7 @@ def _longest(card: CardInput) -> int:
 
 
 def _to_the_end(card: CardInput) -> bool:
-    """Whether the window was measured to its end."""
+    """Whether the context length was measured to its end."""
     return _longest(card) >= card.claimed_length
 
 
@@ -231,7 +231,7 @@ def _measured(card: CardInput) -> str:
 
 
 def _heading(card: CardInput) -> str:
-    """The title, which may name the new window; where that was not measured to its end, how far it was."""
+    """The title, which may name the new context length; where that was not measured to its end, how far it was."""
     grew = card.claimed_length > card.native_length
     return card.title if not grew or _to_the_end(card) else f"{card.title} ({_measured(card)})"
 
@@ -287,7 +287,7 @@ def _limits(card: CardInput) -> list[str]:
     if card.effective and card.effective.length < card.claimed_length:
         limits.append(
             f"It is shown to use {card.effective.length:,} tokens of context, not the {card.claimed_length:,} of "
-            "its window."
+            "its context length."
         )
     if not card.effective or all(test.needle is None for test in card.effective.tests):
         limits.append("Perplexity at a long context does not show that the model finds a fact far back in its context.")

@@ -106,10 +106,10 @@ def task_table(card: CardInput) -> list[Markdown]:
             one = next((one for one in model.tasks if (one.task, one.metric) == place), None)
             missing = model.not_asked.get(score.task, 0)
             if one is None:
-                cells.append("not asked, its window is shorter" if missing else "–")
+                cells.append("not asked, its context is shorter" if missing else "–")
                 continue
             value = f"{one.value:.4g}" if one.stderr is None else f"{one.value:.4g} ± {one.stderr:.2g}"
-            cells.append(f"{value} (without {missing:,} that its window does not hold)" if missing else value)
+            cells.append(f"{value} (without {missing:,} that its context does not hold)" if missing else value)
         if score.chance is not None:
             cells[1] += f" (chance {score.chance:.4g})"
         if compared:

@@ -141,7 +141,7 @@ class RopeSettings(Section):
         "hold it, so that every engine computes it",
     )
     beta_fast: float | None = Field(
-        None, ge=1e-3, le=1e6, description="yarn: pairs that turn more often in the window are kept"
+        None, ge=1e-3, le=1e6, description="yarn: pairs that turn more often within the original length are kept"
     )
     beta_slow: float | None = Field(
         None, ge=1e-3, le=1e6, description="yarn: pairs that turn less often are divided by the scale"
@@ -166,14 +166,14 @@ class RopeSettings(Section):
 
 class Search(Section):
     """What `method: search` minimises, and for how long: tail loss at the new length + needle_weight x loss of the
-    answers about hidden facts + native_weight x what the loss up to the original window rises, in nats per token."""
+    answers about hidden facts + native_weight x what the loss up to the original length rises, in nats per token."""
 
     tokens: Annotated[int, Field(ge=1, le=MOST_READ), TOKEN_COUNT] | None = Field(
         None,
         description="budget of a search: what passes read, but a near-sighted one counts as a quarter; by default 12 x "
         "the length",
     )
-    native_weight: float = Field(1.0, ge=0, le=1e6, description="weight of the loss up to the original window")
+    native_weight: float = Field(1.0, ge=0, le=1e6, description="weight of the loss up to the original length")
     needle_weight: float = Field(0.1, ge=0, le=1e6, description="weight of the answers about hidden facts")
     portable: bool = Field(
         True,
@@ -189,7 +189,7 @@ class Search(Section):
 
 
 class Context(RopeSettings):
-    """A longer window: exactly one of `length` (tokens) and `factor` (times the present window).
+    """A longer context: exactly one of `length` (tokens) and `factor` (times the present length).
 
     Learned positions know the method `linear` only.
     """

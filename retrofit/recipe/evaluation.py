@@ -132,7 +132,7 @@ class Evaluate(Section):
         min_length=1,
         max_length=100,
         description="context lengths, or native, target, 1/2x: relative to the model's positions; by default those "
-        "of the default that the window holds",
+        "of the default that the context holds",
     )
     text: MeasuredTexts = Field(
         default_factory=lambda: text_mix("python-docs", "python-stdlib"), description="text to measure on"
@@ -176,7 +176,7 @@ class Evaluate(Section):
     ] = Field(
         (512, 2048),
         max_length=100,
-        description="lengths, cut to the window, at which prefill, decoding and memory are measured; [] skips it",
+        description="lengths, cut to the context, at which prefill, decoding and memory are measured; [] skips it",
     )
     decode_tokens: Tokens = Field(
         16, ge=0, le=8192, description="tokens decoded at each of `cost_lengths`, each round; 0 measures the prefill"

@@ -80,7 +80,7 @@ class Stage(Section):
     tokens: Tokens = Field(ge=1, le=MOST_READ, description="training tokens of this stage")
     length: AnyLength | None = Field(
         None,
-        description="the length that positions reach: with `pose` the window by default, with `full` that of the rows",
+        description="the length that positions reach: with `pose` the context by default, with `full` that of the rows",
     )
     sequence_length: AnyLength | None = Field(
         None,
@@ -98,10 +98,10 @@ class Stage(Section):
 
 
 class Recover(Section):
-    """Short adapter training that wins the quality back, and where asked for teaches a longer window.
+    """Short adapter training that wins the quality back, and where asked for teaches a longer context.
 
     With `positions: full` a row's tokens stand at 0, 1, 2, ...; with `pose` (arXiv 2309.10400) a row is cut into
-    `pose_chunks` chunks whose positions skip ahead at random, up to the length of the window, so that rows of
+    `pose_chunks` chunks whose positions skip ahead at random, up to the context length, so that rows of
     `sequence_length` tokens train long distances. One learning-rate schedule spans all stages, `tokens` is their sum,
     and every step reads as many. The original teaches rows that lie within its own window, also where their positions
     skip beyond it; longer rows are learned from the text (`loss: lm` of their stage).
@@ -118,7 +118,7 @@ class Recover(Section):
     )
     tokens: Tokens = Field(200_000, ge=1, le=MOST_READ, description="training tokens in all")
     sequence_length: AnyLength = Field(1024, description="tokens per row")
-    positions: Positions = Field("full", description="`pose`: short rows whose positions skip ahead up to the window")
+    positions: Positions = Field("full", description="`pose`: short rows whose positions skip ahead within the context")
     pose_chunks: int = Field(2, ge=2, le=65_536, description="with pose: chunks of a row")
     short_share: float = Field(
         0.35,
@@ -258,7 +258,7 @@ class Recover(Section):
 
 
 def stages_of(recover: Recover) -> tuple[Stage, ...]:
-    """The stages with what they leave out, one where there are none; `length` stays open where it is the window."""
+    """The stages with what they leave out, one where there are none; `length` stays open where it is the context."""
     given = recover.stages or (Stage(tokens=recover.tokens),)
     return tuple(_filled(recover, stage) for stage in given)
 

@@ -128,7 +128,8 @@ class Publish(Section):
         (), description="an engine that has to compute what transformers computes: it scores recorded documents"
     )
     engine_tokens: Length | None = Field(
-        None, description="tokens of a document that engines score; by default 256 more than the original window"
+        None,
+        description="tokens of a document that engines score; by default 256 more than the original length",
     )
     make_environments: bool = Field(
         False, description="make an environment for an engine that is not installed, in the cache"

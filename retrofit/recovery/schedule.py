@@ -99,7 +99,7 @@ def check_lengths(recipe: Recover, native: int, claimed: int) -> None:
             raise UserError(
                 f"a stage reaches {reach} positions, the model has {claimed}",
                 where=at,
-                fix=f"at most {claimed}, or extend the window first (context.length)",
+                fix=f"at most {claimed}, or extend the context first (context.length)",
             )
         if stage.positions == "pose" and reach <= rows:
             raise UserError(

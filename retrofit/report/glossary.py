@@ -40,7 +40,7 @@ _TEXTS: tuple[tuple[str, str], ...] = (
         "the longest measured context that the model is shown to use: at it and at every shorter measured one the end "
         "of the text is predicted as well as at the native length (set against the original, which reads the same "
         "tokens with its native context), the context beyond the native one lowers the loss of the same tokens, and a "
-        "fact put into the text is found nearly as often as within the native window.",
+        "fact put into the text is found nearly as often as within the native length.",
     ),
     (
         "Context gain",
@@ -93,12 +93,12 @@ _TEXTS: tuple[tuple[str, str], ...] = (
         "of neither differ from each other by more than the two models do.",
     ),
     (
-        "Window",
+        "Context length",
         "the number of tokens the model can read at once, prompt and answer together.",
     ),
     (
-        "Native window",
-        "the window of the model before this run.",
+        "Native context length",
+        "that of the model before this run.",
     ),
     (
         "Keys lost, values lost",

@@ -128,7 +128,7 @@ def _changes(run: RunData) -> tuple[tuple[str, str], ...]:
         rows.append(("Sliding windows", "; ".join(parts)))
     if longer := run.context:
         how = f"{fmt.count(longer.before)} → {fmt.count(longer.length)} tokens by `{longer.method}`"
-        rows.append(("Window", f"{how}, factor {fmt.plain(longer.factor)}"))
+        rows.append(("Context length", f"{how}, factor {fmt.plain(longer.factor)}"))
     if encodings.search_of(run):
         rows.append(("Position encoding", encodings.described(run)))
     if run.recovery:

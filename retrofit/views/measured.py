@@ -62,7 +62,7 @@ def evaluation(result: ModelEvaluation) -> Iterator[Part]:
         yield from _cost(result.cost)
     yield from tasks(result.tasks)
     for name, count in result.not_asked.items():
-        yield f"task {name}: {count:,} questions not asked, their prompts are longer than the window"
+        yield f"task {name}: {count:,} questions not asked, their prompts are longer than the context"
     if result.losses:
         yield f"token losses: {result.losses}"
     if result.long_context:
@@ -247,7 +247,7 @@ def _long_context(found: LongContext, seen: Mapping[str, Sequence[str]]) -> Iter
             ],
         )
     if found.not_asked:
-        yield f"not asked at {', '.join(f'{n:,}' for n in found.not_asked)} tokens: the window is shorter"
+        yield f"not asked at {', '.join(f'{n:,}' for n in found.not_asked)} tokens: the context is shorter"
     if found.effective:
         from retrofit.evaluation.metrics.effective import certificate
 

@@ -36,7 +36,7 @@ def run(result: RunResult) -> Iterator[Part]:
         yield from task_changes(title, (labels[0], last.label), last.task_changes)
         for model in result.models.values():
             for name, count in model.not_asked.items():
-                yield f"{model.label} was not asked {count:,} questions of {name}: its window is shorter"
+                yield f"{model.label} was not asked {count:,} questions of {name}: its context is shorter"
         knowledge = sentence(next(iter(result.models.values())).tasks, last.tasks, last.task_changes)
         if knowledge and last.task_changes:
             yield f"general knowledge: {knowledge}"
@@ -269,18 +269,18 @@ def _kept_out(layers: Sequence[Mapping[str, Any]], or_else: str = "") -> list[st
 
 
 def _search(found: Mapping[str, Any]) -> Iterator[Part]:
-    """The encodings that were compared over the whole window, the best first."""
+    """The encodings that were compared over the whole length, the best first."""
     last = [trial for trial in found["trials"] if trial["rung"] == found["winner"]["rung"]]
     yield Table(
         f"search: {len(found['trials'])} passes, {found['tokens_read']:,} tokens read (a budget of {found['read']:,}); "
-        "nats per token over the whole window",
-        ["encoding", "original window", "last tokens", "answers", "objective"],
+        "nats per token over the whole length",
+        ["encoding", "original length", "last tokens", "answers", "objective"],
         [
             (trial["label"], *(f"{trial[name]:.3f}" for name in ("native", "tail", "needle", "objective")))
             for trial in sorted(last, key=lambda trial: trial["objective"])
         ],
     )
-    yield f"before the extension, original window: {found['native']:.3f}"
+    yield f"before the extension, original length: {found['native']:.3f}"
 
 
 def recipes(result: tuple[RecipeEntry, ...]) -> Iterator[Part]:

@@ -392,7 +392,7 @@ def test_the_original_is_not_asked_prompts_that_its_window_does_not_hold(
     assert [row["questions"] for row in converted["tasks"]] == [4]
     assert [(row["metric"], row["questions"]) for row in converted["task_changes"]] == [("acc", 3)]
     assert "| 3 (1 not asked) |" in (out / "report.md").read_text()
-    assert "(without 1 that its window does not hold)" in (out / "final" / "README.md").read_text()
+    assert "(without 1 that its context does not hold)" in (out / "final" / "README.md").read_text()
     logs = {
         label: (out / "tasks" / label / "own_long.samples.jsonl").read_text().splitlines()
         for label in ("original", "converted")

@@ -145,7 +145,7 @@ def test_the_effective_length_is_told_with_what_shows_it() -> None:
     assert "finds a fact far back" not in text
     less = render_card(card_input(effective=effective("original")))
     assert "Not beyond, at 16384 tokens" in less
-    assert "It is shown to use 8,192 tokens of context, not the 16,384 of its window." in less
+    assert "It is shown to use 8,192 tokens of context, not the 16,384 of its context length." in less
     assert "Effective length" not in render_card(card_input())
 
 

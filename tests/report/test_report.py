@@ -44,7 +44,7 @@ def test_verdict_and_key_numbers() -> None:
     )
     shown = {number.label: (number.value, number.detail) for number in summary.key_numbers(data)}
     assert shown["KV cache"] == ("÷ 3", "3 → 1 KV heads, 360 MiB → 120 MiB at 16,384 tokens")
-    assert shown["Window"] == ("16,384", "tokens, was 8,192")
+    assert shown["Context length"] == ("16,384", "tokens, was 8,192")
     assert shown["Perplexity against the original, python-docs"] == ("1.5×", "10.4 → 15.6 at 8,192 tokens")
     assert shown["Decoding speed"] == (
         "1.18× to 1.23×", "tokens/s 20.1 → 23.8 after 512; 16.3 → 20.0 after 2,048 tokens",
@@ -56,13 +56,13 @@ def test_the_verdict_says_how_much_of_the_window_is_used() -> None:
     recovered = run().models[2]
     short = LongContext(8192, effective=replace(effective("recovered"), length=8192))
     data = run(models=(*run().models[:2], replace(recovered, long_context=short)))
-    said = "reads 16,384 tokens instead of 8,192; of its window of 16,384 tokens, 8,192 are shown to be used; its "
+    said = "reads 16,384 tokens instead of 8,192; of its context of 16,384 tokens, 8,192 are shown to be used; its "
     assert said in summary.verdict(data)
 
 
 def test_the_cache_is_computed_up_to_the_window() -> None:
     shown = dict(row[:2] for row in costs.memory(run()).rows)
-    assert "16,384 (the window)" in shown
+    assert "16,384 (the context length)" in shown
     assert "8,192" in shown
     (cache,) = (one for one in costs.figures(run()) if one.title == "Memory of the KV cache")
     assert "Computed from the configuration" in cache.caption
@@ -190,7 +190,7 @@ def test_any_part_may_be_missing(name: str) -> None:
 
 def test_verdicts_without_parts() -> None:
     assert summary.verdict(EMPTY) == (
-        "the model keeps its KV cache and its window; how well it predicts text was not compared."
+        "the model keeps its KV cache and its context length; how well it predicts text was not compared."
     )
     assert "was measured as it is" in summary.verdict(CASES["original only"])
     assert "not compared" in summary.verdict(CASES["without evaluate"])
@@ -248,7 +248,7 @@ def test_the_effective_length_stands_at_the_top_with_its_certificate_below(page:
     assert "saves 0.0410 nats a token on the same tokens (0.0310 to 0.0510)" in text
     assert not any("effective length" in one.lower() for one in summary.cautions(run()))
     less = run(models=(model("original", 3), replace(model("recovered", 1), long_context=long_context("original"))))
-    assert any("8,192 tokens, less than the window of 16,384. Stopped by" in one for one in summary.cautions(less))
+    assert any("8,192 tokens, less than the context of 16,384. Stopped by" in one for one in summary.cautions(less))
     bare = run(models=(model("original", 3), replace(model("recovered", 1), long_context=untested())))
     assert any("certified without: needle at 16384" in one for one in summary.cautions(bare))
 
@@ -454,7 +454,7 @@ def test_a_window_that_was_not_measured_to_its_end_is_not_claimed() -> None:
     data = run(claimed_length=65536)
     assert "is set to read 65,536 tokens instead of 8,192, measured up to 16,384" in summary.verdict(data)
     shown = {number.label: (number.value, number.detail) for number in summary.key_numbers(data)}
-    assert shown["Window"] == ("65,536", "tokens, was 8,192; measured up to 16,384")
+    assert shown["Context length"] == ("65,536", "tokens, was 8,192; measured up to 16,384")
     unmeasured = replace(CASES["without evaluate"], claimed_length=65536)
     assert "of which nothing was measured" in summary.verdict(unmeasured)
 

@@ -52,7 +52,7 @@ def test_an_extended_folder_alone_can_be_published(folder: Path, texts: Path) ->
     assert [step["step"] for step in record["steps"]] == ["extend"]
     assert record["metrics"]["ppl@256"] > 1
     card = (folder / "README.md").read_text()
-    assert "Its context window went from 512 to 1,024 tokens" in card
+    assert "Its context length went from 512 to 1,024 tokens" in card
     assert "retrofit run recipe.yaml --model tiny" in card
     assert "The base model is not known" in card
 

@@ -312,4 +312,4 @@ def test_the_original_is_not_asked_what_its_window_does_not_hold(
     report = (tmp_path / "run" / "report.md").read_text()
     assert "| 700 | not asked |" in report
     assert "| all | 700 | original | not asked |" in report
-    assert "`original` was not asked at 700 tokens: its window is shorter" in report
+    assert "`original` was not asked at 700 tokens: its context is shorter" in report

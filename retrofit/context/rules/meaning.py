@@ -62,9 +62,9 @@ def _original(facts: Facts) -> Iterator[Finding]:
             yield Finding("error", where, what, "keep one value in both places", "original-conflict")
         if original is None and kind in _NEEDS_ORIGINAL:
             what = f"`{kind}` without the original length: max_position_embeddings is taken for it, wrong frequencies"
-            yield Finding("error", where, what, "write the window before the extension", "original-missing")
+            yield Finding("error", where, what, "write the context length before the extension", "original-missing")
         elif original is None and kind in ("linear", "dynamic"):
-            what = f"`{kind}` without the original length: nobody can tell whether the window is enlarged already"
+            what = f"`{kind}` without the original length: nobody can tell whether the length is enlarged already"
             yield Finding("warning", where, what, "write it at the top level of config.json", "original-unknown")
 
 
@@ -87,9 +87,9 @@ def _window(facts: Facts) -> Iterator[Finding]:
             continue  # where its ramp lies, not what the window grew from: Llama 3.1 has 8 x 8192 beside 131072
         # vLLM derives yarn's window as original x factor; a claim above that was never scaled for.
         severity: Literal["error", "warning"] = "error" if window > factor * original and kind == "yarn" else "warning"
-        what = f"the window {window} is not factor x original = {factor:g} x {original} = {factor * original:g}"
+        what = f"the context length {window} is not factor x original = {factor:g} x {original} = {factor * original:g}"
         if original == window and factor > 1:
-            what += "; if the window is the enlarged one, the original length is lost and the frequencies are wrong"
+            what += "; if that is the enlarged one, the original length is lost and the frequencies are wrong"
         fix = "write the original length" if kind == "llama3" else "make the three agree"
         yield Finding(severity, where, what, fix, "window-mismatch")
 

@@ -138,7 +138,7 @@ def _keys(facts: Facts) -> Iterator[Finding]:
         factor = view.parameters.get("factor")
         if factor is not None and not (is_number(factor) and factor >= 1):
             what = f"factor is {quoted(factor)}, not a number of at least 1"
-            yield Finding("error", view.where, what, "write how many times longer the window is", "bad-factor")
+            yield Finding("error", view.where, what, "write how many times longer the context is", "bad-factor")
         low, high = view.parameters.get("low_freq_factor"), view.parameters.get("high_freq_factor")
         if kind == "llama3" and is_number(low) and is_number(high) and high <= low:
             what = f"high_freq_factor {high:g} is not above low_freq_factor {low:g}: the ramp runs backwards"

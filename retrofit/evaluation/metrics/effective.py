@@ -215,7 +215,7 @@ def yardstick(found: EffectiveLength) -> str:
         return ""
     who = "the original" if found.control == AGAINST_ORIGINAL else "the model"
     nothing = (
-        " That is not told from nothing: on so much of these texts a longer window can hardly be shown to help."
+        " That is not told from nothing: on so much of these texts a longer context can hardly be shown to help."
         if row.low <= 0
         else ""
     )

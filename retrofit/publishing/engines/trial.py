@@ -109,7 +109,7 @@ def try_engines(
     far = {name: distance(reference.rows, one.rows) for name, one in zip(controls, others, strict=True)}
     nearest = min(far, key=lambda name: far[name].largest)
     read = max(len(one.input_ids) for one in passages)
-    within = [f"within the original window alone, {read:,} tokens"] if read <= original < window else []
+    within = [f"within the original context length alone, {read:,} tokens"] if read <= original < window else []
     trials = []
     for name, found in environments.items():
         if progress:

@@ -66,7 +66,7 @@ def _perplexities(run: RunData) -> Iterator[Figure]:
             continue
         caption = _PERPLEXITY_CAPTION if index == 0 else ""
         if index == 0 and summary.grew(run):
-            caption += " Dotted lines: the original's window (native) and the new one."
+            caption += " Dotted lines: the original's context length (native) and the new one."
         yield Figure(
             "quality",
             f"Perplexity by context length: {kinds.kind_name(run, kind)}",

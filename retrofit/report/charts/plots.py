@@ -284,7 +284,7 @@ def encodings_tried(
     *,
     title: str = "",
 ) -> Picture:
-    """Loss beyond the original's at its window (x, nats) against loss of the last tokens (y, nats).
+    """Loss beyond the original's within its context length (x, nats) against loss of the last tokens (y, nats).
 
     earlier: small dots. last: (x, y, label, role); the roles `chosen` and `reference` are named in the chart.
     """
@@ -302,7 +302,7 @@ def encodings_tried(
                 written: dict[str, Any] = {"color": style.colour, "fontweight": "bold", "ha": "center"}
                 axes.annotate(named, (x, y), (0, above), textcoords="offset points", **written)
         axes.margins(x=0.12, y=0.14)
-        axes.set_xlabel("excess loss at the original window (nats)")
+        axes.set_xlabel("excess loss within the original length (nats)")
         axes.set_ylabel("loss of the last tokens (nats)")
 
     return picture(name, title, draw)

@@ -44,7 +44,7 @@ def number(run: RunData) -> list[Number]:
 
 
 def cautions(run: RunData) -> list[str]:
-    """A window that is longer than what is shown to be used, and tests that were not made."""
+    """A context length beyond what is shown to be used, and tests that were not made."""
     shown = run.final or run.original
     found = shown.effective if shown else None
     if found is None:
@@ -53,7 +53,7 @@ def cautions(run: RunData) -> list[str]:
     if run.claimed_length and found.length < run.claimed_length:
         why = f" Stopped by {found.stopped_by}. {yardstick(found)}".rstrip() if found.stopped_by else ""
         sentences.append(
-            f"The effective length is {fmt.count(found.length)} tokens, less than the window of "
+            f"The effective length is {fmt.count(found.length)} tokens, less than the context of "
             f"{fmt.count(run.claimed_length)}.{why}"
         )
     if found.not_tested:
@@ -62,7 +62,7 @@ def cautions(run: RunData) -> list[str]:
 
 
 def short_context(run: RunData) -> Iterator[Figure]:
-    """What the change cost within the original's window, paired token by token."""
+    """What the change cost within the original's context length, paired token by token."""
     rows = [
         (
             fmt.count(row.length),
@@ -79,7 +79,7 @@ def short_context(run: RunData) -> Iterator[Figure]:
         unit = next(row.unit for model in run.models for row in model.short_context)
         yield Figure(
             "quality",
-            "What it lost within the original's window",
+            "What it lost within the original's context length",
             "The same tokens before and after, over all texts: the ratio of the two perplexities with its 95% "
             f"interval, paired token by token (bootstrap over each {unit}). An interval that holds 1 does not show "
             "that nothing was lost: a loss of up to its upper end is compatible with the data.",
@@ -165,7 +165,7 @@ def _gains(models: Sequence[ModelEvaluation], seen: Mapping[str, tuple[str, ...]
 
 
 def _missing(model: ModelEvaluation, lengths: Iterable[int]) -> tuple[int, ...]:
-    """Those of `lengths` that the model was not asked at, as its window does not hold them."""
+    """Those of `lengths` that the model was not asked at, as its context does not hold them."""
     asked = set(model.long_context.not_asked) if model.long_context else set()
     return tuple(sorted(asked.intersection(lengths)))
 
@@ -175,7 +175,7 @@ def _unasked(models: Sequence[ModelEvaluation], lengths: Iterable[int]) -> str:
     lengths = tuple(lengths)
     found = [(model.label, missing) for model in models if (missing := _missing(model, lengths))]
     return "".join(
-        f" `{label}` was not asked at {', '.join(map(fmt.count, missing))} tokens: its window is shorter."
+        f" `{label}` was not asked at {', '.join(map(fmt.count, missing))} tokens: its context is shorter."
         for label, missing in found
     )
 

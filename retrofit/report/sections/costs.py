@@ -41,7 +41,7 @@ def memory(run: RunData) -> Table:
 
 
 def _named(run: RunData, length: int) -> str:
-    return f"{fmt.count(length)} (the window)" if length == run.claimed_length else fmt.count(length)
+    return f"{fmt.count(length)} (the context length)" if length == run.claimed_length else fmt.count(length)
 
 
 def _with_cache(run: RunData) -> list[ModelEvaluation]:

@@ -70,7 +70,7 @@ def figures(run: RunData) -> Iterator[Figure]:
         [(trial.excess, trial.tail, trial.label, marked.get(trial.label, "")) for trial in ranked],
         title=title,
     )
-    headers = ("encoding", "loss, original window", "excess there", "loss, last tokens", "loss, answers", "objective")
+    headers = ("encoding", "loss, original length", "excess there", "loss, last tokens", "loss, answers", "objective")
     yield Figure("search", title, caption, Table(headers, tuple(rows)), picture)
 
 

@@ -22,14 +22,14 @@ def title_of(run: RunData) -> str:
 
 
 def cache(run: RunData) -> CacheChange | None:
-    """How much smaller the KV cache of the whole window has become, and by what."""
+    """How much smaller the KV cache of the whole context length has become, and by what."""
     if run.original is None or run.final is None:
         return None
     return cache_change_of(run.original, run.final, run.claimed_length)
 
 
 def grew(run: RunData) -> bool:
-    """Whether the window became longer."""
+    """Whether the context length became longer."""
     return bool(run.native_length and run.claimed_length and run.claimed_length > run.native_length)
 
 
@@ -42,8 +42,8 @@ def verdict(run: RunData) -> str:
         at = f" at {fmt.count(shrunk.tokens)} tokens" if shrunk.windowed else ""
         changes.append(f"has a {fmt.times(shrunk.ratio)} smaller KV cache{at}{parts}")
     if grew(run):
-        changes.append(_window(run))
-    changed = " and ".join(changes) if changes else "keeps its KV cache and its window"
+        changes.append(_length(run))
+    changed = " and ".join(changes) if changes else "keeps its KV cache and its context length"
     name = title_of(run)
     if run.final is None and run.original is not None:
         return f"{name} was measured as it is; nothing was changed."
@@ -52,8 +52,8 @@ def verdict(run: RunData) -> str:
     return f"{name} {'now ' if changes else ''}{changed}; {'; '.join(filter(None, sentences))}."
 
 
-def _window(run: RunData) -> str:
-    """The new window; where it was not measured to its end, also how far it was."""
+def _length(run: RunData) -> str:
+    """The new context length; where it was not measured to its end, also how far it was."""
     claimed, native = fmt.count(run.claimed_length), fmt.count(run.native_length)
     if measured_to_the_end(run):
         return f"reads {claimed} tokens instead of {native}"
@@ -61,21 +61,21 @@ def _window(run: RunData) -> str:
 
 
 def measured_to_the_end(run: RunData) -> bool:
-    """Whether the longest length measured is the window."""
+    """Whether the longest length measured is the context length."""
     return not run.claimed_length or (run.longest or 0) >= run.claimed_length
 
 
 def measured_up_to(run: RunData) -> str:
-    """How far the window was measured."""
+    """How far the context length was measured."""
     return f"measured up to {fmt.count(run.longest)}" if run.longest else "of which nothing was measured"
 
 
 def _used(run: RunData) -> str:
-    """How much of the window is certified to be used, where that is less than all of it."""
+    """How much of the context length is certified to be used, where that is less than all of it."""
     found = run.final.effective if run.final else None
     if found is None or not run.claimed_length or found.length >= run.claimed_length:
         return ""
-    return f"of its window of {fmt.count(run.claimed_length)} tokens, {fmt.count(found.length)} are shown to be used"
+    return f"of its context of {fmt.count(run.claimed_length)} tokens, {fmt.count(found.length)} are shown to be used"
 
 
 def _costs(run: RunData) -> str:
@@ -106,7 +106,7 @@ def key_numbers(run: RunData) -> tuple[Number, ...]:
         detail = f"tokens, was {fmt.count(run.native_length)}" if grew(run) else "tokens, unchanged"
         if grew(run) and not measured_to_the_end(run):
             detail += f"; {measured_up_to(run)}"
-        numbers.append(Number("Window", fmt.count(run.claimed_length), detail))
+        numbers.append(Number("Context length", fmt.count(run.claimed_length), detail))
     if run.head_length and before and after:
         for kind in run.kinds:
             old, new = before.row(kind, run.head_length), after.row(kind, run.head_length)
@@ -122,12 +122,12 @@ def key_numbers(run: RunData) -> tuple[Number, ...]:
 
 
 def past_native(run: RunData) -> bool:
-    """Whether something was measured past the window the original was made for."""
+    """Whether something was measured past the context length the original was made for."""
     return bool(run.native_length and run.lengths and run.lengths[-1] > run.native_length)
 
 
 def _beyond(run: RunData) -> list[Number]:
-    """The final model at the longest length, where that lies past the original's window."""
+    """The final model at the longest length, where that lies past the original's context length."""
     if run.final is None or not run.kinds or not past_native(run):
         return []
     kind, length = (ALL if ALL in run.kinds else run.kinds[0]), run.lengths[-1]
@@ -135,7 +135,7 @@ def _beyond(run: RunData) -> list[Number]:
     before = run.original.row(kind, length) if run.original else None
     if after is None:
         return []
-    detail = f"the original, past its window: {fmt.number(before.ppl)}" if before else kinds.kind_name(run, kind)
+    detail = f"the original, past its context: {fmt.number(before.ppl)}" if before else kinds.kind_name(run, kind)
     return [Number(f"Perplexity at {fmt.count(length)} tokens", fmt.number(after.ppl), detail)]
 
 
@@ -164,8 +164,10 @@ def cautions(run: RunData) -> tuple[str, ...]:
         sentences += filter(None, [served_with(run.final.kv_cache_dtype)])
     sentences += kinds.cautions(run)
     if grew(run) and not measured_to_the_end(run):
-        window = fmt.count(run.claimed_length)
-        sentences.append(f"The new window of {window} tokens was not measured to its end: {measured_up_to(run)}.")
+        claimed = fmt.count(run.claimed_length)
+        sentences.append(
+            f"The new context length of {claimed} tokens was not measured to its end: {measured_up_to(run)}."
+        )
     sentences += tasks.cautions(run)
     sentences += context_use.cautions(run)
     held = [loss for _, _, loss in run.training if loss is not None]

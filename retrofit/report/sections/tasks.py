@@ -110,7 +110,7 @@ def _unasked(run: RunData) -> str:
     labels = [f"`{model.label}`" for model in run.models if model.not_asked]
     if not labels:
         return ""
-    whose = f"{' and '.join(labels)}, whose window is shorter"
+    whose = f"{' and '.join(labels)}, whose context is shorter"
     return f" What a window does not hold was not asked of {whose}; pairs are of the questions that both answered."
 
 
