@@ -68,8 +68,11 @@ def parse_dialogue(row: Mapping[str, object], keys: Sequence[str], where: str) -
 def _dialogue(row: Mapping[str, object], keys: Sequence[str], where: str) -> Dialogue:
     missing = [key for key in keys if row.get(key) is None]
     if missing:
+        key, names = missing[0], ", ".join(map(str, row))
         raise UserError(
-            f"no key `{shown(missing[0], 40)}`; there are: {shown(', '.join(map(str, row)), 200) or 'none'}",
+            f"`{shown(key, 40)}` holds nothing (null)"
+            if key in row
+            else f"no key `{shown(key, 40)}`; there are: {shown(names, 200) or 'none'}",
             where=where,
             fix=f"give every row of the file {' and '.join(f'`{shown(key, 40)}`' for key in keys)}",
         )

@@ -95,6 +95,7 @@ def test_system_turns_tools_and_further_keys_survive(tmp_path: Path) -> None:
         ({"messages": ["hello"]}, "turn 1 is str, not an object"),
         ({"messages": "hello"}, "`messages` holds str, not a list of turns"),
         ({"text": "hello"}, "no key `messages`; there are: text"),
+        ({"messages": None}, "`messages` holds nothing"),
         ({**GOOD, "tools": "[{"}, "`tools` is text that is no JSON"),
         ({**GOOD, "tools": [1]}, "`tools` is no list of objects"),
         ({"messages": [{"role": "user", "content": "a", "tool_calls": []}]}, "`tool_calls` of turn 1 is no list"),
