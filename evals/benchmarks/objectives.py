@@ -35,36 +35,48 @@ TOKENS = 16_384
 PIECES, LENGTH = 4, 1024  # scored of each kind of text
 KINDS = ("novels", "documentation", "code", "own samples")
 OWN, COOLER, UNREAD, DOCS, CODE = "own.jsonl", "own-cooler.jsonl", "own-unread.jsonl", "python-docs", "python-stdlib"
-LONG = "own-cooler-long.jsonl"
+LONG, OPENED, OPENED_LONG = "own-cooler-long.jsonl", "own-opened.jsonl", "own-opened-long.jsonl"
+HALF_OPENED = "own-half-opened.jsonl"
 MIXED = {OWN: 2.0, DOCS: 1.0, CODE: 1.0}
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What the original writes, to train on or to score: how much of it, how."""
+    """What the original writes, to train on or to score: how much of it, how. opened: share begun by `openings`."""
 
     side: Literal["train", "held_out"]
     tokens: int
     temperature: float = 1.0
+    opened: float = 0.0
 
 
 SAMPLES = {
     OWN: Samples("train", 2 * TOKENS),
     UNREAD: Samples("held_out", 2 * PIECES * LENGTH),
     COOLER: Samples("train", 2 * TOKENS, temperature=0.8),
+    OPENED: Samples("train", 2 * TOKENS, opened=1.0),
+    HALF_OPENED: Samples("train", 2 * TOKENS, opened=0.5),
+    OPENED_LONG: Samples("train", 6 * TOKENS, opened=1.0),
     LONG: Samples("train", 6 * TOKENS, temperature=0.8),
 }
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table. recover: what differs from the baseline; text: {source: weight}."""
+    """A row of the table. recover: what differs from the baseline; text: {source: weight}; start: the conversion."""
 
     words: str
     recover: dict[str, Any] = field(default_factory=dict)
     text: dict[str, float] = field(default_factory=lambda: dict(MIXED))
     tokens: int = TOKENS
+    start: str = "converted"
 
+
+CONVERSIONS: dict[str, dict[str, Any]] = {
+    "converted": {"tokens": CALIBRATION, "calibrate": [DOCS, CODE]},
+    "converted-usual": {},
+}
+"""{name: options of `convert`}: on few tokens, as the demo does, and by its defaults."""
 
 VARIANTS = {
     "forward": Variant("the baseline: forward KL, LoRA rank 64, rows of 1,024 tokens, half own samples"),
@@ -78,6 +90,14 @@ VARIANTS = {
     "own-256": Variant("own samples alone, rows of 256 tokens", {"sequence_length": 256}, {OWN: 1.0}),
     "cooler-256": Variant(
         "own samples at temperature 0.8 alone, rows of 256 tokens", {"sequence_length": 256}, {COOLER: 1.0}
+    ),
+    "opened-256": Variant(
+        "own samples alone, begun by `openings`, rows of 256 tokens", {"sequence_length": 256}, {OPENED: 1.0}
+    ),
+    "mixed-opened-256": Variant(
+        "half own samples, half of those begun by `openings`, rows of 256 tokens",
+        {"sequence_length": 256},
+        {HALF_OPENED: 2.0, DOCS: 1.0, CODE: 1.0},
     ),
     "rank-16": Variant(
         "rows of 256 tokens, LoRA rank 16 instead of 64", {"sequence_length": 256, "adapter": {"rank": 16}}
@@ -93,6 +113,13 @@ VARIANTS = {
         {LONG: 3.0, CODE: 1.0},
         500_000,
     ),
+    "no-prose-usual": Variant(
+        "the default conversion; half of the own samples at temperature 1 and begun by `openings`, else the same",
+        {"sequence_length": 512, "checkpoints": 20, "allow_repeats": True},
+        {LONG: 1.5, OPENED_LONG: 1.5, CODE: 1.0},
+        500_000,
+        start="converted-usual",
+    ),
 }
 
 
@@ -104,14 +131,14 @@ def main() -> None:
     short = [name for name, variant in VARIANTS.items() if variant.tokens == TOKENS]
     parser.add_argument("--variants", default=",".join(short))
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--child", help="one variant, `original` or `converted`, in this process")
+    parser.add_argument("--child", help="one variant, `original` or a conversion, in this process")
     options = parser.parse_args()
     if options.child:
         result = measured(options, options.child)
         result_file(options, options.child).write_text(json.dumps(result) + "\n", encoding="utf-8")
         return
     options.work.mkdir(parents=True, exist_ok=True)
-    for name in ("original", "converted", *options.variants.split(",")):
+    for name in ("original", *CONVERSIONS, *options.variants.split(",")):
         if not result_file(options, name).exists():
             command = [sys.executable, "-m", "evals.benchmarks.objectives", "--child", name]
             command += ["--books", str(options.books), "--work", str(options.work)]
@@ -119,7 +146,7 @@ def main() -> None:
             if done.returncode:
                 sys.exit(f"{' '.join(command)}: exit status {done.returncode}")
             print(result_file(options, name).read_text("utf-8"), flush=True)
-    known = [name for name in ("original", "converted", *VARIANTS) if result_file(options, name).exists()]
+    known = [name for name in ("original", *CONVERSIONS, *VARIANTS) if result_file(options, name).exists()]
     rows = {name: json.loads(result_file(options, name).read_text("utf-8")) for name in known}
     (options.out / "objectives.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (options.out / "objectives.md").write_text(table(rows), encoding="utf-8")
@@ -143,8 +170,8 @@ def measured(options: argparse.Namespace, name: str) -> dict[str, Any]:
     trained: dict[str, Any] = {}
     if name == "original":
         folder = original
-    elif name == "converted":
-        folder = opened(converted(options.work))
+    elif name in CONVERSIONS:
+        folder = opened(converted(options.work, name))
     else:
         folder, trained = train(options, VARIANTS[name], name, original)
     return {**trained, **scores(folder, pieces(options.books, options.work, original))}
@@ -154,25 +181,27 @@ def write_samples(work: Path, name: str, original: ModelFolder) -> None:
     """The original's own samples as a file in `work`, unless it is there."""
     from retrofit.data.samples import OwnSamples, Teacher
     from retrofit.recipe.schema import TextSource
+    from retrofit.recipe.values import OPENINGS, OWN_SAMPLES
 
     if (work / name).exists():
         return
     wanted = SAMPLES[name]
     teacher = Teacher(original, tokens=wanted.tokens, held_out=wanted.tokens)
-    samples = OwnSamples(teacher, TextSource(source="self", temperature=wanted.temperature), wanted.side)
+    begun = {"prompts": [OPENINGS], "prompt_share": wanted.opened} if wanted.opened else {}
+    source = TextSource.model_validate({"source": OWN_SAMPLES, "temperature": wanted.temperature, **begun})
+    samples = OwnSamples(teacher, source, wanted.side)
     samples.write()
     lines = [json.dumps({"text": text}) + "\n" for _, text in samples.documents()]
     (work / name).write_text("".join(lines), encoding="utf-8")
 
 
-def converted(work: Path) -> Path:
-    """SmolLM2 with one KV head instead of three; made on first use."""
+def converted(work: Path, name: str = "converted") -> Path:
+    """SmolLM2 with one KV head instead of three, by one of the conversions; made on first use."""
     import retrofit
 
-    out = work / "converted"
+    out = work / name
     if not out.exists():
-        text = [DOCS, CODE]
-        retrofit.convert(MODEL, kv_heads=1, tokens=CALIBRATION, calibrate=text, out=out)
+        retrofit.convert(MODEL, kv_heads=1, out=out, **CONVERSIONS[name])
     return out
 
 
@@ -184,13 +213,14 @@ def train(
     from retrofit.recovery.train import recover
 
     section, rows, held_out = rows_of(options.work, variant, original)
-    student = opened(converted(options.work))
+    student = opened(converted(options.work, variant.start))
     out = options.work / f"{name}-trained"
     out.mkdir(exist_ok=True)
     work = options.work / f"{name}-work"
-    done = max((int(folder.name.rpartition("-")[2]) for folder in work.glob("checkpoint-*")), default=0)
+    before = _checkpoints(work)
     began, cpu = time.monotonic(), time.process_time()
     report = recover(student, original, out, section, rows, held_out, work_dir=work)
+    done = max((steps for steps, _ in before & _checkpoints(work)), default=0)  # those that a stopped training left
     told = {
         "seconds": time.monotonic() - began,
         "cpu_seconds": time.process_time() - cpu,
@@ -203,6 +233,11 @@ def train(
         "trained_parameters": report.trained_parameters,
     }
     return opened(out), told
+
+
+def _checkpoints(work: Path) -> set[tuple[int, int]]:
+    """(steps, time of writing) of the states that a training can go on from."""
+    return {(int(one.name.rpartition("-")[2]), one.stat().st_mtime_ns) for one in work.glob("checkpoint-*")}
 
 
 def rows_of(work: Path, variant: Variant, original: ModelFolder) -> tuple[Recover, Packed, Packed | None]:
@@ -295,6 +330,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         f"|---|---:|---:|---:|{'---:|' * len(KINDS)}---:|",
     ]
     names = {"original": "the original", "converted": "converted, not trained"}
+    names["converted-usual"] = "converted by default (49,152 tokens, a third own samples), not trained"
     names |= {name: variant.words for name, variant in VARIANTS.items()}
     for name, row in rows.items():
         ratios = [math.exp(row["losses"][kind] - before["losses"][kind]) for kind in KINDS]

@@ -4,6 +4,7 @@ Two corpora come with every Python: `python-docs` is the interpreter's own refer
 `python-stdlib` the source of the standard library. Near-duplicates (a topic that is an excerpt of another, two copies
 of one class) fall on the same side of the split, and the split depends on names alone, so it is the same in every
 process. `short-prose` is five short pieces written for this project. All of it is held out: no step reads any.
+`openings` are first lines written for this project, of many kinds of text, for samples of a model to begin with.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from typing import Literal
 
 from retrofit.data.dialogues import Dialogue
 from retrofit.errors import UserError
-from retrofit.recipe.values import SHORT_PROSE
+from retrofit.recipe.values import OPENINGS, SHORT_PROSE
 
 Split = Literal["train", "held_out", "all"]
 MarksOf = Callable[[str], frozenset[str]]
 
 OF_PYTHON = ("python-docs", "python-stdlib")
-BUILT_IN = (*OF_PYTHON, SHORT_PROSE)
+BUILT_IN = (*OF_PYTHON, SHORT_PROSE, OPENINGS)
 DOCS_HELD_OUT = 0.36  # of the characters: one joined document of more than 16k tokens
 STDLIB_HELD_OUT = 0.10
 LONG_CHARS = 80_000  # a source file of 16k tokens or more
@@ -36,6 +37,8 @@ OVERLAP = 0.15  # share of the shorter text's marks that makes two texts one gro
 EXCERPT = 0.8  # share of a text's marks found in one longer text that makes it an excerpt of it
 COMMON = 40  # a mark that more documents than this share (a license header) says nothing
 _PROSE = Path(__file__).with_name("short_prose.txt")
+_OPENINGS = Path(__file__).with_name("openings.txt")
+OPENINGS_HELD_OUT = 0.25
 SKIPPED_PARTS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "encodings", "__pycache__"}
 )
@@ -61,10 +64,7 @@ def built_in_texts(source: str, split: Split) -> Iterator[Text]:
     `short-prose`.
     """
     texts, held_out = _corpus(source)
-    if source == SHORT_PROSE:
-        yield from (Text(name, source, text) for name, text in select(texts, held_out, split).items())
-        return
-    if source == "python-stdlib":
+    if source != "python-docs":
         yield from (Text(name, source, text) for name, text in select(texts, held_out, split).items())
         return
     if split in ("train", "all"):
@@ -85,7 +85,7 @@ def built_in_digest(source: str) -> str:
 @functools.cache
 def built_in_bytes(source: str) -> int:
     """About how many bytes a built-in corpus has to train on; 0 where there are none. Files are not read."""
-    if source == SHORT_PROSE:
+    if source in (SHORT_PROSE, OPENINGS):
         return 0
     if source == "python-stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -104,6 +104,9 @@ def _corpus(source: str) -> tuple[Mapping[str, str], frozenset[str]]:
     if source == SHORT_PROSE:
         name = "five pieces, joined"
         return {name: _PROSE.read_text(encoding="utf-8")}, frozenset({name})
+    if source == OPENINGS:
+        lines = {f"opening {n}": line for n, line in enumerate(_OPENINGS.read_text("utf-8").splitlines(), 1)}
+        return lines, frozenset(list(lines)[round(len(lines) * (1 - OPENINGS_HELD_OUT)) :])
     if source == "python-stdlib":
         texts = stdlib_texts()
         return texts, stdlib_held_out(texts)

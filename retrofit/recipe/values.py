@@ -168,8 +168,9 @@ class PromptSource(Section):
 
     source: Word = Field(
         description="`python-docs`, `python-stdlib`, `short-prose` (to measure on: no step may read it), `self` (the "
-        "original model's own samples), `synthetic` (questions that only a far context answers, to train on), a text, "
-        "JSONL or parquet file, a folder of such files, or `hub:DATASET[:CONFIG]`; rows may be dialogues"
+        "original model's own samples), `synthetic` (questions that only a far context answers, to train on), "
+        "`openings` (first lines of many kinds of text, for samples to begin with), a text, JSONL or parquet file, a "
+        "folder of such files, or `hub:DATASET[:CONFIG]`; rows may be dialogues"
     )
     weight: float = Field(1.0, ge=1e-6, le=1e6, description="its share of a mix")
     field: Word = Field(
@@ -191,6 +192,8 @@ SYNTHETIC = "synthetic"
 """The source of texts that are made for a training, in rows of its length."""
 SHORT_PROSE = "short-prose"
 """The source of short prose that is kept unseen."""
+OPENINGS = "openings"
+"""The source of first lines of many kinds of text, which samples begin with."""
 _OF_OWN_SAMPLES = ("tokens", "temperature", "top_p", "prompts", "prompt_share")
 
 
@@ -243,6 +246,13 @@ def text_mix(*names: str) -> tuple[TextSource, ...]:
 
 
 _UNSEEN = f"`{SHORT_PROSE}` is kept unseen, to measure on: only `evaluate.text` may name it"
+_FIRST_LINES = f"`{OPENINGS}` are first lines alone: only `prompts` of the source `{OWN_SAMPLES}` may name them"
+
+
+def _of_whole_texts(sources: tuple[TextSource, ...]) -> tuple[TextSource, ...]:
+    if any(source.source == OPENINGS for source in sources):
+        raise ValueError(_FIRST_LINES)
+    return sources
 
 
 def _of_documents(sources: tuple[TextSource, ...]) -> tuple[TextSource, ...]:
@@ -257,7 +267,7 @@ def _to_learn_from(sources: tuple[TextSource, ...]) -> tuple[TextSource, ...]:
     return sources
 
 
-_Sources = Annotated[tuple[TextSource, ...], Field(min_length=1, max_length=1000)]
+_Sources = Annotated[tuple[TextSource, ...], Field(min_length=1, max_length=1000), AfterValidator(_of_whole_texts)]
 TrainingTexts = Annotated[_Sources, AfterValidator(_to_learn_from)]
 Texts = Annotated[TrainingTexts, AfterValidator(_of_documents)]
 MeasuredTexts = Annotated[_Sources, AfterValidator(_of_documents)]

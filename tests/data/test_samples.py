@@ -191,6 +191,15 @@ def test_prompts_come_by_weight_and_begin_alike_whatever_their_number(tmp_path: 
     assert choose_prompts({}, count=7, seed="0") == ()
 
 
+def test_openings_are_prompts_without_any_text_of_the_users() -> None:
+    sources = own(prompts=["openings"]).prompts
+    ((_, train),) = read_prompts(sources, "train", tiny_tokenizer()).items()
+    ((_, held_out),) = read_prompts(sources, "held_out", tiny_tokenizer()).items()
+    assert train and held_out and not {*train} & {*held_out}
+    assert check_sources([own(prompts=["openings"])]) == ()
+    assert identity([own(prompts=["openings"])]) != identity([own()])
+
+
 def test_dialogues_give_the_users_first_question_and_the_start_of_an_answer(tmp_path: Path) -> None:
     turns = [("system", "Be brief."), ("user", "What is it?"), ("assistant", "A test."), ("user", "Why?")]
     every = [*turns, ("assistant", "So.")]

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from retrofit.data.corpora import built_in_texts
+from retrofit.data.prompts import first_lines
 from retrofit.data.seen import kinds_read, seen
 from retrofit.recipe.load import load_recipe
 from retrofit.recipe.schema import Evaluate, Recipe, TextSource
@@ -61,6 +62,17 @@ def test_short_prose_is_long_enough_to_measure_and_can_only_be_measured() -> Non
         {"convert": {"kv_heads": 1, "calibration": {"text": [own]}}},
     ):
         with pytest.raises(ValidationError, match=r"only `evaluate\.text` may name it"):
+            Recipe.model_validate({"name": "x", **refused})
+
+
+def test_openings_are_first_lines_of_their_own_side_and_no_text() -> None:
+    train, held_out = ({text.text for text in built_in_texts("openings", side)} for side in ("train", "held_out"))
+    assert len(train) > 100 and len(held_out) > 30 and not train & held_out
+    every = [text.text for text in built_in_texts("openings", "all")]
+    assert len(every) == len(train) + len(held_out)
+    assert [line for text in every for line in first_lines(text)] == every  # none is too short or cut
+    for refused in ({"recover": {"text": ["openings"]}}, {"evaluate": {"text": ["openings"]}}):
+        with pytest.raises(ValidationError, match=r"only `prompts` of the source `self` may name them"):
             Recipe.model_validate({"name": "x", **refused})
 
 
