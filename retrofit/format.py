@@ -45,6 +45,11 @@ def amount(value: float, unit: str) -> str:
     return nbytes(value) if unit == "B" else f"{count(value)} {unit}".rstrip()
 
 
+def enumerated(parts: Sequence[str]) -> str:
+    """At least one thing in a sentence: "a", "a and b", "a, b and c"."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
 def heads(count: int) -> str:
     """ "1 KV head", "2 KV heads"."""
     return f"{count} KV head{'' if count == 1 else 's'}"

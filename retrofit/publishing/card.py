@@ -34,6 +34,7 @@ from retrofit.publishing.card_tables import (
 )
 from retrofit.publishing.identity import unknown_lines
 from retrofit.publishing.snippet import NEWER, TRANSFORMERS
+from retrofit.recipe.values import OWN_SAMPLES
 
 _METHODS = {
     "first": "the first head of each group was kept",
@@ -196,18 +197,21 @@ def _summary(card: CardInput) -> Markdown:
 
 def _training(done: Recovery) -> Markdown:
     """What the training was, and whether the weights are its last ones, earlier ones, or those from before it."""
-    named = [markdown(name_of(source)) for source in done.sources]
+    named = ["the original's own samples" if one == OWN_SAMPLES else markdown(name_of(one)) for one in done.sources]
     how = [f"a learning rate of {done.learning_rate:.2g}"] if done.learning_rate else []
     how += [f"{fmt.count(done.tokens_per_second)} tokens/s on the machine of the run"] if done.tokens_per_second else []
     step, steps = done.kept or (0, 0)
     merged = ", merged into the weights" if step or not steps else ""
     text = (
-        f"To win quality back it was {_LOSSES[done.loss]} for {done.tokens:,} tokens of {' and '.join(named)}, "
+        f"To win quality back it was {_LOSSES[done.loss]} for {done.tokens:,} tokens of {fmt.enumerated(named)}, "
         f"through LoRA adapters of rank {done.rank}{merged}{', at ' if how else ''}{' and '.join(how)}."
     )
     if done.passages:
         before, after = map(fmt.number, done.passages)
-        text += f" The loss of passages that come again from out of sight went from {before} to {after} nats per token."
+        text += (
+            " On held-out passages that come again from out of sight, the loss that was trained on went from "
+            f"{before} to {after} nats per token."
+        )
     if step == steps:
         return Markdown(text)
     if not step:

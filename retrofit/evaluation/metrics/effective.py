@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from retrofit.evaluation.metrics.bootstrap import MIN_DOCUMENTS, ratio_interval
 from retrofit.evaluation.metrics.longppl import ContextGain
 from retrofit.evaluation.metrics.perplexity import perplexity, tail
+from retrofit.format import enumerated
 
 if TYPE_CHECKING:
     import numpy as np
@@ -196,7 +197,7 @@ def certificate(found: EffectiveLength) -> str:
     else:
         shorter = [test.length for test in found.tests if test.length < good.length]
         also = f"; so do all shorter measured ones ({', '.join(f'{n:,}' for n in shorter)})" if shorter else ""
-        sentences.append(f"{good.length:,} tokens pass: {_and(_passed(good, found))}{also}.")
+        sentences.append(f"{good.length:,} tokens pass: {enumerated(_passed(good, found))}{also}.")
     if found.stopped_by:
         sentences.append(f"Not beyond, at {found.stopped_by}.")
     elif found.tests:
@@ -241,10 +242,6 @@ def _passed(test: LengthTests, found: EffectiveLength) -> list[str]:
         needed = f", {test.needle_bound:.2f} are needed" if test.needle_bound is not None else ""
         reasons.append(f"{test.needle:.2f} of the needle's tokens are found{needed}")
     return reasons or [f"it lies within the native length of {found.native:,}, which is taken as given"]
-
-
-def _and(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 @dataclass(frozen=True)

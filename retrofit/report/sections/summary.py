@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from retrofit import format as fmt
 from retrofit.evaluation.cache_change import CacheChange, cache_change_of, divided
 from retrofit.evaluation.metrics.perplexity import ALL, Row
@@ -91,7 +89,7 @@ def _costs(run: RunData) -> str:
         f"{fmt.times(value)}{of} on {kinds.unseen_name(run, kind)}"
         for (kind, value), of in zip(found, whose, strict=False)
     ]
-    return f"its perplexity at {fmt.count(length)} tokens is {_and(parts)}"
+    return f"its perplexity at {fmt.count(length)} tokens is {fmt.enumerated(parts)}"
 
 
 def key_numbers(run: RunData) -> tuple[Number, ...]:
@@ -285,7 +283,3 @@ def requirements(run: RunData) -> Table:
         for one in run.gate
     ]
     return Table(("measure", "required", "measured", "result"), tuple(rows))
-
-
-def _and(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
