@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from retrofit.budget import VERSION
 from retrofit.checkpoint.lock import folder_lock
@@ -17,6 +17,7 @@ from retrofit.files import read_json
 from retrofit.format import nbytes
 from retrofit.model.cache_dtype import AUTO, CACHE_DTYPES
 from retrofit.recipe.schema import Convert, Recipe, Window
+from retrofit.recipe.values import Section
 from retrofit.system.work_folder import led_by_main
 from retrofit.system.world import ALONE, World
 from retrofit.workflow.journal import Journal
@@ -25,6 +26,7 @@ from retrofit.workflow.rows import default_rows
 if TYPE_CHECKING:
     from retrofit.console import Progress
 
+S = TypeVar("S", bound=Section)
 FILE = "budget.json"
 UNDECIDED = "the budget decides when the run starts which conversions are done; this is the rest of the recipe"
 
@@ -104,21 +106,22 @@ def _require_rest(recipe: Recipe, out: Path, revision: str | None) -> None:
 def _made(recipe: Recipe, row: Mapping[str, Any]) -> Recipe:
     """The recipe that makes a row, from its JSON values."""
     heads, windows, stored = row["heads"], row["windows"], str(row["stored"]["cache_dtype"])
-    values = recipe.model_dump()
-    values["convert"] = values["window"] = None
+    changed: dict[str, Any] = {"convert": None, "window": None}
     if heads["how"] != "original":
-        section = recipe.convert or Convert(kv_heads=1)
-        values["convert"] = {**section.model_dump(), "kv_heads": heads["kv_heads"]}
+        changed["convert"] = _changed(recipe.convert or Convert(kv_heads=1), kv_heads=heads["kv_heads"])
     if windows["how"] != "original":
-        section_of = recipe.window or Window()
         full = list(windows["full_layers"]) or 0
-        values["window"] = {**section_of.model_dump(), "size": windows["size"], "full_layers": full}
-    if values["convert"] is None and values["window"] is None:
-        values["recover"] = values["publish"] = None
-        values["require"] = {}
-        if values["evaluate"] is not None:
-            values["evaluate"]["kv_cache_dtype"] = stored
-    return Recipe.model_validate(values)
+        changed["window"] = _changed(recipe.window or Window(), size=windows["size"], full_layers=full)
+    if changed["convert"] is None and changed["window"] is None:
+        changed |= {"recover": None, "publish": None, "require": {}}
+        if recipe.evaluate is not None:
+            changed["evaluate"] = _changed(recipe.evaluate, kv_cache_dtype=stored)
+    return recipe.model_copy(update=changed)
+
+
+def _changed(section: S, **values: object) -> S:
+    """The section with these values; what it leaves to its defaults stays left to them, as they follow the model."""
+    return type(section).model_validate({**section.model_dump(exclude_unset=True), **values})
 
 
 def _notes(row: Mapping[str, Any], asked: str) -> tuple[str, ...]:

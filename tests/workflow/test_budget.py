@@ -24,6 +24,7 @@ from retrofit.budget.rows import (
     Stored,
     Windows,
 )
+from retrofit.console import jsonable
 from retrofit.errors import UserError
 from retrofit.kernels.rounded_cache import round_cache
 from retrofit.model.families import describe
@@ -263,6 +264,21 @@ def test_a_decision_that_somebody_changed_is_refused(
     with pytest.raises(UserError, match="not what this program wrote") as caught:
         budgeted.with_budget(recipe, tmp_path / "run", **usual)
     assert caught.value.where == "budget.json"
+
+
+def test_what_a_recipe_leaves_open_follows_the_model_after_the_decision() -> None:
+    recipe = Recipe(name="x", model="m", budget={"kv_cache": "1MiB@512"})  # type: ignore[arg-type]
+    made = budgeted._made(recipe, jsonable(row(2, True, "int8")))  # type: ignore[arg-type]
+    assert made.convert is not None
+    assert made.window is not None
+    assert made.evaluate is not None
+    assert made.convert.model_fields_set == {"kv_heads"}
+    assert made.window.model_fields_set == {"size", "full_layers"}
+    assert "lengths" not in made.evaluate.model_fields_set
+    alone = budgeted._made(recipe, jsonable(row(None, False, "int8")))  # type: ignore[arg-type]
+    assert alone.evaluate is not None
+    assert alone.evaluate.model_fields_set == {"kv_cache_dtype"}
+    assert (alone.convert, alone.window, alone.publish) == (None, None, None)
 
 
 def test_what_follows_the_decision_is_checked_before_it(
