@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MLP_ROWS = 2048
 """Tokens that go through an MLP at a time: enough to fill a GPU, and its intermediate tensors stay small."""
+_MLPS = (".mlp", ".block_sparse_moe", ".shared_mlp")
 
 
 class ShardedReader:
@@ -66,8 +67,9 @@ class ShardedReader:
 @contextmanager
 def mlps_in_rows(model: PreTrainedModel, rows: int) -> Iterator[None]:
     """Inside the block, the MLP of every layer takes `rows` tokens at a time: it sees one token by itself."""
-    mlps = [module for name, module in model.get_decoder().named_modules() if name.endswith(".mlp")]
-    assert len(mlps) == model.config.num_hidden_layers, f"{len(mlps)} MLPs in {model.config.num_hidden_layers} layers"
+    every = [(name, module) for name, module in model.get_decoder().named_modules() if name.endswith(_MLPS)]
+    layers, mlps = {name.rpartition(".")[0] for name, _ in every}, [module for _, module in every]
+    assert len(layers) == model.config.num_hidden_layers, f"MLPs in {len(layers)} layers"
     for mlp in mlps:
         mlp.forward = _in_rows(mlp.forward, rows)
     try:
