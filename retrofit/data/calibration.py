@@ -81,8 +81,8 @@ class CalibrationText:
         return found.hexdigest()
 
 
-def within_window(calibration: Calibration, positions: int) -> tuple[Calibration, tuple[str, ...]]:
-    """The calibration in sequences that fit the model's window, and a note where they became shorter."""
+def within_positions(calibration: Calibration, positions: int) -> tuple[Calibration, tuple[str, ...]]:
+    """The calibration in sequences that the model has positions for, and a note where they became shorter."""
     length = calibration.sequence_length
     if length <= positions:
         return calibration, ()

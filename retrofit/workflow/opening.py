@@ -81,14 +81,27 @@ def in_numbers(
     recipe: Recipe, model: ModelFolder, original: ModelFolder, *, alone: bool = False
 ) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe with the numbers of this model for its relative lengths and KV heads and for the default lengths of an
-    evaluation, and notes. alone: of a model that is recovered or measured alone, `native` is the window before it was
-    extended."""
+    evaluation and of a calibration, and notes. alone: of a model that is recovered or measured alone, `native` is the
+    context length before it was extended."""
     by_default = recipe.evaluate is not None and "lengths" not in recipe.evaluate.model_fields_set
     recipe, notes = _without_words(recipe, model, original, alone=alone)
+    recipe, shorter = _calibrated_within(recipe, model.spec.max_position_embeddings)
+    notes = (*notes, *shorter)
     if not by_default:
         return recipe, notes
     recipe, more = default_lengths_within(recipe, claimed_length(recipe, model.spec.max_position_embeddings))
     return recipe, (*notes, *more)
+
+
+def _calibrated_within(recipe: Recipe, positions: int) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe whose heads are calibrated on sequences that the model holds, where nobody says how long they are."""
+    section = recipe.convert
+    if section is None or not section.calibrates or "sequence_length" in section.calibration.model_fields_set:
+        return recipe, ()
+    from retrofit.data.calibration import within_positions
+
+    calibration, notes = within_positions(section.calibration, positions)
+    return recipe.model_copy(update={"convert": section.model_copy(update={"calibration": calibration})}), notes
 
 
 def _without_words(

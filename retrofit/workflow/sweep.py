@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint.provenance import digest
 from retrofit.checkpoint.staging import require_writable
-from retrofit.data.calibration import check_calibration, within_window
+from retrofit.data.calibration import check_calibration, within_positions
 from retrofit.data.identity import content_digest, merged, require_distinct
 from retrofit.data.texts import check_sources
 from retrofit.errors import UserError
@@ -123,7 +123,7 @@ def _prices(
             stored_moments.require_own(moments)
     total = tokens or min(TOKENS, section.calibration.tokens)
     asked = {"tokens": total, "text": merged(section.calibration.text)}
-    calibration, shorter = within_window(section.calibration.model_copy(update=asked), spec.max_position_embeddings)
+    calibration, shorter = within_positions(section.calibration.model_copy(update=asked), spec.max_position_embeddings)
     notes += shorter
     if moments is not None and read:
         source = with_weights(source, revision=revision or recipe.revision, progress=progress)

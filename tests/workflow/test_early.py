@@ -55,6 +55,17 @@ def test_an_encoding_that_contradicts_itself(
     assert said in refused(recipe(context={"length": 1024, **context}))
 
 
+def test_a_calibration_of_a_default_length_follows_the_model(
+    recipe: Recipe, refused: Callable[..., str], texts: Path, tmp_path: Path
+) -> None:
+    convert = {"kv_heads": 1, "calibration": {"text": [str(texts / "train")], "tokens": 2048}}
+    planned = retrofit("run", recipe(convert=convert), "--out", tmp_path / "out", "--dry-run")
+    assert planned.exit_code == 0, planned.output
+    assert "calibrated on sequences of 512 tokens instead of 1,024" in " ".join(planned.output.split())
+    said = refused(recipe(convert=convert), "--set", "convert.calibration.sequence_length=1024")
+    assert "1024 tokens are more than the 512 positions" in said
+
+
 def test_rows_that_are_too_short_for_synthetic_text(recipe: Recipe, refused: Callable[..., str]) -> None:
     said = " ".join(refused(recipe(), "--set", "recover.text=[synthetic]").split())
     assert "rows of 64 tokens have no room for synthetic text" in said

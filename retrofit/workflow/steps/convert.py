@@ -72,17 +72,11 @@ class Convert(Step):
         from retrofit.model.families import family_of
 
         family_of(context.config).with_kv_heads(context.config, self.section.kv_heads, context.spec)
-        notes: tuple[str, ...] = ()
-        if self.section.calibrates and context.alone:  # no option sets the length of its sequences
-            from retrofit.data.calibration import within_window
-
-            calibration, notes = within_window(self.section.calibration, context.native)
-            self.section = self.section.model_copy(update={"calibration": calibration})
         if self.section.calibrates:
             length, where = self.section.calibration.sequence_length, "convert.calibration.sequence_length"
             require_within(length, context.native, where, extendable=False)
         if self._changes(context):
-            return notes
+            return ()
         if self.recipe.recover and context.claimed == context.native:
             possible = [c.kv_heads for c in family_of(context.config).conversions(context.spec) if c.possible]
             fewer = ", ".join(str(count) for count in possible if count < self.section.kv_heads)
@@ -93,7 +87,7 @@ class Convert(Step):
                 where="convert.kv_heads",
                 fix=f"choose one of: {fewer}" if fewer else "extend the model instead (context), or leave out recover",
             )
-        return (*notes, f"the model already has {self.section.kv_heads} KV heads: its weights are copied unchanged")
+        return (f"the model already has {self.section.kv_heads} KV heads: its weights are copied unchanged",)
 
     def require_moments(self, context: ModelContext) -> None:
         """UserError for moments that would not be measured because the model has that many KV heads already."""
