@@ -94,13 +94,23 @@ def _decide(
 
 
 def _require_rest(recipe: Recipe, out: Path, revision: str | None) -> None:
-    """UserError where what follows the decision would be refused, as far as that is known before it."""
-    from retrofit.workflow.opening import open_context
+    """UserError where what follows the decision would be refused, as far as that is known before it: the other steps,
+    and the text of both conversions."""
+    from retrofit.workflow.checks import check_headers
+    from retrofit.workflow.opening import open_context, open_model
     from retrofit.workflow.steps import steps_of
 
     rest = recipe.model_copy(update=dict.fromkeys(("budget", "convert", "window")))
     if steps_of(rest):
         open_context(rest, revision=revision, out=out, dry=True)
+    alone = dict.fromkeys(("budget", "convert", "window", "context", "recover", "evaluate", "publish"))
+    for name in ("convert", "window"):
+        one = recipe.model_copy(update={**alone, name: getattr(recipe, name), "require": {}})
+        for step in steps_of(one):
+            step.check_options()
+            context = open_model(one, revision=revision)
+            here = check_headers(context.model, by_name=False)
+            context.steps[0].check_data(context, weights=here, sample=False)
 
 
 def _made(recipe: Recipe, row: Mapping[str, Any]) -> Recipe:

@@ -281,17 +281,30 @@ def test_what_a_recipe_leaves_open_follows_the_model_after_the_decision() -> Non
     assert (alone.convert, alone.window, alone.publish) == (None, None, None)
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"evaluate.lengths": [4096], "require": {}}, "4096 tokens are more than the 512 positions"),
+        ({"convert.calibration.tokens": 100_000}, "too little text"),
+        ({"window.calibration.tokens": 100_000}, "too little text"),
+    ],
+)
 def test_what_follows_the_decision_is_checked_before_it(
-    qwen: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    qwen: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], said: str
 ) -> None:
     monkeypatch.setattr(budgeting, "budget_list", lambda *_, **__: pytest.fail("long work"))
     values = small(qwen, texts)
-    values["evaluate"]["lengths"], values["require"] = [4096], {}
+    for key, value in changed.items():
+        *sections_of, last = key.split(".")
+        place: Any = values
+        for name in sections_of:
+            place = place[name]
+        place[last] = value
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     refused = retrofit("run", path, "--out", tmp_path / "run")
     assert refused.exit_code == 2, refused.output
-    assert "4096 tokens are more than the 512 positions" in " ".join(refused.output.split())
+    assert said in " ".join(refused.output.split())
     assert not (tmp_path / "run").exists()
 
 
