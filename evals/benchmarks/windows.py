@@ -52,6 +52,8 @@ RANKED = "windows"
 CHECKPOINTS: Mapping[str, Checkpoint] = {
     "windows": Checkpoint("original", "window", {"size": 1024, "full_layers": 6}),
     "windows-trained": Checkpoint("windows", "recover", {}),
+    "windows-2048": Checkpoint("original", "window", {"size": 2048}, 6),
+    "windows-2048-trained": Checkpoint("windows-2048", "recover", {}),
     "windows-512": Checkpoint("original", "window", {"size": 512}, 6),
     "windows-8": Checkpoint("original", "window", {"size": 512}, 3),
     "windows-8-trained": Checkpoint("windows-8", "recover", {}),
@@ -78,6 +80,7 @@ ROWS: Mapping[str, Row] = {
     "original": Row("original", "cache dtype", "original"),
     "windows": Row("windows of 1,024 in 24 of 30 layers", "windows", "windows"),
     "windows-trained": Row(f"the same after {TRAINED}", "windows, trained", "windows-trained"),
+    "windows-2048": Row("windows of 2,048 in 24 of 30 layers", "windows", "windows-2048"),
     "original-q8_0": Row("cache in q8_0", "cache dtype", "original", "q8_0"),
     "original-q4_0": Row("cache in q4_0", "cache dtype", "original", "q4_0"),
     "original-fp8": Row("cache in fp8_e4m3", "cache dtype", "original", "fp8_e4m3"),
@@ -96,6 +99,9 @@ ROWS: Mapping[str, Row] = {
 }
 FURTHER: Mapping[str, Row] = {
     "heads-trained": Row(f"1 of 3 KV heads after {TRAINED}", "heads", "heads-trained"),
+    "windows-2048-trained": Row(
+        f"windows of 2,048 in 24 layers after {TRAINED}", "windows, trained", "windows-2048-trained"
+    ),
     "windows-8-trained": Row(f"windows of 512 in 27 layers after {TRAINED}", "windows, trained", "windows-8-trained"),
     "heads-windows-12-trained": Row(
         f"1 of 3 KV heads, windows of 1,024 in 24 layers, after {TRAINED}",
