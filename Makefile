@@ -52,7 +52,7 @@ test-slow: $(VENV)/.dev $(VENV)/.llama
 
 # Our numbers beside those of lm-evaluation-harness, and its tasks; skipped by the other targets, which do not install it.
 test-eval: $(VENV)/.eval
-	$(BIN)/python -m pytest tests/evaluation/test_harness.py tests/evaluation/test_tasks_with_harness.py -m 'slow or not slow'
+	$(BIN)/python -m pytest tests/evaluation/test_harness.py tests/evaluation/test_task_prompts.py tests/evaluation/test_tasks_with_harness.py -m 'slow or not slow'
 
 # What others do next with a folder of ours: peft and TRL, `transformers serve`, torchao, torch.export, lm-eval.
 test-downstream: $(VENV)/.downstream
