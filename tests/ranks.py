@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
+from retrofit.kv_heads.disk_tensors import DiskTensors
 from retrofit.system.world import World, from_environment, started
+from tests.children.sitecustomize import BFLOAT16
 
 # One server imports the heavy packages once; every rank is a fork of it, in which no thread has run yet.
 _SERVER = multiprocessing.get_context("forkserver")
@@ -38,8 +40,9 @@ def on_ranks(folder: Path, size: int, function: Callable[..., Any], *values: Any
     pipes, processes = [], []
     for rank in range(size):
         ours, theirs = _SERVER.Pipe(duplex=False)
+        machine = (torch.get_num_threads(), os.environ[BFLOAT16])
         process = _SERVER.Process(
-            target=_work, args=(theirs, meeting, rank, size, torch.get_num_threads(), function, values), daemon=True
+            target=_work, args=(theirs, meeting, rank, size, machine, function, values), daemon=True
         )
         process.start()
         theirs.close()
@@ -76,13 +79,14 @@ def _work(
     meeting: Path,
     rank: int,
     size: int,
-    threads: int,
+    machine: tuple[int, str],
     function: Callable[..., Any],
     values: tuple[Any, ...],
 ) -> None:
     import torch.distributed as dist
 
-    torch.set_num_threads(threads)  # those of the test, whose own numbers are compared with theirs
+    threads, os.environ[BFLOAT16] = machine  # the test's, whose own numbers are compared: the server's may be others
+    torch.set_num_threads(threads)
     every = str(size)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": every, "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": every}
     try:
@@ -93,3 +97,16 @@ def _work(
         dist.destroy_process_group()
     except BaseException:  # noqa: BLE001  the test that waits has to see whatever it was
         pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
+
+
+def fail_after(count: int) -> None:
+    """The count-th tensor of a layerwise pass interrupts it, in a process that ends with that: nothing is put back."""
+    write, left = DiskTensors.write, [count]
+
+    def failing(self: DiskTensors, index: int, tensor: torch.Tensor) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        write(self, index, tensor)
+
+    DiskTensors.write = failing  # type: ignore[method-assign]

@@ -33,6 +33,14 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": PAD_ID,
 }
 
+_GRANITE = {"attention_multiplier": 0.2, "residual_multiplier": 0.5, "embedding_multiplier": 2.0}
+_EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
+_SWA: dict[str, Any] = {
+    "sliding_window": 16,
+    "layer_types": ["full_attention", "sliding_attention"],
+    "layer_rope_theta": [50000.0, 1000.0],
+}
+
 # What a family needs beyond the common values to show its own peculiarities in two layers.
 _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -54,35 +62,13 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": {"use_qkv_bias": True, "partial_rotary_factor": 0.5},
     "starcoder2": {},
     "cohere": {},
-    "granite": {"attention_multiplier": 0.2, "residual_multiplier": 0.5, "embedding_multiplier": 2.0},
-    "granite_swa": {
-        "attention_multiplier": 0.2,
-        "residual_multiplier": 0.5,
-        "embedding_multiplier": 2.0,
-        "sliding_window": 16,
-        "layer_types": ["full_attention", "sliding_attention"],
-        "layer_rope_theta": [50000.0, 1000.0],
-    },
-    "granitemoe": {
-        "attention_multiplier": 0.2,
-        "residual_multiplier": 0.5,
-        "embedding_multiplier": 2.0,
-        "num_local_experts": 3,
-        "num_experts_per_tok": 2,
-    },
-    "granitemoe_swa": {
-        "attention_multiplier": 0.2,
-        "residual_multiplier": 0.5,
-        "embedding_multiplier": 2.0,
-        "num_local_experts": 3,
-        "num_experts_per_tok": 2,
-        "sliding_window": 16,
-        "layer_types": ["full_attention", "sliding_attention"],
-        "layer_rope_theta": [50000.0, 1000.0],
-    },
+    "granite": _GRANITE,
+    "granite_swa": {**_GRANITE, **_SWA},
+    "granitemoe": {**_GRANITE, **_EXPERTS},
+    "granitemoe_swa": {**_GRANITE, **_EXPERTS, **_SWA},
     "smollm3": {"no_rope_layer_interval": 2},
     "phi3": {"original_max_position_embeddings": 512},
-    "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
+    "mixtral": _EXPERTS,
     "qwen2_moe": {
         "num_experts": 4,
         "num_experts_per_tok": 2,

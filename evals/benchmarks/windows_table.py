@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from evals.benchmarks.windows_parts import FAR
 from retrofit import format as fmt
 
-FAR = "@32k"
 LEAST = 1e-3
 """Nats: what the chart shows of a loss that is smaller."""
 

@@ -195,7 +195,9 @@ def test_openings_are_prompts_without_any_text_of_the_users() -> None:
     sources = own(prompts=["openings"]).prompts
     ((_, train),) = read_prompts(sources, "train", tiny_tokenizer()).items()
     ((_, held_out),) = read_prompts(sources, "held_out", tiny_tokenizer()).items()
-    assert train and held_out and not {*train} & {*held_out}
+    assert train
+    assert held_out
+    assert not {*train} & {*held_out}
     assert check_sources([own(prompts=["openings"])]) == ()
     assert identity([own(prompts=["openings"])]) != identity([own()])
 

@@ -67,7 +67,9 @@ def test_short_prose_is_long_enough_to_measure_and_can_only_be_measured() -> Non
 
 def test_openings_are_first_lines_of_their_own_side_and_no_text() -> None:
     train, held_out = ({text.text for text in built_in_texts("openings", side)} for side in ("train", "held_out"))
-    assert len(train) > 100 and len(held_out) > 30 and not train & held_out
+    assert len(train) > 100
+    assert len(held_out) > 30
+    assert not train & held_out
     every = [text.text for text in built_in_texts("openings", "all")]
     assert len(every) == len(train) + len(held_out)
     assert [line for text in every for line in first_lines(text)] == every  # none is too short or cut

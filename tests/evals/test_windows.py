@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from evals.benchmarks import windows
-from evals.benchmarks.windows import Checkpoint, Row
+from evals.benchmarks.windows_parts import Checkpoint, Row
 from retrofit.model.cache_dtype import CACHE_DTYPES
 from retrofit.model.load import load_tokenizer
 from tests.tiny import save_tiny

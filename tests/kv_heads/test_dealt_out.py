@@ -13,10 +13,9 @@ from retrofit.console import Silent
 from retrofit.kv_heads.calibrate.layerwise_pass import layerwise_pass
 from retrofit.kv_heads.calibrate.moments import load, saved
 from retrofit.kv_heads.convert import CalibrationText, ConvertReport, convert
-from retrofit.kv_heads.disk import DiskTensors
 from retrofit.system.world import ALONE, World
 from tests.kv_heads.test_transfer import few_words
-from tests.ranks import on_ranks
+from tests.ranks import fail_after, on_ranks
 from tests.tiny import save_tiny
 
 PARTS = (3, 5)  # sequences of each kind: three batches of one, and three of two, two and one
@@ -44,7 +43,7 @@ def converted(
         out.mkdir(parents=True, exist_ok=True)
     world.wait()
     if stop is not None and world.main:
-        _fail_after(stop)
+        fail_after(stop)
     report = convert(
         source,
         out,
@@ -58,19 +57,6 @@ def converted(
         progress=notes,
     )
     return replace(report, seconds=0.0), notes.notes
-
-
-def _fail_after(count: int) -> None:
-    """In a process that ends with it, so that nothing has to be put back."""
-    write, left = DiskTensors.write, [count]
-
-    def failing(self: DiskTensors, index: int, tensor: torch.Tensor) -> None:
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-        write(self, index, tensor)
-
-    DiskTensors.write = failing  # type: ignore[method-assign]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from retrofit.console import Silent
 from retrofit.data.calibration import CalibrationText
-from retrofit.kv_heads.disk_tensors import DiskTensors
 from retrofit.model.folder import ModelFolder
 from retrofit.system.world import ALONE, World
 from retrofit.windows import ablation, layerwise, survey
@@ -23,7 +22,7 @@ from retrofit.windows.outcome import Choice, Limits, Rise, WindowLayerReport
 from retrofit.windows.rows import Repeats, repeats
 from retrofit.windows.selection import select
 from retrofit.windows.store import load
-from tests.ranks import on_ranks
+from tests.ranks import fail_after, on_ranks
 from tests.tiny import save_tiny
 from tests.windows.planted import LAYERS, RETRIEVES, random_text, save_planted
 
@@ -55,25 +54,12 @@ def windowed(
         out.mkdir(parents=True, exist_ok=True)
     world.wait()
     if stop is not None and world.main:
-        _fail_after(stop)
+        fail_after(stop)
     windows = Windows(SIZE, frozenset({0, 2}), sinks=True, repair=True)
     usual: dict[str, Any] = {"work": folder / "work", "world": world, "progress": notes}
     with patch.object(layerwise, "TOKENS_PER_BATCH", 128):  # two sequences, or four rows
         reports, rise = add_windows(ModelFolder(source), out, windows, text, measured, **usual)
     return reports, rise, notes.notes
-
-
-def _fail_after(count: int) -> None:
-    """In a process that ends with it, so that nothing has to be put back."""
-    write, left = DiskTensors.write, [count]
-
-    def failing(self: DiskTensors, index: int, tensor: torch.Tensor) -> None:
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-        write(self, index, tensor)
-
-    DiskTensors.write = failing  # type: ignore[method-assign]
 
 
 def three_layers(folder: Path, *, bias: bool = False) -> Path:
@@ -125,7 +111,7 @@ def chosen(world: World, source: Path, work: Path, rows: int = 10, stop: int | N
     fit = CalibrationText(random_text(5, 128), ("a", "b", "a", "b", "a"))
     measured = measured_on(random_text(rows, 64, seed=1), window)
     if stop is not None and world.main:
-        _fail_after(stop)
+        fail_after(stop)
     usual: dict[str, Any] = {"full": None, "sinks": False, "work": work, "world": world, "progress": notes}
     with patch.object(survey, "TOKENS_PER_BATCH", 256), patch.object(ablation, "TOKENS_PER_BATCH", 256):
         return select(ModelFolder(source), range(LAYERS), window, fit, measured, None, Limits(0.1, 0.1), **usual)
